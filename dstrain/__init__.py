@@ -1,0 +1,35 @@
+"""Train large transformer models with DeepSpeed: familiar arguments, nothing silent.
+
+Names are loaded when they are first used: ``import dstrain`` costs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dstrain.arguments import TrainingArguments
+    from dstrain.trainer import Trainer
+
+_HOMES = {
+    "TrainingArguments": "dstrain.arguments",
+    "Trainer": "dstrain.trainer",
+}
+
+__all__ = ["Trainer", "TrainingArguments", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its room."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dstrain' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Public names, for completion."""
+    return sorted(__all__)

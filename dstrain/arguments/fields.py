@@ -1,0 +1,136 @@
+"""How a field of the arguments is declared, and how a string from a file or shell becomes its type."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from dstrain.core.errors import Problem
+
+
+def arg(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
+    """Declare one argument: its default, its meaning (with unit and sentinel), its legal values."""
+    metadata: dict[str, Any] = {"help": help}
+    if choices is not None:
+        metadata["choices"] = tuple(choices)
+    if isinstance(default, (dict, list)):
+        frozen = default
+        return dataclasses.field(default_factory=lambda: type(frozen)(frozen), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default value of a dataclass field, whichever way it was declared."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def coerce_fields(arguments: Any) -> list[Problem]:
+    """Convert string values of a dataclass in place to the declared types.
+
+    JSON and YAML files, environment variables and hyperparameter tools hand over ``"5e-5"`` or
+    ``"true"``; a dict field takes a JSON object as a string. What cannot be converted, or is not
+    among a field's legal values, becomes a problem.
+    """
+    problems: list[Problem] = []
+    hints = typing.get_type_hints(type(arguments))
+    for field in dataclasses.fields(arguments):
+        value = getattr(arguments, field.name)
+        kinds = _kinds(hints[field.name])
+        if value is None and type(None) not in kinds and field.default is not None:
+            problems.append(
+                Problem(f"{field.name}=None", f"a value is needed ({_say(kinds)})", "leave it out")
+            )
+            continue
+        try:
+            converted = _convert(value, kinds)
+        except ValueError:
+            why = f"expected {_say(kinds)}"
+            problems.append(Problem(f"{field.name}={value!r} ({type(value).__name__})", why))
+            continue
+        if converted is not value:
+            setattr(arguments, field.name, converted)
+        allowed = field.metadata.get("choices")
+        if allowed is not None and converted is not None and converted not in allowed:
+            from dstrain.core.errors import nearest
+
+            close = nearest(str(converted), {str(a) for a in allowed})
+            problems.append(
+                Problem(
+                    f"{field.name}={converted!r}",
+                    f"expected one of {', '.join(map(str, allowed))}",
+                    f"did you mean {close!r}?" if close else "",
+                )
+            )
+    return problems
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The plain classes that a type hint admits: ``dict | str | None`` -> (dict, str, NoneType)."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return tuple(k for part in typing.get_args(hint) for k in _kinds(part))
+    if origin is not None:
+        return (origin,)
+    return (hint,) if isinstance(hint, type) else (object,)
+
+
+def _say(kinds: tuple[type, ...]) -> str:
+    names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+    names |= {"NoneType": "none", "dict": "an object (dict)", "list": "a list"}
+    return " or ".join(names.get(k.__name__, k.__name__) for k in kinds)
+
+
+def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
+    if hasattr(value, "value") and isinstance(value, str):  # an Enum of transformers
+        value = value.value
+    if value is None or object in kinds:
+        return value
+    if isinstance(value, bool):
+        if bool in kinds or str in kinds:
+            return value
+        raise ValueError(value)
+    if isinstance(value, str):
+        return _convert_text(value, kinds)
+    if isinstance(value, int) and int not in kinds and float in kinds:
+        return float(value)
+    if isinstance(value, float) and float not in kinds and int in kinds:
+        if value.is_integer():
+            return int(value)
+        raise ValueError(value)
+    if list in kinds and isinstance(value, tuple):
+        return list(value)
+    if not isinstance(value, kinds) and not hasattr(value, "__fspath__"):
+        raise ValueError(value)
+    return str(value) if hasattr(value, "__fspath__") else value
+
+
+def _convert_text(text: str, kinds: tuple[type, ...]) -> Any:
+    low = text.strip().lower()
+    if type(None) in kinds and low == "none" and str not in kinds:
+        return None
+    if bool in kinds and low in ("true", "false", "yes", "no", "1", "0"):
+        return low in ("true", "yes", "1")
+    if dict in kinds and text.lstrip().startswith("{"):
+        if str in kinds:
+            return text  # the owner parses it and reports duplicate keys with their place
+        parsed = json.loads(text)  # json.JSONDecodeError is a ValueError
+        if not isinstance(parsed, dict):
+            raise ValueError(text)
+        return parsed
+    if str in kinds:
+        return text
+    if int in kinds:
+        number = float(text)  # "1e3" is a common way to write an integer
+        if number.is_integer():
+            return int(number)
+        if float not in kinds:
+            raise ValueError(text)
+    if float in kinds:
+        return float(text)
+    raise ValueError(text)

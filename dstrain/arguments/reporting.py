@@ -1,0 +1,65 @@
+"""Arguments about logging and reporting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstrain.arguments.fields import arg
+from dstrain.core.errors import Problem
+
+_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
+
+
+@dataclass
+class ReportingArguments:
+    """What is written down while training, how often, and to which trackers."""
+
+    logging_strategy: str = arg(
+        "steps", "Log never, every logging_steps, or after each epoch.", choices=("no", "steps", "epoch")
+    )
+    logging_steps: float = arg(
+        500, "Optimizer steps between two logs; below 1 it is a share of all steps."
+    )
+    logging_first_step: bool = arg(False, "Log the first step too.")
+    logging_nan_inf_filter: bool = arg(
+        True,
+        "Leave NaN and infinite losses out of the logged mean. Gradients are not touched, and the "
+        "nan_loss argument still acts on them.",
+    )
+    logging_dir: str | None = arg(
+        None, "TensorBoard folder; none takes output_dir/runs/<date>_<host>."
+    )
+    report_to: list[str] | None = arg(
+        None,
+        "Trackers, such as tensorboard or wandb; 'all' or none takes every installed one, 'none' "
+        "no one.",
+    )
+    run_name: str | None = arg(None, "Name of the run in trackers; none takes output_dir.")
+    disable_tqdm: bool | None = arg(
+        None, "Print log lines instead of progress bars; none decides by the log level."
+    )
+    log_level: str = arg(
+        "passive", "Log level of the main rank; passive keeps the current one.", choices=_LEVELS
+    )
+    log_level_replica: str = arg(
+        "warning", "Log level of all other ranks.", choices=_LEVELS
+    )
+    log_on_each_node: bool = arg(
+        True, "Whether the first rank of every machine logs as a main rank."
+    )
+
+    def _reporting_problems(self) -> list[Problem]:
+        problems = []
+        if self.logging_strategy == "steps" and self.logging_steps <= 0:
+            problems.append(
+                Problem(
+                    f"logging_steps={self.logging_steps} with logging_strategy='steps'",
+                    "a positive number of steps, or a share of all steps, is needed",
+                    "set logging_strategy to no to log nothing",
+                )
+            )
+        if self.logging_steps > 1 and not float(self.logging_steps).is_integer():
+            problems.append(
+                Problem(f"logging_steps={self.logging_steps}", "above 1 it must be a whole number")
+            )
+        return problems

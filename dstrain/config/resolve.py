@@ -1,0 +1,363 @@
+"""``resolve``: arguments, the user's config and facts become one frozen, complete DeepSpeed config.
+
+Pure and repeatable: nothing is changed in place, so it runs again for every training and
+evaluation, and twice gives the same. Precedence for a key:
+
+* missing or "auto" in the user's config -> from the argument, or derived;
+* explicit there, argument at its default -> the config's value, which the arguments then adopt;
+* explicit there, argument changed to the same value -> that value;
+* explicit there, argument changed to another value -> a conflict; all conflicts are one error.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dstrain.arguments import TrainingArguments
+from dstrain.config import schema
+from dstrain.config.facts import Facts
+from dstrain.config.rules import RULES, Binding, Derivation, Derived, View, readable_arguments
+from dstrain.config.source import read_config
+from dstrain.core.errors import ConfigError, Problem, raise_problems
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the value of a key comes from.
+
+    Attributes:
+        source: "config", "argument", "derived" or "default" (an argument left at its default).
+        detail: one line: the config's label, the argument's name, or the formula with numbers.
+    """
+
+    source: str
+    detail: str
+
+    def __str__(self) -> str:
+        """The detail, which reads alone."""
+        return self.detail
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A complete DeepSpeed config, with the reason for every leaf.
+
+    Attributes:
+        values: leaf values by dotted path, in the order in which they are shown.
+        provenance: the reason for each leaf.
+        adopted: arguments that took their value from the user's config.
+        warnings: what the user should know but need not change.
+        facts: what the resolution knew.
+    """
+
+    values: Mapping[str, Any]
+    provenance: Mapping[str, Provenance]
+    adopted: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    facts: Facts
+    arguments: Mapping[str, Any] = field(repr=False)
+
+    def to_deepspeed(self) -> dict[str, Any]:
+        """A nested dict of its own, ready for ``deepspeed.initialize``."""
+        nested: dict[str, Any] = {}
+        for path, value in self.values.items():
+            _put(nested, path, copy.deepcopy(value))
+        return nested
+
+    def value(self, argument: str) -> Any:
+        """The value of an argument that the run uses, the user's config taken into account."""
+        return self.arguments[argument]
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return int(self.values["zero_optimization.stage"])
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples per rank in one forward pass."""
+        return int(self.values["train_micro_batch_size_per_gpu"])
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per rank in a full optimizer step."""
+        return int(self.values["gradient_accumulation_steps"])
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples over all ranks in a full optimizer step."""
+        return int(self.values["train_batch_size"])
+
+    @property
+    def precision(self) -> str:
+        """The format of weights and activations: "bf16", "fp16" or "fp32"."""
+        for name in ("bf16", "fp16"):
+            if self.values.get(f"{name}.enabled"):
+                return name
+        return "fp32"
+
+    @property
+    def has_scheduler(self) -> bool:
+        """Whether the user's config asks for one of DeepSpeed's own schedules."""
+        return "scheduler.type" in self.values
+
+
+def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
+    """Resolve the arguments and their ``deepspeed`` config for the given facts.
+
+    Raises:
+        ConfigError: listing every unknown key, wrong type, conflict between config and arguments,
+            and "auto" for which there is nothing to derive.
+    """
+    given, label = read_config(arguments.deepspeed)
+    raise_problems(schema.check(given), error=ConfigError, title=f"{label}: these keys cannot be used")
+    config, warnings = schema.normalise(given)
+    explicit = {p: v for p, v in _leaves(config) if not _is_auto(p, v)}
+    problems: list[Problem] = []
+    chosen = readable_arguments(arguments)
+    adopted = _adopt(chosen, arguments.changed_fields(), explicit, facts, problems, label)
+    chosen |= adopted
+    provenance: dict[str, Provenance] = {path: Provenance("config", label) for path in explicit}
+    changed = arguments.changed_fields()
+    for rule in RULES:
+        _fill(rule, config, explicit, provenance, View(chosen, facts, config), changed, problems)
+    problems += _contradictions(config, label)
+    for path, value in _leaves(config):
+        if _is_auto(path, value):
+            problems.append(_left_auto(path, facts))
+    raise_problems(
+        problems, error=ConfigError, title="the arguments and the DeepSpeed config do not agree"
+    )
+    order = {rule.key: i for i, rule in enumerate(RULES)}
+    leaves = sorted(_leaves(config), key=lambda item: order.get(item[0], len(order)))
+    return ResolvedConfig(
+        values=dict(leaves),
+        provenance={path: provenance[path] for path, _ in leaves},
+        adopted=adopted,
+        warnings=tuple(warnings),
+        facts=facts,
+        arguments=chosen,
+    )
+
+
+def _adopt(
+    chosen: Mapping[str, Any],
+    changed: frozenset[str],
+    explicit: Mapping[str, Any],
+    facts: Facts,
+    problems: list[Problem],
+    label: str,
+) -> dict[str, Any]:
+    """Values that arguments take from the user's config; conflicts go to ``problems``."""
+    adopted: dict[str, Any] = {}
+    for rule in RULES:
+        if not isinstance(rule, Binding) or rule.key not in explicit:
+            continue
+        try:
+            values = rule.adopt(explicit[rule.key])
+        except TypeError:
+            values = ()
+        if len(values) != len(rule.arguments):
+            problems.append(
+                Problem(
+                    f"{rule.key}={explicit[rule.key]!r}",
+                    f"it stands for {' and '.join(rule.arguments)}, so {len(rule.arguments)} values",
+                )
+            )
+            continue
+        for name, value in zip(rule.arguments, values, strict=True):
+            if value is None:
+                if name in changed:
+                    problems.append(_conflict(rule.key, explicit[rule.key], name, chosen[name], label))
+                continue
+            if name in changed:
+                if not _equal(value, chosen[name]) and not _same_family(name, value, chosen[name]):
+                    problems.append(_conflict(rule.key, explicit[rule.key], name, chosen[name], label))
+            elif name in adopted and not _equal(value, adopted[name]):
+                problems.append(
+                    Problem(
+                        f"{rule.key}={explicit[rule.key]!r} in {label}",
+                        f"another key of it sets {name} to {adopted[name]!r}",
+                        "make the two equal",
+                    )
+                )
+            elif not _equal(value, chosen[name]):
+                adopted[name] = value
+    _adopt_global_batch(chosen | adopted, changed, explicit, facts, adopted)
+    return adopted
+
+
+def _adopt_global_batch(
+    chosen: Mapping[str, Any],
+    changed: frozenset[str],
+    explicit: Mapping[str, Any],
+    facts: Facts,
+    adopted: dict[str, Any],
+) -> None:
+    """A ``train_batch_size`` of the user's decides the accumulation that nobody else decided."""
+    total = explicit.get("train_batch_size")
+    decided = "gradient_accumulation_steps" in explicit or "gradient_accumulation_steps" in changed
+    if total is None or decided:
+        return
+    per_window = chosen["per_device_train_batch_size"] * facts.world_size
+    if total % per_window == 0 and total >= per_window:
+        adopted["gradient_accumulation_steps"] = total // per_window
+
+
+def _fill(
+    rule: Binding | Derivation,
+    config: dict[str, Any],
+    explicit: Mapping[str, Any],
+    provenance: dict[str, Provenance],
+    view: View,
+    changed: frozenset[str],
+    problems: list[Problem],
+) -> None:
+    """Write one key where the user left it open; check it where the rule allows one value only."""
+    if rule.key in explicit:
+        if isinstance(rule, Derivation) and rule.exact:
+            derived = rule.derive(view)
+            if derived is not None and not _equal(derived.value, explicit[rule.key]):
+                problems.append(_bad_arithmetic(rule.key, explicit[rule.key], derived, view.facts))
+        return
+    present = _get(config, rule.key) is not None
+    optional = rule.when_present if isinstance(rule, Binding) else rule.only_auto
+    if optional and not present:
+        return
+    derived = rule.derive(view)
+    if derived is None:
+        # "auto" with nothing to say: an optional key goes, DeepSpeed's default then holds.
+        if present and _may_drop(rule, view):
+            _drop(config, rule.key)
+        return
+    _put(config, rule.key, derived.value)
+    if derived.how:
+        provenance[rule.key] = Provenance("derived", derived.how)
+    elif isinstance(rule, Binding):
+        names = ", ".join(rule.arguments)
+        if any(name in changed for name in rule.arguments):
+            provenance[rule.key] = Provenance("argument", f"argument {names}")
+        else:
+            provenance[rule.key] = Provenance("default", f"default of argument {names}")
+
+
+def _may_drop(rule: Binding | Derivation, view: View) -> bool:
+    """Whether an "auto" without a value means "not used here" rather than "cannot be known"."""
+    sized = rule.key.endswith(("bucket_size", "persistence_threshold"))
+    unknown_yet = view.facts.model is None if sized else view.facts.num_training_steps is None
+    return sized or not rule.key.startswith("scheduler.") or not unknown_yet
+
+
+def _contradictions(config: Mapping[str, Any], label: str) -> list[Problem]:
+    """Pairs of keys that exclude each other, whoever set them."""
+    problems = []
+    if _get(config, "bf16.enabled") and _get(config, "fp16.enabled"):
+        problems.append(
+            Problem(
+                "bf16.enabled and fp16.enabled are both true",
+                "a model trains in one 16-bit format",
+                f"turn one of them off (in {label} or in the arguments)",
+            )
+        )
+    stage = _get(config, "zero_optimization.stage") or 0
+    needs = {"offload_optimizer": (1, "ZeRO stage 1, 2 or 3"), "offload_param": (3, "ZeRO stage 3")}
+    for name, (least, text) in needs.items():
+        device = _get(config, f"zero_optimization.{name}.device")
+        if device not in (None, "none") and isinstance(stage, int) and stage < least:
+            problems.append(
+                Problem(
+                    f"zero_optimization.{name}.device={device!r} with stage {stage}",
+                    f"offloading it needs {text}: only there it is partitioned",
+                    f"set the stage to {least} or more, or {name} to none",
+                )
+            )
+    return problems
+
+
+def _conflict(key: str, given: Any, name: str, value: Any, label: str) -> Problem:
+    return Problem(
+        f"{key}={given!r} in {label}, but argument {name}={value!r}",
+        "both were set, to different values",
+        f'set {key} to "auto" to take the argument, or leave {name} at its default',
+    )
+
+
+def _bad_arithmetic(key: str, given: Any, derived: Derived, facts: Facts) -> Problem:
+    return Problem(
+        f"{key}={given!r}",
+        f"{derived.how} = {derived.value}",
+        f'set {key} to "auto", or change micro-batch or accumulation so that their product with '
+        f"{facts.world_size} rank(s) is {given}",
+    )
+
+
+def _left_auto(path: str, facts: Facts) -> Problem:
+    if path.startswith("scheduler.params") and facts.num_training_steps is None:
+        return Problem(f'{path}="auto"', "the number of training steps is not known here", "set max_steps")
+    return Problem(
+        f'{path}="auto"',
+        "there is no argument and no rule to derive it from",
+        "write a value, or remove the key to take DeepSpeed's default",
+    )
+
+
+def _is_auto(path: str, value: Any) -> bool:
+    return value == "auto" and not schema.auto_is_a_value(path)
+
+
+def _same_family(name: str, value: Any, chosen: Any) -> bool:
+    """Whether the config's optimizer type covers the argument's variant of it."""
+    return name == "optim" and str(value).split("_")[0] == str(chosen).split("_")[0]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Equality that does not mind spelling: "5e-5" equals 5e-5, (0.9, 0.95) equals [0.9, 0.95]."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b or (isinstance(a, bool) and isinstance(b, bool) and a == b)
+    try:
+        return math.isclose(float(a), float(b), rel_tol=1e-9)
+    except (TypeError, ValueError):
+        return bool(a == b)
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def _get(config: Mapping[str, Any], path: str) -> Any:
+    node: Any = config
+    for part in path.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def _put(config: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    node = config
+    for part in parents:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            child = node[part] = {}
+        node = child
+    node[last] = value
+
+
+def _drop(config: dict[str, Any], path: str) -> None:
+    *parents, last = path.split(".")
+    node: Any = config
+    for part in parents:
+        node = node[part]
+    del node[last]

@@ -1,0 +1,456 @@
+"""Checks a DeepSpeed config against every key that DeepSpeed 0.19.8 knows, before anything runs.
+
+DeepSpeed ignores unknown keys at the top level and stops at the first bad one inside a block, after
+the model is built. ``check`` lists all problems at once; ``normalise`` gives numbers written as
+strings their type and old spellings their present name. The keys are data, in ``schema_keys``.
+
+The string "auto" passes for every single value: the resolver fills it in, except where
+``auto_is_a_value`` says that DeepSpeed itself understands it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from dstrain.config.schema_keys import (
+    CONFIG,
+    DEEPSPEED_VERSION,
+    NO_DEFAULT,
+    NONE,
+    Alias,
+    Entry,
+    Key,
+    Refused,
+    Section,
+)
+from dstrain.core.errors import Problem, nearest
+
+__all__ = ["NO_DEFAULT", "auto_is_a_value", "check", "default_of", "known_paths", "normalise"]
+
+AUTO: Final = "auto"
+COMMENTS: Final = ("_", "//", "#")  # JSON has no comments: people write them as keys like these
+_MISFIT: Final = object()
+# A name that stands in more sections than this does not say where it belongs.
+_MOST_HOMES: Final = 3
+_MOST_LISTED: Final = 16  # keys that an error names
+
+
+def check(config: Any) -> list[Problem]:
+    """Every problem of a config: unknown, misplaced and removed keys, wrong types, bad values."""
+    return _read(config).problems
+
+
+def normalise(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A copy with number strings as numbers and old spellings renamed, and a warning for each.
+
+    What ``check`` objects to is copied as it stands, and keys that are comments ("_comment") are
+    left out. Lists and mappings are copied, other objects (a process group, say) are shared.
+    """
+    reading = _read(config)
+    return reading.config, reading.warnings
+
+
+def known_paths() -> frozenset[str]:
+    """Dotted paths of all keys, and of blocks whose keys are the user's own.
+
+    ``*`` stands for a name of the user's, ``[]`` for the elements of a list.
+    """
+    return frozenset(
+        _join(path, name)
+        for path, name, entry in _walk(CONFIG)
+        if isinstance(entry, Key)
+        or (isinstance(entry, Section) and not (_all_keys(entry) or entry.each))
+    )
+
+
+def default_of(path: str, *, kind: str | None = None) -> Any:
+    """What DeepSpeed takes when the key is missing; ``NO_DEFAULT`` where that depends.
+
+    ``kind`` is the neighbouring "type" for optimizer and scheduler parameters; without it their
+    default is given where all types agree.
+
+    Raises:
+        KeyError: for a path that is no key.
+    """
+    found = _find(path, kind)
+    if not found:
+        close = nearest(path, set(known_paths()))
+        raise KeyError(f"{path}: no such key" + (f"; did you mean {close}?" if close else ""))
+    defaults = [
+        (None if entry.nullable else {}) if isinstance(entry, Section) else entry.default
+        for entry in found
+    ]
+    return copy.deepcopy(defaults[0]) if all(d == defaults[0] for d in defaults) else NO_DEFAULT
+
+
+def auto_is_a_value(path: str) -> bool:
+    """Whether "auto" at this path means something to DeepSpeed, so that nobody must resolve it."""
+    return any(isinstance(entry, Key) and entry.auto_is_value for entry in _find(path, None))
+
+
+# --- looking keys up -----------------------------------------------------------------------------
+
+
+def _join(path: str, name: object) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def _walk(section: Section, path: str = "") -> Iterator[tuple[str, str, Entry]]:
+    """Everything below a section: where it stands, its name, what it is."""
+    for name, entry in _all_keys(section).items():
+        yield path, name, entry
+        here = _join(path, name)
+        if isinstance(entry, Section):
+            yield from _walk(entry, here)
+        elif isinstance(entry, Key) and isinstance(entry.items, Section):
+            yield from _walk(entry.items, f"{here}[]")
+    if section.each:
+        yield from _walk(section.each, _join(path, "*"))
+
+
+def _all_keys(section: Section) -> Mapping[str, Entry]:
+    """The keys of a section, whatever the neighbouring "type" is."""
+    if not section.by_type:
+        return section.keys
+    merged: dict[str, Entry] = {}
+    for other in section.by_type.values():
+        merged = {**other.keys, **merged}
+    return {**merged, **section.keys}
+
+
+def _find(path: str, kind: str | None) -> list[Key | Section]:
+    """The entries at a path; several when it depends on a "type" that is not given."""
+    sections, found = [CONFIG], []
+    for part in path.split("."):
+        children = [_child(section, part) for section in sections]
+        found = [entry for entry in children if isinstance(entry, (Key, Section))]
+        blocks = [entry for entry in found if isinstance(entry, Section)]
+        sections = []
+        for block in blocks:
+            if kind is None:
+                sections += [block, *block.by_type.values()]
+            else:
+                sections.append(block.by_type.get(kind.lower(), block))
+    return found
+
+
+def _child(section: Section, part: str) -> Entry | None:
+    entry = section.keys.get(part.removesuffix("[]"), section.each)
+    return entry.items if part.endswith("[]") and isinstance(entry, Key) else entry
+
+
+@functools.cache
+def _homes() -> dict[str, tuple[str, ...]]:
+    """For each key and block name the sections that have it; "" is the top level."""
+    homes: dict[str, tuple[str, ...]] = {}
+    for path, name, entry in _walk(CONFIG):
+        if not isinstance(entry, Refused):
+            homes[name] = (*homes.get(name, ()), path)
+    return homes
+
+
+# --- reading a config ----------------------------------------------------------------------------
+
+
+@dataclass
+class _Reading:
+    """What one pass over a config finds."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    renamed: list[tuple[str, Alias, Any]] = field(default_factory=list)
+
+
+def _read(config: Any) -> _Reading:
+    reading = _Reading()
+    if not isinstance(config, Mapping):
+        what = f"the DeepSpeed config is {_kind(config)}: {_show(config)}"
+        reading.problems.append(Problem(what, "DeepSpeed expects an object of keys and values"))
+        return reading
+    reading.config = _read_section(config, CONFIG, "", reading)
+    for path, alias, value in reading.renamed:
+        _rename(path, alias, value, reading)
+    return reading
+
+
+def _read_section(
+    given: Mapping[Any, Any], section: Section, path: str, reading: _Reading
+) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in given.items():
+        if not (section.open or section.each) and str(name).startswith(COMMENTS):
+            continue
+        here = _join(path, name)
+        entry = section.keys.get(name, section.each)
+        if entry is None and not section.open:
+            reading.problems.append(_unknown(name, value, section, path))
+        if entry is None:
+            out[name] = _copy(value)
+        elif isinstance(entry, Refused):
+            out[name] = _copy(value)
+            problem = Problem(f"{here} = {_show(value)}", entry.reason, entry.instead)
+            reading.problems.append(problem)
+        elif isinstance(entry, Alias):
+            entry_of = entry.key or _find(entry.to, None)[0]
+            reading.renamed.append((here, entry, _read_entry(value, entry_of, here, reading)))
+            out[name] = None  # keeps its place until _rename moves it
+        elif isinstance(entry, Section) and entry.by_type:
+            out[name] = _read_params(value, entry, given.get("type"), here, reading)
+        else:
+            out[name] = _read_entry(value, entry, here, reading)
+    return out
+
+
+def _read_params(value: Any, section: Section, kind: Any, path: str, reading: _Reading) -> Any:
+    """The parameters of an optimizer or scheduler, whose names depend on its type."""
+    if kind is None or kind == AUTO:
+        # The type is still to be chosen: any name that some type knows will do.
+        listed: Section | None = Section(_all_keys(section))
+    else:
+        listed = section.by_type.get(str(kind).lower())
+    if listed is not None:
+        listed = Section(listed.keys, nullable=section.nullable)
+        return _read_entry(value, listed, path, reading)
+    read = _read_entry(value, section, path, reading)
+    if isinstance(read, dict):
+        # A type of torch's own: number strings are understood, everything else is its affair.
+        for name, key in _all_keys(section).items():
+            if isinstance(read.get(name), str) and isinstance(key, Key):
+                number = _fit(read[name], key)
+                read[name] = read[name] if number is _MISFIT else number
+    return read
+
+
+def _read_entry(
+    value: Any, entry: Key | Section, path: str, reading: _Reading, *, listed: bool = False
+) -> Any:
+    """Read a key or block; ``listed`` inside a list, where "auto" is no placeholder."""
+    if isinstance(entry, Key):
+        is_auto = isinstance(value, str) and value == AUTO and not listed
+        return value if is_auto else _read_value(value, entry, path, reading)
+    if isinstance(value, Mapping):
+        return _read_section(value, entry, path, reading)
+    if isinstance(value, bool) and value in entry.written_out:
+        new = dict(entry.written_out[value])
+        reading.warnings.append(f"{path} = {value} is an old spelling: read as {new}")
+        return new
+    if not (isinstance(value, entry.also) or (value is None and entry.nullable)):
+        names = ", ".join(_suggestable(entry)[:6])
+        why = f"that is {_kind(value)}; DeepSpeed expects an object of keys and values"
+        remedy = f"write an object with keys such as {names}" if names else "write an object"
+        reading.problems.append(Problem(f"{path} = {_show(value)}", why, remedy))
+    return _copy(value)
+
+
+def _read_value(value: Any, key: Key, path: str, reading: _Reading) -> Any:
+    fitted = _fit(value, key)
+    what = f"{path} = {_show(value)}"
+    removed = key.refused.get(str(value).lower())
+    if removed is not None:
+        reading.problems.append(Problem(what, removed.reason, removed.instead))
+    elif fitted is _MISFIT:
+        why = f"that is {_kind(value)}; DeepSpeed expects {_expected(key)}"
+        reading.problems.append(Problem(what, why, _remedy(value, key)))
+    elif not _is_allowed(fitted, key):
+        why = f"DeepSpeed expects {_expected(key)}"
+        reading.problems.append(Problem(what, why, _remedy(value, key)))
+    elif isinstance(fitted, (list, tuple)) and key.items is not None:
+        items = key.items
+        read = [
+            _read_entry(item, items, f"{path}[{i}]", reading, listed=True)
+            for i, item in enumerate(fitted)
+        ]
+        return tuple(read) if isinstance(fitted, tuple) else read
+    return _copy(value if fitted is _MISFIT else fitted)
+
+
+def _rename(path: str, alias: Alias, value: Any, reading: _Reading) -> None:
+    """Move the value of another spelling to the key that it stands for."""
+    *parents, old = path.split(".")
+    holder: Any = reading.config
+    for part in parents:
+        holder = holder[part]
+    *parents, new = alias.to.split(".")
+    target: Any = reading.config
+    for part in parents:
+        target = target.setdefault(part, {}) if isinstance(target, dict) else None
+    pairs = (alias.written_out or {}).items()
+    matches = [stands_for for word, stands_for in pairs if word == value]
+    if not isinstance(target, dict) or new in target or (alias.written_out and not matches):
+        holder[old] = value
+        if isinstance(target, dict) and new in target:
+            why = f"{alias.to} is given too, and both mean the same setting"
+            problem = Problem(f"{path} = {_show(value)}", why, f"keep {alias.to} only")
+            reading.problems.append(problem)
+        return
+    del holder[old]
+    how = "an old spelling" if alias.why == "old" else "DeepSpeed's internal name"
+    if matches and matches[0] is None:
+        reading.warnings.append(f"{path} = {value} is {how}: left out, which means the same")
+        return
+    target[new] = _copy(matches[0] if matches else value)
+    reading.warnings.append(f"{path} is {how}: read as {alias.to} = {_show(target[new])}")
+
+
+# --- single values -------------------------------------------------------------------------------
+
+
+def _fit(value: Any, key: Key) -> Any:
+    """The value in one of the key's types, or ``_MISFIT``. A boolean is never a number."""
+    kinds = key.types
+    if value is None or isinstance(value, bool):
+        return value if type(value) in kinds else _MISFIT
+    if isinstance(value, str) and str not in kinds:
+        number = _number(value) if int in kinds or float in kinds else None
+        if number is None:
+            return _MISFIT
+        value = float(number) if int not in kinds else number
+    if isinstance(value, int):
+        return value if int in kinds or float in kinds else _MISFIT
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return value if key.infinite and value == math.inf else _MISFIT
+        if float in kinds:
+            return value
+        return int(value) if int in kinds and value.is_integer() else _MISFIT
+    if isinstance(value, (list, tuple)):
+        return value if list in kinds else _MISFIT
+    if isinstance(value, Mapping):
+        return _MISFIT
+    if object in kinds and not isinstance(value, str):
+        return value
+    plain = tuple(kind for kind in kinds if kind in (str, os.PathLike))
+    return value if isinstance(value, plain) else _MISFIT
+
+
+def _number(text: str) -> int | float | None:
+    """The number that a string spells: "5e-5", "1e9", "16"."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _is_allowed(value: Any, key: Key) -> bool:
+    """Whether a value of the right type is one of the choices and within the range."""
+    if value is None:
+        return True
+    if key.choices or key.any_case:
+        folded = str(value).lower() in {choice.lower() for choice in key.any_case}
+        return value in key.choices or folded
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return True
+    return not (
+        (key.minimum is not None and value < key.minimum)
+        or (key.maximum is not None and value > key.maximum)
+        or (key.above is not None and value <= key.above)
+        or (key.below is not None and value >= key.below)
+    )
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _copy(item) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy(item) for item in value)
+    return value
+
+
+# --- saying what is wrong ------------------------------------------------------------------------
+
+
+def _unknown(name: object, value: Any, section: Section, path: str) -> Problem:
+    where = f"in {path}" if path else "at the top level"
+    known = _suggestable(section)
+    why = f"DeepSpeed {DEEPSPEED_VERSION} has no such key {where}"
+    if len(known) <= _MOST_LISTED:
+        why += f", which has {', '.join(known)}"
+    what = f"{_join(path, name)} = {_show(value)}"
+    return Problem(what, why, _suggestion(str(name), known, path))
+
+
+def _suggestion(name: str, known: list[str], path: str) -> str:
+    """Where the name belongs, or the nearest name of this section, then of all sections."""
+    elsewhere = [home for home in _homes().get(name, ()) if home != path]
+    if elsewhere and len(elsewhere) <= _MOST_HOMES:
+        return f"it belongs in {_either([home or 'the top level' for home in elsewhere])}"
+    near = nearest(name, known)
+    if near:
+        return f"did you mean {_join(path, near)}?"
+    others = {other: homes for other, homes in _homes().items() if path not in homes}
+    near = nearest(name, set(others))
+    if near and len(others[near]) <= _MOST_HOMES:
+        return f"did you mean {_either([_join(home, near) for home in others[near]])}?"
+    return "remove it"
+
+
+def _suggestable(section: Section) -> list[str]:
+    return [n for n, e in _all_keys(section).items() if isinstance(e, (Key, Section))]
+
+
+def _remedy(value: Any, key: Key) -> str:
+    word = str(value).strip().lower()
+    if bool in key.types and word in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+        return f"write {'true' if word in ('true', 'yes', 'on', '1') else 'false'}, without quotes"
+    choices = {str(choice).lower(): choice for choice in (*key.any_case, *key.choices)}
+    near = nearest(word, set(choices))
+    if near:
+        return f"did you mean {choices[near]!r}?"
+    if key.default is NO_DEFAULT:
+        return ""
+    known = "" if key.default is None else f" for DeepSpeed's default, {_show(key.default)}"
+    return f"leave it out{known}"
+
+
+def _expected(key: Key) -> str:
+    """What a key accepts, in words."""
+    options = [repr(choice) for choice in (*key.any_case, *key.choices)]
+    if not options:
+        names: dict[type, str] = {
+            bool: "true or false", int: "an integer", float: "a number", str: "a string",
+            list: "a list", object: "a Python object that JSON cannot hold",
+        }  # fmt: skip
+        options = [names[kind] for kind in key.types if kind in names]
+    limits = {">=": key.minimum, ">": key.above, "<=": key.maximum, "<": key.below}
+    given = [f"{sign} {limit:g}" for sign, limit in limits.items() if limit is not None]
+    if given:
+        options[0] += f" {' and '.join(given)}"
+    options += ["'auto'"] if key.auto_is_value else []
+    options += ["null"] if NONE in key.types else []
+    return ("one of " if key.choices or key.any_case else "") + _either(options)
+
+
+def _either(options: list[str]) -> str:
+    return " or ".join([", ".join(options[:-1]), options[-1]] if options[1:] else options)
+
+
+def _kind(value: Any) -> str:
+    """The type of a value in the words of a config file."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "not a finite number"
+        return "a number" if value.is_integer() else "a number with a fraction"
+    kinds: dict[Any, str] = {
+        bool: "a boolean", int: "an integer", str: "a string", NONE: "null",
+        Mapping: "an object", (list, tuple): "a list",
+    }  # fmt: skip
+    for kind, text in kinds.items():
+        if isinstance(value, kind):
+            return text
+    return f"a Python {type(value).__name__}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

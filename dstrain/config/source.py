@@ -1,0 +1,92 @@
+"""Reading the DeepSpeed config that a user gives: nothing, a preset name, a path, JSON, a dict."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dstrain.core.errors import ConfigError, Problem, nearest
+
+
+def read_config(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
+    """The user's config as a dict of its own, and a label that says where it came from.
+
+    Raises:
+        ConfigError: for a path or preset that does not exist, text that is not a JSON object, and
+            a key that stands twice in one object (JSON parsers would silently keep the last).
+    """
+    if given is None:
+        return {}, "nothing"
+    if isinstance(given, Mapping):
+        return copy.deepcopy(dict(given)), "your config"
+    if given.lstrip().startswith("{"):
+        return _parse(given, "the JSON text of `deepspeed`"), "your config"
+    path = Path(given).expanduser()
+    if path.is_file():
+        return _parse(_read(path), str(path)), f"your config ({path.name})"
+    presets = {p.stem: p for p in preset_folder().glob("*.json")}
+    if given in presets:
+        return _parse(_read(presets[given]), given), f"preset {given}"
+    close = nearest(given, set(presets))
+    raise ConfigError(
+        Problem(
+            f"deepspeed={given!r}",
+            f"it is neither a file nor a preset ({', '.join(sorted(presets))})",
+            f"did you mean {close!r}?" if close else "give the path of a JSON file, or a preset name",
+        )
+    )
+
+
+def preset_folder() -> Path:
+    """The folder of presets: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "ds_configs"
+    return inside if inside.is_dir() else package.parent / "ds_configs"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(Problem(f"deepspeed={str(path)!r}", f"cannot be read: {error}")) from error
+
+
+def _parse(text: str, label: str) -> dict[str, Any]:
+    repeated: list[str] = []
+
+    def keep_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                repeated.append(f"{key!r} (values {seen[key]!r} and {value!r})")
+            seen[key] = value
+        return seen
+
+    try:
+        config = json.loads(text, object_pairs_hook=keep_once)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            Problem(
+                f"{label} is not valid JSON",
+                f"{error.msg} at line {error.lineno}, column {error.colno}",
+            )
+        ) from error
+    if not isinstance(config, dict):
+        raise ConfigError(
+            Problem(f"{label} holds a JSON {type(config).__name__}", "expected an object {{...}}")
+        )
+    if repeated:
+        raise ConfigError(
+            [
+                Problem(
+                    f"key {which} stands twice in {label}",
+                    "JSON keeps only the last, so one of them would be lost without a word",
+                    "keep one of them",
+                )
+                for which in repeated
+            ]
+        )
+    return config

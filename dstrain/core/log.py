@@ -1,0 +1,47 @@
+"""Logging: one logger per module under ``dstrain``; levels differ between main and other ranks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module; pass ``__name__``."""
+    return logging.getLogger(name)
+
+
+def configure(*, level: int, rank: int, world_size: int) -> None:
+    """Set the level of ``dstrain`` and give it a handler when the application has none.
+
+    The handler writes through tqdm so that a line never tears a progress bar.
+    """
+    logger = logging.getLogger("dstrain")
+    logger.setLevel(level)
+    if logger.handlers or logging.getLogger().handlers:
+        return
+    handler = _BarFriendlyHandler()
+    tag = f"[rank {rank}] " if world_size > 1 and rank else ""
+    handler.setFormatter(logging.Formatter(f"{tag}%(levelname)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+class _BarFriendlyHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+            if "tqdm" in sys.modules:
+                sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)

@@ -1,0 +1,35 @@
+"""How far a run is, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Position of a run in steps and in samples.
+
+    Attributes:
+        step: optimizer steps finished, skipped ones included.
+        epoch: index of the epoch in progress, from 0.
+        samples_in_epoch: samples of this epoch that finished steps have used, over all ranks.
+        num_input_tokens: input tokens (padding included) this rank has trained on.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    samples_in_epoch: int = 0
+    num_input_tokens: int = 0
+
+    def advance(self, *, samples: int, tokens: int) -> Progress:
+        """The position after one more optimizer step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples_in_epoch=self.samples_in_epoch + samples,
+            num_input_tokens=self.num_input_tokens + tokens,
+        )
+
+    def next_epoch(self) -> Progress:
+        """The position at the start of the following epoch."""
+        return replace(self, epoch=self.epoch + 1, samples_in_epoch=0)

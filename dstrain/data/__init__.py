@@ -1,0 +1,40 @@
+"""Sample order, per-rank loaders, accumulation windows, columns."""
+
+from dstrain.data.columns import forward_columns, keep_columns, label_columns
+from dstrain.data.loader import (
+    Collator,
+    LoaderOptions,
+    MicroBatch,
+    Window,
+    build_loader,
+    is_stream,
+    iterate,
+    micro_steps,
+    set_epoch,
+    windows,
+)
+from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
+from dstrain.data.targets import Targets, batch_size, input_tokens, to_device
+
+__all__ = [
+    "Collator",
+    "EpochOrder",
+    "LoaderOptions",
+    "MicroBatch",
+    "RankBatchSampler",
+    "Targets",
+    "Topology",
+    "Window",
+    "batch_size",
+    "build_loader",
+    "forward_columns",
+    "input_tokens",
+    "is_stream",
+    "iterate",
+    "keep_columns",
+    "label_columns",
+    "micro_steps",
+    "set_epoch",
+    "to_device",
+    "windows",
+]

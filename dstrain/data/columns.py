@@ -1,0 +1,71 @@
+"""Which columns of a dataset the model takes, and which of them are labels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.data.loader import Collator
+
+
+def forward_columns(module: torch.nn.Module) -> list[str] | None:
+    """Names of the keyword arguments of ``forward``; None when it takes only ``*args``/``**kwargs``."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [p.name for p in parameters if p.kind in plain]
+    return names or None
+
+
+def label_columns(module: torch.nn.Module, given: Sequence[str] | None) -> list[str]:
+    """The label names given by the user, or those in the signature of ``forward``."""
+    if given is not None:
+        return list(given)
+    names = [n for n in forward_columns(module) or [] if "label" in n]
+    if "QuestionAnswering" in type(module).__name__:
+        names += ["start_positions", "end_positions"]
+    return names
+
+
+def keep_columns(
+    dataset: Any, collate: Collator, keep: Sequence[str], *, description: str
+) -> tuple[Any, Collator]:
+    """Drop the columns of ``dataset`` that are not in ``keep``.
+
+    A ``datasets.Dataset`` loses them before it is read; samples of other datasets lose them in
+    front of the collator.
+
+    Raises:
+        DataError: no column is left.
+    """
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset):
+        dropped = [c for c in dataset.column_names if c not in keep]
+        if len(dropped) == len(dataset.column_names):
+            raise DataError(
+                Problem(
+                    f"the {description} set has columns {dataset.column_names}",
+                    f"the model takes none of them; it takes {', '.join(keep)}",
+                    "rename the columns, or set remove_unused_columns to false and collate them "
+                    "yourself",
+                )
+            )
+        return dataset.remove_columns(dropped), collate
+    return dataset, _ColumnFilter(collate, frozenset(keep))
+
+
+class _ColumnFilter:
+    """A collator that first drops keys of dict samples (a class, so that workers can pickle it)."""
+
+    def __init__(self, collate: Collator, keep: frozenset[str]) -> None:
+        self._collate = collate
+        self._keep = keep
+
+    def __call__(self, samples: list[Any]) -> Any:
+        if samples and isinstance(samples[0], dict):
+            samples = [{k: v for k, v in s.items() if k in self._keep} for s in samples]
+        return self._collate(samples)

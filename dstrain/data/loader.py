@@ -1,0 +1,176 @@
+"""Per-rank loaders, and the accumulation windows that an optimizer step consumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.core.log import get_logger
+from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
+from dstrain.data.stream import Masked, RankStream
+
+logger = get_logger(__name__)
+
+Collator = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How a loader reads; the fields are those of ``torch.utils.data.DataLoader``."""
+
+    num_workers: int = 0
+    prefetch_factor: int | None = None
+    pin_memory: bool = False
+    persistent_workers: bool = False
+    drop_last: bool = False
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Inputs of one forward pass; ``masked`` ones are stand-ins that carry no weight."""
+
+    inputs: Any
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one rank for one optimizer step.
+
+    Attributes:
+        micro_batches: one or more; the same number on all ranks.
+        num_samples: samples over all ranks.
+        ends_epoch: whether this is the epoch's last window, where that is known.
+    """
+
+    micro_batches: tuple[MicroBatch, ...]
+    num_samples: int
+    ends_epoch: bool
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a dataset has no length and can only be iterated."""
+    return isinstance(dataset, IterableDataset) or not (
+        isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+    )
+
+
+def build_loader(
+    dataset: Any,
+    topology: Topology,
+    collate: Collator,
+    options: LoaderOptions,
+    *,
+    seed: int,
+    shuffle: bool,
+) -> DataLoader[Any]:
+    """A loader of this rank's micro-batches, one per micro-step.
+
+    A map-style dataset is read through ``RankBatchSampler``; a stream through ``RankStream`` in the
+    stream's own order.
+
+    Raises:
+        DataError: a dataset with no samples.
+    """
+    workers = options.num_workers
+    extra: dict[str, Any] = {}
+    if workers:
+        extra = {
+            "prefetch_factor": options.prefetch_factor,
+            "persistent_workers": options.persistent_workers,
+        }
+    common: dict[str, Any] = {"pin_memory": options.pin_memory, **extra}
+    # A generator of its own: worker seeds must not depend on, or advance, the global random state.
+    common["generator"] = torch.Generator().manual_seed(seed % 2**63)
+    if is_stream(dataset):
+        if workers > 1 and _splits_itself(dataset):
+            logger.warning(
+                "a datasets.IterableDataset splits itself over loader processes, which would "
+                "change the order of samples: using 1 instead of %d",
+                workers,
+            )
+            workers = 1
+        stream = RankStream(dataset, topology, collate, drop_last=options.drop_last)
+        return DataLoader(stream, batch_size=None, num_workers=workers, **common)
+    if len(dataset) == 0:
+        raise DataError(Problem("the dataset is empty", "at least one sample is needed"))
+    order = EpochOrder(len(dataset), seed=seed, shuffle=shuffle)
+    sampler = RankBatchSampler(order, topology, drop_last=options.drop_last)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,  # type: ignore[arg-type]  # torch types it as Sampler[list[int]]
+        collate_fn=collate,
+        num_workers=workers,
+        **common,
+    )
+
+
+def micro_steps(loader: Any) -> int | None:
+    """Micro-steps of a whole epoch, or None for a stream without a length."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, RankBatchSampler):
+        whole = RankBatchSampler(sampler.order, sampler.topology, drop_last=sampler.drop_last)
+        return len(whole)
+    if isinstance(getattr(loader, "dataset", None), RankStream):
+        return None
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def set_epoch(loader: Any, epoch: int, *, start: int = 0) -> None:
+    """Point a loader at an epoch and at the first sample of it that is still to be used."""
+    for part in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):
+        if isinstance(part, (RankBatchSampler, RankStream)):
+            part.set_epoch(epoch, start=start)
+            return
+    for part in (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+            return
+
+
+def iterate(loader: Any) -> Iterator[tuple[MicroBatch, int]]:
+    """Micro-batches with the number of samples that all ranks have in that micro-step.
+
+    For a user's own loader, which is taken as this rank's share, and for the end of a stream the
+    number is that of a full micro-step.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, RankBatchSampler):
+        for step, inputs in enumerate(loader):
+            yield MicroBatch(inputs, sampler.is_masked(step)), sampler.chunk_samples(step)
+        return
+    dataset = getattr(loader, "dataset", None)
+    chunk = dataset.topology.chunk if isinstance(dataset, RankStream) else 0
+    for inputs in loader:
+        masked = isinstance(inputs, Masked)
+        yield MicroBatch(inputs.inputs if masked else inputs, masked), chunk
+
+
+def windows(loader: Any, accumulation: int) -> Iterator[Window]:
+    """Group an epoch into windows of ``accumulation`` micro-batches; the last may be shorter."""
+    batch: list[MicroBatch] = []
+    samples = 0
+    steps = iterate(loader)
+    ahead = next(steps, None)
+    while ahead is not None:
+        micro_batch, count = ahead
+        batch.append(micro_batch)
+        samples += count
+        ahead = next(steps, None)
+        if len(batch) == accumulation or ahead is None:
+            yield Window(tuple(batch), samples, ends_epoch=ahead is None)
+            batch, samples = [], 0
+
+
+def _splits_itself(dataset: Any) -> bool:
+    import datasets
+
+    return isinstance(dataset, datasets.IterableDataset)

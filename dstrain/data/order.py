@@ -1,0 +1,109 @@
+"""The order of samples: a function of (seed, epoch) alone, never of the number of ranks.
+
+An epoch is cut into chunks of ``micro_batch x world_size`` samples, one chunk per micro-step. Each
+rank takes its contiguous share of a chunk. Because chunks are cut from one global order, any
+topology with the same global batch sees the same samples in the same optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How a global batch is spread.
+
+    Attributes:
+        micro_batch: samples per rank and micro-step.
+        world_size: number of ranks.
+        rank: this rank.
+    """
+
+    micro_batch: int
+    world_size: int = 1
+    rank: int = 0
+
+    @property
+    def chunk(self) -> int:
+        """Samples over all ranks in one micro-step."""
+        return self.micro_batch * self.world_size
+
+    def share(self, num_samples: int) -> range:
+        """Positions of this rank's samples in a chunk that holds ``num_samples`` of them.
+
+        A full chunk gives every rank ``micro_batch`` samples; a short one, at the end of an epoch,
+        is spread as evenly as possible, and ranks may get none.
+        """
+        least, extra = divmod(num_samples, self.world_size)
+        start = self.rank * least + min(self.rank, extra)
+        return range(start, start + least + (self.rank < extra))
+
+
+class EpochOrder:
+    """The global order of one dataset, epoch by epoch."""
+
+    def __init__(self, num_samples: int, *, seed: int, shuffle: bool) -> None:
+        """Args: number of samples, seed of the shuffle, whether to shuffle at all."""
+        self.num_samples = num_samples
+        self._seed = seed
+        self._shuffle = shuffle
+
+    def indices(self, epoch: int) -> torch.Tensor:
+        """Dataset indices in the order of ``epoch``: int64, shape (num_samples,)."""
+        if not self._shuffle:
+            return torch.arange(self.num_samples)
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(self.num_samples, generator=generator)
+
+
+class RankBatchSampler:
+    """Yields one list of dataset indices per micro-step for this rank (a torch batch sampler).
+
+    All ranks yield the same number of lists. A rank whose share of the last chunk is empty yields
+    the chunk's first sample as a stand-in; ``is_masked`` tells so, and it must carry no weight.
+    """
+
+    def __init__(self, order: EpochOrder, topology: Topology, *, drop_last: bool = False) -> None:
+        """Args: global order, topology, whether to drop the chunk that does not fill all ranks."""
+        self.order = order
+        self.topology = topology
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, *, start: int = 0) -> None:
+        """Choose the epoch, and how many of its samples to leave out because they were used."""
+        self.epoch = epoch
+        self.start = start
+
+    @property
+    def remaining(self) -> int:
+        """Samples over all ranks from ``start`` to the end of the epoch, dropped ones excluded."""
+        left = max(0, self.order.num_samples - self.start)
+        return left - left % self.topology.chunk if self.drop_last else left
+
+    def __len__(self) -> int:
+        """Micro-steps from ``start`` to the end of the epoch."""
+        return -(-self.remaining // self.topology.chunk)
+
+    def chunk_samples(self, step: int) -> int:
+        """Samples over all ranks in micro-step ``step``, counted from ``start``."""
+        chunk = self.topology.chunk
+        return min(chunk, self.remaining - step * chunk)
+
+    def is_masked(self, step: int) -> bool:
+        """Whether this rank has only a stand-in in micro-step ``step``."""
+        return len(self.topology.share(self.chunk_samples(step))) == 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Index lists, one per micro-step."""
+        indices = self.order.indices(self.epoch)[self.start :]
+        for step in range(len(self)):
+            first = step * self.topology.chunk
+            share = self.topology.share(self.chunk_samples(step))
+            mine = indices[first + share.start : first + share.stop] if share else indices[first : first + 1]
+            yield mine.tolist()

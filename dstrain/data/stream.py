@@ -1,0 +1,70 @@
+"""Streams: every rank reads the same stream and keeps its own share, so topology never matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dstrain.data.order import Topology
+
+
+@dataclass
+class Masked:
+    """A micro-batch that must carry no weight: this rank had no sample left, others did."""
+
+    inputs: Any
+
+    def pin_memory(self) -> Masked:
+        """Asked by torch's loader; this batch comes once per epoch, so it is left as it is."""
+        return self
+
+
+class RankStream(IterableDataset[Any]):
+    """Micro-batches of one rank from a stream that all ranks read alike.
+
+    With several loader processes each takes every n-th micro-batch; torch's loader asks them in
+    turn, so the order is that of one process.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        topology: Topology,
+        collate: Callable[[list[Any]], Any],
+        *,
+        drop_last: bool = False,
+    ) -> None:
+        """Args: the stream, topology, collator of a list of samples, whether to drop a short end."""
+        self.source = source
+        self.topology = topology
+        self.collate = collate
+        self.drop_last = drop_last
+        self.start = 0
+
+    def set_epoch(self, epoch: int, *, start: int = 0) -> None:
+        """Tell the stream its epoch, and how many samples to leave out because they were used."""
+        self.start = start
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(epoch)
+        elif isinstance(getattr(self.source, "generator", None), torch.Generator):
+            self.source.generator.manual_seed(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Collated micro-batches; a stand-in at the end is wrapped in ``Masked``."""
+        worker = get_worker_info()
+        turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
+        samples = islice(iter(self.source), self.start, None)
+        step = 0
+        while chunk := list(islice(samples, self.topology.chunk)):
+            if self.drop_last and len(chunk) < self.topology.chunk:
+                return
+            if step % turns == turn:
+                share = self.topology.share(len(chunk))
+                mine = [chunk[i] for i in share]
+                yield self.collate(mine) if mine else Masked(self.collate(chunk[:1]))
+            step += 1

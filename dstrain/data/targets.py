@@ -1,0 +1,106 @@
+"""How many targets a micro-batch has: the weight of its mean loss in the global mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Counts the targets that a model's mean loss is taken over.
+
+    Attributes:
+        labels: batch keys that are labels.
+        shifted: whether the model predicts token t from tokens before t, so that the first label
+            of a sequence is no target (causal language models).
+    """
+
+    labels: tuple[str, ...]
+    shifted: bool
+
+    @staticmethod
+    def of(module: torch.nn.Module, labels: list[str]) -> Targets:
+        """The rule for a model: transformers marks the loss of its causal models."""
+        config = getattr(module, "config", None)
+        causal = getattr(module, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+        return Targets(tuple(labels), causal and not getattr(config, "is_encoder_decoder", False))
+
+    def count(self, inputs: Any) -> int:
+        """Targets in a batch that is still in host memory, so that nothing waits for a device.
+
+        Integer labels count where they are not -100; float labels and batches without labels count
+        by samples.
+        """
+        labels = self._labels(inputs)
+        if labels is None or labels.is_floating_point() or labels.dim() == 0:
+            return batch_size(inputs)
+        if self.shifted and "shift_labels" not in inputs and labels.dim() > 1:
+            labels = labels[..., 1:]
+        return int((labels != IGNORED).sum())
+
+    def without_ignored(self, inputs: Any) -> Any:
+        """The batch with valid labels everywhere, for one that carries no weight.
+
+        The mean over no target is 0/0, and NaN times a weight of 0 stays NaN.
+        """
+        if not isinstance(inputs, Mapping):
+            return inputs
+        changed = dict(inputs)
+        for name in (*self.labels, "shift_labels"):
+            labels = changed.get(name)
+            if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+                changed[name] = labels.masked_fill(labels == IGNORED, 0)
+        return changed
+
+    def _labels(self, inputs: Any) -> torch.Tensor | None:
+        if not isinstance(inputs, Mapping):
+            return None
+        for name in ("shift_labels", *self.labels):
+            if isinstance(inputs.get(name), torch.Tensor):
+                return inputs[name]
+        return None
+
+
+def tensors(inputs: Any) -> list[torch.Tensor]:
+    """All tensors in a batch of any nesting."""
+    if isinstance(inputs, torch.Tensor):
+        return [inputs]
+    if isinstance(inputs, Mapping):
+        inputs = inputs.values()
+    elif not isinstance(inputs, (list, tuple)):
+        return []
+    return [t for part in inputs for t in tensors(part)]
+
+
+def batch_size(inputs: Any) -> int:
+    """Samples in a batch: the first dimension of its first tensor that has one."""
+    return next((t.shape[0] for t in tensors(inputs) if t.dim()), 1)
+
+
+def input_tokens(inputs: Any, main_input: str = "input_ids") -> int:
+    """Tokens that the model reads, padding included; elements of the main input otherwise."""
+    if isinstance(inputs, Mapping):
+        main = inputs.get(main_input, inputs.get("input_ids"))
+        if isinstance(main, torch.Tensor):
+            return main.numel() if not main.is_floating_point() else main.shape[0]
+    return batch_size(inputs)
+
+
+def to_device(inputs: Any, device: Any, *, float_dtype: torch.dtype | None) -> Any:
+    """The batch on ``device``, its float tensors in the model's format; copies do not wait."""
+    if isinstance(inputs, torch.Tensor):
+        dtype = float_dtype if inputs.is_floating_point() else None
+        return inputs.to(device=device, dtype=dtype, non_blocking=True)
+    if isinstance(inputs, Mapping):
+        moved = {k: to_device(v, device, float_dtype=float_dtype) for k, v in inputs.items()}
+        return type(inputs)(moved) if not isinstance(inputs, dict) else moved
+    if isinstance(inputs, (list, tuple)):
+        parts = [to_device(v, device, float_dtype=float_dtype) for v in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
+    return inputs

@@ -1,0 +1,32 @@
+"""The only room that imports deepspeed: start-up, engine, ZeRO contexts."""
+
+from dstrain.engine.engine import Engine, StepOutcome, inference_engine
+from dstrain.engine.groups import decay_parameter_names, parameter_groups
+from dstrain.engine.startup import device_name, device_type, peak_device_bytes, shut_down, start
+from dstrain.engine.zero import (
+    ZeroThreeMark,
+    full_numel,
+    full_shape,
+    gathered,
+    is_partitioned,
+    model_facts,
+)
+
+__all__ = [
+    "Engine",
+    "StepOutcome",
+    "ZeroThreeMark",
+    "decay_parameter_names",
+    "device_name",
+    "device_type",
+    "full_numel",
+    "full_shape",
+    "gathered",
+    "inference_engine",
+    "is_partitioned",
+    "model_facts",
+    "parameter_groups",
+    "peak_device_bytes",
+    "shut_down",
+    "start",
+]

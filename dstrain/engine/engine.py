@@ -1,0 +1,151 @@
+"""The adapter around a DeepSpeed engine: built from a resolved config, stepped, read, torn down."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dstrain.config import ResolvedConfig
+from dstrain.engine.stage_zero import repair_if_needed
+from dstrain.engine.zero import ZeroThreeMark
+
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did.
+
+    Attributes:
+        applied: False when fp16 overflowed; weights, optimizer and schedule then stayed as they were.
+        grad_norm: global gradient norm before clipping, a device tensor or a float; None when it
+            was not asked for and is not to be had for free.
+    """
+
+    applied: bool
+    grad_norm: torch.Tensor | float | None
+
+
+class Engine:
+    """A DeepSpeed engine that trains ``module``.
+
+    The caller runs ``engine.model(**inputs)`` and ``backward(loss, last=...)`` per micro-batch, then
+    ``step()``. Losses are already weighted: DeepSpeed averages gradients over ranks and does nothing
+    else to them.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        resolved: ResolvedConfig,
+        *,
+        groups: list[dict[str, Any]] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: SchedulerFactory | Any | None = None,
+        trains: bool = True,
+    ) -> None:
+        """Build the engine; at stage 3 a whole module becomes partitioned here.
+
+        Args:
+            module: the model, whole or already partitioned by zero.Init.
+            resolved: the config; final.
+            groups: parameter groups for the optimizer that the config names.
+            optimizer: the user's own optimizer, instead of ``groups``.
+            scheduler: a function of the basic optimizer, or the user's own scheduler; None leaves
+                it to the config.
+            trains: False builds no optimizer.
+        """
+        import deepspeed
+
+        config = resolved.to_deepspeed()
+        if optimizer is not None or not trains:
+            config.pop("optimizer", None)
+        if optimizer is not None and resolved.stage > 0:
+            config["zero_allow_untested_optimizer"] = True
+            config["zero_force_ds_cpu_optimizer"] = False
+        if not trains:
+            config.pop("scheduler", None)
+        if resolved.has_scheduler:
+            scheduler = None
+        with _quiet():
+            self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
+                model=module,
+                model_parameters=groups if optimizer is None else None,
+                optimizer=optimizer,
+                lr_scheduler=scheduler,
+                config=config,
+            )
+        self.module = module
+        self.resolved = resolved
+        # With plain fp32 and stage 0 DeepSpeed keeps no norm, so it is computed on request.
+        self._norm_by_hand = resolved.stage == 0 and resolved.precision == "fp32"
+        self._mark = ZeroThreeMark(resolved)
+        self._repair = repair_if_needed(self.optimizer) if trains else None
+
+    @property
+    def model(self) -> Any:
+        """What to call for a forward pass (``DeepSpeedEngine``)."""
+        return self._engine
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Back-propagate one micro-batch; ``last`` marks the end of the accumulation window."""
+        if self._repair is not None:
+            loss = self._repair.scale(loss)
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, *, want_norm: bool = False) -> StepOutcome:
+        """Clip, update weights and schedule, clear gradients."""
+        norm: torch.Tensor | float | None = None
+        if want_norm and self._norm_by_hand:
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+        self._engine.step()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        if self._repair is not None:
+            norm = self._repair.unscaled(norm)
+            self._repair.after_step()
+        return StepOutcome(applied=self._engine.was_step_applied(), grad_norm=norm)
+
+    def learning_rates(self) -> list[float]:
+        """The learning rate of each parameter group, to be used by the next step."""
+        return [float(g["lr"]) for g in self.optimizer.param_groups]
+
+    def loss_scale(self) -> float | None:
+        """The current fp16 loss scale; None in other formats."""
+        if self.resolved.precision != "fp16":
+            return None
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        scale = getattr(scaler, "cur_scale", None) or getattr(self.optimizer, "cur_scale", None)
+        return None if scale is None else float(scale)
+
+    def destroy(self) -> None:
+        """Let go of DeepSpeed's buffers and hooks; the module keeps its weights.
+
+        A partitioned module stays partitioned and can be given to a new engine.
+        """
+        self._engine.destroy()
+        self._mark.close()
+        self._engine = None
+        self.optimizer = None
+        self.scheduler = None
+
+
+def inference_engine(module: torch.nn.Module, resolved: ResolvedConfig) -> Engine:
+    """An engine without optimizer that can only run forward, for a partitioned module."""
+    return Engine(module, resolved, trains=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """DeepSpeed prints banners from every rank while it builds; its errors still raise."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

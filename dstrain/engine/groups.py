@@ -1,0 +1,51 @@
+"""Parameter groups: weight decay on matrices, none on biases and normalisation weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import ModelError, Problem
+
+# The names that transformers' Trainer leaves without decay.
+_NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+def decay_parameter_names(module: torch.nn.Module) -> list[str]:
+    """Names of the parameters that weight decay applies to, the rule of transformers' Trainer."""
+    from dstrain.engine.compat import get_parameter_names
+
+    return get_parameter_names(module, [torch.nn.LayerNorm], _NO_DECAY)
+
+
+def parameter_groups(
+    module: torch.nn.Module,
+    *,
+    weight_decay: float,
+    decay_names: Callable[[torch.nn.Module], list[str]] = decay_parameter_names,
+) -> list[dict[str, Any]]:
+    """One group with ``weight_decay`` and one without; empty groups are left out.
+
+    Raises:
+        ModelError: no parameter of the module has requires_grad.
+    """
+    decayed = set(decay_names(module))
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[0 if name in decayed else 1]["params"].append(parameter)
+    groups = [g for g in groups if g["params"]]
+    if not groups:
+        raise ModelError(
+            Problem(
+                f"{type(module).__name__} has no trainable parameter",
+                "every parameter has requires_grad=False",
+                "unfreeze some, or call evaluate() instead of train()",
+            )
+        )
+    return groups

@@ -1,0 +1,417 @@
+"""DeepSpeed's compiled ops: where they live, building them ahead, and removing dead build locks.
+
+DeepSpeed compiles an op when a run first needs it, through torch's `load`, which guards each op's
+folder with a file named `lock`. Two things go wrong with that. The first run seems to hang for a
+minute, so `build_ops` does the work ahead and says so. And a process killed while it builds leaves
+its lock behind, after which every later run waits for it for ever, so `clear_stale_locks` removes
+those that no living process holds.
+
+`python -m dstrain.engine.ops shm_comm fused_adam cpu_adam` does both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstrain.core.errors import ConfigError, DstrainError, Problem, nearest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of DeepSpeed.
+
+    Attributes:
+        builder: name of DeepSpeed's builder class.
+        folder: name of its folder, and of the library in it.
+        typical_seconds: how long a build takes on a small machine.
+    """
+
+    builder: str
+    folder: str
+    typical_seconds: int = 60
+
+
+OPS = {
+    "shm_comm": Op("ShareMemCommBuilder", "deepspeed_shm_comm"),
+    "fused_adam": Op("FusedAdamBuilder", "fused_adam"),
+    "cpu_adam": Op("CPUAdamBuilder", "cpu_adam"),
+    "cpu_lion": Op("CPULionBuilder", "cpu_lion"),
+    "cpu_adagrad": Op("CPUAdagradBuilder", "cpu_adagrad"),
+    "pin_memory": Op("PinMemoryBuilder", "pin_memory"),
+    "async_io": Op("AsyncIOBuilder", "async_io"),
+}
+
+# Between the creation of a lock and its appearance among its owner's open files lie microseconds.
+SETTLE_SECONDS = 2.0
+# Where the owner may be out of sight only age tells; no op takes this long to build.
+UNSEEN_OWNER_SECONDS = 1800.0
+
+# File systems that no other machine can write to.
+_LOCAL_FILESYSTEMS = frozenset(
+    ["bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"]
+)
+# A person looking into an op's folder is no builder. (ninja runs its commands through `sh`.)
+_INTERACTIVE_SHELLS = frozenset(["bash", "csh", "fish", "ksh", "tcsh", "zsh"])
+
+
+def extensions_dir() -> Path:
+    """The folder in which this environment keeps its compiled ops.
+
+    TORCH_EXTENSIONS_DIR where that is set, else `torch_extensions` inside the virtual environment,
+    since environments that share one folder rebuild each other's ops, else torch's own default.
+    """
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if given:
+        return Path(given)
+    if sys.prefix != sys.base_prefix:
+        return Path(sys.prefix) / "torch_extensions"
+    return _torch_default_dir()
+
+
+def prepare_environment() -> Path:
+    """Make torch use `extensions_dir()` and find ninja, in this process and those it starts.
+
+    Both are missing when a virtual environment's python is called without activating it.
+    """
+    folder = extensions_dir()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    programs = Path(sys.executable).parent
+    if shutil.which("ninja") is None and (programs / "ninja").exists():
+        os.environ["PATH"] = os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)])
+    return folder
+
+
+def clear_stale_locks(folder: Path) -> list[Path]:
+    """Remove the build locks under `folder` that belong to no living process; return their paths.
+
+    Safe while other ranks build or clear. torch keeps a lock open for as long as it builds, so a
+    lock that no process has open is nobody's; what ninja and compilers outlived their build are
+    waited for. Processes that clear take turns, so between that finding and the removal nobody else
+    can have removed the lock and a new build put its own in the same place.
+
+    Processes of another user, or of another machine where the disk is shared, cannot be seen: there
+    a lock goes only once it is older than `UNSEEN_OWNER_SECONDS`. Containers that share a folder on
+    one machine cannot see each other either, and cannot be told apart: give each its own.
+
+    Raises:
+        ConfigError: a stale lock cannot be removed.
+    """
+    if not _locks(folder):
+        return []
+    cleared = []
+    with _taking_turns(folder / ".dstrain-clear.lock"):
+        for lock in _locks(folder):
+            if not _is_stale(lock):
+                continue
+            try:
+                lock.unlink(missing_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    Problem(
+                        f"A killed build of a DeepSpeed op left {lock}, and it cannot be removed",
+                        f"every run that needs the op would wait for it for ever ({error})",
+                        "remove it, or set TORCH_EXTENSIONS_DIR to a folder of your own",
+                    )
+                ) from error
+            logger.warning("Removed %s, left by a build that was killed.", lock)
+            cleared.append(lock)
+    return cleared
+
+
+def is_built(name: str) -> bool:
+    """Whether `build_ops` built the op for this python, torch, DeepSpeed and processor.
+
+    Looks at two files and imports neither torch nor deepspeed.
+
+    Raises:
+        ConfigError: there is no such op.
+    """
+    folder = extensions_dir() / _op(name).folder
+    library = folder / f"{_op(name).folder}.so"
+    return library.exists() and _read_stamp(folder) == _fingerprint()
+
+
+def build_ops(names: Sequence[str]) -> None:
+    """Build the named ops that are not built yet, and say so on standard error.
+
+    Processes that build in the same folder take turns.
+
+    Raises:
+        ConfigError: there is no such op, the accelerator has none, or it does not compile.
+    """
+    if all([is_built(name) for name in names]):
+        return
+    folder = prepare_environment()
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = f"Waiting for another process that builds DeepSpeed's ops in {folder} ..."
+    with _taking_turns(folder / ".dstrain-build.lock", waiting=waiting):
+        for name in names:
+            if not is_built(name):
+                _build(name, folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Clear stale locks and build the ops named on the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m dstrain.engine.ops", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="op", help=f"any of {', '.join(OPS)}")
+    names = parser.parse_args(arguments).names
+    # As an exception, a SIGTERM lets torch remove its lock.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        clear_stale_locks(extensions_dir())
+        build_ops(names)
+    except DstrainError as error:
+        _say(str(error))
+        return 1
+    return 0
+
+
+def _op(name: str) -> Op:
+    if name in OPS:
+        return OPS[name]
+    close = nearest(name, set(OPS))
+    raise ConfigError(
+        Problem(
+            f"There is no op named {name!r}",
+            f"the known ones are {', '.join(OPS)}",
+            f"did you mean {close!r}?" if close else "",
+        )
+    )
+
+
+def _build(name: str, folder: Path) -> None:
+    op = _op(name)
+    own = folder / op.folder
+    clear_stale_locks(folder)
+    lock = own / "lock"
+    if _read_stamp(own) not in (None, _fingerprint()) and not lock.exists():
+        # Built for another torch, or for a processor with other instructions: ninja would see the
+        # same command line and keep it.
+        shutil.rmtree(own)
+    if lock.exists():
+        _say(f"Waiting for the run that builds DeepSpeed's {name} ...")
+        _wait_for(lock)
+    elif (own / f"{op.folder}.so").exists():
+        _say(f"Checking DeepSpeed's {name} ...")
+    else:
+        _say(f"Building DeepSpeed's {name} (about {op.typical_seconds} s, once) ...")
+    started = time.monotonic()
+    _load(name)
+    _write_stamp(own)
+    _say(f"DeepSpeed's {name} is ready ({time.monotonic() - started:.1f} s).")
+
+
+def _wait_for(lock: Path) -> None:
+    """Wait until the lock is gone. Unlike torch's wait, this one ends when its owner is killed."""
+    for half_seconds in itertools.count(1):
+        if not lock.exists():
+            return
+        time.sleep(0.5)
+        if half_seconds % 20 == 0:
+            clear_stale_locks(lock.parent.parent)
+
+
+def _load(name: str) -> None:
+    """Have DeepSpeed compile the op, where that is still to do, and load it."""
+    os.environ.setdefault("DS_LOG_LEVEL", "WARNING")
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    builder = accelerator.create_op_builder(_op(name).builder)
+    if builder is None or type(builder).__name__ == "NotImplementedBuilder":
+        raise ConfigError(f"DeepSpeed has no {name} for accelerator {accelerator.device_name()!r}")
+    try:
+        builder.load(verbose=False)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            Problem(
+                f"DeepSpeed's {name} does not build",
+                str(error),
+                "it takes a C++17 compiler and Python's headers (on Debian and Ubuntu: apt-get "
+                "install build-essential python3-dev), on NVIDIA GPUs nvcc as well",
+            )
+        ) from error
+
+
+def _torch_default_dir() -> Path:
+    """What `_get_build_directory` of torch.utils.cpp_extension takes, less the op's name."""
+    import torch
+    from torch.utils.cpp_extension import get_default_build_root
+
+    if torch.version.hip is not None:
+        accelerator = f"rocm{torch.version.hip.replace('.', '')}"
+    elif torch.version.cuda is not None:
+        accelerator = f"cu{torch.version.cuda.replace('.', '')}"
+    else:
+        accelerator = "cpu"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+    return Path(get_default_build_root()) / f"{python}_{accelerator}"
+
+
+def _fingerprint() -> dict[str, str]:
+    """All that a compiled op depends on, cheap to read."""
+    return {
+        "python": f"{sys.implementation.cache_tag} {sys.prefix}",
+        "torch": importlib.metadata.version("torch"),
+        "deepspeed": importlib.metadata.version("deepspeed"),
+        # DeepSpeed compiles for the very processor it runs on.
+        "processor": f"{platform.machine()} {_processor_features()}",
+    }
+
+
+def _processor_features() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith(("flags", "Features")):
+                return hashlib.sha256(line.encode()).hexdigest()[:16]
+    return ""
+
+
+def _read_stamp(op_folder: Path) -> dict[str, str] | None:
+    try:
+        return json.loads((op_folder / "dstrain-built.json").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_stamp(op_folder: Path) -> None:
+    op_folder.mkdir(exist_ok=True)
+    unfinished = op_folder / f"dstrain-built.{os.getpid()}"
+    unfinished.write_text(json.dumps(_fingerprint(), indent=1))
+    unfinished.replace(op_folder / "dstrain-built.json")
+
+
+def _locks(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/lock"))
+
+
+def _is_stale(lock: Path) -> bool:
+    first: os.stat_result | None = None
+    while True:
+        try:
+            seen = lock.stat()
+        except FileNotFoundError:
+            return False
+        asked_before = first is not None
+        if first is None:
+            first = seen
+        elif (first.st_ino, first.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
+            return False  # a new build took the place of the one that ended
+        owned, compiling = _users(lock)
+        if owned:
+            return False
+        age_seconds = time.time() - seen.st_mtime
+        if age_seconds >= UNSEEN_OWNER_SECONDS:
+            return True
+        if _owner_may_be_unseen(lock, seen):
+            logger.warning(
+                "%s may belong to a build by another user or on another machine. If none is under "
+                "way, remove it: every run that needs the op waits for it.",
+                lock,
+            )
+            return False
+        if not compiling and (asked_before or age_seconds >= SETTLE_SECONDS):
+            return True
+        if compiling and not asked_before:
+            logger.warning(
+                "Waiting for %s, still at work in %s after its build was killed.",
+                " and ".join(compiling),
+                lock.parent,
+            )
+        time.sleep(SETTLE_SECONDS)
+
+
+def _users(lock: Path) -> tuple[bool, list[str]]:
+    """Whether a process that we can see has the lock open, and the processes at work beside it.
+
+    The latter are ninja and compilers that outlived the process that started them; they hold no
+    lock, but a second build at the same time would write the same files.
+    """
+    owned = False
+    compiling: list[str] = []
+    try:
+        lock_id, folder_id = _file_id(lock), _file_id(lock.parent)
+    except FileNotFoundError:
+        return owned, compiling
+    for process in Path("/proc").glob("[0-9]*"):
+        # Processes end while we look, and those of other users are closed to us.
+        with contextlib.suppress(OSError):
+            command = (process / "comm").read_text().strip()
+            if command not in _INTERACTIVE_SHELLS and _file_id(process / "cwd") == folder_id:
+                compiling.append(f"{command} (process {process.name})")
+        with contextlib.suppress(OSError), os.scandir(process / "fd") as opened:
+            for descriptor in opened:
+                with contextlib.suppress(OSError):
+                    owned = owned or _file_id(descriptor.path) == lock_id
+    return owned, compiling
+
+
+def _file_id(path: Path | str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def _owner_may_be_unseen(lock: Path, seen: os.stat_result) -> bool:
+    if not Path("/proc/self/fd").exists():
+        return True
+    if os.geteuid() not in (0, seen.st_uid):
+        return True
+    return _filesystem(lock) not in _LOCAL_FILESYSTEMS
+
+
+def _filesystem(path: Path) -> str:
+    """The type of the file system that holds `path`, such as ext4 or nfs4."""
+    resolved = path.resolve()
+    best, kind = -1, ""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        # 36 35 98:0 /root /mount/point rw,noatime shared:1 - ext4 /dev/sda1 rw
+        mount, _, filesystem = line.partition(" - ")
+        point = Path(mount.split()[4])
+        # `>=`: of two mounts in one place the later hides the earlier.
+        if resolved.is_relative_to(point) and len(point.parts) >= best:
+            best, kind = len(point.parts), filesystem.split()[0]
+    return kind
+
+
+@contextlib.contextmanager
+def _taking_turns(path: Path, *, waiting: str = "") -> Iterator[None]:
+    """Hold an exclusive lock on `path` for the body; the kernel drops it when the process dies."""
+    with contextlib.ExitStack() as stack:
+        # Where we cannot write or the file system knows no locks, going on alone is what is left.
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(path, "a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting:
+                    _say(waiting)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

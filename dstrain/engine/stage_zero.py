@@ -1,0 +1,78 @@
+"""Stage 0 in a 16-bit format, where DeepSpeed 0.19.8 needs three corrections.
+
+Its ``FP16_UnfusedOptimizer`` and ``FP16_Optimizer``, used only there,
+
+1. allocate optimizer state by *taking a step* with zero gradients, so Adam's bias correction starts
+   at step 2 (the first real update is 0.74 of what it should be) and weight decay is applied once
+   too often to the master weights;
+2. divide gradients by the fp16 loss scale, while ``engine.backward`` multiplies the loss by it only
+   for ZeRO optimizers: gradients end up 65536 times too small;
+3. raise the loss scale *before* dividing by it, so at the end of every scale window one step uses
+   half its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class StageZeroRepair:
+    """Keeps one such optimizer right; made once per engine, asked around every step."""
+
+    def __init__(self, optimizer: Any) -> None:
+        """Undo the phantom step and take over the updates of the loss scale."""
+        self._config = optimizer.loss_scale_config
+        self._update_scale = optimizer._update_scale
+        self._update_is_due = False
+        self._scale_in_use = float(self._config.cur_scale)
+        self._norm_is_unscaled = hasattr(optimizer, "fp32_groups_flat")
+        optimizer._update_scale = self._update_later
+        _undo_phantom_step(optimizer)
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the scale that the step will divide by."""
+        self._scale_in_use = float(self._config.cur_scale)
+        return loss * self._scale_in_use if self._scale_in_use != 1.0 else loss
+
+    def unscaled(self, norm: Any) -> Any:
+        """The gradient norm without the loss scale (the unfused optimizer keeps it scaled)."""
+        if norm is None or self._norm_is_unscaled:
+            return norm
+        return norm / self._scale_in_use
+
+    def after_step(self) -> None:
+        """Now that gradients have been unscaled, let the scale grow if it is due."""
+        if self._update_is_due:
+            self._update_is_due = False
+            self._update_scale(False)
+
+    def _update_later(self, skip: bool) -> None:
+        if skip:
+            self._update_scale(True)
+        else:
+            self._update_is_due = True
+
+
+def repair_if_needed(optimizer: Any) -> StageZeroRepair | None:
+    """A repair for the two optimizers that need one, None for all others."""
+    needs = hasattr(optimizer, "loss_scale_config") and hasattr(optimizer, "_update_scale")
+    return StageZeroRepair(optimizer) if needs else None
+
+
+def _undo_phantom_step(optimizer: Any) -> None:
+    inner = optimizer.optimizer
+    inner.state.clear()
+    for group in inner.param_groups:
+        if "step" in group:
+            group["step"] = 0
+    flat = getattr(optimizer, "fp32_groups_flat", None)
+    with torch.no_grad():
+        if flat is not None:
+            for master, weights in zip(flat, optimizer.fp16_groups, strict=True):
+                master.copy_(torch.cat([w.reshape(-1) for w in weights]))
+            return
+        for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for master, weight in zip(masters, weights, strict=True):
+                master.copy_(weight)

@@ -1,0 +1,146 @@
+"""Start-up: which accelerator, which rank, one process group. Before this, deepspeed is not imported."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+from datetime import timedelta
+
+from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks, launched_ranks
+
+logger = get_logger(__name__)
+
+
+def start(
+    *, use_cpu: bool = False, backend: str | None = None, timeout_seconds: int = 1800
+) -> Ranks:
+    """Bring up the process group once; later calls only return the facts.
+
+    Works under the ``deepspeed`` launcher, torchrun and plain Python (one process, no environment
+    to set). On the CPU the ranks of one machine share its cores.
+
+    Raises:
+        ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, or more
+            ranks on this machine than accelerators.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        facts = launched_ranks()
+        return Ranks(dist.get_rank(), facts.local_rank, dist.get_world_size(), facts.local_world_size)
+    choose_accelerator(use_cpu=use_cpu)
+    _single_process_environment()
+    from dstrain.engine import ops
+
+    folder = ops.extensions_dir()
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
+    for lock in ops.clear_stale_locks(folder):
+        logger.warning("removed the lock of an interrupted build of a DeepSpeed op: %s", lock.parent.name)
+    ranks = launched_ranks()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if use_cpu and not on_cpu:
+        raise ConfigError(
+            Problem(
+                f"use_cpu=True, but DeepSpeed was already imported for {accelerator.device_name()}",
+                "DeepSpeed chooses its accelerator on import",
+                "set DS_ACCELERATOR=cpu, or build the arguments before importing deepspeed",
+            )
+        )
+    if on_cpu:
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, _usable_cores() // ranks.local_world_size))
+        if ranks.is_local_main and not ops.is_built("shm_comm"):
+            logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
+    else:
+        if ranks.local_rank >= accelerator.device_count():
+            raise ConfigError(
+                Problem(
+                    f"local rank {ranks.local_rank} with {accelerator.device_count()} devices",
+                    "each rank drives one device",
+                    f"start at most {accelerator.device_count()} ranks on this machine",
+                )
+            )
+        accelerator.set_device(ranks.local_rank)
+    # DeepSpeed prints from every rank here; a failure still raises.
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            timeout=timedelta(seconds=timeout_seconds),
+            verbose=False,
+            auto_mpi_discovery=False,
+        )
+    return ranks
+
+
+def choose_accelerator(*, use_cpu: bool) -> None:
+    """Tell DeepSpeed, before its import, to use the CPU where it is wanted or all there is."""
+    import torch
+
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    if use_cpu or not (torch.cuda.is_available() or _other_accelerator()):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def device_type() -> str:
+    """The torch device type that DeepSpeed trains on."""
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().device_name()).split(":")[0]
+
+
+def device_name() -> str:
+    """The torch device of this rank, such as "cuda:0" or "cpu"."""
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().current_device_name())
+
+
+def peak_device_bytes() -> int:
+    """Most bytes that tensors held on this rank's accelerator; 0 on the CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    return 0 if accelerator.device_name() == "cpu" else int(accelerator.max_memory_allocated())
+
+
+def shut_down() -> None:
+    """Take the process group down; the last thing a command does."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _other_accelerator() -> bool:
+    """Whether torch sees an accelerator of another kind (xpu, npu, hpu)."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    return found is not None and found.type not in ("cpu", "mps")
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _single_process_environment() -> None:
+    """Without a launcher this process is the whole world; its port must not meet another run's."""
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(port))

@@ -1,0 +1,86 @@
+"""ZeRO-3 partitioned parameters: their true sizes, gathering them, building models under zero.Init."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from dstrain.config import ModelFacts, ResolvedConfig
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds this parameter as one slice per rank."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter; a partitioned one reports (0,) itself."""
+    return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+
+
+def full_numel(parameter: torch.Tensor) -> int:
+    """Elements of the whole parameter."""
+    return int(parameter.ds_numel if is_partitioned(parameter) else parameter.numel())
+
+
+def model_facts(module: torch.nn.Module) -> ModelFacts:
+    """Sizes of a module's parameters, right for partitioned ones too."""
+    return ModelFacts.of_shapes((full_shape(p), p.requires_grad) for p in module.parameters())
+
+
+@contextlib.contextmanager
+def gathered(
+    parameters: Iterable[torch.nn.Parameter], *, write_from: int | None = None
+) -> Iterator[None]:
+    """Make whole parameters of partitioned ones inside the block; a collective of all ranks.
+
+    Args:
+        parameters: the ones to gather; those that are not partitioned are left alone.
+        write_from: rank whose changes are kept and sent to the others; None discards changes.
+    """
+    split = [p for p in parameters if is_partitioned(p)]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split, modifier_rank=write_from):
+        yield
+
+
+class ZeroThreeMark:
+    """Tells transformers that ZeRO stage 3 is on: models are then built partitioned.
+
+    transformers keeps only a weak reference, so this object must live as long as that should hold:
+    while the model is built, and while it generates (ranks must then stay in step). It has the two
+    things that transformers reads, ``config`` and ``is_zero3``; its own class needs accelerate.
+    """
+
+    def __init__(self, resolved: ResolvedConfig) -> None:
+        """Register with transformers when the stage is 3, unregister otherwise."""
+        from dstrain.engine.compat import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+        self.config: dict[str, Any] = resolved.to_deepspeed()
+        self._stage = resolved.stage
+        if self._stage == 3:
+            set_hf_deepspeed_config(self)
+        else:
+            unset_hf_deepspeed_config()
+
+    def is_zero3(self) -> bool:
+        """Asked by transformers when it builds a model."""
+        return self._stage == 3
+
+    def is_zero2(self) -> bool:
+        """Asked by transformers in few places."""
+        return self._stage == 2
+
+    def close(self) -> None:
+        """Models are built whole again from now on."""
+        from dstrain.engine.compat import unset_hf_deepspeed_config
+
+        if self._stage == 3:
+            unset_hf_deepspeed_config()

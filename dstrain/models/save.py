@@ -1,0 +1,252 @@
+"""Saving a model as a Hugging Face folder, written by all ranks, at every ZeRO stage.
+
+Shard k is written by rank ``k mod world_size``. Partitioned parameters are gathered a few at a time
+and kept only by the rank that writes them, so the most a rank holds is one shard being filled and
+one being written.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import ModelError, Problem
+from dstrain.core.ranks import Ranks, all_or_none, barrier
+from dstrain.engine import full_numel, gathered, is_partitioned
+
+SHARD_BYTES = 5 * 10**9
+# Gathering parameters one by one would pay a latency for each; a group stays small beside a shard.
+GATHER_BYTES = 256 * 2**20
+_WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of the saved model under its saved name."""
+
+    name: str
+    tensor: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return full_numel(self.tensor) * self.tensor.element_size()
+
+
+def save_model(
+    module: torch.nn.Module, folder: Path | str, ranks: Ranks, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write weights, ``config.json`` and ``generation_config.json``; a collective of all ranks.
+
+    Weights are those the engine trains with, in its format; tied weights are written once. A plain
+    ``nn.Module`` gets ``model.safetensors`` alone.
+
+    Raises:
+        ModelError: the folder cannot be written; raised on every rank.
+    """
+    target = Path(folder)
+    with all_or_none():
+        if ranks.is_main:
+            _make_folder(target)
+    if _needs_conversion(module):
+        _save_converted(module, target, ranks, shard_bytes)
+        return
+    entries = _entries(module)
+    shards = _plan(entries, shard_bytes)
+    names = _shard_names(len(shards))
+    with all_or_none():
+        _write_shards(shards, names, target, ranks)
+    if ranks.is_main:
+        weight_map = {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard}
+        _finish(target, weight_map, sum(e.num_bytes for e in entries), names)
+        _save_configs(module, target)
+    barrier()
+
+
+def check_writable(folder: Path | str) -> None:
+    """Make the folder and prove that a file can be written there.
+
+    Raises:
+        ModelError: naming the folder and the system's reason.
+    """
+    target = Path(folder)
+    _make_folder(target)
+    probe = target / f".dstrain-write-test-{os.getpid()}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _make_folder(target: Path) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(target: Path, error: OSError) -> ModelError:
+    return ModelError(
+        Problem(
+            f"output_dir {str(target)!r} cannot be written",
+            f"{error.strerror or error}",
+            "choose another output_dir, or change its permissions",
+        )
+    )
+
+
+def _entries(module: torch.nn.Module) -> list[_Entry]:
+    """Parameters and persistent buffers in module order, each shared tensor under one name."""
+    tied_away = set(getattr(module, "all_tied_weights_keys", None) or ())
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        tensors[id(parameter)] = parameter
+    entries = []
+    for key, aliases in names.items():
+        kept = next((n for n in aliases if n not in tied_away), aliases[0])
+        entries.append(_Entry(kept, tensors[key]))
+    persistent = module.state_dict(keep_vars=True)
+    entries += [_Entry(n, b) for n, b in module.named_buffers() if n in persistent]
+    return entries
+
+
+def _plan(entries: list[_Entry], shard_bytes: int) -> list[list[_Entry]]:
+    """Fill shards in order; a tensor larger than a shard has one of its own."""
+    shards: list[list[_Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.num_bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.num_bytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _write_shards(
+    shards: list[list[_Entry]], names: list[str], target: Path, ranks: Ranks
+) -> None:
+    """Gather every parameter once; write this rank's shards in a thread while the next fills."""
+    failure: BaseException | None = None
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        pending: Future[None] | None = None
+        for index, (shard, name) in enumerate(zip(shards, names, strict=True)):
+            mine = index % ranks.world_size == ranks.rank
+            if mine and pending is not None:
+                failure = failure or pending.exception()
+            held: dict[str, torch.Tensor] = {}
+            for group in _gather_groups(shard):
+                with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
+                    if mine:
+                        for e in group:
+                            held[e.name] = e.tensor.detach().to("cpu", copy=True).contiguous()
+            if mine:
+                pending = writer.submit(_write_file, held, target / name)
+        if pending is not None:
+            failure = failure or pending.exception()
+    if failure is not None:
+        if isinstance(failure, OSError):
+            raise _unwritable(target, failure) from failure
+        raise failure
+
+
+def _gather_groups(shard: list[_Entry]) -> Iterator[list[_Entry]]:
+    group: list[_Entry] = []
+    size = 0
+    for entry in shard:
+        if group and is_partitioned(entry.tensor) and size + entry.num_bytes > GATHER_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(entry)
+        size += entry.num_bytes if is_partitioned(entry.tensor) else 0
+    if group:
+        yield group
+
+
+def _write_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        os.replace(partial, path)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _finish(target: Path, weight_map: dict[str, str], total_bytes: int, names: list[str]) -> None:
+    """Write the index of several shards, then remove weight files of an earlier save."""
+    keep = set(names)
+    if len(names) > 1:
+        index = "model.safetensors.index.json"
+        partial = target / f".{index}.partial"
+        content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        os.replace(partial, target / index)
+        keep.add(index)
+    for path in target.iterdir():
+        if _WEIGHT_FILE.fullmatch(path.name) and path.name not in keep:
+            path.unlink()
+
+
+def _save_configs(module: torch.nn.Module, target: Path) -> None:
+    config = getattr(module, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        return
+    saved: Any = copy.deepcopy(config)
+    saved.architectures = [type(module).__name__]
+    saved.dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+    saved.save_pretrained(target)
+    if getattr(module, "generation_config", None) is not None and module.can_generate():
+        module.generation_config.save_pretrained(target)
+
+
+def _needs_conversion(module: torch.nn.Module) -> bool:
+    """Whether transformers stores this architecture in another layout than it trains it in."""
+    if not hasattr(module, "save_pretrained"):
+        return False
+    from dstrain.models.compat import save_conversions
+
+    return bool(save_conversions(module))
+
+
+def _save_converted(
+    module: torch.nn.Module, target: Path, ranks: Ranks, shard_bytes: int
+) -> None:
+    """The path of architectures whose layout is converted (merged experts and the like).
+
+    The conversion is transformers' own and needs tensors together, so rank 0 holds the whole model
+    in host memory here.
+    """
+    held: dict[str, torch.Tensor] = {}
+    for group in _gather_groups(_entries(module)):
+        with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
+            if ranks.is_main:
+                for e in group:
+                    held[e.name] = e.tensor.detach().to("cpu", copy=True).contiguous()
+    with all_or_none():
+        if ranks.is_main:
+            try:
+                module.save_pretrained(target, state_dict=held, max_shard_size=shard_bytes)
+            except OSError as error:
+                raise _unwritable(target, error) from error

@@ -1,0 +1,5 @@
+"""The public Trainer, its assembly and its loop."""
+
+from dstrain.trainer.trainer import Trainer
+
+__all__ = ["Trainer"]

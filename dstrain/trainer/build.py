@@ -1,0 +1,199 @@
+"""Assembly: the only place that sees the whole row of rooms, from arguments to engine."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.arguments import TrainingArguments
+from dstrain.config import Facts, ResolvedConfig, resolve
+from dstrain.core import log
+from dstrain.core.errors import DataError, Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks
+from dstrain.data import (
+    Collator,
+    LoaderOptions,
+    Targets,
+    Topology,
+    build_loader,
+    forward_columns,
+    keep_columns,
+    label_columns,
+    micro_steps,
+)
+from dstrain.engine import Engine, device_type, model_facts, parameter_groups, start
+
+logger = get_logger(__name__)
+
+
+def start_run(args: TrainingArguments) -> Ranks:
+    """Process group, log levels and number formats, before anything touches the model."""
+    ranks = start(
+        use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_seconds=args.ddp_timeout
+    )
+    log.configure(
+        level=args.get_process_log_level(), rank=ranks.rank, world_size=ranks.world_size
+    )
+    if args.tf32 is not None and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = args.tf32
+        torch.backends.cudnn.allow_tf32 = args.tf32
+    return ranks
+
+
+def default_collator(processing_class: Any) -> Collator:
+    """Padding to the longest sample where there is a tokenizer, plain stacking elsewhere."""
+    from transformers import (
+        DataCollatorWithPadding,
+        PreTrainedTokenizerBase,
+        SequenceFeatureExtractor,
+        default_data_collator,
+    )
+
+    if isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor)):
+        return DataCollatorWithPadding(processing_class)
+    return default_data_collator
+
+
+def targets_of(module: torch.nn.Module, args: TrainingArguments) -> Targets:
+    """How targets of this model are counted."""
+    return Targets.of(module, label_columns(module, args.label_names))
+
+
+def prepare_dataset(
+    dataset: Any,
+    collate: Collator,
+    module: torch.nn.Module,
+    args: TrainingArguments,
+    *,
+    description: str,
+) -> tuple[Any, Collator]:
+    """The dataset and collator, without the columns that the model does not take."""
+    known = forward_columns(module) if args.remove_unused_columns else None
+    if known is None:
+        return dataset, collate
+    keep = {*known, *label_columns(module, args.label_names), "label", "label_ids"}
+    return keep_columns(dataset, collate, sorted(keep), description=description)
+
+
+def make_loader(
+    dataset: Any,
+    collate: Collator,
+    resolved: ResolvedConfig,
+    args: TrainingArguments,
+    ranks: Ranks,
+    *,
+    train: bool,
+) -> Any:
+    """This rank's loader of training (shuffled) or evaluation (in order, nothing dropped)."""
+    micro_batch = resolved.micro_batch_size if train else args.per_device_eval_batch_size
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return build_loader(
+        dataset,
+        Topology(micro_batch, ranks.world_size, ranks.rank),
+        collate,
+        LoaderOptions(
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory and device_type() != "cpu",
+            persistent_workers=args.dataloader_persistent_workers,
+            drop_last=args.dataloader_drop_last and train,
+        ),
+        seed=seed,
+        shuffle=train,
+    )
+
+
+def training_steps(loader: Any, args: TrainingArguments, accumulation: int) -> tuple[int, int | None]:
+    """Optimizer steps of the whole run, and of one epoch (None for a stream).
+
+    Raises:
+        DataError: no micro-batch in an epoch, or a stream without max_steps.
+    """
+    per_epoch = micro_steps(loader)
+    if per_epoch == 0:
+        raise DataError(
+            Problem(
+                "the training data gives no batch",
+                "dataloader_drop_last drops what does not fill one micro-batch on every rank",
+                "add data, or use a smaller per_device_train_batch_size or dataloader_drop_last=False",
+            )
+        )
+    windows = None if per_epoch is None else math.ceil(per_epoch / accumulation)
+    if args.max_steps > 0:
+        return args.max_steps, windows
+    if windows is None:
+        raise DataError(
+            Problem(
+                "the training data is a stream, whose length is not known",
+                "the learning-rate schedule needs the number of steps",
+                "set max_steps",
+            )
+        )
+    return math.ceil(args.num_train_epochs * windows), windows
+
+
+def resolve_config(
+    args: TrainingArguments,
+    ranks: Ranks,
+    *,
+    module: torch.nn.Module | None = None,
+    num_training_steps: int | None = None,
+) -> ResolvedConfig:
+    """Resolve for this world, with what is known of the model and the run."""
+    facts = Facts(
+        world_size=ranks.world_size,
+        device=device_type(),
+        num_training_steps=num_training_steps,
+        model=None if module is None else model_facts(module),
+    )
+    return resolve(args, facts)
+
+
+def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Callable[[Any], Any]:
+    """A function that makes the schedule for a basic optimizer; the engine calls and steps it."""
+
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        from transformers import get_scheduler
+
+        return get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(num_training_steps),
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+        )
+
+    return make
+
+
+def training_engine(
+    module: torch.nn.Module,
+    resolved: ResolvedConfig,
+    *,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Any,
+    decay_names: Callable[[torch.nn.Module], list[str]],
+) -> Engine:
+    """A DeepSpeed engine with our parameter groups, or with the user's own optimizer."""
+    groups = None
+    if optimizer is None:
+        decay = float(resolved.values.get("optimizer.params.weight_decay", 0.0))
+        groups = parameter_groups(module, weight_decay=decay, decay_names=decay_names)
+    return Engine(module, resolved, groups=groups, optimizer=optimizer, scheduler=scheduler)
+
+
+def write_resolved_config(resolved: ResolvedConfig, folder: Path) -> None:
+    """Write every key with its value and reason to ``resolved_config.json``."""
+    content = {
+        "deepspeed": resolved.to_deepspeed(),
+        "provenance": {k: str(p) for k, p in resolved.provenance.items()},
+        "adopted_from_config": dict(resolved.adopted),
+        "warnings": list(resolved.warnings),
+    }
+    (folder / "resolved_config.json").write_text(json.dumps(content, indent=2, default=str) + "\n")

@@ -1,0 +1,76 @@
+"""Events of a run and the state that transformers' callbacks read; one object beside the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dstrain.reporting import set_tensorboard_folder, tracker_callbacks
+
+if TYPE_CHECKING:
+    from dstrain.trainer.trainer import Trainer
+
+
+class Events:
+    """Calls callbacks in transformers' order and holds their state and control."""
+
+    def __init__(self, trainer: Trainer, callbacks: Sequence[Any] | None) -> None:
+        """Default flow, trackers, the user's callbacks, then progress bar or plain lines."""
+        from dstrain.reporting import compat
+        from dstrain.reporting.progress import ProgressBar
+
+        args, ranks = trainer.args, trainer.ranks
+        self._trainer = trainer
+        if args.run_name is None:
+            args.run_name = args.output_dir
+        trackers = tracker_callbacks(args.report_to)
+        if any(t.__name__ == "TensorBoardCallback" for t in trackers):
+            set_tensorboard_folder(args.logging_dir, args.output_dir)
+        quiet = bool(args.disable_tqdm)
+        self.handler = compat.CallbackHandler(
+            [
+                compat.DefaultFlowCallback,
+                *trackers,
+                *(callbacks or ()),
+                compat.PrinterCallback if quiet else ProgressBar,
+            ],
+            trainer.model,
+            trainer.processing_class,
+            None,
+            None,
+        )
+        self.state = compat.TrainerState(
+            is_local_process_zero=ranks.is_local_main, is_world_process_zero=ranks.is_main
+        )
+        self.control = compat.TrainerControl()
+        trainer.state, trainer.control = self.state, self.control
+
+    def __call__(self, name: str, **kwargs: Any) -> Any:
+        """Run one event through all callbacks; returns the control object."""
+        trainer = self._trainer
+        event = getattr(self.handler, name)
+        positional = {"on_log": "logs", "on_evaluate": "metrics", "on_predict": "metrics"}.get(name)
+        if name == "on_prediction_step":
+            self.handler.eval_dataloader = kwargs.pop("eval_dataloader", None)
+        extra = (kwargs.pop(positional),) if positional else ()
+        self.control = event(trainer.args, trainer.state, self.control, *extra, **kwargs)
+        trainer.control = self.control
+        return self.control
+
+    def begin_run(self, loader: Any, *, max_steps: int, steps_per_epoch: int | None) -> None:
+        """A fresh state for a run of ``max_steps``; the log history of earlier runs is kept."""
+        trainer, args = self._trainer, self._trainer.args
+        state = trainer.state
+        state.global_step = 0
+        state.epoch = 0.0
+        state.max_steps = max_steps
+        state.num_input_tokens_seen = 0
+        state.train_batch_size = args.per_device_train_batch_size
+        state.num_train_epochs = -(-max_steps // steps_per_epoch) if steps_per_epoch else 1
+        state.compute_steps(args, max_steps)
+        control = self.control
+        control.should_training_stop = control.should_epoch_stop = False
+        self.handler.model = trainer.model
+        self.handler.optimizer = trainer.optimizer
+        self.handler.lr_scheduler = trainer.lr_scheduler
+        self.handler.train_dataloader = loader

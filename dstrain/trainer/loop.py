@@ -1,0 +1,222 @@
+"""The training loop: windows of micro-batches in, optimizer steps out, nothing waited for between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from dstrain.core.errors import DataError, Problem, TrainingError
+from dstrain.core.log import get_logger
+from dstrain.core.progress import Progress
+from dstrain.core.ranks import Ranks, sum_over_ranks
+from dstrain.data import MicroBatch, Targets, Window, input_tokens, set_epoch, windows
+from dstrain.engine import Engine, StepOutcome, device_name
+from dstrain.trainer.meters import Reading, TrainMeter
+
+logger = get_logger(__name__)
+
+
+class Hooks(Protocol):
+    """What the loop calls on the trainer: its overridable steps, its events, its evaluation."""
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor: ...
+    def log(self, logs: dict[str, float]) -> None: ...
+    def event(self, name: str, **kwargs: Any) -> Any: ...
+    def evaluate_in_training(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is made of.
+
+    Attributes:
+        max_steps: optimizer steps in all.
+        steps_per_epoch: optimizer steps per epoch, None for a stream.
+        accumulation: micro-batches per rank and full window.
+        nan_loss: "stop" or "continue".
+        filter_bad: leave NaN and infinite losses out of the logged mean.
+        log_every: steps between logs, 0 when logging goes by other events.
+    """
+
+    max_steps: int
+    steps_per_epoch: int | None
+    accumulation: int
+    nan_loss: str
+    filter_bad: bool
+    log_every: int
+
+
+@dataclass
+class MicroStep:
+    """What ``training_step`` needs to know beyond its arguments.
+
+    Attributes:
+        weight: factor of the micro-batch's mean loss in this rank's loss, so that DeepSpeed's mean
+            over ranks is the mean over all targets of the global batch.
+        last: whether the micro-batch ends the accumulation window.
+    """
+
+    weight: torch.Tensor | float = 1.0
+    last: bool = True
+
+
+@dataclass
+class TrainLoop:
+    """One run. ``run`` is the loop; everything else is a step of it."""
+
+    plan: RunPlan
+    engine: Engine
+    loader: Any
+    targets: Targets
+    ranks: Ranks
+    hooks: Hooks
+    state: Any
+    control: Any
+    micro_step: MicroStep
+    progress: Progress = field(default_factory=Progress)
+    skipped_steps: int = 0
+    loss_sum: float = 0.0
+    samples_seen: int = 0
+
+    def run(self) -> None:
+        """Train until max_steps or until a callback stops the run."""
+        self._meter = TrainMeter(device_name(), filter_bad=self.plan.filter_bad)
+        self.engine.model.train()
+        self.hooks.event("on_train_begin")
+        while self.progress.step < self.plan.max_steps and not self.control.should_training_stop:
+            self._run_epoch()
+            self.progress = self.progress.next_epoch()
+        self._note(self._meter.read())
+
+    def _run_epoch(self) -> None:
+        set_epoch(self.loader, self.progress.epoch, start=self.progress.samples_in_epoch)
+        self.hooks.event("on_epoch_begin")
+        before = self.progress.step
+        for window in windows(self.loader, self.plan.accumulation):
+            outcome, learning_rate = self._train_step(window)
+            self._log_and_evaluate("on_step_end", outcome, learning_rate)
+            if self.control.should_epoch_stop or self.control.should_training_stop:
+                break
+        if self.progress.step == before:
+            raise DataError(Problem("the training data ended without a single sample"))
+        self._log_and_evaluate("on_epoch_end", outcome, learning_rate)
+
+    def _train_step(self, window: Window) -> tuple[StepOutcome, float]:
+        """One optimizer step over a window of micro-batches."""
+        self.hooks.event("on_step_begin")
+        counts = [0 if m.masked else self.targets.count(m.inputs) for m in window.micro_batches]
+        total = self._global_targets(sum(counts))
+        loss = torch.zeros((), device=device_name())
+        tokens = 0
+        for index, (micro_batch, count) in enumerate(zip(window.micro_batches, counts, strict=True)):
+            last = index == len(counts) - 1
+            loss = loss + self._forward_backward(micro_batch, count, total, last=last)
+            tokens += 0 if micro_batch.masked else input_tokens(micro_batch.inputs)
+            if not last:
+                self.hooks.event("on_substep_end")
+        learning_rate = self.engine.learning_rates()[0]
+        self.hooks.event("on_pre_optimizer_step")
+        outcome = self.engine.step(want_norm=self._logs_after(window))
+        self.hooks.event("on_optimizer_step")
+        self.progress = self.progress.advance(samples=window.num_samples, tokens=tokens)
+        self.samples_seen += window.num_samples
+        self._meter.add(loss, step=self.progress.step, num_tokens=tokens)
+        if not outcome.applied:
+            self.skipped_steps += 1
+            logger.warning("step %d skipped: fp16 gradients overflowed", self.progress.step)
+        self.state.global_step = self.progress.step
+        self.state.epoch = self._epoch_position(window)
+        return outcome, learning_rate
+
+    def _global_targets(self, local: int) -> torch.Tensor | int:
+        """Targets of the window over all ranks; on a GPU this enqueues, it does not wait."""
+        if self.ranks.world_size == 1:
+            return max(1, local)
+        total = torch.full((), float(local), device=device_name())
+        return sum_over_ranks(total).clamp_(min=1.0)
+
+    def _forward_backward(
+        self, micro_batch: MicroBatch, count: int, total: torch.Tensor | int, *, last: bool
+    ) -> torch.Tensor:
+        """Run one micro-batch; returns its share of the global mean loss."""
+        inputs = micro_batch.inputs if count else self.targets.without_ignored(micro_batch.inputs)
+        self.micro_step.weight = count * self.ranks.world_size / total
+        self.micro_step.last = last
+        loss = self.hooks.training_step(self.engine.model, inputs, max(1, count))
+        return loss.detach().float() * (count / total)
+
+    def _log_and_evaluate(
+        self, event: str, outcome: StepOutcome, learning_rate: float
+    ) -> None:
+        """Let callbacks decide at this point of the run, then do what they decided."""
+        self.control = self.hooks.event(event)
+        if self.control.should_log:
+            self._log(outcome, learning_rate)
+        if self.control.should_evaluate:
+            started = time.perf_counter()
+            self.hooks.evaluate_in_training()
+            self.engine.model.train()
+            self._meter.exclude(time.perf_counter() - started)
+
+    def _log(self, outcome: StepOutcome, learning_rate: float) -> None:
+        """Read the meter (the one wait for the device) and report."""
+        reading = self._meter.read()
+        if reading.num_steps == 0:
+            return
+        self._note(reading)
+        logs: dict[str, float] = {"loss": reading.loss}
+        if outcome.grad_norm is not None:
+            logs["grad_norm"] = float(outcome.grad_norm)
+        logs["learning_rate"] = learning_rate
+        if (scale := self.engine.loss_scale()) is not None:
+            logs["loss_scale"] = scale
+            logs["skipped_steps"] = self.skipped_steps
+        logs["tokens_per_second"] = reading.num_tokens / max(reading.seconds, 1e-9)
+        self.hooks.log(logs)
+
+    def _note(self, reading: Reading) -> None:
+        """Keep the run's totals, and act on a loss that is no number."""
+        self.loss_sum += reading.loss_sum
+        self.state.num_input_tokens_seen += reading.num_tokens
+        if reading.first_bad_step is None:
+            return
+        what = f"the training loss was NaN or infinite at step {reading.first_bad_step}"
+        if self.plan.nan_loss == "continue":
+            logger.warning("%s; going on, as nan_loss='continue' says", what)
+            return
+        raise TrainingError(
+            Problem(
+                what,
+                f"seen when step {self.progress.step} was logged; the weights since then cannot be "
+                "trusted",
+                "lower learning_rate, add warm-up, check the data around that step, use bf16 "
+                "instead of fp16; nan_loss='continue' would go on",
+            )
+        )
+
+    def _logs_after(self, window: Window) -> bool:
+        """Whether the step about to be taken will probably be logged."""
+        step = self.progress.step + 1
+        if self.plan.log_every:
+            return step % self.plan.log_every == 0 or step in (1, self.plan.max_steps)
+        return window.ends_epoch
+
+    def _epoch_position(self, window: Window) -> float:
+        """Epochs done, as a fraction; for a stream the share of max_steps in its first epoch."""
+        if self.plan.steps_per_epoch is None:
+            return self.progress.epoch + min(1.0, self.progress.step / self.plan.max_steps)
+        done = self._steps_in_epoch(window)
+        return self.progress.epoch + done / self.plan.steps_per_epoch
+
+    def _steps_in_epoch(self, window: Window) -> int:
+        if window.ends_epoch:
+            return self.plan.steps_per_epoch or 1
+        return self.progress.step - self.progress.epoch * (self.plan.steps_per_epoch or 1)
+
+

@@ -1,0 +1,88 @@
+"""Figures of training, kept on the device between logs so that no step waits for them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dstrain.core.ranks import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the meter has seen since it was last read, over all ranks.
+
+    Attributes:
+        loss: mean over steps of the global batch's mean loss.
+        loss_sum: sum of it over steps.
+        num_steps: steps since the last reading.
+        num_tokens: input tokens.
+        seconds: wall-clock time.
+        first_bad_step: the first step of the run with a NaN or infinite loss, or None.
+    """
+
+    loss: float
+    loss_sum: float
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    first_bad_step: int | None
+
+
+class TrainMeter:
+    """Adds up losses on the device; reading it is the only thing that waits for the device."""
+
+    def __init__(self, device: Any, *, filter_bad: bool) -> None:
+        """Args: where losses are, and whether NaN and infinite ones are left out of the mean."""
+        self._device = device
+        self._filter = filter_bad
+        self._loss = torch.zeros((), dtype=torch.float32, device=device)
+        self._bad = torch.full((), -1.0, dtype=torch.float32, device=device)
+        self._steps = 0
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, *, step: int, num_tokens: int) -> None:
+        """Add this rank's share of a step's loss (its sum over ranks is the global mean)."""
+        finite = torch.isfinite(loss)
+        self._bad = torch.where(finite | (self._bad >= 0), self._bad, float(step))
+        if self._filter:
+            so_far = self._loss / max(1, self._steps)
+            loss = torch.where(finite, loss, so_far)
+        self._loss = self._loss + loss
+        self._steps += 1
+        self._tokens += num_tokens
+
+    def read(self) -> Reading:
+        """Sum over ranks, wait for the device, start anew; a collective of all ranks."""
+        bad = torch.where(self._bad >= 0, 1.0, 0.0)
+        sums = torch.stack([self._loss, bad]).double()
+        counted = torch.tensor([float(self._tokens)], dtype=torch.float64)
+        loss, num_bad, tokens = sum_over_ranks(torch.cat([sums, counted.to(self._device)])).tolist()
+        first_bad = self._first_bad_step() if num_bad else None
+        now = time.perf_counter()
+        reading = Reading(
+            loss=loss / max(1, self._steps),
+            loss_sum=loss,
+            num_steps=self._steps,
+            num_tokens=int(tokens),
+            seconds=now - self._since,
+            first_bad_step=first_bad,
+        )
+        self._loss = torch.zeros_like(self._loss)
+        self._bad = torch.full_like(self._bad, -1.0)
+        self._steps = self._tokens = 0
+        self._since = now
+        return reading
+
+    def exclude(self, seconds: float) -> None:
+        """Leave time that was not training (an evaluation, a save) out of the speed."""
+        self._since += seconds
+
+    def _first_bad_step(self) -> int:
+        from dstrain.core.ranks import gather_objects
+
+        return min(int(s) for s in gather_objects(float(self._bad)) if s >= 0)

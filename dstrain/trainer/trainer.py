@@ -1,0 +1,422 @@
+"""The public ``Trainer``: the edge where users meet the rooms behind it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.arguments import TrainingArguments
+from dstrain.config import ResolvedConfig
+from dstrain.core.errors import ConfigError, DataError, ModelError, Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import all_or_none
+from dstrain.core.seeds import seed_everything, seed_rank
+from dstrain.data import batch_size, iterate, set_epoch, to_device
+from dstrain.engine import Engine, decay_parameter_names, device_name
+from dstrain.evaluation import EvalBatch, evaluate_loss
+from dstrain.models import DTYPES, check_writable, save_model
+from dstrain.reporting import save_loss_curve
+from dstrain.trainer import build, compat
+from dstrain.trainer.engines import EngineKeeper
+from dstrain.trainer.events import Events
+from dstrain.trainer.loop import MicroStep, RunPlan, TrainLoop
+
+logger = get_logger(__name__)
+
+
+class Trainer:
+    """Trains and evaluates a model with DeepSpeed; the surface of transformers' Trainer.
+
+    Attributes:
+        model: the core model, always.
+        model_wrapped: what runs forward passes: the DeepSpeed engine while there is one.
+        args: the user's arguments.
+        state: transformers' ``TrainerState``.
+        control: transformers' ``TrainerControl``.
+        optimizer: the optimizer in use, or None before training.
+        lr_scheduler: the schedule in use, or None before training.
+        is_in_train: whether ``train`` is running.
+    """
+
+    log_metrics = compat.log_metrics
+    save_metrics = compat.save_metrics
+    metrics_format = staticmethod(compat.metrics_format)
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    ) -> None:
+        """Start the ranks and check what can be checked before anything expensive.
+
+        Args:
+            model: a ``PreTrainedModel``, or any module that returns a loss, a tuple that begins
+                with one, or a ``ModelOutput``.
+            args: defaults to ``TrainingArguments("tmp_trainer")``.
+            data_collator: list of samples -> batch.
+            train_dataset: map-style dataset or stream.
+            eval_dataset: likewise.
+            processing_class: tokenizer or processor; saved with the model.
+            callbacks: ``TrainerCallback`` classes or instances, after the default ones.
+            optimizers: the user's own optimizer and schedule.
+
+        Raises:
+            ConfigError: arguments that cannot work with this model and data.
+        """
+        self.args = args if args is not None else TrainingArguments("tmp_trainer")
+        self.ranks = build.start_run(self.args)
+        if model is None:
+            raise ModelError(Problem("Trainer(model=None)", "a model is needed"))
+        if self.args.eval_strategy != "no" and eval_dataset is None:
+            raise ConfigError(
+                Problem(
+                    f"eval_strategy={self.args.eval_strategy!r} without eval_dataset",
+                    "there is nothing to evaluate on",
+                    "pass eval_dataset, or set eval_strategy to no",
+                )
+            )
+        with all_or_none():
+            if self.ranks.is_main:
+                check_writable(self.args.output_dir)
+        seed_everything(self.args.seed)
+        self.model = model
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.processing_class = processing_class
+        self.data_collator = data_collator or build.default_collator(processing_class)
+        self.optimizer, self.lr_scheduler = optimizers
+        self._own_optimizer, self._own_scheduler = optimizers
+        self.targets = build.targets_of(model, self.args)
+        # Before the model is touched: a config that cannot be used must not cost a model load.
+        self.resolved: ResolvedConfig = build.resolve_config(self.args, self.ranks, module=model)
+        self.is_in_train = False
+        self._engines = EngineKeeper()
+        self._micro_step = MicroStep()
+        self.events = Events(self, callbacks)
+        self.events("on_init_end")
+
+    # --- what a user calls ----------------------------------------------------------------------
+
+    def train(self) -> Any:
+        """Train for ``num_train_epochs`` or ``max_steps``; may be called again.
+
+        Returns:
+            ``TrainOutput(global_step, training_loss, metrics)``.
+
+        Raises:
+            DataError: no training data, or an empty one.
+            TrainingError: the loss became NaN (see the ``nan_loss`` argument).
+        """
+        loop = self._prepare_training()
+        self.is_in_train = True
+        started = time.time()
+        try:
+            if self.args.eval_on_start:
+                self.evaluate_in_training()
+            loop.run()
+            return self._finish_training(loop, started)
+        finally:
+            self.is_in_train = False
+
+    def evaluate(
+        self, eval_dataset: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss over a dataset, each sample once; logged and returned.
+
+        Works before, during and after training at every ZeRO stage. The loss is the mean over all
+        targets, so it depends neither on the batch size nor on the number of ranks.
+
+        Args:
+            eval_dataset: instead of the one given to the constructor.
+            metric_key_prefix: "eval" gives ``eval_loss`` and so on.
+
+        Raises:
+            DataError: no evaluation data, or an empty one.
+        """
+        loader = self.get_eval_dataloader(eval_dataset)
+        started = time.time()
+        metrics = self.evaluation_loop(loader, metric_key_prefix=metric_key_prefix)
+        num_samples, num_steps = metrics.pop("_samples"), metrics.pop("_steps")
+        metrics |= compat.speed_metrics(
+            metric_key_prefix, started, num_samples=num_samples, num_steps=num_steps
+        )
+        metrics |= self.derived_metrics(metrics, metric_key_prefix)
+        self.log(metrics)
+        self.events("on_evaluate", metrics=metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write a complete Hugging Face folder at every ZeRO stage; all ranks must call it.
+
+        Args:
+            output_dir: instead of the run's own.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        save_model(self.model, folder, self.ranks)
+        if self.ranks.is_main and hasattr(self.processing_class, "save_pretrained"):
+            self.processing_class.save_pretrained(folder)
+
+    def save_state(self) -> None:
+        """Write ``trainer_state.json`` and the loss curve into the run's folder."""
+        if self.ranks.is_main:
+            folder = Path(self.args.output_dir)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            save_loss_curve(self.state.log_history, folder / "loss_curve.png")
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Add the epoch to ``logs``, keep them in ``state.log_history``, tell callbacks."""
+        if self.state.epoch is not None:
+            logs["epoch"] = round(self.state.epoch, 4)
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.events("on_log", logs=logs)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a ``TrainerCallback`` class or instance."""
+        self.events.handler.add_callback(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove and return the first callback that is, or is an instance of, ``callback``."""
+        return self.events.handler.pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove the first callback that is, or is an instance of, ``callback``."""
+        self.events.handler.remove_callback(callback)
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is rank 0 of all machines."""
+        return self.ranks.is_main
+
+    def is_local_process_zero(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return self.ranks.is_local_main
+
+    @property
+    def model_wrapped(self) -> Any:
+        """The DeepSpeed engine while there is one, else the model."""
+        engine = self._engines.training
+        return self.model if engine is None else engine.model
+
+    @property
+    def deepspeed(self) -> Any:
+        """The DeepSpeed engine of training, or None."""
+        engine = self._engines.training
+        return None if engine is None else engine.model
+
+    # --- what a subclass overrides --------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The mean loss over the targets of one micro-batch.
+
+        The loop weights it by its number of targets, so the optimised loss is the mean over all
+        targets of the global batch. An override may use ``num_items_in_batch``, the targets of
+        *this* micro-batch: dividing a summed loss by it gives the same mean.
+
+        Returns:
+            the loss, or (loss, outputs).
+
+        Raises:
+            ModelError: the model returned no loss.
+        """
+        outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        loss = _loss_of(outputs)
+        if loss is None:
+            given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+            raise ModelError(
+                Problem(
+                    f"{type(self.model).__name__} returned no loss",
+                    f"it was given {given}",
+                    "add labels to the batch, or override compute_loss",
+                )
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its mean loss, detached."""
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        engine = self._engines.training
+        assert engine is not None
+        engine.backward(loss * self._micro_step.weight, last=self._micro_step.last)
+        return loss.detach()
+
+    def get_train_dataloader(self) -> Any:
+        """This rank's training loader.
+
+        Raises:
+            DataError: there is no training data, or it is empty.
+        """
+        if self.train_dataset is None:
+            raise DataError(
+                Problem("train() without train_dataset", "", "pass train_dataset to the Trainer")
+            )
+        return self._loader(self.train_dataset, train=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """This rank's evaluation loader.
+
+        Raises:
+            DataError: there is no evaluation data, or it is empty.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise DataError(
+                Problem("evaluate() without eval_dataset", "", "pass one here or to the Trainer")
+            )
+        return self._loader(dataset, train=False)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Names of the parameters that weight decay applies to."""
+        return decay_parameter_names(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning-rate schedule of the basic ``optimizer``; the engine steps it."""
+        return build.scheduler_factory(self.args, num_training_steps)(optimizer)
+
+    def derived_metrics(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
+        """Metrics computed from others after an evaluation; none by default."""
+        return {}
+
+    def evaluation_loop(self, loader: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Run an evaluation loader; the loss, and the counts under ``_samples`` and ``_steps``."""
+        model = self._engines.forward_model(self.model, self.resolved)
+        model.eval()
+        set_epoch(loader, 0)
+        totals = evaluate_loss(
+            self._eval_batches(loader),
+            lambda inputs: self.compute_loss(model, inputs),
+            device=device_name(),
+            on_step=lambda: self.events("on_prediction_step", eval_dataloader=loader),
+        )
+        if totals.num_samples == 0:
+            raise DataError(Problem("the evaluation data gave no sample", "at least one is needed"))
+        metrics: dict[str, float] = {"_samples": totals.num_samples, "_steps": totals.num_steps}
+        if totals.loss is not None:
+            metrics[f"{metric_key_prefix}_loss"] = totals.loss
+        return metrics
+
+    # --- behind the edge ------------------------------------------------------------------------
+
+    def evaluate_in_training(self) -> None:
+        """Evaluate because a callback asked for it."""
+        self.evaluate()
+
+    def event(self, name: str, **kwargs: Any) -> Any:
+        """Tell callbacks of an event; returns the control object."""
+        return self.events(name, **kwargs)
+
+    def _prepare_training(self) -> TrainLoop:
+        """Everything before the first step: loader, config, engine, state."""
+        with all_or_none():
+            loader = self.get_train_dataloader()
+        # Accumulation may come from the user's DeepSpeed config, so it is read after resolving.
+        max_steps, per_epoch = build.training_steps(loader, self.args, self.resolved.accumulation)
+        self.resolved = build.resolve_config(
+            self.args, self.ranks, module=self.model, num_training_steps=max_steps
+        )
+        if self.ranks.is_main:
+            build.write_resolved_config(self.resolved, Path(self.args.output_dir))
+        engine = self._engines.train(lambda: self._build_engine(max_steps))
+        self.optimizer, self.lr_scheduler = engine.optimizer, engine.scheduler
+        self.events.begin_run(loader, max_steps=max_steps, steps_per_epoch=per_epoch)
+        seed_rank(self.args.seed, step=0, rank=self.ranks.rank)
+        plan = RunPlan(
+            max_steps=max_steps,
+            steps_per_epoch=per_epoch,
+            accumulation=self.resolved.accumulation,
+            nan_loss=self.args.nan_loss,
+            filter_bad=self.args.logging_nan_inf_filter,
+            log_every=int(self.state.logging_steps) if self.args.logging_strategy == "steps" else 0,
+        )
+        return TrainLoop(
+            plan=plan,
+            engine=engine,
+            loader=loader,
+            targets=self.targets,
+            ranks=self.ranks,
+            hooks=self,
+            state=self.state,
+            control=self.control,
+            micro_step=self._micro_step,
+        )
+
+    def _build_engine(self, max_steps: int) -> Engine:
+        scheduler = self._own_scheduler
+        if scheduler is None:
+            scheduler = lambda optimizer: self.create_scheduler(max_steps, optimizer)  # noqa: E731
+        return build.training_engine(
+            self.model,
+            self.resolved,
+            optimizer=self._own_optimizer,
+            scheduler=scheduler,
+            decay_names=self.get_decay_parameter_names,
+        )
+
+    def _finish_training(self, loop: TrainLoop, started: float) -> Any:
+        """Final metrics, log and events."""
+        steps = loop.progress.step
+        samples = steps * self.resolved.global_batch_size
+        metrics = compat.speed_metrics(
+            "train",
+            started,
+            num_samples=loop.samples_seen or samples,
+            num_steps=steps,
+            num_tokens=self.state.num_input_tokens_seen,
+        )
+        metrics["train_loss"] = loop.loss_sum / max(1, steps)
+        if self.resolved.precision == "fp16":
+            metrics["train_skipped_steps"] = loop.skipped_steps
+        self.log(metrics)
+        self.events("on_train_end")
+        return compat.TrainOutput(steps, metrics["train_loss"], metrics)
+
+    def _loader(self, dataset: Any, *, train: bool) -> Any:
+        description = "training" if train else "evaluation"
+        dataset, collate = build.prepare_dataset(
+            dataset, self.data_collator, self.model, self.args, description=description
+        )
+        return build.make_loader(
+            dataset, collate, self.resolved, self.args, self.ranks, train=train
+        )
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return to_device(inputs, device_name(), float_dtype=DTYPES[self.resolved.precision])
+
+    def _eval_batches(self, loader: Any) -> Any:
+        for micro_batch, _ in iterate(loader):
+            inputs = micro_batch.inputs
+            targets = 0 if micro_batch.masked else self.targets.count(inputs)
+            samples = 0 if micro_batch.masked else batch_size(inputs)
+            if targets == 0:
+                inputs = self.targets.without_ignored(inputs)
+            yield EvalBatch(self._prepare_inputs(inputs), targets, samples)
+
+
+def _loss_of(outputs: Any) -> torch.Tensor | None:
+    """The loss in a model's outputs: their "loss", or the first of a tuple."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss")
+    loss = getattr(outputs, "loss", None)
+    if loss is None and isinstance(outputs, (tuple, list)) and outputs:
+        loss = outputs[0]
+    return loss
