@@ -6,10 +6,10 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dstrain.core.errors import Problem
+from dstrain.core.errors import Problem, nearest
 
 
 def arg(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
@@ -37,37 +37,55 @@ def coerce_fields(arguments: Any) -> list[Problem]:
     ``"true"``; a dict field takes a JSON object as a string. What cannot be converted, or is not
     among a field's legal values, becomes a problem.
     """
-    problems: list[Problem] = []
-    hints = typing.get_type_hints(type(arguments))
-    for field in dataclasses.fields(arguments):
-        value = getattr(arguments, field.name)
-        kinds = _kinds(hints[field.name])
-        if value is None and type(None) not in kinds and field.default is not None:
-            problems.append(
-                Problem(f"{field.name}=None", f"a value is needed ({_say(kinds)})", "leave it out")
-            )
-            continue
-        try:
-            converted = _convert(value, kinds)
-        except ValueError:
-            why = f"expected {_say(kinds)}"
-            problems.append(Problem(f"{field.name}={value!r} ({type(value).__name__})", why))
-            continue
-        if converted is not value:
-            setattr(arguments, field.name, converted)
-        allowed = field.metadata.get("choices")
-        if allowed is not None and converted is not None and converted not in allowed:
-            from dstrain.core.errors import nearest
-
-            close = nearest(str(converted), {str(a) for a in allowed})
-            problems.append(
-                Problem(
-                    f"{field.name}={converted!r}",
-                    f"expected one of {', '.join(map(str, allowed))}",
-                    f"did you mean {close!r}?" if close else "",
-                )
-            )
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments)}
+    converted, problems = convert_values(type(arguments), given)
+    for name, value in converted.items():
+        if value is not given[name]:
+            setattr(arguments, name, value)
     return problems
+
+
+def convert_values(
+    cls: type[Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The values of some fields of dataclass ``cls`` in their declared types, and what is wrong."""
+    problems: list[Problem] = []
+    converted: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in given:
+            continue
+        value, kinds = given[field.name], _kinds(hints[field.name])
+        problem = None
+        try:
+            value = _convert(value, kinds)
+        except ValueError:
+            problem = Problem(
+                f"{field.name}={value!r} ({type(value).__name__})", f"expected {_say(kinds)}"
+            )
+        else:
+            problem = _illegal(field, value, kinds)
+        if problem is None:
+            converted[field.name] = value
+        else:
+            problems.append(problem)
+    return converted, problems
+
+
+def _illegal(field: dataclasses.Field[Any], value: Any, kinds: tuple[type, ...]) -> Problem | None:
+    if value is None:
+        if type(None) in kinds or object in kinds or field.default is None:
+            return None
+        return Problem(f"{field.name}=None", f"a value is needed ({_say(kinds)})", "leave it out")
+    allowed = field.metadata.get("choices")
+    if allowed is None or value in allowed:
+        return None
+    close = nearest(str(value), {str(a) for a in allowed})
+    return Problem(
+        f"{field.name}={value!r}",
+        f"expected one of {', '.join(map(str, allowed))}",
+        f"did you mean {close!r}?" if close else "",
+    )
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:
@@ -103,8 +121,8 @@ def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
         if value.is_integer():
             return int(value)
         raise ValueError(value)
-    if list in kinds and isinstance(value, tuple):
-        return list(value)
+    if list in kinds and isinstance(value, (tuple, list)):
+        return list(value) if isinstance(value, tuple) else value
     if not isinstance(value, kinds) and not hasattr(value, "__fspath__"):
         raise ValueError(value)
     return str(value) if hasattr(value, "__fspath__") else value
@@ -123,6 +141,8 @@ def _convert_text(text: str, kinds: tuple[type, ...]) -> Any:
         if not isinstance(parsed, dict):
             raise ValueError(text)
         return parsed
+    if list in kinds:
+        return [part.strip() for part in text.split(",")]
     if str in kinds:
         return text
     if int in kinds:

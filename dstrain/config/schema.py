@@ -11,6 +11,7 @@ The string "auto" passes for every single value: the resolver fills it in, excep
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 import math
 import os
@@ -389,9 +390,10 @@ def _suggestion(name: str, known: list[str], path: str) -> str:
     if near:
         return f"did you mean {_join(path, near)}?"
     others = {other: homes for other, homes in _homes().items() if path not in homes}
-    near = nearest(name, set(others))
-    if near and len(others[near]) <= _MOST_HOMES:
-        return f"did you mean {_either([_join(home, near) for home in others[near]])}?"
+    # In another section only a slip of the pen counts: there are hundreds of names to be like.
+    for near in difflib.get_close_matches(name, others, n=1, cutoff=0.8):
+        if len(others[near]) <= _MOST_HOMES:
+            return f"did you mean {_either([_join(home, near) for home in others[near]])}?"
     return "remove it"
 
 

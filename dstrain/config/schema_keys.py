@@ -606,7 +606,7 @@ CONFIG: Final = Section({
         "stages": _int("auto", 1, auto_is_value=True), "partition": _text("best"),
         "seed_layers": _flag(), "activation_checkpoint_interval": _int(0, 0),
         "pipe_partitioned": _flag(True), "grad_partitioned": _flag(True),
-        "use_reentrant": _flag(None),
+        "use_reentrant": Key((bool, NONE), True),
     }),
     "compile": _COMPILE,
     "hybrid_engine": Section({

@@ -88,13 +88,15 @@ def build_loader(
     # A generator of its own: worker seeds must not depend on, or advance, the global random state.
     common["generator"] = torch.Generator().manual_seed(seed % 2**63)
     if is_stream(dataset):
-        if workers > 1 and _splits_itself(dataset):
+        if workers > (limit := _worker_limit(dataset, workers)):
             logger.warning(
-                "a datasets.IterableDataset splits itself over loader processes, which would "
-                "change the order of samples: using 1 instead of %d",
+                "%s gives its samples in order to %d loader process only: using %d instead of %d",
+                type(dataset).__name__,
+                limit,
+                limit,
                 workers,
             )
-            workers = 1
+            workers = limit
         stream = RankStream(dataset, topology, collate, drop_last=options.drop_last)
         return DataLoader(stream, batch_size=None, num_workers=workers, **common)
     if len(dataset) == 0:
@@ -170,7 +172,10 @@ def windows(loader: Any, accumulation: int) -> Iterator[Window]:
             batch, samples = [], 0
 
 
-def _splits_itself(dataset: Any) -> bool:
+def _worker_limit(dataset: Any, wanted: int) -> int:
+    """Loader processes that a stream works in; some split themselves over processes on their own."""
     import datasets
 
-    return isinstance(dataset, datasets.IterableDataset)
+    if isinstance(dataset, datasets.IterableDataset):
+        return 1
+    return int(getattr(dataset, "max_workers", wanted))

@@ -12,6 +12,7 @@ import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, ResolvedConfig, resolve
+from dstrain.config.explain import as_dict
 from dstrain.core import log
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
@@ -190,10 +191,4 @@ def training_engine(
 
 def write_resolved_config(resolved: ResolvedConfig, folder: Path) -> None:
     """Write every key with its value and reason to ``resolved_config.json``."""
-    content = {
-        "deepspeed": resolved.to_deepspeed(),
-        "provenance": {k: str(p) for k, p in resolved.provenance.items()},
-        "adopted_from_config": dict(resolved.adopted),
-        "warnings": list(resolved.warnings),
-    }
-    (folder / "resolved_config.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+    (folder / "resolved_config.json").write_text(json.dumps(as_dict(resolved), indent=2, default=str) + "\n")

@@ -1,0 +1,110 @@
+"""Flags from dataclasses: every field is a flag, a misspelt one is an error that names the nearest."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from dstrain.arguments.fields import convert_values, default_of
+from dstrain.core.errors import ConfigError, DstrainError, Problem, nearest, raise_problems
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Report like every other mistake of a user instead of exiting here."""
+        raise ConfigError(Problem(message, "", f"see {self.prog} --help"))
+
+
+def make_parser(prog: str, description: str, classes: Sequence[type[Any]]) -> argparse.ArgumentParser:
+    """A parser with one group of flags per dataclass, and per mixin of ``TrainingArguments``."""
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for cls in classes:
+        for title, fields in _groups(cls):
+            group = parser.add_argument_group(title)
+            for field in fields:
+                _add_flag(group, field)
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], classes: Sequence[type[Any]]
+) -> tuple[argparse.Namespace, list[Any]]:
+    """Parse flags into one instance of each dataclass, and whatever else the parser declares.
+
+    Raises:
+        ConfigError: unknown flags, values of the wrong type and illegal combinations, all at once.
+    """
+    known, unknown = parser.parse_known_args(_without_local_rank(argv))
+    values = vars(known)
+    problems = [_unknown_flag(flag, parser) for flag in unknown if flag.startswith("-")]
+    stray = [word for word in unknown if not word.startswith("-")]
+    if stray and not problems:
+        problems.append(Problem(f"unexpected argument {' '.join(stray)!r}"))
+    instances: list[Any] = []
+    for cls in classes:
+        names = {f.name for f in dataclasses.fields(cls)}
+        given = {k: values.pop(k) for k in list(values) if k in names}
+        converted, wrong = convert_values(cls, given)
+        problems += wrong
+        try:
+            instances.append(cls(**converted))
+        except DstrainError as error:
+            problems += error.problems
+    raise_problems(problems, error=ConfigError, title="" if len(problems) == 1 else "the command line")
+    return known, instances
+
+
+def _groups(cls: type[Any]) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
+    """Fields by the mixin that declares them, in the order of declaration."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    groups = []
+    for base in reversed(cls.__mro__):
+        own = [fields[n] for n in base.__dict__.get("__annotations__", {}) if n in fields]
+        if own:
+            title = (base.__doc__ or base.__name__).strip().splitlines()[0].rstrip(".")
+            groups.append((title, own))
+    return groups
+
+
+def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
+    hint = str(field.type)
+    options: dict[str, Any] = {"metavar": field.name.upper().split("_")[-1]}
+    if hint.startswith("bool"):
+        options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
+    elif hint.startswith("list"):
+        options["nargs"] = "+"
+    text = str(field.metadata.get("help", "")).replace("%", "%%")
+    default = default_of(field)
+    if default is not None and default is not dataclasses.MISSING:
+        text += f" (default: {default})".replace("%", "%%")
+    if "choices" in field.metadata:
+        options["metavar"] = "|".join(map(str, field.metadata["choices"]))
+    dashed = "--" + field.name.replace("_", "-")
+    names = [f"--{field.name}"] + ([dashed] if "_" in field.name else [])
+    group.add_argument(*names, dest=field.name, help=text, **options)
+
+
+def _without_local_rank(argv: Sequence[str]) -> list[str]:
+    """Launchers add ``--local_rank=N``; the environment says the same."""
+    return [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
+
+
+def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> Problem:
+    name = flag.split("=")[0]
+    known = {o for action in parser._actions for o in action.option_strings}
+    close = nearest(name, known)
+    return Problem(
+        f"unknown flag {name}",
+        "",
+        f"did you mean {close}?" if close else f"see {parser.prog} --help",
+    )
+
+

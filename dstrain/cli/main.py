@@ -1,0 +1,101 @@
+"""The entry point: picks the command, and turns every failure into a message and an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+from dstrain.core.errors import DstrainError
+
+USAGE = """usage: dstrain COMMAND ...
+
+commands:
+  train TASK [flags]   train, evaluate and save a model; tasks: causal-lm
+  explain [flags]      print the DeepSpeed config that these flags resolve to, and why
+
+Start on many processes with the launcher, for example
+  deepspeed --num_gpus 8 --module dstrain train causal-lm --output_dir out
+`dstrain COMMAND --help` lists the flags of a command.
+"""
+
+USER_ERROR = 2
+FAILURE = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake."""
+    words = [a for a in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(a)]
+    try:
+        return _run(words)
+    except DstrainError as error:
+        return _report_user_error(error)
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        return _report_failure()
+
+
+def _run(words: list[str]) -> int:
+    command, rest = (words[0], words[1:]) if words else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        from dstrain import __version__
+
+        print(__version__)
+        return 0
+    if command == "train":
+        from dstrain.cli import train
+
+        return train.run(rest)
+    if command == "explain":
+        from dstrain.cli import explain
+
+        return explain.run(rest)
+    from dstrain.core.errors import ConfigError, Problem, nearest
+
+    close = nearest(command, {"train", "explain"})
+    raise ConfigError(
+        Problem(
+            f"unknown command {command!r}",
+            "",
+            f"did you mean {close!r}?" if close else "see dstrain --help",
+        )
+    )
+
+
+def _report_user_error(error: DstrainError) -> int:
+    """Say it once: the ranks usually find the same, so the others give rank 0 time to speak."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # Rank 0 ends within this time if it found the same; the launcher then ends this rank.
+        time.sleep(5)
+        print(f"[rank {rank}] {error}", file=sys.stderr, flush=True)
+    else:
+        print(f"\ndstrain: error: {error}", file=sys.stderr, flush=True)
+    return _leave(USER_ERROR)
+
+
+def _report_failure() -> int:
+    """Show this rank's traceback and end at once, so that the launcher ends the other ranks."""
+    rank = os.environ.get("RANK", "0")
+    print(f"[rank {rank}] failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    return _leave(FAILURE)
+
+
+def _leave(status: int) -> int:
+    """End without clean-up where other ranks exist: it could wait for them, and they for us."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def _is_local_rank(word: str) -> bool:
+    return word.startswith(("--local_rank=", "--local-rank="))

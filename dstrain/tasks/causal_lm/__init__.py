@@ -1,0 +1,20 @@
+"""Train a causal language model: from scratch or from a checkpoint, on text, files or datasets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def argument_classes() -> list[type[Any]]:
+    """The dataclasses whose fields are this task's flags; imports no torch."""
+    from dstrain.arguments import TrainingArguments
+    from dstrain.tasks.causal_lm.arguments import DataArguments, ModelArguments
+
+    return [TrainingArguments, ModelArguments, DataArguments]
+
+
+def run(*instances: Any) -> None:
+    """Run the task with instances of ``argument_classes``, in that order."""
+    from dstrain.tasks.causal_lm.job import run as run_job
+
+    run_job(*instances)

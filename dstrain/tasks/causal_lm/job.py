@@ -1,0 +1,211 @@
+"""The main job: data, tokenizer, model; evaluate, train, evaluate, save, complete a line."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.arguments import TrainingArguments
+from dstrain.core.errors import ConfigError, DataError, Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks, all_or_none, main_first
+from dstrain.core.seeds import seed_everything
+from dstrain.engine import full_numel, shut_down
+from dstrain.models import (
+    build_causal_lm,
+    check_model_folder,
+    check_writable,
+    load_causal_lm,
+    max_length,
+    parse_model_config,
+)
+from dstrain.tasks.causal_lm.arguments import DEFAULT_MODEL, DataArguments, ModelArguments
+from dstrain.tasks.causal_lm.packing import PackedData, collate_blocks, prepare
+from dstrain.tasks.causal_lm.sources import Documents, load_documents
+from dstrain.tasks.causal_lm.tokenizer import prepare_tokenizer
+from dstrain.tasks.causal_lm.trainer import CausalLMTrainer
+from dstrain.trainer.build import resolve_config, start_run
+
+logger = get_logger(__name__)
+
+
+def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Train, evaluate and save a causal language model.
+
+    Raises:
+        DstrainError: for anything a user can mend; on all ranks alike.
+    """
+    ranks = start_run(args)
+    # Everything that can be wrong is looked at before data is read or a model is built.
+    with all_or_none():
+        if ranks.is_main:
+            check_writable(args.output_dir)
+        if model_args.model_name_or_path is not None:
+            check_model_folder(model_args.model_name_or_path)
+    resolved = resolve_config(args, ranks)
+    config = _given_config(model_args)
+    _check_block_size(data_args, config)
+    documents, tokenizer, packed = _prepare_data(data_args, model_args, ranks)
+    if args.eval_strategy != "no" and packed.validation is None:
+        raise DataError(
+            Problem(
+                f"eval_strategy={args.eval_strategy!r}, but there is no evaluation data",
+                "the training text could not be split, or validation_percentage is 0",
+                "give --validation_file, or set --eval_strategy no",
+            )
+        )
+    logger.info("data: %s", documents.description)
+    seed_everything(args.seed)
+    if model_args.model_name_or_path is not None:
+        model = load_causal_lm(model_args.model_name_or_path, resolved)
+        _check_vocabulary(model.config, tokenizer)
+    else:
+        config = config or parse_model_config(
+            model_args.model_config or DEFAULT_MODEL, **_tokenizer_defaults(tokenizer, data_args)
+        )
+        _check_vocabulary(config, tokenizer)
+        model = build_causal_lm(config, resolved)
+    logger.info(
+        "model: %s, %s parameters",
+        type(model).__name__,
+        f"{sum(full_numel(p) for p in model.parameters()):,}",
+    )
+    pad = tokenizer.pad_token_id
+    trainer = CausalLMTrainer(
+        model,
+        args,
+        data_collator=functools.partial(collate_blocks, pad_token_id=0 if pad is None else pad),
+        train_dataset=packed.train,
+        eval_dataset=packed.validation,
+        processing_class=tokenizer,
+        tokens_per_byte=packed.tokens_per_byte,
+    )
+    _train_and_report(trainer, model_args)
+    shut_down()
+
+
+def _train_and_report(trainer: CausalLMTrainer, model_args: ModelArguments) -> None:
+    """Evaluate, train, evaluate again; save the model and the records; show a completion."""
+    before: dict[str, float] = {}
+    evaluates = trainer.eval_dataset is not None
+    if evaluates:
+        before = trainer.evaluate(metric_key_prefix="eval_before")
+    output = trainer.train()
+    trainer.log_metrics("train", output.metrics)
+    trainer.save_metrics("train", output.metrics)
+    if evaluates:
+        after = trainer.evaluate()
+        results = {k: v for k, v in before.items() if k != "epoch"} | after
+        trainer.save_metrics("eval", results)
+        if trainer.ranks.is_main:
+            print(_comparison(before, after), flush=True)
+    trainer.save_model()
+    trainer.save_state()
+    completion = _complete(trainer, model_args) if model_args.completion_prompt else ""
+    if trainer.ranks.is_main:
+        if completion:
+            print(f"\ncompletion of {model_args.completion_prompt!r}:\n{completion}\n")
+        folder = Path(trainer.args.output_dir)
+        print(f"model, metrics and loss_curve.png are in {folder}", flush=True)
+
+
+def _prepare_data(
+    data_args: DataArguments, model_args: ModelArguments, ranks: Ranks
+) -> tuple[Documents, Any, PackedData]:
+    """Documents, tokenizer and blocks; one rank per machine prepares, the others load."""
+    first = functools.partial(main_first, ranks)
+    documents = load_documents(data_args, main_first=first)
+    tokenizer = prepare_tokenizer(
+        documents, data_args, model_name=model_args.model_name_or_path, main_first=first
+    )
+    packed = prepare(documents, tokenizer, data_args, ranks=ranks, main_first=first)
+    return documents, tokenizer, packed
+
+
+def _given_config(model_args: ModelArguments) -> Any:
+    """The config of the model named by the user, before the tokenizer exists; None without one."""
+    if model_args.model_name_or_path is not None:
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(model_args.model_name_or_path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                Problem(
+                    f"model_name_or_path={model_args.model_name_or_path!r} cannot be read",
+                    str(error).strip(),
+                )
+            ) from error
+    if model_args.model_config is not None and not _is_short_form(model_args.model_config):
+        return parse_model_config(model_args.model_config)
+    return None
+
+
+def _is_short_form(spec: str) -> bool:
+    return not (spec.endswith(".json") or Path(spec).expanduser().exists())
+
+
+def _check_block_size(data_args: DataArguments, config: Any) -> None:
+    limit = None if config is None else max_length(config)
+    if limit is not None and data_args.block_size > limit:
+        raise ConfigError(
+            Problem(
+                f"block_size={data_args.block_size}",
+                f"the model takes sequences of at most {limit} tokens (by its config)",
+                f"set --block_size {limit} or less",
+            )
+        )
+
+
+def _check_vocabulary(config: Any, tokenizer: Any) -> None:
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is not None and len(tokenizer) > size:
+        raise ConfigError(
+            Problem(
+                f"the tokenizer has {len(tokenizer)} tokens",
+                f"the model's embedding has {size} rows",
+                f"set vocab_size of the model to {len(tokenizer)}, or use the model's tokenizer",
+            )
+        )
+
+
+def _tokenizer_defaults(tokenizer: Any, data_args: DataArguments) -> dict[str, Any]:
+    """What a config in short form takes from the tokenizer and the data."""
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": max(2048, data_args.block_size),
+    }
+
+
+def _comparison(before: dict[str, float], after: dict[str, float]) -> str:
+    """A small table of evaluation before and after training."""
+    lines = [f"\n{'evaluation':<16}{'before':>12}{'after':>12}"]
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        if f"eval_{name}" in after:
+            old, new = before[f"eval_before_{name}"], after[f"eval_{name}"]
+            lines.append(f"{name.replace('_', ' '):<16}{old:>12.4f}{new:>12.4f}")
+    return "\n".join(lines)
+
+
+def _complete(trainer: CausalLMTrainer, model_args: ModelArguments) -> str:
+    """The prompt and its greedy continuation; all ranks generate together, as ZeRO-3 needs."""
+    model, tokenizer = trainer.model, trainer.processing_class
+    model.eval()
+    device = next(model.parameters()).device
+    prompt = tokenizer(model_args.completion_prompt, return_tensors="pt").to(device)
+    with torch.no_grad():
+        tokens = model.generate(
+            input_ids=prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            max_new_tokens=model_args.completion_tokens,
+            do_sample=False,
+        )
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True)).rstrip()
+
+
