@@ -17,7 +17,8 @@ class BatchArguments:
     )
     per_device_eval_batch_size: int = arg(8, "Samples per rank in one evaluation forward pass.")
     gradient_accumulation_steps: int = arg(
-        1, "Micro-batches per rank between two optimizer steps. The last window of an epoch may be shorter."
+        1,
+        "Micro-batches per rank between two optimizer steps; fewer at the end of an epoch.",
     )
     num_train_epochs: float = arg(3.0, "Passes over the training data; a fraction is allowed.")
     max_steps: int = arg(
@@ -28,12 +29,15 @@ class BatchArguments:
         "Drop the samples at the end of an epoch that do not fill a micro-batch on every rank. "
         "Evaluation never drops samples.",
     )
-    dataloader_num_workers: int = arg(0, "Loader processes per rank; 0 loads in the training process.")
+    dataloader_num_workers: int = arg(
+        0, "Loader processes per rank; 0 loads in the training process."
+    )
     dataloader_prefetch_factor: int | None = arg(
         None, "Batches that each loader process prepares ahead; needs dataloader_num_workers > 0."
     )
     dataloader_pin_memory: bool = arg(
-        True, "Put batches into page-locked host memory, which makes the copy to a GPU asynchronous."
+        True,
+        "Put batches into page-locked host memory, which makes the copy to a GPU asynchronous.",
     )
     dataloader_persistent_workers: bool = arg(
         False, "Keep loader processes alive between epochs and evaluations."

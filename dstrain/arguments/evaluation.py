@@ -13,7 +13,9 @@ class EvaluationArguments:
     """When to evaluate and what an evaluation keeps."""
 
     eval_strategy: str = arg(
-        "no", "Evaluate never, every eval_steps, or after each epoch.", choices=("no", "steps", "epoch")
+        "no",
+        "Evaluate never, every eval_steps, or after each epoch.",
+        choices=("no", "steps", "epoch"),
     )
     eval_steps: float | None = arg(
         None,

@@ -1,8 +1,9 @@
-"""How a field of the arguments is declared, and how a string from a file or shell becomes its type."""
+"""How an argument is declared, and how a string from a file or shell becomes its type."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import types
 import typing
@@ -105,7 +106,7 @@ def _say(kinds: tuple[type, ...]) -> str:
 
 
 def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
-    if hasattr(value, "value") and isinstance(value, str):  # an Enum of transformers
+    if isinstance(value, enum.Enum):  # transformers' own arguments use them
         value = value.value
     if value is None or object in kinds:
         return value

@@ -47,9 +47,11 @@ class OptimizerArguments:
         "linear", "Learning-rate schedule (transformers.SchedulerType).", choices=SCHEDULERS
     )
     lr_scheduler_kwargs: dict[str, Any] | None = arg(
-        None, "Extra arguments of the schedule, such as {\"min_lr\": 1e-6} of cosine_with_min_lr."
+        None, 'Extra arguments of the schedule, such as {"min_lr": 1e-6} of cosine_with_min_lr.'
     )
-    warmup_ratio: float = arg(0.0, "Share of all steps used for warm-up; warmup_steps wins over it.")
+    warmup_ratio: float = arg(
+        0.0, "Share of all steps used for warm-up; warmup_steps wins over it."
+    )
     warmup_steps: float = arg(
         0, "Steps of linear warm-up from 0; a value between 0 and 1 is a share of all steps."
     )
@@ -65,7 +67,9 @@ class OptimizerArguments:
         for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
             value = getattr(self, name)
             if not value >= 0 or math.isinf(value):
-                problems.append(Problem(f"{name}={value}", "a finite number of 0 or more is needed"))
+                problems.append(
+                    Problem(f"{name}={value}", "a finite number of 0 or more is needed")
+                )
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             if not 0 <= value < 1:

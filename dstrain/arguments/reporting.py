@@ -15,7 +15,9 @@ class ReportingArguments:
     """What is written down while training, how often, and to which trackers."""
 
     logging_strategy: str = arg(
-        "steps", "Log never, every logging_steps, or after each epoch.", choices=("no", "steps", "epoch")
+        "steps",
+        "Log never, every logging_steps, or after each epoch.",
+        choices=("no", "steps", "epoch"),
     )
     logging_steps: float = arg(
         500, "Optimizer steps between two logs; below 1 it is a share of all steps."
@@ -41,9 +43,7 @@ class ReportingArguments:
     log_level: str = arg(
         "passive", "Log level of the main rank; passive keeps the current one.", choices=_LEVELS
     )
-    log_level_replica: str = arg(
-        "warning", "Log level of all other ranks.", choices=_LEVELS
-    )
+    log_level_replica: str = arg("warning", "Log level of all other ranks.", choices=_LEVELS)
     log_on_each_node: bool = arg(
         True, "Whether the first rank of every machine logs as a main rank."
     )

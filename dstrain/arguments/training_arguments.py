@@ -136,4 +136,6 @@ class TrainingArguments(
             "train_batch_size": self.train_batch_size,
             "eval_batch_size": self.eval_batch_size,
         }
-        return {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
+        return {
+            k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()
+        }

@@ -18,7 +18,7 @@ class ZeroArguments:
     deepspeed: dict[str, Any] | str | None = arg(
         None,
         "DeepSpeed config: a preset name (zero1, zero2, zero2_offload, zero3, ...), the path of a "
-        "JSON file, a JSON string, a dict, or none. Keys that are missing or \"auto\" are filled "
+        'JSON file, a JSON string, a dict, or none. Keys that are missing or "auto" are filled '
         "from these arguments; a key with a value of its own wins over an argument left at its "
         "default, and conflicts with one that was changed.",
     )

@@ -1,4 +1,4 @@
-"""``dstrain explain``: the config that flags resolve to, with a reason per key; no torch, no GPU."""
+"""``dstrain explain``: the config that flags resolve to, and why; no torch, no GPU."""
 
 from __future__ import annotations
 

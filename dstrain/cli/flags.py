@@ -1,4 +1,4 @@
-"""Flags from dataclasses: every field is a flag, a misspelt one is an error that names the nearest."""
+"""Flags from dataclasses: a field is a flag; a misspelt one is an error naming the nearest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(Problem(message, "", f"see {self.prog} --help"))
 
 
-def make_parser(prog: str, description: str, classes: Sequence[type[Any]]) -> argparse.ArgumentParser:
+def make_parser(
+    prog: str, description: str, classes: Sequence[type[Any]]
+) -> argparse.ArgumentParser:
     """A parser with one group of flags per dataclass, and per mixin of ``TrainingArguments``."""
     parser = _Parser(
         prog=prog,
@@ -58,7 +60,9 @@ def parse(
             instances.append(cls(**converted))
         except DstrainError as error:
             problems += error.problems
-    raise_problems(problems, error=ConfigError, title="" if len(problems) == 1 else "the command line")
+    raise_problems(
+        problems, error=ConfigError, title="" if len(problems) == 1 else "the command line"
+    )
     return known, instances
 
 
@@ -106,5 +110,3 @@ def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> Problem:
         "",
         f"did you mean {close}?" if close else f"see {parser.prog} --help",
     )
-
-

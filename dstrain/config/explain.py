@@ -10,7 +10,9 @@ from dstrain.config.resolve import ResolvedConfig
 
 def as_table(resolved: ResolvedConfig) -> str:
     """Aligned lines ``key  value  reason``, then warnings."""
-    rows = [(key, _show(value), str(resolved.provenance[key])) for key, value in resolved.values.items()]
+    rows = [
+        (key, _show(value), str(resolved.provenance[key])) for key, value in resolved.values.items()
+    ]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     widths[1] = min(widths[1], 24)
     lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {why}" for key, value, why in rows]

@@ -1,4 +1,4 @@
-"""What the resolver must know about the world, the data and the model; nothing here imports torch."""
+"""What the resolver must know about the world and the model; nothing here imports torch."""
 
 from __future__ import annotations
 

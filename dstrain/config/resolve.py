@@ -114,7 +114,9 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
             and "auto" for which there is nothing to derive.
     """
     given, label = read_config(arguments.deepspeed)
-    raise_problems(schema.check(given), error=ConfigError, title=f"{label}: these keys cannot be used")
+    raise_problems(
+        schema.check(given), error=ConfigError, title=f"{label}: these keys cannot be used"
+    )
     config, warnings = schema.normalise(given)
     explicit = {p: v for p, v in _leaves(config) if not _is_auto(p, v)}
     problems: list[Problem] = []
@@ -165,18 +167,22 @@ def _adopt(
             problems.append(
                 Problem(
                     f"{rule.key}={explicit[rule.key]!r}",
-                    f"it stands for {' and '.join(rule.arguments)}, so {len(rule.arguments)} values",
+                    f"it stands for {' and '.join(rule.arguments)}: one value for each",
                 )
             )
             continue
         for name, value in zip(rule.arguments, values, strict=True):
             if value is None:
                 if name in changed:
-                    problems.append(_conflict(rule.key, explicit[rule.key], name, chosen[name], label))
+                    problems.append(
+                        _conflict(rule.key, explicit[rule.key], name, chosen[name], label)
+                    )
                 continue
             if name in changed:
                 if not _equal(value, chosen[name]) and not _same_family(name, value, chosen[name]):
-                    problems.append(_conflict(rule.key, explicit[rule.key], name, chosen[name], label))
+                    problems.append(
+                        _conflict(rule.key, explicit[rule.key], name, chosen[name], label)
+                    )
             elif name in adopted and not _equal(value, adopted[name]):
                 problems.append(
                     Problem(
@@ -187,7 +193,7 @@ def _adopt(
                 )
             elif not _equal(value, chosen[name]):
                 adopted[name] = value
-    _adopt_global_batch(chosen | adopted, changed, explicit, facts, adopted)
+    _adopt_global_batch({**chosen, **adopted}, changed, explicit, facts, adopted)
     return adopted
 
 
@@ -297,7 +303,9 @@ def _bad_arithmetic(key: str, given: Any, derived: Derived, facts: Facts) -> Pro
 
 def _left_auto(path: str, facts: Facts) -> Problem:
     if path.startswith("scheduler.params") and facts.num_training_steps is None:
-        return Problem(f'{path}="auto"', "the number of training steps is not known here", "set max_steps")
+        return Problem(
+            f'{path}="auto"', "the number of training steps is not known here", "set max_steps"
+        )
     return Problem(
         f'{path}="auto"',
         "there is no argument and no rule to derive it from",

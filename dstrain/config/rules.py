@@ -125,7 +125,10 @@ def _pin_memory(name: str) -> Callable[[View], Derived | None]:
         if getattr(view, name) == "none":
             return None
         pinned = view.facts.device != "cpu"
-        return Derived(pinned, f"device is {view.facts.device}: " + ("copied by DMA" if pinned else "no copies"))
+        return Derived(
+            pinned,
+            f"device is {view.facts.device}: " + ("copied by DMA" if pinned else "no copies"),
+        )
 
     return derive
 
@@ -170,7 +173,7 @@ def _optimizer_type(view: View) -> Derived:
 
 
 def _optimizer_names(kind: Any) -> tuple[Any, ...]:
-    """The argument that stands for a type written in the config; unknown types stay the config's."""
+    """The argument that stands for a type in the config; unknown types stay the config's."""
     names = {"adamw": "adamw_torch", "adam": "adamw_torch", "sgd": "sgd", "adagrad": "adagrad"}
     return (names.get(str(kind).lower()),)
 
@@ -274,8 +277,8 @@ def _persistent_below(model: ModelFacts) -> int:
 
 def _persistent_how(model: ModelFacts) -> str:
     return (
-        f"max(largest norm or bias {model.largest_vector:,}, {SMALL_PARAMETER_ELEMENTS:,}) elements: "
-        "gathering one costs more than keeping it"
+        f"max(largest norm or bias {model.largest_vector:,}, {SMALL_PARAMETER_ELEMENTS:,}) "
+        "elements: gathering one costs more than keeping it"
     )
 
 
@@ -338,9 +341,7 @@ RULES: tuple[Binding | Derivation, ...] = (
         _for_adam(lambda view: [view.adam_beta1, view.adam_beta2]),
         adopt=lambda value: tuple(value),
     ),
-    Binding(
-        "optimizer.params.eps", ("adam_epsilon",), _for_adam(lambda view: view.adam_epsilon)
-    ),
+    Binding("optimizer.params.eps", ("adam_epsilon",), _for_adam(lambda view: view.adam_epsilon)),
     Binding("optimizer.params.weight_decay", ("weight_decay",), _same("weight_decay")),
     Derivation(
         "optimizer.params.torch_adam",
@@ -348,9 +349,7 @@ RULES: tuple[Binding | Derivation, ...] = (
         ("optim", "offload_optimizer"),
         _torch_adam,
     ),
-    Derivation(
-        "optimizer.params.fused", "torch's fused kernel when asked for", ("optim",), _fused
-    ),
+    Derivation("optimizer.params.fused", "torch's fused kernel when asked for", ("optim",), _fused),
     Derivation(
         "zero_allow_untested_optimizer",
         "true for optimizers that DeepSpeed has no ZeRO test of",

@@ -35,7 +35,9 @@ def read_config(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], 
         Problem(
             f"deepspeed={given!r}",
             f"it is neither a file nor a preset ({', '.join(sorted(presets))})",
-            f"did you mean {close!r}?" if close else "give the path of a JSON file, or a preset name",
+            f"did you mean {close!r}?"
+            if close
+            else "give the path of a JSON file, or a preset name",
         )
     )
 
@@ -51,7 +53,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(Problem(f"deepspeed={str(path)!r}", f"cannot be read: {error}")) from error
+        raise ConfigError(
+            Problem(f"deepspeed={str(path)!r}", f"cannot be read: {error}")
+        ) from error
 
 
 def _parse(text: str, label: str) -> dict[str, Any]:

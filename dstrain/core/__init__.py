@@ -1,1 +1,1 @@
-"""Errors, rank facts and collectives, seeds, logging. Imports nothing of ours; torch only inside functions."""
+"""Errors, rank facts and collectives, seeds, logging. Imports nothing of ours."""

@@ -13,7 +13,7 @@ from dstrain.data.loader import Collator
 
 
 def forward_columns(module: torch.nn.Module) -> list[str] | None:
-    """Names of the keyword arguments of ``forward``; None when it takes only ``*args``/``**kwargs``."""
+    """Names of the arguments of ``forward``; None when it has only ``*args``/``**kwargs``."""
     parameters = inspect.signature(module.forward).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [p.name for p in parameters if p.kind in plain]

@@ -105,7 +105,7 @@ def build_loader(
     sampler = RankBatchSampler(order, topology, drop_last=options.drop_last)
     return DataLoader(
         dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type]  # torch types it as Sampler[list[int]]
+        batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
         **common,
@@ -133,8 +133,9 @@ def set_epoch(loader: Any, epoch: int, *, start: int = 0) -> None:
             part.set_epoch(epoch, start=start)
             return
     for part in (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch)
+        tell = getattr(part, "set_epoch", None)
+        if tell is not None:
+            tell(epoch)
             return
 
 
@@ -173,7 +174,7 @@ def windows(loader: Any, accumulation: int) -> Iterator[Window]:
 
 
 def _worker_limit(dataset: Any, wanted: int) -> int:
-    """Loader processes that a stream works in; some split themselves over processes on their own."""
+    """Loader processes a stream works in; some split themselves over processes on their own."""
     import datasets
 
     if isinstance(dataset, datasets.IterableDataset):

@@ -105,5 +105,9 @@ class RankBatchSampler:
         for step in range(len(self)):
             first = step * self.topology.chunk
             share = self.topology.share(self.chunk_samples(step))
-            mine = indices[first + share.start : first + share.stop] if share else indices[first : first + 1]
+            mine = (
+                indices[first + share.start : first + share.stop]
+                if share
+                else indices[first : first + 1]
+            )
             yield mine.tolist()

@@ -39,7 +39,7 @@ class RankStream(IterableDataset[Any]):
         *,
         drop_last: bool = False,
     ) -> None:
-        """Args: the stream, topology, collator of a list of samples, whether to drop a short end."""
+        """Args: stream, topology, collator of a list of samples, whether to drop a short end."""
         self.source = source
         self.topology = topology
         self.collate = collate
@@ -49,10 +49,11 @@ class RankStream(IterableDataset[Any]):
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
         """Tell the stream its epoch, and how many samples to leave out because they were used."""
         self.start = start
+        generator = getattr(self.source, "generator", None)
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch)
-        elif isinstance(getattr(self.source, "generator", None), torch.Generator):
-            self.source.generator.manual_seed(epoch)
+        elif isinstance(generator, torch.Generator):
+            generator.manual_seed(epoch)
 
     def __iter__(self) -> Iterator[Any]:
         """Collated micro-batches; a stand-in at the end is wrapped in ``Masked``."""

@@ -98,8 +98,7 @@ def to_device(inputs: Any, device: Any, *, float_dtype: torch.dtype | None) -> A
         dtype = float_dtype if inputs.is_floating_point() else None
         return inputs.to(device=device, dtype=dtype, non_blocking=True)
     if isinstance(inputs, Mapping):
-        moved = {k: to_device(v, device, float_dtype=float_dtype) for k, v in inputs.items()}
-        return type(inputs)(moved) if not isinstance(inputs, dict) else moved
+        return {k: to_device(v, device, float_dtype=float_dtype) for k, v in inputs.items()}
     if isinstance(inputs, (list, tuple)):
         parts = [to_device(v, device, float_dtype=float_dtype) for v in inputs]
         return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)

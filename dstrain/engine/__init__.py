@@ -2,7 +2,14 @@
 
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
-from dstrain.engine.startup import device_name, device_type, peak_device_bytes, shut_down, start
+from dstrain.engine.startup import (
+    check_precision,
+    device_name,
+    device_type,
+    peak_device_bytes,
+    shut_down,
+    start,
+)
 from dstrain.engine.zero import (
     ZeroThreeMark,
     full_numel,
@@ -16,6 +23,7 @@ __all__ = [
     "Engine",
     "StepOutcome",
     "ZeroThreeMark",
+    "check_precision",
     "decay_parameter_names",
     "device_name",
     "device_type",

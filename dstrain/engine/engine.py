@@ -23,7 +23,7 @@ class StepOutcome:
     """What one optimizer step did.
 
     Attributes:
-        applied: False when fp16 overflowed; weights, optimizer and schedule then stayed as they were.
+        applied: False when fp16 overflowed; weights, optimizer and schedule then stayed the same.
         grad_norm: global gradient norm before clipping, a device tensor or a float; None when it
             was not asked for and is not to be had for free.
     """
@@ -35,9 +35,9 @@ class StepOutcome:
 class Engine:
     """A DeepSpeed engine that trains ``module``.
 
-    The caller runs ``engine.model(**inputs)`` and ``backward(loss, last=...)`` per micro-batch, then
-    ``step()``. Losses are already weighted: DeepSpeed averages gradients over ranks and does nothing
-    else to them.
+    The caller runs ``engine.model(**inputs)`` and ``backward(loss, last=...)`` per micro-batch,
+    then ``step()``. Losses are already weighted: DeepSpeed averages gradients over ranks and does
+    nothing else to them.
     """
 
     def __init__(

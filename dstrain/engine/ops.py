@@ -87,14 +87,18 @@ def extensions_dir() -> Path:
 
 
 def prepare_environment() -> Path:
-    """Make torch use `extensions_dir()` and find ninja, in this process and those it starts.
+    """Make torch use `extensions_dir()` and this environment's ninja; return the former.
 
-    Both are missing when a virtual environment's python is called without activating it.
+    Holds for this process and those it starts. Needed where a virtual environment's python is
+    called without activating it: torch calls whatever ninja comes first on PATH, finds none, or the
+    system's, and two releases of ninja take each other's work for outdated, so that runs that
+    differ in PATH alone compile every op again, each time.
     """
     folder = extensions_dir()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     programs = Path(sys.executable).parent
-    if shutil.which("ninja") is None and (programs / "ninja").exists():
+    ninja = programs / "ninja"
+    if ninja.exists() and shutil.which("ninja") != str(ninja):
         os.environ["PATH"] = os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)])
     return folder
 

@@ -1,4 +1,4 @@
-"""Start-up: which accelerator, which rank, one process group. Before this, deepspeed is not imported."""
+"""Start-up: which accelerator, which rank, one process group; before it deepspeed is unloaded."""
 
 from __future__ import annotations
 
@@ -32,15 +32,18 @@ def start(
 
     if dist.is_initialized():
         facts = launched_ranks()
-        return Ranks(dist.get_rank(), facts.local_rank, dist.get_world_size(), facts.local_world_size)
+        return Ranks(
+            dist.get_rank(), facts.local_rank, dist.get_world_size(), facts.local_world_size
+        )
     choose_accelerator(use_cpu=use_cpu)
     _single_process_environment()
     from dstrain.engine import ops
 
-    folder = ops.extensions_dir()
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
+    folder = ops.prepare_environment()
     for lock in ops.clear_stale_locks(folder):
-        logger.warning("removed the lock of an interrupted build of a DeepSpeed op: %s", lock.parent.name)
+        logger.warning(
+            "removed the lock of an interrupted build of a DeepSpeed op: %s", lock.parent.name
+        )
     ranks = launched_ranks()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -58,7 +61,8 @@ def start(
     if on_cpu:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, _usable_cores() // ranks.local_world_size))
-        if ranks.is_local_main and not ops.is_built("shm_comm"):
+        library = ops.OPS["shm_comm"].folder
+        if ranks.is_local_main and not (folder / library / f"{library}.so").exists():
             logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
     else:
         if ranks.local_rank >= accelerator.device_count():
@@ -102,6 +106,30 @@ def device_name() -> str:
     from deepspeed.accelerator import get_accelerator
 
     return str(get_accelerator().current_device_name())
+
+
+def check_precision(precision: str) -> None:
+    """Find out before a model is built that the device cannot train in a 16-bit format.
+
+    Raises:
+        ConfigError: naming the device and the formats it has.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {
+        "fp32": True,
+        "bf16": accelerator.is_bf16_supported(),
+        "fp16": accelerator.is_fp16_supported(),
+    }
+    if not supported[precision]:
+        raise ConfigError(
+            Problem(
+                f"{precision} on {accelerator.device_name()}",
+                f"this device trains in {' and '.join(k for k, v in supported.items() if v)}",
+                f"leave {precision} out, or choose another device",
+            )
+        )
 
 
 def peak_device_bytes() -> int:

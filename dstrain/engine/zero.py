@@ -1,4 +1,4 @@
-"""ZeRO-3 partitioned parameters: their true sizes, gathering them, building models under zero.Init."""
+"""Partitioned parameters of ZeRO-3: their true sizes, gathering them, building models of them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from dstrain.config import ModelFacts, ResolvedConfig
 
 
-def is_partitioned(parameter: torch.Tensor) -> bool:
+def is_partitioned(parameter: Any) -> bool:
     """Whether ZeRO-3 holds this parameter as one slice per rank."""
     return hasattr(parameter, "ds_tensor")
 
 
-def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+def full_shape(parameter: Any) -> tuple[int, ...]:
     """The shape of the whole parameter; a partitioned one reports (0,) itself."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 
 
-def full_numel(parameter: torch.Tensor) -> int:
+def full_numel(parameter: Any) -> int:
     """Elements of the whole parameter."""
     return int(parameter.ds_numel if is_partitioned(parameter) else parameter.numel())
 

@@ -1,4 +1,4 @@
-"""The evaluation loop: every sample once, every target with the same weight, no rank left waiting."""
+"""The evaluation loop: every sample once, every target of the same weight, no rank waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building causal language models from a specification or a folder, partitioned where ZeRO-3 asks."""
+"""Building causal language models from a specification or a folder, partitioned at stage 3."""
 
 from __future__ import annotations
 
@@ -99,13 +99,15 @@ def check_model_folder(folder: str) -> None:
     listing = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "nothing"
     problems = []
     if "config.json" not in found:
-        problems.append(Problem(f"model folder {folder!r} has no config.json", f"it holds {listing}"))
+        problems.append(
+            Problem(f"model folder {folder!r} has no config.json", f"it holds {listing}")
+        )
     if not any(n.endswith((".safetensors", ".bin")) for n in found):
         problems.append(
             Problem(
                 f"model folder {folder!r} has no weights",
                 f"no *.safetensors or *.bin file; it holds {listing}",
-                "give a folder written by save_pretrained, or train from scratch with --model_config",
+                "give a folder written by save_pretrained, or start fresh with --model_config",
             )
         )
     if problems:
@@ -129,7 +131,9 @@ def _read_config(path: Path) -> Any:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(Problem(f"model_config={str(path)!r} cannot be read", str(error))) from error
+        raise ModelError(
+            Problem(f"model_config={str(path)!r} cannot be read", str(error))
+        ) from error
     kind = content.pop("model_type", None) if isinstance(content, dict) else None
     if kind is None:
         raise ModelError(Problem(f"model_config={str(path)!r}", "it has no model_type"))
@@ -145,10 +149,16 @@ def _parse_pairs(text: str, spec: str) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ModelError(
-                Problem(f"model_config={spec!r}", f"{pair!r} is no key=value pair", "llama:key=value,...")
+                Problem(
+                    f"model_config={spec!r}",
+                    f"{pair!r} is no key=value pair",
+                    "llama:key=value,...",
+                )
             )
         try:
-            values[key.strip()] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
+            values[key.strip()] = json.loads(
+                value.lower() if value.lower() in ("true", "false") else value
+            )
         except ValueError:
             values[key.strip()] = value.strip()
     return values

@@ -140,9 +140,7 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _write_shards(
-    shards: list[list[_Entry]], names: list[str], target: Path, ranks: Ranks
-) -> None:
+def _write_shards(shards: list[list[_Entry]], names: list[str], target: Path, ranks: Ranks) -> None:
     """Gather every parameter once; write this rank's shards in a thread while the next fills."""
     failure: BaseException | None = None
     with ThreadPoolExecutor(max_workers=1) as writer:
@@ -209,9 +207,9 @@ def _finish(target: Path, weight_map: dict[str, str], total_bytes: int, names: l
             path.unlink()
 
 
-def _save_configs(module: torch.nn.Module, target: Path) -> None:
+def _save_configs(module: Any, target: Path) -> None:
     config = getattr(module, "config", None)
-    if not hasattr(config, "save_pretrained"):
+    if config is None or not hasattr(config, "save_pretrained"):
         return
     saved: Any = copy.deepcopy(config)
     saved.architectures = [type(module).__name__]
@@ -230,9 +228,7 @@ def _needs_conversion(module: torch.nn.Module) -> bool:
     return bool(save_conversions(module))
 
 
-def _save_converted(
-    module: torch.nn.Module, target: Path, ranks: Ranks, shard_bytes: int
-) -> None:
+def _save_converted(module: Any, target: Path, ranks: Ranks, shard_bytes: int) -> None:
     """The path of architectures whose layout is converted (merged experts and the like).
 
     The conversion is transformers' own and needs tensors together, so rank 0 holds the whole model

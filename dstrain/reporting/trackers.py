@@ -40,7 +40,9 @@ def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
             problems.append(Problem(f"report_to={name!r}", "no such tracker", fix))
         elif name in ("wandb", "tensorboard") and name not in installed:
             problems.append(
-                Problem(f"report_to={name!r}", "it is not installed", f"pip install dstrain[{name}]")
+                Problem(
+                    f"report_to={name!r}", "it is not installed", f"pip install dstrain[{name}]"
+                )
             )
     if problems:
         raise ConfigError(problems)

@@ -28,19 +28,22 @@ from dstrain.data import (
     label_columns,
     micro_steps,
 )
-from dstrain.engine import Engine, device_type, model_facts, parameter_groups, start
+from dstrain.engine import (
+    Engine,
+    check_precision,
+    device_type,
+    model_facts,
+    parameter_groups,
+    start,
+)
 
 logger = get_logger(__name__)
 
 
 def start_run(args: TrainingArguments) -> Ranks:
     """Process group, log levels and number formats, before anything touches the model."""
-    ranks = start(
-        use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_seconds=args.ddp_timeout
-    )
-    log.configure(
-        level=args.get_process_log_level(), rank=ranks.rank, world_size=ranks.world_size
-    )
+    ranks = start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_seconds=args.ddp_timeout)
+    log.configure(level=args.get_process_log_level(), rank=ranks.rank, world_size=ranks.world_size)
     if args.tf32 is not None and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = args.tf32
         torch.backends.cudnn.allow_tf32 = args.tf32
@@ -56,9 +59,9 @@ def default_collator(processing_class: Any) -> Collator:
         default_data_collator,
     )
 
-    if isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor)):
-        return DataCollatorWithPadding(processing_class)
-    return default_data_collator
+    pads = isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor))
+    collate: Collator = DataCollatorWithPadding(processing_class) if pads else default_data_collator
+    return collate
 
 
 def targets_of(module: torch.nn.Module, args: TrainingArguments) -> Targets:
@@ -110,7 +113,9 @@ def make_loader(
     )
 
 
-def training_steps(loader: Any, args: TrainingArguments, accumulation: int) -> tuple[int, int | None]:
+def training_steps(
+    loader: Any, args: TrainingArguments, accumulation: int
+) -> tuple[int, int | None]:
     """Optimizer steps of the whole run, and of one epoch (None for a stream).
 
     Raises:
@@ -122,7 +127,7 @@ def training_steps(loader: Any, args: TrainingArguments, accumulation: int) -> t
             Problem(
                 "the training data gives no batch",
                 "dataloader_drop_last drops what does not fill one micro-batch on every rank",
-                "add data, or use a smaller per_device_train_batch_size or dataloader_drop_last=False",
+                "add data, use a smaller per_device_train_batch_size, or drop nothing",
             )
         )
     windows = None if per_epoch is None else math.ceil(per_epoch / accumulation)
@@ -153,7 +158,9 @@ def resolve_config(
         num_training_steps=num_training_steps,
         model=None if module is None else model_facts(module),
     )
-    return resolve(args, facts)
+    resolved = resolve(args, facts)
+    check_precision(resolved.precision)
+    return resolved
 
 
 def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Callable[[Any], Any]:
@@ -191,4 +198,6 @@ def training_engine(
 
 def write_resolved_config(resolved: ResolvedConfig, folder: Path) -> None:
     """Write every key with its value and reason to ``resolved_config.json``."""
-    (folder / "resolved_config.json").write_text(json.dumps(as_dict(resolved), indent=2, default=str) + "\n")
+    (folder / "resolved_config.json").write_text(
+        json.dumps(as_dict(resolved), indent=2, default=str) + "\n"
+    )

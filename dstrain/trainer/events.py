@@ -1,4 +1,4 @@
-"""Events of a run and the state that transformers' callbacks read; one object beside the Trainer."""
+"""Events of a run, and the state that transformers' callbacks read."""
 
 from __future__ import annotations
 

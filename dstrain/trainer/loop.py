@@ -1,9 +1,8 @@
-"""The training loop: windows of micro-batches in, optimizer steps out, nothing waited for between."""
+"""The training loop: windows of micro-batches in, optimizer steps out, no waiting between."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,10 +24,21 @@ class Hooks(Protocol):
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
-    ) -> torch.Tensor: ...
-    def log(self, logs: dict[str, float]) -> None: ...
-    def event(self, name: str, **kwargs: Any) -> Any: ...
-    def evaluate_in_training(self) -> None: ...
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its mean loss."""
+        ...
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Report the figures of a logging step."""
+        ...
+
+    def event(self, name: str, **kwargs: Any) -> Any:
+        """Tell callbacks of an event; returns the control object."""
+        ...
+
+    def evaluate_in_training(self) -> None:
+        """Evaluate because a callback asked for it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,9 @@ class TrainLoop:
         total = self._global_targets(sum(counts))
         loss = torch.zeros((), device=device_name())
         tokens = 0
-        for index, (micro_batch, count) in enumerate(zip(window.micro_batches, counts, strict=True)):
+        for index, (micro_batch, count) in enumerate(
+            zip(window.micro_batches, counts, strict=True)
+        ):
             last = index == len(counts) - 1
             loss = loss + self._forward_backward(micro_batch, count, total, last=last)
             tokens += 0 if micro_batch.masked else input_tokens(micro_batch.inputs)
@@ -151,9 +163,7 @@ class TrainLoop:
         loss = self.hooks.training_step(self.engine.model, inputs, max(1, count))
         return loss.detach().float() * (count / total)
 
-    def _log_and_evaluate(
-        self, event: str, outcome: StepOutcome, learning_rate: float
-    ) -> None:
+    def _log_and_evaluate(self, event: str, outcome: StepOutcome, learning_rate: float) -> None:
         """Let callbacks decide at this point of the run, then do what they decided."""
         self.control = self.hooks.event(event)
         if self.control.should_log:
@@ -218,5 +228,3 @@ class TrainLoop:
         if window.ends_epoch:
             return self.plan.steps_per_epoch or 1
         return self.progress.step - self.progress.epoch * (self.plan.steps_per_epoch or 1)
-
-

@@ -42,6 +42,9 @@ class Trainer:
         is_in_train: whether ``train`` is running.
     """
 
+    state: Any
+    control: Any
+
     log_metrics = compat.log_metrics
     save_metrics = compat.save_metrics
     metrics_format = staticmethod(compat.metrics_format)

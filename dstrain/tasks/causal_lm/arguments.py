@@ -1,4 +1,4 @@
-"""Arguments of the causal language model task: the model, where text comes from, how it is packed."""
+"""Arguments of the causal language model task: the model, the text, how it is packed."""
 
 from __future__ import annotations
 

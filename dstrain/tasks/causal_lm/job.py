@@ -195,7 +195,8 @@ def _comparison(before: dict[str, float], after: dict[str, float]) -> str:
 
 def _complete(trainer: CausalLMTrainer, model_args: ModelArguments) -> str:
     """The prompt and its greedy continuation; all ranks generate together, as ZeRO-3 needs."""
-    model, tokenizer = trainer.model, trainer.processing_class
+    model: Any = trainer.model
+    tokenizer = trainer.processing_class
     model.eval()
     device = next(model.parameters()).device
     prompt = tokenizer(model_args.completion_prompt, return_tensors="pt").to(device)
@@ -207,5 +208,3 @@ def _complete(trainer: CausalLMTrainer, model_args: ModelArguments) -> str:
             do_sample=False,
         )
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True)).rstrip()
-
-
