@@ -59,7 +59,8 @@ OPS = {
     "async_io": Op("AsyncIOBuilder", "async_io"),
 }
 
-# Between the creation of a lock and its appearance among its owner's open files lie microseconds.
+# A living owner's lock is not among its open files for a moment after it is made, and for another
+# before it is removed. One that is in neither state this long apart is nobody's.
 SETTLE_SECONDS = 2.0
 # Where the owner may be out of sight only age tells; no op takes this long to build.
 UNSEEN_OWNER_SECONDS = 1800.0
@@ -106,10 +107,10 @@ def prepare_environment() -> Path:
 def clear_stale_locks(folder: Path) -> list[Path]:
     """Remove the build locks under `folder` that belong to no living process; return their paths.
 
-    Safe while other ranks build or clear. torch keeps a lock open for as long as it builds, so a
-    lock that no process has open is nobody's; what ninja and compilers outlived their build are
-    waited for. Processes that clear take turns, so between that finding and the removal nobody else
-    can have removed the lock and a new build put its own in the same place.
+    Safe while other ranks build or clear. torch keeps a lock open for as long as it builds, so one
+    that no process has open, on two looks, is nobody's; ninja and compilers that outlived their
+    build are waited for. Processes that clear take turns: between that finding and the removal
+    nobody else can have removed the lock and a new build put its own in the same place.
 
     Processes of another user, or of another machine where the disk is shared, cannot be seen: there
     a lock goes only once it is older than `UNSEEN_OWNER_SECONDS`. Containers that share a folder on
@@ -334,7 +335,7 @@ def _is_stale(lock: Path) -> bool:
                 lock,
             )
             return False
-        if not compiling and (asked_before or age_seconds >= SETTLE_SECONDS):
+        if asked_before and not compiling:
             return True
         if compiling and not asked_before:
             logger.warning(

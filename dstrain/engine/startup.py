@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import socket
+import warnings
 from datetime import timedelta
 
 from dstrain.core.errors import ConfigError, Problem
@@ -44,6 +45,8 @@ def start(
         logger.warning(
             "removed the lock of an interrupted build of a DeepSpeed op: %s", lock.parent.name
         )
+    # DeepSpeed calls collectives by names that torch 2.13 is renaming.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     ranks = launched_ranks()
     import deepspeed
     from deepspeed.accelerator import get_accelerator

@@ -14,7 +14,7 @@ from dstrain.models import DTYPES
 
 
 class EngineKeeper:
-    """Owns the engine of one module, so that train and evaluate work in any order and repeatedly."""
+    """Owns the engine of one module: train and evaluate work in any order, any number of times."""
 
     def __init__(self) -> None:
         """No engine yet."""

@@ -177,6 +177,14 @@ class Trainer:
             self.state.save_to_json(str(folder / "trainer_state.json"))
             save_loss_curve(self.state.log_history, folder / "loss_curve.png")
 
+    def close(self) -> None:
+        """Tear down the engine and free its memory; the model keeps its weights.
+
+        ``train`` and ``evaluate`` work afterwards, with a new engine.
+        """
+        self._engines.close()
+        self.optimizer, self.lr_scheduler = self._own_optimizer, self._own_scheduler
+
     def log(self, logs: dict[str, float]) -> None:
         """Add the epoch to ``logs``, keep them in ``state.log_history``, tell callbacks."""
         if self.state.epoch is not None:
