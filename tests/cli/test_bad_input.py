@@ -1,0 +1,429 @@
+"""Bad input: one error that says what, why and how to mend it, before anything expensive.
+
+The first part needs no process group, and the training job is not even imported. The second is what
+only a started rank can know; what is expensive there fails the test when it is reached.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dstrain.cli.main import main
+from tests.cli.corpus import TINY_MODEL, flags, text, write_corpus
+
+# ------------------------------------------------------------------ without a process group
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run a command in this process; its error, after the checks that hold for every error."""
+
+    def run(*words: str) -> str:
+        # A rank's variables would make the command end this process.
+        for name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setitem(sys.modules, "dstrain.tasks.causal_lm.job", None)
+        status = main(words)
+        return the_error(status, capsys.readouterr())
+
+    return run
+
+
+def the_error(status: int, captured: pytest.CaptureResult[str]) -> str:
+    """The text of the one error on standard error."""
+    assert captured.err.count("dstrain: error: ") == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert status == 2, captured.err
+    assert captured.out == ""
+    return captured.err.split("dstrain: error: ")[1]
+
+
+TRAIN = ("train", "causal-lm")
+ZERO_STAGE_TWICE = '{"zero_optimization": {"stage": 2, "stage": 3}}'
+
+
+COMMAND_LINES = [
+    # a command, and parts of its error
+    (["trian"], ["unknown command 'trian'", "did you mean 'train'?"]),
+    (["frobnicate"], ["unknown command 'frobnicate'", "see dstrain --help"]),
+    (["train"], ["no task is named", "causal-lm", "dstrain train causal-lm --output_dir"]),
+    (["train", "casual-lm"], ["unknown task 'casual-lm'", "did you mean 'causal-lm'?"]),
+    # flags
+    ([*TRAIN, "--learnig_rate", "1"], ["unknown flag --learnig_rate", "--learning_rate?"]),
+    ([*TRAIN, "--learnig-rate=1"], ["unknown flag --learnig_rate", "--learning_rate?"]),
+    ([*TRAIN, "--frobnicate", "1"], ["unknown flag --frobnicate", "causal-lm --help"]),
+    ([*TRAIN, "--num_gpus=2"], ["unknown flag --num_gpus", "causal-lm --help"]),
+    ([*TRAIN, "stray"], ["unexpected argument 'stray'", "causal-lm --help"]),
+    ([*TRAIN, "--max_steps"], ["--max_steps: expected one argument", "causal-lm --help"]),
+    # values
+    ([*TRAIN, "--max_steps", "1.5"], ["max_steps='1.5'", "expected an integer"]),
+    ([*TRAIN, "--learning_rate", "fast"], ["learning_rate='fast'", "expected a number"]),
+    ([*TRAIN, "--bf16", "perhaps"], ["bf16='perhaps'", "expected true or false"]),
+    ([*TRAIN, "--learning_rate", "nan"], ["learning_rate=nan", "a finite number"]),
+    ([*TRAIN, "--eval_strategy", "step"], ["eval_strategy='step'", "did you mean 'steps'?"]),
+    ([*TRAIN, "--zero_stage", "4"], ["zero_stage='4'", "one of auto, 0, 1, 2, 3"]),
+    ([*TRAIN, "--block_size", "1"], ["--block_size 1 is too small", "give 2 or more"]),
+    ([*TRAIN, "--max_train_samples", "0"], ["--max_train_samples 0", "give 1 or more"]),
+    ([*TRAIN, "--validation_percentage", "100"], ["100.0 is not a share", "0 <= value < 100"]),
+    # pairs
+    ([*TRAIN, "--bf16", "--fp16"], ["fp16=True and bf16=True", "one 16-bit format", "keep"]),
+    (
+        [*TRAIN, "--train_file", "a.txt", "--dataset_name", "b"],
+        ["--train_file a.txt and --dataset_name b are both given", "drop one of the two"],
+    ),
+    (
+        [*TRAIN, "--model_name_or_path", "a", "--model_config", "llama"],
+        ["are both given", "drop one of the two"],
+    ),
+    (
+        [*TRAIN, "--zero_stage", "2", "--offload_param", "cpu"],
+        ["offload_param='cpu' with zero_stage=2", "set zero_stage to 3"],
+    ),
+    # DeepSpeed's config
+    (
+        ["explain", "--deepspeed", '{"zero_optimizaton": {}}'],
+        ["zero_optimizaton", "has no such key", "did you mean zero_optimization?"],
+    ),
+    (
+        ["explain", "--deepspeed", '{"zero_optimization": {"stagee": 2}}'],
+        ["zero_optimization.stagee", "did you mean zero_optimization.stage?"],
+    ),
+    (["explain", "--deepspeed", ZERO_STAGE_TWICE], ["stage", "stands twice", "keep one"]),
+    (["explain", "--deepspeed", '{"a": 1'], ["not valid JSON", "line 1, column 8"]),
+    (["explain", "--deepspeed", "zero22"], ["deepspeed='zero22'", "did you mean 'zero2'?"]),
+    (["explain", "--deepspeed", "no/such.json"], ["neither a file nor a preset", "fix: "]),
+    (
+        ["explain", "--world_size", "2", "--deepspeed", '{"train_batch_size": 7}'],
+        ["train_batch_size=7", "micro-batch 8 x accumulation 1 x ranks 2 = 16", "auto"],
+    ),
+    (
+        ["explain", "--bf16", "--deepspeed", '{"fp16": {"enabled": true}}'],
+        ["bf16.enabled and fp16.enabled", "one 16-bit format"],
+    ),
+    (
+        [
+            "explain",
+            "--learning_rate",
+            "1e-3",
+            "--deepspeed",
+            json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}),
+        ],
+        ["optimizer.params.lr=0.0001", "learning_rate=0.001", 'set optimizer.params.lr to "auto"'],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), COMMAND_LINES, ids=[" ".join(words)[:60] for words, _ in COMMAND_LINES]
+)
+def test_what_the_command_line_alone_shows_to_be_wrong(refused, words, expected):
+    error = refused(*words)
+    for part in expected:
+        assert part in error
+
+
+def test_all_mistakes_of_the_command_line_are_listed_together(refused):
+    """Catches one error per attempt, at a minute of queueing each."""
+    error = refused(
+        *TRAIN, *("--output_dri", "x", "--learing_rate=1", "--zero_stage", "7", "--bf16", "--fp16"),
+        *("--per_device_train_batch_size", "many", "--block_size", "1", "--max_steps", "0.5"),
+    )  # fmt: skip
+    assert error.startswith("the command line:\n")
+    listed = [line for line in error.splitlines() if line.startswith("  - ")]
+    for part in (
+        "unknown flag --output_dri",
+        "unknown flag --learing_rate",
+        "per_device_train_batch_size='many'",
+        "max_steps='0.5'",
+        "zero_stage='7'",
+        "fp16=True and bf16=True",
+        "--block_size 1 is too small",
+    ):
+        assert sum(part in line for line in listed) == 1, error
+    assert len(listed) == 7, error
+
+
+def test_all_mistakes_of_a_deepspeed_config_are_listed_together(refused):
+    config = {"zero_optimizaton": {}, "train_batch_siz": 8, "gradient_clipping": "hard"}
+    error = refused("explain", "--deepspeed", json.dumps(config))
+    assert error.count("\n  - ") == 3
+    for name in ("did you mean zero_optimization?", "did you mean train_batch_size?", "'hard'"):
+        assert name in error
+
+
+def test_a_config_file_is_named_in_its_errors(refused, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"zero_optimization": {"stage": 2},\n "zero_optimization": {"stage": 3}}')
+    error = refused("explain", "--deepspeed", str(path))
+    assert "'zero_optimization'" in error
+    assert "stands twice" in error
+    assert str(path) in error
+
+
+# ------------------------------------------------------------------ in a started rank
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """The training job, whose expensive parts fail when they are reached."""
+    from dstrain.tasks.causal_lm import job
+
+    def reached(*args, **kwargs):
+        raise AssertionError("a model was built before the error was found")
+
+    for name in ("build_causal_lm", "load_causal_lm", "CausalLMTrainer"):
+        monkeypatch.setattr(job, name, reached)
+    return job
+
+
+@pytest.fixture
+def before_data(job, monkeypatch):
+    """Data is among the expensive parts."""
+
+    def reached(*args, **kwargs):
+        raise AssertionError("data was read before the error was found")
+
+    monkeypatch.setattr(job, "_prepare_data", reached)
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    """A cache of its own for the data of a test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def small_config(folder: Path) -> Path:
+    path = folder / "small.json"
+    path.write_text('{"model_type": "llama", "max_position_embeddings": 64}')
+    return path
+
+
+def folder_without_weights(folder: Path) -> Path:
+    model = folder / "no-weights"
+    model.mkdir()
+    small_config(model).rename(model / "config.json")
+    return model
+
+
+def below_a_file(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file" / "out"
+
+
+LONG = TINY_MODEL + ",max_position_embeddings=64"
+FP16_ON = '{"fp16": {"enabled": true}}'
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        # An argument may be a function of the test's folder.
+        pytest.param(
+            {"block_size": 65, "model_config": LONG},
+            ["block_size=65", "at most 64 tokens", "set --block_size 64 or less"],
+            id="block size, short form",
+        ),
+        pytest.param(
+            {"block_size": 65, "model_config": small_config},
+            ["block_size=65", "at most 64 tokens", "set --block_size 64 or less"],
+            id="block size, config.json",
+        ),
+        pytest.param(
+            {"model_config": "llama:hiden_size=32"},
+            ["'hiden_size'", "no such key", "did you mean 'hidden_size'?"],
+            id="model key",
+        ),
+        pytest.param(
+            {"model_config": "lama:hidden_size=32"},
+            ["model type 'lama'", "did you mean 'llama'?"],
+            id="model type",
+        ),
+        pytest.param(
+            {"model_config": None, "model_name_or_path": folder_without_weights},
+            ["no-weights' has no weights", "it holds config.json", "--model_config"],
+            id="no weights",
+        ),
+        pytest.param(
+            {"model_config": None, "model_name_or_path": "/no/such/model"},
+            ["model_name_or_path='/no/such/model'", "no such folder"],
+            id="no model folder",
+        ),
+        pytest.param(
+            {"model_config": None, "model_name_or_path": "no-such-model"},
+            ["model_name_or_path='no-such-model' cannot be read", "check the name"],
+            id="no such model",
+        ),
+        pytest.param(
+            {"output_dir": below_a_file},
+            ["file/out' cannot be written", "Not a directory", "choose another output_dir"],
+            id="output folder below a file",
+        ),
+        pytest.param(
+            {"output_dir": "/proc/out"},
+            ["output_dir '/proc/out' cannot be written", "choose another output_dir"],
+            id="output folder in /proc",
+        ),
+        pytest.param(
+            {"eval_strategy": "steps", "validation_percentage": 0},
+            ["eval_strategy='steps'", "no evaluation data", "give --validation_file"],
+            id="nothing to evaluate on",
+        ),
+        pytest.param(
+            {"eval_on_start": "true", "validation_percentage": 0},
+            ["eval_on_start=True", "no evaluation data", "give --validation_file"],
+            id="nothing to evaluate on at the start",
+        ),
+        pytest.param(
+            {"deepspeed": '{"train_batch_size": 12}', "gradient_accumulation_steps": 2},
+            ["train_batch_size=12", "micro-batch 8 x accumulation 2 x ranks 1 = 16", "auto"],
+            id="batch arithmetic",
+        ),
+        pytest.param(
+            {"deepspeed": '{"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}}'},
+            ["no such key in zero_optimization", "did you mean", "stage3_prefetch_bucket_size?"],
+            id="unknown JSON key",
+        ),
+        pytest.param({"deepspeed": ZERO_STAGE_TWICE}, ["stands twice"], id="duplicate JSON key"),
+        pytest.param(
+            {"bf16": "true", "deepspeed": FP16_ON},
+            ["bf16.enabled and fp16.enabled", "one 16-bit format"],
+            id="fp16 and bf16",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("before_data")
+def test_what_is_wrong_is_found_before_data_is_read(tmp_path, capsys, given, expected):
+    given = {k: v(tmp_path) if callable(v) else v for k, v in given.items()}
+    words = flags(tmp_path / "out", **given)
+    error = the_error(main([*TRAIN, *words]), capsys.readouterr())
+    for part in expected:
+        assert part in error
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.usefixtures("before_data")
+def test_mistakes_of_different_kinds_are_listed_together(tmp_path, capsys):
+    words = flags(
+        below_a_file(tmp_path),
+        block_size=65,
+        model_config=LONG,
+        eval_strategy="epoch",
+        validation_percentage=0,
+        deepspeed='{"train_batch_size": 7, "zero_optimization": {"stage": 1}}',
+    )
+    error = the_error(main([*TRAIN, *words]), capsys.readouterr())
+    assert error.startswith("4 problems:\n")
+    for part in ("cannot be written", "train_batch_size=7", "eval_strategy='epoch'", "at most 64"):
+        assert part in error
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize(
+    ("content", "name", "expected"),
+    [
+        pytest.param(None, "none.txt", ["does not exist", "check the path"], id="missing"),
+        pytest.param("", "empty.txt", ["holds no text", "give data"], id="empty"),
+        pytest.param(" \n\n", "blank.txt", ["holds no text", "give data"], id="blank"),
+        pytest.param("", "empty.jsonl", ["holds no text", "give data"], id="empty jsonl"),
+        pytest.param('{"a": 1}\n{"a": ', "broken.jsonl", ["line 2", "mend the file"], id="broken"),
+        pytest.param('{"body": "x"}\n', "rows.jsonl", ["no column 'text'", "body"], id="column"),
+        pytest.param("x", "notes.docx", ["suffix '.docx'", ".txt", "convert"], id="suffix"),
+        pytest.param("", "folder/", ["holds no readable text", "give a folder"], id="folder"),
+    ],
+)
+@pytest.mark.usefixtures("job", "cache")
+def test_training_data_that_is_none(tmp_path, capsys, content, name, expected):
+    path = tmp_path / name
+    if name.endswith("/"):
+        path.mkdir()
+    elif content is not None:
+        path.write_text(content)
+    words = flags(tmp_path / "out", train_file=path)
+    captured = main([*TRAIN, *words]), capsys.readouterr()
+    error = the_error(*captured)
+    assert f"--train_file {path}" in error
+    for part in expected:
+        assert part in error
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.usefixtures("job", "cache")
+def test_training_text_too_short_to_hold_out_a_part(tmp_path, capsys):
+    """Only reading shows it; no model is built for it all the same."""
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"text": text(0)}) + "\n")
+    words = flags(tmp_path / "out", train_file=path, eval_strategy="epoch")
+    error = the_error(main([*TRAIN, *words]), capsys.readouterr())
+    assert "eval_strategy='epoch', but there is no evaluation data" in error
+    assert "why: the training text is too short" in error
+    assert "give --validation_file" in error
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.usefixtures("job", "cache")
+def test_model_with_too_small_a_vocabulary(tmp_path, capsys):
+    words = flags(
+        tmp_path / "out",
+        train_file=write_corpus(tmp_path / "corpus"),
+        model_config=TINY_MODEL + ",vocab_size=100",
+    )
+    error = the_error(main([*TRAIN, *words]), capsys.readouterr())
+    assert "the tokenizer has " in error
+    assert "embedding has 100 rows" in error
+    assert "set vocab_size of the model to " in error
+
+
+# ------------------------------------------------------------------ a loss that is no number
+
+
+@pytest.fixture
+def diverging(tmp_path, monkeypatch):
+    """Flags of a run whose first step ruins the weights, so that the loss of the second is NaN."""
+    from dstrain.tasks.causal_lm import job
+
+    monkeypatch.setattr(job, "shut_down", lambda: None)  # the group belongs to the harness
+    return flags(
+        tmp_path / "out",
+        train_file=write_corpus(tmp_path / "corpus"),
+        max_steps=4,
+        learning_rate=1e30,
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        disable_tqdm="true",
+    )
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_nan_loss_stops_and_names_the_step(diverging, capsys, logging_steps):
+    """The first bad step is named, also where a later one was the next to be logged."""
+    status = main([*TRAIN, *diverging, "--logging_steps", str(logging_steps)])
+    captured = capsys.readouterr()
+    assert status == 2, captured.err
+    assert captured.err.count("dstrain: error: ") == 1
+    assert "Traceback" not in captured.err
+    error = captured.err.split("dstrain: error: ")[1]
+    assert "the training loss was NaN or infinite at step 2" in error
+    assert "lower learning_rate" in error
+    assert "--nan_loss continue" in error or "nan_loss='continue'" in error
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.usefixtures("cache")
+def test_nan_loss_goes_on_where_that_is_asked_for(diverging, capsys, tmp_path, caplog):
+    status = main([*TRAIN, *diverging, "--nan_loss", "continue"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    assert "dstrain: error" not in captured.err
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    warned = captured.err + caplog.text
+    assert "NaN or infinite at step 2" in warned

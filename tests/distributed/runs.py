@@ -1,0 +1,63 @@
+"""Short runs of the trainer for the tests in this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.models import RaggedTokens, pad_collate, tiny_llama
+
+STAGES = (0, 1, 2, 3)
+
+
+def make_trainer(
+    folder: Path,
+    *,
+    stage: int = 2,
+    model: torch.nn.Module | None = None,
+    train: int = 16,
+    evaluation: Any = 7,
+    **arguments: Any,
+) -> Any:
+    """A trainer of a tiny llama on ``train`` samples, with ``evaluation`` samples to evaluate."""
+    from dstrain import Trainer, TrainingArguments
+
+    callbacks = arguments.pop("callbacks", None)
+    optimizers = arguments.pop("optimizers", (None, None))
+    settings: dict[str, Any] = {
+        "zero_stage": str(stage),
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **arguments,
+    }
+    if isinstance(evaluation, int):
+        evaluation = RaggedTokens(evaluation, seed=99) if evaluation else None
+    return Trainer(
+        tiny_llama() if model is None else model,
+        TrainingArguments(str(folder), **settings),
+        data_collator=pad_collate,
+        train_dataset=RaggedTokens(train),
+        eval_dataset=evaluation,
+        callbacks=callbacks,
+        optimizers=optimizers,
+    )
+
+
+def losses(trainer: Any) -> list[float]:
+    """The logged training losses."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """A copy of every parameter, gathered at stage 3."""
+    from dstrain.engine import gathered
+
+    parameters = dict(trainer.model.named_parameters())
+    with gathered(parameters.values()):
+        return {name: p.detach().clone() for name, p in parameters.items()}

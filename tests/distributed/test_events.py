@@ -1,0 +1,195 @@
+"""Callbacks and trackers: transformers' events in its order, at the right moments, without waits."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.runs import make_trainer, whole_weights
+
+
+def _recorder(events: list[str]) -> Any:
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        """Writes down every event."""
+
+    def method(name: str) -> Callable[..., None]:
+        return lambda self, args, state, control, **kwargs: events.append(name)
+
+    for name in dir(TrainerCallback):
+        if name.startswith("on_"):
+            setattr(Recorder, name, method(name))
+    return Recorder
+
+
+@pytest.mark.ranks(2)
+def test_events_come_in_the_documented_order(tmp_path: Path) -> None:
+    """Two steps per epoch of two micro-batches; evaluation and logs where they are asked for."""
+    events: list[str] = []
+    trainer = make_trainer(
+        tmp_path,
+        train=16,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        logging_steps=2,
+        eval_strategy="epoch",
+        evaluation=4,
+        per_device_eval_batch_size=2,
+        callbacks=[_recorder(events)],
+    )
+    trainer.train()
+    trainer.close()
+    step = [
+        "on_step_begin",
+        "on_substep_end",
+        "on_pre_optimizer_step",
+        "on_optimizer_step",
+        "on_step_end",
+    ]
+    evaluation = ["on_prediction_step", "on_log", "on_evaluate"]
+    epoch = ["on_epoch_begin", *step, *step, "on_log", "on_epoch_end", *evaluation]
+    expected = ["on_init_end", "on_train_begin", *epoch, *epoch, "on_log", "on_train_end"]
+    assert events == expected
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_change_between_the_two_optimizer_events(stage: int, tmp_path: Path) -> None:
+    """on_pre_optimizer_step still sees the old weights, on_optimizer_step the new ones."""
+    from transformers import TrainerCallback
+
+    changed: list[tuple[bool, bool]] = []
+    last: dict[str, torch.Tensor] = {}
+
+    def moved() -> bool:
+        now = whole_weights(trainer)
+        different = any(not torch.equal(now[n], last[n]) for n in last)
+        last.update(now)
+        return different
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            last.update(whole_weights(trainer))
+
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            changed.append((moved(), False))
+
+        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            changed[-1] = (changed[-1][0], moved())
+
+    trainer = make_trainer(tmp_path, stage=stage, max_steps=2, callbacks=[Watch])
+    trainer.train()
+    trainer.close()
+    assert changed == [(False, True)] * 2
+
+
+@pytest.mark.ranks(2)
+def test_a_callback_can_stop_the_run_and_ask_for_things(tmp_path: Path) -> None:
+    """should_training_stop ends the run at that step on all ranks."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+            control.should_evaluate = state.global_step == 2
+
+    trainer = make_trainer(tmp_path, train=32, callbacks=[Stop()])
+    output = trainer.train()
+    assert output.global_step == 3
+    evaluated = [e["step"] for e in trainer.state.log_history if "eval_loss" in e]
+    assert evaluated == [2]
+    trainer.close()
+
+
+@pytest.mark.ranks(2)
+def test_tensorboard_and_wandb_record_the_run(
+    tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real trackers: an event file that TensorBoard reads back, and an offline W&B run."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    trainer = make_trainer(
+        tmp_path, report_to=["tensorboard", "wandb"], logging_dir=str(tmp_path / "tb")
+    )
+    trainer.train()
+    logged = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    trainer.close()
+    if rank:
+        return
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    wandb.finish()
+    reader = EventAccumulator(str(tmp_path / "tb"))
+    reader.Reload()
+    written = [s.value for s in reader.Scalars("train/loss")]
+    assert written == pytest.approx(logged, rel=1e-5)
+    assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second"} <= set(
+        reader.Tags()["scalars"]
+    )
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    for name in [n for n in os.environ if n.startswith("WANDB_") and n not in _KEPT]:
+        monkeypatch.delenv(name)
+
+
+_KEPT = ("WANDB_MODE", "WANDB_DIR", "WANDB_SILENT")
+_WAITS = ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_step_waits_for_the_device_between_logs(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two logging steps our code reads no value of a device tensor.
+
+    Labels are counted in host memory before they go to the device, so reads inside
+    ``Targets.count`` are fine; DeepSpeed's own reads are its own.
+    """
+    from transformers import TrainerCallback
+
+    reads: list[str] = []
+
+    class Start(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                reads.clear()
+
+    trainer = make_trainer(
+        tmp_path, stage=stage, train=48, max_steps=10, logging_steps=5, callbacks=[Start]
+    )
+
+    def watch(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def watched(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            stack = traceback.extract_stack()[:-1]
+            nearest = next(f for f in reversed(stack) if "/torch/" not in f.filename)
+            if "/dstrain/" in nearest.filename:
+                reads.append(f"{Path(nearest.filename).name}:{nearest.name} at {_step(trainer)}")
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+
+    for name in _WAITS:
+        watch(name)
+    trainer.train()
+    monkeypatch.undo()
+    trainer.close()
+    outside = [r for r in reads if not r.startswith(("targets.py:count", "order.py:"))]
+    at_logs = [r for r in outside if r.endswith(("at 5", "at 10"))]
+    assert at_logs, "the watch itself works: logging steps do read"
+    assert outside == at_logs
+
+
+def _step(trainer: Any) -> int:
+    return int(trainer.state.global_step)

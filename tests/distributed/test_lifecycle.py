@@ -1,0 +1,287 @@
+"""Evaluate and train in any order, any number of times, at every stage; and where it must stop."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from tests.distributed.runs import STAGES, losses, make_trainer, whole_weights
+from tests.models import RaggedTokens, RegressionModel, pad_collate, tiny_llama
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", STAGES)
+def test_evaluate_and_train_in_any_order(stage: int, tmp_path: Path) -> None:
+    """Evaluate before train, after it, train again: one model, whose weights carry over."""
+    trainer = make_trainer(tmp_path, stage=stage, evaluation=RaggedTokens(16))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    trained = trainer.evaluate()["eval_loss"]
+    first = losses(trainer)
+    assert trained < before
+    trainer.train()
+    again = trainer.evaluate()["eval_loss"]
+    assert again < trained
+    second = losses(trainer)[len(first) :]
+    assert len(second) == len(first)
+    assert second[0] < first[0]
+    trainer.close()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(again, rel=1e-6)
+    trainer.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", STAGES)
+def test_evaluating_before_training_changes_nothing(stage: int, tmp_path: Path) -> None:
+    """The curve is the same with and without an evaluation first, in 16 bits as well."""
+    plain = make_trainer(tmp_path, stage=stage, bf16=True)
+    plain.train()
+    plain.close()
+    evaluated = make_trainer(tmp_path, stage=stage, bf16=True, eval_on_start=True)
+    evaluated.evaluate()
+    evaluated.train()
+    assert losses(evaluated) == losses(plain)
+    evaluated.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_cpu_offload_trains(stage: int, tmp_path: Path) -> None:
+    """The optimizer on the host follows the curve of the one on the device."""
+    plain = make_trainer(tmp_path, stage=stage)
+    plain.train()
+    plain.close()
+    offloaded = make_trainer(
+        tmp_path,
+        stage=stage,
+        offload_optimizer="cpu",
+        offload_param="cpu" if stage == 3 else "none",
+    )
+    offloaded.train()
+    assert type(offloaded.deepspeed.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
+    assert losses(offloaded) == pytest.approx(losses(plain), rel=1e-4)
+    offloaded.close()
+
+
+@pytest.mark.ranks(2)
+def test_two_parameter_groups_and_the_schedule_of_transformers(tmp_path: Path) -> None:
+    """Norms are not decayed; warm-up starts at 0 and each step uses the documented rate."""
+    rates: list[float] = []
+
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            rates.append(kw["optimizer"].param_groups[0]["lr"])
+
+    trainer = make_trainer(
+        tmp_path, train=20, weight_decay=0.1, warmup_steps=2, callbacks=[Recorder]
+    )
+    trainer.train()
+    assert [g["weight_decay"] for g in trainer.optimizer.param_groups] == [0.1, 0.0]
+    # 5 steps, 2 of warm-up: linear to the peak, then to 0.
+    assert rates == pytest.approx([0.0, 5e-4, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+    logged = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+    assert logged == pytest.approx(rates)
+    trainer.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_users_own_optimizer_and_schedule_run(stage: int, tmp_path: Path) -> None:
+    """They are used as given, never replaced."""
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=100)
+    trainer = make_trainer(tmp_path, stage=stage, model=model, optimizers=(optimizer, schedule))
+    trainer.train()
+    basic = trainer.deepspeed.basic_optimizer
+    assert isinstance(basic, torch.optim.SGD)
+    assert trainer.deepspeed.lr_scheduler is schedule
+    logged = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+    assert set(logged) == {0.025}
+    trainer.close()
+
+
+@pytest.mark.ranks(2)
+def test_a_plain_module_trains_and_evaluates(tmp_path: Path) -> None:
+    """Any module that returns a tuple with its loss works; float labels count by samples."""
+    from dstrain import Trainer, TrainingArguments
+
+    draw = torch.Generator().manual_seed(0)
+    xs = torch.randn(24, 8, generator=draw)
+    data = [{"x": x, "labels": x.sum()} for x in xs]
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=3,
+        num_train_epochs=8,
+        learning_rate=1e-2,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(RegressionModel(), args, train_dataset=data, eval_dataset=data[:5])
+    before = trainer.evaluate()["eval_loss"]
+    with torch.no_grad():
+        batch = torch.stack([d["x"] for d in data[:5]]), torch.stack([d["labels"] for d in data[:5]])
+        expected = RegressionModel()(*batch)[0].item()
+    assert before == pytest.approx(expected, rel=1e-5)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.7 * before
+    trainer.close()
+
+
+class TokenStream(IterableDataset[Any]):
+    """The ragged samples as a stream without a length."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.data = RaggedTokens(num_samples)
+
+    def __iter__(self) -> Any:
+        return iter(self.data.examples)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_trains_like_its_samples_in_order(workers: int, tmp_path: Path) -> None:
+    """Each rank reads the stream and keeps its share; several passes; a ragged end."""
+    from dstrain import Trainer, TrainingArguments
+    from tests.parity.reference import _num_targets
+
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=6,
+        learning_rate=0.0,
+        logging_steps=1,
+        dataloader_num_workers=workers,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(tiny_llama(), args, data_collator=pad_collate, train_dataset=TokenStream(9))
+    trainer.train()
+    data, expected = RaggedTokens(9), []
+    for first in (0, 4, 8):
+        batch = pad_collate([data[i] for i in range(first, min(first + 4, 9))])
+        assert _num_targets(batch)
+        with torch.no_grad():
+            expected.append(tiny_llama()(**batch).loss.item())
+    assert losses(trainer) == pytest.approx(expected * 2, rel=1e-5)
+    trainer.close()
+
+
+@pytest.mark.ranks(2)
+def test_a_nan_loss_stops_the_run_and_names_its_step(tmp_path: Path) -> None:
+    """Seen at the next logging step, on all ranks alike."""
+    from dstrain.core.errors import TrainingError
+
+    trainer = make_trainer(tmp_path, logging_steps=3, callbacks=[_poison(at_step=2)])
+    with pytest.raises(TrainingError, match="at step 2"):
+        trainer.train()
+    assert not trainer.is_in_train
+    trainer.close()
+
+
+@pytest.mark.ranks(2)
+def test_a_nan_loss_is_left_out_of_the_log_when_told_to_go_on(tmp_path: Path) -> None:
+    """nan_loss='continue' with the filter logs a finite mean; without it the mean is NaN."""
+    for filtered in (True, False):
+        trainer = make_trainer(
+            tmp_path,
+            logging_steps=4,
+            nan_loss="continue",
+            logging_nan_inf_filter=filtered,
+            callbacks=[_poison(at_step=2)],
+        )
+        trainer.train()
+        assert trainer.state.global_step == 4
+        assert math.isfinite(losses(trainer)[0]) is filtered
+        trainer.close()
+
+
+def _poison(*, at_step: int) -> Any:
+    """A callback that makes the weights of one rank NaN before a step, so that its loss is NaN."""
+    from transformers import TrainerCallback
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == at_step - 1:
+                with torch.no_grad():
+                    kwargs["model"].lm_head.weight.mul_(float("nan"))
+
+    return Poison
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", STAGES)
+def test_fp16_overflow_skips_the_step_and_is_counted_apart(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and schedule stay; the scale is halved; training then goes on.
+
+    A first scale of 2**40 overflows for sure. The CPU here computes fp16 without saying so.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from transformers import TrainerCallback
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    seen: list[tuple[bool, float]] = []
+    previous: dict[str, torch.Tensor] = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now = whole_weights(trainer)
+            moved = any(not torch.equal(now[n], previous[n]) for n in now) if previous else True
+            previous.update(now)
+            seen.append((moved, kwargs["optimizer"].param_groups[0]["lr"]))
+
+    config = {"fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
+    trainer = make_trainer(
+        tmp_path,
+        stage=stage,
+        deepspeed=config,
+        max_steps=40,
+        learning_rate=1e-3,
+        callbacks=[Watch],
+        max_grad_norm=0.0,
+    )
+    previous.update({n: p.half() for n, p in whole_weights(trainer).items()})
+    metrics = trainer.train().metrics
+    skipped = int(metrics["train_skipped_steps"])
+    assert 10 < skipped < 35
+    assert trainer.state.global_step == 40
+    # Skipped steps come first here: nothing moved, and the rate stayed at its peak.
+    assert [moved for moved, _ in seen[:skipped]] == [False] * skipped
+    assert {rate for _, rate in seen[:skipped]} == {1e-3}
+    assert seen[skipped][0]
+    assert seen[-1][1] == pytest.approx(1e-3 * skipped / 40)
+    scales = [e["loss_scale"] for e in trainer.state.log_history if "loss_scale" in e]
+    assert scales[skipped - 1] == 2.0 ** (40 - skipped)
+    curve = losses(trainer)
+    assert curve[-1] < curve[0]
+    trainer.close()
+
+
+@pytest.mark.ranks(2)
+def test_fp16_at_stage_zero_follows_stage_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's own stage 0 in fp16 divides by a scale that it never multiplied with."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    curves, norms = [], []
+    for stage in (0, 1):
+        # Windows of 3 steps make the scale grow in the middle of the run.
+        config = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 3}}
+        trainer = make_trainer(tmp_path, stage=stage, deepspeed=config, train=48, max_steps=12)
+        trainer.train()
+        curves.append(losses(trainer))
+        norms.append([e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e])
+        trainer.close()
+    assert curves[0] == pytest.approx(curves[1], rel=5e-4)
+    assert norms[0] == pytest.approx(norms[1], rel=2e-2)
