@@ -53,8 +53,8 @@ DUMP_SIGNAL = int(signal.SIGRTMAX) - 1  # not SIGUSR1: a trainer may answer that
 PR_SET_PDEATHSIG = 1
 HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # What libraries set or start once, for the life of the process.
-ALLOWED_ENVIRONMENT = ("PYTEST_CURRENT_TEST", "KMP_", "TORCHINDUCTOR_", "TRITON_")
-ALLOWED_THREADS = ("tqdm_monitor", "pin_memory", "asyncio_", "QueueFeederThread")
+ALLOWED_ENVIRONMENT = ("PYTEST_CURRENT_TEST", "KMP_", "TORCHINDUCTOR_", "TRITON_", "WANDB_")
+ALLOWED_THREADS = ("tqdm_monitor", "pin_memory", "asyncio_", "QueueFeederThread", "wandb-")
 
 
 def pytest_configure(config: pytest.Config) -> None:

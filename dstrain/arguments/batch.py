@@ -71,6 +71,21 @@ class BatchArguments:
             problems.append(
                 Problem(f"dataloader_num_workers={self.dataloader_num_workers}", "0 or more")
             )
+        if self.dataloader_prefetch_factor is not None and self.dataloader_prefetch_factor < 1:
+            problems.append(
+                Problem(
+                    f"dataloader_prefetch_factor={self.dataloader_prefetch_factor}",
+                    "at least 1 is needed",
+                )
+            )
+        if self.dataloader_num_workers == 0 and self.dataloader_persistent_workers:
+            problems.append(
+                Problem(
+                    "dataloader_persistent_workers=True with dataloader_num_workers=0",
+                    "there are no loader processes to keep",
+                    "set dataloader_num_workers to 1 or more, or persistent workers to false",
+                )
+            )
         if self.dataloader_num_workers == 0 and self.dataloader_prefetch_factor is not None:
             problems.append(
                 Problem(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -52,11 +54,11 @@ def convert_values(
     """The values of some fields of dataclass ``cls`` in their declared types, and what is wrong."""
     problems: list[Problem] = []
     converted: dict[str, Any] = {}
-    hints = typing.get_type_hints(cls)
+    kinds_by_name = kinds_of(cls)
     for field in dataclasses.fields(cls):
         if field.name not in given:
             continue
-        value, kinds = given[field.name], _kinds(hints[field.name])
+        value, kinds = given[field.name], kinds_by_name[field.name]
         problem = None
         try:
             value = _convert(value, kinds)
@@ -73,11 +75,23 @@ def convert_values(
     return converted, problems
 
 
+def kinds_of(cls: type[Any]) -> dict[str, tuple[type, ...]]:
+    """The plain classes that each field of a dataclass admits.
+
+    Read from the annotations, since ``HfArgumentParser`` writes other types into the fields.
+    """
+    hints = typing.get_type_hints(cls)
+    return {f.name: _kinds(hints[f.name]) for f in dataclasses.fields(cls)}
+
+
 def _illegal(field: dataclasses.Field[Any], value: Any, kinds: tuple[type, ...]) -> Problem | None:
     if value is None:
         if type(None) in kinds or object in kinds or field.default is None:
             return None
         return Problem(f"{field.name}=None", f"a value is needed ({_say(kinds)})", "leave it out")
+    if isinstance(value, float) and not math.isfinite(value):
+        # Comparisons with NaN are false, so no check of a range would find it.
+        return Problem(f"{field.name}={value}", "a finite number is needed")
     allowed = field.metadata.get("choices")
     if allowed is None or value in allowed:
         return None
@@ -111,7 +125,7 @@ def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
     if value is None or object in kinds:
         return value
     if isinstance(value, bool):
-        if bool in kinds or str in kinds:
+        if bool in kinds:
             return value
         raise ValueError(value)
     if isinstance(value, str):
@@ -147,6 +161,8 @@ def _convert_text(text: str, kinds: tuple[type, ...]) -> Any:
     if str in kinds:
         return text
     if int in kinds:
+        with contextlib.suppress(ValueError):
+            return int(text)  # exact; a float would change a seed above 2**53
         number = float(text)  # "1e3" is a common way to write an integer
         if number.is_integer():
             return int(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ class OptimizerArguments:
     lr_scheduler_type: str = arg(
         "linear", "Learning-rate schedule (transformers.SchedulerType).", choices=SCHEDULERS
     )
-    lr_scheduler_kwargs: dict[str, Any] | None = arg(
+    # `str` is for HfArgumentParser, which hands over the JSON of a shell unparsed.
+    lr_scheduler_kwargs: dict[str, Any] | str | None = arg(
         None, 'Extra arguments of the schedule, such as {"min_lr": 1e-6} of cosine_with_min_lr.'
     )
     warmup_ratio: float = arg(
@@ -56,11 +58,30 @@ class OptimizerArguments:
         0, "Steps of linear warm-up from 0; a value between 0 and 1 is a share of all steps."
     )
 
+    def scheduler_kwargs(self) -> dict[str, Any]:
+        """``lr_scheduler_kwargs`` as a dict of its own, empty for none."""
+        assert not isinstance(self.lr_scheduler_kwargs, str), "parsed on construction"
+        return dict(self.lr_scheduler_kwargs or {})
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up steps of a run of ``num_training_steps``: the count, or the share rounded up."""
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         return math.ceil(num_training_steps * (self.warmup_steps or self.warmup_ratio))
+
+    def _read_scheduler_kwargs(self) -> list[Problem]:
+        """Parse ``lr_scheduler_kwargs`` where it is still text."""
+        given = self.lr_scheduler_kwargs
+        if not isinstance(given, str):
+            return []
+        try:
+            parsed = None if given.strip().lower() == "none" else json.loads(given)
+        except ValueError:
+            parsed = given
+        if parsed is not None and not isinstance(parsed, dict):
+            return [Problem(f"lr_scheduler_kwargs={given!r}", "expected a JSON object, or none")]
+        self.lr_scheduler_kwargs = parsed
+        return []
 
     def _optimizer_problems(self) -> list[Problem]:
         problems = []

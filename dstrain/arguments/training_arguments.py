@@ -52,7 +52,7 @@ class TrainingArguments(
             self.zero_stage = str(self.zero_stage)
         if isinstance(self.report_to, str):
             self.report_to = [self.report_to]
-        problems = coerce_fields(self)
+        problems = coerce_fields(self) + self._read_scheduler_kwargs()
         raise_problems(problems, error=ConfigError)
         self.output_dir = os.path.expanduser(self.output_dir)
         if self.eval_strategy != "no":

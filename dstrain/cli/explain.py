@@ -9,6 +9,7 @@ from dstrain.arguments import TrainingArguments
 from dstrain.cli.flags import make_parser, parse
 from dstrain.config import Facts, resolve
 from dstrain.config.explain import as_dict, as_table
+from dstrain.core.errors import ConfigError, Problem
 
 
 def run(words: Sequence[str]) -> int:
@@ -28,6 +29,8 @@ def run(words: Sequence[str]) -> int:
     world.add_argument("--device", default="cuda", help="cuda or cpu")
     world.add_argument("--json", action="store_true", default=False, help="print JSON")
     options, (arguments,) = parse(parser, words, classes)
+    if options.world_size < 1:
+        raise ConfigError(Problem(f"--world_size {options.world_size}", "at least one rank"))
     steps = arguments.max_steps if arguments.max_steps > 0 else None
     resolved = resolve(
         arguments,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dstrain.arguments.fields import convert_values, default_of
+from dstrain.arguments.fields import convert_values, default_of, kinds_of
 from dstrain.core.errors import ConfigError, DstrainError, Problem, nearest, raise_problems
+
+MOST_CHOICES_CHARS = 50
+"""Longer lists of choices stand in a flag's help, where they wrap, and not behind its name."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,16 +27,18 @@ def make_parser(
     """A parser with one group of flags per dataclass, and per mixin of ``TrainingArguments``."""
     parser = _Parser(
         prog=prog,
+        usage="%(prog)s [flags]",
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for cls in classes:
+        kinds = kinds_of(cls)
         for title, fields in _groups(cls):
             group = parser.add_argument_group(title)
             for field in fields:
-                _add_flag(group, field)
+                _add_flag(group, field, kinds[field.name])
     return parser
 
 
@@ -44,12 +50,18 @@ def parse(
     Raises:
         ConfigError: unknown flags, values of the wrong type and illegal combinations, all at once.
     """
-    known, unknown = parser.parse_known_args(_without_local_rank(argv))
+    known, unknown = parser.parse_known_args([_underscored(a) for a in argv])
     values = vars(known)
     problems = [_unknown_flag(flag, parser) for flag in unknown if flag.startswith("-")]
     stray = [word for word in unknown if not word.startswith("-")]
-    if stray and not problems:
-        problems.append(Problem(f"unexpected argument {' '.join(stray)!r}"))
+    if stray and not problems:  # else they may be the values of the unknown flags
+        problems.append(
+            Problem(
+                f"unexpected argument {' '.join(stray)!r}",
+                "every value belongs to a flag",
+                f"write it after its flag, and quote text with spaces; see {parser.prog} --help",
+            )
+        )
     instances: list[Any] = []
     for cls in classes:
         names = {f.name for f in dataclasses.fields(cls)}
@@ -71,34 +83,39 @@ def _groups(cls: type[Any]) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     groups = []
     for base in reversed(cls.__mro__):
-        own = [fields[n] for n in base.__dict__.get("__annotations__", {}) if n in fields]
+        own = [fields[n] for n in inspect.get_annotations(base) if n in fields]
         if own:
             title = (base.__doc__ or base.__name__).strip().splitlines()[0].rstrip(".")
             groups.append((title, own))
     return groups
 
 
-def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
-    hint = str(field.type)
+def _add_flag(group: Any, field: dataclasses.Field[Any], kinds: tuple[type, ...]) -> None:
     options: dict[str, Any] = {"metavar": field.name.upper().split("_")[-1]}
-    if hint.startswith("bool"):
+    if bool in kinds:
         options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
-    elif hint.startswith("list"):
+    elif list in kinds:
         options["nargs"] = "+"
     text = str(field.metadata.get("help", "")).replace("%", "%%")
+    if "choices" in field.metadata:
+        choices = "|".join(map(str, field.metadata["choices"]))
+        if len(choices) <= MOST_CHOICES_CHARS:
+            options["metavar"] = choices
+        else:
+            text += f" One of {choices.replace('|', ', ')}."
     default = default_of(field)
     if default is not None and default is not dataclasses.MISSING:
-        text += f" (default: {default})".replace("%", "%%")
-    if "choices" in field.metadata:
-        options["metavar"] = "|".join(map(str, field.metadata["choices"]))
-    dashed = "--" + field.name.replace("_", "-")
-    names = [f"--{field.name}"] + ([dashed] if "_" in field.name else [])
-    group.add_argument(*names, dest=field.name, help=text, **options)
+        shown = repr(default) if " " in str(default) else default
+        text += f" (default: {shown})".replace("%", "%%")
+    group.add_argument(f"--{field.name}", help=text, **options)
 
 
-def _without_local_rank(argv: Sequence[str]) -> list[str]:
-    """Launchers add ``--local_rank=N``; the environment says the same."""
-    return [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
+def _underscored(word: str) -> str:
+    """``--learning-rate`` is ``--learning_rate``; a value after ``=`` stays as it is."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> Problem:

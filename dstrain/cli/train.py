@@ -17,8 +17,17 @@ def run(words: Sequence[str]) -> int:
     Raises:
         ConfigError: no or an unknown task, unknown or illegal flags.
     """
-    if not words or words[0] in ("-h", "--help"):
+    if not words:
+        raise ConfigError(
+            Problem(
+                "no task is named",
+                f"tasks are {', '.join(TASKS)}",
+                f"for example: dstrain train {next(iter(TASKS))} --output_dir out",
+            )
+        )
+    if words[0] in ("-h", "--help"):
         print(f"usage: dstrain train TASK [flags]\n\ntasks: {', '.join(TASKS)}")
+        print("`dstrain train TASK --help` lists the flags of a task.")
         return 0
     name, rest = words[0], words[1:]
     if name not in TASKS:

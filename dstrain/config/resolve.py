@@ -118,15 +118,17 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
         schema.check(given), error=ConfigError, title=f"{label}: these keys cannot be used"
     )
     config, warnings = schema.normalise(given)
+    _drop_nulls(config)
     explicit = {p: v for p, v in _leaves(config) if not _is_auto(p, v)}
     problems: list[Problem] = []
     chosen = readable_arguments(arguments)
-    adopted = _adopt(chosen, arguments.changed_fields(), explicit, facts, problems, label)
+    changed = arguments.changed_fields()
+    adopted, reasons = _adopt(chosen, changed, explicit, facts, problems, label)
+    reasons |= {name: Provenance("argument", f"argument {name}") for name in changed}
     chosen |= adopted
     provenance: dict[str, Provenance] = {path: Provenance("config", label) for path in explicit}
-    changed = arguments.changed_fields()
     for rule in RULES:
-        _fill(rule, config, explicit, provenance, View(chosen, facts, config), changed, problems)
+        _fill(rule, config, explicit, provenance, View(chosen, facts, config), reasons, problems)
     problems += _contradictions(config, label)
     for path, value in _leaves(config):
         if _is_auto(path, value):
@@ -153,9 +155,11 @@ def _adopt(
     facts: Facts,
     problems: list[Problem],
     label: str,
-) -> dict[str, Any]:
-    """Values that arguments take from the user's config; conflicts go to ``problems``."""
+) -> tuple[dict[str, Any], dict[str, Provenance]]:
+    """Values that arguments take from the user's config, and why; conflicts go to ``problems``."""
     adopted: dict[str, Any] = {}
+    settled: dict[str, Any] = {}
+    reasons: dict[str, Provenance] = {}
     for rule in RULES:
         if not isinstance(rule, Binding) or rule.key not in explicit:
             continue
@@ -183,18 +187,22 @@ def _adopt(
                     problems.append(
                         _conflict(rule.key, explicit[rule.key], name, chosen[name], label)
                     )
-            elif name in adopted and not _equal(value, adopted[name]):
+                continue
+            if name in settled and not _equal(value, settled[name]):
                 problems.append(
                     Problem(
                         f"{rule.key}={explicit[rule.key]!r} in {label}",
-                        f"another key of it sets {name} to {adopted[name]!r}",
+                        f"another key of it sets {name} to {settled[name]!r}",
                         "make the two equal",
                     )
                 )
-            elif not _equal(value, chosen[name]):
+                continue
+            settled[name] = value
+            reasons[name] = Provenance("config", f"{rule.key} in {label}")
+            if not _equal(value, chosen[name]):
                 adopted[name] = value
-    _adopt_global_batch({**chosen, **adopted}, changed, explicit, facts, adopted)
-    return adopted
+    _adopt_global_batch({**chosen, **adopted}, changed, explicit, facts, adopted, reasons)
+    return adopted, reasons
 
 
 def _adopt_global_batch(
@@ -203,15 +211,19 @@ def _adopt_global_batch(
     explicit: Mapping[str, Any],
     facts: Facts,
     adopted: dict[str, Any],
+    reasons: dict[str, Provenance],
 ) -> None:
     """A ``train_batch_size`` of the user's decides the accumulation that nobody else decided."""
     total = explicit.get("train_batch_size")
     decided = "gradient_accumulation_steps" in explicit or "gradient_accumulation_steps" in changed
     if total is None or decided:
         return
-    per_window = chosen["per_device_train_batch_size"] * facts.world_size
-    if total % per_window == 0 and total >= per_window:
-        adopted["gradient_accumulation_steps"] = total // per_window
+    micro, world = chosen["per_device_train_batch_size"], facts.world_size
+    if total % (micro * world) == 0 and total >= micro * world:
+        adopted["gradient_accumulation_steps"] = total // (micro * world)
+        reasons["gradient_accumulation_steps"] = Provenance(
+            "derived", f"train_batch_size {total} / (micro-batch {micro} x ranks {world})"
+        )
 
 
 def _fill(
@@ -220,7 +232,7 @@ def _fill(
     explicit: Mapping[str, Any],
     provenance: dict[str, Provenance],
     view: View,
-    changed: frozenset[str],
+    reasons: Mapping[str, Provenance],
     problems: list[Problem],
 ) -> None:
     """Write one key where the user left it open; check it where the rule allows one value only."""
@@ -232,7 +244,7 @@ def _fill(
         return
     present = _get(config, rule.key) is not None
     optional = rule.when_present if isinstance(rule, Binding) else rule.only_auto
-    if optional and not present:
+    if optional and not present and not _takes(config, rule.key):
         return
     derived = rule.derive(view)
     if derived is None:
@@ -245,10 +257,27 @@ def _fill(
         provenance[rule.key] = Provenance("derived", derived.how)
     elif isinstance(rule, Binding):
         names = ", ".join(rule.arguments)
-        if any(name in changed for name in rule.arguments):
-            provenance[rule.key] = Provenance("argument", f"argument {names}")
-        else:
-            provenance[rule.key] = Provenance("default", f"default of argument {names}")
+        default = Provenance("default", f"default of argument {names}")
+        known = [reasons[name] for name in rule.arguments if name in reasons]
+        details = ", ".join(dict.fromkeys(reason.detail for reason in known))
+        provenance[rule.key] = Provenance(known[0].source, details) if known else default
+
+
+def _takes(config: Mapping[str, Any], path: str) -> bool:
+    """Whether the user's config has the section of a parameter, with a type that knows it.
+
+    Left out, the parameter would get DeepSpeed's default: a schedule of ``WarmupLR`` rises to 1e-3
+    in 1000 steps, whatever the arguments say.
+    """
+    section, _, _ = path.partition(".params.")
+    kind = _get(config, f"{section}.type")
+    if not isinstance(kind, str) or kind == schema.AUTO:
+        return False
+    try:
+        schema.default_of(path, kind=kind)
+    except KeyError:
+        return False
+    return True
 
 
 def _may_drop(rule: Binding | Derivation, view: View) -> bool:
@@ -364,8 +393,18 @@ def _put(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _drop(config: dict[str, Any], path: str) -> None:
-    *parents, last = path.split(".")
-    node: Any = config
-    for part in parents:
-        node = node[part]
-    del node[last]
+    """Remove a key, and the sections that it leaves empty."""
+    parent, _, last = path.rpartition(".")
+    section = _get(config, parent) if parent else config
+    del section[last]
+    if parent and not section:
+        _drop(config, parent)
+
+
+def _drop_nulls(config: dict[str, Any]) -> None:
+    """Remove nulls where a rule knows a value: to DeepSpeed null means that the key is missing."""
+    for rule in RULES:
+        parent, _, last = rule.key.rpartition(".")
+        section = _get(config, parent) if parent else config
+        if isinstance(section, Mapping) and last in section and section[last] is None:
+            _drop(config, rule.key)

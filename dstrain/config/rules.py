@@ -214,14 +214,14 @@ def _allow_untested(view: View) -> Derived | None:
 
 def _scheduler_total(view: View) -> Derived | None:
     steps = view.facts.num_training_steps
-    if "total_num_steps" not in _scheduler_params(view) or steps is None:
+    if steps is None:
         return None
     return Derived(steps, f"the run has {steps} optimizer steps")
 
 
 def _scheduler_warmup(view: View) -> Derived | None:
     steps = view.facts.num_training_steps
-    if "warmup_num_steps" not in _scheduler_params(view) or steps is None:
+    if steps is None:
         return None
     import math
 
@@ -231,12 +231,6 @@ def _scheduler_warmup(view: View) -> Derived | None:
     return Derived(max(1, int(count)), f"warm-up of {int(count)} steps, at least 1 for DeepSpeed")
 
 
-def _scheduler_params(view: View) -> Mapping[str, Any]:
-    section = view.config.get("scheduler") or {}
-    params = section.get("params") or {}
-    return params if isinstance(params, Mapping) else {}
-
-
 # --- sizes from the parameters -------------------------------------------------------------------
 
 
@@ -244,21 +238,26 @@ def _bucket(view: View) -> Derived | None:
     model = view.facts.model
     if model is None or view.stage == 0:
         return None
-    size = max(1, min(model.num_trainable, max(model.largest, BUCKET_ELEMENTS)))
+    size = min(model.num_trainable, max(model.largest, BUCKET_ELEMENTS))
     return Derived(
-        size,
+        _even(size),
         f"min(trainable {model.num_trainable:,}, max(largest parameter {model.largest:,}, "
-        f"{BUCKET_ELEMENTS:,})) elements",
+        f"{BUCKET_ELEMENTS:,})) elements, made even",
     )
+
+
+def _even(elements: int) -> int:
+    """DeepSpeed asserts that the all-gather bucket is a multiple of 2 (its NCCL alignment)."""
+    return max(2, elements + elements % 2)
 
 
 def _prefetch(view: View) -> Derived | None:
     model = view.facts.model
     if model is None or view.stage < 3:
         return None
-    size = max(1, min(model.num_parameters, max(model.largest, BUCKET_ELEMENTS)))
+    size = min(model.num_parameters, max(model.largest, BUCKET_ELEMENTS))
     return Derived(
-        size,
+        _even(size),
         f"min(parameters {model.num_parameters:,}, max(largest {model.largest:,}, "
         f"{BUCKET_ELEMENTS:,})) elements",
     )

@@ -25,7 +25,7 @@ def read_config(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], 
     if given.lstrip().startswith("{"):
         return _parse(given, "the JSON text of `deepspeed`"), "your config"
     path = Path(given).expanduser()
-    if path.is_file():
+    if _is_file(path):
         return _parse(_read(path), str(path)), f"your config ({path.name})"
     presets = {p.stem: p for p in preset_folder().glob("*.json")}
     if given in presets:
@@ -47,6 +47,13 @@ def preset_folder() -> Path:
     package = Path(__file__).resolve().parent.parent
     inside = package / "ds_configs"
     return inside if inside.is_dir() else package.parent / "ds_configs"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a text too long for a file name, or a folder that may not be entered
+        return False
 
 
 def _read(path: Path) -> str:
@@ -80,7 +87,7 @@ def _parse(text: str, label: str) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise ConfigError(
-            Problem(f"{label} holds a JSON {type(config).__name__}", "expected an object {{...}}")
+            Problem(f"{label} holds a JSON {type(config).__name__}", "expected an object {...}")
         )
     if repeated:
         raise ConfigError(

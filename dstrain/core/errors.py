@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -23,10 +24,11 @@ class Problem:
     def __str__(self) -> str:
         """Render as one to three lines, the first without indentation."""
         lines = [self.what]
-        if self.why:
-            lines.append(f"    why: {self.why}")
-        if self.remedy:
-            lines.append(f"    fix: {self.remedy}")
+        for name, text in (("why", self.why), ("fix", self.remedy)):
+            if text:
+                # What libraries say can have several lines; they stay under the first.
+                indented = text.strip().replace("\n", "\n         ")
+                lines.append(f"    {name}: {indented}")
         return "\n".join(lines)
 
 
@@ -74,6 +76,22 @@ def raise_problems(
     """Raise ``error`` with every problem in one message; do nothing when there is none."""
     if problems:
         raise error(problems, title=title)
+
+
+@contextlib.contextmanager
+def collected(errors: list[DstrainError]) -> Iterator[None]:
+    """Keep a user error of the body in ``errors``, so that the checks after it run too."""
+    try:
+        yield
+    except DstrainError as error:
+        errors.append(error)
+
+
+def raise_errors(errors: Sequence[DstrainError]) -> None:
+    """Raise a single error as it is, and several as one that lists every problem."""
+    if len(errors) == 1:
+        raise errors[0]
+    raise_problems([problem for error in errors for problem in error.problems])
 
 
 def nearest(name: str, known: Sequence[str] | set[str]) -> str | None:

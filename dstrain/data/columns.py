@@ -36,7 +36,7 @@ def keep_columns(
     """Drop the columns of ``dataset`` that are not in ``keep``.
 
     A ``datasets.Dataset`` loses them before it is read; samples of other datasets lose them in
-    front of the collator.
+    front of the collator, which then also raises the error.
 
     Raises:
         DataError: no column is left.
@@ -46,26 +46,33 @@ def keep_columns(
     if isinstance(dataset, datasets.Dataset):
         dropped = [c for c in dataset.column_names if c not in keep]
         if len(dropped) == len(dataset.column_names):
-            raise DataError(
-                Problem(
-                    f"the {description} set has columns {dataset.column_names}",
-                    f"the model takes none of them; it takes {', '.join(keep)}",
-                    "rename the columns, or set remove_unused_columns to false and collate them "
-                    "yourself",
-                )
-            )
+            raise _none_left(dataset.column_names, keep, description)
         return dataset.remove_columns(dropped), collate
-    return dataset, _ColumnFilter(collate, frozenset(keep))
+    return dataset, _ColumnFilter(collate, tuple(keep), description)
+
+
+def _none_left(columns: Sequence[str], keep: Sequence[str], description: str) -> DataError:
+    return DataError(
+        Problem(
+            f"the {description} set has columns {list(columns)}",
+            f"the model takes none of them; it takes {', '.join(keep)}",
+            "rename the columns, or set remove_unused_columns to false and collate them yourself",
+        )
+    )
 
 
 class _ColumnFilter:
     """A collator that first drops keys of dict samples (a class, so that workers can pickle it)."""
 
-    def __init__(self, collate: Collator, keep: frozenset[str]) -> None:
+    def __init__(self, collate: Collator, keep: tuple[str, ...], description: str) -> None:
         self._collate = collate
         self._keep = keep
+        self._description = description
 
     def __call__(self, samples: list[Any]) -> Any:
         if samples and isinstance(samples[0], dict):
+            columns = list(samples[0])
             samples = [{k: v for k, v in s.items() if k in self._keep} for s in samples]
+            if columns and not samples[0]:
+                raise _none_left(columns, self._keep, self._description)
         return self._collate(samples)

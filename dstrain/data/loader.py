@@ -98,6 +98,8 @@ def build_loader(
             )
             workers = limit
         stream = RankStream(dataset, topology, collate, drop_last=options.drop_last)
+        if workers and options.persistent_workers:
+            stream.share_position()
         return DataLoader(stream, batch_size=None, num_workers=workers, **common)
     if len(dataset) == 0:
         raise DataError(Problem("the dataset is empty", "at least one sample is needed"))
@@ -142,8 +144,8 @@ def set_epoch(loader: Any, epoch: int, *, start: int = 0) -> None:
 def iterate(loader: Any) -> Iterator[tuple[MicroBatch, int]]:
     """Micro-batches with the number of samples that all ranks have in that micro-step.
 
-    For a user's own loader, which is taken as this rank's share, and for the end of a stream the
-    number is that of a full micro-step.
+    A stream's length is not known, so at its end the number is that of a full micro-step; of a
+    user's own loader, which is taken as this rank's share, nothing is known and it is 0.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, RankBatchSampler):

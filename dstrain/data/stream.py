@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -9,8 +10,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils import worker as worker_module
 
 from dstrain.data.order import Topology
+
+_UNTOLD = -1
+_END = object()
 
 
 @dataclass
@@ -24,11 +29,38 @@ class Masked:
         return self
 
 
+@contextlib.contextmanager
+def _as_in_main_process() -> Iterator[None]:
+    """Hide from the body that this is a loader process."""
+    info = worker_module._worker_info
+    worker_module._worker_info = None
+    try:
+        yield
+    finally:
+        worker_module._worker_info = info
+
+
+def _whole(source: Iterable[Any]) -> Iterator[Any]:
+    """Iterate in a loader process as in a process without any.
+
+    A stream that asks torch for its worker keeps a share of the samples (the pattern in torch's
+    documentation); every n-th micro-batch of a share would lose the rest.
+    """
+    with _as_in_main_process():
+        samples = iter(source)
+    while True:
+        with _as_in_main_process():
+            sample = next(samples, _END)
+        if sample is _END:
+            return
+        yield sample
+
+
 class RankStream(IterableDataset[Any]):
     """Micro-batches of one rank from a stream that all ranks read alike.
 
-    With several loader processes each takes every n-th micro-batch; torch's loader asks them in
-    turn, so the order is that of one process.
+    With several loader processes each reads the whole stream and takes every n-th micro-batch;
+    torch's loader asks them in turn, so the order is that of one process.
     """
 
     def __init__(
@@ -44,11 +76,18 @@ class RankStream(IterableDataset[Any]):
         self.topology = topology
         self.collate = collate
         self.drop_last = drop_last
-        self.start = 0
+        self._position = torch.tensor([_UNTOLD, 0])  # epoch and start
+
+    def share_position(self) -> None:
+        """Let loader processes that outlive an epoch see what ``set_epoch`` says of the next."""
+        self._position.share_memory_()
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
         """Tell the stream its epoch, and how many samples to leave out because they were used."""
-        self.start = start
+        self._position.copy_(torch.tensor([epoch, start]))
+        self._tell_source(epoch)
+
+    def _tell_source(self, epoch: int) -> None:
         generator = getattr(self.source, "generator", None)
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch)
@@ -59,7 +98,10 @@ class RankStream(IterableDataset[Any]):
         """Collated micro-batches; a stand-in at the end is wrapped in ``Masked``."""
         worker = get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
-        samples = islice(iter(self.source), self.start, None)
+        epoch, start = self._position.tolist()
+        if worker and epoch != _UNTOLD:
+            self._tell_source(epoch)
+        samples = islice(_whole(self.source) if worker else iter(self.source), start, None)
         step = 0
         while chunk := list(islice(samples, self.topology.chunk)):
             if self.drop_last and len(chunk) < self.topology.chunk:

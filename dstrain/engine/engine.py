@@ -122,9 +122,7 @@ class Engine:
         """The current fp16 loss scale; None in other formats."""
         if self.resolved.precision != "fp16":
             return None
-        scaler = getattr(self.optimizer, "loss_scaler", None)
-        scale = getattr(scaler, "cur_scale", None) or getattr(self.optimizer, "cur_scale", None)
-        return None if scale is None else float(scale)
+        return float(self.optimizer.loss_scale)
 
     def destroy(self) -> None:
         """Let go of DeepSpeed's buffers and hooks; the module keeps its weights.

@@ -142,16 +142,17 @@ def clear_stale_locks(folder: Path) -> list[Path]:
 
 
 def is_built(name: str) -> bool:
-    """Whether `build_ops` built the op for this python, torch, DeepSpeed and processor.
+    """Whether the op is as `build_ops` left it, for this python, torch, DeepSpeed and processor.
 
-    Looks at two files and imports neither torch nor deepspeed.
+    Looks at two files and imports neither torch nor deepspeed. An op that a run has built again
+    since, for whatever reason, may be built once more by the next, so `build_ops` has another look.
 
     Raises:
         ConfigError: there is no such op.
     """
-    folder = extensions_dir() / _op(name).folder
-    library = folder / f"{_op(name).folder}.so"
-    return library.exists() and _read_stamp(folder) == _fingerprint()
+    library = _library(extensions_dir(), _op(name))
+    stamp = _read_stamp(library.parent)
+    return stamp is not None and library.exists() and stamp == _stamp(library)
 
 
 def build_ops(names: Sequence[str]) -> None:
@@ -204,23 +205,24 @@ def _op(name: str) -> Op:
 
 def _build(name: str, folder: Path) -> None:
     op = _op(name)
-    own = folder / op.folder
+    library = _library(folder, op)
+    lock = library.with_name("lock")
     clear_stale_locks(folder)
-    lock = own / "lock"
-    if _read_stamp(own) not in (None, _fingerprint()) and not lock.exists():
+    stamp = _read_stamp(library.parent)
+    if stamp is not None and not stamp.items() >= _fingerprint().items() and not lock.exists():
         # Built for another torch, or for a processor with other instructions: ninja would see the
         # same command line and keep it.
-        shutil.rmtree(own)
+        shutil.rmtree(library.parent)
     if lock.exists():
         _say(f"Waiting for the run that builds DeepSpeed's {name} ...")
         _wait_for(lock)
-    elif (own / f"{op.folder}.so").exists():
-        _say(f"Checking DeepSpeed's {name} ...")
+    elif library.exists():
+        _say(f"Checking DeepSpeed's {name} (about {op.typical_seconds} s if it is outdated) ...")
     else:
         _say(f"Building DeepSpeed's {name} (about {op.typical_seconds} s, once) ...")
     started = time.monotonic()
     _load(name)
-    _write_stamp(own)
+    _write_stamp(library)
     _say(f"DeepSpeed's {name} is ready ({time.monotonic() - started:.1f} s).")
 
 
@@ -299,11 +301,20 @@ def _read_stamp(op_folder: Path) -> dict[str, str] | None:
         return {}
 
 
-def _write_stamp(op_folder: Path) -> None:
-    op_folder.mkdir(exist_ok=True)
-    unfinished = op_folder / f"dstrain-built.{os.getpid()}"
-    unfinished.write_text(json.dumps(_fingerprint(), indent=1))
-    unfinished.replace(op_folder / "dstrain-built.json")
+def _stamp(library: Path) -> dict[str, str]:
+    return {**_fingerprint(), "built": str(library.stat().st_mtime_ns)}
+
+
+def _write_stamp(library: Path) -> None:
+    if not library.exists():
+        return  # an op that was compiled when DeepSpeed was installed
+    unfinished = library.with_name(f"dstrain-built.{os.getpid()}")
+    unfinished.write_text(json.dumps(_stamp(library), indent=1))
+    unfinished.replace(library.with_name("dstrain-built.json"))
+
+
+def _library(folder: Path, op: Op) -> Path:
+    return folder / op.folder / f"{op.folder}.so"
 
 
 def _locks(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -41,10 +42,7 @@ def start(
     from dstrain.engine import ops
 
     folder = ops.prepare_environment()
-    for lock in ops.clear_stale_locks(folder):
-        logger.warning(
-            "removed the lock of an interrupted build of a DeepSpeed op: %s", lock.parent.name
-        )
+    ops.clear_stale_locks(folder)
     # DeepSpeed calls collectives by names that torch 2.13 is renaming.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     ranks = launched_ranks()
@@ -67,6 +65,7 @@ def start(
         library = ops.OPS["shm_comm"].folder
         if ranks.is_local_main and not (folder / library / f"{library}.so").exists():
             logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
+        atexit.register(_forget_shared_memory)
     else:
         if ranks.local_rank >= accelerator.device_count():
             raise ConfigError(
@@ -149,6 +148,14 @@ def shut_down() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _forget_shared_memory() -> None:
+    """Remove this rank's buffer of DeepSpeed's CPU collectives, which DeepSpeed leaves behind."""
+    variables = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
+    name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *variables])
+    with contextlib.suppress(OSError):
+        os.unlink(f"/dev/shm/{name}")
 
 
 def _other_accelerator() -> bool:

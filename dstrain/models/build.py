@@ -11,6 +11,7 @@ import torch
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ModelError, Problem, nearest
 from dstrain.engine import ZeroThreeMark
+from dstrain.models.compat import StrictDataclassError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -23,20 +24,15 @@ def parse_model_config(spec: str, **defaults: Any) -> Any:
         **defaults: values for keys that the short form leaves out (vocabulary size, token ids).
 
     Raises:
-        ModelError: an unknown model type or key (with the nearest name), an unreadable file.
+        ModelError: an unknown model type or key (with the nearest name), an unreadable file, values
+            that transformers refuses.
     """
-    from transformers import AutoConfig
-
-    path = Path(spec).expanduser()
-    if path.exists() or spec.endswith(".json"):
-        return _read_config(path)
+    if _names_file(spec):
+        return _read_config(Path(spec).expanduser())
     kind, _, rest = spec.partition(":")
     values = _parse_pairs(rest, spec)
-    try:
-        plain = AutoConfig.for_model(kind)
-    except ValueError as error:
-        raise _unknown_type(kind) from error
-    known = set(plain.to_dict()) | set(vars(plain))
+    plain = _make_config(kind, {}, spec)
+    known = set(plain.to_dict()) | set(vars(plain)) | set(plain.attribute_map)
     unknown = [k for k in values if k not in known]
     if unknown:
         raise ModelError(
@@ -50,7 +46,15 @@ def parse_model_config(spec: str, **defaults: Any) -> Any:
             ]
         )
     filled = {k: v for k, v in defaults.items() if k in known}
-    return AutoConfig.for_model(kind, **{**filled, **values})
+    return _make_config(kind, {**filled, **values}, spec)
+
+
+def _names_file(spec: str) -> bool:
+    """Whether a ``model_config`` is a path and not the short form."""
+    try:
+        return spec.endswith(".json") or Path(spec).expanduser().exists()
+    except OSError:  # a short form longer than a file name may be
+        return False
 
 
 def build_causal_lm(config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
@@ -125,8 +129,6 @@ def max_length(config: Any) -> int | None:
 
 
 def _read_config(path: Path) -> Any:
-    from transformers import AutoConfig
-
     file = path / "config.json" if path.is_dir() else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -137,10 +139,20 @@ def _read_config(path: Path) -> Any:
     kind = content.pop("model_type", None) if isinstance(content, dict) else None
     if kind is None:
         raise ModelError(Problem(f"model_config={str(path)!r}", "it has no model_type"))
+    return _make_config(kind, content, str(path))
+
+
+def _make_config(kind: str, values: dict[str, Any], spec: str) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if kind not in CONFIG_MAPPING:
+        raise _unknown_type(kind)
     try:
-        return AutoConfig.for_model(kind, **content)
-    except ValueError as error:
-        raise _unknown_type(kind) from error
+        return AutoConfig.for_model(kind, **values)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ModelError(
+            Problem(f"model_config={spec!r}", f"transformers refuses its values: {error}")
+        ) from error
 
 
 def _parse_pairs(text: str, spec: str) -> dict[str, Any]:
@@ -155,12 +167,17 @@ def _parse_pairs(text: str, spec: str) -> dict[str, Any]:
                     "llama:key=value,...",
                 )
             )
-        try:
-            values[key.strip()] = json.loads(
-                value.lower() if value.lower() in ("true", "false") else value
+        key, value = key.strip(), value.strip()
+        if key in values:
+            raise ModelError(
+                Problem(f"model_config={spec!r}", f"{key!r} stands twice in it", "keep one of them")
             )
+        # Python's spelling of three values that JSON spells in another way.
+        word = {"True": "true", "False": "false", "None": "null"}.get(value, value)
+        try:
+            values[key] = json.loads(word)
         except ValueError:
-            values[key.strip()] = value.strip()
+            values[key] = value
     return values
 
 

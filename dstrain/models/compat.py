@@ -1,11 +1,14 @@
-"""The semi-private parts of transformers that this room uses, in one place."""
+"""The semi-private parts of transformers and its hub that this room uses, in one place."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
+
+__all__ = ["PrefixChange", "StrictDataclassError", "save_conversions"]
 
 
 def save_conversions(module: Any) -> list[Any]:

@@ -19,15 +19,15 @@ def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
     """The tracker callback classes for ``report_to``.
 
     None and "all" take every installed tracker, except W&B where it has neither key nor offline
-    mode: it would stop the run to ask. "none" takes no one.
+    mode: it would stop the run to ask. "none" and an empty list take no one.
 
     Raises:
         ConfigError: an unknown tracker, or one that was named but is not installed.
     """
     from dstrain.reporting import compat
 
-    names = list(report_to) if report_to else ["all"]
-    if names == ["none"]:
+    names = ["all"] if report_to is None else list(report_to)
+    if names in ([], ["none"]):
         return []
     installed = compat.get_available_reporting_integrations()
     if "all" in names:

@@ -174,7 +174,7 @@ def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Calla
             optimizer,
             num_warmup_steps=args.get_warmup_steps(num_training_steps),
             num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=args.scheduler_kwargs(),
         )
 
     return make

@@ -181,7 +181,7 @@ class TrainLoop:
             return
         self._note(reading)
         logs: dict[str, float] = {"loss": reading.loss}
-        if outcome.grad_norm is not None:
+        if outcome.grad_norm is not None and outcome.applied:
             logs["grad_norm"] = float(outcome.grad_norm)
         logs["learning_rate"] = learning_rate
         if (scale := self.engine.loss_scale()) is not None:

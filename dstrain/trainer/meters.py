@@ -16,8 +16,9 @@ class Reading:
     """What the meter has seen since it was last read, over all ranks.
 
     Attributes:
-        loss: mean over steps of the global batch's mean loss.
-        loss_sum: sum of it over steps.
+        loss: mean over steps of the global batch's mean loss; where bad losses are filtered, over
+            the steps that had a finite one (NaN when no step had).
+        loss_sum: that mean times the number of steps.
         num_steps: steps since the last reading.
         num_tokens: input tokens.
         seconds: wall-clock time.
@@ -40,6 +41,7 @@ class TrainMeter:
         self._device = device
         self._filter = filter_bad
         self._loss = torch.zeros((), dtype=torch.float32, device=device)
+        self._finite = torch.zeros((), dtype=torch.float32, device=device)
         self._bad = torch.full((), -1.0, dtype=torch.float32, device=device)
         self._steps = 0
         self._tokens = 0
@@ -50,8 +52,8 @@ class TrainMeter:
         finite = torch.isfinite(loss)
         self._bad = torch.where(finite | (self._bad >= 0), self._bad, float(step))
         if self._filter:
-            so_far = self._loss / max(1, self._steps)
-            loss = torch.where(finite, loss, so_far)
+            self._finite = self._finite + finite
+            loss = torch.where(finite, loss, 0.0)
         self._loss = self._loss + loss
         self._steps += 1
         self._tokens += num_tokens
@@ -59,20 +61,23 @@ class TrainMeter:
     def read(self) -> Reading:
         """Sum over ranks, wait for the device, start anew; a collective of all ranks."""
         bad = torch.where(self._bad >= 0, 1.0, 0.0)
-        sums = torch.stack([self._loss, bad]).double()
+        # A rank whose losses were all bad has nothing to average: 0/0 says so.
+        steps = self._finite if self._filter and self._steps else max(1, self._steps)
+        sums = torch.stack([self._loss.double() / steps, bad.double()])
         counted = torch.tensor([float(self._tokens)], dtype=torch.float64)
         loss, num_bad, tokens = sum_over_ranks(torch.cat([sums, counted.to(self._device)])).tolist()
         first_bad = self._first_bad_step() if num_bad else None
         now = time.perf_counter()
         reading = Reading(
-            loss=loss / max(1, self._steps),
-            loss_sum=loss,
+            loss=loss,
+            loss_sum=loss * self._steps,
             num_steps=self._steps,
             num_tokens=int(tokens),
             seconds=now - self._since,
             first_bad_step=first_bad,
         )
         self._loss = torch.zeros_like(self._loss)
+        self._finite = torch.zeros_like(self._finite)
         self._bad = torch.full_like(self._bad, -1.0)
         self._steps = self._tokens = 0
         self._since = now

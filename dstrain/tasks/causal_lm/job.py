@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.core.errors import ConfigError, DataError, Problem
+from dstrain.core.errors import (
+    ConfigError,
+    DataError,
+    DstrainError,
+    Problem,
+    collected,
+    raise_errors,
+)
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, main_first
 from dstrain.core.seeds import seed_everything
@@ -41,31 +48,18 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
     ranks = start_run(args)
     # Everything that can be wrong is looked at before data is read or a model is built.
     with all_or_none():
-        if ranks.is_main:
-            check_writable(args.output_dir)
-        if model_args.model_name_or_path is not None:
-            check_model_folder(model_args.model_name_or_path)
+        _check(args, model_args, data_args, ranks)
     resolved = resolve_config(args, ranks)
-    config = _given_config(model_args)
-    _check_block_size(data_args, config)
     documents, tokenizer, packed = _prepare_data(data_args, model_args, ranks)
-    if args.eval_strategy != "no" and packed.validation is None:
-        raise DataError(
-            Problem(
-                f"eval_strategy={args.eval_strategy!r}, but there is no evaluation data",
-                "the training text could not be split, or validation_percentage is 0",
-                "give --validation_file, or set --eval_strategy no",
-            )
-        )
+    if packed.validation is None:
+        _refuse_evaluation(args, "the training text is too short to hold a part of it out")
     logger.info("data: %s", documents.description)
     seed_everything(args.seed)
     if model_args.model_name_or_path is not None:
         model = load_causal_lm(model_args.model_name_or_path, resolved)
         _check_vocabulary(model.config, tokenizer)
     else:
-        config = config or parse_model_config(
-            model_args.model_config or DEFAULT_MODEL, **_tokenizer_defaults(tokenizer, data_args)
-        )
+        config = _fresh_config(model_args, data_args, tokenizer)
         _check_vocabulary(config, tokenizer)
         model = build_causal_lm(config, resolved)
     logger.info(
@@ -125,27 +119,79 @@ def _prepare_data(
     return documents, tokenizer, packed
 
 
-def _given_config(model_args: ModelArguments) -> Any:
-    """The config of the model named by the user, before the tokenizer exists; None without one."""
-    if model_args.model_name_or_path is not None:
-        from transformers import AutoConfig
+def _check(
+    args: TrainingArguments, model_args: ModelArguments, data_args: DataArguments, ranks: Ranks
+) -> None:
+    """Look at everything that needs neither data nor a model; all that is wrong is one error."""
+    errors: list[DstrainError] = []
+    with collected(errors):
+        if ranks.is_main:
+            check_writable(args.output_dir)
+    with collected(errors):
+        resolve_config(args, ranks)
+    with collected(errors):
+        named = data_args.validation_file or data_args.validation_split
+        if data_args.validation_percentage == 0 and not named:
+            _refuse_evaluation(args, "validation_percentage is 0, and no validation data is named")
+    with collected(errors):
+        if model_args.model_name_or_path is None:
+            config = _fresh_config(model_args, data_args)
+        else:
+            check_model_folder(model_args.model_name_or_path)
+            config = _saved_config(model_args.model_name_or_path)
+        _check_block_size(data_args, config)
+    raise_errors(errors)
 
-        try:
-            return AutoConfig.from_pretrained(model_args.model_name_or_path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                Problem(
-                    f"model_name_or_path={model_args.model_name_or_path!r} cannot be read",
-                    str(error).strip(),
-                )
-            ) from error
-    if model_args.model_config is not None and not _is_short_form(model_args.model_config):
-        return parse_model_config(model_args.model_config)
-    return None
+
+def _refuse_evaluation(args: TrainingArguments, why: str) -> None:
+    """Raise where the arguments ask for evaluations that have no data."""
+    asked = [
+        *([f"eval_strategy={args.eval_strategy!r}"] if args.eval_strategy != "no" else []),
+        *(["eval_on_start=True"] if args.eval_on_start else []),
+    ]
+    if asked:
+        raise DataError(
+            Problem(
+                f"{' and '.join(asked)}, but there is no evaluation data",
+                why,
+                "give --validation_file, or do not ask for evaluations while training",
+            )
+        )
 
 
-def _is_short_form(spec: str) -> bool:
-    return not (spec.endswith(".json") or Path(spec).expanduser().exists())
+def _saved_config(name: str) -> Any:
+    """The config of a model folder or of a model of the Hub."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            Problem(
+                f"model_name_or_path={name!r} cannot be read",
+                str(error).strip(),
+                "check the name: a folder written by save_pretrained, or a model of the Hub",
+            )
+        ) from error
+
+
+def _fresh_config(
+    model_args: ModelArguments, data_args: DataArguments, tokenizer: Any = None
+) -> Any:
+    """The config of a model to train from scratch; a short form is completed with what is known.
+
+    Without a tokenizer, before there is one, its sizes and ids are those of transformers.
+    """
+    spec = model_args.model_config or DEFAULT_MODEL
+    defaults: dict[str, Any] = {"max_position_embeddings": max(2048, data_args.block_size)}
+    if tokenizer is not None:
+        defaults |= {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    return parse_model_config(spec, **defaults)
 
 
 def _check_block_size(data_args: DataArguments, config: Any) -> None:
@@ -170,17 +216,6 @@ def _check_vocabulary(config: Any, tokenizer: Any) -> None:
                 f"set vocab_size of the model to {len(tokenizer)}, or use the model's tokenizer",
             )
         )
-
-
-def _tokenizer_defaults(tokenizer: Any, data_args: DataArguments) -> dict[str, Any]:
-    """What a config in short form takes from the tokenizer and the data."""
-    return {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "max_position_embeddings": max(2048, data_args.block_size),
-    }
 
 
 def _comparison(before: dict[str, float], after: dict[str, float]) -> str:

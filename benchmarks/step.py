@@ -1,0 +1,272 @@
+"""Steps per second of dstrain's Trainer against a hand-written DeepSpeed loop.
+
+    python benchmarks/step.py
+    python benchmarks/step.py --stages 1,2,3 --world_sizes 1,2 --contenders dstrain,control --report
+
+How it measures and how to read it: `benchmarks/README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from processes import ROOT, RunFailed, load, machine, run_ranks, table, wait_until_quiet
+
+GOAL = 0.98
+MODELS = ("tiny", "small", "base", "large")
+CONTENDERS = ("dstrain", "transformers", "control")
+REPORTS = ROOT / "benchmarks" / "reports"
+LOSS_TOLERANCE = 2e-3  # relative; the sums of gradient norms run in different orders
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run: a contender's blocks of steps between blocks of the hand-written loop.
+
+    Attributes:
+        contender: who is compared with the hand-written loop.
+        baseline: which hand-written loop: "plain" or "weighted".
+        stage: ZeRO stage.
+        world_size: ranks.
+        model: size of the model.
+        block_size: tokens per sample.
+        micro_batch: samples per rank in a forward pass.
+        accumulation: micro-batches per optimizer step.
+        steps_per_block: optimizer steps between two changes of loop; both log once in them.
+        blocks: measured blocks of each loop, the discarded first ones not counted.
+        precision: "fp32", "bf16", or "auto": bf16 where there is a GPU.
+        device: "cpu", or "auto": a GPU where there is one.
+        profile: "" or the file for the profile of rank 0's trainer blocks.
+        result: the file that rank 0 writes.
+    """
+
+    contender: str
+    baseline: str
+    stage: int
+    world_size: int
+    model: str
+    block_size: int
+    micro_batch: int
+    accumulation: int
+    steps_per_block: int
+    blocks: int
+    precision: str
+    device: str
+    profile: str
+    result: str
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of each of the two loops."""
+        return self.steps_per_block * (self.blocks + 1)
+
+
+def main() -> int:
+    """Run every combination, print a line for each, write the report; 1 when a goal is missed."""
+    options = _parse()
+    rows, records = [_TITLES], []
+    started = time.monotonic()
+    for world_size in options.world_sizes:
+        for stage in options.stages:
+            for contender in options.contenders:
+                record = _measure(options, contender, stage, world_size)
+                records.append(record)
+                rows.append(_row(record))
+                print("  ".join(rows[-1]), flush=True)
+    print(f"\n{_heading(options, records)}\n{table(rows)}")
+    print(_NOTES)
+    print(f"{time.monotonic() - started:.0f} s in all")
+    if options.report:
+        print(f"report: {_write_report(records)}")
+    return int(any(r["verdict"] in ("fail", "error") for r in records))
+
+
+def _measure(
+    options: argparse.Namespace, contender: str, stage: int, world_size: int
+) -> dict[str, Any]:
+    """One run in processes of its own, as a record of the report."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            contender=contender,
+            baseline=options.baseline,
+            stage=stage,
+            world_size=world_size,
+            model=options.model,
+            block_size=options.block_size,
+            micro_batch=options.micro_batch,
+            accumulation=options.accumulation,
+            steps_per_block=options.steps_per_block,
+            blocks=options.blocks,
+            precision=options.precision,
+            device=options.device,
+            profile=options.profile and f"{options.profile}.{contender}-{stage}-{world_size}",
+            result=str(Path(folder) / "result.json"),
+        )
+        record: dict[str, Any] = {k: v for k, v in asdict(settings).items() if k != "result"}
+        wait_until_quiet(options.quiet, patience_seconds=options.patience)
+        record["load_before"] = load()
+        script = str(Path(__file__).with_name("step_rank.py"))
+        try:
+            run_ranks(
+                [script, json.dumps(asdict(settings))],
+                world_size=world_size,
+                threads=options.threads,
+                deadline_seconds=options.deadline,
+            )
+            record |= json.loads(Path(settings.result).read_text())
+        except RunFailed as error:
+            return record | {"verdict": "error", "error": str(error)}
+        record["load_after"] = load()
+    return record if "missing" in record else record | summary(record["pairs"], contender)
+
+
+def summary(pairs: Sequence[dict[str, float]], contender: str) -> dict[str, Any]:
+    """Medians and quartiles of the ratio of steps per second within each pair of blocks."""
+    ratios = [p["hand_seconds"] / p["trainer_seconds"] for p in pairs]
+    best = min(p["hand_seconds"] for p in pairs) / min(p["trainer_seconds"] for p in pairs)
+    cpu_ratios = [p["trainer_cpu_seconds"] / p["hand_cpu_seconds"] for p in pairs]
+    low, _, high = quartiles(ratios)
+    ratio = statistics.median(ratios)
+    if contender != "dstrain":
+        verdict = ""
+    elif ratio >= GOAL:
+        verdict = "pass"
+    else:
+        verdict = "fail" if high < GOAL else "unclear"
+    return {
+        "ratio": ratio,
+        "ratio_quartiles": [low, high],
+        "ratio_range": [min(ratios), max(ratios)],
+        "best_ratio": best,
+        "cpu_ratio": statistics.median(cpu_ratios),
+        "verdict": verdict,
+    }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile; the value itself when there is only one."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+_TITLES = [
+    *("ranks", "stage", "contender", "hand ms", "its ms", "ratio", "quartiles", "range"),
+    *("best", "cpu time", "same loss", "load", "verdict"),
+]
+_NOTES = f"""
+hand ms, its ms: median time of an optimizer step. ratio: its steps per second over those of the
+hand-written loop, the median over pairs of neighbouring blocks; the goal for dstrain is
+{GOAL} or more. best: the same of the fastest block of each, which other jobs disturbed least.
+cpu time: its processor time over the hand-written loop's. "control" is the hand-written loop
+against itself: its quartiles say how much of a ratio is noise here and now."""
+
+
+def _row(record: dict[str, Any]) -> list[str]:
+    first = [str(record["world_size"]), str(record["stage"]), record["contender"]]
+    if "missing" in record:
+        return [*first, *["-"] * 9, record["missing"]]
+    if "error" in record:
+        print(record["error"], file=sys.stderr)
+        return [*first, *["-"] * 9, "error"]
+    steps = record["steps_per_block"]
+    hand, its = (
+        1000 * statistics.median(p[f"{side}_seconds"] for p in record["pairs"]) / steps
+        for side in ("hand", "trainer")
+    )
+    low, high = record["ratio_quartiles"]
+    least, most = record["ratio_range"]
+    return [
+        *first,
+        f"{hand:.1f}",
+        f"{its:.1f}",
+        f"{record['ratio']:.3f}",
+        f"{low:.3f}..{high:.3f}",
+        f"{least:.3f}..{most:.3f}",
+        f"{record['best_ratio']:.3f}",
+        f"{record['cpu_ratio']:.3f}",
+        "yes" if record["loss_difference"] <= LOSS_TOLERANCE else "NO",
+        f"{record['load_before']}..{record['load_after']}",
+        record["verdict"] or "-",
+    ]
+
+
+def _heading(options: argparse.Namespace, records: Sequence[dict[str, Any]]) -> str:
+    seen: dict[str, Any] = next((r for r in records if "num_parameters" in r), {})
+    parameters = seen.get("num_parameters", 0) / 1e6
+    return (
+        f"{options.model} model ({parameters:.1f} million parameters, {seen.get('format', '?')}), "
+        f"{options.micro_batch} x {options.block_size} tokens per rank and micro-batch, "
+        f"{options.accumulation} micro-batch(es) per step; {options.blocks} pairs of blocks of "
+        f"{options.steps_per_block} steps; {options.baseline} hand-written loop; "
+        f"{seen.get('device_name', 'no run succeeded')}"
+    )
+
+
+def _write_report(records: Sequence[dict[str, Any]]) -> Path:
+    kind = next((r["device_type"] for r in records if "device_type" in r), "none")
+    path = REPORTS / f"step_{kind}.json"
+    REPORTS.mkdir(exist_ok=True)
+    report = {"goal": GOAL, "machine": machine(), "runs": list(records)}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Steps per second of dstrain against a hand-written DeepSpeed loop.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def add(name: str, default: Any, text: str, **more: Any) -> None:
+        spellings = sorted({f"--{name}", f"--{name}".replace("_", "-")})
+        more = {"type": type(default), "default": default, "help": text} | more
+        parser.add_argument(*spellings, dest=name, **more)
+
+    add("stages", [1, 2, 3], "ZeRO stages, such as 0,1,2,3", type=_integers)
+    add("world_sizes", [1, 2], "numbers of ranks", type=_integers)
+    add("contenders", ["dstrain"], f"some of {','.join(CONTENDERS)}", type=_contenders)
+    add("baseline", "plain", "the hand-written loop", choices=("plain", "weighted"))
+    add("steps_per_block", 20, "optimizer steps between two changes of loop")
+    add("blocks", 8, "measured blocks of each loop")
+    add("model", "small", "size of the model", choices=MODELS)
+    add("block_size", 128, "tokens per sample")
+    add("micro_batch", 2, "samples per rank in a forward pass")
+    add("accumulation", 1, "micro-batches per optimizer step")
+    add("precision", "auto", "number format", choices=("auto", "fp32", "bf16"))
+    add("device", "auto", "where to run", choices=("auto", "cpu"))
+    add("threads", 1, "threads per rank for computing on the CPU")
+    add("deadline", 300.0, "seconds after which a run is ended")
+    add("quiet", 0.0, "before each run wait until at most this many other processes are running")
+    add("patience", 0.0, "seconds to wait for that at most")
+    add("profile", "", "write cProfile files of the trainer's blocks with this beginning")
+    parser.add_argument("--report", action="store_true", help=f"write {REPORTS}/step_<device>.json")
+    options = parser.parse_args()
+    if options.steps_per_block < 1 or options.blocks < 1:
+        parser.error("--steps_per_block and --blocks are at least 1")
+    return options
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def _contenders(text: str) -> list[str]:
+    names = [part for part in text.split(",") if part]
+    if unknown := [n for n in names if n not in CONTENDERS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not in {', '.join(CONTENDERS)}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

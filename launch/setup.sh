@@ -1,0 +1,181 @@
+#!/usr/bin/env bash
+# The environment of dstrain: a virtual environment in .venv at the top of the repository, with the
+# versions of constraints.txt, and DeepSpeed's compiled ops inside it.
+#
+#   bash launch/setup.sh [extra ...]     set up by hand, with extras of pyproject.toml such as `dev`
+#
+# The other scripts here source this file and call its functions. All of it is skipped, in well
+# under a second, where it has been done. PYTHON names the python to make the environment with.
+
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+VENV="$ROOT/.venv"
+
+say() { printf '[dstrain] %s\n' "$*" >&2; }
+die() {
+    say "error: $*"
+    exit 1
+}
+
+# ---- the virtual environment ---------------------------------------------------------------------
+
+# Print a python that can make the environment.
+find_python() {
+    local candidate no_venv=""
+    # 3.11 first: it is the one that constraints.txt was tried with.
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
+        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+        no_venv="$candidate"
+    done
+    [[ -z $no_venv ]] || die "$no_venv has no venv module (on Debian and Ubuntu: apt-get install python3-venv)"
+    die "no Python 3.11 or later found; install one, or name it: PYTHON=/path/to/python3.11 bash $0"
+}
+
+# What the installation depends on; a change of any of it installs again.
+setup_hash() {
+    { cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" && echo "$ROOT" && readlink -f "$VENV/bin/python"; } |
+        sha256sum | cut -d ' ' -f 1
+}
+
+# Whether dstrain is installed with these extras, for the present pyproject.toml and constraints.txt.
+is_set_up() {
+    local hash extra
+    [[ -x $VENV/bin/python && -x $VENV/bin/deepspeed && -x $VENV/bin/dstrain ]] || return 1
+    hash="$(setup_hash)"
+    for extra in base "$@"; do
+        [[ "$(cat "$VENV/.dstrain-setup/$extra" 2>/dev/null)" == "$hash" ]] || return 1
+    done
+    "$VENV/bin/python" -c 'import importlib.metadata as m; m.version("dstrain"), m.version("torch")' 2>/dev/null
+}
+
+pip_install() {
+    # On a terminal pip shows its progress; in a log only its errors are of use.
+    local quiet=()
+    [[ -t 2 ]] || quiet=(--quiet --quiet)
+    "$VENV/bin/python" -m pip --disable-pip-version-check install ${quiet[@]+"${quiet[@]}"} \
+        --constraint "$ROOT/constraints.txt" "$@" >&2
+}
+
+install() {
+    local started=$SECONDS extra extras python hash
+    if ! "$VENV/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python="$(find_python)"
+        say "Making the virtual environment $VENV with $("$python" --version) ..."
+        "$python" -m venv "$VENV"
+    fi
+    if ! "$VENV/bin/python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+        # By itself and first: where a CPU-only build is on offer its version sorts above the one
+        # with CUDA, and what else asks for torch is then content with it.
+        say "Installing torch (hundreds of megabytes, once) ..."
+    fi
+    pip_install torch
+    extras="$(IFS=,; echo "$*")"
+    say "Installing dstrain${extras:+ with $extras} and what it needs (minutes the first time) ..."
+    pip_install --editable "$ROOT${extras:+[$extras]}"
+    mkdir -p "$VENV/.dstrain-setup"
+    hash="$(setup_hash)"
+    for extra in base "$@"; do
+        echo "$hash" >"$VENV/.dstrain-setup/$extra"
+    done
+    say "Installed in $((SECONDS - started)) s."
+}
+
+# Install where that is to be done, and make this shell use the environment. Arguments: extras.
+dstrain_setup() {
+    if ! is_set_up "$@"; then
+        mkdir -p "$VENV"
+        # Two set-ups at once would install over each other. The lock goes with this subshell.
+        (
+            if command -v flock >/dev/null && ! flock --nonblock 9; then
+                say "Waiting for another set-up of $VENV ..."
+                flock 9
+            fi
+            is_set_up "$@" || install "$@"
+        ) 9>"$VENV/.dstrain-setup.lock"
+    fi
+    export VIRTUAL_ENV="$VENV"
+    # DeepSpeed's builds call `ninja` by name. It has to be this one: another release, such as the
+    # system's, would compile again all that this one did.
+    export PATH="$VENV/bin:$PATH"
+    # Ops of its own: environments that share a folder rebuild each other's.
+    export TORCH_EXTENSIONS_DIR="$VENV/torch_extensions"
+    # Warnings and errors, without a page of information from every rank.
+    export DS_LOG_LEVEL="${DS_LOG_LEVEL:-WARNING}"
+}
+
+# ---- DeepSpeed's ops -----------------------------------------------------------------------------
+
+# Remove locks that killed builds left, which would make every run wait for ever; build the ops named
+# (see dstrain/engine/ops.py) where they are not built.
+# shellcheck disable=SC2120  # it may be called with none
+dstrain_build_ops() {
+    # Run as a file, so that asking takes no time for the imports of the package around it.
+    (cd "$ROOT" && python -c 'import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name="__main__")' \
+        "$ROOT/dstrain/engine/ops.py" "$@")
+}
+
+# ---- the machine ---------------------------------------------------------------------------------
+
+# Set NUM_GPUS, and GPUS_HAVE_BF16 to `true` or `false`. DS_ACCELERATOR=cpu hides the GPUs.
+dstrain_find_gpus() {
+    # shellcheck disable=SC2034  # for the scripts that source this file
+    NUM_GPUS=0 GPUS_HAVE_BF16=false
+    [[ ${DS_ACCELERATOR:-} != cpu ]] || return 0
+    # shellcheck disable=SC2034
+    read -r NUM_GPUS GPUS_HAVE_BF16 < <(python -c '
+import torch
+gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+print(gpus, str(gpus > 0 and torch.cuda.is_bf16_supported(including_emulation=False)).lower())') ||
+        die "torch cannot be imported; see above, or delete $VENV and run this again"
+}
+
+dstrain_free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# For the traps of dstrain_run_job, whose variables it sees.
+# shellcheck disable=SC2317
+forward_signal() {
+    # TERM for Ctrl-C as well, for which every process would print a traceback. The second means it.
+    kill -"$signal" -- "-$job" 2>/dev/null || true
+    signal=KILL
+}
+
+# Run a job and return its exit status. `deepspeed` passes no signal on and dies alone, its ranks
+# running on: so it gets a process group, and all of that gets the signals that this shell gets.
+dstrain_run_job() {
+    local job status=0 caught=0 signal=TERM waited
+    set -m # puts the next line into a process group of its own
+    "$@" </dev/null &
+    job=$!
+    set +m
+    trap 'caught=1; forward_signal' HUP
+    trap 'caught=2; forward_signal' INT
+    trap 'caught=15; forward_signal' TERM
+    # A trap ends `wait` early.
+    while :; do
+        wait "$job" && status=0 || status=$?
+        kill -0 "$job" 2>/dev/null || break
+    done
+    if ((caught)); then
+        status=$((128 + caught))
+        # The ranks may be saving: DeepSpeed's launcher gives them 30 seconds.
+        for ((waited = 0; waited < 400; waited++)); do
+            kill -0 -- "-$job" 2>/dev/null || break
+            sleep 0.1 || true
+        done
+        kill -KILL -- "-$job" 2>/dev/null || true
+    fi
+    trap - INT TERM HUP
+    return "$status"
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    dstrain_setup "$@"
+    say "Ready: source $VENV/bin/activate"
+fi
