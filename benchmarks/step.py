@@ -41,7 +41,8 @@ class Settings:
         block_size: tokens per sample.
         micro_batch: samples per rank in a forward pass.
         accumulation: micro-batches per optimizer step.
-        steps_per_block: optimizer steps between two changes of loop; both log once in them.
+        steps_per_block: optimizer steps between two changes of loop.
+        logging_steps: optimizer steps between two logs, for both loops.
         blocks: measured blocks of each loop, the discarded first ones not counted.
         precision: "fp32", "bf16", or "auto": bf16 where there is a GPU.
         device: "cpu", or "auto": a GPU where there is one.
@@ -58,6 +59,7 @@ class Settings:
     micro_batch: int
     accumulation: int
     steps_per_block: int
+    logging_steps: int
     blocks: int
     precision: str
     device: str
@@ -105,6 +107,7 @@ def _measure(
             micro_batch=options.micro_batch,
             accumulation=options.accumulation,
             steps_per_block=options.steps_per_block,
+            logging_steps=options.logging_steps,
             blocks=options.blocks,
             precision=options.precision,
             device=options.device,
@@ -238,6 +241,7 @@ def _parse() -> argparse.Namespace:
     add("contenders", ["dstrain"], f"some of {','.join(CONTENDERS)}", type=_contenders)
     add("baseline", "plain", "the hand-written loop", choices=("plain", "weighted"))
     add("steps_per_block", 20, "optimizer steps between two changes of loop")
+    add("logging_steps", 20, "optimizer steps between two logs, for both loops")
     add("blocks", 8, "measured blocks of each loop")
     add("model", "small", "size of the model", choices=MODELS)
     add("block_size", 128, "tokens per sample")

@@ -35,21 +35,54 @@ class Setup:
     dataset: Blocks
     order: torch.Tensor  # the order in which dstrain's trainer takes the samples
 
-    def engine_and_steps(self) -> Iterator[torch.Tensor]:
+    def hand_written(self) -> LoggedSteps:
         """The hand-written loop with an engine of its own, at its start."""
         settings = self.settings
         world_size, rank = dist.get_world_size(), dist.get_rank()
-        micro_batch = settings.micro_batch
         engine = build_engine(model_of(settings), self.config, num_steps=settings.num_steps)
         # Each rank takes its share of every chunk of micro_batch x world_size samples.
-        chunks = self.order.view(-1, world_size, micro_batch)
+        chunks = self.order.view(-1, world_size, settings.micro_batch)
         loader = build_loader(
             self.dataset,
             chunks[:, rank].reshape(-1).tolist(),
-            micro_batch=micro_batch,
+            micro_batch=settings.micro_batch,
             pin_memory=engine.device.type != "cpu",
         )
-        return STEPS[settings.baseline](engine, loader, settings.accumulation)
+        steps = STEPS[settings.baseline](engine, loader, settings.accumulation)
+        return LoggedSteps(steps, settings.logging_steps, is_share=settings.baseline == "weighted")
+
+
+class LoggedSteps:
+    """A hand-written loop that now and then logs its mean loss, one of the few waits in it."""
+
+    def __init__(self, steps: Iterator[torch.Tensor], every: int, *, is_share: bool) -> None:
+        """Args: loop, steps between logs, whether losses are this rank's share of the mean."""
+        self._steps = steps
+        self._every = every
+        self._is_share = is_share
+        self._total: torch.Tensor | float = 0.0
+        self._step = 0
+        self._losses: list[float] = []
+
+    def __iter__(self) -> LoggedSteps:
+        """Itself."""
+        return self
+
+    def __next__(self) -> None:
+        """Take one optimizer step."""
+        self._total = self._total + next(self._steps)
+        self._step += 1
+        if self._step % self._every == 0:
+            self._losses.append(float(self._total) / self._every)
+            self._total = 0.0
+            print(f"step {self._step}  loss {self._losses[-1]:.4f}", flush=True)
+
+    def losses_over_ranks(self) -> list[float]:
+        """The logged losses of the global batch; a collective of all ranks."""
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, self._losses)
+        parts = 1 if self._is_share else len(gathered)
+        return [sum(losses) / parts for losses in zip(*gathered, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -78,10 +111,9 @@ class Alternation:
     """
 
     settings: Settings
-    build_hand: Callable[[], Iterator[torch.Tensor]]
+    build_hand: Callable[[], LoggedSteps]
     trainer_spans: list[tuple[float, float]] = field(default_factory=list)
     hand_spans: list[tuple[float, float]] = field(default_factory=list)
-    hand_losses: list[float] = field(default_factory=list)
 
     def begin(self) -> None:
         """Build the hand-written loop, once the trainer has its engine."""
@@ -95,15 +127,11 @@ class Alternation:
             return
         self._profile.disable()
         middle = Instant.now()
-        total: torch.Tensor | float = 0.0
         for _ in range(self.settings.steps_per_block):
-            total = total + next(self._hand)
-        # What a hand-written loop prints now and then; the trainers log as often.
-        loss = float(total) / self.settings.steps_per_block
+            next(self._hand)
         end = Instant.now()
         self.trainer_spans.append(_span(self._since, middle))
         self.hand_spans.append(_span(middle, end))
-        self.hand_losses.append(loss)
         self._since = Instant.now()
         if self.settings.profile and dist.get_rank() == 0:
             self._profile.enable()
@@ -114,12 +142,12 @@ class Alternation:
             self._profile.disable()
             self._profile.dump_stats(self.settings.profile)
         gathered: list[Any] = [None] * dist.get_world_size()
-        mine = (self.trainer_spans, self.hand_spans, self.hand_losses)
+        mine = (self.trainer_spans, self.hand_spans)
         dist.all_gather_object(gathered, mine)
         pairs = []
         for index in range(1, len(self.hand_spans)):
-            trainer = [spans[index] for spans, _, _ in gathered]
-            hand = [spans[index] for _, spans, _ in gathered]
+            trainer = [spans[index] for spans, _ in gathered]
+            hand = [spans[index] for _, spans in gathered]
             pairs.append(
                 {
                     "trainer_seconds": max(wall for wall, _ in trainer),
@@ -128,9 +156,7 @@ class Alternation:
                     "hand_cpu_seconds": sum(cpu for _, cpu in hand),
                 }
             )
-        # The plain loop's loss is this rank's own; the weighted one's is a share of the mean.
-        share = 1 if self.settings.baseline == "weighted" else dist.get_world_size()
-        hand_losses = [sum(parts) / share for parts in zip(*(g[2] for g in gathered), strict=True)]
+        hand_losses = self._hand.losses_over_ranks()
         return {
             "pairs": pairs,
             "hand_losses": hand_losses,
@@ -155,7 +181,7 @@ def main() -> None:
             Path(settings.result).write_text(json.dumps(result))
         return
     setup = _setup(settings)
-    alternation = Alternation(settings, setup.engine_and_steps)
+    alternation = Alternation(settings, setup.hand_written)
     with tempfile.TemporaryDirectory() as folder:
         losses = RUNS[settings.contender](setup, alternation, folder)
     result = alternation.finish(losses) | _facts(settings)
@@ -166,7 +192,7 @@ def main() -> None:
 
 
 def run_dstrain(setup: Setup, alternation: Alternation, folder: str) -> list[float]:
-    """dstrain's Trainer; returns the losses it logged, one per block."""
+    """dstrain's Trainer; returns the losses it logged."""
     from transformers import TrainerCallback
 
     from dstrain import Trainer
@@ -202,7 +228,7 @@ def run_transformers(setup: Setup, alternation: Alternation, folder: str) -> lis
         per_device_train_batch_size=settings.micro_batch,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=LEARNING_RATE,
-        logging_steps=settings.steps_per_block,
+        logging_steps=settings.logging_steps,
         save_strategy="no",
         report_to=[],
         bf16=_format(settings) == "bf16",
@@ -226,20 +252,11 @@ def run_control(setup: Setup, alternation: Alternation, folder: str) -> list[flo
     deepspeed.init_distributed()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    steps, every = setup.engine_and_steps(), setup.settings.steps_per_block
+    steps = setup.hand_written()
     alternation.begin()
-    total: torch.Tensor | float = 0.0
-    losses = []
-    for step, loss in enumerate(steps, start=1):
-        total = total + loss
+    for step, _ in enumerate(steps, start=1):
         alternation.step_ended(step)
-        if step % every == 0:
-            losses.append(float(total) / every)
-            total = 0.0
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, losses)
-    share = 1 if setup.settings.baseline == "weighted" else dist.get_world_size()
-    return [sum(parts) / share for parts in zip(*gathered, strict=True)]
+    return steps.losses_over_ranks()
 
 
 RUNS: dict[str, Callable[[Setup, Alternation, str], list[float]]] = {
@@ -294,7 +311,7 @@ def _arguments(settings: Settings, folder: str) -> Any:
         per_device_train_batch_size=settings.micro_batch,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=LEARNING_RATE,
-        logging_steps=settings.steps_per_block,
+        logging_steps=settings.logging_steps,
         report_to=["none"],
         zero_stage=str(settings.stage),
         bf16=_format(settings) == "bf16",

@@ -83,7 +83,8 @@ def _groups(cls: type[Any]) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     groups = []
     for base in reversed(cls.__mro__):
-        own = [fields[n] for n in inspect.get_annotations(base) if n in fields]
+        # A field that a subclass declares again stays in the group of its first declaration.
+        own = [fields.pop(n) for n in inspect.get_annotations(base) if n in fields]
         if own:
             title = (base.__doc__ or base.__name__).strip().splitlines()[0].rstrip(".")
             groups.append((title, own))

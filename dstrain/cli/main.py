@@ -25,6 +25,9 @@ Start on many processes with the launcher, for example
 USER_ERROR = 2
 FAILURE = 1
 
+# How gloo and NCCL say in a collective that a peer is gone.
+LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake."""
@@ -35,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_user_error(error)
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        return _report_failure()
+    except Exception as error:
+        return _report_failure(error)
 
 
 def _run(words: list[str]) -> int:
@@ -81,10 +84,16 @@ def _report_user_error(error: DstrainError) -> int:
     return _leave(USER_ERROR)
 
 
-def _report_failure() -> int:
+def _report_failure(error: Exception) -> int:
     """Show this rank's traceback and end at once, so that the launcher ends the other ranks."""
     rank = os.environ.get("RANK", "0")
-    print(f"[rank {rank}] failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if any(sign in reason for sign in LOST_RANK):
+        # A consequence: its traceback would bury the one that matters.
+        text = f"ended, because another rank did; the cause is what that rank shows ({reason})"
+    else:
+        text = f"failed:\n{traceback.format_exc()}"
+    print(f"\n[rank {rank}] {text}", file=sys.stderr, flush=True)
     return _leave(FAILURE)
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
+from dstrain.core.seeds import derived_seed
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.stream import Masked, RankStream
 
@@ -85,8 +86,9 @@ def build_loader(
             "persistent_workers": options.persistent_workers,
         }
     common: dict[str, Any] = {"pin_memory": options.pin_memory, **extra}
-    # A generator of its own: worker seeds must not depend on, or advance, the global random state.
-    common["generator"] = torch.Generator().manual_seed(seed % 2**63)
+    # Seeds of loader processes: their own on each rank, and apart from the global random state.
+    noise = derived_seed(seed, step=0, rank=topology.rank)
+    common["generator"] = torch.Generator().manual_seed(noise)
     if is_stream(dataset):
         if workers > (limit := _worker_limit(dataset, workers)):
             logger.warning(
@@ -100,7 +102,9 @@ def build_loader(
         stream = RankStream(dataset, topology, collate, drop_last=options.drop_last)
         if workers and options.persistent_workers:
             stream.share_position()
-        return DataLoader(stream, batch_size=None, num_workers=workers, **common)
+        return DataLoader(
+            stream, batch_size=None, collate_fn=_as_it_is, num_workers=workers, **common
+        )
     if len(dataset) == 0:
         raise DataError(Problem("the dataset is empty", "at least one sample is needed"))
     order = EpochOrder(len(dataset), seed=seed, shuffle=shuffle)
@@ -173,6 +177,11 @@ def windows(loader: Any, accumulation: int) -> Iterator[Window]:
         if len(batch) == accumulation or ahead is None:
             yield Window(tuple(batch), samples, ends_epoch=ahead is None)
             batch, samples = [], 0
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Instead of torch's conversion, which would make lists of tuples and tensors of arrays."""
+    return batch
 
 
 def _worker_limit(dataset: Any, wanted: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,9 @@ class Events:
         trackers = tracker_callbacks(args.report_to)
         if any(t.__name__ == "TensorBoardCallback" for t in trackers):
             set_tensorboard_folder(args.logging_dir, args.output_dir)
-        quiet = bool(args.disable_tqdm)
+        quiet = args.disable_tqdm
+        if quiet is None:
+            quiet = args.get_process_log_level() > logging.WARNING
         self.handler = compat.CallbackHandler(
             [
                 compat.DefaultFlowCallback,

@@ -99,10 +99,13 @@ class TrainLoop:
         self._meter = TrainMeter(device_name(), filter_bad=self.plan.filter_bad)
         self.engine.model.train()
         self.hooks.event("on_train_begin")
-        while self.progress.step < self.plan.max_steps and not self.control.should_training_stop:
+        while not self._is_over():
             self._run_epoch()
             self.progress = self.progress.next_epoch()
         self._note(self._meter.read())
+
+    def _is_over(self) -> bool:
+        return self.progress.step >= self.plan.max_steps or self.control.should_training_stop
 
     def _run_epoch(self) -> None:
         set_epoch(self.loader, self.progress.epoch, start=self.progress.samples_in_epoch)
@@ -111,7 +114,7 @@ class TrainLoop:
         for window in windows(self.loader, self.plan.accumulation):
             outcome, learning_rate = self._train_step(window)
             self._log_and_evaluate("on_step_end", outcome, learning_rate)
-            if self.control.should_epoch_stop or self.control.should_training_stop:
+            if self._is_over() or self.control.should_epoch_stop:
                 break
         if self.progress.step == before:
             raise DataError(Problem("the training data ended without a single sample"))

@@ -39,7 +39,10 @@ def the_error(status: int, captured: pytest.CaptureResult[str]) -> str:
     assert "Traceback" not in captured.err
     assert status == 2, captured.err
     assert captured.out == ""
-    return captured.err.split("dstrain: error: ")[1]
+    error = captured.err.split("dstrain: error: ")[1]
+    # Also what a library says in several lines stays below what it explains.
+    assert all(line.startswith("  ") for line in error.splitlines()[1:]), error
+    return error
 
 
 TRAIN = ("train", "causal-lm")

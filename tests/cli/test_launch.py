@@ -287,7 +287,9 @@ def test_a_rank_that_breaks_in_the_command_ends_the_others(tmp_path, run):
         },
     )
     the_others_end(done, tmp_path, time.time())
-    assert "[rank 1] failed:" in done.stderr
+    assert "[rank 1] failed:\nTraceback" in done.stderr
+    # What rank 0 sees of it is a consequence, and must not bury the cause.
+    assert done.stderr.count("Traceback (most recent call last)") == 1, done.stderr
 
 
 # ------------------------------------------------------------------ plain Python

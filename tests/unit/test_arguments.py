@@ -101,7 +101,7 @@ def test_every_documented_name_is_a_field():
 
 
 def test_defaults_survive_construction_unchanged():
-    """Catches a field whose default is not of its own declared type, so that it "changes" itself."""
+    """Catches a default that is not of its field's declared type, so that it "changes" itself."""
     assert TrainingArguments().changed_fields() == frozenset()
 
 

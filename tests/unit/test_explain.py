@@ -1,0 +1,155 @@
+"""What is shown of a resolved config: every key, its value, its reason; as lines and as data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from dstrain.arguments import TrainingArguments
+from dstrain.cli import explain
+from dstrain.config import Facts, ResolvedConfig, resolve
+from dstrain.config.explain import as_dict, as_table
+from dstrain.core.errors import ConfigError
+
+CONFIG = {
+    "gradient_clipping": 0.5,
+    "train_batch_size": 64,
+    "optimizer": {"params": {"betas": [0.9, 0.95]}},
+    "zero_optimization": {"stage": 2, "cpu_offload": True},
+}
+
+
+def example(**arguments: Any) -> ResolvedConfig:
+    """A config with keys of every origin, and a warning."""
+    return resolve(TrainingArguments(deepspeed=CONFIG, **arguments), Facts(world_size=2))
+
+
+def lines_by_key(resolved: ResolvedConfig) -> dict[str, str]:
+    return {line.split()[0]: line for line in as_table(resolved).splitlines()}
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What ``dstrain explain`` prints."""
+    assert explain.run(words) == 0
+    return capsys.readouterr().out
+
+
+def test_table_has_one_line_per_key_with_value_and_reason():
+    """Catches a key, or its reason, that is not shown: "nothing silent" rests on this table."""
+    got = example(learning_rate=1e-3)
+    lines = lines_by_key(got)
+    assert set(got.values) <= set(lines)
+    for key, value in got.values.items():
+        assert json.dumps(value) in lines[key]
+        assert str(got.provenance[key]) in lines[key]
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("gradient_clipping", "0.5 your config"),
+        ("optimizer.params.lr", "0.001 argument learning_rate"),
+        ("optimizer.params.eps", "1e-08 default of argument adam_epsilon"),
+        ("optimizer.params.betas", "[0.9, 0.95] your config"),
+        ("train_batch_size", "64 your config"),
+        ("gradient_accumulation_steps", "4 train_batch_size 64 / (micro-batch 8 x ranks 2)"),
+        ("bf16.enabled", "false default of argument bf16"),
+        ("optimizer.type", "\"AdamW\" optim='adamw_torch' with offload"),
+    ],
+)
+def test_table_gives_the_reason_of_every_kind(key, expected):
+    line = lines_by_key(example(learning_rate=1e-3))[key]
+    assert " ".join(line.split()[1:]).startswith(expected)
+
+
+def test_table_is_aligned():
+    """Columns make a long table readable."""
+    lines = lines_by_key(example())
+    starts = {line.index(line.split(maxsplit=1)[1]) for key, line in lines.items() if "." in key}
+    assert len(starts) == 1
+
+
+def test_warnings_are_shown_after_the_keys():
+    last = as_table(example()).splitlines()[-1]
+    assert last.startswith("warning: ")
+    assert "cpu_offload" in last
+
+
+def test_dict_holds_the_whole_answer_and_is_json():
+    """``resolved_config.json`` of a run is this."""
+    got = example()
+    data = json.loads(json.dumps(as_dict(got)))
+    assert data["deepspeed"] == json.loads(json.dumps(got.to_deepspeed()))
+    assert set(data["provenance"]) == set(got.values)
+    assert data["provenance"]["gradient_clipping"] == {"source": "config", "detail": "your config"}
+    assert data["adopted_from_config"]["max_grad_norm"] == 0.5
+    assert data["adopted_from_config"]["gradient_accumulation_steps"] == 4
+    assert len(data["warnings"]) == 1
+
+
+def test_dict_is_accepted_as_a_config_again():
+    """Copying the shown config back must give the same run, not a conflict."""
+    got = example(learning_rate=1e-3)
+    again = resolve(TrainingArguments(deepspeed=as_dict(got)["deepspeed"]), Facts(world_size=2))
+    assert dict(again.values) == dict(got.values)
+
+
+def test_table_shows_what_json_does_not_know():
+    """A dict config may hold Python objects."""
+    got = example()
+    values = {**got.values, "mpu": object()}
+    object.__setattr__(got, "values", values)
+    object.__setattr__(got, "provenance", {**got.provenance, "mpu": "your config"})
+    assert "object at" in as_table(got)
+
+
+def test_command_prints_the_table_for_a_world(capsys):
+    text = printed(capsys, "--deepspeed", "zero3", "--bf16", "--world_size", "64")
+    assert "micro-batch 8 x accumulation 1 x ranks 64" in text
+    assert "preset zero3" in text
+
+
+def test_command_prints_json(capsys):
+    data = json.loads(printed(capsys, "--json", "--world_size", "4", "--zero_stage", "1"))
+    assert data["deepspeed"]["train_batch_size"] == 32
+    assert data["deepspeed"]["zero_optimization"]["stage"] == 1
+
+
+def test_command_knows_the_device(capsys):
+    words = ("--json", "--offload_optimizer", "cpu")
+    for device, pinned in (("cuda", True), ("cpu", False)):
+        data = json.loads(printed(capsys, *words, "--device", device))
+        assert data["deepspeed"]["zero_optimization"]["offload_optimizer"]["pin_memory"] is pinned
+
+
+def test_command_knows_the_steps_of_the_run_from_max_steps(capsys):
+    config = '{"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}'
+    data = json.loads(printed(capsys, "--json", "--deepspeed", config, "--max_steps", "70"))
+    assert data["deepspeed"]["scheduler"]["params"]["total_num_steps"] == 70
+
+
+@pytest.mark.parametrize("world_size", ["0", "-2", "many"])
+def test_command_refuses_a_world_that_cannot_be(world_size):
+    """Catches a division by zero where the config gives train_batch_size."""
+    with pytest.raises(ConfigError, match="world_size"):
+        explain.run(["--deepspeed", '{"train_batch_size": 8}', "--world_size", world_size])
+
+
+def test_command_refuses_what_training_would_refuse():
+    with pytest.raises(ConfigError, match="gradient_clipping"):
+        explain.run(["--deepspeed", '{"gradient_clipping": 0.5}', "--max_grad_norm", "0.1"])
+
+
+def test_command_needs_no_torch():
+    """It is for a laptop, and answers at once."""
+    code = (
+        "import sys; from dstrain.cli.main import main; main(['explain', '--deepspeed', 'zero3']); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed', 'transformers')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0
+    assert b"zero_optimization.stage" in done.stdout
