@@ -114,6 +114,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA or AMD GPU, found without torch."""
+    return any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "kfd"))
+
+
 def load() -> float:
     """Runnable processes, averaged over the last minute."""
     return round(os.getloadavg()[0], 2)

@@ -19,7 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import ROOT, RunFailed, load, machine, run_ranks, table, wait_until_quiet
+from processes import (
+    ROOT,
+    RunFailed,
+    has_gpu,
+    load,
+    machine,
+    run_ranks,
+    table,
+    wait_until_quiet,
+)
 
 GOAL = 0.98
 MODELS = ("tiny", "small", "base", "large")
@@ -240,12 +249,12 @@ def _parse() -> argparse.Namespace:
     add("world_sizes", [1, 2], "numbers of ranks", type=_integers)
     add("contenders", ["dstrain"], f"some of {','.join(CONTENDERS)}", type=_contenders)
     add("baseline", "plain", "the hand-written loop", choices=("plain", "weighted"))
-    add("steps_per_block", 20, "optimizer steps between two changes of loop")
+    add("steps_per_block", 0, "optimizer steps between two changes of loop; 0: 2, on GPUs 20")
     add("logging_steps", 20, "optimizer steps between two logs, for both loops")
-    add("blocks", 8, "measured blocks of each loop")
+    add("blocks", 0, "measured blocks of each loop; 0: 60, on GPUs 15")
     add("model", "small", "size of the model", choices=MODELS)
     add("block_size", 128, "tokens per sample")
-    add("micro_batch", 2, "samples per rank in a forward pass")
+    add("micro_batch", 1, "samples per rank in a forward pass")
     add("accumulation", 1, "micro-batches per optimizer step")
     add("precision", "auto", "number format", choices=("auto", "fp32", "bf16"))
     add("device", "auto", "where to run", choices=("auto", "cpu"))
@@ -256,8 +265,11 @@ def _parse() -> argparse.Namespace:
     add("profile", "", "write cProfile files of the trainer's blocks with this beginning")
     parser.add_argument("--report", action="store_true", help=f"write {REPORTS}/step_<device>.json")
     options = parser.parse_args()
-    if options.steps_per_block < 1 or options.blocks < 1:
-        parser.error("--steps_per_block and --blocks are at least 1")
+    # Other jobs disturb neighbours in time alike, so on a CPU many short blocks are best. On a GPU
+    # a block must be long for the wait at its end not to count.
+    gpu = options.device != "cpu" and has_gpu()
+    options.steps_per_block = options.steps_per_block or (20 if gpu else 2)
+    options.blocks = options.blocks or (15 if gpu else 60)
     return options
 
 

@@ -128,11 +128,12 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     chosen |= adopted
     provenance: dict[str, Provenance] = {path: Provenance("config", label) for path in explicit}
     for rule in RULES:
-        _fill(rule, config, explicit, provenance, View(chosen, facts, config), reasons, problems)
+        view = View(chosen, facts, config)
+        _fill(rule, config, explicit, provenance, view, reasons, problems, warnings)
     problems += _contradictions(config, label)
     for path, value in _leaves(config):
         if _is_auto(path, value):
-            problems.append(_left_auto(path, facts))
+            problems.append(_left_auto(path))
     raise_problems(
         problems, error=ConfigError, title="the arguments and the DeepSpeed config do not agree"
     )
@@ -234,6 +235,7 @@ def _fill(
     view: View,
     reasons: Mapping[str, Provenance],
     problems: list[Problem],
+    warnings: list[str],
 ) -> None:
     """Write one key where the user left it open; check it where the rule allows one value only."""
     if rule.key in explicit:
@@ -248,9 +250,12 @@ def _fill(
         return
     derived = rule.derive(view)
     if derived is None:
-        # "auto" with nothing to say: an optional key goes, DeepSpeed's default then holds.
-        if present and _may_drop(rule, view):
+        # "auto" with nothing to say here: without the key DeepSpeed's default holds. What only the
+        # length of the run can fill is resolved again when training starts.
+        if present:
             _drop(config, rule.key)
+            if rule.key.startswith("scheduler.") and view.facts.num_training_steps is None:
+                warnings.append(f"{rule.key} is filled when training starts: it needs max_steps")
         return
     _put(config, rule.key, derived.value)
     if derived.how:
@@ -278,13 +283,6 @@ def _takes(config: Mapping[str, Any], path: str) -> bool:
     except KeyError:
         return False
     return True
-
-
-def _may_drop(rule: Binding | Derivation, view: View) -> bool:
-    """Whether an "auto" without a value means "not used here" rather than "cannot be known"."""
-    sized = rule.key.endswith(("bucket_size", "persistence_threshold"))
-    unknown_yet = view.facts.model is None if sized else view.facts.num_training_steps is None
-    return sized or not rule.key.startswith("scheduler.") or not unknown_yet
 
 
 def _contradictions(config: Mapping[str, Any], label: str) -> list[Problem]:
@@ -330,11 +328,7 @@ def _bad_arithmetic(key: str, given: Any, derived: Derived, facts: Facts) -> Pro
     )
 
 
-def _left_auto(path: str, facts: Facts) -> Problem:
-    if path.startswith("scheduler.params") and facts.num_training_steps is None:
-        return Problem(
-            f'{path}="auto"', "the number of training steps is not known here", "set max_steps"
-        )
+def _left_auto(path: str) -> Problem:
     return Problem(
         f'{path}="auto"',
         "there is no argument and no rule to derive it from",

@@ -14,6 +14,10 @@ from dstrain.core.log import get_logger
 
 logger = get_logger(__name__)
 
+_EXTRAS = ("wandb", "tensorboard")
+# Trackers that transformers leaves out of the installed ones, always or beside mlflow.
+_NOT_DETECTED = ("flyte", "azure_ml")
+
 
 def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
     """The tracker callback classes for ``report_to``.
@@ -38,11 +42,10 @@ def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
             close = nearest(name, set(compat.INTEGRATION_TO_CALLBACK))
             fix = f"did you mean {close!r}?" if close else ""
             problems.append(Problem(f"report_to={name!r}", "no such tracker", fix))
-        elif name in ("wandb", "tensorboard") and name not in installed:
+        elif name not in installed and name not in _NOT_DETECTED:
+            package = f"dstrain[{name}]" if name in _EXTRAS else name.replace("_", "-")
             problems.append(
-                Problem(
-                    f"report_to={name!r}", "it is not installed", f"pip install dstrain[{name}]"
-                )
+                Problem(f"report_to={name!r}", "it is not installed", f"pip install {package}")
             )
     if problems:
         raise ConfigError(problems)

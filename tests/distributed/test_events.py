@@ -1,4 +1,4 @@
-"""Callbacks and trackers: transformers' events in its order, at the right moments, without waits."""
+"""Callbacks and trackers: transformers' events in its order, at the right moments."""
 
 from __future__ import annotations
 

@@ -127,8 +127,8 @@ def test_a_plain_module_trains_and_evaluates(tmp_path: Path) -> None:
     trainer = Trainer(RegressionModel(), args, train_dataset=data, eval_dataset=data[:5])
     before = trainer.evaluate()["eval_loss"]
     with torch.no_grad():
-        batch = torch.stack([d["x"] for d in data[:5]]), torch.stack([d["labels"] for d in data[:5]])
-        expected = RegressionModel()(*batch)[0].item()
+        columns = [torch.stack([d[name] for d in data[:5]]) for name in ("x", "labels")]
+        expected = RegressionModel()(*columns)[0].item()
     assert before == pytest.approx(expected, rel=1e-5)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.7 * before
@@ -285,3 +285,29 @@ def test_fp16_at_stage_zero_follows_stage_one(
         trainer.close()
     assert curves[0] == pytest.approx(curves[1], rel=5e-4)
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)
+
+
+@pytest.mark.ranks(2)
+def test_a_schedule_of_deepspeeds_own_is_filled_and_used(tmp_path: Path) -> None:
+    """Its "auto" values are known only when training starts; the Trainer is built before that."""
+    config = {
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {
+                "warmup_min_lr": "auto",
+                "warmup_max_lr": "auto",
+                "warmup_num_steps": "auto",
+                "total_num_steps": "auto",
+                "warmup_type": "linear",
+            },
+        }
+    }
+    trainer = make_trainer(tmp_path, train=40, warmup_steps=4, deepspeed=config)
+    trainer.train()
+    assert trainer.resolved.values["scheduler.params.total_num_steps"] == 10
+    assert trainer.resolved.values["scheduler.params.warmup_num_steps"] == 4
+    assert type(trainer.lr_scheduler).__name__ == "WarmupDecayLR"
+    rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+    # DeepSpeed's own schedule uses the minimum rate twice, and peaks one step late.
+    assert rates[:6] == pytest.approx([0.0, 0.0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    trainer.close()

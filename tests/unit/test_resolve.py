@@ -694,8 +694,10 @@ def test_a_schedule_gets_no_parameter_that_it_does_not_take(kind):
 
 
 def test_unknown_number_of_steps_is_said_and_not_guessed():
-    texts = problems_of(lambda: resolved(AUTO_SCHEDULE))
-    assert any("total_num_steps" in text and "max_steps" in text for text in texts)
+    """The Trainer is built before its data is counted, so an open end is no error yet."""
+    got = resolved(AUTO_SCHEDULE)
+    assert "scheduler.params.total_num_steps" not in got.values
+    assert any("total_num_steps" in text and "max_steps" in text for text in got.warnings)
 
 
 # --- sizes ---------------------------------------------------------------------------------------

@@ -1,0 +1,401 @@
+"""What a run shows: log lines, the progress bar, the loss curve, and the trackers it reports to."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstrain.arguments import TrainingArguments
+from dstrain.core.errors import ConfigError
+from dstrain.reporting import (
+    compat,
+    save_loss_curve,
+    set_tensorboard_folder,
+    tracker_callbacks,
+)
+from dstrain.reporting.progress import ProgressBar, log_line
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+# --- log lines -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (6.10234, "6.1023"),
+        (2.0, "2"),
+        (100.0, "100"),  # no zero of the number itself may go
+        (0.0, "0"),
+        (5e-5, "5e-05"),
+        (1.23456e-7, "1.23e-07"),
+        (-0.00012, "-0.00012"),
+        (123456.7, "123,457"),
+        (12345.6, "12345.6"),
+        (20, "20"),
+        (1234567, "1,234,567"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        ("text", "text"),
+    ],
+)
+def test_a_number_is_short_and_true(value, shown):
+    assert log_line({"x": value}, step=1) == f"step 1  x {shown}"
+
+
+def test_a_log_line_has_the_step_once_and_the_figures_in_order():
+    logs = {"loss": 6.5, "learning_rate": 5e-5, "step": 7, "epoch": 0.5}
+    assert log_line(logs, step=20) == "step 20  loss 6.5  learning_rate 5e-05  epoch 0.5"
+
+
+# --- progress bar --------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Run:
+    """Sends a progress bar the events of a run, and reads what it wrote."""
+
+    def __init__(self, stream: io.StringIO, *, main: bool = True, max_steps: int = 4) -> None:
+        self.stream = stream
+        self.bar = ProgressBar()
+        self.state = types.SimpleNamespace(
+            is_world_process_zero=main, max_steps=max_steps, global_step=0
+        )
+
+    def send(self, event: str, **kwargs: Any) -> None:
+        getattr(self.bar, event)(None, self.state, None, **kwargs)
+
+    def step(self, number: int) -> None:
+        self.state.global_step = number
+        self.send("on_step_end")
+
+    def lines(self) -> list[str]:
+        """What stands on the screen, each redraw of a bar as a line of its own."""
+        text = self.stream.getvalue().replace("\r", "\n").replace("\x1b[A", "")
+        return [line.rstrip() for line in text.split("\n") if line.strip()]
+
+
+@pytest.fixture
+def pipe(monkeypatch) -> Iterator[io.StringIO]:
+    """Standard error, sent to a file."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+def train(run: Run) -> None:
+    """A run of four steps with one log."""
+    run.send("on_train_begin")
+    for number in range(1, 5):
+        run.step(number)
+        if number == 2:
+            logs = {"loss": 1.23456, "tokens_per_second": 12345.6, "learning_rate": 5e-5}
+            run.send("on_log", logs=logs)
+    run.send("on_train_end")
+
+
+def test_the_bar_shows_steps_loss_speed_and_time(pipe):
+    run = Run(pipe)
+    train(run)
+    last = [line for line in run.lines() if line.startswith("train")][-1]
+    assert "100%" in last
+    assert "4/4" in last
+    assert "loss=1.2346" in last
+    assert "tok/s=12,346" in last
+
+
+def test_the_other_figures_are_written_above_the_bar(pipe):
+    run = Run(pipe)
+    train(run)
+    line = "step 2  loss 1.2346  tokens_per_second 12345.6  learning_rate 5e-05"
+    assert run.lines().count(line) == 1
+
+
+def test_a_bar_in_a_file_is_not_redrawn_at_every_step(pipe):
+    """Logs of a cluster job must not fill with thousands of bars."""
+    run = Run(pipe, max_steps=500)
+    run.send("on_train_begin")
+    for number in range(1, 501):
+        run.step(number)
+    run.send("on_train_end")
+    assert len(run.lines()) <= 3
+
+
+def test_a_bar_on_a_terminal_may_be_redrawn_often(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    run = Run(stream)
+    run.send("on_train_begin")
+    assert run.bar._train is not None
+    assert run.bar._train.mininterval < 1
+    run.send("on_train_end")
+
+
+def test_other_ranks_show_nothing(pipe):
+    """Eight bars on one screen are none."""
+    run = Run(pipe, main=False)
+    train(run)
+    run.send("on_prediction_step", eval_dataloader=[1, 2])
+    run.send("on_evaluate")
+    assert pipe.getvalue() == ""
+
+
+def test_an_evaluation_has_a_bar_of_its_own_each_time(pipe):
+    run = Run(pipe)
+    for _ in range(2):
+        for _ in range(3):
+            run.send("on_prediction_step", eval_dataloader=[1, 2, 3])
+        run.send("on_evaluate", metrics={})
+    assert sum(line.startswith("eval") and "0/3" in line for line in run.lines()) == 2
+
+
+def test_an_evaluation_of_unknown_length_is_shown_too(pipe):
+    run = Run(pipe)
+    run.send("on_prediction_step", eval_dataloader=iter([1]))
+    run.send("on_evaluate")
+    assert any(line.startswith("eval") for line in run.lines())
+
+
+def test_prediction_closes_its_bar(pipe):
+    run = Run(pipe)
+    run.send("on_prediction_step", eval_dataloader=[1])
+    run.send("on_predict", metrics={})
+    assert run.bar._eval is None
+
+
+def test_a_second_training_begins_at_its_own_first_step(pipe):
+    """Catches a bar that goes on counting, or jumps backwards."""
+    run = Run(pipe)
+    train(run)
+    pipe.seek(0)
+    pipe.truncate()
+    run.state.global_step = 0
+    run.send("on_train_begin")
+    run.step(1)
+    run.send("on_train_end")
+    assert run.lines()[-1].startswith("train")
+    assert "1/4" in run.lines()[-1]
+
+
+def test_a_resumed_training_begins_where_it_was_left(pipe):
+    run = Run(pipe)
+    run.state.global_step = 3
+    run.send("on_train_begin")
+    assert "3/4" in run.lines()[0]
+    run.step(4)
+    run.send("on_train_end")
+    assert "4/4" in run.lines()[-1]
+
+
+def test_a_log_without_a_loss_does_not_wipe_the_last_one(pipe):
+    """Evaluation logs come between training logs."""
+    run = Run(pipe)
+    run.send("on_train_begin")
+    run.send("on_log", logs={"loss": 1.5})
+    run.send("on_log", logs={"eval_loss": 2.5})
+    run.send("on_train_end")
+    assert "loss=1.5" in [line for line in run.lines() if line.startswith("train")][-1]
+    assert "step 0  eval_loss 2.5" in run.lines()
+
+
+# --- loss curve ----------------------------------------------------------------------------------
+
+HISTORY = [
+    {"step": 0, "eval_loss": 9.0},
+    {"step": 10, "loss": 8.0, "learning_rate": 1e-3},
+    {"step": 20, "loss": 6.0},
+    {"step": 20, "eval_loss": 6.5},
+    {"step": 20, "train_runtime": 3.0},
+    {"step": 20, "eval_loss": 6.25},
+]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        HISTORY,
+        HISTORY[1:2],
+        HISTORY[:1],
+        [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0}],
+        [{"step": 1, "loss": 1.0}, {"step": 1, "eval_loss": math.nan}],
+    ],
+    ids=["both", "one loss", "evaluation only", "nan", "nan evaluation"],
+)
+def test_a_loss_curve_is_a_picture(tmp_path, history):
+    file = tmp_path / "curve.png"
+    assert save_loss_curve(history, file) is True
+    assert file.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 1, "train_runtime": 3.0}]])
+def test_nothing_to_draw_leaves_no_file(tmp_path, history):
+    assert save_loss_curve(history, tmp_path / "curve.png") is False
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_curve_shows_the_logged_points(tmp_path, monkeypatch):
+    """Both losses at their steps; of two evaluations at one step the later counts."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    save_loss_curve(HISTORY, tmp_path / "curve.png")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
+    assert lines == {
+        "training": [[10.0, 8.0], [20.0, 6.0]],
+        "evaluation": [[0.0, 9.0], [20.0, 6.25]],
+    }
+
+
+# --- trackers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(monkeypatch) -> list[str]:
+    """The trackers that count as installed: change the list. W&B has no key."""
+    names = ["tensorboard", "wandb"]
+    monkeypatch.setattr(compat, "get_available_reporting_integrations", lambda: list(names))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
+    return names
+
+
+def names_of(report_to: list[str] | None) -> list[str]:
+    return [callback.__name__ for callback in tracker_callbacks(report_to)]
+
+
+@pytest.mark.parametrize("report_to", [["none"], []])
+def test_none_takes_no_tracker(installed, report_to):
+    """An empty list is what transformers makes of "none"."""
+    assert tracker_callbacks(report_to) == []
+
+
+@pytest.mark.parametrize("report_to", [None, ["all"]])
+def test_all_takes_what_is_installed(installed, monkeypatch, report_to):
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert names_of(report_to) == ["TensorBoardCallback", "WandbCallback"]
+    installed.remove("wandb")
+    assert names_of(report_to) == ["TensorBoardCallback"]
+
+
+@pytest.mark.parametrize("report_to", [None, ["all"]])
+def test_all_leaves_wandb_out_where_it_would_stop_and_ask(installed, caplog, report_to):
+    """A job without a terminal would wait for a key for ever."""
+    with caplog.at_level(logging.WARNING, logger="dstrain"):
+        assert names_of(report_to) == ["TensorBoardCallback"]
+    assert "W&B is installed but not set up" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled", "dryrun", "OFFLINE"])
+def test_all_takes_wandb_in_a_mode_that_needs_no_key(installed, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert "WandbCallback" in names_of(None)
+
+
+def test_all_takes_wandb_after_wandb_login(installed, monkeypatch, tmp_path):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai\n  login user\n  password x\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert "WandbCallback" in names_of(None)
+
+
+def test_a_named_tracker_is_taken_alone(installed):
+    assert names_of(["tensorboard"]) == ["TensorBoardCallback"]
+    assert names_of(["wandb"]) == ["WandbCallback"], "named, so the user wants to be asked"
+
+
+def test_no_tracker_installed_is_no_error_with_all(installed):
+    installed.clear()
+    assert tracker_callbacks(None) == []
+
+
+def test_unknown_trackers_are_refused_all_at_once_with_the_nearest(installed):
+    with pytest.raises(ConfigError) as caught:
+        tracker_callbacks(["tensorbord", "zzz", "wandb"])
+    texts = [str(problem) for problem in caught.value.problems]
+    assert len(texts) == 2
+    assert "did you mean 'tensorboard'?" in texts[0]
+    assert "report_to='zzz'" in texts[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("wandb", "dstrain[wandb]"), ("tensorboard", "dstrain[tensorboard]"), ("mlflow", "mlflow")],
+)
+def test_a_named_tracker_that_is_not_installed_is_refused_with_the_command(
+    installed, name, package
+):
+    """Before the model is loaded, and not by an ImportError in the middle of a constructor."""
+    installed.clear()
+    with pytest.raises(ConfigError, match="it is not installed") as caught:
+        tracker_callbacks([name])
+    assert f"pip install {package}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["flyte", "azure_ml"])
+def test_trackers_that_cannot_be_detected_are_given_the_chance(installed, name):
+    assert len(tracker_callbacks([name])) == 1
+
+
+def test_every_tracker_of_transformers_is_known_by_the_name_it_is_detected_by():
+    """A contract with transformers' semi-private tables."""
+    assert set(compat.get_available_reporting_integrations()) <= set(compat.INTEGRATION_TO_CALLBACK)
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tensorboard_variable(monkeypatch) -> str:
+    """The variable's name; what a test sets is undone after it."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    monkeypatch.setenv(name, "set before")
+    return name
+
+
+def test_the_tensorboard_folder_is_the_given_one(tensorboard_variable):
+    assert set_tensorboard_folder("logs", "out") == "logs"
+    assert os.environ[tensorboard_variable] == "logs"
+
+
+def test_the_tensorboard_folder_is_under_output_dir_by_default(tensorboard_variable):
+    """``output_dir/runs/<date>_<host>``, as documented."""
+    import socket
+
+    folder = Path(set_tensorboard_folder(None, "out"))
+    assert folder.parent == Path("out/runs")
+    assert folder.name.endswith(f"_{socket.gethostname()}")
+    assert os.environ[tensorboard_variable] == str(folder)
+
+
+def test_transformers_tensorboard_callback_writes_there(tmp_path, tensorboard_variable):
+    """A contract: it reads the variable, and takes our arguments for its text summary."""
+    pytest.importorskip("tensorboard")
+    set_tensorboard_folder(str(tmp_path / "logs"), "out")
+    (callback_class,) = tracker_callbacks(["tensorboard"])
+    callback = callback_class()
+    args, state = TrainingArguments(str(tmp_path)), compat.TrainerState(is_world_process_zero=True)
+    control = compat.TrainerControl()
+    callback.on_train_begin(args, state, control)
+    callback.on_log(args, state, control, logs={"loss": 1.0})
+    callback.on_train_end(args, state, control)
+    events = list((tmp_path / "logs").glob("events.out.tfevents.*"))
+    assert len(events) == 1
+    assert b"train/loss" in events[0].read_bytes()
