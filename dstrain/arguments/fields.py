@@ -63,9 +63,7 @@ def convert_values(
         try:
             value = _convert(value, kinds)
         except ValueError:
-            problem = Problem(
-                f"{field.name}={value!r} ({type(value).__name__})", f"expected {_say(kinds)}"
-            )
+            problem = Problem(f"{field.name}={_shown(value)}", f"expected {_say(kinds)}")
         else:
             problem = _illegal(field, value, kinds)
         if problem is None:
@@ -82,6 +80,11 @@ def kinds_of(cls: type[Any]) -> dict[str, tuple[type, ...]]:
     """
     hints = typing.get_type_hints(cls)
     return {f.name: _kinds(hints[f.name]) for f in dataclasses.fields(cls)}
+
+
+def _shown(value: Any) -> str:
+    """A value as the user wrote it; its type too where it is not the text of a command line."""
+    return repr(value) if isinstance(value, str) else f"{value!r} ({type(value).__name__})"
 
 
 def _illegal(field: dataclasses.Field[Any], value: Any, kinds: tuple[type, ...]) -> Problem | None:

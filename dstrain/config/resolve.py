@@ -20,7 +20,15 @@ from typing import Any
 from dstrain.arguments import TrainingArguments
 from dstrain.config import schema
 from dstrain.config.facts import Facts
-from dstrain.config.rules import RULES, Binding, Derivation, Derived, View, readable_arguments
+from dstrain.config.rules import (
+    RULES,
+    SCHEDULES,
+    Binding,
+    Derivation,
+    Derived,
+    View,
+    readable_arguments,
+)
 from dstrain.config.source import read_config
 from dstrain.core.errors import ConfigError, Problem, raise_problems
 
@@ -129,7 +137,8 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     provenance: dict[str, Provenance] = {path: Provenance("config", label) for path in explicit}
     for rule in RULES:
         view = View(chosen, facts, config)
-        _fill(rule, config, explicit, provenance, view, reasons, problems, warnings)
+        _fill(rule, config, explicit, provenance, view, reasons, problems, warnings, label)
+    problems += _lost_schedule(explicit, changed, chosen, label)
     problems += _contradictions(config, label)
     for path, value in _leaves(config):
         if _is_auto(path, value):
@@ -236,13 +245,12 @@ def _fill(
     reasons: Mapping[str, Provenance],
     problems: list[Problem],
     warnings: list[str],
+    label: str,
 ) -> None:
     """Write one key where the user left it open; check it where the rule allows one value only."""
     if rule.key in explicit:
-        if isinstance(rule, Derivation) and rule.exact:
-            derived = rule.derive(view)
-            if derived is not None and not _equal(derived.value, explicit[rule.key]):
-                problems.append(_bad_arithmetic(rule.key, explicit[rule.key], derived, view.facts))
+        if isinstance(rule, Derivation):
+            problems += _disagreements(rule, explicit[rule.key], view, reasons, label)
         return
     present = _get(config, rule.key) is not None
     optional = rule.when_present if isinstance(rule, Binding) else rule.only_auto
@@ -266,6 +274,38 @@ def _fill(
         known = [reasons[name] for name in rule.arguments if name in reasons]
         details = ", ".join(dict.fromkeys(reason.detail for reason in known))
         provenance[rule.key] = Provenance(known[0].source, details) if known else default
+
+
+def _disagreements(
+    rule: Derivation, given: Any, view: View, reasons: Mapping[str, Provenance], label: str
+) -> list[Problem]:
+    """What is wrong with an explicit value for a key that could have been derived."""
+    if not (rule.exact or rule.conflicts):
+        return []
+    derived = rule.derive(view)
+    if derived is None or _equal(derived.value, given):
+        return []
+    if rule.exact:
+        return [_bad_arithmetic(rule.key, given, derived, view.facts)]
+    changed = [n for n in rule.reads if n in reasons and reasons[n].source == "argument"]
+    return [_conflict(rule.key, given, name, getattr(view, name), label) for name in changed]
+
+
+def _lost_schedule(
+    explicit: Mapping[str, Any], changed: frozenset[str], chosen: Mapping[str, Any], label: str
+) -> list[Problem]:
+    """Arguments about a schedule that would not run, because the config brings its own."""
+    kind = explicit.get("scheduler.type")
+    same = SCHEDULES.get(str(kind).lower())
+    return [
+        Problem(
+            f"scheduler.type={kind!r} in {label}, but argument {name}={chosen[name]!r}",
+            "the config's own schedule runs, so the argument would be lost",
+            f"remove the scheduler from the config, or leave {name} at its default",
+        )
+        for name in ("lr_scheduler_type", "lr_scheduler_kwargs")
+        if kind is not None and name in changed and chosen[name] != same
+    ]
 
 
 def _takes(config: Mapping[str, Any], path: str) -> bool:

@@ -87,6 +87,7 @@ class Derivation:
         derive: value and formula, or None to leave the key out.
         only_auto: fill it only where the user's config says "auto" or has its section.
         exact: a different value of the user's is a conflict, not a choice.
+        conflicts: it is one where an argument that the rule reads was changed.
     """
 
     key: str
@@ -95,6 +96,7 @@ class Derivation:
     derive: Callable[[View], Derived | None]
     only_auto: bool = False
     exact: bool = False
+    conflicts: bool = False
 
 
 def _same(name: str) -> Callable[[View], Derived | None]:
@@ -210,6 +212,13 @@ def _allow_untested(view: View) -> Derived | None:
 
 
 # --- scheduler: only where the user's config asks for DeepSpeed's own ----------------------------
+
+# DeepSpeed's schedules, in lower case, and the lr_scheduler_type with the same curve.
+SCHEDULES = {
+    "warmuplr": "constant_with_warmup",
+    "warmupdecaylr": "linear",
+    "warmupcosinelr": "cosine",
+}
 
 
 def _scheduler_total(view: View) -> Derived | None:
@@ -377,6 +386,7 @@ RULES: tuple[Binding | Derivation, ...] = (
         ("warmup_steps", "warmup_ratio"),
         _scheduler_warmup,
         only_auto=True,
+        conflicts=True,
     ),
     Derivation(
         "zero_optimization.reduce_bucket_size",

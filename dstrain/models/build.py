@@ -45,7 +45,10 @@ def parse_model_config(spec: str, **defaults: Any) -> Any:
                 for name in unknown
             ]
         )
-    filled = {k: v for k, v in defaults.items() if k in known}
+    # gpt2 calls its length n_positions: a default must not beat what the user said in that name.
+    own_name = plain.attribute_map
+    given = {own_name.get(k, k) for k in values}
+    filled = {k: v for k, v in defaults.items() if k in known and own_name.get(k, k) not in given}
     return _make_config(kind, {**filled, **values}, spec)
 
 

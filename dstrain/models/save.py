@@ -184,12 +184,20 @@ def _write_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         os.replace(partial, path)
     except Exception as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _umask() -> int:
+    """This process's umask; the system only tells it when it is set."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _finish(target: Path, weight_map: dict[str, str], total_bytes: int, names: list[str]) -> None:

@@ -58,7 +58,7 @@ class ProgressBar(TrainerCallback):
         """Show loss and speed on the bar, and write the other figures above it."""
         if not state.is_world_process_zero or logs is None:
             return
-        if self._train is None:
+        if self._train is None or "train_runtime" in logs:  # the summary is shown as a table
             return
         if "loss" in logs:
             shown = {"loss": f"{logs['loss']:.4f}"}
@@ -86,8 +86,11 @@ def log_line(logs: dict[str, Any], *, step: int) -> str:
 
 def _number(value: Any) -> str:
     if isinstance(value, float):
-        if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
-            return f"{value:.3g}" if abs(value) < 1e-3 else f"{value:,.0f}"
+        size = abs(value)
+        if size and (size < 1e-3 or size >= 1e9):
+            return f"{value:.3g}"
+        if size >= 1e4:
+            return f"{value:,.0f}"
         return f"{value:.4f}".rstrip("0").rstrip(".")
     return f"{value:,}" if isinstance(value, int) else str(value)
 

@@ -69,7 +69,7 @@ def _wandb_is_set_up() -> bool:
     )
     ready = has_key or mode in ("offline", "disabled", "dryrun")
     if not ready:
-        logger.warning(
+        logger.info(
             "W&B is installed but not set up, so this run is not reported there "
             "(wandb login, WANDB_API_KEY or WANDB_MODE=offline; report_to=none silences this)"
         )

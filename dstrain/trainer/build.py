@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, ResolvedConfig, resolve
 from dstrain.config.explain import as_dict
 from dstrain.core import log
-from dstrain.core.errors import DataError, Problem
+from dstrain.core.errors import DataError, DstrainError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks
 from dstrain.data import (
@@ -39,15 +41,35 @@ from dstrain.engine import (
 
 logger = get_logger(__name__)
 
+_PATIENCE_SECONDS = 5.0
+
 
 def start_run(args: TrainingArguments) -> Ranks:
     """Process group, log levels and number formats, before anything touches the model."""
     ranks = start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_seconds=args.ddp_timeout)
     log.configure(level=args.get_process_log_level(), rank=ranks.rank, world_size=ranks.world_size)
+    if ranks.rank:
+        _let_the_main_rank_speak()
     if args.tf32 is not None and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = args.tf32
         torch.backends.cudnn.allow_tf32 = args.tf32
     return ranks
+
+
+def _let_the_main_rank_speak() -> None:
+    """Hold back this rank's traceback of a user's mistake, which the main rank reports as well.
+
+    The launcher ends this rank once the main one has ended; only an error of this rank alone is
+    still shown.
+    """
+    show = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, DstrainError):
+            time.sleep(_PATIENCE_SECONDS)
+        show(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def default_collator(processing_class: Any) -> Collator:

@@ -144,7 +144,8 @@ class TrainLoop:
         self._meter.add(loss, step=self.progress.step, num_tokens=tokens)
         if not outcome.applied:
             self.skipped_steps += 1
-            logger.warning("step %d skipped: fp16 gradients overflowed", self.progress.step)
+            if self.ranks.is_main:
+                logger.warning("step %d skipped: its gradients were not finite", self.progress.step)
         self.state.global_step = self.progress.step
         self.state.epoch = self._epoch_position(window)
         return outcome, learning_rate

@@ -81,12 +81,13 @@ class Trainer:
         self.ranks = build.start_run(self.args)
         if model is None:
             raise ModelError(Problem("Trainer(model=None)", "a model is needed"))
-        if self.args.eval_strategy != "no" and eval_dataset is None:
+        if eval_dataset is None and (self.args.eval_strategy != "no" or self.args.eval_on_start):
             raise ConfigError(
                 Problem(
-                    f"eval_strategy={self.args.eval_strategy!r} without eval_dataset",
+                    f"eval_strategy={self.args.eval_strategy!r}, "
+                    f"eval_on_start={self.args.eval_on_start}, without eval_dataset",
                     "there is nothing to evaluate on",
-                    "pass eval_dataset, or set eval_strategy to no",
+                    "pass eval_dataset, or set eval_strategy to no and eval_on_start to false",
                 )
             )
         with all_or_none():
@@ -393,7 +394,7 @@ class Trainer:
             num_tokens=self.state.num_input_tokens_seen,
         )
         metrics["train_loss"] = loop.loss_sum / max(1, steps)
-        if self.resolved.precision == "fp16":
+        if self.resolved.precision == "fp16" or loop.skipped_steps:
             metrics["train_skipped_steps"] = loop.skipped_steps
         self.log(metrics)
         self.events("on_train_end")

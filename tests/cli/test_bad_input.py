@@ -239,6 +239,11 @@ FP16_ON = '{"fp16": {"enabled": true}}'
             id="block size, config.json",
         ),
         pytest.param(
+            {"block_size": 65, "model_config": "gpt2:n_positions=64,n_embd=32,n_layer=1,n_head=2"},
+            ["block_size=65", "at most 64 tokens"],
+            id="block size, own name",
+        ),
+        pytest.param(
             {"model_config": "llama:hiden_size=32"},
             ["'hiden_size'", "no such key", "did you mean 'hidden_size'?"],
             id="model key",
@@ -282,6 +287,11 @@ FP16_ON = '{"fp16": {"enabled": true}}'
             {"eval_on_start": "true", "validation_percentage": 0},
             ["eval_on_start=True", "no evaluation data", "give --validation_file"],
             id="nothing to evaluate on at the start",
+        ),
+        pytest.param(
+            {"streaming": "true"},
+            ["streaming=True without max_steps", "length of a stream", "set --max_steps"],
+            id="a stream of unknown length",
         ),
         pytest.param(
             {"deepspeed": '{"train_batch_size": 12}', "gradient_accumulation_steps": 2},

@@ -182,7 +182,7 @@ def test_all_mistakes_come_in_one_error():
     assert [t.split("\n")[0] for t in texts] == [
         "unknown flag --learnin_rate",
         "unknown flag --sed",
-        "seed='x' (str)",
+        "seed='x'",
         "optim='adam'",
         "fp16=True and bf16=True",
         "block_size is too small",

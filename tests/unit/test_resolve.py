@@ -685,6 +685,51 @@ def test_schedule_of_the_users_own_numbers_is_left_alone():
     assert params.items() <= got.to_deepspeed()["scheduler"]["params"].items()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"lr_scheduler_type": "polynomial"},
+        {"lr_scheduler_kwargs": {"power": 2}},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2}},
+    ],
+)
+def test_a_schedule_in_the_config_does_not_swallow_one_in_the_arguments(arguments):
+    """Only one of the two can run; the other must not be lost without a word."""
+    texts = problems_of(lambda: resolved({"scheduler": {"type": "WarmupLR"}}, **arguments))
+    assert len(texts) == len(arguments)
+    for name, text in zip(arguments, texts, strict=True):
+        assert "scheduler.type='WarmupLR'" in text
+        assert name in text
+
+
+def test_the_same_schedule_in_config_and_arguments_is_no_conflict():
+    resolved({"scheduler": {"type": "WarmupLR"}}, lr_scheduler_type="constant_with_warmup")
+    resolved({"scheduler": {"type": "WarmupCosineLR"}}, lr_scheduler_type="cosine")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "conflicts"),
+    [
+        ({}, []),
+        ({"warmup_steps": 20}, []),
+        ({"warmup_ratio": 0.1}, []),
+        ({"warmup_steps": 30}, ["warmup_steps=30"]),
+        ({"warmup_ratio": 0.5}, ["warmup_ratio=0.5"]),
+    ],
+)
+def test_warmup_of_the_config_against_the_arguments(arguments, conflicts):
+    """20 of 200 steps in the config."""
+    config = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 20}}}
+    facts = Facts(num_training_steps=200)
+    if conflicts:
+        texts = problems_of(lambda: resolved(config, facts, **arguments))
+        assert [expected in text for expected, text in zip(conflicts, texts, strict=True)] == [True]
+    else:
+        assert (
+            resolved(config, facts, **arguments).values["scheduler.params.warmup_num_steps"] == 20
+        )
+
+
 @pytest.mark.parametrize("kind", ["OneCycle", "LRRangeTest", "WarmupCosineLR", "LambdaLR"])
 def test_a_schedule_gets_no_parameter_that_it_does_not_take(kind):
     """OneCycle(warmup_max_lr=...) is a TypeError of DeepSpeed."""

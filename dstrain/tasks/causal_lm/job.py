@@ -91,7 +91,7 @@ def _train_and_report(trainer: CausalLMTrainer, model_args: ModelArguments) -> N
     trainer.log_metrics("train", output.metrics)
     trainer.save_metrics("train", output.metrics)
     if evaluates:
-        after = trainer.evaluate()
+        after = _final_evaluation(trainer)
         results = {k: v for k, v in before.items() if k != "epoch"} | after
         trainer.save_metrics("eval", results)
         if trainer.ranks.is_main:
@@ -104,6 +104,15 @@ def _train_and_report(trainer: CausalLMTrainer, model_args: ModelArguments) -> N
             print(f"\ncompletion of {model_args.completion_prompt!r}:\n{completion}\n")
         folder = Path(trainer.args.output_dir)
         print(f"model, metrics and loss_curve.png are in {folder}", flush=True)
+
+
+def _final_evaluation(trainer: CausalLMTrainer) -> dict[str, float]:
+    """The evaluation of the last step if the run made one there, else a new one."""
+    last = trainer.state.log_history[-2:]
+    for entry in last:
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+            return {k: v for k, v in entry.items() if k != "step"}
+    return trainer.evaluate()
 
 
 def _prepare_data(
@@ -133,6 +142,16 @@ def _check(
         named = data_args.validation_file or data_args.validation_split
         if data_args.validation_percentage == 0 and not named:
             _refuse_evaluation(args, "validation_percentage is 0, and no validation data is named")
+    with collected(errors):
+        if data_args.streaming and args.max_steps <= 0:
+            raise ConfigError(
+                Problem(
+                    "streaming=True without max_steps",
+                    "the length of a stream is not known, and the learning-rate schedule needs the "
+                    "number of steps",
+                    "set --max_steps",
+                )
+            )
     with collected(errors):
         if model_args.model_name_or_path is None:
             config = _fresh_config(model_args, data_args)
