@@ -89,7 +89,7 @@ def _number(value: Any) -> str:
         size = abs(value)
         if size and (size < 1e-3 or size >= 1e9):
             return f"{value:.3g}"
-        if size >= 1e4:
+        if size >= 1e5:
             return f"{value:,.0f}"
         return f"{value:.4f}".rstrip("0").rstrip(".")
     return f"{value:,}" if isinstance(value, int) else str(value)
