@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -146,17 +147,18 @@ def summary(pairs: Sequence[dict[str, float]], contender: str) -> dict[str, Any]
     ratios = [p["hand_seconds"] / p["trainer_seconds"] for p in pairs]
     best = min(p["hand_seconds"] for p in pairs) / min(p["trainer_seconds"] for p in pairs)
     cpu_ratios = [p["trainer_cpu_seconds"] / p["hand_cpu_seconds"] for p in pairs]
-    low, _, high = quartiles(ratios)
     ratio = statistics.median(ratios)
+    interval = median_interval(ratios)
     if contender != "dstrain":
         verdict = ""
     elif ratio >= GOAL:
         verdict = "pass"
     else:
-        verdict = "fail" if high < GOAL else "unclear"
+        verdict = "fail" if interval[1] < GOAL else "unclear"
     return {
         "ratio": ratio,
-        "ratio_quartiles": [low, high],
+        "ratio_interval": interval,
+        "ratio_quartiles": quartiles(ratios),
         "ratio_range": [min(ratios), max(ratios)],
         "best_ratio": best,
         "cpu_ratio": statistics.median(cpu_ratios),
@@ -164,24 +166,37 @@ def summary(pairs: Sequence[dict[str, float]], contender: str) -> dict[str, Any]
     }
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile; the value itself when there is only one."""
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile; the value itself when there is only one."""
     if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the true median lies with 95% confidence, whatever the distribution.
+
+    The number of values below it is binomial, so the interval runs between the order statistics
+    1.96 standard deviations, sqrt(n) / 2 each, to both sides of the middle one.
+    """
+    ordered, count = sorted(values), len(values)
+    reach = 0.98 * count**0.5
+    low = max(0, math.floor(count / 2 - reach))
+    high = min(count - 1, math.ceil(count / 2 + reach) - 1)
+    return ordered[low], ordered[high]
 
 
 _TITLES = [
-    *("ranks", "stage", "contender", "hand ms", "its ms", "ratio", "quartiles", "range"),
-    *("best", "cpu time", "same loss", "load", "verdict"),
+    *("ranks", "stage", "contender", "hand ms", "its ms", "ratio", "95% interval"),
+    *("quartiles", "best", "cpu time", "same loss", "load", "verdict"),
 ]
 _NOTES = f"""
 hand ms, its ms: median time of an optimizer step. ratio: its steps per second over those of the
-hand-written loop, the median over pairs of neighbouring blocks; the goal for dstrain is
-{GOAL} or more. best: the same of the fastest block of each, which other jobs disturbed least.
-cpu time: its processor time over the hand-written loop's. "control" is the hand-written loop
-against itself: its quartiles say how much of a ratio is noise here and now."""
+hand-written loop, the median over pairs of neighbouring blocks, with the 95% interval of that
+median and the quartiles of the pairs; the goal for dstrain is {GOAL} or more ("unclear": less, but
+the interval reaches it). best: the ratio of the fastest block of each. cpu time: its processor
+time over the hand-written loop's. "control" is the hand-written loop against itself."""
 
 
 def _row(record: dict[str, Any]) -> list[str]:
@@ -196,15 +211,15 @@ def _row(record: dict[str, Any]) -> list[str]:
         1000 * statistics.median(p[f"{side}_seconds"] for p in record["pairs"]) / steps
         for side in ("hand", "trainer")
     )
-    low, high = record["ratio_quartiles"]
-    least, most = record["ratio_range"]
+    low, high = record["ratio_interval"]
+    first_quartile, third_quartile = record["ratio_quartiles"]
     return [
         *first,
         f"{hand:.1f}",
         f"{its:.1f}",
         f"{record['ratio']:.3f}",
         f"{low:.3f}..{high:.3f}",
-        f"{least:.3f}..{most:.3f}",
+        f"{first_quartile:.2f}..{third_quartile:.2f}",
         f"{record['best_ratio']:.3f}",
         f"{record['cpu_ratio']:.3f}",
         "yes" if record["loss_difference"] <= LOSS_TOLERANCE else "NO",

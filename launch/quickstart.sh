@@ -29,9 +29,9 @@ CPU_DEFAULTS=(
     --block_size 256
     --vocab_size 2048
     --model_config "llama:hidden_size=192,intermediate_size=512,num_hidden_layers=4,num_attention_heads=4,num_key_value_heads=4,tie_word_embeddings=true"
-    --per_device_train_batch_size 8
-    --max_steps 350
-    --eval_steps 100
+    --per_device_train_batch_size 4
+    --max_steps 700
+    --eval_steps 175
     --max_eval_samples 64
 )
 GPU_DEFAULTS=(

@@ -388,20 +388,28 @@ def test_train_batch_size_and_micro_batch_of_the_config_decide_the_accumulation(
 
 
 @pytest.mark.parametrize(
-    ("config", "arguments"),
+    ("config", "arguments", "arithmetic"),
     [
-        ({"train_batch_size": 65}, {}),  # no whole number
-        ({"train_batch_size": 4}, {}),  # less than one micro-step of both ranks
-        ({"train_batch_size": 64, "gradient_accumulation_steps": 2}, {}),
-        ({"train_batch_size": 64}, {"gradient_accumulation_steps": 2}),
+        ({"train_batch_size": 65}, {}, "accumulation 1 x ranks 2 = 8"),  # no whole number
+        ({"train_batch_size": 4}, {}, "accumulation 1 x ranks 2 = 8"),  # less than a micro-step
+        (
+            {"train_batch_size": 64, "gradient_accumulation_steps": 2},
+            {},
+            "accumulation 2 x ranks 2 = 16",
+        ),
+        (
+            {"train_batch_size": 64},
+            {"gradient_accumulation_steps": 2},
+            "accumulation 2 x ranks 2 = 16",
+        ),
     ],
 )
-def test_train_batch_size_that_cannot_be_is_refused(config, arguments):
+def test_train_batch_size_that_cannot_be_is_refused(config, arguments, arithmetic):
     """Here 2 ranks with micro-batch 4: catches accumulation rounded, or an argument overruled."""
     arguments = {"per_device_train_batch_size": 4, **arguments}
     (text,) = problems_of(lambda: resolved(config, Facts(2), **arguments))
     assert f"train_batch_size={config['train_batch_size']}" in text
-    assert "x ranks 2" in text
+    assert arithmetic in text
 
 
 # --- what is written -----------------------------------------------------------------------------

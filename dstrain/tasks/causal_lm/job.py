@@ -260,5 +260,6 @@ def _complete(trainer: CausalLMTrainer, model_args: ModelArguments) -> str:
             attention_mask=prompt["attention_mask"],
             max_new_tokens=model_args.completion_tokens,
             do_sample=False,
+            no_repeat_ngram_size=4,  # a small model would repeat itself for ever
         )
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True)).rstrip()
