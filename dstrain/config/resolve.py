@@ -316,13 +316,7 @@ def _takes(config: Mapping[str, Any], path: str) -> bool:
     """
     section, _, _ = path.partition(".params.")
     kind = _get(config, f"{section}.type")
-    if not isinstance(kind, str) or kind == schema.AUTO:
-        return False
-    try:
-        schema.default_of(path, kind=kind)
-    except KeyError:
-        return False
-    return True
+    return isinstance(kind, str) and kind != schema.AUTO and schema.is_known(path, kind=kind)
 
 
 def _contradictions(config: Mapping[str, Any], label: str) -> list[Problem]:

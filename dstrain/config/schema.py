@@ -32,7 +32,15 @@ from dstrain.config.schema_keys import (
 )
 from dstrain.core.errors import Problem, nearest
 
-__all__ = ["NO_DEFAULT", "auto_is_a_value", "check", "default_of", "known_paths", "normalise"]
+__all__ = [
+    "NO_DEFAULT",
+    "auto_is_a_value",
+    "check",
+    "default_of",
+    "is_known",
+    "known_paths",
+    "normalise",
+]
 
 AUTO: Final = "auto"
 COMMENTS: Final = ("_", "//", "#")  # JSON has no comments: people write them as keys like these
@@ -88,6 +96,11 @@ def default_of(path: str, *, kind: str | None = None) -> Any:
         for entry in found
     ]
     return copy.deepcopy(defaults[0]) if all(d == defaults[0] for d in defaults) else NO_DEFAULT
+
+
+def is_known(path: str, *, kind: str) -> bool:
+    """Whether optimizers or schedulers of type ``kind`` have the parameter at this path."""
+    return bool(_find(path, kind))
 
 
 def auto_is_a_value(path: str) -> bool:

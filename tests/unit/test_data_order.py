@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dstrain.data import EpochOrder, RankBatchSampler, Topology
 
-quick = settings(max_examples=200, deadline=None, database=None, derandomize=True)
+quick = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 sizes = st.integers(1, 70)
 micro_batches = st.integers(1, 9)
 world_sizes = st.integers(1, 9)
