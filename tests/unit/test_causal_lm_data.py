@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, HfArgumentParser
 
 from dstrain.core.errors import DataError
-from dstrain.tasks.causal_lm import packing, sources
+from dstrain.tasks.causal_lm import documents as documents_module
+from dstrain.tasks.causal_lm import packing, sources, text_files
+from dstrain.tasks.causal_lm import rows as rows_module
 from dstrain.tasks.causal_lm.arguments import DataArguments
 from dstrain.tasks.causal_lm.packing import PackedStream, Packer, collate_blocks, prepare
 from dstrain.tasks.causal_lm.sources import load_documents
@@ -161,7 +163,7 @@ def test_folder_is_split_by_file_and_the_split_is_stable(folder, tmp_path):
 
 def test_split_does_not_depend_on_the_process_or_machine():
     # The first 16 digits of: printf a/b.py | sha256sum
-    assert sources.unit_hash("a/b.py") == 0xD9584A802A2864F0 / 2**64
+    assert documents_module.unit_hash("a/b.py") == 0xD9584A802A2864F0 / 2**64
 
 
 def test_folder_leaves_out_what_is_not_text(folder):
@@ -189,7 +191,7 @@ def test_text_file_keeps_its_tail_for_validation(tmp_path):
 
 @pytest.mark.parametrize("separator", ["\n", " ", ""])
 def test_large_files_become_pieces_that_join_to_the_file(tmp_path, monkeypatch, separator):
-    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 64)
     text = separator.join(["né漢🎉"] * 200)
     path = tmp_path / "large.txt"
     path.write_text(text, newline="")
@@ -255,7 +257,7 @@ def test_dataset_by_name_with_its_splits(tmp_path):
 
 
 def test_stream_holds_out_its_first_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "STREAM_VALIDATION_DOCUMENTS", 3)
+    monkeypatch.setattr(rows_module, "STREAM_VALIDATION_DOCUMENTS", 3)
     path = write_rows(tmp_path / "rows.jsonl", ["a", "b", "c", "", "d", "a", "e", "f"])
     documents = load_documents(DataArguments(train_file=path, streaming=True))
     assert texts_of(documents.validation) == ["a", "b", "c"]

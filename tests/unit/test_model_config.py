@@ -61,6 +61,13 @@ def test_defaults_fill_what_the_short_form_leaves_out_and_no_more():
     assert not hasattr(config, "nonsense")
 
 
+def test_a_default_does_not_beat_what_the_user_said_in_the_models_own_name():
+    """GPT-2 calls its length n_positions; the two would meet in one field."""
+    config = parse_model_config("gpt2:n_positions=64", max_position_embeddings=2048)
+    assert config.max_position_embeddings == 64
+    assert parse_model_config("gpt2", max_position_embeddings=2048).n_positions == 2048
+
+
 def test_common_names_are_understood_for_every_model_type():
     """GPT-2 calls the hidden size n_embd; transformers takes both."""
     assert parse_model_config("gpt2:hidden_size=48,num_attention_heads=4").n_embd == 48

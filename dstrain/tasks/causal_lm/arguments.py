@@ -40,7 +40,10 @@ class ModelArguments:
         metadata={"help": "Text that the trained model completes at the end; empty for none."},
     )
     completion_tokens: int = field(
-        default=48, metadata={"help": "Tokens of that completion, chosen greedily without repeating four of them."}
+        default=48,
+        metadata={
+            "help": "Tokens of that completion, chosen greedily without repeating four of them."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,144 @@
+"""What the readers of text share: documents, their two sides, the hash that splits them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, Value
+
+from dstrain.core.errors import DataError, Problem
+
+ROW_BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
+PIECE_BYTES = 256 * 1024
+"""Larger files become several documents, so that no single text has to fit in memory."""
+_VERSION = 1  # of this module's output; raise it when the same input gives other documents
+FEATURES = Features({"text": Value("string")})
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Raw text, split; every row of both sides is ``{"text": str}``.
+
+    Attributes:
+        train: training documents; an ``IterableDataset`` when streaming was asked for.
+        validation: held-out documents, or None when there are none. Streamed only where
+            ``validation_split`` of a streamed dataset was named.
+        description: what was read, for the log.
+        train_bytes: UTF-8 bytes of ``train`` where known without reading it, else None.
+        validation_bytes: the same for ``validation``.
+        train_fingerprint: changes when ``train`` does; None for a stream, which is not cached.
+        validation_fingerprint: the same for ``validation``.
+    """
+
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset | None
+    description: str
+    train_bytes: int | None = None
+    validation_bytes: int | None = None
+    train_fingerprint: str | None = None
+    validation_fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Bytes ``start`` to ``stop`` of a text file.
+
+    Attributes:
+        path: the file.
+        name: what the split hashes: the path relative to the folder, with ``/``.
+        start: first byte.
+        stop: byte after the last.
+        mtime_ns: modification time in nanoseconds, for the fingerprint.
+    """
+
+    path: str
+    name: str
+    start: int
+    stop: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a split: its rows, their bytes and fingerprint where known, its size in words."""
+
+    rows: Dataset | IterableDataset
+    num_bytes: int | None
+    fingerprint: str | None
+    size: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where text comes from: its name in messages, and what is read."""
+
+    label: str
+    parts: tuple[TextPart, ...] = ()
+    one_file: bool = False
+    num_skipped: int = 0
+    builder: str | None = None
+    files: tuple[str, ...] = ()
+    split: str = "train"
+
+    def empty(self) -> DataError:
+        """The error for a source without a document."""
+        why = "there is not one document with anything but white space in it"
+        return DataError(Problem(f"{self.label} holds no text", why, "give data with text in it"))
+
+
+def unit_hash(key: str) -> float:
+    """A number in [0, 1) that depends on ``key`` alone, the same on every machine."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def num_held_out(hashes: list[float], percentage: float) -> int:
+    """How many of the sorted hashes are held out: at least one, and not all, where possible."""
+    if percentage == 0:
+        return 0
+    return min(max(bisect_left(hashes, percentage / 100), 1), len(hashes) - 1)
+
+
+def fingerprint_of(facts: list[Any]) -> str:
+    """A hash of facts that JSON can hold, and of the version of what is made of them."""
+    return hashlib.sha256(json.dumps([_VERSION, facts]).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def explained(origin: Origin) -> Iterator[None]:
+    """Turn whatever ``datasets`` raises into one error that names the flag, and the bad line."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:  # our own error, raised inside a generator of datasets
+            if isinstance(cause, DataError):
+                raise cause from None
+            cause = cause.__cause__
+        why = str(error.__cause__ or error).strip() or type(error).__name__
+        by_name = origin.builder and not origin.files
+        remedy = "check the name, the split and the network" if by_name else "mend the file"
+        why = next(filter(None, map(_first_bad_line, origin.files)), why)
+        raise DataError(Problem(f"{origin.label} could not be read", why, remedy)) from error
+
+
+def _first_bad_line(file: str) -> str | None:
+    if ROW_BUILDERS[Path(file).suffix.lower()] != "json":
+        return None
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1 and line.lstrip().startswith(b"["):
+                return None  # one array, not a value per line
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number} of {file} is not a JSON object"
+            except ValueError as error:
+                return f"line {number} of {file} is not JSON: {error}"
+    return None
