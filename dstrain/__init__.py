@@ -11,14 +11,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dstrain.arguments import TrainingArguments
-    from dstrain.trainer import Trainer
+    from dstrain.trainer import Trainer, partitioned
 
 _HOMES = {
     "TrainingArguments": "dstrain.arguments",
     "Trainer": "dstrain.trainer",
+    "partitioned": "dstrain.trainer",
 }
 
-__all__ = ["Trainer", "TrainingArguments", "__version__"]
+__all__ = ["Trainer", "TrainingArguments", "__version__", "partitioned"]
 
 
 def __getattr__(name: str) -> Any:

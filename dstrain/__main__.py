@@ -1,8 +1,6 @@
 """``python -m dstrain`` is ``dstrain``."""
 
-import sys
-
-from dstrain.cli.main import main
+from dstrain.cli.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

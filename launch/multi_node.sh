@@ -24,7 +24,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 # ---- variables, all optional ---------------------------------------------------------------------
 
-# The task to train: causal-lm, seq2seq or embedding.
+# The task to train.
 TASK="${TASK:-causal-lm}"
 
 # This machine's place in the hostfile, from 0. Setting it selects the way without ssh.
@@ -59,7 +59,7 @@ PASSED_ON=(
     # DeepSpeed.
     DS_ACCELERATOR       # cpu: train without GPUs
     DS_LOG_LEVEL         # INFO: all that DeepSpeed has to say
-    DEEPSPEED_TIMEOUT    # minutes that a rank waits for the others before it gives up
+    HF_DATASETS_CACHE    # where prepared data is kept; a disk of each machine or a shared one
     TORCH_EXTENSIONS_DIR # where the compiled ops are; set by launch/setup.sh
     # The rest.
     OMP_NUM_THREADS # CPU threads of each rank

@@ -40,7 +40,7 @@ class BatchArguments:
         "Put batches into page-locked host memory, which makes the copy to a GPU asynchronous.",
     )
     dataloader_persistent_workers: bool = arg(
-        False, "Keep loader processes alive between epochs and evaluations."
+        False, "Keep loader processes alive between the epochs of a run."
     )
     remove_unused_columns: bool = arg(
         True, "Drop dataset columns that the model's forward does not take."

@@ -51,7 +51,7 @@ class TrainingArguments(
         if isinstance(self.zero_stage, int) and not isinstance(self.zero_stage, bool):
             self.zero_stage = str(self.zero_stage)
         if isinstance(self.report_to, str):
-            self.report_to = [self.report_to]
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
         problems = coerce_fields(self) + self._read_scheduler_kwargs()
         raise_problems(problems, error=ConfigError)
         self.output_dir = os.path.expanduser(self.output_dir)

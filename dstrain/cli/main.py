@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dstrain.core.errors import DstrainError
 
@@ -40,6 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         return _report_failure(error)
+
+
+def entry() -> NoReturn:
+    """The console script: ``main``, then the process group goes down and the process ends."""
+    status = main()
+    if status == 0 and "torch" in sys.modules:
+        from dstrain.engine import shut_down
+
+        shut_down()
+    sys.exit(status)
 
 
 def _run(words: list[str]) -> int:

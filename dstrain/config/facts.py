@@ -47,9 +47,13 @@ class Facts:
         device: "cpu", "cuda" or another torch device type.
         num_training_steps: optimizer steps of the run.
         model: sizes of the parameters.
+        own_optimizer: the user passes an optimizer object.
+        own_scheduler: the user passes a schedule object.
     """
 
     world_size: int = 1
     device: str = "cuda"
     num_training_steps: int | None = None
     model: ModelFacts | None = None
+    own_optimizer: bool = False
+    own_scheduler: bool = False

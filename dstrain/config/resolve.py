@@ -135,7 +135,12 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     reasons |= {name: Provenance("argument", f"argument {name}") for name in changed}
     chosen |= adopted
     provenance: dict[str, Provenance] = {path: Provenance("config", label) for path in explicit}
+    problems += _displaced(explicit, facts, label)
+    if facts.own_optimizer:
+        config.pop("optimizer", None)
     for rule in RULES:
+        if facts.own_optimizer and rule.key.startswith("optimizer."):
+            continue
         view = View(chosen, facts, config)
         _fill(rule, config, explicit, provenance, view, reasons, problems, warnings, label)
     problems += _lost_schedule(explicit, changed, chosen, label)
@@ -317,6 +322,20 @@ def _takes(config: Mapping[str, Any], path: str) -> bool:
     section, _, _ = path.partition(".params.")
     kind = _get(config, f"{section}.type")
     return isinstance(kind, str) and kind != schema.AUTO and schema.is_known(path, kind=kind)
+
+
+def _displaced(explicit: Mapping[str, Any], facts: Facts, label: str) -> list[Problem]:
+    """Sections of the user's config that an object of the user's would displace."""
+    passed = {"optimizer": facts.own_optimizer, "scheduler": facts.own_scheduler}
+    return [
+        Problem(
+            f"{label} has a section {name!r}, and a {name} was passed to the Trainer",
+            "only one of them can run",
+            f"remove the section, or do not pass the {name}",
+        )
+        for name, given in passed.items()
+        if given and any(path.startswith(f"{name}.") for path in explicit)
+    ]
 
 
 def _contradictions(config: Mapping[str, Any], label: str) -> list[Problem]:

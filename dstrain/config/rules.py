@@ -18,6 +18,7 @@ from dstrain.config.facts import Facts, ModelFacts
 # 5e7 elements (100 MB in 16 bits) a bucket is already far above the size at which links saturate.
 BUCKET_ELEMENTS = 50_000_000
 SMALL_PARAMETER_ELEMENTS = 10_000
+KEPT_PARAMETER_ELEMENTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,15 @@ def _torch_adam(view: View) -> Derived | None:
 def _fused(view: View) -> Derived | None:
     if not _is_adam(view) or view.offloads_optimizer:
         return None
+    if not view.config["optimizer"].get("params", {}).get("torch_adam"):
+        return None  # DeepSpeed's kernel knows no such parameter
     fused = OPTIMIZERS.get(view.optim, ("", {}))[1].get("fused")
     return Derived(True, f"optim={view.optim!r}") if fused else None
 
 
 def _allow_untested(view: View) -> Derived | None:
+    if view.facts.own_optimizer:
+        return Derived(True, "your own optimizer") if view.stage else None
     kind = str(view.config.get("optimizer", {}).get("type", ""))
     if not kind or _is_adam(view) or view.stage == 0:
         return None
@@ -280,7 +285,7 @@ def _persistence(view: View) -> Derived | None:
 
 
 def _persistent_below(model: ModelFacts) -> int:
-    return max(model.largest_vector, SMALL_PARAMETER_ELEMENTS)
+    return min(max(model.largest_vector, SMALL_PARAMETER_ELEMENTS), KEPT_PARAMETER_ELEMENTS)
 
 
 def _persistent_how(model: ModelFacts) -> str:
@@ -288,6 +293,15 @@ def _persistent_how(model: ModelFacts) -> str:
         f"max(largest norm or bias {model.largest_vector:,}, {SMALL_PARAMETER_ELEMENTS:,}) "
         "elements: gathering one costs more than keeping it"
     )
+
+
+# --- the user's own optimizer --------------------------------------------------------------------
+
+
+def _force_cpu_optimizer(view: View) -> Derived | None:
+    if not (view.facts.own_optimizer and view.offloads_optimizer):
+        return None
+    return Derived(False, "your own optimizer runs as given, on the host")
 
 
 RULES: tuple[Binding | Derivation, ...] = (
@@ -358,6 +372,18 @@ RULES: tuple[Binding | Derivation, ...] = (
         _torch_adam,
     ),
     Derivation("optimizer.params.fused", "torch's fused kernel when asked for", ("optim",), _fused),
+    Derivation(
+        "timers.throughput.enabled",
+        "off",
+        (),
+        lambda view: Derived(False, "DeepSpeed's timer waits for the device at every micro-batch"),
+    ),
+    Derivation(
+        "zero_force_ds_cpu_optimizer",
+        "false for a user's own optimizer under offload",
+        ("offload_optimizer",),
+        _force_cpu_optimizer,
+    ),
     Derivation(
         "zero_allow_untested_optimizer",
         "true for optimizers that DeepSpeed has no ZeRO test of",

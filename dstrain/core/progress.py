@@ -12,12 +12,14 @@ class Progress:
     Attributes:
         step: optimizer steps finished, skipped ones included.
         epoch: index of the epoch in progress, from 0.
+        steps_in_epoch: optimizer steps of this epoch.
         samples_in_epoch: samples of this epoch that finished steps have used, over all ranks.
         num_input_tokens: input tokens (padding included) this rank has trained on.
     """
 
     step: int = 0
     epoch: int = 0
+    steps_in_epoch: int = 0
     samples_in_epoch: int = 0
     num_input_tokens: int = 0
 
@@ -26,10 +28,11 @@ class Progress:
         return replace(
             self,
             step=self.step + 1,
+            steps_in_epoch=self.steps_in_epoch + 1,
             samples_in_epoch=self.samples_in_epoch + samples,
             num_input_tokens=self.num_input_tokens + tokens,
         )
 
     def next_epoch(self) -> Progress:
         """The position at the start of the following epoch."""
-        return replace(self, epoch=self.epoch + 1, samples_in_epoch=0)
+        return replace(self, epoch=self.epoch + 1, steps_in_epoch=0, samples_in_epoch=0)

@@ -6,14 +6,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dstrain.core.errors import DstrainError
+from dstrain.core.errors import ConfigError, DstrainError, Problem
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,20 @@ def launched_ranks() -> Ranks:
     """Rank facts from the launcher's environment; one process when there is no launcher.
 
     Reads RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE (torchrun) or LOCAL_SIZE (deepspeed).
+
+    Raises:
+        ConfigError: many ranks without LOCAL_RANK: each would take the first device.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            Problem(
+                f"WORLD_SIZE={world_size} without LOCAL_RANK",
+                "every rank would drive the first device of its machine",
+                "start with deepspeed or torchrun, or export LOCAL_RANK (SLURM_LOCALID, "
+                "OMPI_COMM_WORLD_LOCAL_RANK)",
+            )
+        )
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return Ranks(
         rank=int(os.environ.get("RANK", "0")),
@@ -82,60 +97,74 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_object(value: T, *, source: int = 0) -> T:
-    """The picklable ``value`` of rank ``source``, on every rank."""
-    if not is_distributed():
-        return value
-    import torch.distributed as dist
-
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]
-
-
-def gather_objects(value: T) -> list[T]:
+def gather_objects(value: T, *, group: Any = None) -> list[T]:
     """The picklable ``value`` of every rank, in rank order, on every rank."""
     if not is_distributed():
         return [value]
     import torch.distributed as dist
 
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def all_or_none(*, group: Any = None) -> Iterator[None]:
     """Run the body on every rank; when it fails for one, raise that user error on all.
 
     Without it, the ranks that saw nothing wrong would wait in the next collective until the
-    process group times out. The body must not contain collectives of its own.
+    process group times out. A rank must not leave the body early where others wait in a
+    collective inside it.
     """
     error: DstrainError | None = None
     try:
         yield
     except DstrainError as caught:
         error = caught
-    for found in gather_objects(error):
+    for found in gather_objects(error, group=group):
         if found is not None:
             raise error or found
 
 
-@contextlib.contextmanager
-def main_first(ranks: Ranks, *, per_node: bool = True) -> Iterator[None]:
-    """Run the body on the main rank before the others, so that they find what it has cached.
+def require_equal(what: str, value: Any, error: type[DstrainError]) -> None:
+    """Check that all ranks hold the same small value, before they rely on it.
 
-    A user error of the main rank is raised on every rank.
-
-    Args:
-        ranks: facts of this process.
-        per_node: one main rank per machine (for machines that do not share a disk).
+    Raises:
+        error: naming the first rank that differs and both values; on every rank.
     """
-    main = ranks.is_local_main if per_node else ranks.is_main
-    if main:
-        with all_or_none():
-            yield
-    else:
-        with all_or_none():
-            pass
+    values = gather_objects(value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise error(
+                Problem(
+                    f"{what} differs between ranks",
+                    f"rank 0 has {values[0]!r}, rank {rank} has {other!r}",
+                    "give every machine the same data, files and versions",
+                )
+            )
+
+
+@contextlib.contextmanager
+def main_first(ranks: Ranks) -> Iterator[None]:
+    """Run the body on the first rank of each machine before the others, which find its cache.
+
+    A user error of a first rank is raised on every rank. The others wait in a group of their own
+    that is as patient as the work is long: tokenising a large corpus outlasts any timeout that is
+    sensible for training.
+    """
+    if not is_distributed():
         yield
+        return
+    import torch.distributed as dist
+
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        if ranks.is_local_main:
+            with all_or_none(group=patient):
+                yield
+        else:
+            with all_or_none(group=patient):
+                pass
+            yield
+    finally:
+        dist.destroy_process_group(patient)

@@ -99,6 +99,12 @@ def build_loader(
                 workers,
             )
             workers = limit
+        if topology.world_size > 8 and topology.rank == 0:
+            logger.warning(
+                "every one of the %d ranks reads the whole stream and keeps its share; for large "
+                "worlds prepare the data first (without streaming)",
+                topology.world_size,
+            )
         stream = RankStream(dataset, topology, collate, drop_last=options.drop_last)
         if workers and options.persistent_workers:
             stream.share_position()
@@ -115,6 +121,13 @@ def build_loader(
         collate_fn=collate,
         num_workers=workers,
         **common,
+    )
+
+
+def is_ours(loader: Any) -> bool:
+    """Whether ``build_loader`` made it, so that its samples are shared out over ranks."""
+    return isinstance(getattr(loader, "batch_sampler", None), RankBatchSampler) or isinstance(
+        getattr(loader, "dataset", None), RankStream
     )
 
 

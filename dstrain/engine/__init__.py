@@ -6,7 +6,6 @@ from dstrain.engine.startup import (
     check_precision,
     device_name,
     device_type,
-    peak_device_bytes,
     shut_down,
     start,
 )
@@ -34,7 +33,6 @@ __all__ = [
     "is_partitioned",
     "model_facts",
     "parameter_groups",
-    "peak_device_bytes",
     "shut_down",
     "start",
 ]

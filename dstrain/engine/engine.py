@@ -23,7 +23,7 @@ class StepOutcome:
     """What one optimizer step did.
 
     Attributes:
-        applied: False when fp16 overflowed; weights, optimizer and schedule then stayed the same.
+        applied: False when gradients were not finite; weights, optimizer and schedule then stayed.
         grad_norm: global gradient norm before clipping, a device tensor or a float; None when it
             was not asked for and is not to be had for free.
     """
@@ -64,12 +64,8 @@ class Engine:
         import deepspeed
 
         config = resolved.to_deepspeed()
-        if optimizer is not None or not trains:
-            config.pop("optimizer", None)
-        if optimizer is not None and resolved.stage > 0:
-            config["zero_allow_untested_optimizer"] = True
-            config["zero_force_ds_cpu_optimizer"] = False
         if not trains:
+            config.pop("optimizer", None)
             config.pop("scheduler", None)
         if resolved.has_scheduler:
             scheduler = None
@@ -130,6 +126,14 @@ class Engine:
         A partitioned module stays partitioned and can be given to a new engine.
         """
         self._engine.destroy()
+        # DeepSpeed leaves these behind: they would keep the engine with its master weights alive,
+        # and run at every forward pass of the module.
+        for name in ("module_forward_pre_hook", "module_forward_post_hook"):
+            hook = getattr(self._engine, name, None)
+            if hook is not None:
+                hook.remove()
+        for parameter in self.module.parameters():
+            parameter.__dict__.pop("_z3_optimizer", None)
         self._mark.close()
         self._engine = None
         self.optimizer = None

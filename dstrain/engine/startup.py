@@ -32,13 +32,10 @@ def start(
     import torch
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        facts = launched_ranks()
-        return Ranks(
-            dist.get_rank(), facts.local_rank, dist.get_world_size(), facts.local_world_size
-        )
+    started = dist.is_initialized()
     choose_accelerator(use_cpu=use_cpu)
-    _single_process_environment()
+    if not started:
+        _single_process_environment()
     from dstrain.engine import ops
 
     folder = ops.prepare_environment()
@@ -59,9 +56,10 @@ def start(
                 "set DS_ACCELERATOR=cpu, or build the arguments before importing deepspeed",
             )
         )
+    # Ranks share the cores of their machine, also under CPU offload beside an accelerator.
+    if "OMP_NUM_THREADS" not in os.environ and ranks.local_world_size > 1:
+        torch.set_num_threads(max(1, _usable_cores() // ranks.local_world_size))
     if on_cpu:
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, _usable_cores() // ranks.local_world_size))
         library = ops.OPS["shm_comm"].folder
         if ranks.is_local_main and not (folder / library / f"{library}.so").exists():
             logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
@@ -72,10 +70,15 @@ def start(
                 Problem(
                     f"local rank {ranks.local_rank} with {accelerator.device_count()} devices",
                     "each rank drives one device",
-                    f"start at most {accelerator.device_count()} ranks on this machine",
+                    f"start at most {accelerator.device_count()} ranks on this machine, and let "
+                    "each see all of its devices",
                 )
             )
         accelerator.set_device(ranks.local_rank)
+    if started:
+        return Ranks(
+            dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.local_world_size
+        )
     # DeepSpeed prints from every rank here; a failure still raises.
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(
@@ -132,14 +135,6 @@ def check_precision(precision: str) -> None:
                 f"leave {precision} out, or choose another device",
             )
         )
-
-
-def peak_device_bytes() -> int:
-    """Most bytes that tensors held on this rank's accelerator; 0 on the CPU."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    return 0 if accelerator.device_name() == "cpu" else int(accelerator.max_memory_allocated())
 
 
 def shut_down() -> None:

@@ -61,14 +61,12 @@ class ZeroThreeMark:
 
     def __init__(self, resolved: ResolvedConfig) -> None:
         """Register with transformers when the stage is 3, unregister otherwise."""
-        from dstrain.engine.compat import set_hf_deepspeed_config, unset_hf_deepspeed_config
+        from dstrain.engine import compat
 
         self.config: dict[str, Any] = resolved.to_deepspeed()
         self._stage = resolved.stage
-        if self._stage == 3:
-            set_hf_deepspeed_config(self)
-        else:
-            unset_hf_deepspeed_config()
+        self._previous = compat.registered_config()
+        compat.register_config(self if self._stage == 3 else None)
 
     def is_zero3(self) -> bool:
         """Asked by transformers when it builds a model."""
@@ -79,8 +77,9 @@ class ZeroThreeMark:
         return self._stage == 2
 
     def close(self) -> None:
-        """Models are built whole again from now on."""
-        from dstrain.engine.compat import unset_hf_deepspeed_config
+        """Put back what was registered before, unless somebody has registered since."""
+        from dstrain.engine import compat
 
-        if self._stage == 3:
-            unset_hf_deepspeed_config()
+        if compat.registered_config() is (self if self._stage == 3 else None):
+            compat.register_config(self._previous)
+        self._previous = None

@@ -1,8 +1,8 @@
 """Saving a model as a Hugging Face folder, written by all ranks, at every ZeRO stage.
 
-Shard k is written by rank ``k mod world_size``. Partitioned parameters are gathered a few at a time
-and kept only by the rank that writes them, so the most a rank holds is one shard being filled and
-one being written.
+The ranks that see the folder take turns at writing shards. Partitioned parameters are gathered a
+few at a time and kept only by the rank that writes them, so the most a rank holds is one shard
+being filled and one being written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dstrain.core.errors import ModelError, Problem
-from dstrain.core.ranks import Ranks, all_or_none, barrier
+from dstrain.core.ranks import Ranks, all_or_none, gather_objects
 from dstrain.engine import full_numel, gathered, is_partitioned
 
 SHARD_BYTES = 5 * 10**9
@@ -62,13 +62,40 @@ def save_model(
     entries = _entries(module)
     shards = _plan(entries, shard_bytes)
     names = _shard_names(len(shards))
+    writers = _writers(target, ranks)
+    mine = [i for i in range(len(shards)) if writers[i % len(writers)] == ranks.rank]
     with all_or_none():
-        _write_shards(shards, names, target, ranks)
+        # A failed write is raised after the last gather, so that no rank leaves the others in one.
+        _write_shards(shards, names, target, frozenset(mine))
+    with all_or_none():
+        if ranks.is_main:
+            weight_map = {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard}
+            try:
+                for name in names:
+                    os.replace(_partial(target, name), target / name)
+                _finish(target, weight_map, sum(e.num_bytes for e in entries), names)
+                _save_configs(module, target)
+            except OSError as error:
+                raise _unwritable(target, error) from error
+
+
+def _writers(target: Path, ranks: Ranks) -> list[int]:
+    """The ranks that see the main rank's folder; others have a disk of their own there.
+
+    Weights written to another machine's disk would be lost, so only these ranks write.
+    """
+    token = target / f".dstrain-writers-{os.getpid() if ranks.is_main else 0}"
+    with all_or_none():
+        if ranks.is_main:
+            try:
+                token.touch()
+            except OSError as error:
+                raise _unwritable(target, error) from error
+    token = Path(gather_objects(str(token))[0])
+    seen = gather_objects(token.exists())
     if ranks.is_main:
-        weight_map = {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard}
-        _finish(target, weight_map, sum(e.num_bytes for e in entries), names)
-        _save_configs(module, target)
-    barrier()
+        token.unlink(missing_ok=True)
+    return [rank for rank, sees in enumerate(seen) if sees]
 
 
 def check_writable(folder: Path | str) -> None:
@@ -140,13 +167,16 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _write_shards(shards: list[list[_Entry]], names: list[str], target: Path, ranks: Ranks) -> None:
-    """Gather every parameter once; write this rank's shards in a thread while the next fills."""
+def _write_shards(
+    shards: list[list[_Entry]], names: list[str], target: Path, own: frozenset[int]
+) -> None:
+    """Gather every parameter once; write the shards ``own`` in a thread while the next fills."""
     failure: BaseException | None = None
+    mode = 0o666 & ~_umask()
     with ThreadPoolExecutor(max_workers=1) as writer:
         pending: Future[None] | None = None
         for index, (shard, name) in enumerate(zip(shards, names, strict=True)):
-            mine = index % ranks.world_size == ranks.rank
+            mine = index in own
             if mine and pending is not None:
                 failure = failure or pending.exception()
             held: dict[str, torch.Tensor] = {}
@@ -156,7 +186,7 @@ def _write_shards(shards: list[list[_Entry]], names: list[str], target: Path, ra
                         for e in group:
                             held[e.name] = e.tensor.detach().to("cpu", copy=True).contiguous()
             if mine:
-                pending = writer.submit(_write_file, held, target / name)
+                pending = writer.submit(_write_file, held, _partial(target, name), mode)
         if pending is not None:
             failure = failure or pending.exception()
     if failure is not None:
@@ -178,16 +208,19 @@ def _gather_groups(shard: list[_Entry]) -> Iterator[list[_Entry]]:
         yield group
 
 
-def _write_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _partial(target: Path, name: str) -> Path:
+    """Where a file is written before it takes its place: a killed save leaves the old one whole."""
+    return target / f".{name}.partial"
+
+
+def _write_file(tensors: dict[str, torch.Tensor], path: Path, mode: int) -> None:
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-        os.replace(partial, path)
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors makes files that only their owner can read
     except Exception as error:
-        partial.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise
         raise OSError(f"{type(error).__name__}: {error}") from error
@@ -205,7 +238,7 @@ def _finish(target: Path, weight_map: dict[str, str], total_bytes: int, names: l
     keep = set(names)
     if len(names) > 1:
         index = "model.safetensors.index.json"
-        partial = target / f".{index}.partial"
+        partial = _partial(target, index)
         content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         os.replace(partial, target / index)

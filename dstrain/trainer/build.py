@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, ResolvedConfig, resolve
 from dstrain.config.explain import as_dict
 from dstrain.core import log
-from dstrain.core.errors import DataError, DstrainError, Problem
+from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks
+from dstrain.core.ranks import Ranks, all_or_none, require_equal
 from dstrain.data import (
     Collator,
     LoaderOptions,
@@ -26,12 +27,14 @@ from dstrain.data import (
     Topology,
     build_loader,
     forward_columns,
+    is_ours,
     keep_columns,
     label_columns,
     micro_steps,
 )
 from dstrain.engine import (
     Engine,
+    ZeroThreeMark,
     check_precision,
     device_type,
     model_facts,
@@ -48,7 +51,7 @@ def start_run(args: TrainingArguments) -> Ranks:
     """Process group, log levels and number formats, before anything touches the model."""
     ranks = start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_seconds=args.ddp_timeout)
     log.configure(level=args.get_process_log_level(), rank=ranks.rank, world_size=ranks.world_size)
-    if ranks.rank:
+    if ranks.rank and not getattr(sys.excepthook, "lets_main_rank_speak", False):
         _let_the_main_rank_speak()
     if args.tf32 is not None and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = args.tf32
@@ -69,6 +72,7 @@ def _let_the_main_rank_speak() -> None:
             time.sleep(_PATIENCE_SECONDS)
         show(kind, error, trace)
 
+    hook.lets_main_rank_speak = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
@@ -172,17 +176,64 @@ def resolve_config(
     *,
     module: torch.nn.Module | None = None,
     num_training_steps: int | None = None,
+    own_optimizer: bool = False,
+    own_scheduler: bool = False,
 ) -> ResolvedConfig:
-    """Resolve for this world, with what is known of the model and the run."""
+    """Resolve for this world, with what is known of the model and the run; on all ranks alike.
+
+    Raises:
+        ConfigError: on every rank, also when only one cannot read the config.
+    """
     facts = Facts(
         world_size=ranks.world_size,
         device=device_type(),
         num_training_steps=num_training_steps,
         model=None if module is None else model_facts(module),
+        own_optimizer=own_optimizer,
+        own_scheduler=own_scheduler,
     )
-    resolved = resolve(args, facts)
-    check_precision(resolved.precision)
+    with all_or_none():
+        resolved = resolve(args, facts)
+        check_precision(resolved.precision)
+    require_equal("the resolved DeepSpeed config", dict(resolved.values), ConfigError)
     return resolved
+
+
+@contextlib.contextmanager
+def partitioned(args: TrainingArguments) -> Iterator[None]:
+    """Build models partitioned inside the block when ``args`` resolve to ZeRO stage 3.
+
+    A model that is built or loaded by transformers in here never exists whole on a rank's device;
+    given to the Trainer whole, it would have to fit there once. Below stage 3 nothing changes.
+    """
+    ranks = start_run(args)
+    mark = ZeroThreeMark(resolve_config(args, ranks))
+    try:
+        yield
+    finally:
+        mark.close()
+
+
+def check_shared_out(loader: Any, ranks: Ranks, *, method: str) -> None:
+    """Refuse a user's own loader that would feed every rank the same samples.
+
+    Raises:
+        DataError: more than one rank, and a loader that neither dstrain made nor a sampler with
+            ``num_replicas`` shares out.
+    """
+    parts = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    inner = getattr(parts[2], "sampler", None)
+    shared = any(hasattr(part, "num_replicas") for part in (*parts, inner))
+    if ranks.world_size == 1 or is_ours(loader) or shared:
+        return
+    raise DataError(
+        Problem(
+            f"{method} returned a loader of its own on {ranks.world_size} ranks",
+            "its samples are not shared out, so every rank would read all of them",
+            "give it a torch.utils.data.DistributedSampler, or pass the dataset and let dstrain "
+            "build the loader",
+        )
+    )
 
 
 def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Callable[[Any], Any]:

@@ -73,6 +73,11 @@ class Events:
         state.compute_steps(args, max_steps)
         control = self.control
         control.should_training_stop = control.should_epoch_stop = False
+        self.hold(loader)
+
+    def hold(self, loader: Any) -> None:
+        """Give callbacks the model, optimizer, schedule and training loader in use, or let go."""
+        trainer = self._trainer
         self.handler.model = trainer.model
         self.handler.optimizer = trainer.optimizer
         self.handler.lr_scheduler = trainer.lr_scheduler

@@ -52,6 +52,7 @@ class RunPlan:
         nan_loss: "stop" or "continue".
         filter_bad: leave NaN and infinite losses out of the logged mean.
         log_every: steps between logs, 0 when logging goes by other events.
+        eval_on_start: evaluate once before the first step.
     """
 
     max_steps: int
@@ -60,6 +61,7 @@ class RunPlan:
     nan_loss: str
     filter_bad: bool
     log_every: int
+    eval_on_start: bool = False
 
 
 @dataclass
@@ -99,6 +101,8 @@ class TrainLoop:
         self._meter = TrainMeter(device_name(), filter_bad=self.plan.filter_bad)
         self.engine.model.train()
         self.hooks.event("on_train_begin")
+        if self.plan.eval_on_start:
+            self._evaluate()
         while not self._is_over():
             self._run_epoch()
             self.progress = self.progress.next_epoch()
@@ -165,6 +169,8 @@ class TrainLoop:
         self.micro_step.weight = count * self.ranks.world_size / total
         self.micro_step.last = last
         loss = self.hooks.training_step(self.engine.model, inputs, max(1, count))
+        if not count:  # the mean over no target is no number, whatever its weight
+            return torch.zeros((), device=device_name())
         return loss.detach().float() * (count / total)
 
     def _log_and_evaluate(self, event: str, outcome: StepOutcome, learning_rate: float) -> None:
@@ -173,10 +179,14 @@ class TrainLoop:
         if self.control.should_log:
             self._log(outcome, learning_rate)
         if self.control.should_evaluate:
-            started = time.perf_counter()
-            self.hooks.evaluate_in_training()
-            self.engine.model.train()
-            self._meter.exclude(time.perf_counter() - started)
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        """Evaluate, which is no training time, and go back to training mode."""
+        started = time.perf_counter()
+        self.hooks.evaluate_in_training()
+        self.engine.model.train()
+        self._meter.exclude(time.perf_counter() - started)
 
     def _log(self, outcome: StepOutcome, learning_rate: float) -> None:
         """Read the meter (the one wait for the device) and report."""
@@ -202,13 +212,14 @@ class TrainLoop:
             return
         what = f"the training loss was NaN or infinite at step {reading.first_bad_step}"
         if self.plan.nan_loss == "continue":
-            logger.warning("%s; going on, as nan_loss='continue' says", what)
+            if self.ranks.is_main:
+                logger.warning("%s; going on, as nan_loss='continue' says", what)
             return
         raise TrainingError(
             Problem(
                 what,
-                f"seen when step {self.progress.step} was logged; the weights since then cannot be "
-                "trusted",
+                f"seen when step {self.progress.step} was logged; what was trained since may be "
+                "spoilt",
                 "lower learning_rate, add warm-up, check the data around that step, use bf16 "
                 "instead of fp16; nan_loss='continue' would go on",
             )
@@ -225,10 +236,6 @@ class TrainLoop:
         """Epochs done, as a fraction; for a stream the share of max_steps in its first epoch."""
         if self.plan.steps_per_epoch is None:
             return self.progress.epoch + min(1.0, self.progress.step / self.plan.max_steps)
-        done = self._steps_in_epoch(window)
-        return self.progress.epoch + done / self.plan.steps_per_epoch
-
-    def _steps_in_epoch(self, window: Window) -> int:
         if window.ends_epoch:
-            return self.plan.steps_per_epoch or 1
-        return self.progress.step - self.progress.epoch * (self.plan.steps_per_epoch or 1)
+            return self.progress.epoch + 1.0
+        return self.progress.epoch + self.progress.steps_in_epoch / self.plan.steps_per_epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import ResolvedConfig
-from dstrain.core.errors import ConfigError, DataError, ModelError, Problem
+from dstrain.core.errors import ConfigError, DataError, ModelError, Problem, TrainingError
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import all_or_none
+from dstrain.core.ranks import all_or_none, require_equal
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.data import batch_size, iterate, set_epoch, to_device
 from dstrain.engine import Engine, decay_parameter_names, device_name
@@ -26,6 +27,16 @@ from dstrain.trainer.events import Events
 from dstrain.trainer.loop import MicroStep, RunPlan, TrainLoop
 
 logger = get_logger(__name__)
+
+# Methods of transformers' Trainer that subclasses override and that are not called here yet.
+_UNSUPPORTED_HOOKS = (
+    "create_optimizer",
+    "create_optimizer_and_scheduler",
+    "prediction_step",
+    "prediction_loop",
+    "get_optimizer_cls_and_kwargs",
+    "floating_point_ops",
+)
 
 
 class Trainer:
@@ -79,6 +90,7 @@ class Trainer:
         """
         self.args = args if args is not None else TrainingArguments("tmp_trainer")
         self.ranks = build.start_run(self.args)
+        _refuse_unsupported_hooks(type(self))
         if model is None:
             raise ModelError(Problem("Trainer(model=None)", "a model is needed"))
         if eval_dataset is None and (self.args.eval_strategy != "no" or self.args.eval_on_start):
@@ -101,9 +113,12 @@ class Trainer:
         self.data_collator = data_collator or build.default_collator(processing_class)
         self.optimizer, self.lr_scheduler = optimizers
         self._own_optimizer, self._own_scheduler = optimizers
+        # DeepSpeed puts flat tensors in their place: a second engine needs the parameters again.
+        groups = self._own_optimizer.param_groups if self._own_optimizer else []
+        self._own_parameters = [list(group["params"]) for group in groups]
         self.targets = build.targets_of(model, self.args)
         # Before the model is touched: a config that cannot be used must not cost a model load.
-        self.resolved: ResolvedConfig = build.resolve_config(self.args, self.ranks, module=model)
+        self.resolved: ResolvedConfig = self._resolve(None)
         self.is_in_train = False
         self._engines = EngineKeeper()
         self._micro_step = MicroStep()
@@ -126,15 +141,19 @@ class Trainer:
         self.is_in_train = True
         started = time.time()
         try:
-            if self.args.eval_on_start:
-                self.evaluate_in_training()
             loop.run()
             return self._finish_training(loop, started)
+        except TrainingError:
+            self.save_state()  # what was logged until then shows what went wrong
+            raise
         finally:
             self.is_in_train = False
 
     def evaluate(
-        self, eval_dataset: Any = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Loss over a dataset, each sample once; logged and returned.
 
@@ -142,13 +161,23 @@ class Trainer:
         targets, so it depends neither on the batch size nor on the number of ranks.
 
         Args:
-            eval_dataset: instead of the one given to the constructor.
+            eval_dataset: instead of the one given to the constructor; of a dict each set is
+                evaluated, with its name in the prefix.
+            ignore_keys: for drop-in use; no outputs are gathered here.
             metric_key_prefix: "eval" gives ``eval_loss`` and so on.
 
         Raises:
             DataError: no evaluation data, or an empty one.
         """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            results: dict[str, float] = {}
+            for name, part in dataset.items():
+                prefix = f"{metric_key_prefix}_{name}"
+                results |= self.evaluate(part, ignore_keys, prefix)
+            return results
         loader = self.get_eval_dataloader(eval_dataset)
+        build.check_shared_out(loader, self.ranks, method="get_eval_dataloader")
         started = time.time()
         metrics = self.evaluation_loop(loader, metric_key_prefix=metric_key_prefix)
         num_samples, num_steps = metrics.pop("_samples"), metrics.pop("_steps")
@@ -183,14 +212,17 @@ class Trainer:
 
         ``train`` and ``evaluate`` work afterwards, with a new engine.
         """
-        self._engines.close()
         self.optimizer, self.lr_scheduler = self._own_optimizer, self._own_scheduler
+        self.events.hold(None)
+        self._engines.close()
 
     def log(self, logs: dict[str, float]) -> None:
         """Add the epoch to ``logs``, keep them in ``state.log_history``, tell callbacks."""
         if self.state.epoch is not None:
             logs["epoch"] = round(self.state.epoch, 4)
-        self.state.log_history.append({**logs, "step": self.state.global_step})
+        # A record must stay valid JSON, which knows no NaN: such a figure is left out of it.
+        finite = {k: v for k, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
+        self.state.log_history.append({**finite, "step": self.state.global_step})
         self.events("on_log", logs=logs)
 
     def add_callback(self, callback: Any) -> None:
@@ -267,7 +299,8 @@ class Trainer:
         loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         engine = self._engines.training
         assert engine is not None
-        engine.backward(loss * self._micro_step.weight, last=self._micro_step.last)
+        # In fp32: a 16-bit loss times the loss scale would overflow before its gradients do.
+        engine.backward(loss.float() * self._micro_step.weight, last=self._micro_step.last)
         return loss.detach()
 
     def get_train_dataloader(self) -> Any:
@@ -339,13 +372,16 @@ class Trainer:
         """Everything before the first step: loader, config, engine, state."""
         with all_or_none():
             loader = self.get_train_dataloader()
+            build.check_shared_out(loader, self.ranks, method="get_train_dataloader")
         # Accumulation may come from the user's DeepSpeed config, so it is read after resolving.
         max_steps, per_epoch = build.training_steps(loader, self.args, self.resolved.accumulation)
-        self.resolved = build.resolve_config(
-            self.args, self.ranks, module=self.model, num_training_steps=max_steps
-        )
+        require_equal("the length of the training data", (max_steps, per_epoch), DataError)
+        self.resolved = self._resolve(max_steps)
         if self.ranks.is_main:
             build.write_resolved_config(self.resolved, Path(self.args.output_dir))
+            for warning in self.resolved.warnings:
+                logger.warning("%s", warning)
+        self.close()  # an engine of an earlier run must be gone before the new one takes memory
         engine = self._engines.train(lambda: self._build_engine(max_steps))
         self.optimizer, self.lr_scheduler = engine.optimizer, engine.scheduler
         self.events.begin_run(loader, max_steps=max_steps, steps_per_epoch=per_epoch)
@@ -356,6 +392,7 @@ class Trainer:
             accumulation=self.resolved.accumulation,
             nan_loss=self.args.nan_loss,
             filter_bad=self.args.logging_nan_inf_filter,
+            eval_on_start=self.args.eval_on_start,
             log_every=int(self.state.logging_steps) if self.args.logging_strategy == "steps" else 0,
         )
         return TrainLoop(
@@ -370,7 +407,23 @@ class Trainer:
             micro_step=self._micro_step,
         )
 
+    def _resolve(self, max_steps: int | None) -> ResolvedConfig:
+        return build.resolve_config(
+            self.args,
+            self.ranks,
+            module=self.model,
+            num_training_steps=max_steps,
+            own_optimizer=self._own_optimizer is not None,
+            own_scheduler=self._own_scheduler is not None,
+        )
+
     def _build_engine(self, max_steps: int) -> Engine:
+        if self._own_optimizer is not None:
+            self._own_optimizer.state.clear()
+            for group, params in zip(
+                self._own_optimizer.param_groups, self._own_parameters, strict=True
+            ):
+                group["params"] = params
         scheduler = self._own_scheduler
         if scheduler is None:
             scheduler = lambda optimizer: self.create_scheduler(max_steps, optimizer)  # noqa: E731
@@ -420,6 +473,26 @@ class Trainer:
             if targets == 0:
                 inputs = self.targets.without_ignored(inputs)
             yield EvalBatch(self._prepare_inputs(inputs), targets, samples)
+
+
+def _refuse_unsupported_hooks(cls: type[Trainer]) -> None:
+    """An override that nothing calls would be a silent difference from what was written.
+
+    Raises:
+        ConfigError: naming every such method.
+    """
+    found = [name for name in _UNSUPPORTED_HOOKS if hasattr(cls, name)]
+    if found:
+        raise ConfigError(
+            [
+                Problem(
+                    f"{cls.__name__} overrides {name}",
+                    "this version of dstrain does not call it",
+                    "use optimizers=..., compute_loss, training_step or derived_metrics instead",
+                )
+                for name in found
+            ]
+        )
 
 
 def _loss_of(outputs: Any) -> torch.Tensor | None:

@@ -26,6 +26,7 @@ def make_trainer(
 
     callbacks = arguments.pop("callbacks", None)
     optimizers = arguments.pop("optimizers", (None, None))
+    cls = arguments.pop("cls", Trainer)
     settings: dict[str, Any] = {
         "zero_stage": str(stage),
         "per_device_train_batch_size": 2,
@@ -38,7 +39,7 @@ def make_trainer(
     }
     if isinstance(evaluation, int):
         evaluation = RaggedTokens(evaluation, seed=99) if evaluation else None
-    return Trainer(
+    return cls(
         tiny_llama() if model is None else model,
         TrainingArguments(str(folder), **settings),
         data_collator=pad_collate,

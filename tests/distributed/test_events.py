@@ -39,6 +39,7 @@ def test_events_come_in_the_documented_order(tmp_path: Path) -> None:
         num_train_epochs=2,
         logging_steps=2,
         eval_strategy="epoch",
+        eval_on_start=True,
         evaluation=4,
         per_device_eval_batch_size=2,
         callbacks=[_recorder(events)],
@@ -54,7 +55,15 @@ def test_events_come_in_the_documented_order(tmp_path: Path) -> None:
     ]
     evaluation = ["on_prediction_step", "on_log", "on_evaluate"]
     epoch = ["on_epoch_begin", *step, *step, "on_log", "on_epoch_end", *evaluation]
-    expected = ["on_init_end", "on_train_begin", *epoch, *epoch, "on_log", "on_train_end"]
+    expected = [
+        "on_init_end",
+        "on_train_begin",
+        *evaluation,
+        *epoch,
+        *epoch,
+        "on_log",
+        "on_train_end",
+    ]
     assert events == expected
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,13 @@ import torch
 from torch.utils.data import IterableDataset
 
 from tests.distributed.runs import STAGES, losses, make_trainer, whole_weights
-from tests.models import RaggedTokens, RegressionModel, pad_collate, tiny_llama
+from tests.models import (
+    RaggedTokens,
+    RegressionModel,
+    pad_collate,
+    tiny_llama,
+    tiny_llama_config,
+)
 
 
 @pytest.mark.ranks(2)
@@ -311,3 +320,158 @@ def test_a_schedule_of_deepspeeds_own_is_filled_and_used(tmp_path: Path) -> None
     # DeepSpeed's own schedule uses the minimum rate twice, and peaks one step late.
     assert rates[:6] == pytest.approx([0.0, 0.0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
     trainer.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_is_gone_after_close(stage: int, tmp_path: Path) -> None:
+    """DeepSpeed leaves hooks that keep master weights and moments alive for ever."""
+    trainer = make_trainer(tmp_path, stage=stage, max_steps=1)
+    hooks = _num_hooks(trainer.model)
+    trainer.evaluate()
+    for _ in range(2):
+        trainer.train()
+        alive = [weakref.ref(trainer.deepspeed), weakref.ref(trainer.optimizer)]
+    trainer.close()
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    assert _num_hooks(trainer.model) == hooks
+
+
+def _num_hooks(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_users_own_optimizer_trains_twice(stage: int, tmp_path: Path) -> None:
+    """DeepSpeed puts flat tensors into its groups; the next engine needs the parameters again."""
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    trainer = make_trainer(tmp_path, stage=stage, model=model, optimizers=(optimizer, None))
+    trainer.train()
+    trainer.train()
+    curve = losses(trainer)
+    assert curve[4] < curve[0]
+    assert not any(key.startswith("optimizer.") for key in trainer.resolved.values)
+    trainer.close()
+
+
+@pytest.mark.ranks(1)
+def test_a_passed_object_and_a_section_of_the_config_are_a_conflict(tmp_path: Path) -> None:
+    """Whichever lost would be lost silently."""
+    from dstrain.core.errors import ConfigError
+
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    config = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
+    with pytest.raises(ConfigError, match=r"(?s)'optimizer', and.*'scheduler', and"):
+        make_trainer(tmp_path, model=model, deepspeed=config, optimizers=(optimizer, schedule))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_device_is_not_synchronised_between_logs(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's throughput timer does it at every forward pass unless it is turned off."""
+    from deepspeed.accelerator import get_accelerator
+
+    calls: list[int] = []
+    trainer = make_trainer(
+        tmp_path, stage=stage, train=48, max_steps=10, logging_steps=10, evaluation=0
+    )
+    monkeypatch.setattr(
+        type(get_accelerator()),
+        "synchronize",
+        lambda self, *args: calls.append(trainer.state.global_step),
+    )
+    trainer.train()
+    assert [step for step in calls if 0 < step < 10] == []
+    monkeypatch.undo()
+    trainer.close()
+
+
+@pytest.mark.ranks(2)
+def test_a_loader_that_is_not_shared_out_is_refused(tmp_path: Path) -> None:
+    """transformers would share it out; here every rank would train on everything."""
+    from torch.utils.data import DataLoader, DistributedSampler
+
+    from dstrain import Trainer
+    from dstrain.core.errors import DataError
+
+    data = RaggedTokens(8)
+
+    class OwnLoader(Trainer):
+        sampler: Any = None
+
+        def get_train_dataloader(self) -> Any:
+            return DataLoader(data, batch_size=2, collate_fn=pad_collate, sampler=self.sampler)
+
+    trainer = make_trainer(tmp_path, cls=OwnLoader)
+    with pytest.raises(DataError, match="not shared out"):
+        trainer.train()
+    trainer.sampler = DistributedSampler(data)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    trainer.close()
+
+
+@pytest.mark.ranks(2)
+def test_a_model_built_in_partitioned_is_partitioned(tmp_path: Path) -> None:
+    """From the Python API too a model need not exist whole; outside the block it does."""
+    from transformers import AutoModelForCausalLM
+
+    import dstrain
+    from dstrain import TrainingArguments
+    from dstrain.engine import is_partitioned
+
+    with dstrain.partitioned(TrainingArguments(str(tmp_path), zero_stage="3")):
+        model = AutoModelForCausalLM.from_config(tiny_llama_config())
+    assert all(is_partitioned(p) for p in model.parameters())
+    outside = AutoModelForCausalLM.from_config(tiny_llama_config())
+    assert not any(is_partitioned(p) for p in outside.parameters())
+    trainer = make_trainer(tmp_path, stage=3, model=model)
+    trainer.train()
+    curve = losses(trainer)
+    assert curve[-1] < curve[0]
+    trainer.close()
+
+
+@pytest.mark.ranks(1)
+def test_records_are_valid_json_whatever_the_loss(tmp_path: Path) -> None:
+    """Python would write a bare NaN, which other readers refuse."""
+    trainer = make_trainer(
+        tmp_path, nan_loss="continue", callbacks=[_poison(at_step=1)], evaluation=2
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_state()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    json.loads((tmp_path / "trainer_state.json").read_text(), parse_constant=refuse)
+    trainer.close()
+
+
+@pytest.mark.ranks(1)
+def test_several_evaluation_sets_have_their_names_in_the_metrics(tmp_path: Path) -> None:
+    """A dict of datasets, as documented."""
+    sets = {"a": RaggedTokens(3, seed=1), "b": RaggedTokens(5, seed=2)}
+    metrics = make_trainer(tmp_path, evaluation=sets).evaluate()
+    assert metrics["eval_a_loss"] != metrics["eval_b_loss"]
+
+
+@pytest.mark.ranks(1)
+def test_an_override_that_nothing_calls_is_refused(tmp_path: Path) -> None:
+    """A subclass that is written for transformers must not be ignored in part."""
+    from dstrain import Trainer
+    from dstrain.core.errors import ConfigError
+
+    class Own(Trainer):
+        def create_optimizer(self) -> None: ...
+
+    with pytest.raises(ConfigError, match="overrides create_optimizer"):
+        make_trainer(tmp_path, cls=Own)

@@ -18,9 +18,9 @@ from dstrain.core.errors import (
     raise_errors,
 )
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, main_first
+from dstrain.core.ranks import Ranks, all_or_none, main_first, require_equal
 from dstrain.core.seeds import seed_everything
-from dstrain.engine import full_numel, shut_down
+from dstrain.engine import full_numel
 from dstrain.models import (
     build_causal_lm,
     check_model_folder,
@@ -30,7 +30,12 @@ from dstrain.models import (
     parse_model_config,
 )
 from dstrain.tasks.causal_lm.arguments import DEFAULT_MODEL, DataArguments, ModelArguments
-from dstrain.tasks.causal_lm.packing import PackedData, collate_blocks, prepare
+from dstrain.tasks.causal_lm.packing import (
+    PackedData,
+    collate_blocks,
+    fingerprint_tokenizer,
+    prepare,
+)
 from dstrain.tasks.causal_lm.sources import Documents, load_documents
 from dstrain.tasks.causal_lm.tokenizer import prepare_tokenizer
 from dstrain.tasks.causal_lm.trainer import CausalLMTrainer
@@ -78,7 +83,6 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
         tokens_per_byte=packed.tokens_per_byte,
     )
     _train_and_report(trainer, model_args)
-    shut_down()
 
 
 def _train_and_report(trainer: CausalLMTrainer, model_args: ModelArguments) -> None:
@@ -90,13 +94,13 @@ def _train_and_report(trainer: CausalLMTrainer, model_args: ModelArguments) -> N
     output = trainer.train()
     trainer.log_metrics("train", output.metrics)
     trainer.save_metrics("train", output.metrics)
+    trainer.save_model()  # first of all: an evaluation that fails must not cost the model
     if evaluates:
         after = _final_evaluation(trainer)
         results = {k: v for k, v in before.items() if k != "epoch"} | after
         trainer.save_metrics("eval", results)
         if trainer.ranks.is_main:
             print(_comparison(before, after), flush=True)
-    trainer.save_model()
     trainer.save_state()
     completion = _complete(trainer, model_args) if model_args.completion_prompt else ""
     if trainer.ranks.is_main:
@@ -125,7 +129,13 @@ def _prepare_data(
         documents, data_args, model_name=model_args.model_name_or_path, main_first=first
     )
     packed = prepare(documents, tokenizer, data_args, ranks=ranks, main_first=first)
+    sizes = [len(part) if hasattr(part, "__len__") else None for part in _parts(packed)]
+    require_equal("the prepared data", (fingerprint_tokenizer(tokenizer), *sizes), DataError)
     return documents, tokenizer, packed
+
+
+def _parts(packed: PackedData) -> list[Any]:
+    return [packed.train, packed.validation]
 
 
 def _check(
