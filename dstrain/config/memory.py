@@ -87,11 +87,9 @@ def footprint(
 ) -> Footprint:
     """Bytes per rank of one choice."""
     states = state_bytes(sizes, work, placement, buckets)
-    carried = gradient_bytes(sizes, work, placement) if work.accumulation > 1 else 0
     gradients = gradient_bytes(sizes, work, placement)
-    if placement.stage == 2 and work.accumulation > 1:
-        gradients *= 2  # those of earlier micro-batches beside this one's
-    reduction = reduction_bytes(sizes, work, placement, buckets)
+    carried = gradients if work.accumulation > 1 else 0
+    held, copied = reduction_bytes(sizes, work, placement, buckets)
     gathered = gathered_bytes(sizes, work, placement, buckets)
     step = step_bytes(sizes, work, placement, buckets)
     activations = inside = logits = logits_gradient = 0
@@ -101,23 +99,33 @@ def footprint(
         logits = logits_bytes(sizes.vocab_size, batch, fp32_loss=sizes.block.fp32_loss)
         logits_gradient = logits_gradient_bytes(sizes.vocab_size, batch)
     standing = sum(states.values())
-    head = sizes.largest_gradient * work.width
-    partial = 0 if placement.stage < 2 else gradients
     begins = standing + activations + gathered + carried
+    head = sizes.largest_gradient * work.width
     moments = {
         "between steps": standing,
         "loss": begins + logits,
-        "backward begins": begins - carried
-        + max(carried, partial)
+        # On the CPU an empty bucket takes no pages.
+        "backward begins": begins
         + max(logits_gradient + head, inside)
-        + (reduction if placement.stage >= 2 else 0),
-        "backward ends": standing + gradients + inside + reduction,
+        + (held if work.device == "cuda" else 0),
+        "backward ends": standing + inside + max(gradients, copied) + held,
         "step": standing + step,
-    }  # fmt: skip
+    }
+    if placement.stage == 0:
+        moments["backward ends"] = standing + inside + gradients + copied
+    if placement.stage == 1 and placement.optimizer == "none":
+        # The partition's gradients grow while the whole ones shrink to views of the bucket.
+        partition = gradient_bytes(sizes, work, Placement(2))
+        moments["backward ends"] = standing + inside + gradients + held + max(0, partition - copied)
+    if placement.stage >= 2 and (left := unfilled(sizes, buckets)) > 0:
+        moments["first reductions"] = (
+            standing + int(left * (activations + gathered)) + inside
+            + carried + gradients + held + copied
+        )  # fmt: skip
     kinds = {
         **{name: states[name] for name in ("parameters", "master weights", "optimizer")},
         "gradients": states["gradients"] + gradients,
-        "buckets": states["buckets"] + reduction + gathered,
+        "buckets": states["buckets"] + held + copied + gathered,
         "activations": activations,
         "logits": logits,
         "step": step,
@@ -186,26 +194,28 @@ def gradient_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> int:
     return min(trainable, touched) * work.width
 
 
-def reduction_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets) -> int:
-    """Buffers of gradient communication while backward runs.
+def reduction_bytes(
+    sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
+) -> tuple[int, int]:
+    """Buffers of gradient communication in backward: those held throughout, and a passing copy.
 
-    Stages 1-2: the contiguous bucket, two of them with overlap (``setup_buckets``), and the flat
-    copy that is reduced (``allreduce_bucket``); stage 1 reduces after backward and then also fills
-    ``grads_in_partition``. Stage 3: the interleaved copy (``reduce_scatter_coalesced``) of its
-    standing bucket. Stage 0: one flat copy (``engine.py:allreduce_bucket``).
+    Stages 1-2 hold the contiguous bucket, two of them with overlap (``setup_buckets``), and copy
+    what it is filled with (``allreduce_bucket``). Stage 3 copies what its standing bucket is filled
+    with (``coalesced_collectives.py:reduce_scatter_coalesced``), and stage 0 its gradients
+    (``engine.py:allreduce_bucket``).
     """
-    bucket = min(buckets.reduce, sizes.facts.num_trainable)
+    filled = min(buckets.reduce, sizes.facts.num_trainable)
     if placement.stage == 0:
-        most = STAGE_0_BUFFER_ELEMENTS
-        return min(sizes.facts.num_trainable, most) * work.width if work.world_size > 1 else 0
+        most = min(sizes.facts.num_trainable, STAGE_0_BUFFER_ELEMENTS)
+        return 0, most * work.width if work.world_size > 1 else 0
     if placement.stage == 3:
-        return bucket * work.width
-    standing = buckets.reduce * (2 if buckets.overlap else 1)
-    extra = 0
-    if placement.stage == 1 and placement.optimizer == "none":
-        # It grows while the whole gradients shrink to views of the bucket.
-        extra = max(0, sizes.trainable_shard(work.world_size, 1) - bucket)
-    return (standing + bucket + extra) * work.width
+        return 0, filled * work.width
+    return buckets.reduce * (2 if buckets.overlap else 1) * work.width, filled * work.width
+
+
+def unfilled(sizes: ModelSizes, buckets: Buckets) -> float:
+    """How much of backward is left when the first bucket is full."""
+    return max(0.0, 1 - buckets.reduce / max(1, sizes.facts.num_trainable))
 
 
 def gathered_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets) -> int:
