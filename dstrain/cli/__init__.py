@@ -1,1 +1,1 @@
-"""The command line: ``dstrain train``, ``dstrain explain``."""
+"""The command line: ``dstrain train``, ``dstrain explain``, ``dstrain plan``."""

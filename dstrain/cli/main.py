@@ -17,6 +17,7 @@ USAGE = """usage: dstrain COMMAND ...
 commands:
   train TASK [flags]   train, evaluate and save a model; tasks: causal-lm
   explain [flags]      print the DeepSpeed config that these flags resolve to, and why
+  plan [flags]         print the memory that each ZeRO stage and offload needs, and what fits
 
 Start on many processes with the launcher, for example
   deepspeed --num_gpus 8 --module dstrain train causal-lm --output_dir out
@@ -71,9 +72,13 @@ def _run(words: list[str]) -> int:
         from dstrain.cli import explain
 
         return explain.run(rest)
+    if command == "plan":
+        from dstrain.cli import plan
+
+        return plan.run(rest)
     from dstrain.core.errors import ConfigError, Problem, nearest
 
-    close = nearest(command, {"train", "explain"})
+    close = nearest(command, {"train", "explain", "plan"})
     raise ConfigError(
         Problem(
             f"unknown command {command!r}",

@@ -1,0 +1,131 @@
+"""``dstrain plan``: memory of every ZeRO stage and offload for a model; no torch, no GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from dstrain.cli.flags import make_parser, parse
+from dstrain.config.activations import ATTENTION, Batch
+from dstrain.config.parameters import ModelSizes, sizes_of
+from dstrain.config.placement import STATE_BYTES, WIDTHS, Work, parse_size
+from dstrain.config.plan_report import as_dict, as_table
+from dstrain.config.planner import Limits, choose, plan
+from dstrain.core.errors import ConfigError, ModelError, Problem, raise_problems
+
+COUNT_SECONDS = 300
+
+
+def run(words: Sequence[str]) -> int:
+    """Compute and print.
+
+    Raises:
+        ConfigError: flags that cannot be used.
+        ModelError: a config that cannot be read.
+    """
+    parser = make_parser(
+        "dstrain plan",
+        "Print the memory that every ZeRO stage and offload needs, and which one fits.",
+        [],
+    )
+    model = parser.add_argument_group("Model")
+    model.add_argument(
+        "--model_config", default="", metavar="SPEC", help="config.json, or llama:key=value,..."
+    )
+    model.add_argument("--precision", default="bf16", help=f"{', '.join(WIDTHS)} (default: bf16)")
+    model.add_argument(
+        "--optimizer", default="adamw", help=f"{', '.join(STATE_BYTES)} (default: adamw)"
+    )
+    batch = parser.add_argument_group("Micro-batch")
+    batch.add_argument("--seq_len", type=int, default=4096, help="tokens (default: 4096)")
+    batch.add_argument("--micro_batch", type=int, default=1, help="sequences (default: 1)")
+    batch.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="micro-batches (default: 1)"
+    )
+    batch.add_argument(
+        "--gradient_checkpointing", action="store_true", default=False, help="recompute layers"
+    )
+    batch.add_argument(
+        "--attention", default="sdpa", help=f"{', '.join(ATTENTION)} (default: sdpa)"
+    )
+    world = parser.add_argument_group("Machines")
+    world.add_argument("--gpus", type=int, default=1, help="over all machines (default: 1)")
+    world.add_argument("--gpus_per_node", type=int, default=8, help="of one machine (default: 8)")
+    world.add_argument("--gpu_memory", default="80GB", help="of one GPU (default: 80GB)")
+    world.add_argument("--host_memory", default="", help="of one machine, such as 1TB")
+    world.add_argument("--nvme", default="", help="local disk of one machine, such as 7TB")
+    parser.add_argument("--json", action="store_true", default=False, help="print JSON")
+    options, _ = parse(parser, words, [])
+    _check(options)
+    found = plan(
+        sizes_of(options.model_config, count_in_child),
+        Work(
+            world_size=options.gpus,
+            ranks_per_machine=min(options.gpus, options.gpus_per_node),
+            precision=options.precision,
+            accumulation=options.gradient_accumulation_steps,
+            optimizer=options.optimizer,
+            adam_temporary=options.optimizer in ("adamw", "adam"),
+        ),
+        Batch(
+            options.micro_batch,
+            options.seq_len,
+            WIDTHS[options.precision],
+            options.attention,
+            options.gradient_checkpointing,
+        ),
+        Limits(
+            parse_size(options.gpu_memory, "gpu_memory"),
+            parse_size(options.host_memory, "host_memory") if options.host_memory else None,
+            parse_size(options.nvme, "nvme") if options.nvme else None,
+        ),
+    )
+    choice = choose(found)
+    if options.json:
+        print(json.dumps(as_dict(found, choice), indent=2))
+    else:
+        print(as_table(found, choice))
+    return 0
+
+
+def count_in_child(spec: str) -> ModelSizes:
+    """Sizes of a model without a closed form, counted by a process that may import torch.
+
+    Raises:
+        ModelError: what that process found wrong.
+    """
+    command = [sys.executable, "-m", "dstrain.models.count", spec]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COUNT_SECONDS, check=False
+        )
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired as error:
+        raise _uncounted(spec, f"not done in {COUNT_SECONDS} s") from error
+    except (ValueError, IndexError) as error:
+        raise _uncounted(spec, done.stderr.strip()[-2000:]) from error
+    if "problems" in answer:
+        raise_problems([Problem(*p) for p in answer["problems"]], error=ModelError)
+    return ModelSizes.from_dict(answer)
+
+
+def _uncounted(spec: str, why: str) -> ModelError:
+    return ModelError(Problem(f"model_config={spec!r} cannot be counted", why))
+
+
+def _check(options: object) -> None:
+    problems = []
+    if not getattr(options, "model_config", None):
+        problems.append(
+            Problem("--model_config is missing", "", "for example --model_config config.json")
+        )
+    for name in ("gpus", "gpus_per_node", "seq_len", "micro_batch", "gradient_accumulation_steps"):
+        if (value := getattr(options, name)) < 1:
+            problems.append(Problem(f"--{name} {value}", "at least one"))
+    known = {"precision": WIDTHS, "optimizer": STATE_BYTES, "attention": ATTENTION}
+    for name, values in known.items():
+        if (value := getattr(options, name)) not in values:
+            problems.append(Problem(f"--{name} {value}", f"one of {', '.join(values)}"))
+    raise_problems(problems, error=ConfigError)

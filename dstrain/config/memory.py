@@ -1,0 +1,261 @@
+"""The memory model: bytes per rank by kind, for a stage and a place for optimizer and parameters.
+
+Every formula names the allocation it stands for, in DeepSpeed 0.19.8 (``file:function``) or torch.
+Three moments of a step can be the peak: the *loss* (all activations and logits alive), *backward*
+(gradients and communication buffers), and the optimizer *step*. A kind is given at its own maximum,
+so the kinds of a row may add up to more than its peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dstrain.config.activations import (
+    Batch,
+    activation_bytes,
+    logits_bytes,
+    logits_gradient_bytes,
+    recomputed_bytes,
+)
+from dstrain.config.host_memory import host_bytes, nvme_bytes
+from dstrain.config.parameters import ModelSizes
+from dstrain.config.placement import FP32, Buckets, Placement, Work
+
+GIB = 2**30
+# CUDA context and kernels (about 0.5 GiB), NCCL's channels (about 0.5 GiB), cuBLAS workspaces and
+# what the caching allocator cannot reuse (about 0.5 GiB). Assumed, not measured.
+CUDA_OVERHEAD_BYTES = int(1.5 * GIB)
+# torch's AdamW on one flat tensor: the square root of the second moment (_foreach_sqrt in
+# _multi_tensor_adam), and on the CPU its quotient as well (_single_tensor_adam).
+ADAM_TEMPORARY_BYTES = {"cuda": FP32, "cpu": 2 * FP32}
+STAGE_0_BUFFER_ELEMENTS = 500_000_000
+"""``engine.py:buffered_allreduce_fallback`` copies at most this many gradients at once."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank.
+
+    Attributes:
+        placement: what the numbers are for.
+        kinds: kind -> bytes on the accelerator at that kind's own maximum.
+        moments: moment of the step -> bytes on the accelerator, all kinds together.
+        host: kind -> bytes in host memory.
+        nvme: kind -> bytes on local disks.
+        overhead: bytes of the accelerator that no tensor has.
+    """
+
+    placement: Placement
+    kinds: Mapping[str, int]
+    moments: Mapping[str, int]
+    host: Mapping[str, int] = field(default_factory=dict)
+    nvme: Mapping[str, int] = field(default_factory=dict)
+    overhead: int = 0
+
+    @property
+    def peak(self) -> int:
+        """What torch's allocator reports as the most allocated at once."""
+        return max(self.moments.values())
+
+    @property
+    def needed(self) -> int:
+        """The peak and what lies beside it."""
+        return self.peak + self.overhead
+
+    @property
+    def states(self) -> int:
+        """What stays between steps: parameters, master weights, optimizer, standing buffers."""
+        return self.moments["between steps"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {
+            **self.placement.to_dict(),
+            "device_bytes": dict(self.kinds),
+            "moments_bytes": dict(self.moments),
+            "peak_bytes": self.peak,
+            "overhead_bytes": self.overhead,
+            "host_bytes": dict(self.host),
+            "nvme_bytes": dict(self.nvme),
+        }
+
+
+def footprint(
+    sizes: ModelSizes, work: Work, batch: Batch, placement: Placement, buckets: Buckets
+) -> Footprint:
+    """Bytes per rank of one choice."""
+    states = state_bytes(sizes, work, placement, buckets)
+    gradients = gradient_bytes(sizes, work, placement)
+    carried = gradients if work.accumulation > 1 else 0
+    held, copied = reduction_bytes(sizes, work, placement, buckets)
+    gathered = gathered_bytes(sizes, work, placement, buckets)
+    step = step_bytes(sizes, work, placement, buckets)
+    activations = inside = logits = logits_gradient = 0
+    if sizes.block is not None:
+        activations = activation_bytes(sizes.block, batch)
+        inside = recomputed_bytes(sizes.block, batch)
+        logits = logits_bytes(sizes.vocab_size, batch, fp32_loss=sizes.block.fp32_loss)
+        logits_gradient = logits_gradient_bytes(sizes.vocab_size, batch)
+    standing = sum(states.values())
+    begins = standing + activations + gathered + carried
+    head = sizes.largest_gradient * work.width
+    moments = {
+        "between steps": standing,
+        "loss": begins + logits,
+        # On the CPU an empty bucket takes no pages.
+        "backward begins": begins
+        + max(logits_gradient + head, inside)
+        + (held if work.device == "cuda" else 0),
+        "backward ends": standing + inside + max(gradients, copied) + held,
+        "step": standing + step,
+    }
+    if placement.stage == 0:
+        moments["backward ends"] = standing + inside + gradients + copied
+    if placement.stage == 1 and placement.optimizer == "none":
+        # The partition's gradients grow while the whole ones shrink to views of the bucket.
+        partition = gradient_bytes(sizes, work, Placement(2))
+        moments["backward ends"] = standing + inside + gradients + held + max(0, partition - copied)
+    if placement.stage >= 2 and (left := unfilled(sizes, buckets)) > 0:
+        moments["first reductions"] = (
+            standing + int(left * (activations + gathered)) + inside
+            + carried + gradients + held + copied
+        )  # fmt: skip
+    kinds = {
+        **{name: states[name] for name in ("parameters", "master weights", "optimizer")},
+        "gradients": states["gradients"] + gradients,
+        "buckets": states["buckets"] + held + copied + gathered,
+        "activations": activations,
+        "logits": logits,
+        "step": step,
+    }
+    host = host_bytes(sizes, work, placement)
+    return Footprint(
+        placement,
+        kinds,
+        moments,
+        host,
+        nvme_bytes(sizes, work, placement),
+        CUDA_OVERHEAD_BYTES if work.device == "cuda" else 0,
+    )
+
+
+def state_bytes(
+    sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
+) -> dict[str, int]:
+    """What stays allocated on the accelerator between steps.
+
+    ZeRO (Rajbhandari et al. 2020, figure 1): 2 + 2 + 12 bytes per parameter for 16-bit Adam, each
+    whole or divided by the number of ranks. Here the 12 are master weights and optimizer states:
+    stage 0 ``unfused_optimizer.py:__init__`` (no masters in fp32); stages 1-2
+    ``stage_1_and_2.py:__init__`` (``single_partition_of_fp32_groups``: a clone in fp32 too);
+    stage 3 ``stage3.py:_create_fp32_partitions``, ``_setup_for_real_optimizer`` (a flat gradient
+    buffer and the reduction bucket stand all the time), and small parameters stay gathered
+    (``parameter_offload.py:mark_persistent_parameters``).
+    """
+    stage, shard = placement.stage, sizes.trainable_shard(work.world_size, placement.stage)
+    parameters, gradients, standing = sizes.elements() * work.width, 0, 0
+    master = FP32 * shard if stage or work.width < FP32 else 0
+    if stage == 3:
+        parameters = sizes.partition_elements(work.world_size) * work.width
+        parameters = 0 if placement.parameters != "none" else parameters
+        if work.world_size > 1 or placement.parameters != "none":
+            parameters += sizes.elements_up_to(buckets.persistence) * work.width
+        gradients = 0 if placement.optimizer != "none" else shard * work.width
+        standing = buckets.reduce * work.width
+    elif placement.optimizer != "none":
+        standing = sizes.largest_gradient * work.width  # temp_grad_buffer_for_gpu_offload
+    on_device = placement.optimizer == "none"
+    return {
+        "parameters": parameters,
+        "master weights": master if on_device else 0,
+        "optimizer": work.state_bytes * shard if on_device else 0,
+        "gradients": gradients,
+        "buckets": standing,
+    }
+
+
+def gradient_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> int:
+    """Gradients that are on the accelerator when backward ends, besides stage 3's flat buffer.
+
+    Stages 0-1 keep whole gradients until the window ends (``stage_1_and_2.py:process_gradients``
+    reduces at once only when gradients are partitioned). Stage 2 keeps ``grads_in_partition``
+    (``copy_grads_in_partition``): every parameter that touches the partition, whole; with offload
+    they go to the host one by one.
+    """
+    trainable = sizes.facts.num_trainable
+    if placement.stage < 2:
+        return trainable * work.width
+    if placement.stage == 3 or placement.optimizer != "none":
+        return 0
+    shared = sizes.shared_at_boundary * min(1.0, (work.world_size - 1) / 2)
+    touched = sizes.trainable_shard(work.world_size, 2) + int(shared)
+    return min(trainable, touched) * work.width
+
+
+def reduction_bytes(
+    sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
+) -> tuple[int, int]:
+    """Buffers of gradient communication in backward: those held throughout, and a passing copy.
+
+    Stages 1-2 hold the contiguous bucket, two of them with overlap (``setup_buckets``), and copy
+    what it is filled with (``allreduce_bucket``). Stage 3 copies what its standing bucket is filled
+    with (``coalesced_collectives.py:reduce_scatter_coalesced``), and stage 0 its gradients
+    (``engine.py:allreduce_bucket``).
+    """
+    filled = min(buckets.reduce, sizes.facts.num_trainable)
+    if placement.stage == 0:
+        most = min(sizes.facts.num_trainable, STAGE_0_BUFFER_ELEMENTS)
+        return 0, most * work.width if work.world_size > 1 else 0
+    if placement.stage == 3:
+        return 0, filled * work.width
+    return buckets.reduce * (2 if buckets.overlap else 1) * work.width, filled * work.width
+
+
+def unfilled(sizes: ModelSizes, buckets: Buckets) -> float:
+    """How much of backward is left when the first bucket is full."""
+    return max(0.0, 1 - buckets.reduce / max(1, sizes.facts.num_trainable))
+
+
+def gathered_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets) -> int:
+    """Whole parameters that stage 3 holds besides the persistent ones when the loss is computed.
+
+    ``partitioned_param_coordinator.py:__params_to_release`` keeps what is used again within
+    ``max_reuse_distance`` elements, which for a forward and backward pass is the last half of that
+    many; then come the module in use and the prefetched ones, both at most up to ``max_live``, and
+    the flat buffer they arrive in (``partition_parameters.py:AllGatherCoalescedHandle``). One rank
+    alone uses its partition in place.
+    """
+    if placement.stage < 3 or (work.world_size == 1 and placement.parameters == "none"):
+        return 0
+    total = sizes.elements() - sizes.elements_up_to(buckets.persistence)
+    kept = min(buckets.max_reuse // 2, buckets.max_live)
+    return (
+        min(total, kept + sizes.facts.largest + 2 * min(buckets.prefetch, buckets.max_live))
+        * work.width
+    )
+
+
+def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets) -> int:
+    """What the optimizer step takes on top of the states.
+
+    Stages 1-2 (``stage_1_and_2.py:step``): the averaged gradients, flattened, then in fp32; then
+    these and Adam's temporary. Stage 3 the same for one sub-group at a time
+    (``stage3.py:_prepare_fp32_grad_for_sub_group``). Stage 0: fp32 copies of all gradients
+    (``unfused_optimizer.py:step``) beside those of backward.
+    """
+    if placement.optimizer != "none":
+        return 0
+    width, temporary = work.width, ADAM_TEMPORARY_BYTES.get(work.device, FP32)
+    temporary = temporary if work.adam_temporary else 0
+    trainable = sizes.facts.num_trainable
+    if placement.stage == 0:
+        at_once = trainable if work.device == "cuda" else sizes.largest_gradient
+        copies = FP32 * trainable if width < FP32 else 0
+        return trainable * width + copies + temporary * at_once
+    shard = sizes.trainable_shard(work.world_size, placement.stage)
+    group = min(shard, buckets.sub_group) if placement.stage == 3 else shard
+    held = 0 if placement.stage == 3 else gradient_bytes(sizes, work, Placement(2))
+    copies = (width + FP32 if width < FP32 else FP32) * group
+    return max(held + copies, (FP32 + temporary) * group)

@@ -1,0 +1,150 @@
+"""What the memory model is asked about: a ZeRO stage with its offloads, buckets, a workload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dstrain.core.errors import ConfigError, Problem
+
+FP32 = 4
+WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Bytes of optimizer state per parameter; torch.optim and deepspeed.ops keep them in fp32.
+STATE_BYTES = {
+    "adamw": 8, "adam": 8, "sgd": 0, "sgd_momentum": 4, "adagrad": 4, "lion": 4, "rmsprop": 4,
+    "adafactor": 1, "adamw_8bit": 2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A stage, and where optimizer (with master weights) and parameters lie between uses.
+
+    Attributes:
+        stage: 0 to 3.
+        optimizer: "none" (the accelerator), "cpu" or "nvme".
+        parameters: the same, stage 3 only.
+    """
+
+    stage: int
+    optimizer: str = "none"
+    parameters: str = "none"
+
+    def __str__(self) -> str:
+        """In words, as in the tables."""
+        places = {"optimizer": self.optimizer, "parameters": self.parameters}
+        moved = [f"{name} on {place}" for name, place in places.items() if place != "none"]
+        return ", ".join([f"stage {self.stage}", *moved])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that ask for it."""
+        return {
+            "zero_stage": str(self.stage),
+            "offload_optimizer": self.optimizer,
+            "offload_param": self.parameters,
+        }
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes of DeepSpeed's buffers, in elements; the defaults are DeepSpeed's own.
+
+    Attributes:
+        reduce: ``reduce_bucket_size``.
+        prefetch: ``stage3_prefetch_bucket_size``.
+        persistence: ``stage3_param_persistence_threshold``.
+        max_live: ``stage3_max_live_parameters``.
+        max_reuse: ``stage3_max_reuse_distance``.
+        sub_group: ``sub_group_size``.
+        overlap: ``overlap_comm``, which doubles the bucket at stages 1 and 2.
+    """
+
+    reduce: int = 500_000_000
+    prefetch: int = 50_000_000
+    persistence: int = 100_000
+    max_live: int = 1_000_000_000
+    max_reuse: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    overlap: bool = False
+
+    @staticmethod
+    def of_config(values: Mapping[str, Any]) -> Buckets:
+        """From the dotted keys of a resolved config; what it leaves out is DeepSpeed's default."""
+        usual = Buckets()
+
+        def size(name: str, default: int) -> int:
+            return int(values.get(f"zero_optimization.{name}", default))
+
+        return Buckets(
+            reduce=size("reduce_bucket_size", usual.reduce),
+            prefetch=size("stage3_prefetch_bucket_size", usual.prefetch),
+            persistence=size("stage3_param_persistence_threshold", usual.persistence),
+            max_live=size("stage3_max_live_parameters", usual.max_live),
+            max_reuse=size("stage3_max_reuse_distance", usual.max_reuse),
+            sub_group=size("sub_group_size", usual.sub_group),
+            overlap=bool(values.get("zero_optimization.overlap_comm", usual.overlap)),
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """How training runs, as far as states depend on it.
+
+    Attributes:
+        world_size: ranks over all machines.
+        ranks_per_machine: ranks that share host memory and disks.
+        precision: "bf16", "fp16" or "fp32".
+        accumulation: micro-batches per optimizer step.
+        optimizer: a key of ``STATE_BYTES``.
+        adam_temporary: the optimizer is torch's own AdamW, not a fused kernel.
+        device: "cuda" or "cpu".
+    """
+
+    world_size: int
+    ranks_per_machine: int = 8
+    precision: str = "bf16"
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    adam_temporary: bool = True
+    device: str = "cuda"
+
+    @property
+    def width(self) -> int:
+        """Bytes per value of the training format."""
+        return WIDTHS[self.precision]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state per parameter."""
+        return STATE_BYTES[self.optimizer]
+
+
+UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def parse_size(text: str, name: str = "size") -> int:
+    """Bytes of "80GB", "1.5 TB" (powers of ten) or "640GiB" (powers of two).
+
+    Raises:
+        ConfigError: another unit, no number, or nothing left of it.
+    """
+    word = text.strip().upper()
+    digits = word.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = word[len(digits) :].strip()
+    try:
+        value = float(digits) * UNITS[unit]
+    except (ValueError, KeyError):
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise ConfigError(
+            Problem(
+                f"--{name} {text!r}",
+                "it is a number with a unit: KB, MB, GB, TB, or KiB, MiB, GiB, TiB",
+                f"for example --{name} 80GB",
+            )
+        )
+    return int(value)

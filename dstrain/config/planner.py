@@ -1,0 +1,254 @@
+"""Which ZeRO stage and offload fit, and which of those is the fastest.
+
+``plan`` computes every choice; ``choose`` takes the first that fits in ``ORDER``, which goes from
+the least communication to the most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from dstrain.config.activations import Batch
+from dstrain.config.facts import Facts, ModelFacts
+from dstrain.config.memory import GIB, Footprint, footprint
+from dstrain.config.parameters import ModelSizes
+from dstrain.config.placement import Buckets, Placement, Work
+
+ORDER: tuple[tuple[Placement, str], ...] = (
+    (
+        Placement(1),
+        "the least communication: gradients are reduced and weights gathered once per step",
+    ),
+    (
+        Placement(2),
+        "as many bytes as stage 1, but gradients are reduced in every micro-batch",
+    ),
+    (
+        Placement(3),
+        "parameters are gathered in forward and again in backward: 1.5 times the bytes of stage 2",
+    ),
+    (
+        Placement(1, "cpu"),
+        "the optimizer runs on host cores: gradients and weights cross PCIe in every step",
+    ),
+    (
+        Placement(2, "cpu"),
+        "the optimizer runs on host cores, and gradients are reduced in every micro-batch",
+    ),
+    (
+        Placement(3, "cpu"),
+        "the optimizer runs on host cores, and parameters are gathered in forward and backward",
+    ),
+    (
+        Placement(3, "cpu", "cpu"),
+        "parameters come over PCIe too, in forward and again in backward",
+    ),
+    (
+        Placement(3, "nvme", "cpu"),
+        "optimizer states are read from disk and written back in every step",
+    ),
+    (
+        Placement(3, "nvme", "nvme"),
+        "optimizer states and parameters are read from disk",
+    ),
+)
+SHOWN = (Placement(0), *(placement for placement, _ in ORDER))
+MOST_RANKS = 65536
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What there is; None where it is not known.
+
+    Attributes:
+        gpu_bytes: memory of one accelerator.
+        host_bytes: host memory of one machine.
+        nvme_bytes: local disk of one machine.
+    """
+
+    gpu_bytes: int
+    host_bytes: int | None = None
+    nvme_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One choice, as asked for, and with the other setting of activation checkpointing.
+
+    Attributes:
+        footprint: bytes per rank as asked for.
+        checkpointed: bytes per rank with activation checkpointing.
+        lacking: resource -> bytes that are missing; None where it is not known how much there is.
+    """
+
+    footprint: Footprint
+    checkpointed: Footprint
+    lacking: Mapping[str, int | None]
+
+    @property
+    def placement(self) -> Placement:
+        """Stage and offloads."""
+        return self.footprint.placement
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.lacking
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every choice for a model, a workload and machines."""
+
+    sizes: ModelSizes
+    work: Work
+    batch: Batch
+    limits: Limits
+    rows: tuple[Row, ...]
+
+    def row(self, placement: Placement) -> Row:
+        """The row of one choice."""
+        return next(row for row in self.rows if row.placement == placement)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``zero_stage="auto"`` takes.
+
+    Attributes:
+        placement: the fastest that fits, or where none does the one that lacks least.
+        fits: whether it fits.
+        reason: why this one and none before it, in words.
+        remedies: what would help where nothing fits.
+    """
+
+    placement: Placement
+    fits: bool
+    reason: str
+    remedies: tuple[str, ...] = ()
+
+
+BucketsOf = Callable[[ModelFacts, Work, Placement], Buckets]
+
+
+def resolved_buckets(model: ModelFacts, work: Work, placement: Placement) -> Buckets:
+    """The bucket sizes that the resolver writes for this model and stage."""
+    from dstrain.arguments import TrainingArguments
+    from dstrain.config.resolve import resolve
+
+    arguments = TrainingArguments(output_dir="plan", zero_stage=str(placement.stage))
+    facts = Facts(world_size=work.world_size, device=work.device, model=model)
+    return Buckets.of_config(resolve(arguments, facts).values)
+
+
+def plan(
+    sizes: ModelSizes,
+    work: Work,
+    batch: Batch,
+    limits: Limits,
+    *,
+    buckets: BucketsOf = resolved_buckets,
+) -> Plan:
+    """Bytes of every choice, and what each of them lacks.
+
+    Args:
+        sizes: the model.
+        work: ranks, precision, optimizer.
+        batch: one micro-batch.
+        limits: memory and disk.
+        buckets: bucket sizes of a stage; by default those of the resolved config.
+    """
+    by_stage = {s: buckets(sizes.facts, work, Placement(s)) for s in range(4)}
+    rows = []
+    for placement in SHOWN:
+        pair = [
+            footprint(
+                sizes,
+                work,
+                replace(batch, checkpointing=checkpointing),
+                placement,
+                by_stage[placement.stage],
+            )
+            for checkpointing in (False, True)
+        ]
+        asked = pair[batch.checkpointing]
+        rows.append(Row(asked, pair[True], _lacking(asked, work, limits)))
+    return Plan(sizes, work, batch, limits, tuple(rows))
+
+
+def choose(plan: Plan) -> Choice:
+    """The fastest choice that fits, and why."""
+    passed: list[str] = []
+    for placement, why in ORDER:
+        row = plan.row(placement)
+        if row.fits:
+            reason = "; ".join([*passed, f"{placement} fits: {why}"])
+            return Choice(placement, True, reason)
+        passed.append(f"{placement} lacks {describe(row.lacking)}")
+    rows = [plan.row(placement) for placement, _ in ORDER]
+    known = [row for row in rows if None not in row.lacking.values()] or rows
+    least = min(known, key=lambda row: sum(v or 0 for v in row.lacking.values()))
+    reason = f"nothing fits; {least.placement} lacks least: {describe(least.lacking)}"
+    return Choice(least.placement, False, reason, tuple(_remedies(plan)))
+
+
+def describe(lacking: Mapping[str, int | None]) -> str:
+    """Missing resources in words."""
+    return " and ".join(
+        f"{name} of unknown size" if missing is None else f"{missing / GIB:,.1f} GiB of {name}"
+        for name, missing in lacking.items()
+    )
+
+
+def _lacking(found: Footprint, work: Work, limits: Limits) -> dict[str, int | None]:
+    """What is missing on an accelerator, and on a machine with all of its ranks."""
+    ranks = min(work.ranks_per_machine, work.world_size)
+    lacking: dict[str, int | None] = {}
+    if found.needed > limits.gpu_bytes:
+        lacking["GPU memory"] = found.needed - limits.gpu_bytes
+    if limits.host_bytes is None:
+        if found.placement.optimizer != "none" or found.placement.parameters != "none":
+            lacking["host memory"] = None
+    elif (host := ranks * sum(found.host.values())) > limits.host_bytes:
+        lacking["host memory"] = host - limits.host_bytes
+    disk = ranks * sum(found.nvme.values())
+    if disk and limits.nvme_bytes is None:
+        lacking["disk"] = None
+    elif disk > (limits.nvme_bytes or 0):
+        lacking["disk"] = disk - (limits.nvme_bytes or 0)
+    return lacking
+
+
+def _remedies(plan: Plan) -> list[str]:
+    """Changes of the workload after which something fits: the first that does, or more GPUs."""
+    flags: list[tuple[str, Batch]] = []
+    if not plan.batch.checkpointing:
+        flags.append(("--gradient_checkpointing", replace(plan.batch, checkpointing=True)))
+    if plan.batch.micro_batch > 1:
+        flags.append(("--micro_batch 1", replace(plan.batch, micro_batch=1)))
+    if len(flags) == 2:
+        both = replace(plan.batch, checkpointing=True, micro_batch=1)
+        flags.append((" and ".join(flag for flag, _ in flags), both))
+    found = []
+    for flag, batch in flags:
+        if placement := _first_that_fits(plan, plan.work, batch):
+            found.append(f"with {flag} {placement} fits")
+            break
+    ranks = 2 * plan.work.world_size
+    how, batch = flags[-1] if flags else ("", plan.batch)
+    while not found and ranks <= MOST_RANKS:
+        if placement := _first_that_fits(plan, replace(plan.work, world_size=ranks), batch):
+            words = " and ".join(filter(None, [f"{ranks} GPUs", how]))
+            found.append(f"with {words} {placement} fits")
+        ranks *= 2
+    if not found:
+        found.append("what helps: a shorter --seq_len, or GPUs with more memory")
+    if plan.limits.host_bytes is None:
+        found.append("offload is left out of the choice: give --host_memory")
+    return found
+
+
+def _first_that_fits(old: Plan, work: Work, batch: Batch) -> Placement | None:
+    again = plan(old.sizes, work, batch, old.limits)
+    return next((placement for placement, _ in ORDER if again.row(placement).fits), None)
