@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import Any
 
 from dstrain.core.errors import Problem
 
+# Their values are texts that may look like numbers.
+_OF_TEXTS = ("prompts", "router_mapping")
+
 
 def read_dicts(arguments: Any, names: tuple[str, ...], *, texts: tuple[str, ...] = ()) -> Any:
-    """Parse the named fields in place where they are still text.
+    """Parse the named fields in place where they are text, and numbers in them that are text.
+
+    YAML reads ``1e-6`` as text, since a dot is missing.
 
     Args:
         arguments: a dataclass instance.
@@ -22,19 +28,18 @@ def read_dicts(arguments: Any, names: tuple[str, ...], *, texts: tuple[str, ...]
     """
     problems = []
     for name in names:
-        given = getattr(arguments, name)
-        if not isinstance(given, str):
-            continue
-        if name in texts and not given.lstrip().startswith("{"):
-            continue
-        try:
-            parsed = None if given.strip().lower() == "none" else json.loads(given)
-        except ValueError:
-            parsed = given
-        if parsed is not None and not isinstance(parsed, dict):
-            problems.append(Problem(f"{name}={given!r}", "expected a JSON object, or none"))
-            continue
-        setattr(arguments, name, plain_values(parsed))
+        value = getattr(arguments, name)
+        if isinstance(value, str) and (name not in texts or value.lstrip().startswith("{")):
+            with contextlib.suppress(ValueError):
+                value = None if value.strip().lower() == "none" else json.loads(value)
+            if value is not None and not isinstance(value, dict):
+                problems.append(
+                    Problem(
+                        f"{name}={getattr(arguments, name)!r}", "expected a JSON object, or none"
+                    )
+                )
+                continue
+        setattr(arguments, name, value if name in _OF_TEXTS else plain_values(value))
     return problems
 
 

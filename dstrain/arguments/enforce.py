@@ -6,6 +6,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Hashable
+from types import FrameType
 from typing import Any, cast
 
 from dstrain.arguments.fields import default_of, shown, treatment_of
@@ -85,10 +86,12 @@ def warn(message: str, category: type[Warning]) -> None:
     if not launched_ranks().is_local_main:
         return
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+    while frame.f_back is not None and _is_ours(frame):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level - 1)
+    warnings.warn(message, category, stacklevel=level)
 
 
-def _is_ours(module: str) -> bool:
-    return module == "dstrain" or module.startswith("dstrain.")
+def _is_ours(frame: FrameType) -> bool:
+    """Whether a frame runs code of dstrain, or an ``__init__`` that ``@dataclass`` wrote."""
+    module = frame.f_globals.get("__name__", "")
+    return module.split(".")[0] == "dstrain" or frame.f_code.co_filename == "<string>"

@@ -21,8 +21,8 @@ class SavingArguments:
         "Write a checkpoint never, every save_steps, after each epoch, or when the metric is best.",
         choices=("no", "steps", "epoch", "best"),
         treatment=pending(
-            "no checkpoint is written during training yet; the default is taken with a warning at the "
-            "start of training, 'no' without one",
+            "no checkpoint is written during training yet; the default is taken, with a warning "
+            "when training starts, and 'no' without one",
             remedy="set it to 'no', and call save_model() after training",
             accepts=lambda value: value == "no",
         ),
