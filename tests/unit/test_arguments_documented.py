@@ -418,3 +418,17 @@ def test_accelerator_config_as_dict_text_and_file(tmp_path):
     for given in (expected, json.dumps(expected), str(file), '{"split_batches": "false",'
                   ' "even_batches": "True"}'):  # fmt: skip
         assert TrainingArguments(accelerator_config=given).accelerator_config == expected
+
+
+# --- what the default does not do yet ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("strategy", "warns"), [("steps", True), ("no", False)])
+def test_the_default_save_strategy_says_that_it_writes_no_checkpoint(caplog, strategy, warns):
+    if ALL["save_strategy"][0].kind != "pending":
+        pytest.skip("implemented by now")
+    from dstrain.trainer.build import warn_of_missing_checkpoints
+
+    with caplog.at_level("WARNING", logger="dstrain"):
+        warn_of_missing_checkpoints(TrainingArguments(save_strategy=strategy))
+    assert ("no checkpoint is written" in caplog.text) is warns
