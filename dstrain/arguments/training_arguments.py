@@ -81,6 +81,8 @@ class TrainingArguments(
         # What DeepSpeed's config says is read where it is resolved; a path of FSDP's is refused.
         dicts = tuple(n for n in self._VALID_DICT_FIELDS if n not in ("deepspeed", "fsdp_config"))
         problems += read_dicts(self, dicts)
+        if self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {}
         raise_problems(problems, error=ConfigError)
         moved, problems = enforce.move_old_names(self)
         problems += convert_values(type(self), {name: getattr(self, name) for name in moved})[1]

@@ -95,7 +95,8 @@ def test_mutable_defaults_are_not_shared():
         ("zero_stage", "3", "3"),
         ("output_dir", Path("out") / "run", str(Path("out") / "run")),
         ("lr_scheduler_kwargs", '{"min_lr": 1e-6}', {"min_lr": 1e-6}),
-        ("lr_scheduler_kwargs", "none", None),
+        ("lr_scheduler_kwargs", "none", {}),
+        ("lr_scheduler_kwargs", None, {}),
         ("deepspeed", '{"train_batch_size": 8}', '{"train_batch_size": 8}'),  # its owner parses it
     ],
 )

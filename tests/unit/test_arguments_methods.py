@@ -167,7 +167,8 @@ def test_parallel_mode_is_the_enum_of_transformers(monkeypatch):
     from transformers.training_args import ParallelMode
 
     assert TrainingArguments().parallel_mode is ParallelMode.NOT_PARALLEL
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     assert TrainingArguments().parallel_mode is ParallelMode.DISTRIBUTED
 
 
