@@ -10,16 +10,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dstrain.arguments import TrainingArguments
+    from dstrain.arguments import (
+        SentenceTransformerTrainingArguments,
+        Seq2SeqTrainingArguments,
+        TrainingArguments,
+    )
     from dstrain.trainer import Trainer, partitioned
 
 _HOMES = {
     "TrainingArguments": "dstrain.arguments",
+    "Seq2SeqTrainingArguments": "dstrain.arguments",
+    "SentenceTransformerTrainingArguments": "dstrain.arguments",
     "Trainer": "dstrain.trainer",
     "partitioned": "dstrain.trainer",
 }
 
-__all__ = ["Trainer", "TrainingArguments", "__version__", "partitioned"]
+__all__ = [
+    "Seq2SeqTrainingArguments",
+    "SentenceTransformerTrainingArguments",
+    "Trainer",
+    "TrainingArguments",
+    "__version__",
+    "partitioned",
+]
 
 
 def __getattr__(name: str) -> Any:

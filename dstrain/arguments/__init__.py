@@ -1,5 +1,11 @@
 """What a user writes down: dataclasses that import no torch."""
 
+from dstrain.arguments.sentence_transformer import SentenceTransformerTrainingArguments
+from dstrain.arguments.seq2seq import Seq2SeqTrainingArguments
 from dstrain.arguments.training_arguments import TrainingArguments
 
-__all__ = ["TrainingArguments"]
+__all__ = [
+    "Seq2SeqTrainingArguments",
+    "SentenceTransformerTrainingArguments",
+    "TrainingArguments",
+]

@@ -12,11 +12,37 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dstrain.arguments.treatment import Treatment
 from dstrain.core.errors import Problem, nearest
 
 
-def arg(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
-    """Declare one argument: its default, its meaning (with unit and sentinel), its legal values."""
+class _Help(str):
+    """A field's meaning, which carries its treatment.
+
+    The treatment has no key of its own in the metadata: ``HfArgumentParser`` hands every key on to
+    ``argparse.add_argument``, which knows no other than its own.
+    """
+
+    treatment: Treatment
+
+
+def arg(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    treatment: Treatment | None = None,
+) -> Any:
+    """Declare one argument.
+
+    Args:
+        default: the documented default.
+        help: its meaning, with unit and sentinel.
+        choices: the legal values.
+        treatment: what happens to it; only a user's own fields have none.
+    """
+    if treatment is not None:
+        help = _treated(help, treatment)
     metadata: dict[str, Any] = {"help": help}
     if choices is not None:
         metadata["choices"] = tuple(choices)
@@ -24,6 +50,22 @@ def arg(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any
         frozen = default
         return dataclasses.field(default_factory=lambda: type(frozen)(frozen), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def _treated(help: str, treatment: Treatment) -> _Help:
+    text = _Help(help)
+    text.treatment = treatment
+    return text
+
+
+def treatment_of(field: dataclasses.Field[Any]) -> Treatment | None:
+    """What the declaration of a field says about what happens to it."""
+    return getattr(field.metadata.get("help"), "treatment", None)
+
+
+def shown(name: str, value: Any) -> str:
+    """A value as messages and records may show it: a token is never written down."""
+    return f"<{name.upper()}>" if name.endswith("_token") and value is not None else repr(value)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -63,7 +105,7 @@ def convert_values(
         try:
             value = _convert(value, kinds)
         except ValueError:
-            problem = Problem(f"{field.name}={_shown(value)}", f"expected {_say(kinds)}")
+            problem = Problem(_given(field.name, value), f"expected {_say(kinds)}")
         else:
             problem = _illegal(field, value, kinds)
         if problem is None:
@@ -82,9 +124,10 @@ def kinds_of(cls: type[Any]) -> dict[str, tuple[type, ...]]:
     return {f.name: _kinds(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
-def _shown(value: Any) -> str:
+def _given(name: str, value: Any) -> str:
     """A value as the user wrote it; its type too where it is not the text of a command line."""
-    return repr(value) if isinstance(value, str) else f"{value!r} ({type(value).__name__})"
+    kind = "" if isinstance(value, str) else f" ({type(value).__name__})"
+    return f"{name}={shown(name, value)}{kind}"
 
 
 def _illegal(field: dataclasses.Field[Any], value: Any, kinds: tuple[type, ...]) -> Problem | None:
@@ -95,6 +138,9 @@ def _illegal(field: dataclasses.Field[Any], value: Any, kinds: tuple[type, ...])
     if isinstance(value, float) and not math.isfinite(value):
         # Comparisons with NaN are false, so no check of a range would find it.
         return Problem(f"{field.name}={value}", "a finite number is needed")
+    treatment = treatment_of(field)
+    if treatment is not None and isinstance(value, str) and value in treatment.excluded:
+        return Problem(f"{field.name}={value!r}", treatment.excluded[value])
     allowed = field.metadata.get("choices")
     if allowed is None or value in allowed:
         return None
@@ -113,7 +159,7 @@ def _kinds(hint: Any) -> tuple[type, ...]:
         return tuple(k for part in typing.get_args(hint) for k in _kinds(part))
     if origin is not None:
         return (origin,)
-    return (hint,) if isinstance(hint, type) else (object,)
+    return (hint,) if isinstance(hint, type) and hint is not Any else (object,)
 
 
 def _say(kinds: tuple[type, ...]) -> str:
@@ -140,6 +186,8 @@ def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
             return int(value)
         raise ValueError(value)
     if list in kinds and isinstance(value, (tuple, list)):
+        if len(value) == 1 and isinstance(value[0], str) and value[0].startswith("["):
+            return json.loads(value[0])  # how a shell writes an empty list
         return list(value) if isinstance(value, tuple) else value
     if not isinstance(value, kinds) and not hasattr(value, "__fspath__"):
         raise ValueError(value)
@@ -160,6 +208,8 @@ def _convert_text(text: str, kinds: tuple[type, ...]) -> Any:
             raise ValueError(text)
         return parsed
     if list in kinds:
+        if text.startswith("["):
+            return json.loads(text)
         return [part.strip() for part in text.split(",")]
     if str in kinds:
         return text

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from dstrain.arguments.fields import arg
+from dstrain.arguments.treatment import (
+    NOT_YET,
+    alias,
+    deepspeed_key,
+    implemented,
+    pending,
+    refused,
+)
 from dstrain.core.errors import Problem
 
 # Names of transformers.SchedulerType whose step needs nothing but the step count.
@@ -23,39 +30,96 @@ SCHEDULERS = (
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
 )
+# Those whose step needs the metric of an evaluation.
+METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
+
+
+def _adafactor(arguments: Any, value: bool) -> str:
+    """The optimizer that ``adafactor=True`` asks for."""
+    if arguments.optim not in ("adamw_torch", "adafactor"):
+        raise ValueError(arguments.optim)
+    return "adafactor"
 
 
 @dataclass
 class OptimizerArguments:
     """Optimizer, its hyperparameters, clipping and schedule."""
 
-    learning_rate: float = arg(5e-5, "Peak learning rate.")
-    weight_decay: float = arg(
-        0.0, "Decoupled weight decay of all parameters but biases and normalisation weights."
+    learning_rate: float = arg(
+        5e-5,
+        "Peak learning rate.",
+        treatment=deepspeed_key("optimizer.params.lr", "scheduler.params.warmup_max_lr"),
     )
-    adam_beta1: float = arg(0.9, "Decay of Adam's first moment.")
-    adam_beta2: float = arg(0.999, "Decay of Adam's second moment.")
-    adam_epsilon: float = arg(1e-8, "Term added to Adam's denominator.")
+    weight_decay: float = arg(
+        0.0,
+        "Decoupled weight decay of all parameters but biases and normalisation weights.",
+        treatment=deepspeed_key("optimizer.params.weight_decay"),
+    )
+    adam_beta1: float = arg(
+        0.9, "Decay of Adam's first moment.", treatment=deepspeed_key("optimizer.params.betas")
+    )
+    adam_beta2: float = arg(
+        0.999, "Decay of Adam's second moment.", treatment=deepspeed_key("optimizer.params.betas")
+    )
+    adam_epsilon: float = arg(
+        1e-8,
+        "Term added to Adam's denominator.",
+        treatment=deepspeed_key("optimizer.params.eps"),
+    )
     max_grad_norm: float = arg(
-        1.0, "Global gradient norm above which gradients are scaled down; 0 turns clipping off."
+        1.0,
+        "Global gradient norm above which gradients are scaled down; 0 turns clipping off.",
+        treatment=deepspeed_key("gradient_clipping", note="always written"),
     )
     optim: str = arg(
         "adamw_torch",
         "Optimizer. With optimizer offload the AdamW names run DeepSpeed's CPU Adam.",
         choices=("adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "sgd", "adagrad"),
+        treatment=deepspeed_key(
+            "optimizer.type", note="the other names of transformers are refused"
+        ),
+    )
+    optim_args: str | None = arg(
+        None, "Further arguments of the optimizer, as name=value,name=value.", treatment=pending()
+    )
+    adafactor: bool = arg(
+        False,
+        "Old way to write optim='adafactor'.",
+        treatment=alias("optim", convert=_adafactor, note="as 'adafactor'"),
+    )
+    optim_target_modules: list[str] | str | None = arg(
+        None,
+        "Modules that GaLore and APOLLO optimizers work on.",
+        treatment=refused(
+            "their low-rank state needs whole two-dimensional gradients, which ZeRO partitions",
+            "use adamw_torch, or train few parameters with LoRA (peft)",
+        ),
     )
     lr_scheduler_type: str = arg(
-        "linear", "Learning-rate schedule (transformers.SchedulerType).", choices=SCHEDULERS
+        "linear",
+        "Learning-rate schedule (transformers.SchedulerType).",
+        choices=SCHEDULERS,
+        treatment=implemented(
+            "`transformers.get_scheduler`, stepped by the engine; a `scheduler` section in the "
+            "DeepSpeed config wins",
+            excluded={name: f"{NOT_YET}: it follows a metric" for name in METRIC_SCHEDULERS},
+        ),
     )
     # `str` is for HfArgumentParser, which hands over the JSON of a shell unparsed.
     lr_scheduler_kwargs: dict[str, Any] | str | None = arg(
-        None, 'Extra arguments of the schedule, such as {"min_lr": 1e-6} of cosine_with_min_lr.'
+        {},
+        'Extra arguments of the schedule, such as {"min_lr": 1e-6} of cosine_with_min_lr.',
+        treatment=implemented(),
     )
     warmup_ratio: float = arg(
-        0.0, "Share of all steps used for warm-up; warmup_steps wins over it."
+        0.0,
+        "Share of all steps used for warm-up; warmup_steps wins over it.",
+        treatment=implemented("fills `scheduler.params.warmup_num_steps` too"),
     )
     warmup_steps: float = arg(
-        0, "Steps of linear warm-up from 0; a value between 0 and 1 is a share of all steps."
+        0,
+        "Steps of linear warm-up from 0; a value between 0 and 1 is a share of all steps.",
+        treatment=implemented("fills `scheduler.params.warmup_num_steps` too"),
     )
 
     def scheduler_kwargs(self) -> dict[str, Any]:
@@ -68,20 +132,6 @@ class OptimizerArguments:
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         return math.ceil(num_training_steps * (self.warmup_steps or self.warmup_ratio))
-
-    def _read_scheduler_kwargs(self) -> list[Problem]:
-        """Parse ``lr_scheduler_kwargs`` where it is still text."""
-        given = self.lr_scheduler_kwargs
-        if not isinstance(given, str):
-            return []
-        try:
-            parsed = None if given.strip().lower() == "none" else json.loads(given)
-        except ValueError:
-            parsed = given
-        if parsed is not None and not isinstance(parsed, dict):
-            return [Problem(f"lr_scheduler_kwargs={given!r}", "expected a JSON object, or none")]
-        self.lr_scheduler_kwargs = parsed
-        return []
 
     def _optimizer_problems(self) -> list[Problem]:
         problems = []

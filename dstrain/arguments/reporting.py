@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstrain.arguments.fields import arg
+from dstrain.arguments.treatment import implemented, pending
 from dstrain.core.errors import Problem
 
 _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
@@ -18,34 +19,68 @@ class ReportingArguments:
         "steps",
         "Log never, every logging_steps, or after each epoch.",
         choices=("no", "steps", "epoch"),
+        treatment=implemented(),
     )
     logging_steps: float = arg(
-        500, "Optimizer steps between two logs; below 1 it is a share of all steps."
+        500,
+        "Optimizer steps between two logs; below 1 it is a share of all steps.",
+        treatment=implemented(),
     )
-    logging_first_step: bool = arg(False, "Log the first step too.")
+    logging_first_step: bool = arg(False, "Log the first step too.", treatment=implemented())
     logging_nan_inf_filter: bool = arg(
         True,
         "Leave NaN and infinite losses out of the logged mean. Gradients are not touched, and the "
         "nan_loss argument still acts on them.",
+        treatment=implemented(),
     )
     logging_dir: str | None = arg(
-        None, "TensorBoard folder; none takes output_dir/runs/<date>_<host>."
+        None,
+        "TensorBoard folder; none takes output_dir/runs/<date>_<host>.",
+        treatment=implemented("handed to the TensorBoard callback"),
     )
     report_to: list[str] | None = arg(
         None,
         "Trackers, such as tensorboard or wandb; 'all' or none takes every installed one, 'none' "
         "no one.",
+        treatment=implemented(),
     )
-    run_name: str | None = arg(None, "Name of the run in trackers; none takes output_dir.")
+    run_name: str | None = arg(
+        None, "Name of the run in trackers; none takes output_dir.", treatment=implemented()
+    )
     disable_tqdm: bool | None = arg(
-        None, "Print log lines instead of progress bars; none decides by the log level."
+        None,
+        "Print log lines instead of progress bars; none decides by the log level.",
+        treatment=implemented(),
     )
     log_level: str = arg(
-        "passive", "Log level of the main rank; passive keeps the current one.", choices=_LEVELS
+        "passive",
+        "Log level of the main rank; passive keeps the current one.",
+        choices=_LEVELS,
+        treatment=implemented(),
     )
-    log_level_replica: str = arg("warning", "Log level of all other ranks.", choices=_LEVELS)
+    log_level_replica: str = arg(
+        "warning", "Log level of all other ranks.", choices=_LEVELS, treatment=implemented()
+    )
     log_on_each_node: bool = arg(
-        True, "Whether the first rank of every machine logs as a main rank."
+        True,
+        "Whether the first rank of every machine logs as a main rank.",
+        treatment=implemented(),
+    )
+    include_tokens_per_second: bool | None = arg(
+        False,
+        "Log the training speed in tokens.",
+        treatment=implemented("logged in any case, from a running count and without a pre-pass"),
+    )
+    include_num_input_tokens_seen: bool | None = arg(
+        False, "Log the number of input tokens seen so far.", treatment=pending()
+    )
+    skip_memory_metrics: bool = arg(
+        True, "Leave memory figures out of the metrics.", treatment=pending()
+    )
+    debug: str = arg(
+        "",
+        "Debug features, separated by spaces: underflow_overflow, tpu_metrics_debug.",
+        treatment=pending("tpu_metrics_debug never: DeepSpeed does not train on TPUs"),
     )
 
     def _reporting_problems(self) -> list[Problem]:

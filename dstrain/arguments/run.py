@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstrain.arguments.fields import arg
+from dstrain.arguments.treatment import alias, implemented, pending, stored
 from dstrain.core.errors import Problem
 
 
@@ -12,29 +13,75 @@ from dstrain.core.errors import Problem
 class RunArguments:
     """Output folder, seeds, device and distributed start-up."""
 
-    output_dir: str = arg("trainer_output", "Folder for the model, metrics and records of the run.")
-    do_train: bool = arg(False, "Whether a script should train; stored only, for scripts to read.")
+    output_dir: str = arg(
+        "trainer_output",
+        "Folder for the model, metrics and records of the run.",
+        treatment=implemented("none is the default too; `~` is expanded"),
+    )
+    overwrite_output_dir: bool = arg(
+        False,
+        "Whether a script may write into a folder that is not empty.",
+        treatment=stored("files of the same name are always written over"),
+    )
+    do_train: bool = arg(
+        False,
+        "Whether a script should train; stored only, for scripts to read.",
+        treatment=stored(),
+    )
     do_eval: bool = arg(
-        False, "Whether a script should evaluate; set when eval_strategy is not 'no'."
+        False,
+        "Whether a script should evaluate; set when eval_strategy is not 'no'.",
+        treatment=stored("set where `eval_strategy` is not 'no'"),
     )
     do_predict: bool = arg(
-        False, "Whether a script should predict; stored only, for scripts to read."
+        False,
+        "Whether a script should predict; stored only, for scripts to read.",
+        treatment=stored(),
     )
-    seed: int = arg(42, "Seed of model initialisation, data order and noise.")
-    data_seed: int | None = arg(None, "Seed of the data order alone; none takes `seed`.")
-    use_cpu: bool = arg(False, "Run on the CPU (gloo) even where there is an accelerator.")
-    local_rank: int = arg(-1, "Set by launchers; the environment's LOCAL_RANK wins over it.")
+    seed: int = arg(
+        42, "Seed of model initialisation, data order and noise.", treatment=implemented()
+    )
+    data_seed: int | None = arg(
+        None, "Seed of the data order alone; none takes `seed`.", treatment=implemented()
+    )
+    full_determinism: bool = arg(
+        False,
+        "Use deterministic kernels everywhere, at the cost of speed.",
+        treatment=pending(),
+    )
+    use_cpu: bool = arg(
+        False,
+        "Run on the CPU (gloo) even where there is an accelerator.",
+        treatment=implemented("turns `dataloader_pin_memory` off too"),
+    )
+    no_cuda: bool = arg(False, "Old name of use_cpu.", treatment=alias("use_cpu"))
+    local_rank: int = arg(
+        -1,
+        "Set by launchers; the environment's LOCAL_RANK wins over it.",
+        treatment=implemented("launchers set it; the environment's LOCAL_RANK is what counts"),
+    )
     ddp_backend: str | None = arg(
         None,
         "Communication backend; none takes the device's own (nccl on CUDA, gloo on the CPU).",
         choices=("nccl", "gloo", "mpi", "ccl", "hccl"),
+        treatment=implemented("`dist_backend` of `deepspeed.init_distributed`"),
     )
-    ddp_timeout: int = arg(1800, "Seconds that a collective waits for a missing rank.")
+    ddp_timeout: int = arg(
+        1800,
+        "Seconds that a collective waits for a missing rank.",
+        treatment=implemented("`timeout` of `deepspeed.init_distributed`"),
+    )
+    ray_scope: str | None = arg(
+        "last",
+        "Which of a Ray trial's results counts in a hyperparameter search.",
+        treatment=pending("hyperparameter search"),
+    )
     nan_loss: str = arg(
         "stop",
         "What a NaN or infinite training loss does once a logging step has seen it: 'stop' ends "
         "the run with an error that names the first such step, 'continue' warns and goes on.",
         choices=("stop", "continue"),
+        treatment=implemented(own=True),
     )
 
     def _run_problems(self) -> list[Problem]:

@@ -3,57 +3,110 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
+from dstrain.arguments import enforce
 from dstrain.arguments.batch import BatchArguments
+from dstrain.arguments.data import DataArguments
+from dstrain.arguments.dicts import read_dicts
+from dstrain.arguments.elsewhere import ElsewhereArguments
 from dstrain.arguments.evaluation import EvaluationArguments
-from dstrain.arguments.fields import coerce_fields, default_of
-from dstrain.arguments.optimizer import OptimizerArguments
+from dstrain.arguments.features import FeatureArguments
+from dstrain.arguments.fields import coerce_fields, convert_values, default_of
+from dstrain.arguments.hub import HubArguments
+from dstrain.arguments.optimizer import METRIC_SCHEDULERS, OptimizerArguments
 from dstrain.arguments.precision import PrecisionArguments
+from dstrain.arguments.process import Process
+from dstrain.arguments.records import Records
 from dstrain.arguments.reporting import ReportingArguments
 from dstrain.arguments.run import RunArguments
+from dstrain.arguments.saving import SavingArguments
+from dstrain.arguments.setters import Setters
 from dstrain.arguments.zero import ZeroArguments
 from dstrain.core.errors import ConfigError, Problem, raise_problems
-from dstrain.core.log import LEVELS
-from dstrain.core.ranks import launched_ranks
 
 
 # dataclasses collect fields from the last base to the first: output_dir comes first, as documented.
-@dataclass
+@dataclass(repr=False)
 class TrainingArguments(
+    Setters,
+    Records,
+    ElsewhereArguments,
+    HubArguments,
+    Process,
     ReportingArguments,
+    SavingArguments,
     EvaluationArguments,
+    FeatureArguments,
     ZeroArguments,
     PrecisionArguments,
     OptimizerArguments,
+    DataArguments,
     BatchArguments,
     RunArguments,
 ):
     """Everything a user decides about a training run.
 
+    What becomes of each argument is declared where it stands, and listed in the README beside this
+    file.
+
     Raises:
-        ConfigError: on construction, listing every field whose value cannot be used and every
-            pair of fields that contradict each other.
+        ConfigError: on construction, listing every field whose value cannot be used, every pair of
+            fields that contradict each other, and every value that has no effect here.
     """
 
-    # Read by transformers' callbacks; checkpoints during training arrive with their own fields.
-    save_strategy = "no"
-    save_steps = 0
-    load_best_model_at_end = False
-    metric_for_best_model = None
-    greater_is_better = None
+    _VALID_DICT_FIELDS: ClassVar[tuple[str, ...]] = (
+        "accelerator_config",
+        "fsdp_config",
+        "deepspeed",
+        "gradient_checkpointing_kwargs",
+        "lr_scheduler_kwargs",
+    )
 
     def __post_init__(self) -> None:
         """Convert strings to the declared types, fill derived defaults, report all problems."""
+        self.validate()
+
+    def validate(self) -> None:
+        """Convert and check all fields; for after an assignment, and what ``set_*`` end with.
+
+        Raises:
+            ConfigError: listing everything that is wrong.
+        """
+        self._forget_masks()
+        self._spell()
+        problems = self._read_accelerator_config() + coerce_fields(self)
+        # What DeepSpeed's config says is read where it is resolved; a path of FSDP's is refused.
+        dicts = tuple(n for n in self._VALID_DICT_FIELDS if n not in ("deepspeed", "fsdp_config"))
+        problems += read_dicts(self, dicts)
+        if self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {}
+        raise_problems(problems, error=ConfigError)
+        moved, problems = enforce.move_old_names(self)
+        problems += convert_values(type(self), {name: getattr(self, name) for name in moved})[1]
+        problems += enforce.refusals(self)
+        self._fill()
+        raise_problems(problems + self._problems(), error=ConfigError)
+
+    def _spell(self) -> None:
+        """Other ways to write a value that are documented, or that everyone uses."""
+        if self.output_dir is None:
+            self.output_dir = default_of(_field(self, "output_dir"))
         if isinstance(self.zero_stage, int) and not isinstance(self.zero_stage, bool):
             self.zero_stage = str(self.zero_stage)
         if isinstance(self.report_to, str):
             self.report_to = [name.strip() for name in self.report_to.split(",")]
-        problems = coerce_fields(self) + self._read_scheduler_kwargs()
-        raise_problems(problems, error=ConfigError)
+        if isinstance(self.fsdp, bool) or self.fsdp is None:
+            self.fsdp = "full_shard" if self.fsdp else ""
+        for name in ("fsdp", "debug"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, " ".join(str(getattr(v, "value", v)) for v in value))
+
+    def _fill(self) -> None:
+        """Defaults that follow from other arguments."""
         self.output_dir = os.path.expanduser(self.output_dir)
         if self.eval_strategy != "no":
             self.do_eval = True
@@ -61,16 +114,27 @@ class TrainingArguments(
             self.eval_steps = self.logging_steps
         if self.use_cpu:
             self.dataloader_pin_memory = False
-        raise_problems(self._problems(), error=ConfigError)
+        if self.torch_compile_backend is not None or self.torch_compile_mode is not None:
+            self.torch_compile = True
+        if self.torch_compile and self.torch_compile_backend is None:
+            self.torch_compile_backend = "inductor"
+        self._fill_best_metric(
+            needed=bool(self.load_best_model_at_end)
+            or self.save_strategy == "best"
+            or self.lr_scheduler_type in METRIC_SCHEDULERS
+        )
 
     def _problems(self) -> list[Problem]:
         return [
             *self._run_problems(),
             *self._batch_problems(),
+            *self._data_problems(),
             *self._optimizer_problems(),
             *self._precision_problems(),
             *self._zero_problems(),
-            *self._evaluation_problems(),
+            *self._feature_problems(),
+            *self._evaluation_problems(self.lr_scheduler_type),
+            *self._saving_problems(self.eval_strategy, self.eval_steps),
             *self._reporting_problems(),
         ]
 
@@ -90,52 +154,6 @@ class TrainingArguments(
         """Evaluation batch of this process (a process drives one device)."""
         return self.per_device_eval_batch_size
 
-    @property
-    def world_size(self) -> int:
-        """Number of processes over all machines."""
-        return launched_ranks().world_size
 
-    @property
-    def process_index(self) -> int:
-        """Rank of this process among all."""
-        return launched_ranks().rank
-
-    @property
-    def local_process_index(self) -> int:
-        """Rank of this process on its machine."""
-        return launched_ranks().local_rank
-
-    @property
-    def should_log(self) -> bool:
-        """Whether this process logs as a main process."""
-        if self.log_on_each_node:
-            return self.local_process_index == 0
-        return self.process_index == 0
-
-    @property
-    def should_save(self) -> bool:
-        """Whether this process writes the files that exist once."""
-        return self.process_index == 0
-
-    def get_process_log_level(self) -> int:
-        """Level of this process as ``logging`` counts them; passive is INFO where it may log."""
-        name = self.log_level if self.should_log else self.log_level_replica
-        return LEVELS.get(name, LEVELS["info"] if self.should_log else LEVELS["warning"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values, for trackers and records."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-
-    def to_json_string(self) -> str:
-        """``to_dict`` as JSON."""
-        return json.dumps(self.to_dict(), indent=2, default=str)
-
-    def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:
-        """``to_dict`` with every value a bool, number or text, plus the batch sizes."""
-        values = self.to_dict() | {
-            "train_batch_size": self.train_batch_size,
-            "eval_batch_size": self.eval_batch_size,
-        }
-        return {
-            k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()
-        }
+def _field(arguments: TrainingArguments, name: str) -> dataclasses.Field[object]:
+    return next(f for f in dataclasses.fields(arguments) if f.name == name)

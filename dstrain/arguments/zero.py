@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstrain.arguments.fields import arg
+from dstrain.arguments.treatment import deepspeed_key, implemented
 from dstrain.core.errors import Problem
 
 OFFLOAD_DEVICES = ("none", "cpu")
@@ -21,24 +22,28 @@ class ZeroArguments:
         'JSON file, a JSON string, a dict, or none. Keys that are missing or "auto" are filled '
         "from these arguments; a key with a value of its own wins over an argument left at its "
         "default, and conflicts with one that was changed.",
+        treatment=implemented("none takes the arguments alone"),
     )
     zero_stage: str = arg(
         "auto",
         "What ZeRO partitions over the ranks: 0 nothing, 1 optimizer states, 2 also gradients, "
         "3 also parameters; auto takes 2.",
         choices=("auto", "0", "1", "2", "3"),
+        treatment=deepspeed_key("zero_optimization.stage", own=True),
     )
     offload_optimizer: str = arg(
         "none",
         "Where optimizer states and master weights live: on the accelerator (none) or in host "
         "memory (cpu; stages 1 to 3).",
         choices=OFFLOAD_DEVICES,
+        treatment=deepspeed_key("zero_optimization.offload_optimizer.device", own=True),
     )
     offload_param: str = arg(
         "none",
         "Where parameter partitions live between uses: on the accelerator (none) or in host "
         "memory (cpu; stage 3 only).",
         choices=OFFLOAD_DEVICES,
+        treatment=deepspeed_key("zero_optimization.offload_param.device", own=True),
     )
 
     def _zero_problems(self) -> list[Problem]:

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dstrain.arguments.fields import convert_values, default_of, kinds_of
+from dstrain.arguments.fields import convert_values, default_of, kinds_of, treatment_of
 from dstrain.core.errors import ConfigError, DstrainError, Problem, nearest, raise_problems
 
 MOST_CHOICES_CHARS = 50
@@ -104,6 +104,9 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], kinds: tuple[type, ...]
             options["metavar"] = choices
         else:
             text += f" One of {choices.replace('|', ', ')}."
+    treatment = treatment_of(field)
+    if treatment is not None and treatment.brief:
+        text += f" ({treatment.brief})"
     default = default_of(field)
     if default is not None and default is not dataclasses.MISSING:
         shown = repr(default) if " " in str(default) else default

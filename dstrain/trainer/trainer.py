@@ -381,6 +381,7 @@ class Trainer:
             build.write_resolved_config(self.resolved, Path(self.args.output_dir))
             for warning in self.resolved.warnings:
                 logger.warning("%s", warning)
+            build.warn_of_missing_checkpoints(self.args)
         self.close()  # an engine of an earlier run must be gone before the new one takes memory
         engine = self._engines.train(lambda: self._build_engine(max_steps))
         self.optimizer, self.lr_scheduler = engine.optimizer, engine.scheduler

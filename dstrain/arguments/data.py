@@ -1,0 +1,174 @@
+"""Arguments about the order and the loading of data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.arguments.fields import arg
+from dstrain.arguments.treatment import NOT_YET, alias, implemented, pending
+from dstrain.core.errors import Problem, nearest
+
+_OWN_ORDER = "the order is always seeded, sharded by rank and complete"
+# Key of accelerator_config -> values that describe what our loaders do, and what they do.
+LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
+    "split_batches": ((False, None), f"{NOT_YET}: a batch size counts the samples of one rank"),
+    "dispatch_batches": ((False, None), "every rank reads its own samples; none waits for rank 0"),
+    "even_batches": (
+        (True, False, None),
+        "ranks without a sample take part with weight 0, so nothing is repeated or dropped",
+    ),
+    "use_seedable_sampler": ((True, None), _OWN_ORDER),
+    "non_blocking": (
+        (True, False, None),
+        "batches in page-locked memory are copied asynchronously",
+    ),
+    "gradient_accumulation_kwargs": ((None, {}), "set gradient_accumulation_steps"),
+    "use_configured_state": ((False, None), "there is no accelerate state to configure"),
+}
+
+
+def _loading(key: str) -> Any:
+    """A conversion that writes an old argument into ``accelerator_config``."""
+
+    def convert(arguments: Any, value: bool) -> dict[str, Any]:
+        given = arguments.accelerator_config or {}
+        if given.get(key) not in (None, value):
+            raise ValueError(given[key])
+        return {**given, key: value}
+
+    return convert
+
+
+@dataclass
+class DataArguments:
+    """How samples are ordered, read and batched."""
+
+    dataloader_drop_last: bool = arg(
+        False,
+        "Drop the samples at the end of an epoch that do not fill a micro-batch on every rank. "
+        "Evaluation never drops samples.",
+        treatment=implemented("training only"),
+    )
+    dataloader_num_workers: int = arg(
+        0,
+        "Loader processes per rank; 0 loads in the training process.",
+        treatment=implemented(),
+    )
+    dataloader_prefetch_factor: int | None = arg(
+        None,
+        "Batches that each loader process prepares ahead; needs dataloader_num_workers > 0.",
+        treatment=implemented(),
+    )
+    dataloader_pin_memory: bool = arg(
+        True,
+        "Put batches into page-locked host memory, which makes the copy to a GPU asynchronous.",
+        treatment=implemented("off with `use_cpu`"),
+    )
+    dataloader_persistent_workers: bool = arg(
+        False,
+        "Keep loader processes alive between the epochs of a run.",
+        treatment=implemented(),
+    )
+    remove_unused_columns: bool | None = arg(
+        True,
+        "Drop dataset columns that the model's forward does not take.",
+        treatment=implemented(),
+    )
+    group_by_length: bool = arg(
+        False,
+        "Put samples of similar length into the same batch, to pad less.",
+        treatment=pending(),
+    )
+    length_column_name: str | None = arg(
+        "length",
+        "Dataset column with the lengths that group_by_length uses.",
+        treatment=pending(only_with="group_by_length"),
+    )
+    ignore_data_skip: bool = arg(
+        False, "Resume without skipping the data already seen.", treatment=pending()
+    )
+    accelerator_config: dict[str, Any] | str | None = arg(
+        None,
+        "How accelerate would load data: a dict, a JSON object or the path of a JSON file.",
+        treatment=implemented(
+            "keys that describe what our loaders do are taken, the others are refused"
+        ),
+    )
+    dispatch_batches: bool | None = arg(
+        None,
+        "Old way to write accelerator_config['dispatch_batches'].",
+        treatment=alias(
+            "accelerator_config", convert=_loading("dispatch_batches"), note="key dispatch_batches"
+        ),
+    )
+    split_batches: bool | None = arg(
+        None,
+        "Old way to write accelerator_config['split_batches'].",
+        treatment=alias(
+            "accelerator_config", convert=_loading("split_batches"), note="key split_batches"
+        ),
+    )
+
+    def _read_accelerator_config(self) -> list[Problem]:
+        """Make a dict of what an ``AcceleratorConfig`` or a file holds."""
+        given = self.accelerator_config
+        if given is not None and not isinstance(given, (dict, str)) and hasattr(given, "to_dict"):
+            self.accelerator_config = given.to_dict()
+        elif isinstance(given, str) and not given.lstrip().startswith("{"):
+            try:
+                self.accelerator_config = json.loads(Path(given).expanduser().read_text())
+            except (OSError, ValueError) as error:
+                return [Problem(f"accelerator_config={given!r}", f"no JSON file: {error}")]
+        return []
+
+    def _data_problems(self) -> list[Problem]:
+        problems = []
+        assert not isinstance(self.accelerator_config, str), "parsed on construction"
+        for key, value in (self.accelerator_config or {}).items():
+            if key not in LOADING:
+                close = nearest(key, set(LOADING))
+                problems.append(
+                    Problem(
+                        f"accelerator_config key {key!r}",
+                        f"known keys are {', '.join(LOADING)}",
+                        f"did you mean {close!r}?" if close else "",
+                    )
+                )
+            elif value not in LOADING[key][0]:
+                problems.append(
+                    Problem(
+                        f"accelerator_config[{key!r}]={value!r}", LOADING[key][1], "leave it out"
+                    )
+                )
+        if self.dataloader_num_workers < 0:
+            problems.append(
+                Problem(f"dataloader_num_workers={self.dataloader_num_workers}", "0 or more")
+            )
+        if self.dataloader_prefetch_factor is not None and self.dataloader_prefetch_factor < 1:
+            problems.append(
+                Problem(
+                    f"dataloader_prefetch_factor={self.dataloader_prefetch_factor}",
+                    "at least 1 is needed",
+                )
+            )
+        if self.dataloader_num_workers == 0 and self.dataloader_persistent_workers:
+            problems.append(
+                Problem(
+                    "dataloader_persistent_workers=True with dataloader_num_workers=0",
+                    "there are no loader processes to keep",
+                    "set dataloader_num_workers to 1 or more, or persistent workers to false",
+                )
+            )
+        if self.dataloader_num_workers == 0 and self.dataloader_prefetch_factor is not None:
+            problems.append(
+                Problem(
+                    f"dataloader_prefetch_factor={self.dataloader_prefetch_factor} with "
+                    "dataloader_num_workers=0",
+                    "only loader processes prefetch",
+                    "set dataloader_num_workers to 1 or more, or leave the factor out",
+                )
+            )
+        return problems

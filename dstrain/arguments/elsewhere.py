@@ -1,0 +1,98 @@
+"""Arguments of back ends that DeepSpeed replaces or does not run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dstrain.arguments.fields import arg
+from dstrain.arguments.treatment import no_effect, refused
+
+_NO_FSDP = "ZeRO partitions the model here, not FSDP"
+_ZERO_FOR_FSDP = (
+    "set zero_stage: 3 for full_shard, 2 for shard_grad_op; offload_param or offload_optimizer for "
+    "offload; zero_hpz_partition_size in the DeepSpeed config for hybrid_shard"
+)
+_NO_DDP = "DeepSpeed reduces gradients itself; the model is not wrapped in DistributedDataParallel"
+_NO_TPU = "DeepSpeed does not train on TPUs"
+
+
+@dataclass
+class ElsewhereArguments:
+    """Back ends that DeepSpeed replaces or does not run on."""
+
+    fsdp: str = arg("", "FSDP options.", treatment=refused(_NO_FSDP, _ZERO_FOR_FSDP))
+    fsdp_config: dict[str, Any] | str | None = arg(
+        None,
+        "FSDP config.",
+        treatment=refused(_NO_FSDP, _ZERO_FOR_FSDP, accepts=lambda value: not value),
+    )
+    fsdp_min_num_params: int = arg(
+        0,
+        "Smallest module that FSDP wraps.",
+        treatment=refused(_NO_FSDP, "leave it out: ZeRO partitions every parameter"),
+    )
+    fsdp_transformer_layer_cls_to_wrap: str | None = arg(
+        None,
+        "Layer class that FSDP wraps.",
+        treatment=refused(
+            _NO_FSDP,
+            "leave it out; a module that ZeRO-3 must gather whole is a leaf module "
+            "(zero_optimization.leaf_module in the DeepSpeed config)",
+        ),
+    )
+    ddp_find_unused_parameters: bool | None = arg(
+        None,
+        "find_unused_parameters of DistributedDataParallel.",
+        treatment=no_effect(f"{_NO_DDP}, and parameters without gradient do no harm"),
+    )
+    ddp_bucket_cap_mb: int | None = arg(
+        None,
+        "bucket_cap_mb of DistributedDataParallel.",
+        treatment=no_effect(f"{_NO_DDP}; zero_optimization.reduce_bucket_size is its own size"),
+    )
+    ddp_broadcast_buffers: bool | None = arg(
+        None,
+        "broadcast_buffers of DistributedDataParallel.",
+        treatment=no_effect(f"{_NO_DDP}, and buffers are broadcast once, at the start"),
+    )
+    use_mps_device: bool = arg(
+        False,
+        "Train on an Apple GPU.",
+        treatment=refused("DeepSpeed's engine does not train on MPS", "set use_cpu"),
+    )
+    use_ipex: bool = arg(
+        False,
+        "Optimize the model with the Intel extension for PyTorch.",
+        treatment=refused(
+            "ipex.optimize() changes model and optimizer, which belong to DeepSpeed's engine",
+            "leave it out: DeepSpeed has CPU kernels of its own",
+        ),
+    )
+    jit_mode_eval: bool = arg(
+        False,
+        "Evaluate with torch.jit.trace.",
+        treatment=refused(
+            "a model whose parameters ZeRO gathers and releases cannot be traced", "leave it out"
+        ),
+    )
+    tpu_num_cores: int | None = arg(
+        None, "TPU cores.", treatment=refused(_NO_TPU, "train on GPUs or on the CPU")
+    )
+    tpu_metrics_debug: bool = arg(
+        False, "Print TPU metrics.", treatment=refused(_NO_TPU, "leave it out")
+    )
+    mp_parameters: str = arg(
+        "",
+        "Options of SageMaker model parallelism.",
+        treatment=refused("SageMaker splits models with it", "set zero_stage to 3"),
+    )
+    past_index: int = arg(
+        -1,
+        "Output that is fed to the next step as mems.",
+        treatment=refused(
+            "the models that need it (Transformer-XL) were removed from transformers",
+            "leave it out",
+            accepts=lambda value: value < 0,
+        ),
+    )

@@ -1,0 +1,85 @@
+"""Arguments about the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.arguments.fields import arg
+from dstrain.arguments.treatment import alias, pending, stored
+
+
+def _in_organization(arguments: Any, organization: str) -> str:
+    """``hub_model_id`` with the organization before its name."""
+    name = arguments.hub_model_id or Path(arguments.output_dir).name
+    owner, slash, rest = name.partition("/")
+    if slash and owner != organization:
+        raise ValueError(name)
+    return f"{organization}/{rest or name}"
+
+
+@dataclass
+class HubArguments:
+    """Uploading the model to the Hugging Face Hub, and the project in trackers."""
+
+    push_to_hub: bool = arg(
+        False, "Upload the model each time that it is saved.", treatment=pending()
+    )
+    hub_model_id: str | None = arg(
+        None,
+        "Repository, as name or owner/name; none takes the name of output_dir.",
+        treatment=pending(only_with="push_to_hub"),
+    )
+    hub_strategy: str = arg(
+        "every_save",
+        "What is uploaded and when.",
+        choices=("end", "every_save", "checkpoint", "all_checkpoints"),
+        treatment=pending(only_with="push_to_hub"),
+    )
+    hub_token: str | None = arg(
+        None,
+        "Token to upload with; none takes the one of the login. Never written down.",
+        treatment=pending(only_with="push_to_hub"),
+    )
+    hub_private_repo: bool | None = arg(
+        False,
+        "Whether a repository that is created is private; none takes the owner's default.",
+        treatment=pending(only_with="push_to_hub"),
+    )
+    hub_always_push: bool = arg(
+        False,
+        "Upload even while the upload before is not finished.",
+        treatment=pending(only_with="push_to_hub"),
+    )
+    push_to_hub_model_id: str | None = arg(
+        None, "Old name of hub_model_id.", treatment=alias("hub_model_id")
+    )
+    push_to_hub_organization: str | None = arg(
+        None,
+        "Old way to write the owner in hub_model_id.",
+        treatment=alias("hub_model_id", convert=_in_organization, note="as organization/name"),
+    )
+    push_to_hub_token: str | None = arg(
+        None, "Old name of hub_token.", treatment=alias("hub_token")
+    )
+    project: str = arg(
+        "huggingface",
+        "Name of the project in Trackio.",
+        treatment=stored("transformers' Trackio callback reads it", own=True),
+    )
+    trackio_space_id: str | None = arg(
+        None,
+        "Hub Space that Trackio writes to.",
+        treatment=stored("transformers' Trackio callback reads it", own=True),
+    )
+    trackio_bucket_id: str | None = arg(
+        None,
+        "Hub bucket of that Space.",
+        treatment=stored("transformers' Trackio callback reads it", own=True),
+    )
+    trackio_static_space_id: str | None = arg(
+        None,
+        "Static Hub Space that Trackio copies the run to when it ends.",
+        treatment=stored("transformers' Trackio callback reads it", own=True),
+    )

@@ -1,0 +1,110 @@
+"""This process among the ranks: which device it drives, what it logs and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from dstrain.arguments.compat import parallel_mode
+from dstrain.arguments.reporting import ReportingArguments
+from dstrain.arguments.run import RunArguments
+from dstrain.arguments.saving import SavingArguments
+from dstrain.core.log import LEVELS
+from dstrain.core.ranks import launched_ranks
+from dstrain.core.turn import first_turn
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Process(ReportingArguments, SavingArguments, RunArguments):
+    """Properties that depend on the process, not only on what the user wrote."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes over all machines."""
+        return launched_ranks().world_size
+
+    @property
+    def process_index(self) -> int:
+        """Rank of this process among all."""
+        return launched_ranks().rank
+
+    @property
+    def local_process_index(self) -> int:
+        """Rank of this process on its machine."""
+        return launched_ranks().local_rank
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        import torch
+
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
+        on_cpu = self.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu"
+        if on_cpu or found is None or found.type == "mps":
+            return torch.device("cpu")
+        return torch.device(found.type, self.local_process_index)
+
+    @property
+    def n_gpu(self) -> int:
+        """Accelerators of this process: 1, or 0 on the CPU; never several (no DataParallel)."""
+        return 0 if self.device.type == "cpu" else 1
+
+    @property
+    def parallel_mode(self) -> Any:
+        """Transformers' ``ParallelMode``: DISTRIBUTED for several processes, else NOT_PARALLEL."""
+        return parallel_mode("DISTRIBUTED" if self.world_size > 1 else "NOT_PARALLEL")
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Whether the trainer moves the model to the device: no, the engine places it."""
+        return False
+
+    @property
+    def ddp_timeout_delta(self) -> timedelta:
+        """How long a collective waits for a missing rank."""
+        return timedelta(seconds=self.ddp_timeout)
+
+    @property
+    def should_log(self) -> bool:
+        """Whether this process logs as a main process."""
+        if self.log_on_each_node:
+            return self.local_process_index == 0
+        return self.process_index == 0
+
+    @property
+    def should_save(self) -> bool:
+        """Whether this process writes the files that exist once, or once per machine."""
+        if self.save_on_each_node:
+            return self.local_process_index == 0
+        return self.process_index == 0
+
+    @property
+    def _no_sync_in_gradient_accumulation(self) -> bool:
+        """DeepSpeed's engine decides itself when gradients are reduced."""
+        return False
+
+    def get_process_log_level(self) -> int:
+        """Level of this process as ``logging`` counts them; passive is INFO where it may log."""
+        name = self.log_level if self.should_log else self.log_level_replica
+        return LEVELS.get(name, LEVELS["info"] if self.should_log else LEVELS["warning"])
+
+    @contextlib.contextmanager
+    def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
+        """Run the body on the main process first; the others wait, then find what it has cached.
+
+        Args:
+            local: one main process per machine; False is one of all, for a shared disk.
+            desc: the body in words.
+
+        Raises:
+            DstrainError: on the waiting processes, when the main one failed.
+        """
+        with first_turn(launched_ranks(), per_node=local, what=desc):
+            yield

@@ -1,0 +1,70 @@
+"""Arguments as plain values: for trackers, files and messages; tokens are never written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from typing import Any
+
+from dstrain.arguments.fields import shown
+
+
+class Records:
+    """How a dataclass of arguments is written down."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep ``@dataclass`` from giving a subclass a ``__repr__`` that shows its tokens."""
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Records.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """All fields, one a line, in the order of their names; tokens masked."""
+        fields = sorted(f.name for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        lines = [f"{name}={shown(name, getattr(self, name))},\n" for name in fields]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __str__ = __repr__
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values; a token becomes ``<ITS_NAME>``."""
+        return {
+            f.name: _plain(f.name, getattr(self, f.name))
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if f.init
+        }
+
+    def to_json_string(self) -> str:
+        """``to_dict`` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
+    def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:
+        """``to_dict`` with every value a bool, number or text, plus the batch sizes."""
+        values = self.to_dict()
+        for name in ("train_batch_size", "eval_batch_size"):
+            values[name] = getattr(self, name)
+        return {
+            k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()
+        }
+
+    def _forget_masks(self) -> None:
+        """The mask that ``to_dict`` writes for a token is no token."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.name.endswith("_token") and value == f"<{field.name.upper()}>":
+                setattr(self, field.name, None)
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name.endswith("_token") and value is not None:
+        return shown(name, value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (list, tuple)) and any(isinstance(v, enum.Enum) for v in value):
+        return [v.value if isinstance(v, enum.Enum) else v for v in value]
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
+    if not isinstance(value, type) and callable(getattr(value, "to_dict", None)):
+        return value.to_dict()
+    return value

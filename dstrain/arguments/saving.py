@@ -1,0 +1,141 @@
+"""Arguments about checkpoints: when, how many, what is in them, and which one is best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstrain.arguments.fields import arg
+from dstrain.arguments.treatment import no_effect, pending
+from dstrain.core.errors import Problem
+
+# Shares of all steps are compared as whole numbers of this fineness.
+_FINE = 1_000_000
+
+
+@dataclass
+class SavingArguments:
+    """Checkpoints during training, resuming, and the best model."""
+
+    save_strategy: str = arg(
+        "steps",
+        "Write a checkpoint never, every save_steps, after each epoch, or when the metric is best.",
+        choices=("no", "steps", "epoch", "best"),
+        treatment=pending(
+            "no checkpoint is written during training yet; the default is taken, with a warning "
+            "when training starts, and 'no' without one",
+            remedy="set it to 'no', and call save_model() after training",
+            accepts=lambda value: value == "no",
+        ),
+    )
+    save_steps: float = arg(
+        500,
+        "Optimizer steps between two checkpoints; below 1 it is a share of all steps.",
+        treatment=pending("checkpoints during training", only_with="save_strategy"),
+    )
+    save_total_limit: int | None = arg(
+        None,
+        "Checkpoints to keep, the best one apart; none or 0 keeps all.",
+        treatment=pending("checkpoints during training", only_with="save_strategy"),
+    )
+    save_safetensors: bool | None = arg(
+        True,
+        "Write weights as safetensors instead of pickles.",
+        treatment=no_effect("weights are always safetensors, as in transformers 5"),
+    )
+    save_on_each_node: bool = arg(
+        False,
+        "Write the files of the main rank on every machine, for machines without a shared disk.",
+        treatment=pending(),
+    )
+    save_only_model: bool = arg(
+        False,
+        "Leave optimizer, schedule and random state out of checkpoints.",
+        treatment=pending("checkpoints during training", only_with="save_strategy"),
+    )
+    restore_callback_states_from_checkpoint: bool = arg(
+        False, "Restore the callbacks' states when training resumes.", treatment=pending()
+    )
+    resume_from_checkpoint: str | None = arg(
+        None, "Checkpoint folder from which to go on.", treatment=pending()
+    )
+    load_best_model_at_end: bool | None = arg(
+        False, "Load the weights of the best checkpoint after training.", treatment=pending()
+    )
+    metric_for_best_model: str | None = arg(
+        None,
+        "Metric that decides which checkpoint is best, with or without 'eval_' before it; none "
+        "takes loss.",
+        treatment=pending(),
+    )
+    greater_is_better: bool | None = arg(
+        None,
+        "Whether more of that metric is better; none says yes unless its name ends in loss.",
+        treatment=pending(),
+    )
+
+    def _fill_best_metric(self, *, needed: bool) -> None:
+        """The documented defaults of metric and direction, where something reads them."""
+        if needed and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+
+    def _saving_problems(self, eval_strategy: str, eval_steps: float | None) -> list[Problem]:
+        problems = []
+        if self.save_strategy == "steps" and self.save_steps <= 0:
+            problems.append(
+                Problem(
+                    f"save_steps={self.save_steps} with save_strategy='steps'",
+                    "a positive number of steps, or a share of all steps, is needed",
+                    "set save_strategy to no to write no checkpoint",
+                )
+            )
+        if self.save_steps > 1 and not float(self.save_steps).is_integer():
+            problems.append(
+                Problem(f"save_steps={self.save_steps}", "above 1 it must be a whole number")
+            )
+        if self.save_strategy == "best" and eval_strategy == "no":
+            problems.append(
+                Problem(
+                    "save_strategy='best' with eval_strategy='no'",
+                    "only an evaluation finds out which checkpoint is best",
+                    "set eval_strategy to steps or epoch",
+                )
+            )
+        if self.load_best_model_at_end and self.save_strategy != "best":
+            problems += self._best_problems(eval_strategy, eval_steps)
+        return problems
+
+    def _best_problems(self, eval_strategy: str, eval_steps: float | None) -> list[Problem]:
+        """What keeps the best model from having been evaluated when it is saved."""
+        if eval_strategy != self.save_strategy:
+            return [
+                Problem(
+                    f"load_best_model_at_end=True with eval_strategy={eval_strategy!r} and "
+                    f"save_strategy={self.save_strategy!r}",
+                    "every checkpoint needs an evaluation of its own",
+                    "make the two strategies equal, or set save_strategy to best",
+                )
+            ]
+        if eval_strategy != "steps" or not eval_steps or self.save_steps <= 0:
+            return []
+        what = f"save_steps={self.save_steps} and eval_steps={eval_steps}"
+        remedy = "make save_steps a multiple of eval_steps"
+        if (eval_steps < 1) != (self.save_steps < 1):
+            return [
+                Problem(
+                    f"load_best_model_at_end=True with {what}",
+                    "one is a number of steps and the other a share of all steps",
+                    remedy,
+                )
+            ]
+        fine = _FINE if eval_steps < 1 else 1
+        if round(self.save_steps * fine) % round(eval_steps * fine):
+            return [
+                Problem(
+                    f"load_best_model_at_end=True with {what}",
+                    "some checkpoints would have no evaluation of their own",
+                    remedy,
+                )
+            ]
+        return []

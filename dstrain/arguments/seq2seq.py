@@ -1,0 +1,47 @@
+"""``Seq2SeqTrainingArguments``: what sequence-to-sequence models add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dstrain.arguments.fields import arg
+from dstrain.arguments.training_arguments import TrainingArguments
+from dstrain.arguments.treatment import alias, pending
+from dstrain.core.errors import Problem
+
+
+@dataclass(repr=False)
+class Seq2SeqTrainingArguments(TrainingArguments):
+    """Sequence-to-sequence models: evaluation by generating text."""
+
+    sortish_sampler: bool = arg(
+        False, "Older way to write group_by_length.", treatment=alias("group_by_length")
+    )
+    predict_with_generate: bool = arg(
+        False, "Evaluate on generated text (ROUGE, BLEU).", treatment=pending()
+    )
+    generation_max_length: int | None = arg(
+        None,
+        "Tokens to generate at most; none takes the model's.",
+        treatment=pending(only_with="predict_with_generate"),
+    )
+    generation_num_beams: int | None = arg(
+        None,
+        "Beams of beam search; none takes the model's.",
+        treatment=pending(only_with="predict_with_generate"),
+    )
+    # Any is a transformers.GenerationConfig.
+    generation_config: Any | str | None = arg(
+        None,
+        "A GenerationConfig, or the name, folder or file to load one from.",
+        treatment=pending(),
+    )
+
+    def _problems(self) -> list[Problem]:
+        problems = super()._problems()
+        for name in ("generation_max_length", "generation_num_beams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(Problem(f"{name}={value}", "at least 1 is needed"))
+        return problems
