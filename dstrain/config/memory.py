@@ -197,8 +197,9 @@ def gradient_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> int:
 def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets) -> int:
     """What the optimizer step takes on top of the states.
 
-    Stages 1-2 (``stage_1_and_2.py:step``): the averaged gradients, flattened, then in fp32; then
-    these and Adam's temporary. Stage 3 the same for one sub-group at a time
+    Stages 1-2 (``stage_1_and_2.py:step``): the gradients of the partition, one storage for all
+    parameter groups and so alive until the last; beside them their flat copy and that in fp32, or
+    the latter and Adam's temporary. Stage 3 the same copies for one sub-group at a time
     (``stage3.py:_prepare_fp32_grad_for_sub_group``). Stage 0: fp32 copies of all gradients
     (``unfused_optimizer.py:step``) beside those of backward.
     """
@@ -215,4 +216,4 @@ def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buc
     group = min(shard, buckets.sub_group) if placement.stage == 3 else shard
     held = 0 if placement.stage == 3 else gradient_bytes(sizes, work, Placement(2))
     copies = (width + FP32 if width < FP32 else FP32) * group
-    return max(held + copies, (FP32 + temporary) * group)
+    return held + max(copies, (FP32 + temporary) * group)
