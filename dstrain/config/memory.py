@@ -19,6 +19,7 @@ from dstrain.config.activations import (
     logits_gradient_bytes,
     recomputed_bytes,
 )
+from dstrain.config.buffers import gathered_bytes, reduction_bytes, unfilled
 from dstrain.config.host_memory import host_bytes, nvme_bytes
 from dstrain.config.parameters import ModelSizes
 from dstrain.config.placement import FP32, Buckets, Placement, Work
@@ -30,8 +31,6 @@ CUDA_OVERHEAD_BYTES = int(1.5 * GIB)
 # torch's AdamW on one flat tensor: the square root of the second moment (_foreach_sqrt in
 # _multi_tensor_adam), and on the CPU its quotient as well (_single_tensor_adam).
 ADAM_TEMPORARY_BYTES = {"cuda": FP32, "cpu": 2 * FP32}
-STAGE_0_BUFFER_ELEMENTS = 500_000_000
-"""``engine.py:buffered_allreduce_fallback`` copies at most this many gradients at once."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def footprint(
     gradients = gradient_bytes(sizes, work, placement)
     carried = gradients if work.accumulation > 1 else 0
     held, copied = reduction_bytes(sizes, work, placement, buckets)
-    gathered = gathered_bytes(sizes, work, placement, buckets)
+    gathered, arriving = gathered_bytes(sizes, work, placement, buckets)
     step = step_bytes(sizes, work, placement, buckets)
     activations = inside = logits = logits_gradient = 0
     if sizes.block is not None:
@@ -103,6 +102,7 @@ def footprint(
     head = sizes.largest_gradient * work.width
     moments = {
         "between steps": standing,
+        "forward": begins + arriving,
         "loss": begins + logits,
         # On the CPU an empty bucket takes no pages.
         "backward begins": begins
@@ -119,13 +119,13 @@ def footprint(
         moments["backward ends"] = standing + inside + gradients + held + max(0, partition - copied)
     if placement.stage >= 2 and (left := unfilled(sizes, buckets)) > 0:
         moments["first reductions"] = (
-            standing + int(left * (activations + gathered)) + inside
+            standing + int(left * (activations + gathered)) + arriving + inside
             + carried + gradients + held + copied
         )  # fmt: skip
     kinds = {
         **{name: states[name] for name in ("parameters", "master weights", "optimizer")},
         "gradients": states["gradients"] + gradients,
-        "buckets": states["buckets"] + held + copied + gathered,
+        "buckets": states["buckets"] + held + copied + gathered + arriving,
         "activations": activations,
         "logits": logits,
         "step": step,
@@ -194,54 +194,12 @@ def gradient_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> int:
     return min(trainable, touched) * work.width
 
 
-def reduction_bytes(
-    sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
-) -> tuple[int, int]:
-    """Buffers of gradient communication in backward: those held throughout, and a passing copy.
-
-    Stages 1-2 hold the contiguous bucket, two of them with overlap (``setup_buckets``), and copy
-    what it is filled with (``allreduce_bucket``). Stage 3 copies what its standing bucket is filled
-    with (``coalesced_collectives.py:reduce_scatter_coalesced``), and stage 0 its gradients
-    (``engine.py:allreduce_bucket``).
-    """
-    filled = min(buckets.reduce, sizes.facts.num_trainable)
-    if placement.stage == 0:
-        most = min(sizes.facts.num_trainable, STAGE_0_BUFFER_ELEMENTS)
-        return 0, most * work.width if work.world_size > 1 else 0
-    if placement.stage == 3:
-        return 0, filled * work.width
-    return buckets.reduce * (2 if buckets.overlap else 1) * work.width, filled * work.width
-
-
-def unfilled(sizes: ModelSizes, buckets: Buckets) -> float:
-    """How much of backward is left when the first bucket is full."""
-    return max(0.0, 1 - buckets.reduce / max(1, sizes.facts.num_trainable))
-
-
-def gathered_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets) -> int:
-    """Whole parameters that stage 3 holds besides the persistent ones when the loss is computed.
-
-    ``partitioned_param_coordinator.py:__params_to_release`` keeps what is used again within
-    ``max_reuse_distance`` elements, which for a forward and backward pass is the last half of that
-    many; then come the module in use and the prefetched ones, both at most up to ``max_live``, and
-    the flat buffer they arrive in (``partition_parameters.py:AllGatherCoalescedHandle``). One rank
-    alone uses its partition in place.
-    """
-    if placement.stage < 3 or (work.world_size == 1 and placement.parameters == "none"):
-        return 0
-    total = sizes.elements() - sizes.elements_up_to(buckets.persistence)
-    kept = min(buckets.max_reuse // 2, buckets.max_live)
-    return (
-        min(total, kept + sizes.facts.largest + 2 * min(buckets.prefetch, buckets.max_live))
-        * work.width
-    )
-
-
 def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets) -> int:
     """What the optimizer step takes on top of the states.
 
-    Stages 1-2 (``stage_1_and_2.py:step``): the averaged gradients, flattened, then in fp32; then
-    these and Adam's temporary. Stage 3 the same for one sub-group at a time
+    Stages 1-2 (``stage_1_and_2.py:step``): the gradients of the partition, one storage for all
+    parameter groups and so alive until the last; beside them their flat copy and that in fp32, or
+    the latter and Adam's temporary. Stage 3 the same copies for one sub-group at a time
     (``stage3.py:_prepare_fp32_grad_for_sub_group``). Stage 0: fp32 copies of all gradients
     (``unfused_optimizer.py:step``) beside those of backward.
     """
@@ -258,4 +216,4 @@ def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buc
     group = min(shard, buckets.sub_group) if placement.stage == 3 else shard
     held = 0 if placement.stage == 3 else gradient_bytes(sizes, work, Placement(2))
     copies = (width + FP32 if width < FP32 else FP32) * group
-    return max(held + copies, (FP32 + temporary) * group)
+    return held + max(copies, (FP32 + temporary) * group)
