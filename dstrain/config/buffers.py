@@ -22,7 +22,7 @@ def reduction_bytes(
     filled = min(buckets.reduce, sizes.facts.num_trainable)
     if placement.stage == 0:
         most = min(sizes.facts.num_trainable, STAGE_0_BUFFER_ELEMENTS)
-        return 0, most * work.width if work.world_size > 1 else 0
+        return 0, most * work.width
     if placement.stage == 3:
         return 0, filled * work.width
     return buckets.reduce * (2 if buckets.overlap else 1) * work.width, filled * work.width
