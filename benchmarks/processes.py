@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOG_TAIL_CHARS = 3000
 POLL_SECONDS = 0.1
+PR_SET_PDEATHSIG = 1
 
 
 class RunFailed(Exception):
@@ -82,6 +84,7 @@ def run_ranks(
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=die_with_parent,
                     text=True,
                 )
             )
@@ -97,6 +100,17 @@ def run_ranks(
         if failed:
             raise RunFailed(f"rank {failed[0]} failed\n{_read(logs[failed[0]])}")
         return _read(logs[0])
+
+
+def clean_up_when_terminated() -> None:
+    """Leave by an exception on SIGTERM, so that ranks are ended and their memory is freed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def die_with_parent() -> None:
+    """In a child between fork and exec: be killed when the parent is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -22,7 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import ROOT, end, environment, load, machine, table
+from processes import (
+    ROOT,
+    clean_up_when_terminated,
+    die_with_parent,
+    end,
+    environment,
+    load,
+    machine,
+    table,
+)
 
 REPORT = ROOT / "benchmarks" / "reports" / "startup.json"
 TEXT_BYTES = 60_000
@@ -64,6 +73,7 @@ class Timing:
 def main() -> int:
     """Time every case, print the table; 1 when a goal is missed."""
     options = _parse()
+    clean_up_when_terminated()
     load_before = load()
     with tempfile.TemporaryDirectory() as folder:
         cases = _cases(Path(folder))
@@ -124,19 +134,21 @@ def _time(case: Case, folder: str, *, deadline: float) -> Timing:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent,
             text=True,
         )
         try:
             reached = False
-            while time.perf_counter() - started < deadline:
+            while not reached and time.perf_counter() - started < deadline:
+                running = process.poll() is None
                 if case.until:
                     seen = os.pread(log.fileno(), 1 << 20, 0).decode(errors="replace")
                     reached = case.until in seen
-                elif process.poll() is not None:
+                elif not running:
                     reached = process.returncode == 0
-                if reached or process.poll() is not None:
+                if not running:
                     break
-                time.sleep(0.001 if not case.until else 0.01)
+                time.sleep(0.01 if case.until else 0.001)
             wall = time.perf_counter() - started
         finally:
             end(process)

@@ -23,6 +23,7 @@ from typing import Any
 from processes import (
     ROOT,
     RunFailed,
+    clean_up_when_terminated,
     has_gpu,
     load,
     machine,
@@ -85,6 +86,7 @@ class Settings:
 def main() -> int:
     """Run every combination, print a line for each, write the report; 1 when a goal is missed."""
     options = _parse()
+    clean_up_when_terminated()
     rows, records = [_TITLES], []
     started = time.monotonic()
     for world_size in options.world_sizes:
