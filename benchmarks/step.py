@@ -84,7 +84,7 @@ class Settings:
 
 
 def main() -> int:
-    """Run every combination, print a line for each, write the report; 1 when a goal is missed."""
+    """Run every combination, print a line for each, report; 1 when a goal is missed."""
     options = _parse()
     clean_up_when_terminated()
     rows, records = [_TITLES], []
@@ -94,13 +94,13 @@ def main() -> int:
             for contender in options.contenders:
                 record = _measure(options, contender, stage, world_size)
                 records.append(record)
+                if options.report:
+                    _report(record)
                 rows.append(_row(record))
                 print("  ".join(rows[-1]), flush=True)
     print(f"\n{_heading(options, records)}\n{table(rows)}")
     print(_NOTES)
     print(f"{time.monotonic() - started:.0f} s in all")
-    if options.report:
-        print(f"report: {_write_report(records)}")
     return int(any(r["verdict"] in ("fail", "error") for r in records))
 
 
@@ -242,13 +242,23 @@ def _heading(options: argparse.Namespace, records: Sequence[dict[str, Any]]) -> 
     )
 
 
-def _write_report(records: Sequence[dict[str, Any]]) -> Path:
-    kind = next((r["device_type"] for r in records if "device_type" in r), "none")
-    path = REPORTS / f"step_{kind}.json"
+def _report(record: dict[str, Any]) -> None:
+    """Put a run into the report of its kind of device, in the place of an earlier one like it."""
+    if "device_type" not in record:
+        return
+    path = REPORTS / f"step_{record['device_type']}.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = [run for run in runs if any(run[key] != record[key] for key in _SAME_RUN)]
+    runs = sorted([*runs, record | machine()], key=lambda run: [str(run[k]) for k in _SAME_RUN])
     REPORTS.mkdir(exist_ok=True)
-    report = {"goal": GOAL, "machine": machine(), "runs": list(records)}
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    return path
+    path.write_text(json.dumps({"goal": GOAL, "runs": runs}, indent=1) + "\n")
+    print(f"in {path}")
+
+
+_SAME_RUN = (
+    *("model", "block_size", "micro_batch", "accumulation", "format", "baseline"),
+    *("world_size", "stage", "contender"),
+)
 
 
 def _parse() -> argparse.Namespace:
@@ -280,7 +290,9 @@ def _parse() -> argparse.Namespace:
     add("quiet", 0.0, "before each run wait until at most this many other processes are running")
     add("patience", 0.0, "seconds to wait for that at most")
     add("profile", "", "write cProfile files of the trainer's blocks with this beginning")
-    parser.add_argument("--report", action="store_true", help=f"write {REPORTS}/step_<device>.json")
+    parser.add_argument(
+        "--report", action="store_true", help=f"update {REPORTS}/step_<device>.json"
+    )
     options = parser.parse_args()
     # Other jobs disturb neighbours in time alike, so on a CPU many short blocks are best. On a GPU
     # a block must be long for the wait at its end not to count.
