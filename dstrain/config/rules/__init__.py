@@ -1,0 +1,36 @@
+"""The rules: each owns named keys of the DeepSpeed config and says where their values come from.
+
+One module per subject. Their order is that in which keys are filled and shown: a rule may read what
+those before it have written.
+"""
+
+from dstrain.config.rules import optimizer, scheduler, sizes, training, zero
+from dstrain.config.rules.rule import (
+    Binding,
+    Derivation,
+    Derived,
+    View,
+    readable_arguments,
+)
+from dstrain.config.rules.scheduler import SCHEDULES
+from dstrain.config.rules.sizes import BUCKET_ELEMENTS, SMALL_PARAMETER_ELEMENTS
+
+RULES: tuple[Binding | Derivation, ...] = (
+    *zero.RULES,
+    *training.RULES,
+    *optimizer.RULES,
+    *scheduler.RULES,
+    *sizes.RULES,
+)
+
+__all__ = [
+    "BUCKET_ELEMENTS",
+    "RULES",
+    "SCHEDULES",
+    "SMALL_PARAMETER_ELEMENTS",
+    "Binding",
+    "Derivation",
+    "Derived",
+    "View",
+    "readable_arguments",
+]

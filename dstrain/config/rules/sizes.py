@@ -1,0 +1,87 @@
+"""Rules of communication sizes, from the shapes of the parameters."""
+
+from __future__ import annotations
+
+from dstrain.config.facts import ModelFacts
+from dstrain.config.rules.rule import Binding, Derivation, Derived, View
+
+# DeepSpeed's own default bucket (5e8 elements) is allocated whole, whatever the model's size; at
+# 5e7 elements (100 MB in 16 bits) a bucket is already far above the size at which links saturate.
+BUCKET_ELEMENTS = 50_000_000
+SMALL_PARAMETER_ELEMENTS = 10_000
+KEPT_PARAMETER_ELEMENTS = 1_000_000
+
+
+def _bucket(view: View) -> Derived | None:
+    model = view.facts.model
+    if model is None or view.stage == 0:
+        return None
+    size = min(model.num_trainable, max(model.largest, BUCKET_ELEMENTS))
+    return Derived(
+        _even(size),
+        f"min(trainable {model.num_trainable:,}, max(largest parameter {model.largest:,}, "
+        f"{BUCKET_ELEMENTS:,})) elements, made even",
+    )
+
+
+def _even(elements: int) -> int:
+    """DeepSpeed asserts that the all-gather bucket is a multiple of 2 (its NCCL alignment)."""
+    return max(2, elements + elements % 2)
+
+
+def _prefetch(view: View) -> Derived | None:
+    model = view.facts.model
+    if model is None or view.stage < 3:
+        return None
+    size = min(model.num_parameters, max(model.largest, BUCKET_ELEMENTS))
+    return Derived(
+        _even(size),
+        f"min(parameters {model.num_parameters:,}, max(largest {model.largest:,}, "
+        f"{BUCKET_ELEMENTS:,})) elements",
+    )
+
+
+def _persistence(view: View) -> Derived | None:
+    model = view.facts.model
+    if model is None or view.stage < 3:
+        return None
+    return Derived(_persistent_below(model), _persistent_how(model))
+
+
+def _persistent_below(model: ModelFacts) -> int:
+    return min(max(model.largest_vector, SMALL_PARAMETER_ELEMENTS), KEPT_PARAMETER_ELEMENTS)
+
+
+def _persistent_how(model: ModelFacts) -> str:
+    return (
+        f"max(largest norm or bias {model.largest_vector:,}, {SMALL_PARAMETER_ELEMENTS:,}) "
+        "elements: gathering one costs more than keeping it"
+    )
+
+
+RULES: tuple[Binding | Derivation, ...] = (
+    Derivation(
+        "zero_optimization.reduce_bucket_size",
+        "the model's size, at least its largest parameter, at most 5e7 elements",
+        (),
+        _bucket,
+    ),
+    Derivation(
+        "zero_optimization.allgather_bucket_size",
+        "the model's size, at least its largest parameter, at most 5e7 elements",
+        (),
+        lambda view: _bucket(view) if view.stage in (1, 2) else None,
+    ),
+    Derivation(
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "the model's size, at least its largest parameter, at most 5e7 elements",
+        (),
+        _prefetch,
+    ),
+    Derivation(
+        "zero_optimization.stage3_param_persistence_threshold",
+        "the largest one-dimensional parameter, at least 1e4 elements",
+        (),
+        _persistence,
+    ),
+)
