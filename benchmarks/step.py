@@ -136,6 +136,7 @@ def _measure(
                 world_size=world_size,
                 threads=options.threads,
                 deadline_seconds=options.deadline,
+                keep_memory=True,
             )
             record |= json.loads(Path(settings.result).read_text())
         except RunFailed as error:

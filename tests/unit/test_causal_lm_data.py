@@ -17,11 +17,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, HfArgumentParser
 
 from dstrain.core.errors import DataError
+from dstrain.tasks.causal_lm import cache as data_cache
 from dstrain.tasks.causal_lm import documents as documents_module
-from dstrain.tasks.causal_lm import packing, sources, text_files
 from dstrain.tasks.causal_lm import rows as rows_module
+from dstrain.tasks.causal_lm import sources, text_files
 from dstrain.tasks.causal_lm.arguments import DataArguments
-from dstrain.tasks.causal_lm.packing import PackedStream, Packer, collate_blocks, prepare
+from dstrain.tasks.causal_lm.packing import PackedStream, Packer, collate_blocks
+from dstrain.tasks.causal_lm.prepare import prepare
 from dstrain.tasks.causal_lm.sources import load_documents
 from dstrain.tasks.causal_lm.tokenizer import prepare_tokenizer, train_tokenizer
 
@@ -100,7 +102,7 @@ def test_tokenizer_gives_any_text_back(tokenizer, tmp_path, text):
 def test_tokenizer_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(str(tmp_path))
-    assert packing.fingerprint_tokenizer(loaded) == packing.fingerprint_tokenizer(tokenizer)
+    assert data_cache.fingerprint_tokenizer(loaded) == data_cache.fingerprint_tokenizer(tokenizer)
     assert [loaded(text)["input_ids"] for text in ODD_TEXTS] == [
         tokenizer(text)["input_ids"] for text in ODD_TEXTS
     ]
@@ -396,7 +398,7 @@ def test_a_failed_build_leaves_nothing(cache):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        packing.build_once(cache / "thing", build)
+        data_cache.build_once(cache / "thing", build)
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 

@@ -30,12 +30,9 @@ from dstrain.models import (
     parse_model_config,
 )
 from dstrain.tasks.causal_lm.arguments import DEFAULT_MODEL, DataArguments, ModelArguments
-from dstrain.tasks.causal_lm.packing import (
-    PackedData,
-    collate_blocks,
-    fingerprint_tokenizer,
-    prepare,
-)
+from dstrain.tasks.causal_lm.cache import fingerprint_tokenizer
+from dstrain.tasks.causal_lm.packing import collate_blocks
+from dstrain.tasks.causal_lm.prepare import PackedData, prepare
 from dstrain.tasks.causal_lm.sources import Documents, load_documents
 from dstrain.tasks.causal_lm.tokenizer import prepare_tokenizer
 from dstrain.tasks.causal_lm.trainer import CausalLMTrainer

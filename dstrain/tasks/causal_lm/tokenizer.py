@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.tasks.causal_lm.arguments import DataArguments
-from dstrain.tasks.causal_lm.packing import build_once, cache_folder
+from dstrain.tasks.causal_lm.cache import build_once, cache_folder
 from dstrain.tasks.causal_lm.sources import Documents
 
 END_OF_TEXT = "<|endoftext|>"
