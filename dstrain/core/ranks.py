@@ -89,6 +89,31 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class PendingSum:
+    """The sum of a number over all ranks, on its way while other work goes on."""
+
+    def __init__(self, number: float, *, device: Any) -> None:
+        """Start adding ``number`` up; a collective of all ranks."""
+        self._sum: Any = number
+        self._work: Any = None
+        if is_distributed():
+            import torch
+            import torch.distributed as dist
+
+            self._sum = torch.full((), float(number), device=device)
+            self._work = dist.all_reduce(self._sum, async_op=True)
+
+    def get(self) -> Any:
+        """The sum: ``number`` itself on one rank, else a float32 tensor of shape ().
+
+        On a GPU its stream waits for it and the host does not.
+        """
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._sum
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if is_distributed():

@@ -31,7 +31,8 @@ def parameter_groups(
     Raises:
         ModelError: no parameter of the module has requires_grad.
     """
-    decayed = set(decay_names(module))
+    # Without decay the two would be equal, and every group costs communication of its own.
+    decayed = set(decay_names(module)) if weight_decay else set()
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay},
         {"params": [], "weight_decay": 0.0},

@@ -11,7 +11,7 @@ import torch
 from dstrain.core.errors import DataError, Problem, TrainingError
 from dstrain.core.log import get_logger
 from dstrain.core.progress import Progress
-from dstrain.core.ranks import Ranks, sum_over_ranks
+from dstrain.core.ranks import PendingSum, Ranks
 from dstrain.data import MicroBatch, Targets, Window, input_tokens, set_epoch, windows
 from dstrain.engine import Engine, StepOutcome, device_name
 from dstrain.trainer.meters import Reading, TrainMeter
@@ -69,13 +69,26 @@ class MicroStep:
     """What ``training_step`` needs to know beyond its arguments.
 
     Attributes:
-        weight: factor of the micro-batch's mean loss in this rank's loss, so that DeepSpeed's mean
-            over ranks is the mean over all targets of the global batch.
+        scaled_count: the micro-batch's number of targets times the number of ranks.
+        total: targets of the whole window over all ranks, still being added up during forward.
         last: whether the micro-batch ends the accumulation window.
     """
 
-    weight: torch.Tensor | float = 1.0
+    scaled_count: int = 1
+    total: PendingSum | None = None
     last: bool = True
+
+    def weight(self) -> torch.Tensor | float:
+        """Factor of the micro-batch's mean loss in this rank's loss.
+
+        DeepSpeed's mean over ranks is then the mean over all targets of the global batch.
+        """
+        return 1.0 if self.total is None else self.scaled_count / at_least_one(self.total.get())
+
+
+def at_least_one(number: torch.Tensor | float) -> torch.Tensor | float:
+    """A divisor from a count that may be 0: a window without any target has no gradient."""
+    return number.clamp(min=1.0) if isinstance(number, torch.Tensor) else max(1.0, number)
 
 
 @dataclass
@@ -128,7 +141,7 @@ class TrainLoop:
         """One optimizer step over a window of micro-batches."""
         self.hooks.event("on_step_begin")
         counts = [0 if m.masked else self.targets.count(m.inputs) for m in window.micro_batches]
-        total = self._global_targets(sum(counts))
+        self.micro_step.total = total = PendingSum(sum(counts), device=device_name())
         loss = torch.zeros((), device=device_name())
         tokens = 0
         for index, (micro_batch, count) in enumerate(
@@ -154,24 +167,17 @@ class TrainLoop:
         self.state.epoch = self._epoch_position(window)
         return outcome, learning_rate
 
-    def _global_targets(self, local: int) -> torch.Tensor | int:
-        """Targets of the window over all ranks; on a GPU this enqueues, it does not wait."""
-        if self.ranks.world_size == 1:
-            return max(1, local)
-        total = torch.full((), float(local), device=device_name())
-        return sum_over_ranks(total).clamp_(min=1.0)
-
     def _forward_backward(
-        self, micro_batch: MicroBatch, count: int, total: torch.Tensor | int, *, last: bool
+        self, micro_batch: MicroBatch, count: int, total: PendingSum, *, last: bool
     ) -> torch.Tensor:
         """Run one micro-batch; returns its share of the global mean loss."""
         inputs = micro_batch.inputs if count else self.targets.without_ignored(micro_batch.inputs)
-        self.micro_step.weight = count * self.ranks.world_size / total
+        self.micro_step.scaled_count = count * self.ranks.world_size
         self.micro_step.last = last
         loss = self.hooks.training_step(self.engine.model, inputs, max(1, count))
         if not count:  # the mean over no target is no number, whatever its weight
             return torch.zeros((), device=device_name())
-        return loss.detach().float() * (count / total)
+        return loss.detach().float() * (count / at_least_one(total.get()))
 
     def _log_and_evaluate(self, event: str, outcome: StepOutcome, learning_rate: float) -> None:
         """Let callbacks decide at this point of the run, then do what they decided."""

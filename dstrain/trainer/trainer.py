@@ -300,7 +300,7 @@ class Trainer:
         engine = self._engines.training
         assert engine is not None
         # In fp32: a 16-bit loss times the loss scale would overflow before its gradients do.
-        engine.backward(loss.float() * self._micro_step.weight, last=self._micro_step.last)
+        engine.backward(loss.float() * self._micro_step.weight(), last=self._micro_step.last)
         return loss.detach()
 
     def get_train_dataloader(self) -> Any:
