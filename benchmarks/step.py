@@ -209,9 +209,8 @@ def _row(record: dict[str, Any]) -> list[str]:
     if "error" in record:
         print(record["error"], file=sys.stderr)
         return [*first, *["-"] * 9, "error"]
-    steps = record["steps_per_block"]
     hand, its = (
-        1000 * statistics.median(p[f"{side}_seconds"] for p in record["pairs"]) / steps
+        _milliseconds(record, side) if "pairs" in record else record[f"{side}_ms"]
         for side in ("hand", "trainer")
     )
     low, high = record["ratio_interval"]
@@ -250,10 +249,53 @@ def _report(record: dict[str, Any]) -> None:
     path = REPORTS / f"step_{record['device_type']}.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     runs = [run for run in runs if any(run[key] != record[key] for key in _SAME_RUN)]
-    runs = sorted([*runs, record | machine()], key=lambda run: [str(run[k]) for k in _SAME_RUN])
+    medians = {f"{side}_ms": _milliseconds(record, side) for side in ("hand", "trainer")}
+    kept = {k: v for k, v in record.items() if k not in ("pairs", *_LOSSES)} | medians | machine()
+    runs = sorted([*runs, kept], key=lambda run: [str(run[k]) for k in _SAME_RUN])
     REPORTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"goal": GOAL, "runs": runs}, indent=1) + "\n")
-    print(f"in {path}")
+    lines = ",\n".join(json.dumps(run) for run in runs)
+    path.write_text(f'{{"goal": {GOAL}, "runs": [\n{lines}\n]}}\n')
+    path.with_suffix(".md").write_text(_page(runs))
+
+
+def _page(runs: Sequence[dict[str, Any]]) -> str:
+    """The report for people: how it was measured, and a row per run."""
+    rows = [_TITLES, *map(_row, runs)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(_TITLES))
+    kinds = sorted({_kind(run) for run in runs})
+    return "\n".join(
+        [
+            "# Steps per second against a hand-written DeepSpeed loop",
+            "",
+            "Written by `python benchmarks/step.py --report`; `benchmarks/README.md` says how to",
+            "read it. Every row comes from one run in which the two loops alternate.",
+            "",
+            *(f"- {kind}" for kind in kinds),
+            "",
+            *lines,
+            "",
+        ]
+    )
+
+
+def _kind(run: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return (
+        f"{run['model']} model, {run['num_parameters'] / 1e6:.1f} million parameters, "
+        f"{run['format']}, {run['micro_batch']} x {run['block_size']} tokens per rank, "
+        f"{run['blocks']} pairs of blocks of {run['steps_per_block']} steps, {run['baseline']} "
+        f"hand-written loop, {run['device_name']}, {run['threads']} thread(s) per rank, {versions}"
+    )
+
+
+def _milliseconds(record: dict[str, Any], side: str) -> float:
+    """Median time of an optimizer step of one of the two loops."""
+    spans = [p[f"{side}_seconds"] for p in record["pairs"]]
+    return 1000 * statistics.median(spans) / float(record["steps_per_block"])
+
+
+_LOSSES = ("hand_losses", "trainer_losses")
 
 
 _SAME_RUN = (
