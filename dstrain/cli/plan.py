@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 
 from dstrain.cli.flags import make_parser, parse
+from dstrain.cli.model import count_in_child
 from dstrain.config.activations import ATTENTION, Batch
-from dstrain.config.parameters import ModelSizes, sizes_of
+from dstrain.config.parameters import sizes_of
 from dstrain.config.placement import STATE_BYTES, WIDTHS, Work, parse_size
 from dstrain.config.plan_report import as_dict, as_table
 from dstrain.config.planner import Limits, choose, plan
-from dstrain.core.errors import ConfigError, ModelError, Problem, raise_problems
-
-COUNT_SECONDS = 300
+from dstrain.core.errors import ConfigError, Problem, raise_problems
 
 
 def run(words: Sequence[str]) -> int:
@@ -88,31 +85,6 @@ def run(words: Sequence[str]) -> int:
     else:
         print(as_table(found, choice))
     return 0
-
-
-def count_in_child(spec: str) -> ModelSizes:
-    """Sizes of a model without a closed form, counted by a process that may import torch.
-
-    Raises:
-        ModelError: what that process found wrong.
-    """
-    command = [sys.executable, "-m", "dstrain.models.count", spec]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COUNT_SECONDS, check=False
-        )
-        answer = json.loads(done.stdout.strip().splitlines()[-1])
-    except subprocess.TimeoutExpired as error:
-        raise _uncounted(spec, f"not done in {COUNT_SECONDS} s") from error
-    except (ValueError, IndexError) as error:
-        raise _uncounted(spec, done.stderr.strip()[-2000:]) from error
-    if "problems" in answer:
-        raise_problems([Problem(*p) for p in answer["problems"]], error=ModelError)
-    return ModelSizes.from_dict(answer)
-
-
-def _uncounted(spec: str, why: str) -> ModelError:
-    return ModelError(Problem(f"model_config={spec!r} cannot be counted", why))
 
 
 def _check(options: object) -> None:

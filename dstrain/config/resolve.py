@@ -19,6 +19,7 @@ from typing import Any
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import schema
+from dstrain.config.automatic import choose_placement
 from dstrain.config.facts import Facts
 from dstrain.config.rules import (
     RULES,
@@ -135,6 +136,10 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     reasons |= {name: Provenance("argument", f"argument {name}") for name in changed}
     chosen |= adopted
     provenance: dict[str, Provenance] = {path: Provenance("config", label) for path in explicit}
+    automatic = choose_placement(chosen, facts, explicit)
+    chosen |= automatic.values
+    reasons |= dict.fromkeys(automatic.values, Provenance("derived", automatic.how))
+    warnings += [automatic.warning] if automatic.warning else []
     problems += _displaced(explicit, facts, label)
     if facts.own_optimizer:
         config.pop("optimizer", None)
