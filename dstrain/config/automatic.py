@@ -7,7 +7,7 @@ Pure: sizes of the model and memory of the machines are facts. The same planner 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dstrain.config.facts import Facts, Machine, ModelFacts
@@ -49,11 +49,17 @@ def choose_placement(
     if not left:
         return Automatic({})
     open_to = _open_to(asked, facts)
+    bound = facts.partitioned and asked["zero_stage"] == AUTO
     if facts.sizes is None or facts.machine is None:
+        if bound:
+            open_to = [p for p in open_to if p.stage == 3]
         return _unplanned(asked, left, open_to, facts)
-    if len(open_to) == 1:
-        return _as_values(left, open_to[0], f"{_name(left)}: {open_to[0]} is the only choice here")
-    return _planned(arguments, left, open_to, facts, facts.machine, explicit)
+    found = _planned(arguments, left, open_to, facts, facts.machine, explicit)
+    if bound and found.values["zero_stage"] != "3":
+        open_to = [p for p in open_to if p.stage == 3]
+        found = _planned(arguments, left, open_to, facts, facts.machine, explicit)
+        found = replace(found, how=f"{found.how}; the model is partitioned already")
+    return found
 
 
 def _open_to(asked: Mapping[str, str], facts: Facts) -> list[Placement]:
@@ -70,8 +76,6 @@ def _open_to(asked: Mapping[str, str], facts: Facts) -> list[Placement]:
         return places if asked[name] == AUTO else [asked[name]]
 
     stages = (1, 2, 3) if asked["zero_stage"] == AUTO else (int(asked["zero_stage"]),)
-    if facts.partitioned and asked["zero_stage"] == AUTO:
-        stages = (3,)
     found = [
         Placement(stage, optimizer, parameters)
         for optimizer in options("offload_optimizer")
@@ -94,7 +98,7 @@ def _unplanned(
     """Without facts: stage 2 where it is possible, and nothing is offloaded."""
     resident = [p for p in open_to if all(getattr(p, n) == "none" for n in _offloads(left))]
     choice = next((p for p in resident if p.stage == 2), (resident or open_to)[-1])
-    if facts.partitioned:
+    if facts.partitioned and asked["zero_stage"] == AUTO:
         why = "the model is partitioned already"
     elif choice.stage == 3 and asked["zero_stage"] == AUTO:
         named = [
@@ -160,8 +164,6 @@ def _planned(
     if guessed:
         what = "tokens per sample" if facts.sequence_length is None else "form of the layers"
         how += f", {ACTIVATION_SHARE:.0%} of it kept for activations (unknown: {what})"
-    if facts.partitioned and "zero_stage" in left:
-        how += "; the model is partitioned already"
     warning = ""
     if not choice.fits:
         warning = (
