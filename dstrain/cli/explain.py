@@ -100,7 +100,13 @@ def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     if not given or given.startswith("-"):
         # Its own flags in full; the model and the world are the same unless it says otherwise.
         kept = [f"--{name}={getattr(options, name)}" for name in _shared(options)]
-        return _record([*kept, *shlex.split(given)])
+        try:
+            own = shlex.split(given)
+        except ValueError as error:
+            raise ConfigError(
+                Problem(f"--diff {given!r}", str(error)), title="the run to compare with"
+            ) from error
+        return _record([*kept, *own])
     record = read_record(given)
     if record is None:
         record = _record([*words, f"--deepspeed={given}"])

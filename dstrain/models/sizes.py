@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dstrain.config.parameters import Block, ModelSizes, Tensors, merged
+from dstrain.config.parameters import Block, ModelSizes, Tensors, closed_form, merged
 from dstrain.engine import full_shape
 
 _LAYER = re.compile(r"\.\d+\.")
+_NORM = re.compile(r"(?<![qk]_)(norm|norm_?\d|ln_\w+|layernorm)\.weight$", re.IGNORECASE)
 _GATES = ("gate_proj", "gate_up_proj", "wi_0", "w1.")
 
 
@@ -33,13 +35,18 @@ def sizes_of_module(module: torch.nn.Module, *, source: str = "the model") -> Mo
     tensors = [Tensors(_part(name), full_shape(p), 1, p.requires_grad) for name, p in named]
     config: Any = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    return ModelSizes(
+    found = ModelSizes(
         getattr(config, "model_type", "") or type(module).__name__,
         source,
         merged(tensors),
         int(getattr(text, "vocab_size", 0) or 0),
         None if text is None else _block(text, [name for name, _ in named]),
     )
+    # A closed form knows more of a layer than names tell.
+    formula = closed_form(config.to_dict()) if hasattr(config, "to_dict") else None
+    if formula is not None and formula.facts.num_parameters == found.facts.num_parameters:
+        return replace(found, block=formula.block)
+    return found
 
 
 def _part(name: str) -> str:
@@ -63,6 +70,10 @@ def _block(config: Any, names: list[str]) -> Block | None:
     experts = _first(config, "num_experts_per_tok") or 1
     if experts > 1:
         ffn = _first(config, "moe_intermediate_size") or ffn
+    stacks = _first_norms(names)
+    norms = [name for stack in stacks.values() for name in stack]
+    # A decoder's third one belongs to its cross attention.
+    counts = sorted(map(len, stacks.values())) or [0]
     return Block(
         layers + decoder,
         hidden,
@@ -71,18 +82,23 @@ def _block(config: Any, names: list[str]) -> Block | None:
         _first(config, "head_dim") or hidden // heads,
         ffn or 4 * hidden,
         gated=any(gate in name for gate in _GATES for name in names),
-        rms_norm=hasattr(config, "rms_norm_eps"),
-        norms=max(2, _norms_per_layer(names)),
+        rms_norm=hasattr(config, "rms_norm_eps")
+        or any(n[:-6] + "bias" not in names for n in norms),
+        norms=max(2, counts[0] if decoder else counts[-1]),
+        qk_norm=any("q_norm" in name for name in names),
         experts_per_token=experts,
         cross_layers=decoder,
     )
 
 
-def _norms_per_layer(names: list[str]) -> int:
-    first = [n for n in names if ".0." in n and n.endswith(("norm.weight", "layernorm.weight"))]
-    return len(
-        [n for n in first if "q_norm" not in n and "k_norm" not in n and n.count(".0.") == 1]
-    )
+def _first_norms(names: list[str]) -> dict[str, list[str]]:
+    """Normalisations of width ``hidden`` in the first layer of each stack, by the stack's name."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        stack, zero, rest = name.partition(".0.")
+        if zero and not re.search(r"\d", stack) and _NORM.search(rest):
+            found.setdefault(stack, []).append(name)
+    return found
 
 
 def _first(config: Any, *names: str) -> int:
