@@ -23,6 +23,7 @@ SHARED = (
     *("model_config", "model_name_or_path", "block_size"),
     *("world_size", "device", "gpus_per_node", "gpu_memory", "host_memory"),
 )
+OPTIONAL = (*SHARED, "diff")
 SAME, DIFFERENT = 0, 1
 """The exit status of ``--diff`` is that of diff(1)."""
 
@@ -59,35 +60,48 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]
     )
     model = parser.add_argument_group("The model to explain for")
     model.add_argument(
-        "--model_config", default=None, metavar="SPEC", help="config.json, or llama:key=value,..."
+        "--model_config",
+        default=argparse.SUPPRESS,
+        metavar="SPEC",
+        help="config.json, or llama:key=value,...",
     )
     model.add_argument(
-        "--model_name_or_path", default=None, metavar="FOLDER", help="a local model folder"
+        "--model_name_or_path",
+        default=argparse.SUPPRESS,
+        metavar="FOLDER",
+        help="a local model folder",
     )
     model.add_argument(
-        "--block_size", type=int, default=None, metavar="TOKENS", help="tokens of one sample"
+        "--block_size",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="TOKENS",
+        help="tokens of one sample",
     )
     world = parser.add_argument_group("The world to explain for")
     world.add_argument("--world_size", type=int, default=1, help="ranks over all machines")
     world.add_argument("--device", default="cuda", help="cuda or cpu")
-    world.add_argument("--gpus_per_node", type=int, default=8, help="of one machine (default: 8)")
+    world.add_argument("--gpus_per_node", type=int, default=8, help="of one machine")
     world.add_argument(
-        "--gpu_memory", default=None, metavar="SIZE", help="of one GPU, such as 80GB"
+        "--gpu_memory", default=argparse.SUPPRESS, metavar="SIZE", help="of one GPU, such as 80GB"
     )
     world.add_argument(
-        "--host_memory", default=None, metavar="SIZE", help="of one machine, such as 1TB"
+        "--host_memory",
+        default=argparse.SUPPRESS,
+        metavar="SIZE",
+        help="of one machine, such as 1TB",
     )
     parser.add_argument(
         "--diff",
-        default=None,
+        default=argparse.SUPPRESS,
         metavar="OTHER",
         help="show what differs from another run: its output_dir or resolved_config.json, a "
         "DeepSpeed config (with the same other flags), or flags in quotes; the exit status is 0 "
         "where nothing differs, 1 where something does",
     )
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
-    options, (arguments,) = parse(parser, words, CLASSES)
-    return options, arguments
+    given, (arguments,) = parse(parser, words, CLASSES)
+    return argparse.Namespace(**{**dict.fromkeys(OPTIONAL), **vars(given)}), arguments
 
 
 def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:

@@ -31,26 +31,20 @@ def run(words: Sequence[str]) -> int:
     model.add_argument(
         "--model_config", default="", metavar="SPEC", help="config.json, or llama:key=value,..."
     )
-    model.add_argument("--precision", default="bf16", help=f"{', '.join(WIDTHS)} (default: bf16)")
-    model.add_argument(
-        "--optimizer", default="adamw", help=f"{', '.join(STATE_BYTES)} (default: adamw)"
-    )
+    model.add_argument("--precision", default="bf16", help=f"{', '.join(WIDTHS)}")
+    model.add_argument("--optimizer", default="adamw", help=f"{', '.join(STATE_BYTES)}")
     batch = parser.add_argument_group("Micro-batch")
-    batch.add_argument("--seq_len", type=int, default=4096, help="tokens (default: 4096)")
-    batch.add_argument("--micro_batch", type=int, default=1, help="sequences (default: 1)")
-    batch.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="micro-batches (default: 1)"
-    )
+    batch.add_argument("--seq_len", type=int, default=4096, help="tokens")
+    batch.add_argument("--micro_batch", type=int, default=1, help="sequences")
+    batch.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches")
     batch.add_argument(
         "--gradient_checkpointing", action="store_true", default=False, help="recompute layers"
     )
-    batch.add_argument(
-        "--attention", default="sdpa", help=f"{', '.join(ATTENTION)} (default: sdpa)"
-    )
+    batch.add_argument("--attention", default="sdpa", help=f"{', '.join(ATTENTION)}")
     world = parser.add_argument_group("Machines")
-    world.add_argument("--gpus", type=int, default=1, help="over all machines (default: 1)")
-    world.add_argument("--gpus_per_node", type=int, default=8, help="of one machine (default: 8)")
-    world.add_argument("--gpu_memory", default="80GB", help="of one GPU (default: 80GB)")
+    world.add_argument("--gpus", type=int, default=1, help="over all machines")
+    world.add_argument("--gpus_per_node", type=int, default=8, help="of one machine")
+    world.add_argument("--gpu_memory", default="80GB", help="of one GPU")
     world.add_argument("--host_memory", default="", help="of one machine, such as 1TB")
     world.add_argument("--nvme", default="", help="local disk of one machine, such as 7TB")
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")

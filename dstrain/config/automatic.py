@@ -17,6 +17,13 @@ from dstrain.config.placement import STATE_BYTES, WIDTHS, Buckets, Placement, Wo
 ACTIVATION_SHARE = 0.3
 AUTO = "auto"
 ARGUMENTS = ("zero_stage", "offload_optimizer", "offload_param")
+# Flags for what only stage 3 has.
+OF_STAGE_3 = (
+    "super_offload",
+    "quantized_weights",
+    "quantized_nontrainable_weights",
+    "quantized_gradients",
+)
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,14 @@ def choose_placement(
     if not left:
         return Automatic({})
     open_to = _open_to(asked, facts)
-    bound = facts.partitioned and asked["zero_stage"] == AUTO
+    needs = _needs_of_stage_3(arguments, facts)
+    bound = [p for p in open_to if p.stage == 3] if needs and "zero_stage" in left else open_to
     if facts.sizes is None or facts.machine is None:
-        if bound:
-            open_to = [p for p in open_to if p.stage == 3]
-        return _unplanned(asked, left, open_to, facts)
+        return _unplanned(left, bound, needs, facts)
     found = _planned(arguments, left, open_to, facts, facts.machine, explicit)
-    if bound and found.values["zero_stage"] != "3":
-        open_to = [p for p in open_to if p.stage == 3]
-        found = _planned(arguments, left, open_to, facts, facts.machine, explicit)
-        found = replace(found, how=f"{found.how}; the model is partitioned already")
+    if needs and found.values.get("zero_stage", "3") != "3":
+        found = _planned(arguments, left, bound, facts, facts.machine, explicit)
+        found = replace(found, how=f"{found.how}; {needs}")
     return found
 
 
@@ -92,26 +97,28 @@ def _is_possible(stage: int, optimizer: str, parameters: str) -> bool:
     return stage >= max(least, 1 if optimizer != "none" else 0)
 
 
-def _unplanned(
-    asked: Mapping[str, str], left: list[str], open_to: list[Placement], facts: Facts
-) -> Automatic:
+def _needs_of_stage_3(arguments: Mapping[str, Any], facts: Facts) -> str:
+    """What leaves only stage 3 open, in words; empty where nothing does."""
+    if facts.partitioned:
+        return "the model is partitioned already"
+    named = [f"{name}=True" for name in OF_STAGE_3 if arguments.get(name)]
+    if (hpz := arguments.get("hpz_partition_size")) not in (None, 1):
+        named.append(f"hpz_partition_size={hpz}")
+    if arguments["offload_param"] not in ("none", AUTO):
+        named.append(f"offload_param={arguments['offload_param']!r}")
+    if arguments["offload_optimizer"] == "nvme":
+        named.append("offload_optimizer='nvme'")
+    return f"{' and '.join(named)} needs stage 3" if named else ""
+
+
+def _unplanned(left: list[str], open_to: list[Placement], needs: str, facts: Facts) -> Automatic:
     """Without facts: stage 2 where it is possible, and nothing is offloaded."""
     resident = [p for p in open_to if all(getattr(p, n) == "none" for n in _offloads(left))]
     choice = next((p for p in resident if p.stage == 2), (resident or open_to)[-1])
-    if facts.partitioned and asked["zero_stage"] == AUTO:
-        why = "the model is partitioned already"
-    elif choice.stage == 3 and asked["zero_stage"] == AUTO:
-        named = [
-            n for n in ("offload_optimizer", "offload_param") if asked[n] not in (AUTO, "none")
-        ]
-        why = " and ".join(f"{n}={asked[n]!r}" for n in named) + " needs stage 3"
-    else:
-        missing = ["the model's sizes"] if facts.sizes is None else []
-        missing += ["the memory of the machine"] if facts.machine is None else []
-        why = (
-            f"{' and '.join(missing)} {'are' if len(missing) > 1 or facts.sizes is None else 'is'}"
-        )
-        why += " not known here"
+    unknown = ["the model's sizes"] if facts.sizes is None else []
+    unknown += ["the memory of the machine"] if facts.machine is None else []
+    verb = "is" if unknown == ["the memory of the machine"] else "are"
+    why = needs or f"{' and '.join(unknown)} {verb} not known here"
     return _as_values(left, choice, f"{_name(left)} takes {_in_words(left, choice)}: {why}")
 
 

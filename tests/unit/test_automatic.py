@@ -190,6 +190,18 @@ def test_a_partitioned_model_stays_at_stage_3():
     assert chosen(facts(192, partitioned=True), zero_stage="2").stage == 2
 
 
+@pytest.mark.parametrize("known", [facts(1000), Facts()], ids=["facts", "no facts"])
+def test_what_only_stage_3_has_chooses_it(known):
+    usual = readable_arguments(TrainingArguments())
+    for name, value in (("hpz_partition_size", 8), ("quantized_weights", True)):
+        found = choose_placement({**usual, name: value}, known, {})
+        assert found.values == {"zero_stage": "3"}
+        assert f"{name}={value} needs stage 3" in found.how
+    assert choose_placement({**usual, "quantized_weights": False}, known, {}).values != {
+        "zero_stage": "3"
+    }
+
+
 def test_deciding_is_repeatable_and_accepted_by_the_rules_that_follow():
     known = facts(32)
     first, second = chosen(known), chosen(known)
