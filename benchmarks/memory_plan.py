@@ -7,7 +7,7 @@
 On a CPU it measures the process: anonymous pages between steps (the states), and the peak of the
 resident ones, over what a warmed-up process has before the model is built. On a GPU it measures
 `torch.cuda.memory_allocated` and `max_memory_allocated`. `3o` offloads the optimizer, `3oo`
-parameters as well. `--suite` is a fixed list of sizes, stages, offloads, formats and buckets that are
+parameters as well. `--suite` is a fixed list of sizes, stages, offloads, formats, and buckets
 smaller than the model. Goals: states within 5%, peaks within 15%.
 """
 
