@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dstrain.config.activations import Batch
 from dstrain.config.facts import Facts, Machine, ModelFacts
+from dstrain.config.memory import GIB
 from dstrain.config.placement import STATE_BYTES, WIDTHS, Buckets, Placement, Work
+from dstrain.config.planner import ORDER, Limits, choose, plan, resolved_buckets
 
 # Kept free for activations where the tokens of a sample or the form of the layers are not known.
 ACTIVATION_SHARE = 0.3
@@ -88,6 +91,9 @@ def _open_to(asked: Mapping[str, str], facts: Facts) -> list[Placement]:
         for stage in stages
         if _is_possible(stage, optimizer, parameters)
     ]
+    if asked["offload_optimizer"] == asked["offload_param"] == AUTO:
+        # The optimizer goes first: it is used once per step, parameters in every micro-batch.
+        found = [p for p in found if p in dict(ORDER)] or found
     # An offload that excludes the others' values is refused where conflicts are collected.
     return found or [Placement(stages[-1])]
 
@@ -130,10 +136,6 @@ def _planned(
     machine: Machine,
     explicit: Mapping[str, Any],
 ) -> Automatic:
-    from dstrain.config.activations import Batch
-    from dstrain.config.memory import GIB
-    from dstrain.config.planner import Limits, choose, plan, resolved_buckets
-
     sizes = facts.sizes
     assert sizes is not None
     kind, torch_adam = _optimizer(arguments, explicit)

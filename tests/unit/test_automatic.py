@@ -82,6 +82,16 @@ def test_everything_auto_goes_on_to_offload():
     assert places == sorted(places, key=lambda p: (p[0] == "cpu", p[1] == "cpu", p[2]))
 
 
+def test_parameters_leave_the_accelerator_only_after_the_optimizer():
+    """They cross the bus in every micro-batch, optimizer states once per step."""
+    for gpu_gib in (40, 20, 12, 9, 6):
+        found = with_auto(facts(gpu_gib, sequence_length=64), **{**EVERYTHING, "zero_stage": "3"})
+        if found["offload_param"] != "none":
+            assert found["offload_optimizer"] != "none"
+    only = with_auto(facts(6, sequence_length=64), zero_stage="3", offload_param="auto")
+    assert only == {"offload_param": "cpu"}
+
+
 def test_only_what_is_auto_is_decided():
     """An offload of "none" stays so, even where nothing fits without it; that is then a warning."""
     small = facts(8)

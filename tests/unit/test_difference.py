@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +217,22 @@ def test_a_record_that_is_none_is_refused(tmp_path):
     (tmp_path / RECORD_FILE).write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         explain.run(["--diff", str(tmp_path)])
+
+
+def test_it_needs_no_torch_and_is_done_at_once(tmp_path):
+    """It is for a laptop: processor time, since the machine may be busy."""
+    saved(tmp_path, learning_rate=1e-3)
+    code = (
+        "import sys; from dstrain.cli.main import main; main(sys.argv[1:]); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed', 'transformers')))"
+    )
+    words = ["--model_config", LLAMA, "--gpu_memory", "80GB", "--diff", str(tmp_path)]
+    before = os.times().children_user
+    command = [sys.executable, "-c", code, "explain", "--world_size", "64", *words]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert b"optimizer.params.lr" in done.stdout
+    assert os.times().children_user - before < 1.0
 
 
 # --- the model and the machine -------------------------------------------------------------------
