@@ -6,6 +6,7 @@ who asks need not import torch.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from typing import Any
@@ -37,6 +38,9 @@ def _build(config: Any) -> torch.nn.Module:
         autos.insert(0, transformers.AutoModelForSeq2SeqLM)
     elif getattr(config, "vision_config", None) is not None:
         autos.insert(0, transformers.AutoModelForImageTextToText)
+    # Then what no task asks for by that name: a depth estimator, a backbone, a part of a model.
+    others = [n for n in sorted(dir(transformers)) if n.startswith("AutoModelFor")]
+    autos += [getattr(transformers, name) for name in others]
     failure: Exception | None = None
     with torch.device("meta"):
         if named is not None:
@@ -46,7 +50,31 @@ def _build(config: Any) -> torch.nn.Module:
                 return auto.from_config(config)
             except ValueError as error:
                 failure = failure or error
+        for cls in _classes_of(config):
+            return cls(config)
     raise ModelError(Problem(f"model type {config.model_type!r} cannot be built", str(failure)))
+
+
+def _classes_of(config: Any) -> list[Any]:
+    """Model classes that are made for this type of config, the one named after it first."""
+    from transformers import PreTrainedModel
+
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        members = vars(importlib.import_module(module)).values()
+    except ImportError:
+        return []
+    kind = type(config)
+    found = [
+        m
+        for m in members
+        if isinstance(m, type)
+        and issubclass(m, PreTrainedModel)
+        and getattr(m, "config_class", None) is kind
+        and not m.__name__.endswith("PreTrainedModel")
+    ]
+    stem = kind.__name__.removesuffix("Config")
+    return sorted(found, key=lambda m: (m.__name__ not in (f"{stem}Model", stem), m.__name__))
 
 
 def main() -> int:
