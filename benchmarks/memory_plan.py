@@ -1,12 +1,14 @@
 """Memory that `dstrain plan` computes against what ranks really use.
 
     python benchmarks/memory_plan.py
-    python benchmarks/memory_plan.py --models 27m --stages 1,2,3,3oo --world_sizes 2 --report
+    python benchmarks/memory_plan.py --models 27m --stages 1,2,3,3oo --world_sizes 2
+    python benchmarks/memory_plan.py --suite --report
 
 On a CPU it measures the process: anonymous pages between steps (the states), and the peak of the
 resident ones, over what a warmed-up process has before the model is built. On a GPU it measures
 `torch.cuda.memory_allocated` and `max_memory_allocated`. `3o` offloads the optimizer, `3oo`
-parameters as well. Goals: states within 5%, peaks within 15%.
+parameters as well. `--suite` is a fixed list of sizes, stages, offloads, formats, and buckets
+smaller than the model. Goals: states within 5%, peaks within 15%.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from processes import ROOT, RunFailed, has_gpu, machine, run_ranks, table
 REPORTS = ROOT / "benchmarks" / "reports"
 STATES_GOAL, PEAK_GOAL = 0.05, 0.15
 MIB = 2**20
+Case = tuple[str, int, str, dict[str, Any]]
 
 MODELS: dict[str, dict[str, int]] = {
     "10m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
@@ -35,6 +38,17 @@ MODELS: dict[str, dict[str, int]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
+# model, ranks, stage, and what differs from the options. A bucket of 5 or 7 million elements is
+# filled several times in one backward pass; one of 2 million is smaller than the embedding.
+SUITE: tuple[Case, ...] = (
+    *(("10m", 1, stage, {}) for stage in ("0", "1", "2", "3")),
+    *(("27m", 2, stage, {"bucket": 5_000_000}) for stage in ("1", "2", "3")),
+    *(("27m", 2, stage, {}) for stage in ("0", "2o", "3o", "3oo")),
+    *(("55m", 2, stage, {"bucket": 7_000_000}) for stage in ("2", "3")),
+    *(("55m", 1, stage, {}) for stage in ("1o", "3oo")),
+    *(("27m", 2, stage, {"bucket": 2_000_000, "precision": "bf16"}) for stage in ("1", "2", "3")),
+    *(("27m", 2, stage, {"accumulation": 2, "checkpointing": True}) for stage in ("2", "3")),
+)
 # glibc keeps freed blocks below a threshold that grows with what was freed; fixed and small it
 # gives them back, so that resident memory follows allocations.
 MALLOC = {
@@ -49,14 +63,8 @@ def main() -> int:
     options = _options()
     os.environ.update(MALLOC)
     device = "cuda" if has_gpu() and options.device != "cpu" else "cpu"
-    cases = [
-        {"model": model, "stage": stage, "world_size": world_size}
-        for model in options.models.split(",")
-        for world_size in map(int, options.world_sizes.split(","))
-        for stage in options.stages.split(",")
-    ]
     rows = []
-    for case in cases:
+    for case in SUITE if options.suite else _cases(options):
         settings = _settings(options, case, device)
         planned = plan_of(settings)
         try:
@@ -64,7 +72,7 @@ def main() -> int:
         except RunFailed as failure:
             print(f"{case}: {failure}", file=sys.stderr, flush=True)
             measured = None
-        rows.append({**case, "planned": planned, "measured": measured})
+        rows.append({"case": case, "planned": planned, "measured": measured})
         print(_line(rows[-1]), flush=True)
     print()
     print(_table(rows, options))
@@ -82,7 +90,7 @@ def plan_of(settings: dict[str, Any]) -> dict[str, Any]:
     from dstrain.config.activations import Batch
     from dstrain.config.memory import footprint
     from dstrain.config.parameters import closed_form
-    from dstrain.config.placement import Placement, Work
+    from dstrain.config.placement import Buckets, Placement, Work
     from dstrain.config.planner import resolved_buckets
 
     sizes = closed_form({"model_type": "llama", **settings["model"]})
@@ -98,7 +106,8 @@ def plan_of(settings: dict[str, Any]) -> dict[str, Any]:
         settings["checkpointing"],
     )  # fmt: skip
     placement = Placement(settings["stage"], settings["optimizer"], settings["parameters"])
-    buckets = resolved_buckets(sizes.facts, work, placement)
+    sizes_of_buckets = resolved_buckets(sizes.facts, work, placement)
+    buckets = Buckets.of_config(flat(bucket_keys(settings)), sizes_of_buckets)
     found = footprint(sizes, work, batch, placement, buckets)
     host = sum(found.host.values()) if settings["device"] == "cpu" else 0
     return {
@@ -108,6 +117,21 @@ def plan_of(settings: dict[str, Any]) -> dict[str, Any]:
         "kinds": dict(found.kinds),
         "host": dict(found.host),
     }
+
+
+def bucket_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed config of a run: bucket sizes of its own, or nothing."""
+    if not settings["bucket"]:
+        return {}
+    names = {3: ("reduce_bucket_size", "stage3_prefetch_bucket_size")}
+    usual = ("reduce_bucket_size", "allgather_bucket_size")
+    sizes = dict.fromkeys(names.get(settings["stage"], usual), settings["bucket"])
+    return {"zero_optimization": sizes}
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Leaf values by dotted path."""
+    return {f"{section}.{k}": v for section, keys in config.items() for k, v in keys.items()}
 
 
 def measure(settings: dict[str, Any], deadline_seconds: float) -> dict[str, int]:
@@ -126,27 +150,36 @@ def measure(settings: dict[str, Any], deadline_seconds: float) -> dict[str, int]
         return found
 
 
-def _settings(options: argparse.Namespace, case: dict[str, Any], device: str) -> dict[str, Any]:
-    stage = case["stage"]
-    return {
-        "model": MODELS[case["model"]],
+def _cases(options: argparse.Namespace) -> list[Case]:
+    return [
+        (model, world_size, stage, {})
+        for model in options.models.split(",")
+        for world_size in map(int, options.world_sizes.split(","))
+        for stage in options.stages.split(",")
+    ]
+
+
+def _settings(options: argparse.Namespace, case: Case, device: str) -> dict[str, Any]:
+    model, world_size, stage, own = case
+    names = ("precision", "micro_batch", "seq_len", "accumulation", "checkpointing", "attention")
+    settings = {
+        "model": MODELS[model],
         "stage": int(stage[0]),
         "optimizer": "cpu" if "o" in stage else "none",
         "parameters": "cpu" if "oo" in stage else "none",
-        "world_size": case["world_size"],
+        "world_size": world_size,
         "device": device,
-        "precision": options.precision,
-        "micro_batch": options.micro_batch,
-        "seq_len": options.seq_len,
-        "accumulation": options.accumulation,
-        "checkpointing": options.checkpointing,
-        "attention": options.attention,
+        "bucket": options.bucket,
+        **{name: getattr(options, name) for name in names},
+        **own,
     }
+    return {**settings, "config": bucket_keys(settings)}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     planned, measured = row["planned"], row["measured"]
-    cells = [row["model"], str(row["world_size"]), row["stage"]]
+    model, world_size, stage, own = row["case"]
+    cells = [model, str(world_size), stage, _in_words(own)]
     moment = max(planned["moments"], key=planned["moments"].get)
     for name, goal in (("states", STATES_GOAL), ("peak", PEAK_GOAL)):
         if measured is None:
@@ -160,8 +193,18 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [*cells, moment, seen]
 
 
+def _in_words(own: dict[str, Any]) -> str:
+    words = {
+        "bucket": lambda v: f"bucket {v / 1e6:g}M",
+        "accumulation": lambda v: f"accumulation {v}",
+        "checkpointing": lambda v: "checkpointed" if v else "",
+        "precision": str,
+    }
+    return ", ".join(words[name](value) for name, value in own.items())
+
+
 HEADS = [
-    *("model", "ranks", "stage", "states planned", "measured", "error", "<=5%"),
+    *("model", "ranks", "stage", "with", "states planned", "measured", "error", "<=5%"),
     *("peak planned", "measured", "error", "<=15%", "peak planned at"),
     "measured build/forward/backward/step",
 ]
@@ -185,6 +228,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", default="10m,27m", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--stages", default="0,1,2,3,1o,2o,3o,3oo")
     parser.add_argument("--world_sizes", default="1,2")
+    parser.add_argument("--suite", action="store_true", help="the fixed list instead of these")
+    parser.add_argument("--bucket", type=int, default=0, help="elements; 0 is what is derived")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--micro_batch", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=256)

@@ -116,6 +116,7 @@ def _train(settings: dict[str, Any], cuda: bool, meter: Any = None) -> dict[str,
     config._attn_implementation = settings["attention"]
     arguments = TrainingArguments(
         output_dir="unused",
+        deepspeed=settings["config"],
         zero_stage=str(settings["stage"]),
         offload_optimizer=settings["optimizer"],
         offload_param=settings["parameters"],

@@ -27,7 +27,8 @@ class ZeroArguments:
     zero_stage: str = arg(
         "auto",
         "What ZeRO partitions over the ranks: 0 nothing, 1 optimizer states, 2 also gradients, "
-        "3 also parameters; auto takes 2.",
+        "3 also parameters; auto takes the fastest that fits by the memory plan (`dstrain plan`), "
+        "and 2 where the model's sizes or the memory are not known.",
         choices=("auto", "0", "1", "2", "3"),
         treatment=deepspeed_key("zero_optimization.stage", own=True),
     )

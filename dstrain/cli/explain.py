@@ -2,42 +2,198 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from dstrain.arguments import TrainingArguments
 from dstrain.cli.flags import make_parser, parse
-from dstrain.config import Facts, resolve
-from dstrain.config.explain import as_dict, as_table
-from dstrain.core.errors import ConfigError, Problem
+from dstrain.cli.model import count_in_child, local_folder
+from dstrain.config import Facts, Machine, ResolvedConfig, resolve
+from dstrain.config.difference import as_data, as_text, differences, read_record
+from dstrain.config.explain import as_record, as_table
+from dstrain.config.parameters import ModelSizes, sizes_of
+from dstrain.config.placement import parse_size
+from dstrain.core.errors import ConfigError, Problem, collected, raise_errors, raise_problems
+
+CLASSES = [TrainingArguments]
+SHARED = (
+    *("model_config", "model_name_or_path", "block_size"),
+    *("world_size", "device", "gpus_per_node", "gpu_memory", "host_memory"),
+)
+OPTIONAL = (*SHARED, "diff")
+SAME, DIFFERENT = 0, 1
+"""The exit status of ``--diff`` is that of diff(1)."""
 
 
 def run(words: Sequence[str]) -> int:
-    """Resolve and print.
+    """Resolve and print; with ``--diff`` compare.
+
+    Returns:
+        0, or with ``--diff`` 1 where something differs.
 
     Raises:
         ConfigError: as training with these flags would.
+        ModelError: a model config that cannot be read.
     """
-    classes = [TrainingArguments]
+    options, arguments = _parse(words)
+    resolved = _resolve(options, arguments)
+    if options.diff is None:
+        record = as_record(resolved, arguments)
+        print(json.dumps(record, indent=2) if options.json else as_table(resolved))
+        return SAME
+    found = differences(as_record(resolved, arguments), _other(options, words))
+    if options.json:
+        print(json.dumps(as_data(found), indent=2))
+    else:
+        print(as_text(found, other=options.diff or "the defaults"))
+    return DIFFERENT if found else SAME
+
+
+def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]:
     parser = make_parser(
         "dstrain explain",
         "Print the DeepSpeed config that training with these flags would use, and why.",
-        classes,
+        CLASSES,
+    )
+    model = parser.add_argument_group("The model to explain for")
+    model.add_argument(
+        "--model_config",
+        default=argparse.SUPPRESS,
+        metavar="SPEC",
+        help="config.json, or llama:key=value,...",
+    )
+    model.add_argument(
+        "--model_name_or_path",
+        default=argparse.SUPPRESS,
+        metavar="FOLDER",
+        help="a local model folder",
+    )
+    model.add_argument(
+        "--block_size",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="TOKENS",
+        help="tokens of one sample",
     )
     world = parser.add_argument_group("The world to explain for")
     world.add_argument("--world_size", type=int, default=1, help="ranks over all machines")
     world.add_argument("--device", default="cuda", help="cuda or cpu")
-    world.add_argument("--json", action="store_true", default=False, help="print JSON")
-    options, (arguments,) = parse(parser, words, classes)
-    if options.world_size < 1:
-        raise ConfigError(Problem(f"--world_size {options.world_size}", "at least one rank"))
-    steps = arguments.max_steps if arguments.max_steps > 0 else None
-    resolved = resolve(
-        arguments,
-        Facts(world_size=options.world_size, device=options.device, num_training_steps=steps),
+    world.add_argument("--gpus_per_node", type=int, default=8, help="of one machine")
+    world.add_argument(
+        "--gpu_memory", default=argparse.SUPPRESS, metavar="SIZE", help="of one GPU, such as 80GB"
     )
-    if options.json:
-        print(json.dumps(as_dict(resolved), indent=2, default=str))
-    else:
-        print(as_table(resolved))
-    return 0
+    world.add_argument(
+        "--host_memory",
+        default=argparse.SUPPRESS,
+        metavar="SIZE",
+        help="of one machine, such as 1TB",
+    )
+    parser.add_argument(
+        "--diff",
+        default=argparse.SUPPRESS,
+        metavar="OTHER",
+        help="show what differs from another run: its output_dir or resolved_config.json, a "
+        "DeepSpeed config (with the same other flags), or flags in quotes; the exit status is 0 "
+        "where nothing differs, 1 where something does",
+    )
+    parser.add_argument("--json", action="store_true", default=False, help="print JSON")
+    given, (arguments,) = parse(parser, words, CLASSES)
+    return argparse.Namespace(**{**dict.fromkeys(OPTIONAL), **vars(given)}), arguments
+
+
+def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
+    """The record of the run to compare with.
+
+    Raises:
+        ConfigError: it is none of the things that can be compared with, or cannot be resolved.
+    """
+    given = options.diff.strip()
+    if not given or given.startswith("-"):
+        # Its own flags in full; the model and the world are the same unless it says otherwise.
+        kept = [f"--{name}={getattr(options, name)}" for name in _shared(options)]
+        try:
+            own = shlex.split(given)
+        except ValueError as error:
+            raise ConfigError(
+                Problem(f"--diff {given!r}", str(error)), title="the run to compare with"
+            ) from error
+        return _record([*kept, *own])
+    record = read_record(given)
+    if record is None:
+        record = _record([*words, f"--deepspeed={given}"])
+    return record
+
+
+def _shared(options: argparse.Namespace) -> list[str]:
+    return [name for name in SHARED if getattr(options, name) is not None]
+
+
+def _record(words: Sequence[str]) -> dict[str, Any]:
+    try:
+        options, arguments = _parse(words)
+        return as_record(_resolve(options, arguments), arguments)
+    except ConfigError as error:
+        raise ConfigError(error.problems, title="the run to compare with") from error
+
+
+def _resolve(options: argparse.Namespace, arguments: TrainingArguments) -> ResolvedConfig:
+    _check(options)
+    sizes = _sizes(options)
+    facts = Facts(
+        world_size=options.world_size,
+        device=options.device,
+        num_training_steps=arguments.max_steps if arguments.max_steps > 0 else None,
+        model=None if sizes is None else sizes.facts,
+        sizes=sizes,
+        machine=_machine(options),
+        sequence_length=options.block_size,
+    )
+    return resolve(arguments, facts)
+
+
+def _check(options: argparse.Namespace) -> None:
+    problems = [
+        Problem(f"--{name} {value}", "at least one")
+        for name in ("world_size", "gpus_per_node", "block_size")
+        if (value := getattr(options, name)) is not None and value < 1
+    ]
+    if options.model_config is not None and options.model_name_or_path is not None:
+        problems.append(
+            Problem(
+                "--model_config and --model_name_or_path",
+                "both describe the model",
+                "give one of them",
+            )
+        )
+    if options.device == "cpu" and options.gpu_memory is not None:
+        problems.append(
+            Problem("--gpu_memory with --device cpu", "", "give --host_memory of one machine")
+        )
+    raise_problems(problems, error=ConfigError)
+
+
+def _sizes(options: argparse.Namespace) -> ModelSizes | None:
+    if options.model_config is not None:
+        return sizes_of(options.model_config, count_in_child)
+    if options.model_name_or_path is not None:
+        return sizes_of(local_folder(options.model_name_or_path), count_in_child)
+    return None
+
+
+def _machine(options: argparse.Namespace) -> Machine | None:
+    """Memory as given; None where that of a rank is not."""
+    errors: list[Any] = []
+    sizes: dict[str, int] = {}
+    for name in ("gpu_memory", "host_memory"):
+        if (text := getattr(options, name)) is not None:
+            with collected(errors):
+                sizes[name] = parse_size(text, name)
+    raise_errors(errors)
+    ranks = min(options.world_size, options.gpus_per_node)
+    host = sizes.get("host_memory")
+    if options.device == "cpu":
+        return None if host is None else Machine(ranks, host // ranks, host)
+    return Machine(ranks, sizes["gpu_memory"], host) if "gpu_memory" in sizes else None

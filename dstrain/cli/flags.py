@@ -115,10 +115,10 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], kinds: tuple[type, ...]
 
 
 def _underscored(word: str) -> str:
-    """``--learning-rate`` is ``--learning_rate``; a value after ``=`` stays as it is."""
-    if not word.startswith("--"):
-        return word
+    """``--learning-rate`` is ``--learning_rate``; a value stays, also one of quoted flags."""
     name, equals, value = word[2:].partition("=")
+    if not word.startswith("--") or " " in name:
+        return word
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 

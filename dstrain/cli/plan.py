@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 
 from dstrain.cli.flags import make_parser, parse
+from dstrain.cli.model import count_in_child
 from dstrain.config.activations import ATTENTION, Batch
-from dstrain.config.parameters import ModelSizes, sizes_of
+from dstrain.config.parameters import sizes_of
 from dstrain.config.placement import STATE_BYTES, WIDTHS, Work, parse_size
 from dstrain.config.plan_report import as_dict, as_table
 from dstrain.config.planner import Limits, choose, plan
-from dstrain.core.errors import ConfigError, ModelError, Problem, raise_problems
-
-COUNT_SECONDS = 300
+from dstrain.core.errors import ConfigError, Problem, raise_problems
 
 
 def run(words: Sequence[str]) -> int:
@@ -34,26 +31,20 @@ def run(words: Sequence[str]) -> int:
     model.add_argument(
         "--model_config", default="", metavar="SPEC", help="config.json, or llama:key=value,..."
     )
-    model.add_argument("--precision", default="bf16", help=f"{', '.join(WIDTHS)} (default: bf16)")
-    model.add_argument(
-        "--optimizer", default="adamw", help=f"{', '.join(STATE_BYTES)} (default: adamw)"
-    )
+    model.add_argument("--precision", default="bf16", help=f"{', '.join(WIDTHS)}")
+    model.add_argument("--optimizer", default="adamw", help=f"{', '.join(STATE_BYTES)}")
     batch = parser.add_argument_group("Micro-batch")
-    batch.add_argument("--seq_len", type=int, default=4096, help="tokens (default: 4096)")
-    batch.add_argument("--micro_batch", type=int, default=1, help="sequences (default: 1)")
-    batch.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="micro-batches (default: 1)"
-    )
+    batch.add_argument("--seq_len", type=int, default=4096, help="tokens")
+    batch.add_argument("--micro_batch", type=int, default=1, help="sequences")
+    batch.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches")
     batch.add_argument(
         "--gradient_checkpointing", action="store_true", default=False, help="recompute layers"
     )
-    batch.add_argument(
-        "--attention", default="sdpa", help=f"{', '.join(ATTENTION)} (default: sdpa)"
-    )
+    batch.add_argument("--attention", default="sdpa", help=f"{', '.join(ATTENTION)}")
     world = parser.add_argument_group("Machines")
-    world.add_argument("--gpus", type=int, default=1, help="over all machines (default: 1)")
-    world.add_argument("--gpus_per_node", type=int, default=8, help="of one machine (default: 8)")
-    world.add_argument("--gpu_memory", default="80GB", help="of one GPU (default: 80GB)")
+    world.add_argument("--gpus", type=int, default=1, help="over all machines")
+    world.add_argument("--gpus_per_node", type=int, default=8, help="of one machine")
+    world.add_argument("--gpu_memory", default="80GB", help="of one GPU")
     world.add_argument("--host_memory", default="", help="of one machine, such as 1TB")
     world.add_argument("--nvme", default="", help="local disk of one machine, such as 7TB")
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
@@ -88,31 +79,6 @@ def run(words: Sequence[str]) -> int:
     else:
         print(as_table(found, choice))
     return 0
-
-
-def count_in_child(spec: str) -> ModelSizes:
-    """Sizes of a model without a closed form, counted by a process that may import torch.
-
-    Raises:
-        ModelError: what that process found wrong.
-    """
-    command = [sys.executable, "-m", "dstrain.models.count", spec]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COUNT_SECONDS, check=False
-        )
-        answer = json.loads(done.stdout.strip().splitlines()[-1])
-    except subprocess.TimeoutExpired as error:
-        raise _uncounted(spec, f"not done in {COUNT_SECONDS} s") from error
-    except (ValueError, IndexError) as error:
-        raise _uncounted(spec, done.stderr.strip()[-2000:]) from error
-    if "problems" in answer:
-        raise_problems([Problem(*p) for p in answer["problems"]], error=ModelError)
-    return ModelSizes.from_dict(answer)
-
-
-def _uncounted(spec: str, why: str) -> ModelError:
-    return ModelError(Problem(f"model_config={spec!r} cannot be counted", why))
 
 
 def _check(options: object) -> None:

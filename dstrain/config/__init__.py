@@ -1,6 +1,6 @@
 """Arguments and facts become one complete DeepSpeed config, with a reason for every key."""
 
-from dstrain.config.facts import Facts, ModelFacts
+from dstrain.config.facts import Facts, Machine, ModelFacts
 from dstrain.config.resolve import Provenance, ResolvedConfig, resolve
 
-__all__ = ["Facts", "ModelFacts", "Provenance", "ResolvedConfig", "resolve"]
+__all__ = ["Facts", "Machine", "ModelFacts", "Provenance", "ResolvedConfig", "resolve"]

@@ -1,11 +1,18 @@
-"""A resolved config for people: one line per key with its value and its reason."""
+"""A resolved config for people and for files: every key with its value and its reason."""
 
 from __future__ import annotations
 
 import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
 from typing import Any
 
+from dstrain.arguments import TrainingArguments
 from dstrain.config.resolve import ResolvedConfig
+
+PACKAGES = ("dstrain", "deepspeed", "torch", "transformers")
 
 
 def as_table(resolved: ResolvedConfig) -> str:
@@ -30,6 +37,61 @@ def as_dict(resolved: ResolvedConfig) -> dict[str, Any]:
         "adopted_from_config": dict(resolved.adopted),
         "warnings": list(resolved.warnings),
     }
+
+
+def as_record(resolved: ResolvedConfig, arguments: TrainingArguments) -> dict[str, Any]:
+    """What ``resolved_config.json`` of a run holds, as plain JSON data.
+
+    Beside ``as_dict``: what the resolution knew, every argument (tokens masked) with the names of
+    those that were set, and the versions of the packages.
+    """
+    facts = resolved.facts
+    model = None if facts.model is None else asdict(facts.model)
+    if facts.sizes is not None:
+        model = {**(model or {}), "model_type": facts.sizes.model_type}
+    record = {
+        **as_dict(resolved),
+        "facts": {
+            "world_size": facts.world_size,
+            "device": facts.device,
+            "num_training_steps": facts.num_training_steps,
+            "sequence_length": facts.sequence_length,
+            "model": model,
+            "machine": None if facts.machine is None else asdict(facts.machine),
+            "own_optimizer": facts.own_optimizer,
+            "own_scheduler": facts.own_scheduler,
+        },
+        "arguments": arguments.to_dict(),
+        "set_arguments": sorted(arguments.changed_fields()),
+        "versions": versions(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    return plain
+
+
+def versions() -> dict[str, str]:
+    """Installed versions, read without importing the packages; what is missing is left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def leaf(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path.
+
+    Raises:
+        KeyError: there is none.
+    """
+    node: Any = config
+    for part in path.split("."):
+        if not isinstance(node, Mapping):
+            raise KeyError(path)
+        node = node[part]
+    return node
 
 
 def _show(value: Any) -> str:

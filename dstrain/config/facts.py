@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dstrain.config.parameters import ModelSizes
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,24 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Memory and disk that a rank has a share of, the least over all ranks.
+
+    Attributes:
+        ranks: ranks that share one machine.
+        device_bytes: memory of one accelerator; where ranks train on the CPU, one rank's share of
+            the host's.
+        host_bytes: host memory of one machine; None where it is not known.
+        nvme_bytes: free local disk of one machine; None where there is none or it is not known.
+    """
+
+    ranks: int
+    device_bytes: int
+    host_bytes: int | None = None
+    nvme_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Facts:
     """What is known when a config is resolved; None stands for "not known yet".
 
@@ -49,6 +71,10 @@ class Facts:
         model: sizes of the parameters.
         own_optimizer: the user passes an optimizer object.
         own_scheduler: the user passes a schedule object.
+        sizes: every parameter and the form of the layers, which the memory plan needs.
+        machine: memory and disk.
+        sequence_length: tokens of one sample, where the task knows them.
+        partitioned: the model exists and its parameters are partitioned already (ZeRO stage 3).
     """
 
     world_size: int = 1
@@ -57,3 +83,7 @@ class Facts:
     model: ModelFacts | None = None
     own_optimizer: bool = False
     own_scheduler: bool = False
+    sizes: ModelSizes | None = None
+    machine: Machine | None = None
+    sequence_length: int | None = None
+    partitioned: bool = False

@@ -69,9 +69,14 @@ class Buckets:
     overlap: bool = False
 
     @staticmethod
-    def of_config(values: Mapping[str, Any]) -> Buckets:
-        """From the dotted keys of a resolved config; what it leaves out is DeepSpeed's default."""
-        usual = Buckets()
+    def of_config(values: Mapping[str, Any], usual: Buckets | None = None) -> Buckets:
+        """From the dotted keys of a config.
+
+        Args:
+            values: leaf values by dotted path.
+            usual: what holds for keys that it leaves out; DeepSpeed's defaults by default.
+        """
+        usual = usual or Buckets()
 
         def size(name: str, default: int) -> int:
             return int(values.get(f"zero_optimization.{name}", default))

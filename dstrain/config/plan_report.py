@@ -37,7 +37,7 @@ def as_table(found: Plan, choice: Choice) -> str:
         "",
         *_rows(found, choice),
         "",
-        f"zero_stage=auto: {choice.placement}" + ("" if choice.fits else " (does not fit)"),
+        f"{_asked(choice)}: {choice.placement}" + ("" if choice.fits else " (does not fit)"),
         f"  because {choice.reason}",
         *(f"  {remedy}" for remedy in choice.remedies),
         "",
@@ -54,6 +54,13 @@ def as_table(found: Plan, choice: Choice) -> str:
     else:
         lines.append(f"One layer keeps {layer_bytes(block, batch) / GIB:.2f} GiB uncheckpointed.")
     return "\n".join(lines)
+
+
+def _asked(choice: Choice) -> str:
+    """The arguments that lead to the choice: without an "auto" of its own nothing is offloaded."""
+    if choice.placement.optimizer == choice.placement.parameters == "none":
+        return "zero_stage=auto"
+    return "zero_stage=auto with offload_optimizer=auto and offload_param=auto"
 
 
 def _rows(found: Plan, choice: Choice) -> list[str]:

@@ -6,7 +6,7 @@ the least communication to the most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dstrain.config.activations import Batch
@@ -62,7 +62,8 @@ class Limits:
     """What there is; None where it is not known.
 
     Attributes:
-        gpu_bytes: memory of one accelerator.
+        gpu_bytes: memory of one accelerator; of a rank that trains on the CPU, its share of the
+            host's.
         host_bytes: host memory of one machine.
         nvme_bytes: local disk of one machine.
     """
@@ -149,6 +150,7 @@ def plan(
     limits: Limits,
     *,
     buckets: BucketsOf = resolved_buckets,
+    placements: Sequence[Placement] = SHOWN,
 ) -> Plan:
     """Bytes of every choice, and what each of them lacks.
 
@@ -158,10 +160,12 @@ def plan(
         batch: one micro-batch.
         limits: memory and disk.
         buckets: bucket sizes of a stage; by default those of the resolved config.
+        placements: the choices.
     """
-    by_stage = {s: buckets(sizes.facts, work, Placement(s)) for s in range(4)}
+    stages = {placement.stage for placement in placements}
+    by_stage = {s: buckets(sizes.facts, work, Placement(s)) for s in stages}
     rows = []
-    for placement in SHOWN:
+    for placement in placements:
         pair = [
             footprint(
                 sizes,
@@ -177,20 +181,39 @@ def plan(
     return Plan(sizes, work, batch, limits, tuple(rows))
 
 
-def choose(plan: Plan) -> Choice:
-    """The fastest choice that fits, and why."""
+def choose(plan: Plan, *, advise: bool = True) -> Choice:
+    """The fastest choice that fits, and why.
+
+    Args:
+        plan: the choices; stage 0 is taken only where there is no other, since stage 1 does all
+            that it does with less memory and as much communication.
+        advise: look for changes that would help where nothing fits.
+    """
     passed: list[str] = []
-    for placement, why in ORDER:
-        row = plan.row(placement)
+    rows = {row.placement: row for row in plan.rows}
+    order = sorted((p for p in rows if p.stage or len(rows) == 1), key=speed_rank)
+    for placement in order:
+        row = rows[placement]
         if row.fits:
-            reason = "; ".join([*passed, f"{placement} fits: {why}"])
+            why = dict(ORDER).get(placement)
+            reason = "; ".join([*passed, f"{placement} fits{f': {why}' if why else ''}"])
             return Choice(placement, True, reason)
         passed.append(f"{placement} lacks {describe(row.lacking)}")
-    rows = [plan.row(placement) for placement, _ in ORDER]
-    known = [row for row in rows if None not in row.lacking.values()] or rows
+    refused = [rows[placement] for placement in order]
+    known = [row for row in refused if None not in row.lacking.values()] or refused
     least = min(known, key=lambda row: sum(v or 0 for v in row.lacking.values()))
     reason = f"nothing fits; {least.placement} lacks least: {describe(least.lacking)}"
-    return Choice(least.placement, False, reason, tuple(_remedies(plan)))
+    return Choice(least.placement, False, reason, tuple(_remedies(plan)) if advise else ())
+
+
+def speed_rank(placement: Placement) -> tuple[int, int, int]:
+    """The place of a choice from the fastest to the slowest, that of ``ORDER`` for those in it."""
+    places = ("none", "cpu", "nvme")
+    return (
+        places.index(placement.optimizer),
+        places.index(placement.parameters),
+        placement.stage,
+    )
 
 
 def describe(lacking: Mapping[str, int | None]) -> str:
@@ -204,15 +227,19 @@ def describe(lacking: Mapping[str, int | None]) -> str:
 def _lacking(found: Footprint, work: Work, limits: Limits) -> dict[str, int | None]:
     """What is missing on an accelerator, and on a machine with all of its ranks."""
     ranks = min(work.ranks_per_machine, work.world_size)
+    host, disk = sum(found.host.values()), ranks * sum(found.nvme.values())
     lacking: dict[str, int | None] = {}
-    if found.needed > limits.gpu_bytes:
-        lacking["GPU memory"] = found.needed - limits.gpu_bytes
-    if limits.host_bytes is None:
-        if found.placement.optimizer != "none" or found.placement.parameters != "none":
-            lacking["host memory"] = None
-    elif (host := ranks * sum(found.host.values())) > limits.host_bytes:
-        lacking["host memory"] = host - limits.host_bytes
-    disk = ranks * sum(found.nvme.values())
+    if work.device == "cpu":  # what is offloaded stays in the same memory
+        if found.needed + host > limits.gpu_bytes:
+            lacking["host memory per rank"] = found.needed + host - limits.gpu_bytes
+    else:
+        if found.needed > limits.gpu_bytes:
+            lacking["GPU memory"] = found.needed - limits.gpu_bytes
+        if limits.host_bytes is None:
+            if found.placement.optimizer != "none" or found.placement.parameters != "none":
+                lacking["host memory"] = None
+        elif ranks * host > limits.host_bytes:
+            lacking["host memory"] = ranks * host - limits.host_bytes
     if disk and limits.nvme_bytes is None:
         lacking["disk"] = None
     elif disk > (limits.nvme_bytes or 0):

@@ -19,6 +19,7 @@ from typing import Any
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import schema
+from dstrain.config.automatic import choose_placement
 from dstrain.config.facts import Facts
 from dstrain.config.rules import (
     RULES,
@@ -135,6 +136,10 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     reasons |= {name: Provenance("argument", f"argument {name}") for name in changed}
     chosen |= adopted
     provenance: dict[str, Provenance] = {path: Provenance("config", label) for path in explicit}
+    automatic = choose_placement(chosen, facts, explicit)
+    chosen |= automatic.values
+    reasons |= dict.fromkeys(automatic.values, Provenance("derived", automatic.how))
+    warnings += [automatic.warning] if automatic.warning else []
     problems += _displaced(explicit, facts, label)
     if facts.own_optimizer:
         config.pop("optimizer", None)
@@ -145,6 +150,7 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
         _fill(rule, config, explicit, provenance, view, reasons, problems, warnings, label)
     problems += _lost_schedule(explicit, changed, chosen, label)
     problems += _contradictions(config, label)
+    problems += _shared_samples(config, label)
     for path, value in _leaves(config):
         if _is_auto(path, value):
             problems.append(_left_auto(path))
@@ -362,6 +368,25 @@ def _contradictions(config: Mapping[str, Any], label: str) -> list[Problem]:
                 )
             )
     return problems
+
+
+def _shared_samples(config: Mapping[str, Any], label: str) -> list[Problem]:
+    """Parallelism in which several ranks work on the same samples.
+
+    The batch would be micro-batch x accumulation x groups, and each group would have to read the
+    same samples; every rank reads samples of its own here.
+    """
+    keys = ("sequence_parallel_size", "tensor_parallel.autotp_size", "tensor_parallel.tp.tp_size")
+    return [
+        Problem(
+            f"{key}={size} in {label}",
+            "the ranks of such a group must read the same samples, and this version gives every "
+            "rank samples of its own, so the global batch would not be what is written here",
+            "remove it; ZeRO stage 3 partitions a model that does not fit on one rank",
+        )
+        for key in keys
+        if isinstance(size := _get(config, key), int) and size > 1
+    ]
 
 
 def _conflict(key: str, given: Any, name: str, value: Any, label: str) -> Problem:

@@ -2,6 +2,7 @@
 
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
+from dstrain.engine.machine import least, read_machine
 from dstrain.engine.startup import (
     check_precision,
     device_name,
@@ -31,8 +32,10 @@ __all__ = [
     "gathered",
     "inference_engine",
     "is_partitioned",
+    "least",
     "model_facts",
     "parameter_groups",
+    "read_machine",
     "shut_down",
     "start",
 ]

@@ -15,11 +15,13 @@ import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, ResolvedConfig, resolve
-from dstrain.config.explain import as_dict
+from dstrain.config.difference import RECORD_FILE
+from dstrain.config.explain import as_record, as_table
+from dstrain.config.parameters import ModelSizes
 from dstrain.core import log
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, require_equal
+from dstrain.core.ranks import Ranks, all_or_none, gather_objects, require_equal
 from dstrain.data import (
     Collator,
     LoaderOptions,
@@ -37,10 +39,13 @@ from dstrain.engine import (
     ZeroThreeMark,
     check_precision,
     device_type,
-    model_facts,
+    is_partitioned,
+    least,
     parameter_groups,
+    read_machine,
     start,
 )
+from dstrain.models import sizes_of_module
 
 logger = get_logger(__name__)
 
@@ -185,22 +190,40 @@ def resolve_config(
     ranks: Ranks,
     *,
     module: torch.nn.Module | None = None,
+    sizes: ModelSizes | None = None,
+    sequence_length: int | None = None,
     num_training_steps: int | None = None,
     own_optimizer: bool = False,
     own_scheduler: bool = False,
 ) -> ResolvedConfig:
     """Resolve for this world, with what is known of the model and the run; on all ranks alike.
 
+    Args:
+        args: the user's arguments.
+        ranks: this process among the others.
+        module: the model, where there is one.
+        sizes: what is known of it before it is built.
+        sequence_length: tokens of one sample, where the task knows them.
+        num_training_steps: optimizer steps of the run.
+        own_optimizer: the user passes an optimizer object.
+        own_scheduler: the user passes a schedule object.
+
     Raises:
         ConfigError: on every rank, also when only one cannot read the config.
     """
+    if module is not None:
+        sizes = sizes_of_module(module)
     facts = Facts(
         world_size=ranks.world_size,
         device=device_type(),
         num_training_steps=num_training_steps,
-        model=None if module is None else model_facts(module),
+        model=None if sizes is None else sizes.facts,
         own_optimizer=own_optimizer,
         own_scheduler=own_scheduler,
+        sizes=sizes,
+        machine=least(gather_objects(read_machine(ranks, disk=getattr(args, "nvme_path", None)))),
+        sequence_length=sequence_length,
+        partitioned=module is not None and any(is_partitioned(p) for p in module.parameters()),
     )
     with all_or_none():
         resolved = resolve(args, facts)
@@ -214,7 +237,8 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
     """Build models partitioned inside the block when ``args`` resolve to ZeRO stage 3.
 
     A model that is built or loaded by transformers in here never exists whole on a rank's device;
-    given to the Trainer whole, it would have to fit there once. Below stage 3 nothing changes.
+    given to the Trainer whole, it would have to fit there once. Below stage 3 nothing changes, nor
+    with ``zero_stage="auto"``, which cannot be decided before there is a model: say 3.
     """
     ranks = start_run(args)
     mark = ZeroThreeMark(resolve_config(args, ranks))
@@ -279,8 +303,11 @@ def training_engine(
     return Engine(module, resolved, groups=groups, optimizer=optimizer, scheduler=scheduler)
 
 
-def write_resolved_config(resolved: ResolvedConfig, folder: Path) -> None:
-    """Write every key with its value and reason to ``resolved_config.json``."""
-    (folder / "resolved_config.json").write_text(
-        json.dumps(as_dict(resolved), indent=2, default=str) + "\n"
-    )
+def record_resolved_config(resolved: ResolvedConfig, args: TrainingArguments) -> None:
+    """Write every key with its value and reason into the run's folder, and log it (level info).
+
+    ``dstrain explain --diff`` reads the file.
+    """
+    path = Path(args.output_dir) / RECORD_FILE
+    path.write_text(json.dumps(as_record(resolved, args), indent=2) + "\n")
+    logger.info("the resolved DeepSpeed config, also in %s:\n%s", path, as_table(resolved))

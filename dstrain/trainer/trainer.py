@@ -51,10 +51,13 @@ class Trainer:
         optimizer: the optimizer in use, or None before training.
         lr_scheduler: the schedule in use, or None before training.
         is_in_train: whether ``train`` is running.
+        sequence_length: tokens of one sample, where a subclass knows them (None: unknown); for
+            ``zero_stage="auto"``, which else keeps a share of the memory for activations.
     """
 
     state: Any
     control: Any
+    sequence_length: int | None = None
 
     log_metrics = compat.log_metrics
     save_metrics = compat.save_metrics
@@ -378,7 +381,7 @@ class Trainer:
         require_equal("the length of the training data", (max_steps, per_epoch), DataError)
         self.resolved = self._resolve(max_steps)
         if self.ranks.is_main:
-            build.write_resolved_config(self.resolved, Path(self.args.output_dir))
+            build.record_resolved_config(self.resolved, self.args)
             for warning in self.resolved.warnings:
                 logger.warning("%s", warning)
             build.warn_of_missing_checkpoints(self.args)
@@ -413,6 +416,7 @@ class Trainer:
             self.args,
             self.ranks,
             module=self.model,
+            sequence_length=self.sequence_length,
             num_training_steps=max_steps,
             own_optimizer=self._own_optimizer is not None,
             own_scheduler=self._own_scheduler is not None,

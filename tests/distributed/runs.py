@@ -15,7 +15,7 @@ STAGES = (0, 1, 2, 3)
 def make_trainer(
     folder: Path,
     *,
-    stage: int = 2,
+    stage: int | str = 2,
     model: torch.nn.Module | None = None,
     train: int = 16,
     evaluation: Any = 7,

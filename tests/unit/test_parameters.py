@@ -162,7 +162,10 @@ def test_counting_the_built_model_agrees(name):
     assert counted.block.layers == formula.block.layers
 
 
-@pytest.mark.parametrize("spec", ["mamba:vocab_size=99", "whisper", "modernbert"])
+@pytest.mark.parametrize(
+    "spec",
+    ["mamba:vocab_size=99", "whisper", "modernbert", "blip_vision_model", "prompt_depth_anything"],
+)
 def test_architectures_without_a_closed_form_are_counted(spec):
     from dstrain.models.count import count_parameters
 

@@ -8,11 +8,7 @@ from dstrain.config.rules.rule import Binding, Derivation, Derived, View
 
 
 def _stage(view: View) -> Derived:
-    if view.zero_stage != "auto":
-        return Derived(int(view.zero_stage))
-    if view.offload_param != "none":
-        return Derived(3, f"offload_param={view.offload_param!r} needs stage 3")
-    return Derived(2, "zero_stage='auto' takes stage 2")
+    return Derived(int(view.zero_stage))  # "auto" is decided before the rules run
 
 
 def _offload(name: str) -> Callable[[View], Derived | None]:

@@ -25,6 +25,7 @@ from dstrain.models import (
     build_causal_lm,
     check_model_folder,
     check_writable,
+    count_causal_lm,
     load_causal_lm,
     max_length,
     parse_model_config,
@@ -51,19 +52,11 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
     # Everything that can be wrong is looked at before data is read or a model is built.
     with all_or_none():
         _check(args, model_args, data_args, ranks)
-    resolved = resolve_config(args, ranks)
     documents, tokenizer, packed = _prepare_data(data_args, model_args, ranks)
     if packed.validation is None:
         _refuse_evaluation(args, "the training text is too short to hold a part of it out")
     logger.info("data: %s", documents.description)
-    seed_everything(args.seed)
-    if model_args.model_name_or_path is not None:
-        model = load_causal_lm(model_args.model_name_or_path, resolved)
-        _check_vocabulary(model.config, tokenizer)
-    else:
-        config = _fresh_config(model_args, data_args, tokenizer)
-        _check_vocabulary(config, tokenizer)
-        model = build_causal_lm(config, resolved)
+    model = _build_model(args, model_args, data_args, tokenizer, ranks)
     logger.info(
         "model: %s, %s parameters",
         type(model).__name__,
@@ -78,8 +71,30 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
         eval_dataset=packed.validation,
         processing_class=tokenizer,
         tokens_per_byte=packed.tokens_per_byte,
+        sequence_length=data_args.block_size,
     )
     _train_and_report(trainer, model_args)
+
+
+def _build_model(
+    args: TrainingArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    tokenizer: Any,
+    ranks: Ranks,
+) -> Any:
+    """The model, partitioned while it is built where the config is one of stage 3.
+
+    The config must be final by then, so it is resolved with the sizes of the model that is to be.
+    """
+    name = model_args.model_name_or_path
+    config = _saved_config(name) if name else _fresh_config(model_args, data_args, tokenizer)
+    _check_vocabulary(config, tokenizer)
+    resolved = resolve_config(
+        args, ranks, sizes=count_causal_lm(config), sequence_length=data_args.block_size
+    )
+    seed_everything(args.seed)
+    return load_causal_lm(name, resolved) if name else build_causal_lm(config, resolved)
 
 
 def _train_and_report(trainer: CausalLMTrainer, model_args: ModelArguments) -> None:

@@ -11,9 +11,23 @@ from dstrain.trainer import Trainer
 class CausalLMTrainer(Trainer):
     """A ``Trainer`` that knows how many tokens a byte of the evaluation text takes."""
 
-    def __init__(self, *args: Any, tokens_per_byte: float | None = None, **kwargs: Any) -> None:
-        """Args: ``tokens_per_byte`` of the evaluation text; the rest goes to ``Trainer``."""
+    def __init__(
+        self,
+        *args: Any,
+        tokens_per_byte: float | None = None,
+        sequence_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """What a language model adds; the rest goes to ``Trainer``.
+
+        Args:
+            *args: of ``Trainer``.
+            tokens_per_byte: of the evaluation text.
+            sequence_length: tokens of one block.
+            **kwargs: of ``Trainer``.
+        """
         self.tokens_per_byte = tokens_per_byte
+        self.sequence_length = sequence_length
         super().__init__(*args, **kwargs)
 
     def derived_metrics(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:

@@ -1,0 +1,60 @@
+"""The sizes of the model that a command is asked about; torch only where there is no formula."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from dstrain.config.parameters import ModelSizes
+from dstrain.core.errors import ModelError, Problem, raise_problems
+
+COUNT_SECONDS = 300
+
+
+def local_folder(name: str) -> str:
+    """A ``model_name_or_path`` as the specification of its config; nothing is fetched.
+
+    Raises:
+        ModelError: it is no folder with a config.json.
+    """
+    if not (Path(name).expanduser() / "config.json").is_file():
+        raise ModelError(
+            Problem(
+                f"model_name_or_path={name!r}",
+                "this command reads the config.json of a local folder, and there is none",
+                "give a folder written by save_pretrained, or --model_config",
+            )
+        )
+    return name
+
+
+def count_in_child(spec: str) -> ModelSizes:
+    """Sizes of a model without a closed form, counted by a process that may import torch.
+
+    Raises:
+        ModelError: what that process found wrong.
+    """
+    print(
+        f"no formula for the parameters of {spec!r}: counting them in a process with torch",
+        file=sys.stderr,
+        flush=True,
+    )
+    command = [sys.executable, "-m", "dstrain.models.count", spec]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COUNT_SECONDS, check=False
+        )
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired as error:
+        raise _uncounted(spec, f"not done in {COUNT_SECONDS} s") from error
+    except (ValueError, IndexError) as error:
+        raise _uncounted(spec, done.stderr.strip()[-2000:]) from error
+    if "problems" in answer:
+        raise_problems([Problem(*p) for p in answer["problems"]], error=ModelError)
+    return ModelSizes.from_dict(answer)
+
+
+def _uncounted(spec: str, why: str) -> ModelError:
+    return ModelError(Problem(f"model_config={spec!r} cannot be counted", why))

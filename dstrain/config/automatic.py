@@ -1,0 +1,211 @@
+"""What ``zero_stage="auto"`` and an offload of "auto" become: the fastest choice that fits.
+
+Pure: sizes of the model and memory of the machines are facts. The same planner prints
+``dstrain plan``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dstrain.config.activations import Batch
+from dstrain.config.facts import Facts, Machine, ModelFacts
+from dstrain.config.memory import GIB
+from dstrain.config.placement import STATE_BYTES, WIDTHS, Buckets, Placement, Work
+from dstrain.config.planner import ORDER, Limits, choose, plan, resolved_buckets
+
+# Kept free for activations where the tokens of a sample or the form of the layers are not known.
+ACTIVATION_SHARE = 0.3
+AUTO = "auto"
+ARGUMENTS = ("zero_stage", "offload_optimizer", "offload_param")
+# Flags for what only stage 3 has.
+OF_STAGE_3 = (
+    "super_offload",
+    "quantized_weights",
+    "quantized_nontrainable_weights",
+    "quantized_gradients",
+)
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """What was chosen for the arguments that were left at "auto".
+
+    Attributes:
+        values: argument -> value, for those alone.
+        how: why, with the numbers.
+        warning: what the user should know; empty where all is well.
+    """
+
+    values: Mapping[str, str]
+    how: str = ""
+    warning: str = ""
+
+
+def choose_placement(
+    arguments: Mapping[str, Any], facts: Facts, explicit: Mapping[str, Any]
+) -> Automatic:
+    """Decide what was left at "auto"; what the user set is kept.
+
+    Args:
+        arguments: after those of the user's config were adopted.
+        facts: sizes and machine; without them stage 2 is taken, which any model can be moved to.
+        explicit: leaves of the user's config that have a value of their own.
+    """
+    asked = {name: str(arguments[name]) for name in ARGUMENTS}
+    left = [name for name, value in asked.items() if value == AUTO]
+    if not left:
+        return Automatic({})
+    open_to = _open_to(asked, facts)
+    needs = _needs_of_stage_3(arguments, facts)
+    bound = [p for p in open_to if p.stage == 3] if needs and "zero_stage" in left else open_to
+    if facts.sizes is None or facts.machine is None:
+        return _unplanned(left, bound, needs, facts)
+    found = _planned(arguments, left, open_to, facts, facts.machine, explicit)
+    if needs and found.values.get("zero_stage", "3") != "3":
+        found = _planned(arguments, left, bound, facts, facts.machine, explicit)
+        found = replace(found, how=f"{found.how}; {needs}")
+    return found
+
+
+def _open_to(asked: Mapping[str, str], facts: Facts) -> list[Placement]:
+    """Every choice that the user's own ones, and the state of the model, leave open.
+
+    What DeepSpeed asks for: offload of the optimizer needs stage 1, disks and offload of parameters
+    stage 3. Where ranks train on the CPU there is nothing to offload to.
+    """
+    machine = facts.machine
+    disk = machine is not None and machine.nvme_bytes
+    places = ["none", *(["cpu"] if facts.device != "cpu" else []), *(["nvme"] if disk else [])]
+
+    def options(name: str) -> list[str]:
+        return places if asked[name] == AUTO else [asked[name]]
+
+    stages = (1, 2, 3) if asked["zero_stage"] == AUTO else (int(asked["zero_stage"]),)
+    found = [
+        Placement(stage, optimizer, parameters)
+        for optimizer in options("offload_optimizer")
+        for parameters in options("offload_param")
+        for stage in stages
+        if _is_possible(stage, optimizer, parameters)
+    ]
+    if asked["offload_optimizer"] == asked["offload_param"] == AUTO:
+        # The optimizer goes first: it is used once per step, parameters in every micro-batch.
+        found = [p for p in found if p in dict(ORDER)] or found
+    # An offload that excludes the others' values is refused where conflicts are collected.
+    return found or [Placement(stages[-1])]
+
+
+def _is_possible(stage: int, optimizer: str, parameters: str) -> bool:
+    least = 3 if "nvme" in (optimizer, parameters) or parameters != "none" else 0
+    return stage >= max(least, 1 if optimizer != "none" else 0)
+
+
+def _needs_of_stage_3(arguments: Mapping[str, Any], facts: Facts) -> str:
+    """What leaves only stage 3 open, in words; empty where nothing does."""
+    if facts.partitioned:
+        return "the model is partitioned already"
+    named = [f"{name}=True" for name in OF_STAGE_3 if arguments.get(name)]
+    if (hpz := arguments.get("hpz_partition_size")) not in (None, 1):
+        named.append(f"hpz_partition_size={hpz}")
+    if arguments["offload_param"] not in ("none", AUTO):
+        named.append(f"offload_param={arguments['offload_param']!r}")
+    if arguments["offload_optimizer"] == "nvme":
+        named.append("offload_optimizer='nvme'")
+    return f"{' and '.join(named)} needs stage 3" if named else ""
+
+
+def _unplanned(left: list[str], open_to: list[Placement], needs: str, facts: Facts) -> Automatic:
+    """Without facts: stage 2 where it is possible, and nothing is offloaded."""
+    resident = [p for p in open_to if all(getattr(p, n) == "none" for n in _offloads(left))]
+    choice = next((p for p in resident if p.stage == 2), (resident or open_to)[-1])
+    unknown = ["the model's sizes"] if facts.sizes is None else []
+    unknown += ["the memory of the machine"] if facts.machine is None else []
+    verb = "is" if unknown == ["the memory of the machine"] else "are"
+    why = needs or f"{' and '.join(unknown)} {verb} not known here"
+    return _as_values(left, choice, f"{_name(left)} takes {_in_words(left, choice)}: {why}")
+
+
+def _planned(
+    arguments: Mapping[str, Any],
+    left: list[str],
+    open_to: list[Placement],
+    facts: Facts,
+    machine: Machine,
+    explicit: Mapping[str, Any],
+) -> Automatic:
+    sizes = facts.sizes
+    assert sizes is not None
+    kind, torch_adam = _optimizer(arguments, explicit)
+    precision = next((name for name in ("bf16", "fp16") if arguments[name]), "fp32")
+    guessed = facts.sequence_length is None or sizes.block is None
+    usable = int(machine.device_bytes * (1 - ACTIVATION_SHARE if guessed else 1))
+
+    def buckets(model: ModelFacts, work: Work, placement: Placement) -> Buckets:
+        derived = resolved_buckets(model, work, placement)
+        return Buckets.of_config(explicit, derived)
+
+    work = Work(
+        world_size=facts.world_size,
+        ranks_per_machine=machine.ranks,
+        precision=precision,
+        accumulation=int(arguments["gradient_accumulation_steps"]),
+        optimizer=kind,
+        adam_temporary=torch_adam,
+        device=facts.device,
+    )
+    batch = Batch(
+        int(arguments["per_device_train_batch_size"]),
+        0 if guessed else int(facts.sequence_length or 0),
+        WIDTHS[precision],
+        checkpointing=bool(arguments["gradient_checkpointing"]),
+    )
+    limits = Limits(usable, machine.host_bytes, machine.nvme_bytes)
+    found = plan(sizes, work, batch, limits, buckets=buckets, placements=open_to)
+    choice = choose(found, advise=False)
+    needed = found.row(choice.placement).footprint.needed
+    how = (
+        f"{_name(left)}: {choice.reason}; it needs {needed / GIB:.2f} of "
+        f"{machine.device_bytes / GIB:.2f} GiB per rank"
+    )
+    if guessed:
+        what = "tokens per sample" if facts.sequence_length is None else "form of the layers"
+        how += f", {ACTIVATION_SHARE:.0%} of it kept for activations (unknown: {what})"
+    warning = ""
+    if not choice.fits:
+        warning = (
+            f"by the memory plan this run does not fit: {choice.reason}; `dstrain plan` shows what "
+            "would help"
+        )
+    return _as_values(left, choice.placement, how, warning)
+
+
+def _optimizer(arguments: Mapping[str, Any], explicit: Mapping[str, Any]) -> tuple[str, bool]:
+    """The optimizer as the memory model knows it, and whether it is torch's own AdamW."""
+    name = str(arguments["optim"])
+    named = str(explicit.get("optimizer.type", name)).lower()
+    if "8bit" in named:
+        return "adamw_8bit", False
+    known = sorted(STATE_BYTES, key=len, reverse=True)
+    kind = next((k for k in known if named.startswith(k)), "adamw")
+    return kind, kind in ("adam", "adamw") and name == "adamw_torch"
+
+
+def _as_values(left: list[str], choice: Placement, how: str, warning: str = "") -> Automatic:
+    every = choice.to_dict()
+    return Automatic({name: every[name] for name in left}, how, warning)
+
+
+def _offloads(left: list[str]) -> list[str]:
+    names = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
+    return [names[name] for name in left if name in names]
+
+
+def _in_words(left: list[str], choice: Placement) -> str:
+    return str(choice) if "zero_stage" in left else "no offload"
+
+
+def _name(left: list[str]) -> str:
+    return " and ".join(f"{name}={AUTO!r}" for name in left)

@@ -1,0 +1,177 @@
+"""What differs between two runs: keys of their configs with both reasons, arguments, facts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.config.explain import leaf
+from dstrain.core.errors import ConfigError, Problem
+
+RECORD_FILE = "resolved_config.json"
+# Where a run writes and what it is called make no other run of it.
+NAMES_OF_A_RUN = {"output_dir", "logging_dir", "run_name"}
+TITLES = {
+    "key": "DeepSpeed config",
+    "argument": "arguments",
+    "fact": "facts",
+    "version": "versions",
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one of the runs has.
+
+    Attributes:
+        present: whether it has the name at all.
+        value: JSON data; None where it is not present.
+        why: the reason for the value, or for its absence.
+    """
+
+    present: bool
+    value: Any = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        """Value and reason in one line."""
+        shown = json.dumps(self.value, default=str) if self.present else "-"
+        return f"{shown:<14}  {self.why}".rstrip()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One name with different values.
+
+    Attributes:
+        kind: a key of ``TITLES``.
+        name: a dotted path of the config, or the name of an argument, fact or package.
+        this: the run that is explained.
+        other: the one it is compared with.
+    """
+
+    kind: str
+    name: str
+    this: Side
+    other: Side
+
+
+def differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Everything that differs between two records.
+
+    Args:
+        this: a record as of ``as_record``.
+        other: likewise. Facts and versions that only one of them has are no difference: a run
+            knows more than a command that looks ahead.
+    """
+    found = []
+    for kind, sides in (("key", _keys), ("argument", _arguments), ("fact", _facts)):
+        ours, theirs = dict(sides(this)), dict(sides(other))
+        for name in dict.fromkeys([*ours, *theirs]):
+            pair = [ours.get(name, _absent(this)), theirs.get(name, _absent(other))]
+            if kind != "key" and not all(side.present for side in pair):
+                continue
+            if (pair[0].present, pair[0].value) != (pair[1].present, pair[1].value):
+                found.append(Difference(kind, name, pair[0], pair[1]))
+    ours, theirs = this.get("versions") or {}, other.get("versions") or {}
+    found += [
+        Difference("version", name, Side(True, ours[name]), Side(True, theirs[name]))
+        for name in ours
+        if name in theirs and ours[name] != theirs[name]
+    ]
+    return tuple(found)
+
+
+def as_text(found: tuple[Difference, ...], *, other: str) -> str:
+    """For people: each name with a line per run.
+
+    Args:
+        found: the differences.
+        other: what the other run is called.
+    """
+    if not found:
+        return f"nothing differs from {other}"
+    counts = {kind: sum(d.kind == kind for d in found) for kind in TITLES}
+    named = [f"{n} in {TITLES[kind]}" for kind, n in counts.items() if n]
+    lines = [f"{len(found)} differences from {other}: {', '.join(named)}"]
+    for kind, title in TITLES.items():
+        lines += ["", f"{title}:"] if counts[kind] else []
+        for d in found:
+            if d.kind == kind:
+                lines += [f"  {d.name}", f"    this   {d.this}", f"    other  {d.other}"]
+    return "\n".join(lines)
+
+
+def as_data(found: tuple[Difference, ...]) -> list[dict[str, Any]]:
+    """The same as JSON data."""
+    return [asdict(d) for d in found]
+
+
+def read_record(given: str) -> dict[str, Any] | None:
+    """The record of a run: its folder, or the file in it; None where ``given`` names neither.
+
+    Raises:
+        ConfigError: a folder without a record, or a file that cannot be read.
+    """
+    path = Path(given).expanduser()
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError:  # a text too long for a file name
+        return None
+    if is_folder:
+        path = path / RECORD_FILE
+        if not path.is_file():
+            raise ConfigError(
+                Problem(
+                    f"--diff {given}",
+                    f"the folder has no {RECORD_FILE}, which a run writes when training starts",
+                    "give the output_dir of a run, such a file, a DeepSpeed config or quoted flags",
+                )
+            )
+    elif not is_file:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem(f"--diff {given}", f"cannot be read: {error}")) from error
+    if not isinstance(content, dict) or not {"deepspeed", "provenance"} <= set(content):
+        if is_folder:
+            raise ConfigError(Problem(f"--diff {path}", "it is no record of a run of dstrain"))
+        return None
+    return content
+
+
+def _keys(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
+    for path, reason in record["provenance"].items():
+        try:
+            value = leaf(record["deepspeed"], path)
+        except KeyError:
+            continue
+        yield path, Side(True, value, reason["detail"])
+
+
+def _arguments(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
+    given = set(record.get("set_arguments") or ())
+    adopted = record.get("adopted_from_config") or {}
+    for name, value in (record.get("arguments") or {}).items():
+        if name in NAMES_OF_A_RUN:
+            continue
+        if name in adopted:
+            yield name, Side(True, adopted[name], "from the DeepSpeed config")
+        else:
+            yield name, Side(True, value, "set" if name in given else "default")
+
+
+def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
+    for name, value in (record.get("facts") or {}).items():
+        for inner, part in value.items() if isinstance(value, Mapping) else [("", value)]:
+            if part is not None:
+                yield f"{name}.{inner}" if inner else name, Side(True, part)
+
+
+def _absent(record: Mapping[str, Any]) -> Side:
+    known = (record.get("facts") or {}).get("model") is not None
+    return Side(False, None, "not in it" + ("" if known else "; its model's sizes are not known"))

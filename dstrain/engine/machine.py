@@ -1,0 +1,64 @@
+"""What memory there is: of the accelerator, of the host, of a local disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dstrain.config import Machine
+from dstrain.core.ranks import Ranks
+
+# The limit that a container or a batch system sets, in cgroups version 2 and 1.
+CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+def read_machine(ranks: Ranks, *, disk: str | None = None) -> Machine:
+    """Memory of this rank's machine: what is there in all, so that it is the same all run long.
+
+    Args:
+        ranks: how many share the machine.
+        disk: a folder on a local disk to offload to.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    host = host_memory_bytes()
+    if accelerator.device_name() == "cpu":
+        device = host // ranks.local_world_size
+    else:
+        device = int(accelerator.total_memory(ranks.local_rank))
+    free = None
+    if disk is not None:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(Path(disk).expanduser()).free
+    return Machine(ranks.local_world_size, device, host, free)
+
+
+def least(machines: Sequence[Machine]) -> Machine:
+    """What every rank has at least: all of them must come to the same decision."""
+    return Machine(
+        ranks=max(m.ranks for m in machines),
+        device_bytes=min(m.device_bytes for m in machines),
+        host_bytes=_least(m.host_bytes for m in machines),
+        nvme_bytes=_least(m.nvme_bytes for m in machines),
+    )
+
+
+def host_memory_bytes(limits: Iterable[str] = CGROUP_LIMITS) -> int:
+    """Memory of this machine, or what this process's container may use of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in limits:
+        with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit
+            total = min(total, int(Path(name).read_text()))
+    return total
+
+
+def _least(values: Iterable[int | None]) -> int | None:
+    known = list(values)
+    return None if None in known else min(v for v in known if v is not None)
