@@ -49,6 +49,9 @@ class Facts:
         model: sizes of the parameters.
         own_optimizer: the user passes an optimizer object.
         own_scheduler: the user passes a schedule object.
+        ranks_per_machine: ranks on each machine; None also where machines differ.
+        expert_blocks: classes of the model's blocks whose experts are modules of their own.
+        is_transformers: the model is one of transformers.
     """
 
     world_size: int = 1
@@ -57,3 +60,6 @@ class Facts:
     model: ModelFacts | None = None
     own_optimizer: bool = False
     own_scheduler: bool = False
+    ranks_per_machine: int | None = None
+    expert_blocks: tuple[str, ...] = ()
+    is_transformers: bool = False

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
-from dstrain.config import schema
+from dstrain.config import constraints, schema
 from dstrain.config.facts import Facts
 from dstrain.config.rules import (
     RULES,
@@ -144,7 +144,8 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
         view = View(chosen, facts, config)
         _fill(rule, config, explicit, provenance, view, reasons, problems, warnings, label)
     problems += _lost_schedule(explicit, changed, chosen, label)
-    problems += _contradictions(config, label)
+    problems += _constraints(config, provenance, facts, warnings, label)
+    problems += _unused(chosen, config)
     for path, value in _leaves(config):
         if _is_auto(path, value):
             problems.append(_left_auto(path))
@@ -338,30 +339,35 @@ def _displaced(explicit: Mapping[str, Any], facts: Facts, label: str) -> list[Pr
     ]
 
 
-def _contradictions(config: Mapping[str, Any], label: str) -> list[Problem]:
-    """Pairs of keys that exclude each other, whoever set them."""
-    problems = []
-    if _get(config, "bf16.enabled") and _get(config, "fp16.enabled"):
-        problems.append(
-            Problem(
-                "bf16.enabled and fp16.enabled are both true",
-                "a model trains in one 16-bit format",
-                f"turn one of them off (in {label} or in the arguments)",
-            )
+def _constraints(
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Provenance],
+    facts: Facts,
+    warnings: list[str],
+    label: str,
+) -> list[Problem]:
+    """What excludes what in the filled config, and what nothing would read."""
+    values = {path: value for path, value in _leaves(config) if not _is_auto(path, value)}
+    filled = constraints.Config(values, facts, label)
+    by_argument = frozenset(p for p, reason in provenance.items() if reason.source == "argument")
+    ignored, remarks = constraints.find_warnings(filled, by_argument)
+    warnings += remarks
+    return [*constraints.find_problems(filled), *ignored]
+
+
+def _unused(chosen: Mapping[str, Any], config: Mapping[str, Any]) -> list[Problem]:
+    """A path for NVMe where nothing goes there."""
+    places = ("offload_optimizer", "offload_param")
+    devices = [_get(config, f"zero_optimization.{name}.device") for name in places]
+    if chosen["nvme_path"] is None or "nvme" in devices:
+        return []
+    return [
+        Problem(
+            f"nvme_path={chosen['nvme_path']!r}",
+            "neither optimizer nor parameters are offloaded to nvme, so nothing would be there",
+            "set offload_optimizer or offload_param to nvme, or leave nvme_path out",
         )
-    stage = _get(config, "zero_optimization.stage") or 0
-    needs = {"offload_optimizer": (1, "ZeRO stage 1, 2 or 3"), "offload_param": (3, "ZeRO stage 3")}
-    for name, (least, text) in needs.items():
-        device = _get(config, f"zero_optimization.{name}.device")
-        if device not in (None, "none") and isinstance(stage, int) and stage < least:
-            problems.append(
-                Problem(
-                    f"zero_optimization.{name}.device={device!r} with stage {stage}",
-                    f"offloading it needs {text}: only there it is partitioned",
-                    f"set the stage to {least} or more, or {name} to none",
-                )
-            )
-    return problems
+    ]
 
 
 def _conflict(key: str, given: Any, name: str, value: Any, label: str) -> Problem:

@@ -2,6 +2,8 @@
 
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
+from dstrain.engine.leaf import expert_blocks
+from dstrain.engine.nvme import prepare_nvme
 from dstrain.engine.startup import (
     check_precision,
     device_name,
@@ -26,6 +28,7 @@ __all__ = [
     "decay_parameter_names",
     "device_name",
     "device_type",
+    "expert_blocks",
     "full_numel",
     "full_shape",
     "gathered",
@@ -33,6 +36,7 @@ __all__ = [
     "is_partitioned",
     "model_facts",
     "parameter_groups",
+    "prepare_nvme",
     "shut_down",
     "start",
 ]

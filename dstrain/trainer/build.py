@@ -37,8 +37,10 @@ from dstrain.engine import (
     ZeroThreeMark,
     check_precision,
     device_type,
+    expert_blocks,
     model_facts,
     parameter_groups,
+    prepare_nvme,
     start,
 )
 
@@ -201,12 +203,22 @@ def resolve_config(
         model=None if module is None else model_facts(module),
         own_optimizer=own_optimizer,
         own_scheduler=own_scheduler,
+        ranks_per_machine=ranks.local_world_size,
+        expert_blocks=() if module is None else expert_blocks(module),
+        is_transformers=_is_of_transformers(module),
     )
     with all_or_none():
         resolved = resolve(args, facts)
         check_precision(resolved.precision)
+        prepare_nvme(resolved)
     require_equal("the resolved DeepSpeed config", dict(resolved.values), ConfigError)
     return resolved
+
+
+def _is_of_transformers(module: torch.nn.Module | None) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
 
 
 @contextlib.contextmanager
