@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import deepspeed_key, refused
+from dstrain.arguments.treatment import deepspeed_key, implemented, refused
 from dstrain.core.errors import Problem
 
 OFFLOAD_DEVICES = ("none", "cpu", "nvme", "auto")
@@ -46,9 +46,9 @@ class OffloadArguments:
         "An existing folder on a fast local disk, on every machine, for what is offloaded to nvme. "
         "The optimizer takes 12 bytes per parameter of the machine's share there, parameters 2. "
         "Needs DeepSpeed's async_io op, and libaio with its headers to build it.",
-        treatment=deepspeed_key(
-            "zero_optimization.offload_optimizer.nvme_path",
-            "zero_optimization.offload_param.nvme_path",
+        treatment=implemented(
+            "`nvme_path` of `offload_optimizer` and `offload_param` in the DeepSpeed config, where "
+            "their device is nvme",
             own=True,
         ),
     )
@@ -65,10 +65,12 @@ class OffloadArguments:
         "ZenFlow: under optimizer offload, update the most important gradients on the accelerator "
         "at once and the others on the host some steps later.",
         treatment=refused(
-            "it takes gradient accumulation over from the trainer: weights change between the "
-            "steps that are counted, logged and saved, with other learning rates per group than "
-            "asked for",
+            "in DeepSpeed 0.19.8 the gradients that it applies at once are not clipped, its "
+            "optimizer gives biases and norms the weight decay of matrices (stages 1 and 2), it "
+            "overwrites fp32 master weights by the 16-bit ones, and it replaces gradient "
+            "accumulation by an interval of its own: none of that is what the arguments ask for",
             "use offload_optimizer=cpu without it",
+            own=True,
         ),
     )
 

@@ -235,11 +235,14 @@ def _super_offload(config: Config) -> Iterator[Problem]:
 
 def _zenflow(config: Config) -> Iterator[Problem]:
     if config.has(f"{_ZERO}.zenflow"):
-        # zenflow/engine.py: configure_zenflow, is_zenflow_update_boundary
+        # zenflow_stage_1_and_2.py: __init__ (one weight decay for all groups), group_step with
+        # param.selected_grad (unclipped), sync_fp32_param_from_gpu (masters);
+        # zenflow/engine.py: configure_zenflow (accumulation)
         yield Problem(
             f"{config.label} has a section {_ZERO}.zenflow",
-            "ZenFlow takes gradient accumulation over from the trainer, which here decides when a "
-            "step is made",
+            "ZenFlow applies gradients without clipping them and with one weight decay for all "
+            "parameters, overwrites fp32 master weights by the 16-bit ones, and replaces gradient "
+            "accumulation by an interval of its own",
             "remove it; offload_optimizer=cpu works without it",
         )
 
