@@ -29,6 +29,7 @@ from dstrain.config.rules import (
     View,
     readable_arguments,
 )
+from dstrain.config.rules.precision import short_name
 from dstrain.config.source import read_config
 from dstrain.core.errors import ConfigError, Problem, raise_problems
 
@@ -107,6 +108,13 @@ class ResolvedConfig:
             if self.values.get(f"{name}.enabled"):
                 return name
         return "fp32"
+
+    @property
+    def compute_format(self) -> str:
+        """The format of matrix products: that of autocast where it is on, else ``precision``."""
+        if self.values.get("torch_autocast.enabled"):
+            return short_name(self.values["torch_autocast.dtype"])
+        return self.precision
 
     @property
     def has_scheduler(self) -> bool:

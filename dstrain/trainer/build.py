@@ -209,7 +209,7 @@ def resolve_config(
     )
     with all_or_none():
         resolved = resolve(args, facts)
-        check_precision(resolved.precision)
+        check_precision(resolved.compute_format)
         prepare_nvme(resolved)
     require_equal("the resolved DeepSpeed config", dict(resolved.values), ConfigError)
     return resolved
