@@ -11,7 +11,7 @@ from dstrain.arguments.treatment import no_effect, refused
 _NO_FSDP = "ZeRO partitions the model here, not FSDP"
 _ZERO_FOR_FSDP = (
     "set zero_stage: 3 for full_shard, 2 for shard_grad_op; offload_param or offload_optimizer for "
-    "offload; zero_hpz_partition_size in the DeepSpeed config for hybrid_shard"
+    "offload; hpz_partition_size for hybrid_shard"
 )
 _NO_DDP = "DeepSpeed reduces gradients itself; the model is not wrapped in DistributedDataParallel"
 _NO_TPU = "DeepSpeed does not train on TPUs"
@@ -37,8 +37,7 @@ class ElsewhereArguments:
         "Layer class that FSDP wraps.",
         treatment=refused(
             _NO_FSDP,
-            "leave it out; a module that ZeRO-3 must gather whole is a leaf module "
-            "(zero_optimization.leaf_module in the DeepSpeed config)",
+            "leave it out; a module that ZeRO-3 must gather whole is a leaf module (leaf_modules)",
         ),
     )
     ddp_find_unused_parameters: bool | None = arg(

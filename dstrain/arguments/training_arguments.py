@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dstrain.arguments import enforce
+from dstrain.arguments.activation_checkpointing import ActivationCheckpointingArguments
 from dstrain.arguments.batch import BatchArguments
+from dstrain.arguments.communication import CommunicationArguments
 from dstrain.arguments.data import DataArguments
 from dstrain.arguments.dicts import read_dicts
 from dstrain.arguments.elsewhere import ElsewhereArguments
@@ -16,6 +18,7 @@ from dstrain.arguments.evaluation import EvaluationArguments
 from dstrain.arguments.features import FeatureArguments
 from dstrain.arguments.fields import coerce_fields, convert_values, default_of
 from dstrain.arguments.hub import HubArguments
+from dstrain.arguments.offload import OffloadArguments
 from dstrain.arguments.optimizer import METRIC_SCHEDULERS, OptimizerArguments
 from dstrain.arguments.precision import PrecisionArguments
 from dstrain.arguments.process import Process
@@ -40,6 +43,9 @@ class TrainingArguments(
     SavingArguments,
     EvaluationArguments,
     FeatureArguments,
+    ActivationCheckpointingArguments,
+    CommunicationArguments,
+    OffloadArguments,
     ZeroArguments,
     PrecisionArguments,
     OptimizerArguments,
@@ -132,6 +138,8 @@ class TrainingArguments(
             *self._optimizer_problems(),
             *self._precision_problems(),
             *self._zero_problems(),
+            *self._offload_problems(self.zero_stage),
+            *self._communication_problems(),
             *self._feature_problems(),
             *self._evaluation_problems(self.lr_scheduler_type),
             *self._saving_problems(self.eval_strategy, self.eval_steps),

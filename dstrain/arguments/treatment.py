@@ -115,9 +115,15 @@ def no_effect(why: str) -> Treatment:
     return Treatment("no effect", why)
 
 
-def refused(why: str, remedy: str, *, accepts: Callable[[Any], bool] | None = None) -> Treatment:
+def refused(
+    why: str,
+    remedy: str,
+    *,
+    accepts: Callable[[Any], bool] | None = None,
+    own: bool = False,
+) -> Treatment:
     """A value other than the default is an error."""
-    return Treatment("refused", why, remedy, accepts=accepts)
+    return Treatment("refused", why, remedy, accepts=accepts, own=own)
 
 
 def pending(

@@ -1,4 +1,4 @@
-"""Arguments about DeepSpeed: the user's config and the ZeRO choices that need no JSON."""
+"""Arguments about DeepSpeed: the user's config, the ZeRO stage, and how stage 3 walks the model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import deepspeed_key, implemented
 from dstrain.core.errors import Problem
 
-OFFLOAD_DEVICES = ("none", "cpu")
-
 
 @dataclass
 class ZeroArguments:
-    """What ZeRO partitions and where it keeps it."""
+    """What ZeRO partitions over the ranks."""
 
     deepspeed: dict[str, Any] | str | None = arg(
         None,
@@ -32,37 +30,38 @@ class ZeroArguments:
         choices=("auto", "0", "1", "2", "3"),
         treatment=deepspeed_key("zero_optimization.stage", own=True),
     )
-    offload_optimizer: str = arg(
-        "none",
-        "Where optimizer states and master weights live: on the accelerator (none) or in host "
-        "memory (cpu; stages 1 to 3).",
-        choices=OFFLOAD_DEVICES,
-        treatment=deepspeed_key("zero_optimization.offload_optimizer.device", own=True),
+    sub_group_size: int | None = arg(
+        None,
+        "Elements of a rank's partition that stage 3 updates at a time. Lower it when the "
+        "optimizer step runs out of memory (its fp32 copies are 4 to 8 bytes per element of one "
+        "group), or under NVMe offload, where a group is what is read, updated and written; many "
+        "small groups cost time. None is DeepSpeed's 1e9.",
+        treatment=deepspeed_key("zero_optimization.sub_group_size", note="stage 3", own=True),
     )
-    offload_param: str = arg(
-        "none",
-        "Where parameter partitions live between uses: on the accelerator (none) or in host "
-        "memory (cpu; stage 3 only).",
-        choices=OFFLOAD_DEVICES,
-        treatment=deepspeed_key("zero_optimization.offload_param.device", own=True),
+    leaf_modules: list[str] | None = arg(
+        None,
+        "Names of module classes (with or without their package) that stage 3 gathers whole, with "
+        "all they contain, instead of layer by layer. Needed where ranks run different submodules, "
+        "as a mixture of experts does when its experts are modules of their own: one rank would "
+        "wait for a gather that the other never asks for. Costs the memory of the whole block. "
+        "None finds such blocks in the model and leaves everything else alone.",
+        treatment=deepspeed_key(
+            "zero_optimization.leaf_module.classes",
+            note="stage 3; a name that matches no module is an error when training starts",
+            own=True,
+        ),
     )
 
     def _zero_problems(self) -> list[Problem]:
         problems = []
-        if self.offload_param != "none" and self.zero_stage in ("0", "1", "2"):
+        if self.sub_group_size is not None and self.sub_group_size < 1:
             problems.append(
-                Problem(
-                    f"offload_param={self.offload_param!r} with zero_stage={self.zero_stage}",
-                    "only stage 3 partitions parameters, so only there they can be offloaded",
-                    "set zero_stage to 3, or offload_param to none",
-                )
+                Problem(f"sub_group_size={self.sub_group_size}", "at least one element")
             )
-        if self.offload_optimizer != "none" and self.zero_stage == "0":
+        if self.leaf_modules is not None and not all(
+            isinstance(name, str) and name for name in self.leaf_modules
+        ):
             problems.append(
-                Problem(
-                    f"offload_optimizer={self.offload_optimizer!r} with zero_stage=0",
-                    "stage 0 does not partition the optimizer, so it cannot offload it",
-                    "set zero_stage to 1, 2 or 3, or offload_optimizer to none",
-                )
+                Problem(f"leaf_modules={self.leaf_modules!r}", "expected names of module classes")
             )
         return problems

@@ -75,6 +75,8 @@ class Facts:
         machine: memory and disk.
         sequence_length: tokens of one sample, where the task knows them.
         partitioned: the model exists and its parameters are partitioned already (ZeRO stage 3).
+        expert_blocks: classes of the model's blocks whose experts are modules of their own.
+        is_transformers: the model is one of transformers.
     """
 
     world_size: int = 1
@@ -87,3 +89,10 @@ class Facts:
     machine: Machine | None = None
     sequence_length: int | None = None
     partitioned: bool = False
+    expert_blocks: tuple[str, ...] = ()
+    is_transformers: bool = False
+
+    @property
+    def ranks_per_machine(self) -> int | None:
+        """Ranks on one machine, the most on any; None where the machine is not known."""
+        return None if self.machine is None else self.machine.ranks

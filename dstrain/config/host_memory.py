@@ -23,8 +23,9 @@ def host_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str,
     (``temp_grad_buffer_for_cpu_offload``), and with accumulation the gradients so far
     (``async_accumulate_grad_in_cpu_via_gpu``). At stage 3 (``stage3.py:_create_fp32_partitions``,
     ``initialize_optimizer_states``, ``_setup_for_real_optimizer``): master weights, fp32 gradients
-    and a flat gradient buffer in the training format. Adam's moments are fp32 on the host
-    (``cpu_adam.py:step``). Parameters: ``stage3.py:_create_param_groups_fp16_flat_cpu_memory``.
+    and a flat gradient buffer in the format in which gradients add up. Adam's moments are fp32 on
+    the host (``cpu_adam.py:step``). Parameters:
+    ``stage3.py:_create_param_groups_fp16_flat_cpu_memory``.
     Before training, stages 0-2 build the model whole in every process, in host memory.
     """
     stage, width = placement.stage, work.width
@@ -38,12 +39,12 @@ def host_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str,
         group = min(shard, 1_000_000_000)
         kinds["swap buffers"] = NVME_OPTIMIZER_BUFFERS * pinned(FP32 * group, work)
     if placement.optimizer != "none" and stage == 3:
-        kinds["gradient buffer"] = pinned(width * shard, work)
+        kinds["gradient buffer"] = pinned(work.sum_width(3) * shard, work)
     elif placement.optimizer != "none":
         kinds["parameter copy"] = pinned(width * shard, work)
         kinds["gradient buffer"] = pinned(width * sizes.largest_gradient, work)
         if work.accumulation > 1:
-            kinds["accumulated gradients"] = width * shard
+            kinds["accumulated gradients"] = work.sum_width(stage) * shard
     if placement.parameters == "cpu":
         kinds["parameters"] = pinned(width * sizes.partition_elements(work.world_size), work)
     if placement.parameters == "nvme":

@@ -165,7 +165,7 @@ def state_bytes(
         parameters = 0 if placement.parameters != "none" else parameters
         if work.world_size > 1 or placement.parameters != "none":
             parameters += sizes.elements_up_to(buckets.persistence) * work.width
-        gradients = 0 if placement.optimizer != "none" else shard * work.width
+        gradients = 0 if placement.optimizer != "none" else shard * work.sum_width(3)
         standing = buckets.reduce * work.width
     elif placement.optimizer != "none":
         standing = sizes.largest_gradient * work.width  # temp_grad_buffer_for_gpu_offload
@@ -185,13 +185,16 @@ def gradient_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> int:
     Stages 0-1 keep whole gradients until the window ends (``stage_1_and_2.py:process_gradients``
     reduces at once only when gradients are partitioned). Stage 2 keeps ``grads_in_partition``
     (``copy_grads_in_partition``): every parameter that touches the partition, whole; with offload
-    they go to the host one by one.
+    they go to the host one by one. Sums in fp32 are of the partition alone
+    (``_build_compact_grad_partition_buffer``).
     """
     trainable = sizes.facts.num_trainable
     if placement.stage < 2:
         return trainable * work.width
     if placement.stage == 3 or placement.optimizer != "none":
         return 0
+    if work.sums_in_fp32(2):
+        return sizes.trainable_shard(work.world_size, 2) * FP32
     shared = sizes.shared_at_boundary * min(1.0, (work.world_size - 1) / 2)
     touched = sizes.trainable_shard(work.world_size, 2) + int(shared)
     return min(trainable, touched) * work.width
@@ -204,7 +207,9 @@ def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buc
     parameter groups and so alive until the last; beside them their flat copy and that in fp32, or
     the latter and Adam's temporary. Stage 3 the same copies for one sub-group at a time
     (``stage3.py:_prepare_fp32_grad_for_sub_group``). Stage 0: fp32 copies of all gradients
-    (``unfused_optimizer.py:step``) beside those of backward.
+    (``unfused_optimizer.py:step``) beside those of backward. Where gradients were added up in fp32,
+    stage 2 steps with their buffer as it is (``_get_preflattened_grad_partition``) and stage 3
+    makes one copy.
     """
     if placement.optimizer != "none":
         return 0
@@ -219,4 +224,8 @@ def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buc
     group = min(shard, buckets.sub_group) if placement.stage == 3 else shard
     held = 0 if placement.stage == 3 else gradient_bytes(sizes, work, Placement(2))
     copies = (width + FP32 if width < FP32 else FP32) * group
+    if work.sums_in_fp32(placement.stage):
+        if placement.stage == 2:
+            return held + temporary * group
+        copies = FP32 * group
     return held + max(copies, (FP32 + temporary) * group)

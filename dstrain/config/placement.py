@@ -119,6 +119,17 @@ class Work:
         """Bytes per value of the training format."""
         return WIDTHS[self.precision]
 
+    def sums_in_fp32(self, stage: int) -> bool:
+        """Whether gradients of micro-batches add up in fp32 though training is in 16 bits.
+
+        The default of ``grad_accum_dtype`` (``rules/precision.py``).
+        """
+        return self.precision == "bf16" and self.accumulation > 1 and stage >= 2
+
+    def sum_width(self, stage: int) -> int:
+        """Bytes per gradient that is kept from one micro-batch to the next."""
+        return FP32 if self.sums_in_fp32(stage) else self.width
+
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state per parameter."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
-from dstrain.config import schema
+from dstrain.config import constraints, schema
 from dstrain.config.automatic import choose_placement
 from dstrain.config.facts import Facts
 from dstrain.config.rules import (
@@ -30,6 +30,7 @@ from dstrain.config.rules import (
     View,
     readable_arguments,
 )
+from dstrain.config.rules.precision import short_name
 from dstrain.config.source import read_config
 from dstrain.core.errors import ConfigError, Problem, raise_problems
 
@@ -110,6 +111,13 @@ class ResolvedConfig:
         return "fp32"
 
     @property
+    def compute_format(self) -> str:
+        """The format of matrix products: that of autocast where it is on, else ``precision``."""
+        if self.values.get("torch_autocast.enabled"):
+            return short_name(self.values["torch_autocast.dtype"])
+        return self.precision
+
+    @property
     def has_scheduler(self) -> bool:
         """Whether the user's config asks for one of DeepSpeed's own schedules."""
         return "scheduler.type" in self.values
@@ -148,9 +156,11 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
             continue
         view = View(chosen, facts, config)
         _fill(rule, config, explicit, provenance, view, reasons, problems, warnings, label)
+    _show_decided(config, provenance, automatic.values, reasons)
     problems += _lost_schedule(explicit, changed, chosen, label)
-    problems += _contradictions(config, label)
-    problems += _shared_samples(config, label)
+    problems += _constraints(config, provenance, facts, warnings, label)
+    if not automatic.values.keys() & {"offload_optimizer", "offload_param"}:
+        problems += _unused(chosen, config)
     for path, value in _leaves(config):
         if _is_auto(path, value):
             problems.append(_left_auto(path))
@@ -167,6 +177,20 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
         facts=facts,
         arguments=chosen,
     )
+
+
+def _show_decided(
+    config: dict[str, Any],
+    provenance: dict[str, Provenance],
+    decided: Mapping[str, str],
+    reasons: Mapping[str, Provenance],
+) -> None:
+    """Write down an offload of "auto" that became "none", so that the reason is shown."""
+    for name, value in decided.items():
+        if value == "none":
+            key = f"zero_optimization.{name}.device"
+            _put(config, key, value)
+            provenance[key] = reasons[name]
 
 
 def _adopt(
@@ -344,48 +368,34 @@ def _displaced(explicit: Mapping[str, Any], facts: Facts, label: str) -> list[Pr
     ]
 
 
-def _contradictions(config: Mapping[str, Any], label: str) -> list[Problem]:
-    """Pairs of keys that exclude each other, whoever set them."""
-    problems = []
-    if _get(config, "bf16.enabled") and _get(config, "fp16.enabled"):
-        problems.append(
-            Problem(
-                "bf16.enabled and fp16.enabled are both true",
-                "a model trains in one 16-bit format",
-                f"turn one of them off (in {label} or in the arguments)",
-            )
-        )
-    stage = _get(config, "zero_optimization.stage") or 0
-    needs = {"offload_optimizer": (1, "ZeRO stage 1, 2 or 3"), "offload_param": (3, "ZeRO stage 3")}
-    for name, (least, text) in needs.items():
-        device = _get(config, f"zero_optimization.{name}.device")
-        if device not in (None, "none") and isinstance(stage, int) and stage < least:
-            problems.append(
-                Problem(
-                    f"zero_optimization.{name}.device={device!r} with stage {stage}",
-                    f"offloading it needs {text}: only there it is partitioned",
-                    f"set the stage to {least} or more, or {name} to none",
-                )
-            )
-    return problems
+def _constraints(
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Provenance],
+    facts: Facts,
+    warnings: list[str],
+    label: str,
+) -> list[Problem]:
+    """What excludes what in the filled config, and what nothing would read."""
+    values = {path: value for path, value in _leaves(config) if not _is_auto(path, value)}
+    filled = constraints.Config(values, facts, label)
+    by_argument = frozenset(p for p, reason in provenance.items() if reason.source == "argument")
+    ignored, remarks = constraints.find_warnings(filled, by_argument)
+    warnings += remarks
+    return [*constraints.find_problems(filled), *ignored]
 
 
-def _shared_samples(config: Mapping[str, Any], label: str) -> list[Problem]:
-    """Parallelism in which several ranks work on the same samples.
-
-    The batch would be micro-batch x accumulation x groups, and each group would have to read the
-    same samples; every rank reads samples of its own here.
-    """
-    keys = ("sequence_parallel_size", "tensor_parallel.autotp_size", "tensor_parallel.tp.tp_size")
+def _unused(chosen: Mapping[str, Any], config: Mapping[str, Any]) -> list[Problem]:
+    """A path for NVMe where nothing goes there."""
+    places = ("offload_optimizer", "offload_param")
+    devices = [_get(config, f"zero_optimization.{name}.device") for name in places]
+    if chosen["nvme_path"] is None or "nvme" in devices:
+        return []
     return [
         Problem(
-            f"{key}={size} in {label}",
-            "the ranks of such a group must read the same samples, and this version gives every "
-            "rank samples of its own, so the global batch would not be what is written here",
-            "remove it; ZeRO stage 3 partitions a model that does not fit on one rank",
+            f"nvme_path={chosen['nvme_path']!r}",
+            "neither optimizer nor parameters are offloaded to nvme, so nothing would be there",
+            "set offload_optimizer or offload_param to nvme, or leave nvme_path out",
         )
-        for key in keys
-        if isinstance(size := _get(config, key), int) and size > 1
     ]
 
 

@@ -2,7 +2,9 @@
 
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
+from dstrain.engine.leaf import expert_blocks
 from dstrain.engine.machine import least, read_machine
+from dstrain.engine.nvme import prepare_nvme
 from dstrain.engine.startup import (
     check_precision,
     device_name,
@@ -27,6 +29,7 @@ __all__ = [
     "decay_parameter_names",
     "device_name",
     "device_type",
+    "expert_blocks",
     "full_numel",
     "full_shape",
     "gathered",
@@ -36,6 +39,7 @@ __all__ = [
     "model_facts",
     "parameter_groups",
     "read_machine",
+    "prepare_nvme",
     "shut_down",
     "start",
 ]

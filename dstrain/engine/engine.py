@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from dstrain.config import ResolvedConfig
+from dstrain.engine.leaf import check_leaf_modules
 from dstrain.engine.stage_zero import repair_if_needed
-from dstrain.engine.zero import ZeroThreeMark
+from dstrain.engine.zero import ZeroThreeMark, forget_process_wide_settings
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
@@ -63,7 +64,11 @@ class Engine:
         """
         import deepspeed
 
+        check_leaf_modules(module, resolved)
         config = resolved.to_deepspeed()
+        if "activation_checkpointing" in config:
+            # DeepSpeed reads this block only when it is asked to, and not while it builds.
+            deepspeed.checkpointing.configure(None, deepspeed_config=config)
         if not trains:
             config.pop("optimizer", None)
             config.pop("scheduler", None)
@@ -135,6 +140,7 @@ class Engine:
         for parameter in self.module.parameters():
             parameter.__dict__.pop("_z3_optimizer", None)
         self._mark.close()
+        forget_process_wide_settings(self.module, self.resolved)
         self._engine = None
         self.optimizer = None
         self.scheduler = None

@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dstrain.core.errors import ConfigError, DstrainError, Problem, nearest
 
@@ -42,11 +43,13 @@ class Op:
         builder: name of DeepSpeed's builder class.
         folder: name of its folder, and of the library in it.
         typical_seconds: how long a build takes on a small machine.
+        needs: what it needs besides a compiler, and how to get it.
     """
 
     builder: str
     folder: str
     typical_seconds: int = 60
+    needs: str = ""
 
 
 OPS = {
@@ -56,7 +59,12 @@ OPS = {
     "cpu_lion": Op("CPULionBuilder", "cpu_lion"),
     "cpu_adagrad": Op("CPUAdagradBuilder", "cpu_adagrad"),
     "pin_memory": Op("PinMemoryBuilder", "pin_memory"),
-    "async_io": Op("AsyncIOBuilder", "async_io"),
+    "async_io": Op(
+        "AsyncIOBuilder",
+        "async_io",
+        typical_seconds=300,
+        needs="libaio with its headers (on Debian and Ubuntu: apt-get install libaio-dev)",
+    ),
 }
 
 # A living owner's lock is not among its open files for a moment after it is made, and for another
@@ -155,6 +163,28 @@ def is_built(name: str) -> bool:
     return stamp is not None and library.exists() and stamp == _stamp(library)
 
 
+def check_buildable(name: str) -> None:
+    """Find out in about a second, before anything expensive, that an op cannot be built here.
+
+    DeepSpeed's own check, which compiles a few lines against the libraries that the op needs.
+
+    Raises:
+        ConfigError: it is not built, and cannot be; or there is no such op.
+    """
+    if is_built(name):
+        return
+    prepare_environment()
+    if _builder(name).is_compatible(verbose=False):
+        return
+    raise ConfigError(
+        Problem(
+            f"DeepSpeed's {name} is not built, and cannot be built here",
+            f"it needs {_op(name).needs or 'what this machine lacks'}",
+            f"install that, then try `python -m dstrain.engine.ops {name}`",
+        )
+    )
+
+
 def build_ops(names: Sequence[str]) -> None:
     """Build the named ops that are not built yet, and say so on standard error.
 
@@ -238,13 +268,8 @@ def _wait_for(lock: Path) -> None:
 
 def _load(name: str) -> None:
     """Have DeepSpeed compile the op, where that is still to do, and load it."""
-    os.environ.setdefault("DS_LOG_LEVEL", "WARNING")
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    builder = accelerator.create_op_builder(_op(name).builder)
-    if builder is None or type(builder).__name__ == "NotImplementedBuilder":
-        raise ConfigError(f"DeepSpeed has no {name} for accelerator {accelerator.device_name()!r}")
+    builder = _builder(name)
+    also = f"; {_op(name).needs}" if _op(name).needs else ""
     try:
         builder.load(verbose=False)
     except (ImportError, OSError, RuntimeError) as error:
@@ -253,9 +278,20 @@ def _load(name: str) -> None:
                 f"DeepSpeed's {name} does not build",
                 str(error),
                 "it takes a C++17 compiler and Python's headers (on Debian and Ubuntu: apt-get "
-                "install build-essential python3-dev), on NVIDIA GPUs nvcc as well",
+                f"install build-essential python3-dev), on NVIDIA GPUs nvcc as well{also}",
             )
         ) from error
+
+
+def _builder(name: str) -> Any:
+    os.environ.setdefault("DS_LOG_LEVEL", "WARNING")
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    builder = accelerator.create_op_builder(_op(name).builder)
+    if builder is None or type(builder).__name__ == "NotImplementedBuilder":
+        raise ConfigError(f"DeepSpeed has no {name} for accelerator {accelerator.device_name()!r}")
+    return builder
 
 
 def _torch_default_dir() -> Path:

@@ -51,6 +51,30 @@ def gathered(
         yield
 
 
+def forget_process_wide_settings(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
+    """Undo what DeepSpeed keeps in its modules beyond the life of an engine.
+
+    Left alone, the next engine of this process would take over the groups of hpZ, whatever its own
+    size is (``stage3.py:__init__``), and the formats of autocast instead of its
+    ``communication_data_type`` (``stage_1_and_2.py:__init__``).
+    """
+    if int(resolved.values.get("zero_optimization.zero_hpz_partition_size", 1)) > 1:
+        from deepspeed.utils import groups
+
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    if resolved.values.get("torch_autocast.enabled"):
+        from deepspeed.runtime import torch_autocast
+
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+        torch_autocast.TORCH_AUTOCAST_DTYPE = None
+        for parameter in module.parameters():
+            parameter.__dict__.pop(torch_autocast.PARAM_COMM_DTYPE_ATTR_NAME, None)
+    if any(key.startswith("activation_checkpointing.") for key in resolved.values):
+        import deepspeed
+
+        deepspeed.checkpointing.configure(None)  # all at their defaults
+
+
 class ZeroThreeMark:
     """Tells transformers that ZeRO stage 3 is on: models are then built partitioned.
 

@@ -39,9 +39,11 @@ from dstrain.engine import (
     ZeroThreeMark,
     check_precision,
     device_type,
+    expert_blocks,
     is_partitioned,
     least,
     parameter_groups,
+    prepare_nvme,
     read_machine,
     start,
 )
@@ -224,12 +226,21 @@ def resolve_config(
         machine=least(gather_objects(read_machine(ranks, disk=getattr(args, "nvme_path", None)))),
         sequence_length=sequence_length,
         partitioned=module is not None and any(is_partitioned(p) for p in module.parameters()),
+        expert_blocks=() if module is None else expert_blocks(module),
+        is_transformers=_is_of_transformers(module),
     )
     with all_or_none():
         resolved = resolve(args, facts)
-        check_precision(resolved.precision)
+        check_precision(resolved.compute_format)
+        prepare_nvme(resolved)
     require_equal("the resolved DeepSpeed config", dict(resolved.values), ConfigError)
     return resolved
+
+
+def _is_of_transformers(module: torch.nn.Module | None) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
 
 
 @contextlib.contextmanager

@@ -16,11 +16,8 @@ from hypothesis import strategies as st
 from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, ModelFacts, ResolvedConfig, resolve
 from dstrain.config.rules import BUCKET_ELEMENTS, RULES, SMALL_PARAMETER_ELEMENTS, Binding
-from dstrain.config.source import preset_folder
 from dstrain.core.errors import ConfigError
 
-PRESETS = sorted(path.stem for path in preset_folder().glob("*.json"))
-WORLD_SIZES = [1, 8, 64, 512]
 DEFAULTS = TrainingArguments()
 ALWAYS_WRITTEN = {
     "train_batch_size",
@@ -77,6 +74,8 @@ class Case:
         other: another value of the key.
         default: the key's value when nothing is given; None when it is then left out.
         base: config that the key needs around it.
+        auto: the key's value when nothing is given but "auto"; "same" is the default.
+        facts: what is known of the world, if it matters.
     """
 
     key: str
@@ -85,9 +84,14 @@ class Case:
     other: Any
     default: Any
     base: dict[str, Any] = field(default_factory=dict)
+    auto: Any = "same"
+    facts: Facts | None = None
 
 
 STAGE_3 = {"zero_optimization": {"stage": 3}}
+FP16_STAGE_3 = {**STAGE_3, "fp16": {"enabled": True}}
+BF16 = {"bf16": {"enabled": True}}
+SUPER = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
 WARMUP = {"scheduler": {"type": "WarmupLR"}}
 CASES = [
     Case("zero_optimization.stage", 3, {"zero_stage": "3"}, 1, 2),
@@ -98,6 +102,53 @@ CASES = [
     Case(
         "zero_optimization.offload_param.device", "cpu", {"offload_param": "cpu"}, "none", None,
         base=STAGE_3,
+    ),
+    Case(
+        "zero_optimization.sub_group_size", 10**8, {"sub_group_size": 10**8}, 10**7, None,
+        base=STAGE_3, auto=10**9,
+    ),
+    Case(
+        "zero_optimization.leaf_module.classes", ["Block"], {"leaf_modules": ["Block"]}, ["Other"],
+        None, base=STAGE_3,
+    ),
+    Case(
+        "zero_optimization.offload_optimizer.super_offload", True, {"super_offload": True}, False,
+        None, base=SUPER, auto=False,
+    ),
+    Case("zero_optimization.overlap_comm", True, {"overlap_comm": True}, False, None, auto=False),
+    Case(
+        "zero_optimization.contiguous_gradients", False, {"contiguous_gradients": False}, True,
+        None, auto=True,
+    ),
+    Case(
+        "zero_optimization.round_robin_gradients", True, {"round_robin_gradients": True}, False,
+        None, auto=False,
+    ),
+    Case(
+        "communication_data_type", "bf16", {"communication_dtype": "bf16"}, "fp16", None,
+        auto="fp32",
+    ),
+    Case(
+        "zero_optimization.zero_hpz_partition_size", 4, {"hpz_partition_size": 4}, 2, None,
+        base=STAGE_3, auto=1, facts=Facts(8),
+    ),
+    *(
+        Case(f"zero_optimization.zero_{name}", True, {name: True}, False, None, base=FP16_STAGE_3,
+             auto=False)
+        for name in ("quantized_weights", "quantized_nontrainable_weights", "quantized_gradients")
+    ),
+    Case("torch_autocast.enabled", True, {"torch_autocast": True}, False, None, auto=False),
+    Case(
+        "torch_autocast.dtype", "fp16", {"torch_autocast_dtype": "fp16"}, "float32", "bf16",
+        base={"torch_autocast": {"enabled": True}},
+    ),
+    Case(
+        "data_types.grad_accum_dtype", "fp32", {"grad_accum_dtype": "fp32"}, "bf16", None,
+        base=BF16, auto="bf16",
+    ),
+    Case(
+        "activation_checkpointing.cpu_checkpointing", True, {"cpu_checkpointing": True}, False,
+        None, auto=False,
     ),
     Case("bf16.enabled", True, {"bf16": True}, False, False),
     Case("fp16.enabled", True, {"fp16": True}, False, False),
@@ -132,9 +183,10 @@ def test_every_binding_has_a_case_here():
 @every_binding
 @left_open
 def test_open_key_and_untouched_argument_give_the_default(case, open_value):
-    got = resolved(open_config(case, open_value))
-    assert got.values.get(case.key) == case.default
-    if case.default is not None:
+    got = resolved(open_config(case, open_value), case.facts)
+    expected = case.default if open_value == "missing" or case.auto == "same" else case.auto
+    assert got.values.get(case.key) == expected
+    if expected is not None:
         assert got.provenance[case.key].source in ("default", "derived")
 
 
@@ -142,7 +194,7 @@ def test_open_key_and_untouched_argument_give_the_default(case, open_value):
 @left_open
 def test_open_key_takes_the_changed_argument(case, open_value):
     """Catches an argument that is passed and lost."""
-    got = resolved(open_config(case, open_value), **case.arguments)
+    got = resolved(open_config(case, open_value), case.facts, **case.arguments)
     assert got.values[case.key] == case.value
     reason = got.provenance[case.key]
     assert reason.source in ("argument", "derived")
@@ -152,7 +204,7 @@ def test_open_key_takes_the_changed_argument(case, open_value):
 @every_binding
 def test_explicit_key_wins_over_an_untouched_argument_which_adopts_it(case):
     """Catches a trainer that goes on with the argument's default beside DeepSpeed's value."""
-    got = resolved(nested(case.key, case.value, case.base))
+    got = resolved(nested(case.key, case.value, case.base), case.facts)
     assert got.values[case.key] == case.value
     assert got.provenance[case.key].source == "config"
     for name, value in case.arguments.items():
@@ -162,7 +214,7 @@ def test_explicit_key_wins_over_an_untouched_argument_which_adopts_it(case):
 
 @every_binding
 def test_explicit_key_equal_to_the_changed_argument_is_no_conflict(case):
-    got = resolved(nested(case.key, case.value, case.base), **case.arguments)
+    got = resolved(nested(case.key, case.value, case.base), case.facts, **case.arguments)
     assert got.values[case.key] == case.value
     assert got.provenance[case.key].source == "config"
     assert not set(case.arguments) & set(got.adopted)
@@ -171,7 +223,7 @@ def test_explicit_key_equal_to_the_changed_argument_is_no_conflict(case):
 @every_binding
 def test_explicit_key_against_a_changed_argument_is_a_conflict_that_shows_both(case):
     def attempt() -> ResolvedConfig:
-        return resolved(nested(case.key, case.other, case.base), **case.arguments)
+        return resolved(nested(case.key, case.other, case.base), case.facts, **case.arguments)
 
     texts = [text for text in problems_of(attempt) if case.key in text]
     assert texts, "the key must be named"
@@ -182,7 +234,7 @@ def test_explicit_key_against_a_changed_argument_is_a_conflict_that_shows_both(c
 @pytest.mark.parametrize("case", [c for c in CASES if c.default is not None], ids=lambda c: c.key)
 def test_explicit_key_equal_to_the_default_stays_explicit(case):
     """A value that happens to be the default was still written by the user."""
-    got = resolved(nested(case.key, case.default, case.base))
+    got = resolved(nested(case.key, case.default, case.base), case.facts)
     assert got.values[case.key] == case.default
     assert got.provenance[case.key].source == "config"
 
@@ -418,7 +470,14 @@ def test_train_batch_size_that_cannot_be_is_refused(config, arguments, arithmeti
 
 @pytest.mark.parametrize(
     "config",
-    [None, {}, {"gradient_clipping": "auto"}, {"zero_optimization": {"stage": 0}}, *PRESETS],
+    [
+        None,
+        {},
+        {"gradient_clipping": "auto"},
+        {"zero_optimization": {"stage": 0}},
+        "zero0",
+        "zero3",
+    ],
     ids=str,
 )
 def test_batch_precision_and_clipping_are_always_written(config):
@@ -887,33 +946,6 @@ def test_a_folder_does_not_hide_the_preset_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "zero1").mkdir()
     assert resolved("zero1").stage == 1
-
-
-# --- presets -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_resolves_at_every_size(preset, world_size, accepted_by_deepspeed):
-    facts = Facts(world_size=world_size, num_training_steps=100, model=LARGE_MODEL)
-    got = resolved(preset, facts, bf16=True, gradient_accumulation_steps=2)
-    check_complete(got)
-    assert got.stage == int(preset[4])
-    assert got.global_batch_size == 8 * 2 * world_size
-    assert got.value("offload_optimizer") == ("cpu" if "offload" in preset else "none")
-    assert got.value("offload_param") == ("cpu" if "params" in preset else "none")
-    assert accepted_by_deepspeed(got).train_batch_size == got.global_batch_size
-    assert str(got.provenance["zero_optimization.stage"]) == f"preset {preset}"
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_explained_and_fixes_nothing_but_zero(preset):
-    """A preset that fixed a learning rate would be a surprise."""
-    readme = (preset_folder() / "README.md").read_text()
-    assert f"`{preset}`" in readme
-    explicit = {k for k, r in resolved(preset).provenance.items() if r.source == "config"}
-    assert explicit
-    assert all(key.startswith("zero_optimization.") for key in explicit)
 
 
 # --- any arguments, any config -------------------------------------------------------------------

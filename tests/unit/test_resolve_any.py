@@ -19,10 +19,10 @@ from dstrain.config.resolve import resolve
 from dstrain.config.rules import RULES
 from dstrain.config.source import preset_folder
 from dstrain.core.errors import ConfigError
+from tests.unit.test_presets import ONLY_CUDA, PRESETS
 from tests.unit.test_resolve import (
     ALWAYS_WRITTEN,
     DEFAULTS,
-    PRESETS,
     accepted_by_deepspeed,
     check_complete,
     deepspeed_config_module,
@@ -124,6 +124,11 @@ def test_any_preset_by_name_goes_with_any_arguments_that_do_not_contradict_it(
     arguments, _, facts = situation
     zero = ("zero_stage", "offload_optimizer", "offload_param")
     arguments = {name: value for name, value in arguments.items() if name not in zero}
+    if "nvme" in preset:
+        arguments["nvme_path"] = "/local"
+    if preset in ONLY_CUDA:
+        facts = dataclasses.replace(facts, device="cuda")
+        arguments |= {"bf16": True, "fp16": False}
     try:
         args = TrainingArguments(deepspeed=preset, **arguments)
     except ConfigError:

@@ -4,7 +4,16 @@ One module per subject. Their order is that in which keys are filled and shown: 
 those before it have written.
 """
 
-from dstrain.config.rules import optimizer, scheduler, sizes, training, zero
+from dstrain.config.rules import (
+    communication,
+    offload,
+    optimizer,
+    precision,
+    scheduler,
+    sizes,
+    training,
+    zero,
+)
 from dstrain.config.rules.rule import (
     Binding,
     Derivation,
@@ -17,10 +26,13 @@ from dstrain.config.rules.sizes import BUCKET_ELEMENTS, SMALL_PARAMETER_ELEMENTS
 
 RULES: tuple[Binding | Derivation, ...] = (
     *zero.RULES,
+    *offload.RULES,
+    *precision.RULES,
     *training.RULES,
     *optimizer.RULES,
     *scheduler.RULES,
     *sizes.RULES,
+    *communication.RULES,
 )
 
 __all__ = [

@@ -31,9 +31,25 @@ class View:
         return int(self.config.get("zero_optimization", {}).get("stage", 0))
 
     @property
+    def precision(self) -> str:
+        """Format of weights and activations: "bf16", "fp16" or "fp32"."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer runs on the host."""
-        return self.offload_optimizer != "none"
+        return self.device_of("offload_optimizer") != "none"
+
+    def device_of(self, name: str) -> str:
+        """Where ``offload_optimizer`` or ``offload_param`` puts things: "none", "cpu" or "nvme"."""
+        return str(getattr(self, name))  # "auto" is decided before the rules run
+
+    def asks(self, key: str) -> bool:
+        """Whether the user's config says "auto" at a key that is not filled yet."""
+        node: Any = self.config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return bool(node == "auto")
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,8 @@ class Binding:
         adopt: argument values that a config value stands for, in the order of ``arguments``.
         derive: the key's value from arguments; None leaves the key out of the config.
         when_present: fill it only where the user's config has the section or says "auto".
+        rule: where the value comes from when it is not simply the argument's, for the table.
+        optional: the key stays out of the config while nobody asks for it (``where_set``).
     """
 
     key: str
@@ -64,6 +82,8 @@ class Binding:
     derive: Callable[[View], Derived | None]
     adopt: Callable[[Any], tuple[Any, ...]] = lambda value: (value,)
     when_present: bool = False
+    rule: str = ""
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +112,34 @@ class Derivation:
 def same(name: str) -> Callable[[View], Derived | None]:
     """The value of one argument as it stands."""
     return lambda view: Derived(getattr(view, name))
+
+
+def where_set(
+    key: str,
+    name: str,
+    *,
+    unset: Any = None,
+    otherwise: Callable[[View], Derived | None] | None = None,
+    adopt: Callable[[Any], tuple[Any, ...]] = lambda value: (value,),
+    rule: str = "",
+) -> Binding:
+    """A key that stays out of the config while its argument is ``unset``, as DeepSpeed's default.
+
+    For "auto" in the config it is what ``otherwise`` derives; without that ``unset``, or left out
+    where that is None.
+    """
+
+    def derive(view: View) -> Derived | None:
+        value = getattr(view, name)
+        if value != unset:
+            return Derived(value)
+        if not view.asks(key):
+            return None
+        if otherwise is not None:
+            return otherwise(view)
+        return None if unset is None else Derived(unset)
+
+    return Binding(key, (name,), derive, adopt, rule=rule, optional=True)
 
 
 def readable_arguments(arguments: Any) -> dict[str, Any]:

@@ -1,16 +1,8 @@
-"""Rules of precision, clipping and batch sizes."""
+"""Rules of clipping, batch sizes and checkpointed activations."""
 
 from __future__ import annotations
 
-from dstrain.config.rules.rule import Binding, Derivation, Derived, View, same
-
-
-def _loss_scale(view: View) -> Derived | None:
-    return Derived(0, "0 scales dynamically") if view.fp16 else None
-
-
-def _initial_scale_power(view: View) -> Derived | None:
-    return Derived(16, "first loss scale 2**16") if view.fp16 else None
+from dstrain.config.rules.rule import Binding, Derivation, Derived, View, same, where_set
 
 
 def _train_batch_size(view: View) -> Derived:
@@ -23,12 +15,7 @@ def _train_batch_size(view: View) -> Derived:
 
 
 RULES: tuple[Binding | Derivation, ...] = (
-    Binding("bf16.enabled", ("bf16",), same("bf16")),
-    Binding("fp16.enabled", ("fp16",), same("fp16")),
-    Derivation("fp16.loss_scale", "dynamic", ("fp16",), _loss_scale),
-    Derivation(
-        "fp16.initial_scale_power", "DeepSpeed's first scale", ("fp16",), _initial_scale_power
-    ),
+    where_set("activation_checkpointing.cpu_checkpointing", "cpu_checkpointing", unset=False),
     Binding("gradient_clipping", ("max_grad_norm",), same("max_grad_norm")),
     Binding(
         "train_micro_batch_size_per_gpu",

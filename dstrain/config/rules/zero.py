@@ -1,35 +1,42 @@
-"""Rules of the ZeRO stage and of offload."""
+"""Rules of the ZeRO stage, and of how stage 3 walks the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
-from dstrain.config.rules.rule import Binding, Derivation, Derived, View
+from dstrain.config import schema
+from dstrain.config.rules.rule import Binding, Derivation, Derived, View, where_set
+
+_LEAVES = "zero_optimization.leaf_module.classes"
+_SUB_GROUP = "zero_optimization.sub_group_size"
 
 
 def _stage(view: View) -> Derived:
     return Derived(int(view.zero_stage))  # "auto" is decided before the rules run
 
 
-def _offload(name: str) -> Callable[[View], Derived | None]:
-    def derive(view: View) -> Derived | None:
-        device = getattr(view, name)
-        return None if device == "none" else Derived(device)
+def _leaf_classes(view: View) -> Derived | None:
+    if view.leaf_modules is not None:
+        return Derived(list(view.leaf_modules))
+    found = view.facts.expert_blocks
+    if view.stage < 3 or not found:
+        return None
+    usual = schema.default_of(_LEAVES)
+    return Derived(
+        [*usual, *(name for name in found if name not in usual)],
+        f"DeepSpeed's own list and {', '.join(found)}: experts that are modules of their own, "
+        "which not every rank runs",
+    )
 
-    return derive
+
+def _sub_group(view: View) -> Derived | None:
+    if view.stage < 3:
+        return None
+    return Derived(schema.default_of(_SUB_GROUP), "DeepSpeed's default")
 
 
-def _pin_memory(name: str) -> Callable[[View], Derived | None]:
-    def derive(view: View) -> Derived | None:
-        if getattr(view, name) == "none":
-            return None
-        pinned = view.facts.device != "cpu"
-        return Derived(
-            pinned,
-            f"device is {view.facts.device}: " + ("copied by DMA" if pinned else "no copies"),
-        )
-
-    return derive
+def _names(value: Any) -> tuple[Any, ...]:
+    return ([value] if isinstance(value, str) else list(value),)
 
 
 RULES: tuple[Binding | Derivation, ...] = (
@@ -38,25 +45,20 @@ RULES: tuple[Binding | Derivation, ...] = (
         ("zero_stage",),
         _stage,
         adopt=lambda value: (str(value),),
+        rule="zero_stage; where that is auto 3 if another argument needs it, else 2",
+    ),
+    where_set(
+        _SUB_GROUP,
+        "sub_group_size",
+        otherwise=_sub_group,
+        rule='sub_group_size; "auto" is DeepSpeed\'s 1e9 at stage 3',
     ),
     Binding(
-        "zero_optimization.offload_optimizer.device",
-        ("offload_optimizer",),
-        _offload("offload_optimizer"),
-    ),
-    Derivation(
-        "zero_optimization.offload_optimizer.pin_memory",
-        "page-locked host memory where an accelerator copies from it",
-        ("offload_optimizer",),
-        _pin_memory("offload_optimizer"),
-    ),
-    Binding(
-        "zero_optimization.offload_param.device", ("offload_param",), _offload("offload_param")
-    ),
-    Derivation(
-        "zero_optimization.offload_param.pin_memory",
-        "page-locked host memory where an accelerator copies from it",
-        ("offload_param",),
-        _pin_memory("offload_param"),
+        _LEAVES,
+        ("leaf_modules",),
+        _leaf_classes,
+        adopt=_names,
+        rule="leaf_modules; without it, at stage 3, DeepSpeed's list and blocks of the model whose "
+        "experts are modules of their own",
     ),
 )

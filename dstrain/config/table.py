@@ -1,0 +1,52 @@
+"""Writes ``README.md`` beside this file: every key that a rule fills, from what, and when.
+
+Run ``python -m dstrain.config.table`` after a change of the rules; a test fails when the page is
+stale.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dstrain.config.rules import RULES, Binding, Derivation
+
+PAGE = Path(__file__).with_name("README.md")
+
+_HEAD = """# Keys of the DeepSpeed config that are filled
+
+Generated from the rules by `python -m dstrain.config.table`; do not edit.
+
+A key that is missing or `"auto"` in the user's config is filled as below, in this order. A value of
+the user's own wins over an argument left at its default and conflicts with one that was changed.
+Every other key of DeepSpeed passes through as it is, and `"auto"` there is an error.
+
+| filled | meaning |
+|---|---|
+| yes | whenever the rule has a value; DeepSpeed's own default would differ, or be hidden |
+| if set | where an argument was changed or the config says `"auto"`, else DeepSpeed's default |
+| if there | where the config says `"auto"`, or has the section that it belongs to |
+
+| key | rule | arguments it reads | filled |
+|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    return _HEAD + "".join(_row(rule) for rule in RULES)
+
+
+def _row(rule: Binding | Derivation) -> str:
+    if isinstance(rule, Binding):
+        names = rule.arguments
+        text = rule.rule or f"the value of {' and '.join(names)}"
+        when = "if there" if rule.when_present else "if set" if rule.optional else "yes"
+    else:
+        names, text = rule.reads, rule.rule
+        when = "if there" if rule.only_auto else "yes"
+    listed = ", ".join(f"`{name}`" for name in names) or "none"
+    return f"| `{rule.key}` | {text} | {listed} | {when} |\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
