@@ -45,7 +45,8 @@ RULES: tuple[Binding | Derivation, ...] = (
         ("zero_stage",),
         _stage,
         adopt=lambda value: (str(value),),
-        rule="zero_stage; where that is auto 3 if another argument needs it, else 2",
+        rule="zero_stage; auto is the fastest that fits by the memory plan, 3 where an argument "
+        "needs it, and 2 where model or machine are not known",
     ),
     where_set(
         _SUB_GROUP,
