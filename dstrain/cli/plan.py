@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from dstrain.cli.flags import make_parser, parse
+from dstrain.config import optimizers
 from dstrain.config.activations import ATTENTION, Batch
 from dstrain.config.parameters import ModelSizes, sizes_of
-from dstrain.config.placement import STATE_BYTES, WIDTHS, Work, parse_size
+from dstrain.config.placement import WIDTHS, Work, parse_size
 from dstrain.config.plan_report import as_dict, as_table
 from dstrain.config.planner import Limits, choose, plan
 from dstrain.core.errors import ConfigError, ModelError, Problem, raise_problems
@@ -36,7 +37,7 @@ def run(words: Sequence[str]) -> int:
     )
     model.add_argument("--precision", default="bf16", help=f"{', '.join(WIDTHS)} (default: bf16)")
     model.add_argument(
-        "--optimizer", default="adamw", help=f"{', '.join(STATE_BYTES)} (default: adamw)"
+        "--optimizer", default="adamw", help="a value of optim, or sgd_momentum (default: adamw)"
     )
     batch = parser.add_argument_group("Micro-batch")
     batch.add_argument("--seq_len", type=int, default=4096, help="tokens (default: 4096)")
@@ -67,7 +68,7 @@ def run(words: Sequence[str]) -> int:
             precision=options.precision,
             accumulation=options.gradient_accumulation_steps,
             optimizer=options.optimizer,
-            adam_temporary=options.optimizer in ("adamw", "adam"),
+            adam_temporary=optimizers.is_torch_adam(options.optimizer),
         ),
         Batch(
             options.micro_batch,
@@ -124,7 +125,7 @@ def _check(options: object) -> None:
     for name in ("gpus", "gpus_per_node", "seq_len", "micro_batch", "gradient_accumulation_steps"):
         if (value := getattr(options, name)) < 1:
             problems.append(Problem(f"--{name} {value}", "at least one"))
-    known = {"precision": WIDTHS, "optimizer": STATE_BYTES, "attention": ATTENTION}
+    known = {"precision": WIDTHS, "optimizer": optimizers.planned_names(), "attention": ATTENTION}
     for name, values in known.items():
         if (value := getattr(options, name)) not in values:
             problems.append(Problem(f"--{name} {value}", f"one of {', '.join(values)}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 
@@ -49,6 +49,7 @@ class Facts:
         model: sizes of the parameters.
         own_optimizer: the user passes an optimizer object.
         own_scheduler: the user passes a schedule object.
+        packages: optional packages of optimizers that can be imported.
     """
 
     world_size: int = 1
@@ -57,3 +58,4 @@ class Facts:
     model: ModelFacts | None = None
     own_optimizer: bool = False
     own_scheduler: bool = False
+    packages: Set[str] | None = None

@@ -2,6 +2,7 @@
 
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
+from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
 from dstrain.engine.startup import (
     check_precision,
     device_name,
@@ -22,6 +23,8 @@ __all__ = [
     "Engine",
     "StepOutcome",
     "ZeroThreeMark",
+    "build_ops",
+    "check_own",
     "check_precision",
     "decay_parameter_names",
     "device_name",
@@ -32,7 +35,9 @@ __all__ = [
     "inference_engine",
     "is_partitioned",
     "model_facts",
+    "optimizer_class",
     "parameter_groups",
     "shut_down",
+    "slices_remark",
     "start",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dstrain.config import ResolvedConfig
+from dstrain.engine.optimizers import group_of, keep_adagrad, optimizer_factory, put_back
 from dstrain.engine.stage_zero import repair_if_needed
 from dstrain.engine.zero import ZeroThreeMark
 
@@ -55,7 +56,7 @@ class Engine:
         Args:
             module: the model, whole or already partitioned by zero.Init.
             resolved: the config; final.
-            groups: parameter groups for the optimizer that the config names.
+            groups: parameter groups for the optimizer of the config.
             optimizer: the user's own optimizer, instead of ``groups``.
             scheduler: a function of the basic optimizer, or the user's own scheduler; None leaves
                 it to the config.
@@ -67,16 +68,23 @@ class Engine:
         if not trains:
             config.pop("optimizer", None)
             config.pop("scheduler", None)
+        factory = optimizer_factory(resolved) if trains and optimizer is None else None
+        if factory is not None:
+            config.pop("optimizer", None)
+        if optimizer is not None:
+            keep_adagrad(optimizer)
         if resolved.has_scheduler:
             scheduler = None
         with _quiet():
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
                 model=module,
                 model_parameters=groups if optimizer is None else None,
-                optimizer=optimizer,
+                optimizer=factory if optimizer is None else optimizer,
                 lr_scheduler=scheduler,
                 config=config,
             )
+        if trains:
+            put_back(self.optimizer, self._engine.basic_optimizer)
         self.module = module
         self.resolved = resolved
         # With plain fp32 and stage 0 DeepSpeed keeps no norm, so it is computed on request.
@@ -113,6 +121,10 @@ class Engine:
     def learning_rates(self) -> list[float]:
         """The learning rate of each parameter group, to be used by the next step."""
         return [float(g["lr"]) for g in self.optimizer.param_groups]
+
+    def group_of(self, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
+        """The parameter group that updates a parameter of the module; None for a frozen one."""
+        return group_of(self.optimizer, parameter)
 
     def loss_scale(self) -> float | None:
         """The current fp16 loss scale; None in other formats."""

@@ -56,7 +56,7 @@ def other_value(name: str) -> Any:
         "save_strategy": "epoch", "past_index": 2, "tp_size": 2, "report_to": ["none"],
         "fsdp_config": {"min_num_params": 1}, "evaluation_strategy": "epoch",
         "accelerator_config": {"even_batches": False}, "debug": "underflow_overflow",
-        "label_smoothing_factor": 0.1, "half_precision_backend": "apex",
+        "label_smoothing_factor": 0.1, "half_precision_backend": "apex", "optim_args": "a=1",
     }  # fmt: skip
     if name in special:
         return special[name]
