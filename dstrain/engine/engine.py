@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dstrain.config import ResolvedConfig
-from dstrain.engine.optimizers import group_of, keep_adagrad, optimizer_factory, put_back
+from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
 from dstrain.engine.stage_zero import repair_if_needed
 from dstrain.engine.zero import ZeroThreeMark
 
@@ -75,7 +75,7 @@ class Engine:
             keep_adagrad(optimizer)
         if resolved.has_scheduler:
             scheduler = None
-        with _quiet():
+        with _quiet(), adagrad_stays():
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
                 model=module,
                 model_parameters=groups if optimizer is None else None,
@@ -83,8 +83,6 @@ class Engine:
                 lr_scheduler=scheduler,
                 config=config,
             )
-        if trains:
-            put_back(self.optimizer, self._engine.basic_optimizer)
         self.module = module
         self.resolved = resolved
         # With plain fp32 and stage 0 DeepSpeed keeps no norm, so it is computed on request.

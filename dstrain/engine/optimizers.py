@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 
@@ -155,18 +156,24 @@ def keep_adagrad(optimizer: Any) -> None:
     other tensors.
     """
     if isinstance(optimizer, torch.optim.Adagrad):
-        optimizer.state = _AdagradState(optimizer)
+        optimizer.state = cast(Any, _AdagradState(optimizer))
 
 
-def put_back(wrapped: Any, given: Any) -> None:
-    """Undo DeepSpeed's replacement of torch's Adagrad by another with one parameter group.
+@contextlib.contextmanager
+def adagrad_stays() -> Iterator[None]:
+    """Keep DeepSpeed from putting another optimizer in the place of torch's Adagrad.
 
-    ``initialize_optimizer_states`` of all ZeRO stages makes a new Adagrad of the flat tensors: the
-    schedule would steer the old one, the weight decay of the groups would be lost, and stage 3
-    would not find the second group.
+    ``initialize_optimizer_states`` of the ZeRO stages makes a new ``torch.optim.Adagrad`` of the
+    flat tensors, with one group: the schedule would steer the old one, the weight decay of the
+    groups would be lost, and stage 3 would not find its second group. It does so because the state
+    is not made lazily, which ``keep_adagrad`` has mended; inside this block it finds no Adagrad.
     """
-    if isinstance(given, torch.optim.Adagrad) and getattr(wrapped, "optimizer", given) is not given:
-        wrapped.optimizer = given
+    real = torch.optim.Adagrad
+    torch.optim.Adagrad = _NoAdagrad  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.optim.Adagrad = real  # type: ignore[misc]
 
 
 def group_of(engine_optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
@@ -187,6 +194,10 @@ def group_of(engine_optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, 
     return None
 
 
+class _NoAdagrad:
+    """Stands for Adagrad while DeepSpeed asks whether an optimizer is one."""
+
+
 class _AdagradState(dict[Any, Any]):
     """Adagrad's state, made for a tensor when it is first asked for (torch/optim/adagrad.py)."""
 
@@ -201,7 +212,7 @@ class _AdagradState(dict[Any, Any]):
             "step": torch.tensor(0.0, dtype=torch.float32),
             "sum": torch.full_like(tensor, value, memory_format=torch.preserve_format),
         }
-        return self[tensor]  # type: ignore[no-any-return]
+        return self[tensor]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
@@ -210,7 +221,7 @@ class _AdagradState(dict[Any, Any]):
 def _import(path: str) -> type[Any]:
     module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             Problem(f"{path} cannot be imported", str(error), f"install {module.split('.')[0]}")

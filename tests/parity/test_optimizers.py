@@ -52,6 +52,14 @@ IN_TORCH: dict[str, tuple[str | None, float, Callable[[Groups], torch.optim.Opti
 OFFLOADED = [name for name in IN_TORCH if name not in ("adamw_torch_fused", "adagrad")]
 
 
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's Muon compiles its Newton-Schulz steps, a minute on a CPU that compiles alone."""
+    import torch._dynamo
+
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+
+
 def _orders() -> list[list[int]]:
     from dstrain.data import EpochOrder
 
