@@ -118,7 +118,7 @@ class OptimizerArguments:
     optim_args: str | None = arg(
         None,
         "Further arguments of the optimizer, as name=value,name=value.",
-        treatment=deepspeed_key("optimizer.params.*", note="checked against the optimizer"),
+        treatment=implemented("checked against the optimizer, and written to `optimizer.params`"),
     )
     adafactor: bool = arg(
         False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,10 @@ OFFLOADED = [name for name in IN_TORCH if name not in ("adamw_torch_fused", "ada
 
 
 @pytest.fixture(autouse=True)
-def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's Muon compiles its Newton-Schulz steps, a minute on a CPU that compiles alone."""
-    import torch._dynamo
-
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+def _eager() -> Iterator[None]:
+    """DeepSpeed's Muon compiles its Newton-Schulz steps, which takes minutes on a CPU."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _orders() -> list[list[int]]:
@@ -129,7 +128,7 @@ def test_two_ranks_equal_plain_torch_on_one(stage: int, tmp_path: Path, world_si
         assert [g["weight_decay"] for g in basic.param_groups] == [reference.WEIGHT_DECAY, 0.0]
         if ours != pytest.approx(_named_by_hand(optim), rel=2e-5):
             wrong[optim] = (ours, _named_by_hand(optim))
-        assert ours[-1] < ours[0]
+        assert sum(ours[3:]) < sum(ours[:3]), optim  # the second epoch is below the first
     assert not wrong
 
 
@@ -172,7 +171,7 @@ def test_optimizers_that_look_at_more_than_one_element(
                     max_grad_norm=0.0 if optim == "muon" else 1.0,
                 )  # fmt: skip
                 ours, _ = _trained(trainer)
-                assert ours[-1] < ours[0] - 0.02, (optim, stage, offload, ours)
+                assert sum(ours[3:]) < sum(ours[:3]) - 0.06, (optim, stage, offload, ours)
 
 
 @pytest.mark.ranks(2)

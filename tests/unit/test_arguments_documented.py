@@ -215,6 +215,7 @@ ALIASES: list[tuple[str, Any, str, Any]] = [
     ("push_to_hub_model_id", "m", "hub_model_id", "m"),
     ("push_to_hub_organization", "org", "hub_model_id", "org/trainer_output"),
     ("push_to_hub_token", "t", "hub_token", "t"),
+    ("adafactor", True, "optim", "adafactor"),
 ]
 
 
@@ -231,7 +232,6 @@ def test_an_old_name_moves_to_the_new_one_with_a_warning(old, value, new, expect
 REFUSED_ALIASES = [
     ("torchdynamo", "inductor", "torch_compile_backend"),
     ("fp16_backend", "apex", "half_precision_backend"),
-    ("adafactor", True, "optim"),
     ("include_inputs_for_metrics", True, "include_for_metrics"),
     ("sortish_sampler", True, "group_by_length"),
     ("dispatch_batches", True, "accelerator_config"),
