@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,26 @@ from dstrain.arguments.treatment import (
     alias,
     deepspeed_key,
     implemented,
-    pending,
     refused,
 )
 from dstrain.core.errors import Problem
+
+# transformers.OptimizerNames, DeepSpeed's own, and torch's that have no name there. What each runs
+# and which cannot run is in config/optimizer_table.py.
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adam", "adamw_hf", "adamw_torch_xla",
+    "adamw_torch_npu_fused", "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit",
+    "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+    "nadam", "radam", "adamax", "stable_adamw", "grokadamw",
+    "lion", "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "muon", "lamb",
+    "adafactor", "adagrad", "sgd", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit",
+    "rmsprop_bnb_8bit", "adadelta", "asgd", "rprop",
+    "galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw",
+    "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise",
+    "apollo_adamw_layerwise", "lomo", "adalomo",
+    "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd",
+)  # fmt: skip
 
 # Names of transformers.SchedulerType whose step needs nothing but the step count.
 SCHEDULERS = (
@@ -32,6 +49,23 @@ SCHEDULERS = (
 )
 # Those whose step needs the metric of an evaluation.
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
+
+
+def split_optim_args(text: str | None) -> dict[str, str]:
+    """The pairs of "name=value,name=value"; a comma inside brackets belongs to the value.
+
+    Raises:
+        ValueError: something in it is no such pair, or a name stands twice.
+    """
+    pairs: dict[str, str] = {}
+    for part in re.split(r",(?![^(\[]*[)\]])", text.replace(" ", "") if text else ""):
+        name, equals, value = part.partition("=")
+        if not part and not pairs:
+            continue
+        if not (name and equals and value) or name in pairs:
+            raise ValueError(part)
+        pairs[name] = value
+    return pairs
 
 
 def _adafactor(arguments: Any, value: bool) -> str:
@@ -74,13 +108,17 @@ class OptimizerArguments:
     optim: str = arg(
         "adamw_torch",
         "Optimizer. With optimizer offload the AdamW names run DeepSpeed's CPU Adam.",
-        choices=("adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "sgd", "adagrad"),
+        choices=OPTIMIZERS,
         treatment=deepspeed_key(
-            "optimizer.type", note="the other names of transformers are refused"
+            "optimizer.type",
+            note="what DeepSpeed does not build by name dstrain builds; what cannot run is refused "
+            "with the stage and offload (`python -m dstrain.config.optimizers` prints the table)",
         ),
     )
     optim_args: str | None = arg(
-        None, "Further arguments of the optimizer, as name=value,name=value.", treatment=pending()
+        None,
+        "Further arguments of the optimizer, as name=value,name=value.",
+        treatment=implemented("checked against the optimizer, and written to `optimizer.params`"),
     )
     adafactor: bool = arg(
         False,
@@ -91,8 +129,8 @@ class OptimizerArguments:
         None,
         "Modules that GaLore and APOLLO optimizers work on.",
         treatment=refused(
-            "their low-rank state needs whole two-dimensional gradients, which ZeRO partitions",
-            "use adamw_torch, or train few parameters with LoRA (peft)",
+            "only the GaLore and APOLLO optimizers read it, and those are refused",
+            "leave it out; use adamw_torch, or train few parameters with LoRA (peft)",
         ),
     )
     lr_scheduler_type: str = arg(
@@ -145,6 +183,16 @@ class OptimizerArguments:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 problems.append(Problem(f"{name}={value}", "0 <= beta < 1 is needed"))
+        try:
+            split_optim_args(self.optim_args)
+        except ValueError as error:
+            problems.append(
+                Problem(
+                    f"optim_args={self.optim_args!r}",
+                    f"{str(error)!r} is no name=value, or its name stands twice",
+                    "write name=value,name=value",
+                )
+            )
         if not 0 <= self.warmup_ratio <= 1:
             problems.append(
                 Problem(f"warmup_ratio={self.warmup_ratio}", "a share between 0 and 1 is needed")

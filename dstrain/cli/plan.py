@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from dstrain.cli.flags import make_parser, parse
 from dstrain.cli.model import count_in_child
+from dstrain.config import optimizers
 from dstrain.config.activations import ATTENTION, Batch
 from dstrain.config.parameters import sizes_of
-from dstrain.config.placement import STATE_BYTES, WIDTHS, Work, parse_size
+from dstrain.config.placement import WIDTHS, Work, parse_size
 from dstrain.config.plan_report import as_dict, as_table
 from dstrain.config.planner import Limits, choose, plan
 from dstrain.core.errors import ConfigError, Problem, raise_problems
@@ -32,7 +33,7 @@ def run(words: Sequence[str]) -> int:
         "--model_config", default="", metavar="SPEC", help="config.json, or llama:key=value,..."
     )
     model.add_argument("--precision", default="bf16", help=f"{', '.join(WIDTHS)}")
-    model.add_argument("--optimizer", default="adamw", help=f"{', '.join(STATE_BYTES)}")
+    model.add_argument("--optimizer", default="adamw", help="a value of optim, or sgd_momentum")
     batch = parser.add_argument_group("Micro-batch")
     batch.add_argument("--seq_len", type=int, default=4096, help="tokens")
     batch.add_argument("--micro_batch", type=int, default=1, help="sequences")
@@ -58,7 +59,7 @@ def run(words: Sequence[str]) -> int:
             precision=options.precision,
             accumulation=options.gradient_accumulation_steps,
             optimizer=options.optimizer,
-            adam_temporary=options.optimizer in ("adamw", "adam"),
+            adam_temporary=optimizers.is_torch_adam(options.optimizer),
         ),
         Batch(
             options.micro_batch,
@@ -90,7 +91,7 @@ def _check(options: object) -> None:
     for name in ("gpus", "gpus_per_node", "seq_len", "micro_batch", "gradient_accumulation_steps"):
         if (value := getattr(options, name)) < 1:
             problems.append(Problem(f"--{name} {value}", "at least one"))
-    known = {"precision": WIDTHS, "optimizer": STATE_BYTES, "attention": ATTENTION}
+    known = {"precision": WIDTHS, "optimizer": optimizers.planned_names(), "attention": ATTENTION}
     for name, values in known.items():
         if (value := getattr(options, name)) not in values:
             problems.append(Problem(f"--{name} {value}", f"one of {', '.join(values)}"))

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dstrain.config import optimizers
 from dstrain.config.activations import Batch
 from dstrain.config.facts import Facts, Machine, ModelFacts
 from dstrain.config.memory import GIB
-from dstrain.config.placement import STATE_BYTES, WIDTHS, Buckets, Placement, Work
+from dstrain.config.placement import WIDTHS, Buckets, Placement, Work
 from dstrain.config.planner import ORDER, Limits, choose, plan, resolved_buckets
 
 # Kept free for activations where the tokens of a sample or the form of the layers are not known.
@@ -58,7 +59,8 @@ def choose_placement(
     left = [name for name, value in asked.items() if value == AUTO]
     if not left:
         return Automatic({})
-    open_to = _open_to(asked, facts)
+    row = _optimizer(arguments, facts, explicit)
+    open_to = _runnable(_open_to(asked, facts), row, facts, asked)
     needs = _needs_of_stage_3(arguments, facts)
     bound = [p for p in open_to if p.stage == 3] if needs and "zero_stage" in left else open_to
     if facts.sizes is None or facts.machine is None:
@@ -138,7 +140,8 @@ def _planned(
 ) -> Automatic:
     sizes = facts.sizes
     assert sizes is not None
-    kind, torch_adam = _optimizer(arguments, explicit)
+    row = _optimizer(arguments, facts, explicit)
+    kind = "adamw" if row is None or row.refused else row.name
     precision = next((name for name in ("bf16", "fp16") if arguments[name]), "fp32")
     guessed = facts.sequence_length is None or sizes.block is None
     usable = int(machine.device_bytes * (1 - ACTIVATION_SHARE if guessed else 1))
@@ -153,7 +156,7 @@ def _planned(
         precision=precision,
         accumulation=int(arguments["gradient_accumulation_steps"]),
         optimizer=kind,
-        adam_temporary=torch_adam,
+        adam_temporary=optimizers.is_torch_adam(kind),
         device=facts.device,
     )
     batch = Batch(
@@ -182,15 +185,37 @@ def _planned(
     return _as_values(left, choice.placement, how, warning)
 
 
-def _optimizer(arguments: Mapping[str, Any], explicit: Mapping[str, Any]) -> tuple[str, bool]:
-    """The optimizer as the memory model knows it, and whether it is torch's own AdamW."""
-    name = str(arguments["optim"])
-    named = str(explicit.get("optimizer.type", name)).lower()
-    if "8bit" in named:
-        return "adamw_8bit", False
-    known = sorted(STATE_BYTES, key=len, reverse=True)
-    kind = next((k for k in known if named.startswith(k)), "adamw")
-    return kind, kind in ("adam", "adamw") and name == "adamw_torch"
+def _optimizer(
+    arguments: Mapping[str, Any], facts: Facts, explicit: Mapping[str, Any]
+) -> optimizers.Optimizer | None:
+    """The optimizer that will run; None for one that the table does not know."""
+    if facts.own_optimizer:
+        return None
+    kind = explicit.get("optimizer.type")
+    return optimizers.find(str(arguments["optim"]), None if kind is None else str(kind))
+
+
+def _runnable(
+    open_to: list[Placement],
+    row: optimizers.Optimizer | None,
+    facts: Facts,
+    asked: Mapping[str, str],
+) -> list[Placement]:
+    """Those of the choices at which the optimizer can run; stage 0 where it can only run there.
+
+    All of them where it runs at none: it is refused where conflicts are collected.
+    """
+    if row is None:
+        return open_to
+
+    def runs(at: Placement) -> bool:
+        setting = optimizers.Setting(at.stage, at.optimizer, facts.device)
+        return optimizers.build_of(row, setting) is not None
+
+    found = [placement for placement in open_to if runs(placement)]
+    if not found and asked["zero_stage"] == AUTO and runs(Placement(0)):
+        return [Placement(0)]
+    return found or open_to
 
 
 def _as_values(left: list[str], choice: Placement, how: str, warning: str = "") -> Automatic:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,7 @@ class Facts:
         partitioned: the model exists and its parameters are partitioned already (ZeRO stage 3).
         expert_blocks: classes of the model's blocks whose experts are modules of their own.
         is_transformers: the model is one of transformers.
+        packages: optional packages of optimizers that can be imported.
     """
 
     world_size: int = 1
@@ -91,6 +92,7 @@ class Facts:
     partitioned: bool = False
     expert_blocks: tuple[str, ...] = ()
     is_transformers: bool = False
+    packages: Set[str] | None = None
 
     @property
     def ranks_per_machine(self) -> int | None:

@@ -24,7 +24,7 @@ def host_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str,
     (``async_accumulate_grad_in_cpu_via_gpu``). At stage 3 (``stage3.py:_create_fp32_partitions``,
     ``initialize_optimizer_states``, ``_setup_for_real_optimizer``): master weights, fp32 gradients
     and a flat gradient buffer in the format in which gradients add up. Adam's moments are fp32 on
-    the host (``cpu_adam.py:step``). Parameters:
+    the host (``cpu_adam.py:step``); other optimizers as in ``optimizer_table.py``. Parameters:
     ``stage3.py:_create_param_groups_fp16_flat_cpu_memory``.
     Before training, stages 0-2 build the model whole in every process, in host memory.
     """
@@ -33,7 +33,7 @@ def host_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str,
     kinds = {"process": PROCESS_BYTES if work.device == "cuda" else 0}
     if placement.optimizer == "cpu":
         kinds["master weights"] = pinned(FP32 * shard, work, when=stage < 3)
-        kinds["optimizer"] = work.state_bytes * shard
+        kinds["optimizer"] = int(work.state_bytes(placement) * shard)
         kinds["gradients"] = pinned(FP32 * shard, work)
     if placement.optimizer == "nvme":
         group = min(shard, 1_000_000_000)
@@ -67,7 +67,7 @@ def nvme_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str,
     kinds = {}
     if placement.optimizer == "nvme":
         kinds["master weights"] = FP32 * shard
-        kinds["optimizer"] = work.state_bytes * shard
+        kinds["optimizer"] = int(work.state_bytes(placement) * shard)
         kinds["gradients"] = FP32 * shard
     if placement.parameters == "nvme":
         kinds["parameters"] = work.width * sizes.partition_elements(work.world_size)

@@ -173,7 +173,7 @@ def state_bytes(
     return {
         "parameters": parameters,
         "master weights": master if on_device else 0,
-        "optimizer": work.state_bytes * shard if on_device else 0,
+        "optimizer": int(work.state_bytes(placement) * shard) if on_device else 0,
         "gradients": gradients,
         "buckets": standing,
     }

@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dstrain.config import optimizers
 from dstrain.core.errors import ConfigError, Problem
 
 FP32 = 4
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Bytes of optimizer state per parameter; torch.optim and deepspeed.ops keep them in fp32.
-STATE_BYTES = {
-    "adamw": 8, "adam": 8, "sgd": 0, "sgd_momentum": 4, "adagrad": 4, "lion": 4, "rmsprop": 4,
-    "adafactor": 1, "adamw_8bit": 2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class Work:
         ranks_per_machine: ranks that share host memory and disks.
         precision: "bf16", "fp16" or "fp32".
         accumulation: micro-batches per optimizer step.
-        optimizer: a key of ``STATE_BYTES``.
+        optimizer: a value of the argument ``optim``, or "adamw" or "sgd_momentum".
         adam_temporary: the optimizer is torch's own AdamW, not a fused kernel.
         device: "cuda" or "cpu".
     """
@@ -130,10 +126,14 @@ class Work:
         """Bytes per gradient that is kept from one micro-batch to the next."""
         return FP32 if self.sums_in_fp32(stage) else self.width
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of optimizer state per parameter."""
-        return STATE_BYTES[self.optimizer]
+    def state_bytes(self, placement: Placement) -> float:
+        """Bytes of optimizer state per parameter (``optimizer_table.py`` says where from)."""
+        return optimizers.state_bytes(
+            self.optimizer,
+            stage=placement.stage,
+            offload=placement.optimizer,
+            device=self.device,
+        )
 
 
 UNITS = {

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
-from dstrain.config import constraints, schema
+from dstrain.config import constraints, optimizers, schema
 from dstrain.config.automatic import choose_placement
 from dstrain.config.facts import Facts
+from dstrain.config.optimizer_table import Build
 from dstrain.config.rules import (
     RULES,
     SCHEDULES,
@@ -30,6 +31,7 @@ from dstrain.config.rules import (
     View,
     readable_arguments,
 )
+from dstrain.config.rules.optimizer import choose
 from dstrain.config.rules.precision import short_name
 from dstrain.config.source import read_config
 from dstrain.core.errors import ConfigError, Problem, raise_problems
@@ -62,6 +64,8 @@ class ResolvedConfig:
         adopted: arguments that took their value from the user's config.
         warnings: what the user should know but need not change.
         facts: what the resolution knew.
+        arguments: the arguments after adoption.
+        optimizer: what runs, unless it is the user's own.
     """
 
     values: Mapping[str, Any]
@@ -70,13 +74,29 @@ class ResolvedConfig:
     warnings: tuple[str, ...]
     facts: Facts
     arguments: Mapping[str, Any] = field(repr=False)
+    optimizer: Build | None = None
 
     def to_deepspeed(self) -> dict[str, Any]:
-        """A nested dict of its own, ready for ``deepspeed.initialize``."""
+        """A nested dict of its own, ready for ``deepspeed.initialize``.
+
+        Without the section of an optimizer that dstrain builds, which is passed as an object.
+        """
         nested: dict[str, Any] = {}
         for path, value in self.values.items():
-            _put(nested, path, copy.deepcopy(value))
+            if not (self.builds_optimizer and path.startswith("optimizer.")):
+                _put(nested, path, copy.deepcopy(value))
         return nested
+
+    @property
+    def builds_optimizer(self) -> bool:
+        """Whether dstrain builds the optimizer, since DeepSpeed has no name for it."""
+        return self.optimizer is not None and not self.optimizer.type
+
+    def optimizer_parameters(self) -> dict[str, Any]:
+        """What the constructor of the optimizer is given, beside the parameter groups."""
+        prefix = "optimizer.params."
+        given = {k: v for k, v in self.values.items() if k.startswith(prefix)}
+        return {k.removeprefix(prefix): copy.deepcopy(v) for k, v in given.items()}
 
     def value(self, argument: str) -> Any:
         """The value of an argument that the run uses, the user's config taken into account."""
@@ -161,6 +181,11 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     problems += _constraints(config, provenance, facts, warnings, label)
     if not automatic.values.keys() & {"offload_optimizer", "offload_param"}:
         problems += _unused(chosen, config)
+    build = None
+    if not facts.own_optimizer:
+        build, found, remarks = choose(View(chosen, facts, config), explicit, changed, label)
+        problems += found
+        warnings += remarks
     for path, value in _leaves(config):
         if _is_auto(path, value):
             problems.append(_left_auto(path))
@@ -176,6 +201,7 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
         warnings=tuple(warnings),
         facts=facts,
         arguments=chosen,
+        optimizer=build,
     )
 
 
@@ -228,7 +254,10 @@ def _adopt(
                     )
                 continue
             if name in changed:
-                if not _equal(value, chosen[name]) and not _same_family(name, value, chosen[name]):
+                variant = name == "optim" and optimizers.stands_for(
+                    explicit[rule.key], chosen[name]
+                )
+                if not _equal(value, chosen[name]) and not variant:
                     problems.append(
                         _conflict(rule.key, explicit[rule.key], name, chosen[name], label)
                     )
@@ -359,9 +388,9 @@ def _displaced(explicit: Mapping[str, Any], facts: Facts, label: str) -> list[Pr
     passed = {"optimizer": facts.own_optimizer, "scheduler": facts.own_scheduler}
     return [
         Problem(
-            f"{label} has a section {name!r}, and a {name} was passed to the Trainer",
-            "only one of them can run",
-            f"remove the section, or do not pass the {name}",
+            f"{label} has a section {name!r}, and the Trainer has a {name} of its own",
+            f"it was passed, or create_{name} is overridden, and only one of them can run",
+            f"remove the section, or your own {name}",
         )
         for name, given in passed.items()
         if given and any(path.startswith(f"{name}.") for path in explicit)
@@ -426,11 +455,6 @@ def _left_auto(path: str) -> Problem:
 
 def _is_auto(path: str, value: Any) -> bool:
     return value == "auto" and not schema.auto_is_a_value(path)
-
-
-def _same_family(name: str, value: Any, chosen: Any) -> bool:
-    """Whether the config's optimizer type covers the argument's variant of it."""
-    return name == "optim" and str(value).split("_")[0] == str(chosen).split("_")[0]
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -40,11 +40,14 @@ __all__ = [
     "is_known",
     "known_paths",
     "normalise",
+    "read_text",
 ]
 
 AUTO: Final = "auto"
 COMMENTS: Final = ("_", "//", "#")  # JSON has no comments: people write them as keys like these
 _MISFIT: Final = object()
+_YES: Final = ("true", "yes", "on", "1")
+_NO: Final = ("false", "no", "off", "0")
 # A name that stands in more sections than this does not say where it belongs.
 _MOST_HOMES: Final = 3
 _MOST_LISTED: Final = 16  # keys that an error names
@@ -101,6 +104,25 @@ def default_of(path: str, *, kind: str | None = None) -> Any:
 def is_known(path: str, *, kind: str) -> bool:
     """Whether optimizers or schedulers of type ``kind`` have the parameter at this path."""
     return bool(_find(path, kind))
+
+
+def read_text(text: str, key: Key) -> tuple[Any, str]:
+    """What a command line spells for a key, and what is wrong with it ("" for nothing)."""
+    word = text.strip().lower()
+    value: Any = text.strip()
+    if bool in key.types and word in (*_YES, *_NO):
+        value = word in _YES
+    elif NONE in key.types and word == "none":
+        value = None
+    elif list in key.types and word[:1] in ("[", "("):
+        value = [part.strip() for part in word[1:-1].split(",")]
+    value = _fit(value, key)
+    if isinstance(value, list) and isinstance(key.items, Key):
+        value = [_fit(item, key.items) for item in value]
+    misfit = value is _MISFIT or (isinstance(value, list) and _MISFIT in value)
+    if misfit or not _is_allowed(value, key):
+        return None, f"expected {_expected(key)}"
+    return value, ""
 
 
 def auto_is_a_value(path: str) -> bool:
@@ -416,8 +438,8 @@ def _suggestable(section: Section) -> list[str]:
 
 def _remedy(value: Any, key: Key) -> str:
     word = str(value).strip().lower()
-    if bool in key.types and word in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-        return f"write {'true' if word in ('true', 'yes', 'on', '1') else 'false'}, without quotes"
+    if bool in key.types and word in (*_YES, *_NO):
+        return f"write {'true' if word in _YES else 'false'}, without quotes"
     choices = {str(choice).lower(): choice for choice in (*key.any_case, *key.choices)}
     near = nearest(word, set(choices))
     if near:

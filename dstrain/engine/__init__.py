@@ -5,6 +5,7 @@ from dstrain.engine.groups import decay_parameter_names, parameter_groups
 from dstrain.engine.leaf import expert_blocks
 from dstrain.engine.machine import least, read_machine
 from dstrain.engine.nvme import prepare_nvme
+from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
 from dstrain.engine.startup import (
     check_precision,
     device_name,
@@ -25,6 +26,8 @@ __all__ = [
     "Engine",
     "StepOutcome",
     "ZeroThreeMark",
+    "build_ops",
+    "check_own",
     "check_precision",
     "decay_parameter_names",
     "device_name",
@@ -37,9 +40,11 @@ __all__ = [
     "is_partitioned",
     "least",
     "model_facts",
+    "optimizer_class",
     "parameter_groups",
     "read_machine",
     "prepare_nvme",
     "shut_down",
+    "slices_remark",
     "start",
 ]

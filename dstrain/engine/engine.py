@@ -13,6 +13,7 @@ import torch
 
 from dstrain.config import ResolvedConfig
 from dstrain.engine.leaf import check_leaf_modules
+from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
 from dstrain.engine.stage_zero import repair_if_needed
 from dstrain.engine.zero import ZeroThreeMark, forget_process_wide_settings
 
@@ -56,7 +57,7 @@ class Engine:
         Args:
             module: the model, whole or already partitioned by zero.Init.
             resolved: the config; final.
-            groups: parameter groups for the optimizer that the config names.
+            groups: parameter groups for the optimizer of the config.
             optimizer: the user's own optimizer, instead of ``groups``.
             scheduler: a function of the basic optimizer, or the user's own scheduler; None leaves
                 it to the config.
@@ -72,13 +73,18 @@ class Engine:
         if not trains:
             config.pop("optimizer", None)
             config.pop("scheduler", None)
+        factory = optimizer_factory(resolved) if trains and optimizer is None else None
+        if factory is not None:
+            config.pop("optimizer", None)
+        if optimizer is not None:
+            keep_adagrad(optimizer)
         if resolved.has_scheduler:
             scheduler = None
-        with _quiet():
+        with _quiet(), adagrad_stays():
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
                 model=module,
                 model_parameters=groups if optimizer is None else None,
-                optimizer=optimizer,
+                optimizer=factory if optimizer is None else optimizer,
                 lr_scheduler=scheduler,
                 config=config,
             )
@@ -118,6 +124,10 @@ class Engine:
     def learning_rates(self) -> list[float]:
         """The learning rate of each parameter group, to be used by the next step."""
         return [float(g["lr"]) for g in self.optimizer.param_groups]
+
+    def group_of(self, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
+        """The parameter group that updates a parameter of the module; None for a frozen one."""
+        return group_of(self.optimizer, parameter)
 
     def loss_scale(self) -> float | None:
         """The current fp16 loss scale; None in other formats."""

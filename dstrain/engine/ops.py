@@ -58,6 +58,8 @@ OPS = {
     "cpu_adam": Op("CPUAdamBuilder", "cpu_adam"),
     "cpu_lion": Op("CPULionBuilder", "cpu_lion"),
     "cpu_adagrad": Op("CPUAdagradBuilder", "cpu_adagrad"),
+    "fused_lion": Op("FusedLionBuilder", "fused_lion"),
+    "fused_lamb": Op("FusedLambBuilder", "fused_lamb"),
     "pin_memory": Op("PinMemoryBuilder", "pin_memory"),
     "async_io": Op(
         "AsyncIOBuilder",

@@ -66,7 +66,9 @@ def _undo_phantom_step(optimizer: Any) -> None:
     inner.state.clear()
     for group in inner.param_groups:
         if "step" in group:
-            group["step"] = 0
+            counts = group["step"]
+            group["step"] = torch.zeros_like(counts) if torch.is_tensor(counts) else 0
+        group.pop("state", None)  # where grokadamw keeps its own
     flat = getattr(optimizer, "fp32_groups_flat", None)
     with torch.no_grad():
         if flat is not None:

@@ -8,13 +8,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.config import Facts, ResolvedConfig, resolve
+from dstrain.config import Facts, ResolvedConfig, optimizers, resolve
 from dstrain.config.difference import RECORD_FILE
 from dstrain.config.explain import as_record, as_table
 from dstrain.config.parameters import ModelSizes
@@ -37,14 +38,18 @@ from dstrain.data import (
 from dstrain.engine import (
     Engine,
     ZeroThreeMark,
+    build_ops,
+    check_own,
     check_precision,
     device_type,
     expert_blocks,
     is_partitioned,
     least,
+    optimizer_class,
     parameter_groups,
     prepare_nvme,
     read_machine,
+    slices_remark,
     start,
 )
 from dstrain.models import sizes_of_module
@@ -228,6 +233,7 @@ def resolve_config(
         partitioned=module is not None and any(is_partitioned(p) for p in module.parameters()),
         expert_blocks=() if module is None else expert_blocks(module),
         is_transformers=_is_of_transformers(module),
+        packages=frozenset(name for name in optimizers.packages() if find_spec(name)),
     )
     with all_or_none():
         resolved = resolve(args, facts)
@@ -298,6 +304,38 @@ def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Calla
     return make
 
 
+def optimizer_of(args: TrainingArguments) -> tuple[type[Any], dict[str, Any]]:
+    """The class of the optimizer that ``args`` resolve to, and its keyword arguments."""
+    return optimizer_class(resolve_config(args, start_run(args)))
+
+
+def check_passed(
+    args: TrainingArguments,
+    optimizers: tuple[Any, Any],
+    cls_and_kwargs: tuple[Any, dict[str, Any]] | None,
+    resolved: ResolvedConfig,
+) -> None:
+    """Refuse what was passed to the Trainer and could not run as given.
+
+    Raises:
+        ConfigError: both ways to bring an optimizer were used, or it cannot run at this stage.
+    """
+    if cls_and_kwargs is not None and any(part is not None for part in optimizers):
+        raise ConfigError(
+            Problem(
+                "optimizers and optimizer_cls_and_kwargs were both passed",
+                "each brings an optimizer, and only one can run",
+                "pass one of them",
+            )
+        )
+    check_own(*optimizers, resolved)
+    # `optim` chooses what the config builds, which an object displaces.
+    for name in sorted({"optim", "optim_args"} & args.changed_fields()):
+        if optimizers[0] is not None or cls_and_kwargs is not None:
+            value = getattr(args, name)
+            logger.warning("%s=%r is without effect: your own optimizer runs", name, value)
+
+
 def training_engine(
     module: torch.nn.Module,
     resolved: ResolvedConfig,
@@ -308,6 +346,10 @@ def training_engine(
 ) -> Engine:
     """A DeepSpeed engine with our parameter groups, or with the user's own optimizer."""
     groups = None
+    check_own(optimizer, scheduler, resolved)
+    if remark := slices_remark(optimizer, resolved):
+        logger.warning("%s", remark)
+    build_ops(resolved)
     if optimizer is None:
         decay = float(resolved.values.get("optimizer.params.weight_decay", 0.0))
         groups = parameter_groups(module, weight_decay=decay, decay_names=decay_names)

@@ -17,7 +17,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, require_equal
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.data import batch_size, iterate, set_epoch, to_device
-from dstrain.engine import Engine, decay_parameter_names, device_name
+from dstrain.engine import Engine, device_name
 from dstrain.evaluation import EvalBatch, evaluate_loss
 from dstrain.models import DTYPES, check_writable, save_model
 from dstrain.reporting import save_loss_curve
@@ -25,21 +25,15 @@ from dstrain.trainer import build, compat
 from dstrain.trainer.engines import EngineKeeper
 from dstrain.trainer.events import Events
 from dstrain.trainer.loop import MicroStep, RunPlan, TrainLoop
+from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
 
 logger = get_logger(__name__)
 
 # Methods of transformers' Trainer that subclasses override and that are not called here yet.
-_UNSUPPORTED_HOOKS = (
-    "create_optimizer",
-    "create_optimizer_and_scheduler",
-    "prediction_step",
-    "prediction_loop",
-    "get_optimizer_cls_and_kwargs",
-    "floating_point_ops",
-)
+_UNSUPPORTED_HOOKS = ("prediction_step", "prediction_loop", "floating_point_ops")
 
 
-class Trainer:
+class Trainer(OptimizerHooks):
     """Trains and evaluates a model with DeepSpeed; the surface of transformers' Trainer.
 
     Attributes:
@@ -74,6 +68,7 @@ class Trainer:
         *,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         """Start the ranks and check what can be checked before anything expensive.
 
@@ -87,6 +82,7 @@ class Trainer:
             processing_class: tokenizer or processor; saved with the model.
             callbacks: ``TrainerCallback`` classes or instances, after the default ones.
             optimizers: the user's own optimizer and schedule.
+            optimizer_cls_and_kwargs: class and keyword arguments of the user's own optimizer.
 
         Raises:
             ConfigError: arguments that cannot work with this model and data.
@@ -115,13 +111,12 @@ class Trainer:
         self.processing_class = processing_class
         self.data_collator = data_collator or build.default_collator(processing_class)
         self.optimizer, self.lr_scheduler = optimizers
-        self._own_optimizer, self._own_scheduler = optimizers
-        # DeepSpeed puts flat tensors in their place: a second engine needs the parameters again.
-        groups = self._own_optimizer.param_groups if self._own_optimizer else []
-        self._own_parameters = [list(group["params"]) for group in groups]
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        self._own = OwnObjects(self, *optimizers)
         self.targets = build.targets_of(model, self.args)
         # Before the model is touched: a config that cannot be used must not cost a model load.
         self.resolved: ResolvedConfig = self._resolve(None)
+        build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
         self.is_in_train = False
         self._engines = EngineKeeper()
         self._micro_step = MicroStep()
@@ -215,7 +210,7 @@ class Trainer:
 
         ``train`` and ``evaluate`` work afterwards, with a new engine.
         """
-        self.optimizer, self.lr_scheduler = self._own_optimizer, self._own_scheduler
+        self.optimizer, self.lr_scheduler = self._own.optimizer, self._own.scheduler
         self.events.hold(None)
         self._engines.close()
 
@@ -331,14 +326,6 @@ class Trainer:
             )
         return self._loader(dataset, train=False)
 
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Names of the parameters that weight decay applies to."""
-        return decay_parameter_names(model)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The learning-rate schedule of the basic ``optimizer``; the engine steps it."""
-        return build.scheduler_factory(self.args, num_training_steps)(optimizer)
-
     def derived_metrics(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
         """Metrics computed from others after an evaluation; none by default."""
         return {}
@@ -373,6 +360,7 @@ class Trainer:
 
     def _prepare_training(self) -> TrainLoop:
         """Everything before the first step: loader, config, engine, state."""
+        self._own.notice()
         with all_or_none():
             loader = self.get_train_dataloader()
             build.check_shared_out(loader, self.ranks, method="get_train_dataloader")
@@ -418,24 +406,16 @@ class Trainer:
             module=self.model,
             sequence_length=self.sequence_length,
             num_training_steps=max_steps,
-            own_optimizer=self._own_optimizer is not None,
-            own_scheduler=self._own_scheduler is not None,
+            own_optimizer=self._own.has_optimizer,
+            own_scheduler=self._own.has_scheduler,
         )
 
     def _build_engine(self, max_steps: int) -> Engine:
-        if self._own_optimizer is not None:
-            self._own_optimizer.state.clear()
-            for group, params in zip(
-                self._own_optimizer.param_groups, self._own_parameters, strict=True
-            ):
-                group["params"] = params
-        scheduler = self._own_scheduler
-        if scheduler is None:
-            scheduler = lambda optimizer: self.create_scheduler(max_steps, optimizer)  # noqa: E731
+        optimizer, scheduler = self._own.for_run(max_steps)
         return build.training_engine(
             self.model,
             self.resolved,
-            optimizer=self._own_optimizer,
+            optimizer=optimizer,
             scheduler=scheduler,
             decay_names=self.get_decay_parameter_names,
         )

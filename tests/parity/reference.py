@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def linear_decay(num_steps: int) -> Any:
     return lambda step: max(0.0, (num_steps - step) / num_steps)
 
 
-def _groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     matrices = [p for n, p in model.named_parameters() if "norm" not in n]
     norms = [p for n, p in model.named_parameters() if "norm" in n]
     return [
@@ -43,17 +43,29 @@ def _num_targets(batch: dict[str, torch.Tensor]) -> int:
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def plain_torch(model: Any, data: RaggedTokens, orders: Sequence[Sequence[int]]) -> list[float]:
-    """One process, one forward pass per global batch, torch's AdamW; the loss of every step."""
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, foreach=False)
+
+
+def plain_torch(
+    model: Any,
+    data: RaggedTokens,
+    orders: Sequence[Sequence[int]],
+    *,
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = _adamw,
+    clip: float = CLIP,
+) -> list[float]:
+    """One process, one forward pass per global batch, torch's optimizer; the loss of every step."""
     steps = list(global_batches(len(data), orders))
-    optimizer = torch.optim.AdamW(_groups(model), lr=LEARNING_RATE, foreach=False)
+    optimizer = make(groups(model))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(len(steps)))
     losses = []
     for indices in steps:
         batch = pad_collate([data[i] for i in indices])
         loss = model(**batch).loss  # transformers: mean over targets
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -90,7 +102,7 @@ def plain_deepspeed(
     }
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=_groups(model),
+        model_parameters=groups(model),
         config=config,
         lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, linear_decay(len(steps))),
     )

@@ -182,10 +182,10 @@ def test_enums_of_transformers_are_taken():
 
 
 def test_an_enum_that_we_do_not_have_is_refused():
-    from transformers.training_args import OptimizerNames
+    from transformers import SchedulerType
 
-    with pytest.raises(ConfigError, match="optim='galore_adamw'"):
-        TrainingArguments(optim=OptimizerNames.GALORE_ADAMW)
+    with pytest.raises(ConfigError, match="lr_scheduler_type='greedy'|reduce_lr_on_plateau"):
+        TrainingArguments(lr_scheduler_type=SchedulerType.REDUCE_ON_PLATEAU)
 
 
 def test_home_is_expanded_in_output_dir(monkeypatch):

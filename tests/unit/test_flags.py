@@ -176,14 +176,14 @@ def test_a_flag_like_no_other_points_to_the_help():
 def test_all_mistakes_come_in_one_error():
     """Unknown flags, wrong types, illegal values of both classes."""
     texts = refusal(
-        "--learnin_rate", "1e-3", "--sed", "1", "--seed", "x", "--optim", "adam",
+        "--learnin_rate", "1e-3", "--sed", "1", "--seed", "x", "--optim", "adem",
         "--fp16", "--bf16", "--block_size", "1",
     )  # fmt: skip
     assert [t.split("\n")[0] for t in texts] == [
         "unknown flag --learnin_rate",
         "unknown flag --sed",
         "seed='x'",
-        "optim='adam'",
+        "optim='adem'",
         "fp16=True and bf16=True",
         "block_size is too small",
     ]

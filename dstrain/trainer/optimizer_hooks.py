@@ -1,0 +1,202 @@
+"""The optimizer and schedule of a ``Trainer``: what a subclass overrides, and what it can ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import ConfigError, Problem
+from dstrain.engine import decay_parameter_names, full_numel, parameter_groups
+from dstrain.trainer import build
+
+_MAKERS = ("create_optimizer_and_scheduler", "create_optimizer", "get_optimizer_cls_and_kwargs")
+
+
+class OptimizerHooks:
+    """The methods of transformers' Trainer about optimizer and schedule.
+
+    Without an override DeepSpeed builds the optimizer that the config names. An override, an object
+    or ``optimizer_cls_and_kwargs`` of the user's runs as given, or is refused; never replaced.
+    """
+
+    args: Any
+    model: Any
+    resolved: Any
+    optimizer: Any
+    lr_scheduler: Any
+    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None
+    _engines: Any
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Any:
+        """Build the optimizer as an object, unless there is one; sets and returns ``optimizer``.
+
+        Called in training only where it, ``create_optimizer_and_scheduler`` or
+        ``get_optimizer_cls_and_kwargs`` is overridden, or ``optimizer_cls_and_kwargs`` was passed.
+        At ZeRO stage 3 parameters may already be partitioned and then report the shape (0,).
+        """
+        if self.optimizer is None:
+            module = self.model if model is None else model
+            if self.optimizer_cls_and_kwargs is not None:
+                cls, kwargs = self.optimizer_cls_and_kwargs
+            else:
+                cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, module)
+            kwargs = dict(kwargs)
+            if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+                # transformers takes a factory too: made without arguments, called with the model.
+                self.optimizer = cls()(module, **kwargs)
+                return self.optimizer
+            groups = kwargs.pop("params", None)
+            if groups is None:
+                groups = parameter_groups(
+                    module,
+                    weight_decay=self.resolved.value("weight_decay"),
+                    decay_names=self.get_decay_parameter_names,
+                )
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning-rate schedule of the basic ``optimizer``; the engine steps it."""
+        if self.lr_scheduler is None:
+            steered = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = build.scheduler_factory(self.args, num_training_steps)(steered)
+        return self.lr_scheduler
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Set ``optimizer`` and ``lr_scheduler``; called in training where it is overridden."""
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """The class that ``args.optim`` resolves to, and what its constructor takes.
+
+        With optimizer offload that is the implementation for host cores. A collective of all ranks.
+        """
+        return build.optimizer_of(args)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Names of the parameters that weight decay applies to."""
+        return decay_parameter_names(model)
+
+    def get_learning_rates(self) -> list[float]:
+        """The learning rate of each parameter group.
+
+        Raises:
+            ValueError: there is no optimizer yet.
+        """
+        return [float(group["lr"]) for group in self._set_up_optimizer().param_groups]
+
+    def get_optimizer_group(self, param: torch.nn.Parameter | None = None) -> Any:
+        """The group that updates ``param`` (None for a frozen one); all groups' params without it.
+
+        Under ZeRO the groups hold flat slices; the parameter is one of the model's all the same.
+
+        Raises:
+            ValueError: there is no optimizer yet.
+        """
+        optimizer = self._set_up_optimizer()
+        if param is None:
+            return [group["params"] for group in optimizer.param_groups]
+        if self._engines.training is not None:
+            return self._engines.training.group_of(param)
+        groups = optimizer.param_groups
+        return next((g for g in groups if any(p is param for p in g["params"])), None)
+
+    def get_num_trainable_parameters(self) -> int:
+        """Elements of all parameters with gradients, whole ones where they are partitioned."""
+        return sum(full_numel(p) for p in self.model.parameters() if p.requires_grad)
+
+    def _set_up_optimizer(self) -> Any:
+        if self.optimizer is None:
+            raise ValueError("Trainer optimizer is None, it is made when training starts.")
+        return self.optimizer
+
+
+class OwnObjects:
+    """Optimizer and schedule that are not the config's: passed, set, or made by an override."""
+
+    def __init__(self, trainer: OptimizerHooks, optimizer: Any, scheduler: Any) -> None:
+        """Keep what was passed to the constructor."""
+        self._trainer = trainer
+        self.optimizer: Any = None
+        self.scheduler = scheduler
+        self._parameters: list[list[Any]] = []
+        self._keep(optimizer)
+
+    @property
+    def makes_optimizer(self) -> bool:
+        """Whether one is made for every training."""
+        given = self._trainer.optimizer_cls_and_kwargs is not None
+        return given or any(_overrides(self._trainer, name) for name in _MAKERS)
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether the optimizer is not the config's."""
+        return self.optimizer is not None or self.makes_optimizer
+
+    @property
+    def has_scheduler(self) -> bool:
+        """Whether the schedule is not the config's."""
+        return self.scheduler is not None or any(
+            _overrides(self._trainer, name)
+            for name in ("create_scheduler", "create_optimizer_and_scheduler")
+        )
+
+    def notice(self) -> None:
+        """Keep what a script has set on the trainer since, or made with ``create_optimizer``."""
+        trainer, engine = self._trainer, self._trainer._engines.training
+        used = (None, None) if engine is None else (engine.optimizer, engine.scheduler)
+        if trainer.optimizer not in (None, used[0], self.optimizer):
+            self._keep(trainer.optimizer)
+        if trainer.lr_scheduler not in (None, used[1], self.scheduler):
+            self.scheduler = trainer.lr_scheduler
+
+    def for_run(self, num_training_steps: int) -> tuple[Any, Any]:
+        """Optimizer (None: the config's) and schedule, or a function that makes it, for an engine.
+
+        Raises:
+            ConfigError: an override made no optimizer.
+        """
+        trainer = self._trainer
+        if self.optimizer is not None:
+            # DeepSpeed puts flat tensors in their place: another engine needs the parameters again.
+            self.optimizer.state.clear()
+            for group, params in zip(self.optimizer.param_groups, self._parameters, strict=True):
+                group["params"] = params
+        if _overrides(trainer, "create_optimizer_and_scheduler"):
+            trainer.create_optimizer_and_scheduler(num_training_steps)
+        elif self.makes_optimizer and self.optimizer is None:
+            built = trainer.create_optimizer()
+            trainer.optimizer = built if trainer.optimizer is None else trainer.optimizer
+        if self.has_optimizer and trainer.optimizer is None:
+            raise ConfigError(
+                Problem(
+                    f"{type(trainer).__name__} overrides the making of its optimizer",
+                    "afterwards self.optimizer is None, and nothing was returned",
+                    "set self.optimizer in it, or return the optimizer",
+                )
+            )
+
+        def schedule(basic: Any) -> Any:
+            before = trainer.optimizer, trainer.lr_scheduler
+            trainer.optimizer = basic  # an override may read it
+            made = trainer.create_scheduler(num_training_steps, basic)
+            made = trainer.lr_scheduler if made is None else made
+            trainer.optimizer, trainer.lr_scheduler = before
+            return made
+
+        made = trainer.lr_scheduler
+        return trainer.optimizer, schedule if made is None else made
+
+    def _keep(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        groups = getattr(optimizer, "param_groups", ())
+        self._parameters = [list(group["params"]) for group in groups]
+
+
+def _overrides(trainer: Any, name: str) -> bool:
+    method = getattr(type(trainer), name)
+    changed = method is not getattr(OptimizerHooks, name)
+    return changed or name in vars(trainer)
