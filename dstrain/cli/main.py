@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_user_error(error)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader has seen enough: `dstrain explain | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         return _report_failure(error)
 
