@@ -2,6 +2,9 @@
 
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
+from dstrain.engine.optimizer_state import create_state, read_scalars
+from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
+from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
 from dstrain.engine.startup import (
     check_precision,
     device_name,
@@ -19,20 +22,32 @@ from dstrain.engine.zero import (
 )
 
 __all__ = [
+    "MASTER",
+    "WEIGHT",
     "Engine",
+    "Region",
     "StepOutcome",
     "ZeroThreeMark",
+    "begin_load",
     "check_precision",
+    "create_state",
     "decay_parameter_names",
     "device_name",
     "device_type",
+    "finish_load",
     "full_numel",
     "full_shape",
     "gathered",
     "inference_engine",
     "is_partitioned",
     "model_facts",
+    "optimized_names",
     "parameter_groups",
+    "read_progress",
+    "read_scalars",
+    "regions",
+    "share",
     "shut_down",
     "start",
+    "write_progress",
 ]
