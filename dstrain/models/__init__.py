@@ -8,15 +8,29 @@ from dstrain.models.build import (
     max_length,
     parse_model_config,
 )
-from dstrain.models.save import check_writable, save_model
+from dstrain.models.save import (
+    HeldShards,
+    check_writable,
+    held_bytes,
+    hold_shards,
+    save_configs,
+    save_model,
+)
+from dstrain.models.tensor_file import Stored, write_tensor_file
 
 __all__ = [
     "DTYPES",
+    "HeldShards",
+    "Stored",
     "build_causal_lm",
     "check_model_folder",
     "check_writable",
+    "held_bytes",
+    "hold_shards",
     "load_causal_lm",
     "max_length",
     "parse_model_config",
+    "save_configs",
     "save_model",
+    "write_tensor_file",
 ]
