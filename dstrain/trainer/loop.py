@@ -13,7 +13,7 @@ from dstrain.core.errors import DataError, Problem, TrainingError
 from dstrain.core.log import get_logger
 from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks, gather_objects, sum_over_ranks
-from dstrain.core.seeds import random_state
+from dstrain.core.seeds import random_state, set_random_state
 from dstrain.data import (
     AheadHooks,
     MicroBatch,
@@ -131,7 +131,7 @@ class TrainLoop:
         if self.plan.eval_on_start and self.resumption is None:
             self._evaluate()
         if self.resumption is not None and self.resumption.position.epoch_is_over:
-            self._end_resumed_epoch(self.resumption)
+            self._end_resumed_epoch()
         while not self._is_over():
             self._run_epoch()
             self.progress = self.progress.next_epoch()
@@ -154,10 +154,11 @@ class TrainLoop:
         )
         self._meter.restore(position.meters, rank=self.ranks.rank, world_size=self.ranks.world_size)
 
-    def _end_resumed_epoch(self, resumption: Resumption) -> None:
+    def _end_resumed_epoch(self) -> None:
         """Do what was still to be done when the checkpoint was saved at an epoch's last step."""
-        assert self._last is not None
-        resumption.restore_random()
+        assert self._last is not None and self.resumption is not None  # noqa: PT018
+        self.resumption.restore_random()
+        self.resumption = None
         self._react("on_epoch_end", *self._last, epoch_is_over=False)
         self.progress = self.progress.next_epoch()
 
@@ -186,8 +187,11 @@ class TrainLoop:
         hooks = AheadHooks(before=self._note_random if self.plan.saves else None)
         skip = 0
         if resumption is not None:
-            resumption.restore_random_ahead()
-            hooks.after_first = resumption.restore_random
+            if resumption.random_ahead is None:
+                resumption.restore_random()
+            else:
+                set_random_state(resumption.random_ahead)
+                hooks.after_first = resumption.restore_random
             if not is_ours(self.loader):
                 skip = self.progress.steps_in_epoch * self.plan.accumulation
                 self._warn_of_replay(skip)

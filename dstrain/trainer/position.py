@@ -67,12 +67,10 @@ class Resumption:
     position: Position
     own: dict[str, Any] | None
 
-    def restore_random_ahead(self) -> None:
-        """Random state for fetching what had been fetched before the checkpoint."""
-        if self.own is not None and self.own["random_ahead"] is not None:
-            set_random_state(self.own["random_ahead"])
-        else:
-            self.restore_random()
+    @property
+    def random_ahead(self) -> dict[str, Any] | None:
+        """Random state for fetching what had been fetched before the checkpoint, if anything."""
+        return None if self.own is None else self.own["random_ahead"]
 
     def restore_random(self) -> None:
         """Random state of the checkpoint."""

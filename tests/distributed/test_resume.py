@@ -456,23 +456,35 @@ def make_callback() -> Any:
 
 @pytest.mark.ranks(2, timeout=300)
 def test_states_of_callbacks_come_back_when_asked_for(tmp_path: Path) -> None:
-    """Early stopping must not start counting anew."""
-    from transformers import EarlyStoppingCallback
+    """Early stopping and the like must not start counting anew."""
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
 
-    settings = {"save_strategy": "steps", "save_steps": 2, "evaluation": 0, "max_steps": 2}
-    patient = EarlyStoppingCallback(early_stopping_patience=7)
-    for restores, expected in ((False, 0), (True, 3)):
-        folder = tmp_path / str(restores)
-        trainer = make_trainer(folder, **settings)
-        patient.early_stopping_patience_counter = 3
-        trainer.events.handler.callbacks.append(patient)
+    class Counting(TrainerCallback, ExportableState):
+        def __init__(self, patience: int = 1) -> None:
+            self.patience, self.count = patience, 0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.count += 1
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {"patience": self.patience}, "attributes": {"count": self.count}}
+
+    common = {"save_strategy": "steps", "save_steps": 2, "evaluation": 0}
+    for restores in (False, True):
+        trainer = make_trainer(
+            tmp_path / str(restores), callbacks=[Counting(7)], max_steps=2, **common
+        )
         trainer.train()
         trainer.close()
-        trainer = make_trainer(folder, **settings, restore_callback_states_from_checkpoint=restores)
-        fresh = EarlyStoppingCallback(early_stopping_patience=1)
-        trainer.events.handler.callbacks.append(fresh)
+        trainer = make_trainer(
+            tmp_path / str(restores),
+            callbacks=[Counting(1)],
+            max_steps=3,
+            restore_callback_states_from_checkpoint=restores,
+            **common,
+        )
         trainer.train(True)
-        here = trainer.events.handler.callbacks[-1]
-        assert here.early_stopping_patience_counter == expected
-        assert here.early_stopping_patience == (7 if restores else 1)
+        (here,) = [c for c in trainer.events.handler.callbacks if isinstance(c, Counting)]
+        assert (here.patience, here.count) == ((7, 3) if restores else (1, 1))
         trainer.close()
