@@ -23,7 +23,7 @@ SETTINGS = {"train": 36, "num_train_epochs": 2, "save_strategy": "steps", "evalu
 
 def job(folder: Path, resume: str = "", *, ranks: int, **settings: Any) -> dict[str, Any]:
     """Run ``resume_job`` to its end; what it wrote."""
-    arguments = ["--module", "tests.distributed.resume_job", str(folder)]
+    arguments = ["--no_local_rank", "--module", "tests.distributed.resume_job", str(folder)]
     done = launch(
         [*arguments, json.dumps({**SETTINGS, **settings}), resume],
         num_gpus=ranks,
@@ -75,7 +75,8 @@ def killed(folder: Path, seconds: float, settings: dict[str, Any]) -> bool:
     port = free_port()
     command = [
         *(sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"),
-        *("--master_port", str(port), "--module", "tests.distributed.resume_job"),
+        *("--master_port", str(port), "--no_local_rank"),
+        *("--module", "tests.distributed.resume_job"),
         *(str(folder), json.dumps(settings), "auto"),
     ]
     with open(os.devnull, "w") as nowhere:

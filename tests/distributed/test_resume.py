@@ -274,6 +274,31 @@ def test_any_stage_goes_on_at_any_other(stage: int, tmp_path: Path, rank: int) -
         assert rates[0] == rates[1]
 
 
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (2, {"zero_optimization": {"round_robin_gradients": True}}),
+    (3, {"zero_optimization": {"sub_group_size": 20_000}}),
+    (1, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+    (2, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}),
+]
+
+
+@pytest.mark.ranks(2, timeout=300)
+@pytest.mark.parametrize(("stage", "config"), LAYOUTS, ids=str)
+def test_other_layouts_of_the_same_stages(
+    stage: int, config: dict[str, Any], tmp_path: Path, rank: int
+) -> None:
+    """Parameters in another order, in several flat tensors, in another wrapper: to and from it."""
+    common = {"save_strategy": "steps", "save_steps": 4, "model": tiny_llama, **EPOCH}
+    tolerance = 2e-2 if "bf16" in config else 2e-5
+    plain = run(tmp_path / "plain", stage=0, **common)
+    start = str(tmp_path / "plain/checkpoint-4")
+    there = run(tmp_path / "there", resume=start, stage=stage, deepspeed=config, **common)
+    assert there["losses"] == pytest.approx(plain["losses"], rel=tolerance)
+    start = str(tmp_path / "there/checkpoint-8")
+    back = run(tmp_path / "back", resume=start, stage=0, **common)
+    assert back["losses"][8:] == pytest.approx(plain["losses"][8:], rel=tolerance)
+
+
 @pytest.mark.ranks(2, timeout=300)
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_frozen_parameters_and_buffers_come_back(stage: int, tmp_path: Path, rank: int) -> None:
