@@ -1,7 +1,7 @@
 """Checkpoints of a run: format, commit, rotation, resume at any topology. See FORMAT.md."""
 
 from dstrain.checkpoint.export import export
-from dstrain.checkpoint.find import AUTO, choose, verify
+from dstrain.checkpoint.find import AUTO, check_there, choose, verify, wanted_checkpoint
 from dstrain.checkpoint.folders import Found, committed, holding
 from dstrain.checkpoint.load import Restored, load_into, read_run
 from dstrain.checkpoint.manifest import Manifest, read_manifest
@@ -15,6 +15,7 @@ __all__ = [
     "Policy",
     "Restored",
     "RunRecord",
+    "check_there",
     "choose",
     "committed",
     "export",
@@ -23,4 +24,5 @@ __all__ = [
     "read_manifest",
     "read_run",
     "verify",
+    "wanted_checkpoint",
 ]

@@ -36,13 +36,7 @@ def choose(wanted: str | bool, output_dir: Path, ranks: Ranks) -> tuple[Path, Ma
         folder = Path(str(wanted)).expanduser()
         manifest, problems = _verified(folder, ranks)
         if manifest is None:
-            raise CheckpointError(
-                Problem(
-                    f"resume_from_checkpoint={str(wanted)!r} cannot be used",
-                    "\n".join(problems),
-                    _suggestion(folder, output_dir),
-                )
-            )
+            raise _unusable(folder, problems, output_dir)
         return folder, manifest
     names = [str(found.folder) for found in reversed(folders.committed(output_dir))]
     candidates = [Path(name) for name in gather_objects(names)[0]]
@@ -58,15 +52,35 @@ def choose(wanted: str | bool, output_dir: Path, ranks: Ranks) -> tuple[Path, Ma
         if ranks.is_main:
             logger.info("no checkpoint in %s: training starts afresh", output_dir)
         return None
-    raise CheckpointError(
-        Problem(
-            f"no checkpoint in {str(output_dir)!r} can be resumed",
-            "\n".join(skipped) or "there is none",
-            "name another folder, or start afresh in another output_dir"
-            if skipped
-            else "leave resume_from_checkpoint out to start afresh, or use 'auto'",
-        )
-    )
+    raise _none_to_resume(output_dir, skipped)
+
+
+def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
+    """What ``resume_from_checkpoint`` says: a folder, True, "auto", or None for a fresh start."""
+    word = given.lower() if isinstance(given, str) else given
+    if word in (None, False, "false", "none", ""):
+        return None
+    return True if word in (True, "true") else AUTO if word == AUTO else given
+
+
+def check_there(given: str | bool | None, output_dir: Path) -> None:
+    """A quick look, before anything expensive: whether there is something to resume from.
+
+    Raises:
+        CheckpointError: there is not.
+    """
+    wanted = wanted_checkpoint(given)
+    if wanted is None or wanted == AUTO:
+        return
+    if wanted is True:
+        if not folders.committed(output_dir):
+            raise _none_to_resume(output_dir, [])
+        return
+    folder = Path(str(wanted)).expanduser()
+    try:
+        read_manifest(folder)
+    except CheckpointError as error:
+        raise _unusable(folder, _lines(error), output_dir) from error
 
 
 def verify(
@@ -102,9 +116,35 @@ def _verified(folder: Path, ranks: Ranks) -> tuple[Manifest | None, list[str]]:
         elif ranks.is_main and (extra := extra_files(folder, manifest)):
             logger.warning("%s has files that are no part of it: %s", folder, ", ".join(extra))
     except CheckpointError as error:
-        problems = [f"{p.what}: {p.why}" if p.why else p.what for p in error.problems]
+        problems = _lines(error)
     said = [line for lines in gather_objects(problems) for line in lines]
     return (None if said else manifest), list(dict.fromkeys(said))
+
+
+def _lines(error: CheckpointError) -> list[str]:
+    return [f"{p.what}: {p.why}" if p.why else p.what for p in error.problems]
+
+
+def _unusable(folder: Path, problems: list[str], output_dir: Path) -> CheckpointError:
+    return CheckpointError(
+        Problem(
+            f"resume_from_checkpoint={str(folder)!r} cannot be used",
+            "\n".join(problems),
+            _suggestion(folder, output_dir),
+        )
+    )
+
+
+def _none_to_resume(output_dir: Path, skipped: list[str]) -> CheckpointError:
+    return CheckpointError(
+        Problem(
+            f"no checkpoint in {str(output_dir)!r} can be resumed",
+            "\n".join(skipped) or "there is none",
+            "name another folder, or start afresh in another output_dir"
+            if skipped
+            else "leave resume_from_checkpoint out to start afresh, or use 'auto'",
+        )
+    )
 
 
 def _suggestion(folder: Path, output_dir: Path) -> str:

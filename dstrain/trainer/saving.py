@@ -19,6 +19,7 @@ from dstrain.checkpoint import (
     holding,
     load_into,
     read_run,
+    wanted_checkpoint,
 )
 from dstrain.config.explain import as_dict
 from dstrain.core.log import get_logger
@@ -61,11 +62,9 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
     Raises:
         CheckpointError: there is none that can be used.
     """
+    wanted = trainer.args.resume_from_checkpoint if wanted is None else wanted
+    wanted = wanted_checkpoint(wanted)
     if wanted is None:
-        wanted = trainer.args.resume_from_checkpoint
-    if isinstance(wanted, str) and wanted.lower() in ("true", "false"):
-        wanted = wanted.lower() == "true"
-    if wanted is None or wanted is False:
         return None
     chosen = choose(wanted, Path(trainer.args.output_dir), trainer.ranks)
     if chosen is None:

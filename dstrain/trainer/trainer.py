@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import CheckpointWriter
+from dstrain.checkpoint import CheckpointWriter, check_there
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ConfigError, DataError, ModelError, Problem, TrainingError
 from dstrain.core.log import get_logger
@@ -107,6 +107,7 @@ class Trainer:
         with all_or_none():
             if self.ranks.is_main:
                 check_writable(self.args.output_dir)
+                check_there(self.args.resume_from_checkpoint, Path(self.args.output_dir))
         seed_everything(self.args.seed)
         self.model = model
         self.train_dataset = train_dataset

@@ -21,7 +21,7 @@ import torch
 
 from dstrain.checkpoint import folders
 from dstrain.checkpoint.codec import decode, encode
-from dstrain.checkpoint.find import choose, verify
+from dstrain.checkpoint.find import check_there, choose, verify
 from dstrain.checkpoint.manifest import (
     NAME,
     Manifest,
@@ -215,6 +215,20 @@ def test_a_named_folder_is_taken_or_refused_with_a_suggestion(tmp_path):
     assert chosen[1].step == 5
     with pytest.raises(CheckpointError, match=r"checkpoint-6.*(?s:.*)newest.*checkpoint-9"):
         choose(str(tmp_path / "checkpoint-6"), tmp_path, Ranks())
+
+
+def test_a_quick_look_finds_what_is_not_there(tmp_path):
+    """Before data is read or a model is built; the files themselves are read later."""
+    for given in (None, False, "false", "auto", "AUTO"):
+        check_there(given, tmp_path)
+    for given in (True, "true"):
+        with pytest.raises(CheckpointError, match="there is none"):
+            check_there(given, tmp_path)
+    folder = make_checkpoint(tmp_path, 5)
+    check_there(True, tmp_path)
+    check_there(str(folder), tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"checkpoint-50.*(?s:.*)newest.*checkpoint-5'"):
+        check_there(str(tmp_path / "checkpoint-50"), tmp_path)
 
 
 # --- folders -------------------------------------------------------------------------------------
