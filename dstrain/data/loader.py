@@ -191,10 +191,12 @@ class AheadHooks:
 
     Attributes:
         before: called before the first micro-batch of a next window is fetched.
-        after_first: called once the first micro-batch of the epoch is there.
+        before_first: called before the first micro-batch that is used, after those skipped.
+        after_first: called once it is there.
     """
 
     before: Callable[[], None] | None = None
+    before_first: Callable[[], None] | None = None
     after_first: Callable[[], None] | None = None
 
 
@@ -223,6 +225,8 @@ def windows(
     batch: list[MicroBatch] = []
     samples = 0
     hooks = ahead or AheadHooks()
+    if hooks.before_first is not None:
+        hooks.before_first()
     coming = next(steps, None)
     if hooks.after_first is not None:
         hooks.after_first()

@@ -13,7 +13,7 @@ from dstrain.core.errors import DataError, Problem, TrainingError
 from dstrain.core.log import get_logger
 from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks, gather_objects, sum_over_ranks
-from dstrain.core.seeds import random_state, set_random_state
+from dstrain.core.seeds import random_state
 from dstrain.data import (
     AheadHooks,
     MicroBatch,
@@ -190,7 +190,7 @@ class TrainLoop:
             if resumption.random_ahead is None:
                 resumption.restore_random()
             else:
-                set_random_state(resumption.random_ahead)
+                hooks.before_first = resumption.restore_random_ahead
                 hooks.after_first = resumption.restore_random
             if not is_ours(self.loader):
                 skip = self.progress.steps_in_epoch * self.plan.accumulation

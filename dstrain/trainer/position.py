@@ -72,6 +72,11 @@ class Resumption:
         """Random state for fetching what had been fetched before the checkpoint, if anything."""
         return None if self.own is None else self.own["random_ahead"]
 
+    def restore_random_ahead(self) -> None:
+        """Random state in which the first micro-batch had been fetched."""
+        if self.random_ahead is not None:
+            set_random_state(self.random_ahead)
+
     def restore_random(self) -> None:
         """Random state of the checkpoint."""
         if self.own is not None:

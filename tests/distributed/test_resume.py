@@ -183,6 +183,24 @@ def test_a_collator_that_draws_random_numbers(
 
 
 @pytest.mark.ranks(2, timeout=300)
+def test_a_loader_of_the_users_own(tmp_path: Path, rank: int, caplog: Any) -> None:
+    """It can only be read from its beginning, which the log says; samples and noise are right."""
+    from torch.utils.data import DataLoader, DistributedSampler
+
+    from dstrain import Trainer
+
+    data = RaggedTokens(24)
+
+    class OwnLoader(Trainer):
+        def get_train_dataloader(self) -> Any:
+            sampler = DistributedSampler(data, seed=3)
+            return DataLoader(data, batch_size=2, collate_fn=masking_collate, sampler=sampler)
+
+    check(tmp_path, rank, 4, stage=2, cls=OwnLoader, gradient_accumulation_steps=1)
+    assert ("4 micro-batches are read and dropped" in caplog.text) is (rank == 0)
+
+
+@pytest.mark.ranks(2, timeout=300)
 def test_a_stream_read_by_two_loader_processes(tmp_path: Path, rank: int) -> None:
     """Each of them reads the whole stream and leaves out what was used."""
     check(tmp_path, rank, 4, stage=2, data=Stream(22), max_steps=12, dataloader_num_workers=2)

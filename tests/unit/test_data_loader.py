@@ -532,7 +532,7 @@ def test_a_sampler_of_ours_is_not_asked_ahead():
 
 
 def test_the_hooks_stand_around_what_is_fetched_ahead():
-    """Before the first micro-batch of each next window, and after the first of all."""
+    """Before the first micro-batch of each next window, and around the first that is used."""
     happened: list[Any] = []
 
     def source() -> Iterator[int]:
@@ -541,11 +541,13 @@ def test_the_hooks_stand_around_what_is_fetched_ahead():
             yield i
 
     hooks = AheadHooks(
-        before=lambda: happened.append("before"), after_first=lambda: happened.append("first")
+        before=lambda: happened.append("before"),
+        before_first=lambda: happened.append("first?"),
+        after_first=lambda: happened.append("first"),
     )
-    for _ in windows(source(), 2, ahead=hooks):
+    for _ in windows(source(), 2, ahead=hooks, skip=1):
         happened.append("window")
-    assert happened == [0, "first", 1, "before", 2, "window", 3, "before", 4, "window", "window"]
+    assert happened == [0, "first?", 1, "first", 2, "before", 3, "window", 4, "before", "window"]
 
 
 def test_micro_batches_of_a_foreign_loader_are_skipped():
