@@ -173,8 +173,12 @@ def recover(output_dir: Path) -> None:
     for path in sorted(output_dir.iterdir()):
         replaced = _REPLACED.match(path.name)
         if replaced and not place(output_dir, int(replaced[1])).exists():
-            logger.warning("%s is put back: its replacement was never finished", path)
-            os.rename(path, place(output_dir, int(replaced[1])))
+            try:
+                os.rename(path, place(output_dir, int(replaced[1])))
+            except OSError as error:
+                logger.warning("%s could not be put back: %s", path, error)
+            else:
+                logger.warning("%s is put back: its replacement was never finished", path)
         elif _STAGED.match(path.name) and not _is_held(path, if_unknown=True):
             logger.warning("%s is removed: a run was killed while it worked on it", path)
             _remove(path)
