@@ -312,6 +312,7 @@ def _arguments(settings: Settings, folder: str) -> Any:
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=LEARNING_RATE,
         logging_steps=settings.logging_steps,
+        save_strategy="no",
         report_to=["none"],
         zero_stage=str(settings.stage),
         bf16=_format(settings) == "bf16",

@@ -88,7 +88,9 @@ class DataArguments:
         treatment=pending(only_with="group_by_length"),
     )
     ignore_data_skip: bool = arg(
-        False, "Resume without skipping the data already seen.", treatment=pending()
+        False,
+        "Resume without skipping the data already seen: the epoch begins again.",
+        treatment=implemented(),
     )
     accelerator_config: dict[str, Any] | str | None = arg(
         None,

@@ -48,8 +48,8 @@ class PrecisionArguments:
         "Format in which the gradients of micro-batches are added up. bf16 has 8 bits, so the sum "
         "of many loses their last ones (64 micro-batches: off by 1/120, in fp32 by 1/670); fp32 "
         "costs 4 bytes per gradient instead of 2, for a rank's share at stages 2 and 3 and for "
-        "the whole model at stage 1. auto takes fp32 for bf16 training with accumulation at stages 2 and 3, "
-        "and the format of training elsewhere.",
+        "the whole model at stage 1. auto takes fp32 for bf16 training with accumulation at "
+        "stages 2 and 3, and the format of training elsewhere.",
         choices=("auto", "fp32", "bf16", "fp16"),
         treatment=deepspeed_key("data_types.grad_accum_dtype", own=True),
     )

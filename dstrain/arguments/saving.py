@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import no_effect, pending
+from dstrain.arguments.treatment import NOT_YET, implemented, no_effect, pending
 from dstrain.core.errors import Problem
 
 # Shares of all steps are compared as whole numbers of this fineness.
@@ -20,22 +20,18 @@ class SavingArguments:
         "steps",
         "Write a checkpoint never, every save_steps, after each epoch, or when the metric is best.",
         choices=("no", "steps", "epoch", "best"),
-        treatment=pending(
-            "no checkpoint is written during training yet; the default is taken, with a warning "
-            "when training starts, and 'no' without one",
-            remedy="set it to 'no', and call save_model() after training",
-            accepts=lambda value: value == "no",
-        ),
+        treatment=implemented(excluded={"best": f"saving the best alone is {NOT_YET}"}),
     )
     save_steps: float = arg(
         500,
         "Optimizer steps between two checkpoints; below 1 it is a share of all steps.",
-        treatment=pending("checkpoints during training", only_with="save_strategy"),
+        treatment=implemented(),
     )
     save_total_limit: int | None = arg(
         None,
-        "Checkpoints to keep, the best one apart; none or 0 keeps all.",
-        treatment=pending("checkpoints during training", only_with="save_strategy"),
+        "Checkpoints to keep, the newest and the best among them whatever it is; none or 0 keeps "
+        "all.",
+        treatment=implemented(),
     )
     save_safetensors: bool | None = arg(
         True,
@@ -50,13 +46,37 @@ class SavingArguments:
     save_only_model: bool = arg(
         False,
         "Leave optimizer, schedule and random state out of checkpoints.",
-        treatment=pending("checkpoints during training", only_with="save_strategy"),
+        treatment=implemented("training cannot be resumed from them"),
+    )
+    save_weights_with_checkpoint: bool = arg(
+        True,
+        "Write the model into checkpoints as a Hugging Face folder too, so that from_pretrained "
+        "reads them.",
+        treatment=implemented(own=True),
+    )
+    save_async: bool | None = arg(
+        None,
+        "Write checkpoints beside training, which then waits only for a copy to host memory; none "
+        "decides by the memory that is left.",
+        treatment=implemented(own=True),
+    )
+    save_failure: str = arg(
+        "stop",
+        "What a checkpoint that could not be written does: 'stop' ends the run with an error, "
+        "'continue' logs it and trains on; earlier checkpoints stay either way.",
+        choices=("stop", "continue"),
+        treatment=implemented(own=True),
     )
     restore_callback_states_from_checkpoint: bool = arg(
-        False, "Restore the callbacks' states when training resumes.", treatment=pending()
+        False,
+        "Restore the callbacks' states when training resumes.",
+        treatment=implemented(),
     )
     resume_from_checkpoint: str | None = arg(
-        None, "Checkpoint folder from which to go on.", treatment=pending()
+        None,
+        "Checkpoint folder from which to go on; 'true' for the newest in output_dir, 'auto' for "
+        "that or a fresh start.",
+        treatment=implemented("used where train() is called without one"),
     )
     load_best_model_at_end: bool | None = arg(
         False, "Load the weights of the best checkpoint after training.", treatment=pending()

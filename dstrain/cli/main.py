@@ -18,6 +18,7 @@ commands:
   train TASK [flags]   train, evaluate and save a model; tasks: causal-lm
   explain [flags]      print the DeepSpeed config that these flags resolve to, and why
   plan [flags]         print the memory that each ZeRO stage and offload needs, and what fits
+  checkpoint ACTION    list, verify and export checkpoints
 
 Start on many processes with the launcher, for example
   deepspeed --num_gpus 8 --module dstrain train causal-lm --output_dir out
@@ -79,9 +80,13 @@ def _run(words: list[str]) -> int:
         from dstrain.cli import plan
 
         return plan.run(rest)
+    if command == "checkpoint":
+        from dstrain.cli import checkpoint
+
+        return checkpoint.run(rest)
     from dstrain.core.errors import ConfigError, Problem, nearest
 
-    close = nearest(command, {"train", "explain", "plan"})
+    close = nearest(command, {"train", "explain", "plan", "checkpoint"})
     raise ConfigError(
         Problem(
             f"unknown command {command!r}",

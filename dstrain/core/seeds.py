@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 
 def seed_everything(seed: int) -> None:
@@ -26,3 +27,48 @@ def derived_seed(seed: int, *, step: int, rank: int) -> int:
 def seed_rank(seed: int, *, step: int, rank: int) -> None:
     """Seed this rank's own stream (dropout and other noise) so that no two ranks share masks."""
     seed_everything(derived_seed(seed, step=step, rank=rank))
+
+
+def random_state() -> dict[str, Any]:
+    """The state of python's, numpy's and torch's generators of this process, its device included.
+
+    Tensors, tuples and plain values; ``set_random_state`` puts it back.
+    """
+    import numpy as np
+    import torch
+
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    device = _device_module()
+    if device is not None:
+        state["device"] = device.get_rng_state().cpu()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what ``random_state`` gave; the part of a device that is not here is left out."""
+    import numpy as np
+    import torch
+
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    device = _device_module()
+    if device is not None and "device" in state:
+        device.set_rng_state(state["device"])
+
+
+def _device_module() -> Any:
+    """The torch module of the accelerator in use (torch.cuda and the like), None on the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type in ("cpu", "mps"):
+        return None
+    module = getattr(torch, accelerator.type, None)
+    return module if module is not None and module.is_available() else None

@@ -2,11 +2,13 @@
 
 from dstrain.data.columns import forward_columns, keep_columns, label_columns
 from dstrain.data.loader import (
+    AheadHooks,
     Collator,
     LoaderOptions,
     MicroBatch,
     Window,
     build_loader,
+    fetches_ahead,
     is_ours,
     is_stream,
     iterate,
@@ -18,6 +20,7 @@ from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.targets import Targets, batch_size, input_tokens, to_device
 
 __all__ = [
+    "AheadHooks",
     "Collator",
     "EpochOrder",
     "LoaderOptions",
@@ -28,6 +31,7 @@ __all__ = [
     "Window",
     "batch_size",
     "build_loader",
+    "fetches_ahead",
     "forward_columns",
     "input_tokens",
     "is_ours",

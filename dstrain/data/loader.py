@@ -106,6 +106,7 @@ def build_loader(
                 topology.world_size,
             )
         stream = RankStream(dataset, topology, collate, drop_last=options.drop_last)
+        stream.noise_seed = seed
         if workers and options.persistent_workers:
             stream.share_position()
         return DataLoader(
@@ -115,6 +116,7 @@ def build_loader(
         raise DataError(Problem("the dataset is empty", "at least one sample is needed"))
     order = EpochOrder(len(dataset), seed=seed, shuffle=shuffle)
     sampler = RankBatchSampler(order, topology, drop_last=options.drop_last)
+    sampler.noise_seed = seed
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -150,6 +152,9 @@ def set_epoch(loader: Any, epoch: int, *, start: int = 0) -> None:
     for part in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):
         if isinstance(part, (RankBatchSampler, RankStream)):
             part.set_epoch(epoch, start=start)
+            # Noise in loader processes is that of the epoch, wherever the run began.
+            seed = derived_seed(part.noise_seed, step=epoch, rank=part.topology.rank)
+            loader.generator.manual_seed(seed)
             return
     for part in (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
         tell = getattr(part, "set_epoch", None)
@@ -176,20 +181,76 @@ def iterate(loader: Any) -> Iterator[tuple[MicroBatch, int]]:
         yield MicroBatch(inputs.inputs if masked else inputs, masked), chunk
 
 
-def windows(loader: Any, accumulation: int) -> Iterator[Window]:
-    """Group an epoch into windows of ``accumulation`` micro-batches; the last may be shorter."""
+@dataclass
+class AheadHooks:
+    """What to do around micro-batches that are fetched before their step is due.
+
+    A loader of unknown length is asked for the first micro-batch of the next window before a window
+    is handed out. Fetching may draw random numbers (a collator that masks tokens), so a run that
+    goes on from a checkpoint must fetch that micro-batch with the generators as they were then.
+
+    Attributes:
+        before: called before the first micro-batch of a next window is fetched.
+        before_first: called before the first micro-batch that is used, after those skipped.
+        after_first: called once it is there.
+    """
+
+    before: Callable[[], None] | None = None
+    before_first: Callable[[], None] | None = None
+    after_first: Callable[[], None] | None = None
+
+
+def fetches_ahead(loader: Any) -> bool:
+    """Whether ``windows`` must fetch a micro-batch more to know that an epoch ends."""
+    return not isinstance(getattr(loader, "batch_sampler", None), RankBatchSampler)
+
+
+def windows(
+    loader: Any, accumulation: int, *, skip: int = 0, ahead: AheadHooks | None = None
+) -> Iterator[Window]:
+    """Group an epoch into windows of ``accumulation`` micro-batches; the last may be shorter.
+
+    Args:
+        loader: of this rank.
+        accumulation: micro-batches per window.
+        skip: micro-batches to read and drop first, for loaders that cannot start inside an epoch.
+        ahead: only for loaders that fetch ahead.
+    """
+    steps = iterate(loader)
+    for _ in range(skip):
+        next(steps, None)
+    if not fetches_ahead(loader):
+        yield from _counted_windows(steps, len(loader.batch_sampler) - skip, accumulation)
+        return
     batch: list[MicroBatch] = []
     samples = 0
-    steps = iterate(loader)
-    ahead = next(steps, None)
-    while ahead is not None:
-        micro_batch, count = ahead
+    hooks = ahead or AheadHooks()
+    if hooks.before_first is not None:
+        hooks.before_first()
+    coming = next(steps, None)
+    if hooks.after_first is not None:
+        hooks.after_first()
+    while coming is not None:
+        micro_batch, count = coming
         batch.append(micro_batch)
         samples += count
-        ahead = next(steps, None)
-        if len(batch) == accumulation or ahead is None:
-            yield Window(tuple(batch), samples, ends_epoch=ahead is None)
+        if hooks.before is not None and len(batch) == accumulation:
+            hooks.before()
+        coming = next(steps, None)
+        if len(batch) == accumulation or coming is None:
+            yield Window(tuple(batch), samples, ends_epoch=coming is None)
             batch, samples = [], 0
+
+
+def _counted_windows(
+    steps: Iterator[tuple[MicroBatch, int]], num_steps: int, accumulation: int
+) -> Iterator[Window]:
+    """Windows of an epoch whose length is known: nothing is fetched before it is due."""
+    while num_steps > 0:
+        part = [next(steps) for _ in range(min(accumulation, num_steps))]
+        num_steps -= len(part)
+        samples = sum(count for _, count in part)
+        yield Window(tuple(m for m, _ in part), samples, ends_epoch=num_steps == 0)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -74,6 +74,7 @@ class RankBatchSampler:
         self.drop_last = drop_last
         self.epoch = 0
         self.start = 0
+        self.noise_seed = 0  # of loader processes; the loader's builder sets it
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
         """Choose the epoch, and how many of its samples to leave out because they were used."""

@@ -77,6 +77,7 @@ class RankStream(IterableDataset[Any]):
         self.collate = collate
         self.drop_last = drop_last
         self._position = torch.tensor([_UNTOLD, 0])  # epoch and start
+        self.noise_seed = 0  # of loader processes; the loader's builder sets it
 
     def share_position(self) -> None:
         """Let loader processes that outlive an epoch see what ``set_epoch`` says of the next."""

@@ -5,7 +5,10 @@ from dstrain.engine.groups import decay_parameter_names, parameter_groups
 from dstrain.engine.leaf import expert_blocks
 from dstrain.engine.machine import least, read_machine
 from dstrain.engine.nvme import prepare_nvme
+from dstrain.engine.optimizer_state import create_state, read_scalars
 from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
+from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
+from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
 from dstrain.engine.startup import (
     check_precision,
     device_name,
@@ -23,16 +26,22 @@ from dstrain.engine.zero import (
 )
 
 __all__ = [
+    "MASTER",
+    "WEIGHT",
     "Engine",
+    "Region",
     "StepOutcome",
     "ZeroThreeMark",
     "build_ops",
     "check_own",
+    "begin_load",
     "check_precision",
+    "create_state",
     "decay_parameter_names",
     "device_name",
     "device_type",
     "expert_blocks",
+    "finish_load",
     "full_numel",
     "full_shape",
     "gathered",
@@ -40,11 +49,17 @@ __all__ = [
     "is_partitioned",
     "least",
     "model_facts",
+    "optimized_names",
     "optimizer_class",
     "parameter_groups",
-    "read_machine",
     "prepare_nvme",
+    "read_machine",
+    "read_progress",
+    "read_scalars",
+    "regions",
+    "share",
     "shut_down",
     "slices_remark",
     "start",
+    "write_progress",
 ]

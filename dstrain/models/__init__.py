@@ -8,18 +8,32 @@ from dstrain.models.build import (
     max_length,
     parse_model_config,
 )
-from dstrain.models.save import check_writable, save_model
+from dstrain.models.save import (
+    HeldShards,
+    check_writable,
+    held_bytes,
+    hold_shards,
+    save_configs,
+    save_model,
+)
 from dstrain.models.sizes import count_causal_lm, sizes_of_module
+from dstrain.models.tensor_file import Stored, write_tensor_file
 
 __all__ = [
     "DTYPES",
+    "HeldShards",
+    "Stored",
     "build_causal_lm",
     "check_model_folder",
     "check_writable",
     "count_causal_lm",
+    "held_bytes",
+    "hold_shards",
     "load_causal_lm",
     "max_length",
     "parse_model_config",
+    "save_configs",
     "save_model",
     "sizes_of_module",
+    "write_tensor_file",
 ]

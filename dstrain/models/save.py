@@ -20,12 +20,15 @@ from typing import Any
 import torch
 
 from dstrain.core.errors import ModelError, Problem
+from dstrain.core.files import FileRecord, write_json
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
 from dstrain.engine import full_numel, gathered, is_partitioned
+from dstrain.models.tensor_file import Stored, write_tensor_file
 
 SHARD_BYTES = 5 * 10**9
 # Gathering parameters one by one would pay a latency for each; a group stays small beside a shard.
 GATHER_BYTES = 256 * 2**20
+_INDEX = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$")
 
 
@@ -77,6 +80,80 @@ def save_model(
                 _save_configs(module, target)
             except OSError as error:
                 raise _unwritable(target, error) from error
+
+
+@dataclass(frozen=True)
+class HeldShards:
+    """A model's weights in host memory, each rank holding the shards that it will write.
+
+    Attributes:
+        shards: this rank's shards: file name -> tensors.
+        index: content of the index of several shards; None for a single one.
+    """
+
+    shards: dict[str, list[Stored]]
+    index: dict[str, Any] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory that this rank's shards take."""
+        return sum(stored.num_bytes for shard in self.shards.values() for stored in shard)
+
+    def write(self, folder: Path, *, with_index: bool) -> dict[str, FileRecord]:
+        """Write this rank's shards durably, and the index if asked to.
+
+        Raises:
+            OSError: the disk is full, the folder is gone, and so on.
+        """
+        records = {}
+        for name, shard in self.shards.items():
+            records[name] = write_tensor_file(folder / name, shard, {"format": "pt"})
+        if with_index and self.index is not None:
+            records[_INDEX] = write_json(folder / _INDEX, self.index)
+        return records
+
+
+def hold_shards(
+    module: torch.nn.Module, ranks: Ranks, *, shard_bytes: int = SHARD_BYTES
+) -> HeldShards | None:
+    """Copy the weights to host memory, shard k on rank k mod world size; a collective.
+
+    Returns:
+        None for architectures whose layout is converted on saving: only ``save_model`` does that.
+    """
+    if _needs_conversion(module):
+        return None
+    entries = _entries(module)
+    shards = _plan(entries, shard_bytes)
+    names = _shard_names(len(shards))
+    mine: dict[str, list[Stored]] = {}
+    for number, (shard, name) in enumerate(zip(shards, names, strict=True)):
+        own = number % ranks.world_size == ranks.rank
+        for group in _gather_groups(shard):
+            with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
+                if own:
+                    mine.setdefault(name, []).extend(Stored.of(e.name, _copied(e)) for e in group)
+    index = {
+        "metadata": {"total_size": sum(e.num_bytes for e in entries)},
+        "weight_map": {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard},
+    }
+    return HeldShards(mine, index if len(names) > 1 else None)
+
+
+def held_bytes(module: torch.nn.Module, ranks: Ranks) -> int:
+    """Bytes that ``hold_shards`` will take on the rank that holds most."""
+    shards = _plan(_entries(module), SHARD_BYTES)
+    sizes = [sum(e.num_bytes for e in shard) for shard in shards]
+    return max(sum(sizes[k :: ranks.world_size]) for k in range(ranks.world_size))
+
+
+def save_configs(module: torch.nn.Module, folder: Path) -> None:
+    """Write ``config.json`` and ``generation_config.json`` where the model has them."""
+    _save_configs(module, folder)
+
+
+def _copied(entry: _Entry) -> torch.Tensor:
+    return entry.tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _writers(target: Path, ranks: Ranks) -> list[int]:
@@ -184,7 +261,7 @@ def _write_shards(
                 with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
                     if mine:
                         for e in group:
-                            held[e.name] = e.tensor.detach().to("cpu", copy=True).contiguous()
+                            held[e.name] = _copied(e)
             if mine:
                 pending = writer.submit(_write_file, held, _partial(target, name), mode)
         if pending is not None:
@@ -237,7 +314,7 @@ def _finish(target: Path, weight_map: dict[str, str], total_bytes: int, names: l
     """Write the index of several shards, then remove weight files of an earlier save."""
     keep = set(names)
     if len(names) > 1:
-        index = "model.safetensors.index.json"
+        index = _INDEX
         partial = _partial(target, index)
         content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -280,7 +357,7 @@ def _save_converted(module: Any, target: Path, ranks: Ranks, shard_bytes: int) -
         with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
             if ranks.is_main:
                 for e in group:
-                    held[e.name] = e.tensor.detach().to("cpu", copy=True).contiguous()
+                    held[e.name] = _copied(e)
     with all_or_none():
         if ranks.is_main:
             try:

@@ -88,16 +88,6 @@ def _let_the_main_rank_speak() -> None:
     sys.excepthook = hook
 
 
-def warn_of_missing_checkpoints(args: TrainingArguments) -> None:
-    """Say once a run what the default ``save_strategy`` does not do yet."""
-    if args.save_strategy != "no":
-        logger.warning(
-            "no checkpoint is written during training: save_strategy=%r is not implemented yet in "
-            "this version; save_model() writes the model, and save_strategy='no' ends this warning",
-            args.save_strategy,
-        )
-
-
 def default_collator(processing_class: Any) -> Collator:
     """Padding to the longest sample where there is a tokenizer, plain stacking elsewhere."""
     from transformers import (

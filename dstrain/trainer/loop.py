@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,10 +12,22 @@ import torch
 from dstrain.core.errors import DataError, Problem, TrainingError
 from dstrain.core.log import get_logger
 from dstrain.core.progress import Progress
-from dstrain.core.ranks import PendingSum, Ranks
-from dstrain.data import MicroBatch, Targets, Window, input_tokens, set_epoch, windows
+from dstrain.core.ranks import PendingSum, Ranks, gather_objects
+from dstrain.core.seeds import random_state
+from dstrain.data import (
+    AheadHooks,
+    MicroBatch,
+    Targets,
+    Window,
+    fetches_ahead,
+    input_tokens,
+    is_ours,
+    set_epoch,
+    windows,
+)
 from dstrain.engine import Engine, StepOutcome, device_name
 from dstrain.trainer.meters import Reading, TrainMeter
+from dstrain.trainer.position import Position, Resumption
 
 logger = get_logger(__name__)
 
@@ -40,6 +53,10 @@ class Hooks(Protocol):
         """Evaluate because a callback asked for it."""
         ...
 
+    def save_in_training(self, position: Position) -> None:
+        """Save a checkpoint because a callback asked for it."""
+        ...
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -53,6 +70,7 @@ class RunPlan:
         filter_bad: leave NaN and infinite losses out of the logged mean.
         log_every: steps between logs, 0 when logging goes by other events.
         eval_on_start: evaluate once before the first step.
+        saves: whether checkpoints are written, so that random states must be kept.
     """
 
     max_steps: int
@@ -62,6 +80,7 @@ class RunPlan:
     filter_bad: bool
     log_every: int
     eval_on_start: bool = False
+    saves: bool = False
 
 
 @dataclass
@@ -108,14 +127,24 @@ class TrainLoop:
     skipped_steps: int = 0
     loss_sum: float = 0.0
     samples_seen: int = 0
+    resumption: Resumption | None = None
+    steps_before: int = 0
+    samples_before: int = 0
+    tokens_before: int = 0
+    _last: tuple[StepOutcome, float] | None = None
+    _random_ahead: dict[str, Any] | None = None
 
     def run(self) -> None:
         """Train until max_steps or until a callback stops the run."""
         self._meter = TrainMeter(device_name(), filter_bad=self.plan.filter_bad)
         self.engine.model.train()
+        if self.resumption is not None:
+            self._take_up(self.resumption.position)
         self.hooks.event("on_train_begin")
-        if self.plan.eval_on_start:
+        if self.plan.eval_on_start and self.resumption is None:
             self._evaluate()
+        if self.resumption is not None and self.resumption.position.epoch_is_over:
+            self._end_resumed_epoch()
         while not self._is_over():
             self._run_epoch()
             self.progress = self.progress.next_epoch()
@@ -124,18 +153,73 @@ class TrainLoop:
     def _is_over(self) -> bool:
         return self.progress.step >= self.plan.max_steps or self.control.should_training_stop
 
+    def _take_up(self, position: Position) -> None:
+        """Go on from a checkpoint's position."""
+        self.progress = position.progress
+        self.skipped_steps = position.skipped_steps
+        self.loss_sum = position.loss_sum
+        self.samples_seen = self.samples_before = position.samples_seen
+        self.steps_before = position.progress.step
+        self.tokens_before = self.state.num_input_tokens_seen
+        self._last = (
+            StepOutcome(applied=position.applied, grad_norm=position.grad_norm),
+            position.learning_rate,
+        )
+        self._meter.restore(position.meters, rank=self.ranks.rank, world_size=self.ranks.world_size)
+
+    def _end_resumed_epoch(self) -> None:
+        """Do what was still to be done when the checkpoint was saved at an epoch's last step."""
+        assert self._last is not None and self.resumption is not None  # noqa: PT018
+        self.resumption.restore_random()
+        self.resumption = None
+        self._react("on_epoch_end", *self._last, epoch_is_over=False)
+        self.progress = self.progress.next_epoch()
+
     def _run_epoch(self) -> None:
         set_epoch(self.loader, self.progress.epoch, start=self.progress.samples_in_epoch)
         self.hooks.event("on_epoch_begin")
-        before = self.progress.step
-        for window in windows(self.loader, self.plan.accumulation):
-            outcome, learning_rate = self._train_step(window)
-            self._log_and_evaluate("on_step_end", outcome, learning_rate)
+        before = self.progress
+        for window in self._windows():
+            self._last = self._train_step(window)
+            self._react("on_step_end", *self._last, epoch_is_over=window.ends_epoch)
             if self._is_over() or self.control.should_epoch_stop:
                 break
-        if self.progress.step == before:
+        if self.progress.step == before.step and not before.steps_in_epoch:
             raise DataError(Problem("the training data ended without a single sample"))
-        self._log_and_evaluate("on_epoch_end", outcome, learning_rate)
+        assert self._last is not None
+        self._react("on_epoch_end", *self._last, epoch_is_over=False)
+
+    def _windows(self) -> Iterator[Window]:
+        """The windows of an epoch, from inside of it where the run goes on from a checkpoint."""
+        resumption, self._random_ahead = self.resumption, None
+        self.resumption = None  # it is for the first epoch only
+        if not fetches_ahead(self.loader):
+            if resumption is not None:
+                resumption.restore_random()
+            return windows(self.loader, self.plan.accumulation)
+        hooks = AheadHooks(before=self._note_random if self.plan.saves else None)
+        skip = 0
+        if resumption is not None:
+            if resumption.random_ahead is None:
+                resumption.restore_random()
+            else:
+                hooks.before_first = resumption.restore_random_ahead
+                hooks.after_first = resumption.restore_random
+            if not is_ours(self.loader):
+                skip = self.progress.steps_in_epoch * self.plan.accumulation
+                self._warn_of_replay(skip)
+        return windows(self.loader, self.plan.accumulation, skip=skip, ahead=hooks)
+
+    def _note_random(self) -> None:
+        self._random_ahead = random_state()
+
+    def _warn_of_replay(self, num_micro_batches: int) -> None:
+        if num_micro_batches and self.ranks.is_main:
+            logger.warning(
+                "%d micro-batches are read and dropped: only loaders that dstrain builds can start "
+                "inside an epoch",
+                num_micro_batches,
+            )
 
     def _train_step(self, window: Window) -> tuple[StepOutcome, float]:
         """One optimizer step over a window of micro-batches."""
@@ -179,13 +263,42 @@ class TrainLoop:
             return torch.zeros((), device=device_name())
         return loss.detach().float() * (count / at_least_one(total.get()))
 
-    def _log_and_evaluate(self, event: str, outcome: StepOutcome, learning_rate: float) -> None:
-        """Let callbacks decide at this point of the run, then do what they decided."""
+    def _react(
+        self, event: str, outcome: StepOutcome, learning_rate: float, *, epoch_is_over: bool
+    ) -> None:
+        """Let callbacks decide at this point of the run, then do what they decided.
+
+        Evaluation comes before saving, so that a checkpoint knows its own metric.
+        """
         self.control = self.hooks.event(event)
         if self.control.should_log:
             self._log(outcome, learning_rate)
         if self.control.should_evaluate:
             self._evaluate()
+        if self.control.should_save:
+            self._save(event, outcome, learning_rate, epoch_is_over=epoch_is_over)
+
+    def _save(
+        self, event: str, outcome: StepOutcome, learning_rate: float, *, epoch_is_over: bool
+    ) -> None:
+        """Save a checkpoint, which is no training time."""
+        started = time.perf_counter()
+        ended = event == "on_epoch_end"
+        norm = outcome.grad_norm
+        position = Position(
+            progress=self.progress.next_epoch() if ended else self.progress,
+            epoch_is_over=epoch_is_over or (self.control.should_epoch_stop and not ended),
+            applied=outcome.applied,
+            grad_norm=None if norm is None else float(norm),
+            learning_rate=learning_rate,
+            skipped_steps=self.skipped_steps,
+            loss_sum=self.loss_sum,
+            samples_seen=self.samples_seen,
+            meters=gather_objects(self._meter.state()),
+            random_ahead=None if ended or epoch_is_over else self._random_ahead,
+        )
+        self.hooks.save_in_training(position)
+        self._meter.exclude(time.perf_counter() - started)
 
     def _evaluate(self) -> None:
         """Evaluate, which is no training time, and go back to training mode."""

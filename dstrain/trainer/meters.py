@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,31 @@ class TrainMeter:
         self._since = now
         return reading
 
+    def state(self) -> dict[str, float]:
+        """What has been added since the last reading, of this rank; waits for the device."""
+        sums = torch.stack([self._loss, self._finite, self._bad]).tolist()
+        return {
+            "loss": sums[0],
+            "finite": sums[1],
+            "bad": sums[2],
+            "steps": self._steps,
+            "tokens": self._tokens,
+            "seconds": time.perf_counter() - self._since,
+        }
+
+    def restore(self, states: list[dict[str, float]], *, rank: int, world_size: int) -> None:
+        """Go on from the states of all ranks of an earlier run, in rank order.
+
+        Where the number of ranks has changed the main rank takes over all that was added: only the
+        sum over ranks is ever read.
+        """
+        mine = states[rank] if len(states) == world_size else _merged(states, self._filter, rank)
+        self._loss = torch.full_like(self._loss, mine["loss"])
+        self._finite = torch.full_like(self._finite, mine["finite"])
+        self._bad = torch.full_like(self._bad, mine["bad"])
+        self._steps, self._tokens = int(mine["steps"]), int(mine["tokens"])
+        self._since = time.perf_counter() - mine["seconds"]
+
     def exclude(self, seconds: float) -> None:
         """Leave time that was not training (an evaluation, a save) out of the speed."""
         self._since += seconds
@@ -91,3 +117,17 @@ class TrainMeter:
         from dstrain.core.ranks import gather_objects
 
         return min(int(s) for s in gather_objects(float(self._bad)) if s >= 0)
+
+
+def _merged(states: list[dict[str, float]], filtered: bool, rank: int) -> dict[str, float]:
+    """One rank's part when other ranks than these go on: all of it for the main rank."""
+    steps = states[0]["steps"]
+    merged = {**states[0], "loss": 0.0, "finite": float(steps), "bad": -1.0, "tokens": 0}
+    if rank == 0 and steps:
+        # Each rank divided by its own number of finite losses; from here on all divide by `steps`.
+        counts = [s["finite"] if filtered else steps for s in states]
+        means = [s["loss"] / n if n else math.nan for s, n in zip(states, counts, strict=True)]
+        merged["loss"] = sum(means) * steps
+        merged["bad"] = min((s["bad"] for s in states if s["bad"] >= 0), default=-1.0)
+        merged["tokens"] = sum(s["tokens"] for s in states)
+    return merged

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
+from dstrain.checkpoint import CheckpointWriter, check_there
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ConfigError, DataError, ModelError, Problem, TrainingError
 from dstrain.core.log import get_logger
@@ -21,11 +22,12 @@ from dstrain.engine import Engine, device_name
 from dstrain.evaluation import EvalBatch, evaluate_loss
 from dstrain.models import DTYPES, check_writable, save_model
 from dstrain.reporting import save_loss_curve
-from dstrain.trainer import build, compat
+from dstrain.trainer import build, compat, saving
 from dstrain.trainer.engines import EngineKeeper
 from dstrain.trainer.events import Events
 from dstrain.trainer.loop import MicroStep, RunPlan, TrainLoop
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
+from dstrain.trainer.position import Position
 
 logger = get_logger(__name__)
 
@@ -104,6 +106,7 @@ class Trainer(OptimizerHooks):
         with all_or_none():
             if self.ranks.is_main:
                 check_writable(self.args.output_dir)
+                check_there(self.args.resume_from_checkpoint, Path(self.args.output_dir))
         seed_everything(self.args.seed)
         self.model = model
         self.train_dataset = train_dataset
@@ -120,13 +123,20 @@ class Trainer(OptimizerHooks):
         self.is_in_train = False
         self._engines = EngineKeeper()
         self._micro_step = MicroStep()
+        self._writer: CheckpointWriter | None = None
         self.events = Events(self, callbacks)
         self.events("on_init_end")
 
     # --- what a user calls ----------------------------------------------------------------------
 
-    def train(self) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
         """Train for ``num_train_epochs`` or ``max_steps``; may be called again.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, written at any number of ranks and ZeRO
+                stage; True for the newest in ``output_dir`` that verifies; "auto" likewise, or a
+                fresh start where there is none; False starts afresh; None does what the argument of
+                the same name says.
 
         Returns:
             ``TrainOutput(global_step, training_loss, metrics)``.
@@ -134,18 +144,26 @@ class Trainer(OptimizerHooks):
         Raises:
             DataError: no training data, or an empty one.
             TrainingError: the loss became NaN (see the ``nan_loss`` argument).
+            CheckpointError: nothing to resume from, or a save failed (see ``save_failure``).
         """
-        loop = self._prepare_training()
-        self.is_in_train = True
-        started = time.time()
+        self._writer = saving.make_writer(self)
         try:
+            start = saving.find_start(self, resume_from_checkpoint)
+            loop = self._prepare_training(start)
+            self.is_in_train = True
+            started = time.time()
             loop.run()
+            if self._writer is not None:
+                self._writer.wait()
             return self._finish_training(loop, started)
         except TrainingError:
             self.save_state()  # what was logged until then shows what went wrong
             raise
         finally:
             self.is_in_train = False
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
 
     def evaluate(
         self,
@@ -354,11 +372,21 @@ class Trainer(OptimizerHooks):
         """Evaluate because a callback asked for it."""
         self.evaluate()
 
+    def save_in_training(self, position: Position) -> None:
+        """Save a checkpoint because a callback asked for it."""
+        engine = self._engines.training
+        assert engine is not None
+        if self._writer is None:  # a callback's wish, with save_strategy="no"
+            self._writer = saving.make_writer(self, wanted=True)
+        assert self._writer is not None
+        saving.save(self, engine, self._writer, position)
+        self.events("on_save")
+
     def event(self, name: str, **kwargs: Any) -> Any:
         """Tell callbacks of an event; returns the control object."""
         return self.events(name, **kwargs)
 
-    def _prepare_training(self) -> TrainLoop:
+    def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
         """Everything before the first step: loader, config, engine, state."""
         self._own.notice()
         with all_or_none():
@@ -367,17 +395,22 @@ class Trainer(OptimizerHooks):
         # Accumulation may come from the user's DeepSpeed config, so it is read after resolving.
         max_steps, per_epoch = build.training_steps(loader, self.args, self.resolved.accumulation)
         require_equal("the length of the training data", (max_steps, per_epoch), DataError)
+        if start is not None and self.args.max_steps <= 0:
+            batch = self.resolved.global_batch_size
+            max_steps = saving.steps_in_all(
+                start, max_steps=max_steps, per_epoch=per_epoch, batch=batch
+            )
         self.resolved = self._resolve(max_steps)
         if self.ranks.is_main:
             build.record_resolved_config(self.resolved, self.args)
             for warning in self.resolved.warnings:
                 logger.warning("%s", warning)
-            build.warn_of_missing_checkpoints(self.args)
         self.close()  # an engine of an earlier run must be gone before the new one takes memory
         engine = self._engines.train(lambda: self._build_engine(max_steps))
         self.optimizer, self.lr_scheduler = engine.optimizer, engine.scheduler
         self.events.begin_run(loader, max_steps=max_steps, steps_per_epoch=per_epoch)
         seed_rank(self.args.seed, step=0, rank=self.ranks.rank)
+        resumption = None if start is None else saving.resume(self, engine, start)
         plan = RunPlan(
             max_steps=max_steps,
             steps_per_epoch=per_epoch,
@@ -385,6 +418,7 @@ class Trainer(OptimizerHooks):
             nan_loss=self.args.nan_loss,
             filter_bad=self.args.logging_nan_inf_filter,
             eval_on_start=self.args.eval_on_start,
+            saves=self._writer is not None,
             log_every=int(self.state.logging_steps) if self.args.logging_strategy == "steps" else 0,
         )
         return TrainLoop(
@@ -397,6 +431,7 @@ class Trainer(OptimizerHooks):
             state=self.state,
             control=self.control,
             micro_step=self._micro_step,
+            resumption=resumption,
         )
 
     def _resolve(self, max_steps: int | None) -> ResolvedConfig:
@@ -421,15 +456,16 @@ class Trainer(OptimizerHooks):
         )
 
     def _finish_training(self, loop: TrainLoop, started: float) -> Any:
-        """Final metrics, log and events."""
+        """Final metrics, log and events; speeds are those of this run, not of one resumed from."""
         steps = loop.progress.step
-        samples = steps * self.resolved.global_batch_size
+        done = loop.steps_before
+        samples = (steps - done) * self.resolved.global_batch_size
         metrics = compat.speed_metrics(
             "train",
             started,
-            num_samples=loop.samples_seen or samples,
-            num_steps=steps,
-            num_tokens=self.state.num_input_tokens_seen,
+            num_samples=loop.samples_seen - loop.samples_before or samples,
+            num_steps=steps - done,
+            num_tokens=self.state.num_input_tokens_seen - loop.tokens_before,
         )
         metrics["train_loss"] = loop.loss_sum / max(1, steps)
         if self.resolved.precision == "fp16" or loop.skipped_steps:

@@ -301,7 +301,7 @@ def test_a_rank_that_breaks_in_the_command_ends_the_others(tmp_path, run):
 def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m dstrain` with an environment that says nothing of how to run it."""
     home = folder / "home"  # nothing is taken from, or left in, the user's caches
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-m", "dstrain", *words],
         env={"HOME": str(home), "PATH": os.defpath},
@@ -336,6 +336,31 @@ def test_one_process_streams_a_jsonl_file(tmp_path):
     # Packed blocks are for what is read again; a stream leaves nothing behind but its tokenizer.
     packed = list((tmp_path / "home").rglob("packed-*"))
     assert len({path.name for path in packed if path.is_dir()}) <= 1, packed
+
+
+def test_a_second_start_goes_on_where_the_first_ended(tmp_path):
+    """The same command with ``auto``, first without and then with a checkpoint to go on from."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(text(seed, 20) for seed in range(20)))
+    histories = []
+    for max_steps in (4, 6):
+        words = flags(
+            "out",
+            train_file=path,
+            max_steps=max_steps,
+            save_steps=2,
+            save_total_limit=2,
+            resume_from_checkpoint="auto",
+            lr_scheduler_type="constant",
+            use_cpu="true",
+        )
+        python(tmp_path, *TRAIN, *words)
+        state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+        assert state["global_step"] == max_steps
+        histories.append({e["step"]: e["loss"] for e in state["log_history"] if "loss" in e})
+    assert histories[1] == histories[0] | {s: histories[1][s] for s in (5, 6)}
+    kept = sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*"))
+    assert kept == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_one_process_trains_a_saved_model_further_on_parquet(tmp_path, run):

@@ -24,6 +24,7 @@ def make_trainer(
     """A trainer of a tiny llama on ``train`` samples, with ``evaluation`` samples to evaluate."""
     from dstrain import Trainer, TrainingArguments
 
+    data = arguments.pop("data", None)
     callbacks = arguments.pop("callbacks", None)
     optimizers = arguments.pop("optimizers", (None, None))
     cls = arguments.pop("cls", Trainer)
@@ -34,6 +35,7 @@ def make_trainer(
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "report_to": "none",
+        "save_strategy": "no",
         "disable_tqdm": True,
         **arguments,
     }
@@ -43,7 +45,7 @@ def make_trainer(
         tiny_llama() if model is None else model,
         TrainingArguments(str(folder), **settings),
         data_collator=pad_collate,
-        train_dataset=RaggedTokens(train),
+        train_dataset=RaggedTokens(train) if data is None else data,
         eval_dataset=evaluation,
         callbacks=callbacks,
         optimizers=optimizers,
@@ -62,3 +64,14 @@ def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
     parameters = dict(trainer.model.named_parameters())
     with gathered(parameters.values()):
         return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+_TIMES = ("tokens_per_second", "runtime", "samples_per_second", "steps_per_second")
+
+
+def history(trainer: Any) -> list[dict[str, float]]:
+    """The log history without what a clock says."""
+    return [
+        {k: v for k, v in entry.items() if not k.endswith(_TIMES)}
+        for entry in trainer.state.log_history
+    ]

@@ -53,6 +53,7 @@ def _trainer_losses(
         learning_rate=reference.LEARNING_RATE,
         weight_decay=reference.WEIGHT_DECAY,
         max_grad_norm=reference.CLIP,
+        save_strategy="no",
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,

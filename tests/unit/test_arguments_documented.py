@@ -351,7 +351,7 @@ RULES_BETWEEN_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"fp16_full_eval": True, "bf16_full_eval": True}, "one 16-bit format"),
     ({"save_steps": 0}, "positive number of steps"),
     ({"save_steps": 2.5}, "whole number"),
-    ({"save_strategy": "best"}, "only an evaluation finds out"),
+    ({"save_strategy": "best"}, NOT_YET),
     ({**BEST, "save_strategy": "epoch"}, "every checkpoint needs an evaluation"),
     ({**BEST, "eval_strategy": "no"}, "every checkpoint needs an evaluation"),
     ({**BEST, "eval_steps": 100, "save_steps": 250}, "no evaluation of their own"),
@@ -394,6 +394,13 @@ def test_an_evaluation_at_every_checkpoint_is_enough_for_the_best_model(given):
     assert args._saving_problems(args.eval_strategy, args.eval_steps) == []
 
 
+def test_saving_the_best_needs_an_evaluation():
+    args = TrainingArguments()
+    args.save_strategy = "best"
+    (problem,) = args._saving_problems("no", None)
+    assert "only an evaluation finds out" in problem.why
+
+
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
 def test_a_schedule_that_follows_a_metric_needs_an_evaluation(name):
     assert "only an evaluation" in str(TrainingArguments()._evaluation_problems(name)[0])
@@ -418,17 +425,3 @@ def test_accelerator_config_as_dict_text_and_file(tmp_path):
     for given in (expected, json.dumps(expected), str(file), '{"split_batches": "false",'
                   ' "even_batches": "True"}'):  # fmt: skip
         assert TrainingArguments(accelerator_config=given).accelerator_config == expected
-
-
-# --- what the default does not do yet ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("strategy", "warns"), [("steps", True), ("no", False)])
-def test_the_default_save_strategy_says_that_it_writes_no_checkpoint(caplog, strategy, warns):
-    if ALL["save_strategy"][0].kind != "pending":
-        pytest.skip("implemented by now")
-    from dstrain.trainer.build import warn_of_missing_checkpoints
-
-    with caplog.at_level("WARNING", logger="dstrain"):
-        warn_of_missing_checkpoints(TrainingArguments(save_strategy=strategy))
-    assert ("no checkpoint is written" in caplog.text) is warns

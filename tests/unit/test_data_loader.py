@@ -15,10 +15,12 @@ from torch.utils.data import get_worker_info as torch_worker_info
 
 from dstrain.core.errors import DataError
 from dstrain.data import (
+    AheadHooks,
     LoaderOptions,
     Topology,
     Window,
     build_loader,
+    fetches_ahead,
     is_stream,
     iterate,
     keep_columns,
@@ -509,3 +511,59 @@ def test_no_column_left_is_an_error_that_names_both_sides(as_dataset):
     with pytest.raises(DataError, match=r"evaluation set has columns \['text', 'n'\]") as caught:
         attempt()
     assert "it takes input_ids" in str(caught.value)
+
+
+# --- going on from a checkpoint ------------------------------------------------------------------
+
+
+def test_a_sampler_of_ours_is_not_asked_ahead():
+    """What is fetched early draws its random numbers before the checkpoint of a step is taken."""
+    taken: list[int] = []
+
+    class Watched(Squares):
+        def __getitem__(self, index: int) -> int:
+            taken.append(index)
+            return super().__getitem__(index)
+
+    (loader,) = loaders(Watched(9), 2, 1)
+    assert not fetches_ahead(loader)
+    next(windows(loader, 2))
+    assert taken == [0, 1, 2, 3]
+
+
+def test_the_hooks_stand_around_what_is_fetched_ahead():
+    """Before the first micro-batch of each next window, and around the first that is used."""
+    happened: list[Any] = []
+
+    def source() -> Iterator[int]:
+        for i in range(5):
+            happened.append(i)
+            yield i
+
+    hooks = AheadHooks(
+        before=lambda: happened.append("before"),
+        before_first=lambda: happened.append("first?"),
+        after_first=lambda: happened.append("first"),
+    )
+    for _ in windows(source(), 2, ahead=hooks, skip=1):
+        happened.append("window")
+    assert happened == [0, "first?", 1, "first", 2, "before", 3, "window", 4, "before", "window"]
+
+
+def test_micro_batches_of_a_foreign_loader_are_skipped():
+    """It can only be read from its beginning."""
+    assert [w.micro_batches[0].inputs for w in windows(list(range(5)), 2, skip=2)] == [2, 4]
+
+
+def test_noise_of_loader_processes_is_that_of_the_epoch():
+    """A run that goes on in epoch 1 draws what the run that began at epoch 0 draws there."""
+    (whole,), (resumed,) = loaders(Squares(8), 2, 1), loaders(Squares(8), 2, 1)
+    seeds = []
+    for epoch in (0, 1, 2):
+        set_epoch(whole, epoch)
+        seeds.append(iter(whole)._base_seed)
+    assert len(set(seeds)) == 3
+    set_epoch(resumed, 1, start=4)
+    iter(resumed)
+    set_epoch(resumed, 2)
+    assert iter(resumed)._base_seed == seeds[2]

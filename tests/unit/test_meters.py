@@ -171,3 +171,47 @@ def test_time_of_an_evaluation_is_not_training_time(clock):
     assert meter.read().seconds == 2
     clock.now += 4
     assert meter.read().seconds == 4, "excluded once, not for ever"
+
+
+# --- taken up from a checkpoint ------------------------------------------------------------------
+
+
+def test_a_restored_meter_reads_what_the_saved_one_would_have(clock):
+    """Exactly, and the time of the interruption is no training time."""
+    saved = metered([0.1, 0.7, math.inf])
+    clock.now += 2.0
+    state = saved.state()
+    clock.now += 1000.0
+    restored = TrainMeter("cpu", filter_bad=True)
+    restored.restore([state], rank=0, world_size=1)
+    clock.now += 3.0
+    feed(restored, [0.3], first_step=4)
+    reading = restored.read()
+    whole = metered([0.1, 0.7, math.inf, 0.3]).read()
+    assert (reading.loss, reading.loss_sum, reading.first_bad_step) == (
+        whole.loss,
+        whole.loss_sum,
+        whole.first_bad_step,
+    )
+    assert reading.num_tokens == 40
+    assert reading.seconds == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("filter_bad", [True, False])
+def test_other_ranks_take_over_the_sum_of_all(filter_bad):
+    """Two ranks' shares of the loss, read by one."""
+    parts = [[0.2, 0.4], [0.6, math.nan if filter_bad else 0.8]]
+    states = [metered(part, filter_bad=filter_bad).state() for part in parts]
+    meter = TrainMeter("cpu", filter_bad=filter_bad)
+    meter.restore(states, rank=0, world_size=1)
+    reading = meter.read()
+    # Each rank's mean is over the losses that count there.
+    assert reading.loss == pytest.approx(0.3 + (0.6 if filter_bad else 0.7))
+    assert reading.num_steps == 2
+    assert reading.num_tokens == 40
+    assert reading.first_bad_step == (2 if filter_bad else None)
+    other = TrainMeter("cpu", filter_bad=filter_bad)
+    other.restore(states, rank=1, world_size=3)
+    assert other.state()["loss"] == 0.0
+    assert other.state()["tokens"] == 0
+    assert other.read().num_steps == 2

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
+from dstrain.checkpoint import check_there
 from dstrain.core.errors import (
     ConfigError,
     DataError,
@@ -158,6 +159,9 @@ def _check(
     with collected(errors):
         if ranks.is_main:
             check_writable(args.output_dir)
+    with collected(errors):
+        if ranks.is_main:
+            check_there(args.resume_from_checkpoint, Path(args.output_dir))
     with collected(errors):
         resolve_config(args, ranks)
     with collected(errors):

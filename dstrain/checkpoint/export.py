@@ -1,0 +1,175 @@
+"""A checkpoint as a plain Hugging Face folder, made by one process without the model's code.
+
+Weights come from the master weights, so they can have more digits than the model trained with.
+Memory holds one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.checkpoint import content
+from dstrain.checkpoint.load import Piece, SliceIndex, opened, read_index
+from dstrain.checkpoint.manifest import NAME, Manifest, read_manifest
+from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.files import write_json
+from dstrain.engine import MASTER, WEIGHT
+from dstrain.models import Stored, write_tensor_file
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+SHARD_BYTES = 5 * 10**9
+_TRAINING_FILES = {NAME, "trainer_state.json", "training_arguments.json", "resolved_config.json"}
+_INDEX = "model.safetensors.index.json"
+
+
+def export(
+    folder: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    on_tensor: Callable[[str, int], None] = lambda name, num_bytes: None,
+) -> int:
+    """Write the model of a checkpoint to ``out``; how many tensors it has.
+
+    Args:
+        folder: a committed checkpoint.
+        out: a folder that is made, or empty.
+        dtype: of floating-point weights; None takes the format that the model was trained in.
+        shard_bytes: the largest shard; a larger tensor has one of its own.
+        on_tensor: called with the name and bytes of each tensor once it is written.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, ``out`` has files in it, or an unknown dtype.
+    """
+    manifest = read_manifest(folder)
+    wanted = DTYPES.get(dtype or manifest.precision)
+    if wanted is None:
+        raise CheckpointError(Problem(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}"))
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(
+            Problem(f"{str(out)!r} is not empty", "", "name a folder that does not exist yet")
+        )
+    tensors = _tensors(folder, manifest, wanted)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(tensors, out, shard_bytes, on_tensor)
+    for path in sorted(folder.iterdir()):
+        kept = path.is_file() and path.suffix != ".safetensors" and path.name != _INDEX
+        if kept and path.name not in _TRAINING_FILES and not path.name.startswith("."):
+            shutil.copyfile(path, out / path.name)
+    _correct_config(out, wanted)
+    return len(tensors)
+
+
+def _tensors(folder: Path, manifest: Manifest, dtype: torch.dtype) -> list[Stored]:
+    """All tensors of the model under their saved names, read when they are written."""
+    stored = _stored_names(folder) if manifest.has_weights else {}
+    persistent = _file_names(folder / content.BUFFERS) if manifest.resumable else set()
+    if not manifest.resumable or (stored and set(stored) != {*manifest.parameters, *persistent}):
+        # No slices; or an architecture that is stored in another layout than it is trained in.
+        return [_from_file(folder / file, name, dtype) for name, file in sorted(stored.items())]
+    index = read_index(folder, manifest)
+    tensors = [_assembled(index, name, shape, dtype) for name, shape in manifest.parameters.items()]
+    path = folder / content.BUFFERS
+    return tensors + [_from_file(path, name, None) for name in sorted(persistent)]
+
+
+def _assembled(index: SliceIndex, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
+    key = MASTER if (MASTER, name) in index.pieces else WEIGHT
+    pieces = index.pieces[key, name]
+
+    def load() -> torch.Tensor:
+        whole = torch.empty(torch.Size(shape).numel(), dtype=dtype)
+        for piece in pieces:
+            whole[piece.start : piece.start + piece.numel] = _read(piece, f"{key}/{name}")
+        return whole.view(shape)
+
+    return Stored(name, shape, dtype, load)
+
+
+def _read(piece: Piece, tensor: str) -> torch.Tensor:
+    with opened(piece.path) as file:
+        values: torch.Tensor = file.get_tensor(tensor)
+    return values
+
+
+def _from_file(path: Path, name: str, dtype: torch.dtype | None) -> Stored:
+    with opened(path) as file:
+        shape = tuple(file.get_slice(name).get_shape())
+        sample = file.get_slice(name)[:0] if shape else file.get_tensor(name)
+    stored = sample.dtype if dtype is None or not sample.is_floating_point() else dtype
+
+    def load() -> torch.Tensor:
+        with opened(path) as file:
+            values: torch.Tensor = file.get_tensor(name)
+        return values.to(stored)
+
+    return Stored(name, shape, stored, load)
+
+
+def _stored_names(folder: Path) -> dict[str, str]:
+    """Tensors in the checkpoint's Hugging Face files -> the file that has them."""
+    names: dict[str, str] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        names |= dict.fromkeys(_file_names(path), path.name)
+    return names
+
+
+def _file_names(path: Path) -> set[str]:
+    if not path.exists():
+        return set()
+    with opened(path) as file:
+        return set(file.keys())
+
+
+def _write(
+    tensors: list[Stored], out: Path, shard_bytes: int, on_tensor: Callable[[str, int], None]
+) -> None:
+    shards: list[list[Stored]] = [[]]
+    for stored in tensors:
+        filled = sum(s.num_bytes for s in shards[-1])
+        if shards[-1] and filled + stored.num_bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(_counted(stored, on_tensor))
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = "model.safetensors" if len(shards) == 1 else name
+        write_tensor_file(out / name, shard, {"format": "pt"})
+        weight_map |= {stored.name: name for stored in shard}
+    if len(shards) > 1:
+        total = sum(stored.num_bytes for stored in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(out / _INDEX, index)
+
+
+def _counted(stored: Stored, on_tensor: Callable[[str, int], None]) -> Stored:
+    def load() -> torch.Tensor:
+        values = stored.load()
+        on_tensor(stored.name, stored.num_bytes)
+        return values
+
+    return Stored(stored.name, stored.shape, stored.dtype, load)
+
+
+def _correct_config(out: Path, dtype: torch.dtype) -> None:
+    """Say in ``config.json`` which format the weights have now."""
+    path = out / "config.json"
+    if not path.exists():
+        return
+    config: dict[str, Any] = json.loads(path.read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,218 @@
+"""The checkpoint folders of a run: their names, finding, committing, keeping and removing them.
+
+A checkpoint is written under a hidden name of its own and gets its place by renaming, after its
+manifest is on the disk. Whatever is killed when: `checkpoint-N` is a whole checkpoint or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstrain.checkpoint import manifest as manifests
+from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.files import sync_folder
+from dstrain.core.log import get_logger
+
+logger = get_logger(__name__)
+
+_NAME = re.compile(r"checkpoint-(\d+)$")
+_STAGED = re.compile(r"\.checkpoint-\d+\.(writing|replaced|removing)-[0-9a-f]{8}$")
+_REPLACED = re.compile(r"\.checkpoint-(\d+)\.replaced-[0-9a-f]{8}$")
+STATE = "state"
+LOCK = ".lock"
+RUN_LOCK = ".dstrain-run.lock"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A committed checkpoint: its folder and the step in its name."""
+
+    step: int
+    folder: Path
+
+
+def place(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step belongs."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def committed(output_dir: Path) -> list[Found]:
+    """The committed checkpoints of a run, oldest step first; by number, as times can lie."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in output_dir.iterdir():
+            match = _NAME.match(path.name)
+            if match and (path / manifests.NAME).is_file():
+                found.append(Found(int(match[1]), path))
+    return sorted(found, key=lambda f: f.step)
+
+
+def new_staging(output_dir: Path, step: int) -> Path:
+    """Make the folder in which the checkpoint of a step is written.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = output_dir / f".checkpoint-{step}.writing-{uuid.uuid4().hex[:8]}"
+    (folder / STATE).mkdir(parents=True)
+    return folder
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Keep other processes from removing a folder inside the block.
+
+    The kernel lets go when the process dies, so nothing of a killed run is held for ever. Where the
+    file system knows no locks, this does nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path = _lock_file(folder)
+            mode = "rb" if path.name == manifests.NAME else "ab"
+            file = stack.enter_context(open(path, mode))
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+def _lock_file(folder: Path) -> Path:
+    """Beside the folder's content and outside of the manifest; the manifest where it is committed.
+
+    A committed folder gets no new file: it may be read-only.
+    """
+    committed_manifest = folder / manifests.NAME
+    return committed_manifest if committed_manifest.exists() else folder / LOCK
+
+
+def _is_held(folder: Path, *, if_unknown: bool) -> bool:
+    """Whether a living process holds the folder; ``if_unknown`` where there are no locks."""
+    try:
+        with open(_lock_file(folder), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return if_unknown
+    return False
+
+
+def commit(staging: Path, output_dir: Path, step: int) -> Path:
+    """Give a written folder, manifest included, its place.
+
+    A checkpoint of the same step from an earlier run is replaced; until the new one is in place
+    the old one stays under a name that ``recover`` knows.
+
+    Raises:
+        OSError: renaming failed.
+    """
+    target = place(output_dir, step)
+    (staging / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (staging / STATE).rmdir()  # only where it is empty
+    if (staging / STATE).exists():
+        sync_folder(staging / STATE)
+    sync_folder(staging)
+    old = None
+    if target.exists():
+        old = output_dir / f".checkpoint-{step}.replaced-{uuid.uuid4().hex[:8]}"
+        os.rename(target, old)
+    os.rename(staging, target)
+    sync_folder(output_dir)
+    if old is not None:
+        _remove(old)
+    return target
+
+
+@contextlib.contextmanager
+def only_run(output_dir: Path) -> Iterator[None]:
+    """Refuse a second run that would write checkpoints into the same folder.
+
+    Raises:
+        CheckpointError: another living process does so.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            file = stack.enter_context(open(output_dir / RUN_LOCK, "ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    Problem(
+                        f"another run is writing checkpoints into {str(output_dir)!r}",
+                        "the two would replace and remove each other's",
+                        "choose another output_dir, or wait until that run has ended",
+                    )
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+        yield
+
+
+def discard_if_there(staging: Path) -> None:
+    """Remove the folder of a save that failed; one that was committed has another name by now."""
+    if staging.exists():
+        _remove(staging)
+
+
+def recover(output_dir: Path) -> None:
+    """Clear up after killed runs: put back what was being replaced, remove what was unfinished.
+
+    Folders that a living process writes are left alone.
+    """
+    if not output_dir.is_dir():
+        return
+    for path in sorted(output_dir.iterdir()):
+        replaced = _REPLACED.match(path.name)
+        if replaced and not place(output_dir, int(replaced[1])).exists():
+            try:
+                os.rename(path, place(output_dir, int(replaced[1])))
+            except OSError as error:
+                logger.warning("%s could not be put back: %s", path, error)
+            else:
+                logger.warning("%s is put back: its replacement was never finished", path)
+        elif _STAGED.match(path.name) and not _is_held(path, if_unknown=True):
+            logger.warning("%s is removed: a run was killed while it worked on it", path)
+            _remove(path)
+
+
+def rotate(output_dir: Path, *, limit: int | None, keep: list[Path]) -> list[Path]:
+    """Remove the oldest committed checkpoints until ``limit`` are left; which were removed.
+
+    The newest, those in ``keep`` (the best one) and those that somebody reads stay whatever the
+    limit; the best counts towards it, as documented by transformers.
+    """
+    if not limit or limit < 0:
+        return []
+    found = committed(output_dir)
+    protected = {path.resolve() for path in keep}
+    removable = [f for f in found[:-1] if f.folder.resolve() not in protected]
+    removed = []
+    for old in removable[: max(0, len(found) - limit)]:
+        if _is_held(old.folder, if_unknown=False):
+            logger.warning("%s is kept beyond save_total_limit: it is being read", old.folder)
+            continue
+        hidden = output_dir / f".checkpoint-{old.step}.removing-{uuid.uuid4().hex[:8]}"
+        try:
+            os.rename(old.folder, hidden)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", old.folder, error)
+            continue
+        _remove(hidden)
+        removed.append(old.folder)
+    return removed
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s could not be removed whole: %s", folder, error)

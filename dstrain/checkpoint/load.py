@@ -1,0 +1,276 @@
+"""Reading a checkpoint into an engine of any topology: each rank reads what its regions need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.checkpoint import content
+from dstrain.checkpoint.codec import decode
+from dstrain.checkpoint.manifest import Manifest
+from dstrain.core.errors import CheckpointError, Problem, raise_problems
+from dstrain.core.ranks import Ranks, all_or_none
+from dstrain.engine import (
+    MASTER,
+    WEIGHT,
+    Engine,
+    Region,
+    begin_load,
+    create_state,
+    finish_load,
+    optimized_names,
+    regions,
+    write_progress,
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one parameter's values under one key, as it stands in a file."""
+
+    start: int
+    numel: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class SliceIndex:
+    """Where all slices of a checkpoint are.
+
+    Attributes:
+        pieces: (key, parameter) -> pieces in order of their start.
+        scalars: parameter -> single numbers of its optimizer state; those that had state without
+            numbers are there with an empty dict.
+    """
+
+    pieces: dict[tuple[str, str], list[Piece]]
+    scalars: dict[str, dict[str, Any]]
+
+    def keys_of(self, name: str) -> list[str]:
+        """Keys that a parameter has."""
+        return [key for key, parameter in self.pieces if parameter == name]
+
+    def missing(self, key: str, name: str, start: int, stop: int) -> int:
+        """Elements from ``start`` to ``stop`` that no piece has."""
+        reached, missing = start, 0
+        for piece in self.pieces.get((key, name), []):
+            low, high = max(piece.start, reached), min(piece.start + piece.numel, stop)
+            if low < high:
+                missing += low - reached
+                reached = high
+        return missing + stop - reached
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint gives back to the trainer.
+
+    Attributes:
+        shared: ``RunRecord.shared``.
+        own: ``RunRecord.own`` of this rank; None where another number of ranks wrote it.
+    """
+
+    shared: dict[str, Any]
+    own: dict[str, Any] | None
+
+
+def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
+    """Read the headers of all slice files; no tensor is touched.
+
+    Raises:
+        CheckpointError: the checkpoint has no slices, or a file is damaged.
+    """
+    if not manifest.resumable:
+        raise CheckpointError(
+            Problem(
+                f"{folder} holds the model alone",
+                "it was written with save_only_model=True, without optimizer state",
+                "train from its weights with model_name_or_path, or choose another checkpoint",
+            )
+        )
+    pieces: dict[tuple[str, str], list[Piece]] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for rank in range(manifest.world_size):
+        path = folder / content.slice_file(rank)
+        with opened(path) as file:
+            metadata = file.metadata()
+            names = list(file.keys())
+        spans: dict[str, tuple[int, int]] = json.loads(metadata["spans"])
+        for name, numbers in json.loads(metadata["scalars"]).items():
+            held = scalars.setdefault(name, {})
+            for key, value in numbers.items():
+                held[key] = max(held.get(key, value), value)
+        for tensor in names:
+            key, _, name = tensor.partition("/")
+            start, numel = spans[name]
+            pieces.setdefault((key, name), []).append(Piece(start, numel, path))
+            if key not in (MASTER, WEIGHT):
+                scalars.setdefault(name, {})
+    for found in pieces.values():
+        found.sort(key=lambda piece: piece.start)
+    return SliceIndex(pieces, scalars)
+
+
+def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
+    """Parameters whose slices do not add up to the whole, a line each."""
+    found = []
+    optimized = set(manifest.optimized)
+    for name, shape in manifest.parameters.items():
+        numel = torch.Size(shape).numel()
+        keys = index.keys_of(name) or [MASTER if name in optimized else WEIGHT]
+        for key in keys:
+            if missing := index.missing(key, name, 0, numel):
+                found.append(f"{key} of {name}: {missing} of {numel} elements are in no file")
+    return found
+
+
+def load_into(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> Restored:
+    """Put a checkpoint into a fresh engine; a collective of all ranks.
+
+    Only the pieces that overlap this rank's regions are read, one at a time.
+
+    Raises:
+        CheckpointError: it does not fit the model or the optimizer; the weights are as they were.
+    """
+    with all_or_none():
+        index = read_index(folder, manifest)
+        raise_problems(
+            _misfits(engine, manifest, index), error=CheckpointError, title="the checkpoint misfits"
+        )
+        shared = _read_json(folder / content.RUN)
+        own = None
+        if manifest.world_size == ranks.world_size:
+            own = _read_json(folder / content.rank_file(ranks.rank))
+    begin_load(engine)
+    with all_or_none():
+        held = regions(engine)
+        create_state(held, index.scalars)
+        _check_state(held, index)
+        for path, reads in _by_file(held, index).items():
+            with opened(path) as file:
+                for region, key, low, high, piece in reads:
+                    stored = file.get_slice(f"{key}/{region.name}")
+                    region.write(key, low, stored[low - piece.start : high - piece.start])
+        _load_buffers(engine, folder, manifest)
+    finish_load(engine)
+    write_progress(engine, shared.pop("engine"))
+    return Restored(shared, own)
+
+
+def _misfits(engine: Engine, manifest: Manifest, index: SliceIndex) -> list[Problem]:
+    """What keeps a checkpoint from being loaded into this engine."""
+    here, there = content.parameter_shapes(engine), manifest.parameters
+    problems = []
+    for title, names in (
+        ("only this model has", sorted(set(here) - set(there))),
+        ("only the checkpoint has", sorted(set(there) - set(here))),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+            problems.append(
+                Problem(f"parameters that {title}: {shown}", "", "resume with the same model")
+            )
+    for name in sorted(set(here) & set(there)):
+        if tuple(here[name]) != tuple(there[name]):
+            problems.append(
+                Problem(
+                    f"{name} has shape {tuple(here[name])}, in the checkpoint {tuple(there[name])}",
+                    "",
+                    "resume with the same model",
+                )
+            )
+    changed = sorted(set(optimized_names(engine)) ^ set(manifest.optimized))
+    if changed and not problems:
+        problems.append(
+            Problem(
+                f"{len(changed)} parameters are trained in only one of the two runs: {changed[0]}",
+                "they were frozen or unfrozen since",
+                "resume with the same parameters frozen",
+            )
+        )
+    if not problems:
+        problems = [Problem(line) for line in check_coverage(index, manifest)]
+    return problems
+
+
+def _check_state(held: Sequence[Region], index: SliceIndex) -> None:
+    """The optimizer here must have use for the saved state, and find what it needs."""
+    for region in held:
+        if region.optimizer is None or region.name not in index.scalars:
+            continue
+        here, there = set(region.tensor_keys()), set(index.keys_of(region.name))
+        # DeepSpeed's CPU Lion and Adagrad carry a moment that they never use.
+        if here - there:
+            raise CheckpointError(
+                Problem(
+                    f"{type(region.optimizer).__name__} needs {sorted(here - there)}",
+                    f"the checkpoint has {sorted(there)} of {region.name}: another optimizer "
+                    "wrote it",
+                    "resume with that optimizer, or start from the weights alone with "
+                    "model_name_or_path",
+                )
+            )
+
+
+def _by_file(
+    held: Sequence[Region], index: SliceIndex
+) -> dict[Path, list[tuple[Region, str, int, int, Piece]]]:
+    """What to read from each file, so that each is opened once."""
+    reads: dict[Path, list[tuple[Region, str, int, int, Piece]]] = {}
+    for region in held:
+        for key in region.tensor_keys():
+            for piece in index.pieces.get((key, region.name), []):
+                low = max(piece.start, region.start)
+                high = min(piece.start + piece.numel, region.stop)
+                if low < high:
+                    reads.setdefault(piece.path, []).append((region, key, low, high, piece))
+    return reads
+
+
+def _load_buffers(engine: Engine, folder: Path, manifest: Manifest) -> None:
+    if content.BUFFERS not in manifest.files:
+        return
+    here = {stored.name: stored for stored in content.buffers(engine.module)}
+    with opened(folder / content.BUFFERS) as file, torch.no_grad():
+        for name in file.keys():  # noqa: SIM118 - a file is no dict
+            if name in here:
+                here[name].load().copy_(file.get_tensor(name))
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """``RunRecord.shared`` and the engine's progress, before there is an engine.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return _read_json(folder / content.RUN)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return decode(json.loads(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            Problem(f"{path} cannot be read", str(error), "use another checkpoint")
+        ) from error
+
+
+def opened(path: Path) -> Any:
+    """A memory-mapped safetensors file, as a context.
+
+    Raises:
+        CheckpointError: it is damaged or not there.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            Problem(f"{path} cannot be read", str(error), "use another checkpoint")
+        ) from error

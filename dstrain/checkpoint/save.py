@@ -1,0 +1,361 @@
+"""Writing checkpoints: what is copied while training waits, what is written, and the commit."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import platform
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dstrain.checkpoint import content, folders
+from dstrain.checkpoint.codec import encode
+from dstrain.checkpoint.manifest import Manifest, write_manifest
+from dstrain.core.errors import CheckpointError, DstrainError, ModelError, Problem
+from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
+from dstrain.core.host import available_bytes
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import PATIENCE, Ranks, all_or_none, gather_objects, is_distributed
+from dstrain.engine import Engine, optimized_names, read_progress
+from dstrain.models import held_bytes, hold_shards, save_configs, save_model, write_tensor_file
+
+logger = get_logger(__name__)
+
+_LIBRARIES = ("dstrain", "torch", "deepspeed", "transformers", "safetensors")
+# A copy of the slices may take this share of the memory that is left.
+_MEMORY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a run saves.
+
+    Attributes:
+        output_dir: where checkpoints go.
+        limit: how many are kept; None or 0 keeps all.
+        only_model: leave everything out that a resume needs.
+        with_weights: write the model's weights as Hugging Face files too.
+        asynchronous: write beside training; None decides by the memory that is left.
+        stop_on_failure: whether a save that failed ends the run.
+    """
+
+    output_dir: Path
+    limit: int | None = None
+    only_model: bool = False
+    with_weights: bool = True
+    asynchronous: bool | None = None
+    stop_on_failure: bool = True
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the trainer adds to the engine's state; plain values and tensors.
+
+    Attributes:
+        step: optimizer steps done.
+        shared: the same on all ranks.
+        own: of this rank: random state and the like.
+        documents: further files of the main rank: name -> JSON content.
+        write_processor: writes tokenizer or processor into a folder, or None.
+        metrics: of the last evaluation.
+        best: folder of the best checkpoint so far, which stays.
+    """
+
+    step: int
+    shared: dict[str, Any]
+    own: dict[str, Any]
+    documents: dict[str, Any] = field(default_factory=dict)
+    write_processor: Callable[[Path], None] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: Path | None = None
+
+
+@dataclass
+class _Job:
+    """A save whose content no longer depends on training."""
+
+    record: RunRecord
+    staging: Path
+    manifest: Manifest
+    write: Callable[[], dict[str, FileRecord]]
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+class CheckpointWriter:
+    """Saves of one run; every method is a collective of all ranks."""
+
+    def __init__(self, policy: Policy, ranks: Ranks) -> None:
+        """Clear up after killed runs, and refuse a second run in the same folder.
+
+        Raises:
+            CheckpointError: another run is writing there.
+        """
+        self._policy, self._ranks = policy, ranks
+        self._held = contextlib.ExitStack()
+        with all_or_none():
+            if ranks.is_main:
+                self._held.enter_context(folders.only_run(policy.output_dir))
+                folders.recover(policy.output_dir)
+        self._asynchronous = policy.asynchronous
+        self._thread: threading.Thread | None = None
+        self._failures: list[str] = []
+        self._group: Any = None
+        if is_distributed():
+            import torch.distributed as dist
+
+            # Its own group: what the writing threads agree on must not meet training's collectives.
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def save(self, engine: Engine, record: RunRecord) -> None:
+        """Save the engine's state and ``record`` as ``checkpoint-<step>``.
+
+        In the background training goes on once this rank's slices are copied; a save that is still
+        being written is waited for first.
+
+        Raises:
+            CheckpointError: the optimizer cannot be saved; or a save failed (this one, or in the
+                background the one before) and the policy says stop.
+        """
+        self.wait()
+        if self._asynchronous is None:
+            self._asynchronous = self._copies_fit(engine)
+        try:
+            job = self._prepare(engine, record, copies=self._asynchronous)
+        except DstrainError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            self._conclude([str(error)], record.step)
+            return
+        if self._asynchronous:
+            self._thread = threading.Thread(
+                target=self._finish_in_thread, args=(job,), name="checkpoint"
+            )
+            self._thread.start()
+        else:
+            self._conclude(self._finish(job), record.step)
+
+    def wait(self) -> None:
+        """Until nothing is being written any more.
+
+        Raises:
+            CheckpointError: that save failed and the policy says stop.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        failures, self._failures = self._failures, []
+        self._conclude(failures, None)
+
+    def close(self) -> None:
+        """Wait, and give everything back; a failure is only logged."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._report(self._failures, None)
+        self._held.close()
+        if self._group is not None:
+            import torch.distributed as dist
+
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _conclude(self, failures: list[str], step: int | None) -> None:
+        if not failures:
+            return
+        self._report(failures, step)
+        if self._policy.stop_on_failure:
+            raise CheckpointError(
+                Problem(
+                    "a checkpoint could not be written",
+                    "\n".join(failures),
+                    "free space or repair the disk, then resume from the last checkpoint; "
+                    "save_failure='continue' would train on",
+                )
+            )
+
+    def _report(self, failures: list[str], step: int | None) -> None:
+        if failures and self._ranks.is_main:
+            which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            logger.error(
+                "%s was not written; earlier ones are untouched: %s", which, "; ".join(failures)
+            )
+
+    def _copies_fit(self, engine: Engine) -> bool:
+        """Whether the machine of every rank has room for copies of its ranks' slices."""
+        ranks = self._ranks
+        needed = content.own_slices(engine, ranks).num_bytes
+        if self._policy.with_weights:
+            needed += held_bytes(engine.module, ranks)
+        available = available_bytes()
+        fits = available is None or needed * ranks.local_world_size <= _MEMORY_SHARE * available
+        everywhere = all(gather_objects(fits))
+        if not everywhere and ranks.is_main:
+            logger.warning(
+                "checkpoints are written while training waits: a copy of the state takes "
+                "%.1f GB per rank, more than half of the memory that is left",
+                needed / 1e9,
+            )
+        return everywhere
+
+    def _prepare(self, engine: Engine, record: RunRecord, *, copies: bool) -> _Job:
+        """Make the folder, and everything in it that training would change."""
+        with contextlib.ExitStack() as held:
+            staging = self._make_staging(record.step, held)
+            job = self._fill(engine, record, staging, copies=copies)
+            job.held = held.pop_all()
+            return job
+
+    def _fill(self, engine: Engine, record: RunRecord, staging: Path, *, copies: bool) -> _Job:
+        ranks, policy = self._ranks, self._policy
+        weights = hold_shards(engine.module, ranks) if policy.with_weights and copies else None
+        if policy.with_weights and weights is None:
+            save_model(engine.module, staging, ranks)
+        slices: content.Slices | None = None
+        buffers = []
+        with all_or_none():
+            if not policy.only_model:
+                slices = content.own_slices(engine, ranks)
+                slices = slices.copied() if copies else slices
+            own = encode(record.own, where="this rank's state")
+            shared = encode(
+                {"engine": read_progress(engine), **record.shared}, where="the run's state"
+            )
+        failure: OSError | None = None
+        if ranks.is_main:
+            buffers = content.buffers(engine.module)
+            if copies:
+                buffers = [type(b).of(b.name, b.load().detach().cpu().clone()) for b in buffers]
+            try:
+                if policy.with_weights:
+                    save_configs(engine.module, staging)
+                if record.write_processor is not None:
+                    record.write_processor(staging)
+            except OSError as error:
+                failure = error
+        present = _files_in(staging)
+
+        def write() -> dict[str, FileRecord]:
+            if failure is not None:
+                raise failure
+            records = {}
+            for name in present[ranks.rank :: ranks.world_size]:
+                records[name] = make_durable(staging / name)
+            if weights is not None:
+                records |= weights.write(staging, with_index=ranks.is_main)
+            if slices is not None:
+                name = content.slice_file(ranks.rank)
+                records[name] = write_tensor_file(staging / name, slices.tensors, slices.metadata)
+                name = content.rank_file(ranks.rank)
+                records[name] = write_bytes(staging / name, json.dumps(own).encode())
+            if ranks.is_main:
+                if not policy.only_model:
+                    records[content.RUN] = write_json(staging / content.RUN, shared)
+                    if buffers:
+                        path = staging / content.BUFFERS
+                        records[content.BUFFERS] = write_tensor_file(path, buffers)
+                for name, document in record.documents.items():
+                    records[name] = write_json(staging / name, document)
+            return records
+
+        manifest = Manifest(
+            step=record.step,
+            world_size=ranks.world_size,
+            stage=engine.resolved.stage,
+            precision=engine.resolved.precision,
+            resumable=not policy.only_model,
+            has_weights=policy.with_weights,
+            created="",
+            parameters=content.parameter_shapes(engine),
+            optimized=tuple(optimized_names(engine)),
+            metrics=record.metrics,
+            versions=_versions(),
+        )
+        return _Job(record, staging, manifest, write)
+
+    def _make_staging(self, step: int, held: contextlib.ExitStack) -> Path:
+        """The folder to write in, which every rank must see.
+
+        Raises:
+            ModelError: it cannot be made, or a rank does not see it.
+        """
+        made = ""
+        with all_or_none():
+            if self._ranks.is_main:
+                try:
+                    folder = folders.new_staging(self._policy.output_dir, step)
+                except OSError as error:
+                    raise ModelError(
+                        Problem(f"no folder can be made in {self._policy.output_dir}", str(error))
+                    ) from error
+                held.callback(folders.discard_if_there, folder)
+                held.enter_context(folders.holding(folder))
+                made = str(folder)
+        staging = Path(gather_objects(made)[0])
+        blind = [rank for rank, sees in enumerate(gather_objects(staging.is_dir())) if not sees]
+        if blind:
+            raise ModelError(
+                Problem(
+                    f"ranks {blind} do not see {staging.parent}",
+                    "a checkpoint is written by all ranks into one folder",
+                    "put output_dir on a disk that all machines share",
+                )
+            )
+        return staging
+
+    def _finish_in_thread(self, job: _Job) -> None:
+        try:
+            self._failures = self._finish(job)
+        except Exception as error:  # a thread must not die silently
+            self._failures = [f"rank {self._ranks.rank}: {type(error).__name__}: {error}"]
+
+    def _finish(self, job: _Job) -> list[str]:
+        """Write this rank's files; commit if every rank could; what failed, the same on all."""
+        records: dict[str, FileRecord] = {}
+        failure = None
+        try:
+            records = job.write()
+        except Exception as error:
+            failure = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
+        said = gather_objects((records, failure), group=self._group)
+        failures = [f for _, f in said if f is not None]
+        if self._ranks.is_main:
+            if not failures:
+                files = {name: record for part, _ in said for name, record in part.items()}
+                failures = self._commit(job, files)
+            job.held.close()  # removes the folder unless it has been committed
+        return gather_objects(failures, group=self._group)[0]
+
+    def _commit(self, job: _Job, files: dict[str, FileRecord]) -> list[str]:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        try:
+            write_manifest(job.staging, replace(job.manifest, created=now, files=files))
+            folders.commit(job.staging, self._policy.output_dir, job.record.step)
+        except OSError as error:
+            return [f"rank 0: the commit failed: {error}"]
+        keep = [] if job.record.best is None else [job.record.best]
+        folders.rotate(self._policy.output_dir, limit=self._policy.limit, keep=keep)
+        return []
+
+
+def _files_in(staging: Path) -> list[str]:
+    """Files that were written already; the main rank's list, on all ranks."""
+    names = sorted(
+        str(p.relative_to(staging))
+        for p in staging.rglob("*")
+        if p.is_file() and p.name != folders.LOCK
+    )
+    return gather_objects(names)[0]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

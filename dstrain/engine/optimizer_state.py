@@ -1,0 +1,178 @@
+"""Creating optimizer state before the first step, and the numbers in it that are no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import CheckpointError, Problem
+from dstrain.engine.regions import Region, is_scalar
+
+_PROBE_NUMEL = 4
+# Hyper-parameters that nothing changes during training: the arguments of the run decide them.
+_STATIC = frozenset(
+    [
+        "params",
+        "weight_decay",
+        "eps",
+        "dampening",
+        "nesterov",
+        "amsgrad",
+        "bias_correction",
+        "maximize",
+        "foreach",
+        "capturable",
+        "differentiable",
+        "fused",
+        "decoupled_weight_decay",
+    ]
+)
+_NUMBERS = (bool, int, float)
+
+
+def read_scalars(held: Iterable[Region]) -> dict[str, dict[str, Any]]:
+    """Single numbers in the state of each parameter, by its name; a step count and the like.
+
+    Args:
+        held: all regions of this rank: some optimizers keep one number for a whole group.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    held = list(held)
+    latest = _latest_steps(held)
+    for region in held:
+        numbers = {}
+        for key, value in region.state.items():
+            if isinstance(value, torch.Tensor):
+                if is_scalar(key, value, region.holder):
+                    numbers[key] = value.item()
+            elif isinstance(value, _NUMBERS):
+                numbers[key] = value
+        step = latest.get((id(region.optimizer), region.group))
+        if step is not None and "step" in numbers:
+            numbers["step"] = step
+        if numbers:
+            found[region.name] = numbers
+    return found
+
+
+def _latest_steps(held: list[Region]) -> dict[tuple[int, int], Any]:
+    """The step count that counts in each group of an optimizer that keeps one per group.
+
+    DeepSpeed's FusedAdam steps a whole group by the count of its last parameter, and raises only
+    that one (``ops/adam/fused_adam.py:step``).
+    """
+    steps: dict[tuple[int, int], Any] = {}
+    for region in held:
+        if type(region.optimizer).__name__ == "FusedAdam" and "step" in region.state:
+            key = (id(region.optimizer), region.group)
+            steps[key] = max(steps.get(key, 0), region.state["step"])
+    return steps
+
+
+def create_state(held: Iterable[Region], saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give every holder the state that its saved parameters have; existing state stays.
+
+    Args:
+        held: all regions of this rank.
+        saved: the saved numbers by parameter name, as ``read_scalars`` gave them; a parameter that
+            had state without any is there with an empty mapping. Of the parameters that share a
+            holder the largest number counts: they differ only where one was never stepped.
+    """
+    wanted: dict[int, tuple[Region, dict[str, Any]]] = {}
+    for region in held:
+        if region.name not in saved or region.optimizer is None:
+            continue
+        _, numbers = wanted.setdefault(id(region.holder), (region, {}))
+        for key, value in saved[region.name].items():
+            numbers[key] = max(numbers.get(key, value), value)
+    for region, numbers in wanted.values():
+        state = region.optimizer.state[region.holder]
+        if not state:
+            state.update(_fresh_state(region))
+        for key, value in numbers.items():
+            present = state.get(key)
+            if isinstance(present, torch.Tensor):
+                present.fill_(value)
+            elif key in state:
+                state[key] = type(present)(value) if isinstance(present, _NUMBERS) else value
+
+
+def _fresh_state(region: Region) -> dict[str, Any]:
+    """State as the optimizer itself would make it, found out by stepping a small tensor.
+
+    Raises:
+        CheckpointError: the optimizer cannot step such a tensor.
+    """
+    optimizer, holder = region.optimizer, region.holder
+    probe = torch.zeros(_PROBE_NUMEL, dtype=holder.dtype, device=holder.device, requires_grad=True)
+    probe.grad = torch.zeros_like(probe)
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**groups[region.group], "params": [probe]}]
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise CheckpointError(
+            Problem(
+                f"the state of {type(optimizer).__name__} cannot be created before its first step",
+                f"{type(error).__name__}: {error}",
+                "resume with the weights alone, or use another optimizer",
+            )
+        ) from error
+    finally:
+        optimizer.param_groups = groups
+        made = optimizer.state.pop(probe, {})
+    state: dict[str, Any] = {}
+    for key, value in made.items():
+        if not isinstance(value, torch.Tensor):
+            state[key] = value
+        elif value.shape == probe.shape and not is_scalar(key, value, probe):
+            state[key] = torch.zeros_like(holder, dtype=value.dtype, device=value.device)
+        else:
+            state[key] = value.clone()
+    return state
+
+
+def group_values(optimizer: Any) -> list[dict[str, Any]]:
+    """What changes during training in each parameter group: rates, momenta, counts."""
+    return [
+        {key: _plain(value) for key, value in group.items() if key not in _STATIC and _fits(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def set_group_values(optimizer: Any, saved: list[dict[str, Any]]) -> None:
+    """Put back what ``group_values`` gave.
+
+    Raises:
+        CheckpointError: another number of groups.
+    """
+    groups = optimizer.param_groups
+    if len(groups) != len(saved):
+        raise CheckpointError(
+            Problem(
+                f"the checkpoint has {len(saved)} parameter groups, this run {len(groups)}",
+                "their learning rates and step counts cannot be told apart",
+                "use the optimizer and the decay rule of the run that wrote it",
+            )
+        )
+    for group, values in zip(groups, saved, strict=True):
+        for key, value in values.items():
+            present = group.get(key)
+            if isinstance(present, torch.Tensor):
+                present.fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(present, tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _fits(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(v, _NUMBERS) for v in value)
+    return value is None or isinstance(value, (*_NUMBERS, str))

@@ -1,0 +1,310 @@
+"""Where this rank's master weights and optimizer state lie, parameter by parameter.
+
+DeepSpeed keeps master weights in flat tensors, cut in another way by every wrapper of the
+optimizer. A ``Region`` says where in such a tensor a run of one parameter lies, so that the rest of
+dstrain knows parameters by name, start and length only, and never a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dstrain.core.errors import CheckpointError, Problem
+from dstrain.engine.zero import full_numel, full_shape, is_partitioned
+
+if TYPE_CHECKING:
+    from dstrain.engine.engine import Engine
+
+MASTER = "master"
+"""Key of the values that the optimizer updates."""
+WEIGHT = "weight"
+"""Key of a parameter that no optimizer updates, in the format of the model."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of one flattened parameter that this rank holds.
+
+    Attributes:
+        name: the parameter's name in the module.
+        start: where the run begins in the whole flattened parameter.
+        numel: elements of the run.
+        shape: of the whole parameter.
+        holder: tensor with the values; the optimizer's state is keyed by it.
+        offset: where the run begins in the flattened holder.
+        group: index of the parameter group; -1 where no optimizer updates the parameter.
+        optimizer: the basic optimizer that has the state, or None.
+    """
+
+    name: str
+    start: int
+    numel: int
+    shape: tuple[int, ...]
+    holder: torch.Tensor
+    offset: int
+    group: int = -1
+    optimizer: Any = None
+
+    @property
+    def stop(self) -> int:
+        """Where the run ends in the whole flattened parameter."""
+        return self.start + self.numel
+
+    @property
+    def value_key(self) -> str:
+        """Key of the parameter's own values."""
+        return WEIGHT if self.optimizer is None else MASTER
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state of the holder; empty before the first step."""
+        if self.optimizer is None:
+            return {}
+        # Not by index: the state is a defaultdict, and looking must not create an entry.
+        return self.optimizer.state.get(self.holder) or {}
+
+    def part(self, start: int, stop: int) -> Region:
+        """The piece of this region between two places of the whole parameter."""
+        assert self.start <= start <= stop <= self.stop
+        offset = self.offset + start - self.start
+        return replace(self, start=start, numel=stop - start, offset=offset)
+
+    def tensor_keys(self) -> list[str]:
+        """Keys of all values there are: the parameter's own and the state tensors of its shape.
+
+        Raises:
+            CheckpointError: state of another shape, which has no slice for this region.
+        """
+        keys = [self.value_key]
+        for key, value in self.state.items():
+            if not isinstance(value, torch.Tensor) or is_scalar(key, value, self.holder):
+                continue
+            if value.shape != self.holder.shape:
+                raise CheckpointError(
+                    Problem(
+                        f"optimizer state {key!r} of {self.name} has shape {tuple(value.shape)}",
+                        f"only state of the parameter's own shape {tuple(self.holder.shape)}, and "
+                        "single numbers, can be saved by slices",
+                        "use another optimizer, or set save_strategy to no",
+                    )
+                )
+            keys.append(key)
+        return keys
+
+    def read(self, key: str) -> torch.Tensor:
+        """Values of the region, 1-D, on their device; a view wherever memory is contiguous."""
+        return self._tensor(key).detach().reshape(-1).narrow(0, self.offset, self.numel)
+
+    def write(self, key: str, start: int, values: torch.Tensor) -> None:
+        """Set the values from ``start``, a place in the whole parameter."""
+        target = self._tensor(key).detach()
+        offset = self.offset + start - self.start
+        if target.is_contiguous():
+            target.view(-1).narrow(0, offset, values.numel()).copy_(values)
+            return
+        flat = target.reshape(-1)
+        flat.narrow(0, offset, values.numel()).copy_(values)
+        target.copy_(flat.view(target.shape))
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        return self.holder if key == self.value_key else self.state[key]
+
+
+def is_scalar(key: str, value: torch.Tensor, holder: torch.Tensor) -> bool:
+    """Whether a tensor of an optimizer's state is a single number, such as a step count."""
+    if key == "step":
+        return value.numel() == 1
+    return value.dim() == 0 and holder.dim() > 0
+
+
+def regions(engine: Engine) -> list[Region]:
+    """Every region that this rank holds, in the order of the module's parameters.
+
+    At stage 0 each rank holds everything, at the other stages its own partition, and frozen
+    parameters are held whole below stage 3.
+
+    Raises:
+        CheckpointError: state on NVMe, experts or a wrapper whose layout is not known.
+    """
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    order = {name: index for index, name in enumerate(names.values())}
+    found = list(_optimized(engine.optimizer, names))
+    optimized = set(optimized_names(engine))
+    for name, parameter in engine.module.named_parameters():
+        if name not in optimized:
+            found.append(_frozen(name, parameter))
+    return sorted((r for r in found if r.numel > 0), key=lambda r: (order[r.name], r.start))
+
+
+def optimized_names(engine: Engine) -> list[str]:
+    """Names of the parameters that the optimizer updates, whichever rank holds them."""
+    wrapper = engine.optimizer
+    kinds = ("fp16_groups", "bit16_groups", "bf16_groups")  # stages 3 and 0, 1-2, BF16_Optimizer
+    groups = next((getattr(wrapper, kind) for kind in kinds if hasattr(wrapper, kind)), None)
+    if groups is None:
+        groups = [group["params"] for group in wrapper.param_groups]
+    known = {id(p) for group in groups for p in group}
+    return [name for name, p in engine.module.named_parameters() if id(p) in known]
+
+
+def share(held: list[Region], *, replicated: bool, rank: int, world_size: int) -> list[Region]:
+    """The regions that this rank writes, so that each element is written by exactly one rank.
+
+    Args:
+        held: what ``regions`` gave.
+        replicated: whether every rank holds the optimized parameters whole (stage 0).
+        rank: this rank.
+        world_size: number of ranks.
+    """
+    whole = [r for r in held if _is_on_all_ranks(r, replicated=replicated)]
+    total = sum(r.numel for r in whole)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    mine = []
+    position = 0
+    for region in held:
+        if not _is_on_all_ranks(region, replicated=replicated):
+            mine.append(region)
+            continue
+        low, high = max(first, position), min(last, position + region.numel)
+        if low < high:
+            begin = region.start + low - position
+            mine.append(region.part(begin, begin + high - low))
+        position += region.numel
+    return mine
+
+
+def _is_on_all_ranks(region: Region, *, replicated: bool) -> bool:
+    if region.optimizer is not None:
+        return replicated
+    return not hasattr(region.holder, "ds_numel")  # a ds_tensor of stage 3 is this rank's alone
+
+
+def _optimized(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
+    if getattr(optimizer, "has_moe_layers", False):
+        raise _unknown("a model with expert parallelism")
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        yield from _stage_three(optimizer, names)
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        yield from _stages_one_and_two(optimizer, names)
+    elif hasattr(optimizer, "fp32_groups_flat_partition"):
+        yield from _bf16_optimizer(optimizer, names)
+    elif hasattr(optimizer, "fp32_groups_flat"):
+        for index, group in enumerate(optimizer.fp16_groups):
+            flat, inner = optimizer.fp32_groups_flat[index], optimizer.optimizer
+            offset = 0
+            for p in group:
+                yield Region(names[id(p)], 0, p.numel(), tuple(p.shape), flat, offset, index, inner)
+                offset += p.numel()
+    elif hasattr(optimizer, "fp32_groups"):
+        for index, group in enumerate(optimizer.fp16_groups):
+            for p, master in zip(group, optimizer.fp32_groups[index], strict=True):
+                name, inner = names[id(p)], optimizer.optimizer
+                yield Region(name, 0, p.numel(), tuple(p.shape), master, 0, index, inner)
+    elif isinstance(optimizer, torch.optim.Optimizer):
+        for index, values in enumerate(optimizer.param_groups):
+            for p in values["params"]:
+                yield Region(names[id(p)], 0, p.numel(), tuple(p.shape), p, 0, index, optimizer)
+    else:
+        raise _unknown(f"DeepSpeed's {type(optimizer).__name__}")
+
+
+def _stages_one_and_two(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
+    for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        yield from _cut(
+            optimizer,
+            index,
+            # Not the order of the group: round-robin partitioning changes it.
+            zip(
+                optimizer.round_robin_bit16_groups[index],
+                optimizer.round_robin_bit16_offsets[index],
+                strict=True,
+            ),
+            flat,
+            names,
+        )
+
+
+def _bf16_optimizer(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
+    for index, flat in enumerate(optimizer.fp32_groups_flat_partition):
+        offsets, position = [], 0
+        for parameter in optimizer.bf16_groups[index]:
+            offsets.append(position)
+            position += parameter.numel()
+        placed = zip(optimizer.bf16_groups[index], offsets, strict=True)
+        yield from _cut(optimizer, index, placed, flat, names)
+
+
+def _cut(
+    optimizer: Any, group: int, placed: Any, flat: torch.Tensor, names: dict[int, str]
+) -> Iterator[Region]:
+    """Where a rank's partition of a group's flat tensor meets each parameter of the group."""
+    import torch.distributed as dist
+
+    size = flat.numel()
+    begin = dist.get_rank(group=optimizer.real_dp_process_group[group]) * size
+    for parameter, place in placed:
+        low = max(begin, place)
+        high = max(low, min(begin + size, place + parameter.numel()))
+        yield Region(
+            names[id(parameter)],
+            low - place,
+            high - low,
+            tuple(parameter.shape),
+            flat,
+            low - begin,
+            group,
+            optimizer.optimizer,
+        )
+
+
+def _stage_three(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
+    import torch.distributed as dist
+
+    rank = dist.get_rank(group=optimizer.dp_process_group)
+    for index, group in enumerate(optimizer.fp16_groups):
+        swapped = optimizer._swappable_optimizer_subgroup(index)
+        if swapped or optimizer.fp16_partitioned_groups_flat[index] is None:
+            raise _unknown("state that is offloaded to NVMe")
+        inner = optimizer.optimizer
+        if optimizer.offload_optimizer and optimizer.subgroup_to_device[index] != "cpu":
+            inner = optimizer.backup_optimizer  # the share that offload ratio < 1 keeps
+        offset = 0
+        for parameter in group:
+            size = parameter.partition_numel()
+            begin = min(rank * size, parameter.ds_numel)
+            yield Region(
+                names[id(parameter)],
+                begin,
+                min(size, parameter.ds_numel - begin),  # the last partition is padded
+                full_shape(parameter),
+                optimizer.fp32_partitioned_groups_flat[index],
+                offset,
+                optimizer.sub_group_to_group_id[index],
+                inner,
+            )
+            offset += size
+
+
+def _frozen(name: str, parameter: Any) -> Region:
+    if not is_partitioned(parameter):
+        return Region(name, 0, parameter.numel(), tuple(parameter.shape), parameter, 0)
+    import torch.distributed as dist
+
+    size, total = parameter.partition_numel(), full_numel(parameter)
+    begin = min(dist.get_rank(group=parameter.ds_process_group) * size, total)
+    numel = min(size, total - begin)
+    return Region(name, begin, numel, full_shape(parameter), parameter.ds_tensor, 0)
+
+
+def _unknown(what: str) -> CheckpointError:
+    return CheckpointError(
+        Problem(
+            f"a checkpoint of {what}",
+            "dstrain cannot take its optimizer state apart by parameters yet",
+            "set save_strategy to no, or save_only_model",
+        )
+    )

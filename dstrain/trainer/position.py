@@ -1,0 +1,83 @@
+"""Where a run stands between two steps, as a value that a checkpoint can hold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from dstrain.core.progress import Progress
+from dstrain.core.seeds import random_state, set_random_state
+
+
+@dataclass(frozen=True)
+class Position:
+    """What the loop must know to go on as if it had never stopped.
+
+    Attributes:
+        progress: steps and samples; of the next epoch where this one's end has been handled.
+        epoch_is_over: the epoch's samples are used up, and only its end is still to be handled.
+        applied: whether the last step changed the weights.
+        grad_norm: of the last step, where it was computed.
+        learning_rate: of the last step.
+        skipped_steps: of the whole run.
+        loss_sum: over all steps that were read from the meter.
+        samples_seen: over all ranks.
+        meters: what the meter of each rank has added since it was last read.
+        random_ahead: this rank's random state before it fetched the first micro-batch of the next
+            window; None where it has fetched none.
+    """
+
+    progress: Progress
+    epoch_is_over: bool
+    applied: bool
+    grad_norm: float | None
+    learning_rate: float
+    skipped_steps: int
+    loss_sum: float
+    samples_seen: int
+    meters: list[dict[str, float]]
+    random_ahead: dict[str, Any] | None = None
+
+    def shared(self) -> dict[str, Any]:
+        """The part that is the same on all ranks, as plain values."""
+        values = asdict(replace(self, random_ahead=None))
+        del values["random_ahead"]
+        return values
+
+    def own(self) -> dict[str, Any]:
+        """The part of this rank: its random state now, and before what it has fetched."""
+        return {"random": random_state(), "random_ahead": self.random_ahead}
+
+    @staticmethod
+    def of(shared: dict[str, Any]) -> Position:
+        """The position that ``shared`` came from."""
+        return Position(**{**shared, "progress": Progress(**shared["progress"])})
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What a run goes on from.
+
+    Attributes:
+        position: of the checkpoint.
+        own: this rank's part of the checkpoint; None where other ranks wrote it, and the random
+            state has been derived anew.
+    """
+
+    position: Position
+    own: dict[str, Any] | None
+
+    @property
+    def random_ahead(self) -> dict[str, Any] | None:
+        """Random state for fetching what had been fetched before the checkpoint, if anything."""
+        return None if self.own is None else self.own["random_ahead"]
+
+    def restore_random_ahead(self) -> None:
+        """Random state in which the first micro-batch had been fetched."""
+        if self.random_ahead is not None:
+            set_random_state(self.random_ahead)
+
+    def restore_random(self) -> None:
+        """Random state of the checkpoint."""
+        if self.own is not None:
+            set_random_state(self.own["random"])

@@ -1,0 +1,247 @@
+"""Joins a run and its checkpoints: what a trainer saves, and how it takes up a saved run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstrain.arguments import TrainingArguments
+from dstrain.checkpoint import (
+    CheckpointWriter,
+    Manifest,
+    Policy,
+    RunRecord,
+    choose,
+    holding,
+    load_into,
+    read_run,
+    wanted_checkpoint,
+)
+from dstrain.config.explain import as_dict
+from dstrain.core.log import get_logger
+from dstrain.core.seeds import seed_rank
+from dstrain.engine import Engine
+from dstrain.trainer.position import Position, Resumption
+
+if TYPE_CHECKING:
+    from dstrain.trainer.trainer import Trainer
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint that a run will go on from.
+
+    Attributes:
+        folder: the checkpoint.
+        manifest: its manifest.
+        position: where the saved run stood.
+        global_batch_size: samples per optimizer step of the saved run.
+        state: the saved ``TrainerState``, as plain values.
+    """
+
+    folder: Path
+    manifest: Manifest
+    position: Position
+    global_batch_size: int
+    state: dict[str, Any]
+
+
+def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
+    """The checkpoint to resume from, verified; None to start afresh. A collective of all ranks.
+
+    Args:
+        trainer: whose run it is.
+        wanted: what the user passed to ``train``; None takes ``args.resume_from_checkpoint``.
+
+    Raises:
+        CheckpointError: there is none that can be used.
+    """
+    wanted = trainer.args.resume_from_checkpoint if wanted is None else wanted
+    wanted = wanted_checkpoint(wanted)
+    if wanted is None:
+        return None
+    chosen = choose(wanted, Path(trainer.args.output_dir), trainer.ranks)
+    if chosen is None:
+        return None
+    folder, manifest = chosen
+    run = read_run(folder)
+    position = Position.of(run["position"])
+    if trainer.args.ignore_data_skip:
+        start = replace(position.progress, samples_in_epoch=0, steps_in_epoch=0)
+        position = replace(position, progress=start)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return Start(folder, manifest, position, int(run["global_batch_size"]), state)
+
+
+def steps_in_all(start: Start, *, max_steps: int, per_epoch: int | None, batch: int) -> int:
+    """Optimizer steps of the whole run once it goes on with global batches of ``batch`` samples.
+
+    Where the length of the run follows from epochs, steps done with another batch count as they
+    were, and the rest of the data is what is left to do.
+    """
+    if batch == start.global_batch_size or per_epoch is None:
+        return max_steps
+    progress = start.position.progress
+    done = progress.epoch * per_epoch + math.ceil(progress.samples_in_epoch / batch)
+    return progress.step + max(0, max_steps - done)
+
+
+def resume(trainer: Trainer, engine: Engine, start: Start) -> Resumption:
+    """Load a checkpoint into a fresh engine and the trainer's state; a collective of all ranks.
+
+    Raises:
+        CheckpointError: it does not fit the model or the optimizer.
+    """
+    ranks, position = trainer.ranks, start.position
+    with holding(start.folder):
+        restored = load_into(engine, start.folder, start.manifest, ranks)
+    _restore_state(trainer, start)
+    batch = trainer.resolved.global_batch_size
+    if batch != start.global_batch_size:
+        steps = math.ceil(position.progress.samples_in_epoch / batch)
+        position = replace(position, progress=replace(position.progress, steps_in_epoch=steps))
+    if ranks.is_main:
+        logger.warning("resuming from %s, step %d", start.folder, position.progress.step)
+        for what, there, here in (
+            ("ranks", start.manifest.world_size, ranks.world_size),
+            ("ZeRO stage", start.manifest.stage, trainer.resolved.stage),
+            ("global batch size", start.global_batch_size, batch),
+        ):
+            if there != here:
+                logger.warning("%s: %s in the checkpoint, %s in this run", what, there, here)
+    if restored.own is None:
+        seed_rank(trainer.args.seed, step=position.progress.step, rank=ranks.rank)
+        if ranks.is_main:
+            logger.warning(
+                "random states are those of (seed, step, rank) and not of the checkpoint, which "
+                "another number of ranks wrote"
+            )
+    return Resumption(position, restored.own)
+
+
+def _restore_state(trainer: Trainer, start: Start) -> None:
+    """What ``TrainerState`` has gathered; its limits and intervals are those of this run."""
+    state, saved = trainer.state, start.state
+    for name in (
+        "global_step",
+        "epoch",
+        "num_input_tokens_seen",
+        "total_flos",
+        "log_history",
+        "best_metric",
+        "best_global_step",
+        "best_model_checkpoint",
+    ):
+        if name in saved:
+            setattr(state, name, saved[name])
+    if trainer.args.restore_callback_states_from_checkpoint:
+        _restore_callbacks(trainer, saved.get("stateful_callbacks") or {})
+
+
+def _restore_callbacks(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Give callbacks of the same class their saved state; say which saved ones are not here."""
+    callbacks = trainer.events.handler.callbacks
+    for kind, states in saved.items():
+        if kind == "TrainerControl":
+            continue  # what it tells the loop to do is decided anew
+        places = [i for i, c in enumerate(callbacks) if type(c).__name__ == kind]
+        for place, state in zip(places, states if isinstance(states, list) else [states]):  # noqa: B905
+            restored = type(callbacks[place])(**state.get("args", {}))
+            for name, value in state.get("attributes", {}).items():
+                setattr(restored, name, value)
+            callbacks[place] = restored
+        if not places and trainer.ranks.is_main:
+            logger.warning("the checkpoint has the state of a %s, which this run has not", kind)
+
+
+def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter | None:
+    """The writer of a run's checkpoints; a collective.
+
+    Args:
+        trainer: whose run it is.
+        wanted: make one even where ``save_strategy`` is "no".
+
+    Returns:
+        None where the run writes no checkpoint.
+
+    Raises:
+        CheckpointError: another run writes into the same folder.
+    """
+    args: TrainingArguments = trainer.args
+    if args.save_strategy == "no" and not wanted:
+        return None
+    policy = Policy(
+        output_dir=Path(args.output_dir),
+        limit=args.save_total_limit,
+        only_model=args.save_only_model,
+        with_weights=args.save_weights_with_checkpoint or args.save_only_model,
+        asynchronous=args.save_async,
+        stop_on_failure=args.save_failure == "stop",
+    )
+    return CheckpointWriter(policy, trainer.ranks)
+
+
+def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: Position) -> None:
+    """Save a checkpoint of the run as it stands; a collective of all ranks.
+
+    Raises:
+        CheckpointError: it failed, and ``save_failure`` is "stop".
+    """
+    processor = trainer.processing_class
+    best = trainer.state.best_model_checkpoint
+    record = RunRecord(
+        step=trainer.state.global_step,
+        shared={
+            "position": position.shared(),
+            "global_batch_size": trainer.resolved.global_batch_size,
+        },
+        own=position.own(),
+        documents={
+            "trainer_state.json": _state_values(trainer),
+            "resolved_config.json": json.loads(json.dumps(as_dict(trainer.resolved), default=str)),
+            "training_arguments.json": json.loads(trainer.args.to_json_string()),
+        },
+        write_processor=processor.save_pretrained
+        if hasattr(processor, "save_pretrained")
+        else None,
+        metrics=_last_metrics(trainer.state),
+        best=None if best is None else Path(best),
+    )
+    writer.save(engine, record)
+
+
+def _state_values(trainer: Trainer) -> dict[str, Any]:
+    """``trainer_state.json`` as transformers writes it, with the states of callbacks."""
+    from dstrain.trainer.compat import ExportableState
+
+    values = dataclasses.asdict(trainer.state)
+    states: dict[str, Any] = {}
+    for callback in [*trainer.events.handler.callbacks, trainer.control]:
+        if not isinstance(callback, ExportableState):
+            continue
+        name = type(callback).__name__
+        if name in states:
+            earlier = states[name]
+            states[name] = [*(earlier if isinstance(earlier, list) else [earlier])]
+            states[name].append(callback.state())
+        else:
+            states[name] = callback.state()
+    values["stateful_callbacks"] = states
+    return values
+
+
+def _last_metrics(state: Any) -> dict[str, float]:
+    """Metrics of the evaluation at this very step."""
+    for entry in reversed(state.log_history):
+        if entry.get("step") != state.global_step:
+            break
+        metrics = {k: v for k, v in entry.items() if k.startswith("eval_")}
+        if metrics:
+            return metrics
+    return {}

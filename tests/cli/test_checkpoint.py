@@ -1,0 +1,125 @@
+"""``dstrain checkpoint``, on checkpoints that a real run wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dstrain.cli.main import main
+from tests.distributed.test_restart import job
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """Two checkpoints of a run of two ranks at stage 3 in bf16."""
+    folder = tmp_path_factory.mktemp("run")
+    job(
+        folder, ranks=2, stage=3, bf16=True, max_steps=4, save_steps=2,
+        evaluation=4, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Run the command in this process; its status and standard output."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: object) -> tuple[int, str]:
+        status = main(["checkpoint", *map(str, words)])
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run
+
+
+@pytest.mark.slow
+def test_ls_shows_step_size_and_metric(called, run_folder):
+    (run_folder / "checkpoint-9").mkdir(exist_ok=True)
+    status, text = called("ls", run_folder)
+    assert status == 0
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["2", "4"]
+    assert "whole" in lines[1]
+    assert "eval_loss=5." in lines[2]
+    assert lines[3] == "checkpoint-9: not committed (it has no manifest.json)"
+    (run_folder / "checkpoint-9").rmdir()
+
+
+@pytest.mark.slow
+def test_verify_says_what_is_damaged(called, run_folder):
+    status, text = called("verify", run_folder)
+    assert status == 0
+    assert text.count(": good (") == 2
+    path = run_folder / "checkpoint-4/state/rank-00001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    status, text = called("verify", run_folder)
+    path.write_bytes(content)
+    assert status == 1
+    assert "checkpoint-2: good" in text
+    assert f"state/rank-00001.safetensors has {len(content) - 1} bytes" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_an_exported_model_is_the_checkpoints(called, run_folder, tmp_path, dtype):
+    """As trained it equals what the checkpoint has; in fp32 it has the master weights' digits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    words = ["export", run_folder / "checkpoint-4", tmp_path / "out"]
+    status, text = called(*words, *(["--dtype", dtype] if dtype else []))
+    assert status == 0, text
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    trained = AutoModelForCausalLM.from_pretrained(run_folder / "checkpoint-4", dtype="auto")
+    assert exported.dtype == (torch.float32 if dtype else torch.bfloat16)
+    for name, expected in trained.named_parameters():
+        found = dict(exported.named_parameters())[name]
+        assert torch.equal(found.to(torch.bfloat16), expected), name
+    if dtype:
+        assert any(not torch.equal(p, p.bfloat16().float()) for p in exported.parameters())
+    assert called(*words)[0] == 2  # not into a folder with files in it
+
+
+@pytest.mark.slow
+def test_an_export_in_shards_is_read_too(called, run_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    status, _ = called("export", run_folder, tmp_path / "out", "--max_shard_bytes", 50_000)
+    assert status == 0
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {
+        p.name for p in (tmp_path / "out").glob("*.safetensors")
+    }
+    assert len(set(index["weight_map"].values())) > 3
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["lst", "x"], "did you mean 'ls'?"),
+        (["ls"], "required: dir"),
+        (["verify", "nothing-here"], "is no checkpoint and has none in it"),
+        (["export", "a", "b", "--dtyp", "fp32"], "--dtyp"),
+    ],
+)
+def test_mistakes_are_explained(called, words, says):
+    status, text = called(*words)
+    assert status == 2
+    assert says in text
+
+
+def test_help_needs_no_torch(called):
+    status, text = called("--help")
+    assert status == 0
+    for action in ("ls DIR", "verify DIR", "export DIR OUT"):
+        assert action in text
+    assert os.environ.get("RANK") is None

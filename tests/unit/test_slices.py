@@ -1,0 +1,172 @@
+"""Regions of parameters, sharing them among ranks, optimizer state made before a first step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dstrain.checkpoint.load import Piece, SliceIndex
+from dstrain.core.errors import CheckpointError
+from dstrain.engine.optimizer_state import (
+    create_state,
+    group_values,
+    read_scalars,
+    set_group_values,
+)
+from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 1))
+
+
+def engine_of(module: nn.Module, optimizer: Any) -> Any:
+    """What ``regions`` looks at, for a basic optimizer as at stage 0 in fp32."""
+    return SimpleNamespace(module=module, optimizer=optimizer)
+
+
+def train(module: nn.Module, optimizer: Any, steps: int, *, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(torch.randn(4, 3, generator=draw)).square().mean().backward()
+        optimizer.step()
+
+
+def two_groups(module: nn.Module) -> list[dict[str, Any]]:
+    parameters = list(module.parameters())
+    return [{"params": parameters[:2]}, {"params": parameters[2:], "weight_decay": 0.0}]
+
+
+OPTIMIZERS = {
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.01),
+    "AMSGrad": lambda groups: torch.optim.Adam(groups, lr=0.01, amsgrad=True),
+    "NAdam": lambda groups: torch.optim.NAdam(groups, lr=0.01),  # a scalar product beside the step
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1),  # no state at all
+    "momentum": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, centered=True),
+    "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.1),  # has state from the start
+    "Rprop": lambda groups: torch.optim.Rprop(groups, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_that_was_taken_apart_goes_on_as_if_nothing_had_happened(name):
+    """Any optimizer of torch, through names, runs of numbers and scalars."""
+    first, second = small_model(), small_model()
+    old, new = (OPTIMIZERS[name](two_groups(m)) for m in (first, second))
+    train(first, old, 3, seed=1)
+    held, empty = regions(engine_of(first, old)), regions(engine_of(second, new))
+    keys = {r.name: r.tensor_keys() for r in held}
+    scalars = {n: read_scalars(held).get(n, {}) for n, found in keys.items() if len(found) > 1}
+    create_state(empty, scalars)
+    for source, target in zip(held, empty, strict=True):
+        assert target.tensor_keys() == keys[source.name]
+        for key in keys[source.name]:
+            middle = source.numel // 2
+            target.write(key, 0, source.read(key)[:middle].clone())
+            target.write(key, middle, source.read(key)[middle:].clone())
+    set_group_values(new, group_values(old))
+    for module, optimizer in ((first, old), (second, new)):
+        train(module, optimizer, 3, seed=2)
+    for (_, expected), (_, found) in zip(
+        first.named_parameters(), second.named_parameters(), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_before_the_first_step_there_is_nothing_but_values():
+    """And looking for state must not create an entry, which the optimizer would take for state."""
+    module = small_model()
+    optimizer = torch.optim.AdamW(module.parameters())
+    held = regions(engine_of(module, optimizer))
+    assert [r.tensor_keys() for r in held] == [[MASTER]] * 6
+    assert read_scalars(held) == {}
+    assert len(optimizer.state) == 0
+
+
+def test_what_no_optimizer_updates_is_there_as_weight():
+    """Frozen, or left out of the user's own optimizer."""
+    module = small_model()
+    module[0].weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW(module[2].parameters())
+    engine = engine_of(module, optimizer)
+    keys = {r.name: r.value_key for r in regions(engine)}
+    assert optimized_names(engine) == ["2.weight", "2.bias"]
+    assert [n for n, key in keys.items() if key == WEIGHT] == [
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
+def test_every_element_is_written_by_exactly_one_rank(world_size):
+    """Also with more ranks than elements of most parameters, and evenly."""
+    module = small_model()
+    module[1].requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+    held = regions(engine_of(module, optimizer))
+    written = {name: torch.zeros(p.numel()) for name, p in module.named_parameters()}
+    sizes = []
+    for rank in range(world_size):
+        mine = share(held, replicated=True, rank=rank, world_size=world_size)
+        sizes.append(sum(r.numel for r in mine))
+        for region in mine:
+            written[region.name][region.start : region.stop] += 1
+            whole = dict(module.named_parameters())[region.name].detach().reshape(-1)
+            assert torch.equal(region.read(region.value_key), whole[region.start : region.stop])
+    assert all((count == 1).all() for count in written.values())
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_tensor_that_is_not_contiguous_is_read_and_written_in_order():
+    """Channels-last weights at stage 0."""
+    values = torch.arange(24.0).view(2, 3, 4)
+    holder = values.clone().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not holder.is_contiguous()
+    region = Region("w", 4, 10, (2, 3, 4), holder, 4)
+    assert torch.equal(region.read(WEIGHT), torch.arange(4.0, 14.0))
+    region.write(WEIGHT, 6, torch.tensor([-1.0, -2.0]))
+    assert holder.reshape(-1)[5:9].tolist() == [5.0, -1.0, -2.0, 8.0]
+
+
+def test_state_of_another_shape_is_refused():
+    """A factored moment has no element for each element of the parameter."""
+    module = nn.Linear(4, 4)
+    optimizer = torch.optim.Adafactor(module.parameters())
+    module(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    with pytest.raises(CheckpointError, match=r"has shape \(4, 1\)"):
+        [r.tensor_keys() for r in regions(engine_of(module, optimizer))]
+
+
+def test_another_number_of_groups_is_refused():
+    module = small_model()
+    one = torch.optim.SGD(module.parameters(), lr=0.1)
+    with pytest.raises(CheckpointError, match="has 2 parameter groups, this run 1"):
+        set_group_values(one, group_values(torch.optim.SGD(two_groups(module), lr=0.1)))
+
+
+def test_what_nothing_changes_in_training_is_the_new_runs():
+    """A changed weight decay counts; the rate that a schedule has reached comes back."""
+    module = small_model()
+    old = torch.optim.AdamW(module.parameters(), lr=0.3, weight_decay=0.1, betas=(0.8, 0.9))
+    new = torch.optim.AdamW(module.parameters(), lr=0.5, weight_decay=0.2)
+    set_group_values(new, group_values(old))
+    (group,) = new.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.3, 0.2, (0.8, 0.9))
+
+
+def test_missing_elements_are_counted_between_overlapping_pieces(tmp_path):
+    pieces = [Piece(0, 4, tmp_path), Piece(2, 4, tmp_path), Piece(8, 2, tmp_path)]
+    index = SliceIndex({(MASTER, "w"): pieces}, {})
+    assert index.missing(MASTER, "w", 0, 12) == 4
+    assert index.missing(MASTER, "w", 1, 6) == 0
+    assert index.missing(MASTER, "v", 0, 3) == 3
