@@ -112,7 +112,7 @@ class OptimizerArguments:
         treatment=deepspeed_key(
             "optimizer.type",
             note="what DeepSpeed does not build by name dstrain builds; what cannot run is refused "
-            "with the stage and offload (`python -m dstrain.config.optimizers` prints the table)",
+            "with the stage and offload (table in `dstrain/config/README.md`)",
         ),
     )
     optim_args: str | None = arg(

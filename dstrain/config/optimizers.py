@@ -1,6 +1,6 @@
 """Which optimizer runs, on which implementation, with which options, or why it cannot.
 
-``python -m dstrain.config.optimizers`` prints the table of all of them.
+The table of all of them is in ``README.md`` (``python -m dstrain.config.table``).
 """
 
 from __future__ import annotations
@@ -259,7 +259,3 @@ def _lines() -> Iterator[str]:
         else:
             size = f"{row.state_bytes:g}"
             yield f"| `{row.name}` | {on_device} | {host} | {size} | {'; '.join(remarks)} |"
-
-
-if __name__ == "__main__":
-    print(as_markdown(), end="")

@@ -1,6 +1,6 @@
-"""Writes ``README.md`` beside this file: every key that a rule fills, from what, and when.
+"""Writes ``README.md`` beside this file: keys that a rule fills, and optimizers.
 
-Run ``python -m dstrain.config.table`` after a change of the rules; a test fails when the page is
+Run ``python -m dstrain.config.table`` after a change of either; a test fails when the page is
 stale.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dstrain.config import optimizers
 from dstrain.config.rules import RULES, Binding, Derivation
 
 PAGE = Path(__file__).with_name("README.md")
@@ -31,9 +32,19 @@ Every other key of DeepSpeed passes through as it is, and `"auto"` there is an e
 """
 
 
+_OPTIMIZERS = """
+# Optimizers
+
+What each value of `optim` runs. Bytes of state are per parameter of the rank's share, without the 4
+of the fp32 master weights. "Stage 0 only": on ZeRO's flat slices it would be another optimizer, so
+it is refused there with stage and offload named.
+
+"""
+
+
 def page() -> str:
     """The whole page."""
-    return _HEAD + "".join(_row(rule) for rule in RULES)
+    return _HEAD + "".join(_row(rule) for rule in RULES) + _OPTIMIZERS + optimizers.as_markdown()
 
 
 def _row(rule: Binding | Derivation) -> str:
