@@ -76,7 +76,15 @@ def has_sub_groups(engine: Any) -> None:
 
 # arguments, what the engine must then have, how far losses may differ from the plain run's
 Option = tuple[dict[str, Any], Callable[[Any], None], float]
+
+# Smaller than most parameters of the model, which then pass by the bucket.
+SMALL_BUCKET: Option = (
+    {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 500}}},
+    has_config(reduce_bucket_size=500),
+    1e-5,
+)
 BELOW_3: list[Option] = [
+    SMALL_BUCKET,
     ({"overlap_comm": True}, has_optimizer(overlap_comm=True), 1e-5),
     ({"contiguous_gradients": False}, has_optimizer(contiguous_gradients=False), 1e-5),
     ({"round_robin_gradients": True}, has_optimizer(round_robin_gradients=True), 1e-5),
@@ -88,6 +96,7 @@ BELOW_3: list[Option] = [
     ({"torch_autocast": True}, has_autocast, 5e-2),
 ]
 AT_3: list[Option] = [
+    SMALL_BUCKET,
     ({"overlap_comm": False}, has_config(overlap_comm=False), 1e-5),
     ({"contiguous_gradients": False}, has_optimizer(contiguous_gradients=False), 1e-5),
     ({"sub_group_size": 5000}, has_sub_groups, 1e-5),

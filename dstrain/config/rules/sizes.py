@@ -7,6 +7,9 @@ from dstrain.config.rules.rule import Binding, Derivation, Derived, View
 
 # DeepSpeed's own default bucket (5e8 elements) is allocated whole, whatever the model's size; at
 # 5e7 elements (100 MB in 16 bits) a bucket is already far above the size at which links saturate.
+# A larger parameter passes by the bucket, uncopied and in one message (stage_1_and_2.py:
+# extra_large_param_to_reduce; stage3.py: __add_grad_to_ipg_bucket), so nothing is won by making
+# room for it: the embedding of a 70B model would cost GiBs of buffers.
 BUCKET_ELEMENTS = 50_000_000
 SMALL_PARAMETER_ELEMENTS = 10_000
 KEPT_PARAMETER_ELEMENTS = 1_000_000
@@ -16,11 +19,9 @@ def _bucket(view: View) -> Derived | None:
     model = view.facts.model
     if model is None or view.stage == 0:
         return None
-    size = min(model.num_trainable, max(model.largest, BUCKET_ELEMENTS))
     return Derived(
-        _even(size),
-        f"min(trainable {model.num_trainable:,}, max(largest parameter {model.largest:,}, "
-        f"{BUCKET_ELEMENTS:,})) elements, made even",
+        _even(min(model.num_trainable, BUCKET_ELEMENTS)),
+        f"min(trainable {model.num_trainable:,}, {BUCKET_ELEMENTS:,}) elements, made even",
     )
 
 
@@ -33,11 +34,9 @@ def _prefetch(view: View) -> Derived | None:
     model = view.facts.model
     if model is None or view.stage < 3:
         return None
-    size = min(model.num_parameters, max(model.largest, BUCKET_ELEMENTS))
     return Derived(
-        _even(size),
-        f"min(parameters {model.num_parameters:,}, max(largest {model.largest:,}, "
-        f"{BUCKET_ELEMENTS:,})) elements",
+        _even(min(model.num_parameters, BUCKET_ELEMENTS)),
+        f"min(parameters {model.num_parameters:,}, {BUCKET_ELEMENTS:,}) elements, made even",
     )
 
 
@@ -62,19 +61,19 @@ def _persistent_how(model: ModelFacts) -> str:
 RULES: tuple[Binding | Derivation, ...] = (
     Derivation(
         "zero_optimization.reduce_bucket_size",
-        "the model's size, at least its largest parameter, at most 5e7 elements",
+        "the model's size, at most 5e7 elements",
         (),
         _bucket,
     ),
     Derivation(
         "zero_optimization.allgather_bucket_size",
-        "the model's size, at least its largest parameter, at most 5e7 elements",
+        "the model's size, at most 5e7 elements",
         (),
         lambda view: _bucket(view) if view.stage in (1, 2) else None,
     ),
     Derivation(
         "zero_optimization.stage3_prefetch_bucket_size",
-        "the model's size, at least its largest parameter, at most 5e7 elements",
+        "the model's size, at most 5e7 elements",
         (),
         _prefetch,
     ),
