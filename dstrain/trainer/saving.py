@@ -21,7 +21,7 @@ from dstrain.checkpoint import (
     read_run,
     wanted_checkpoint,
 )
-from dstrain.config.explain import as_dict
+from dstrain.config.explain import as_record
 from dstrain.core.log import get_logger
 from dstrain.core.seeds import seed_rank
 from dstrain.engine import Engine
@@ -204,7 +204,7 @@ def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: P
         own=position.own(),
         documents={
             "trainer_state.json": _state_values(trainer),
-            "resolved_config.json": json.loads(json.dumps(as_dict(trainer.resolved), default=str)),
+            "resolved_config.json": as_record(trainer.resolved, trainer.args),
             "training_arguments.json": json.loads(trainer.args.to_json_string()),
         },
         write_processor=processor.save_pretrained

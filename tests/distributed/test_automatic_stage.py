@@ -73,6 +73,7 @@ def test_the_record_of_a_run_compares_with_its_own_flags(tmp_path: Path, capsys:
         *("--zero_stage", "2", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3"),
         *("--num_train_epochs", "1", "--max_steps", "1", "--logging_steps", "1"),
         *("--report_to", "none", "--disable_tqdm", "true", "--world_size", "2"),
+        *("--save_strategy", "no"),
         *("--device", "cpu", "--model_config", f"llama:{shape},{heads}", "--diff", str(tmp_path)),
     )
     assert explain.run(words) == 0, capsys.readouterr().out

@@ -13,7 +13,8 @@ import torch
 from tests.models import RaggedTokens, pad_collate, tiny_llama
 from tests.parity import reference
 
-STAGES = (0, 1, 2, 3)
+# Stages 1 and 2 are one implementation.
+STAGES = (0, 2, 3)
 NUM_SAMPLES = 24
 LR = reference.LEARNING_RATE
 Groups = list[dict[str, Any]]
@@ -133,7 +134,7 @@ def test_two_ranks_equal_plain_torch_on_one(stage: int, tmp_path: Path, world_si
 
 
 @pytest.mark.ranks(2, timeout=300)
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_offloaded_optimizers_equal_plain_torch(
     stage: int, tmp_path: Path, world_size: int
 ) -> None:
@@ -159,19 +160,22 @@ def test_optimizers_that_look_at_more_than_one_element(
 ) -> None:
     """Adafactor, Muon, Rprop and Adagrad train at every stage, offloaded too, in 16 bits too."""
     cases = {"adafactor": LR, "muon": 2e-3, "rprop": 1e-4, "adagrad": 1e-2}
+    places = {
+        "fp32": [(0, "none"), (1, "none"), (3, "none"), (3, "cpu")],
+        "bf16": [(0, "none"), (2, "cpu"), (3, "none")],
+    }
     for optim, rate in cases.items():
-        for stage in STAGES:
-            for offload in ("none", "cpu") if stage else ("none",):
-                if offload == "cpu" and optim == "adagrad":
-                    continue  # its op takes a minute to build
-                trainer = _trainer(
-                    tmp_path, world_size, zero_stage=str(stage), offload_optimizer=offload,
-                    optim=optim, learning_rate=rate, bf16=precision == "bf16",
-                    weight_decay=0.0 if optim == "rprop" else 0.1,
-                    max_grad_norm=0.0 if optim == "muon" else 1.0,
-                )  # fmt: skip
-                ours, _ = _trained(trainer)
-                assert sum(ours[3:]) < sum(ours[:3]) - 0.06, (optim, stage, offload, ours)
+        for stage, offload in places[precision]:
+            if offload == "cpu" and optim == "adagrad":
+                continue  # its op takes a minute to build
+            trainer = _trainer(
+                tmp_path, world_size, zero_stage=str(stage), offload_optimizer=offload,
+                optim=optim, learning_rate=rate, bf16=precision == "bf16",
+                weight_decay=0.0 if optim == "rprop" else 0.1,
+                max_grad_norm=0.0 if optim == "muon" else 1.0,
+            )  # fmt: skip
+            ours, _ = _trained(trainer)
+            assert sum(ours[3:]) < sum(ours[:3]) - 0.06, (optim, stage, offload, ours)
 
 
 @pytest.mark.ranks(2)
@@ -263,7 +267,7 @@ def test_a_users_own_optimizer_equals_plain_torch(
 
 
 @pytest.mark.ranks(2, timeout=300)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [1, 3])
 def test_overrides_make_the_optimizer_that_runs(
     stage: int, tmp_path: Path, world_size: int
 ) -> None:
