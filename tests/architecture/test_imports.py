@@ -33,6 +33,7 @@ ROOMS: dict[str, set[str]] = {
 ROOMS["trainer"] = set(ROOMS)
 ROOMS["tasks"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)  # and the front door
+SHARED_BY_TASKS = "common"  # in tasks: what every task may import, and which imports none of them
 FREE_FILES = {"__init__.py", "__main__.py"}  # of the package itself: its front door
 
 DEEPSPEED_ROOM = "engine"
@@ -169,7 +170,7 @@ def _wrong_ways(room: str, inside: Path, entry: Import) -> Iterator[tuple[str, s
             yield arrow, f"{room} may import {names}"
         elif room == other == "tasks" and len(inside.parts) > 2:
             own = inside.parts[1]
-            if len(target) > 1 and target[1] != own:
+            if len(target) > 1 and target[1] not in (own, SHARED_BY_TASKS):
                 yield arrow, f"task {own} may not import another task"
 
 
@@ -246,6 +247,11 @@ def house(folder: Path, files: dict[str, str]) -> Path:
             "task causal_lm may not import another task",
         ),
         ("tasks/causal_lm/a.py", "from .. import seq2seq", "may not import another task"),
+        (
+            "tasks/common/a.py",
+            "from dstrain.tasks.seq2seq import job",
+            "task common may not import another task",
+        ),
         ("tasks/causal_lm/a.py", "import dstrain.cli", "tasks -> dstrain.cli"),
         ("trainer/a.py", "import deepspeed", "only engine imports deepspeed"),
         (
@@ -303,6 +309,7 @@ def test_right_arrows_are_left_alone(tmp_path: Path) -> None:
         "reporting/compat.py": "from transformers.trainer_callback import X",
         "trainer/a.py": "from transformers import X\nfrom dstrain.checkpoint.commit import y",
         "tasks/causal_lm/a.py": "from .loss import x\nfrom dstrain.tasks.causal_lm import loss",
+        "tasks/seq2seq/a.py": "from dstrain.tasks.common.b import x\nfrom ..common import b",
         "tasks/registry.py": "from . import causal_lm, seq2seq\nimport dstrain.trainer",
         "cli/a.py": "from dstrain import __version__, tasks\ndef f():\n    import torch",
     }

@@ -17,15 +17,17 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, HfArgumentParser
 
 from dstrain.core.errors import DataError
-from dstrain.tasks.causal_lm import cache as data_cache
-from dstrain.tasks.causal_lm import documents as documents_module
-from dstrain.tasks.causal_lm import rows as rows_module
 from dstrain.tasks.causal_lm import sources, text_files
 from dstrain.tasks.causal_lm.arguments import DataArguments
 from dstrain.tasks.causal_lm.packing import PackedStream, Packer, collate_blocks
 from dstrain.tasks.causal_lm.prepare import prepare
 from dstrain.tasks.causal_lm.sources import load_documents
-from dstrain.tasks.causal_lm.tokenizer import prepare_tokenizer, train_tokenizer
+from dstrain.tasks.common import cache as data_cache
+from dstrain.tasks.common import origin
+from dstrain.tasks.common import rows as rows_module
+from dstrain.tasks.common import tokenizer as tokenizers_module
+from dstrain.tasks.common import tokenizer as tokenizers_module
+from dstrain.tasks.common.tokenizer import train_tokenizer
 
 WORDS = ["def", "return", "class", "import", "lambda", "yield", "self", "value", "index", "name"]
 
@@ -71,6 +73,18 @@ def texts_of(rows):
 
 def tokens_of(samples):
     return [int(token) for sample in samples for token in sample["input_ids"]]
+
+
+def prepare_tokenizer(documents, args, **kwargs):
+    """As the job does it."""
+    return tokenizers_module.prepare_tokenizer(
+        documents.train,
+        name=args.tokenizer_name,
+        vocab_size=args.vocab_size,
+        fingerprint=documents.train_fingerprint,
+        text_of=lambda row: row["text"],
+        **kwargs,
+    )
 
 
 def message(**kwargs):
@@ -124,7 +138,7 @@ def test_trained_tokenizer_is_found_again(folder, cache, monkeypatch):
     args = DataArguments(train_file=str(folder), vocab_size=300)
     documents = load_documents(args)
     first = prepare_tokenizer(documents, args)
-    monkeypatch.setattr("dstrain.tasks.causal_lm.tokenizer.train_tokenizer", None)
+    monkeypatch.setattr("dstrain.tasks.common.tokenizer.train_tokenizer", None)
     again = prepare_tokenizer(documents, args)
     assert again.get_vocab() == first.get_vocab()
     assert len(list(cache.glob("tokenizer-*/tokenizer.json"))) == 1
@@ -165,7 +179,7 @@ def test_folder_is_split_by_file_and_the_split_is_stable(folder, tmp_path):
 
 def test_split_does_not_depend_on_the_process_or_machine():
     # The first 16 digits of: printf a/b.py | sha256sum
-    assert documents_module.unit_hash("a/b.py") == 0xD9584A802A2864F0 / 2**64
+    assert origin.unit_hash("a/b.py") == 0xD9584A802A2864F0 / 2**64
 
 
 def test_folder_leaves_out_what_is_not_text(folder):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dstrain.core.errors import ConfigError, DataError, Problem, raise_problems
-
-BYTE_VOCABULARY = 258
-"""Smallest vocabulary of a byte-level tokenizer: 256 bytes, ``<|endoftext|>`` and ``<|pad|>``."""
-
+from dstrain.core.errors import Problem
+from dstrain.tasks.common.arguments import SourceArguments, StartArguments, too_small
 
 DEFAULT_MODEL = (
     "llama:hidden_size=256,intermediate_size=688,num_hidden_layers=4,num_attention_heads=4,"
@@ -18,16 +15,9 @@ DEFAULT_MODEL = (
 
 
 @dataclass
-class ModelArguments:
-    """Which model to train, and what to show of it at the end.
+class ModelArguments(StartArguments):
+    """What to show of the model at the end."""
 
-    Raises:
-        ConfigError: from the constructor, when two models are named.
-    """
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of a model to train further."}
-    )
     model_config: str | None = field(
         default=None,
         metadata={
@@ -46,67 +36,26 @@ class ModelArguments:
         },
     )
 
-    def __post_init__(self) -> None:
-        """Refuse two models."""
-        if self.model_name_or_path is not None and self.model_config is not None:
-            raise ConfigError(
-                Problem(
-                    f"--model_name_or_path {self.model_name_or_path} and --model_config "
-                    f"{self.model_config} are both given",
-                    "a checkpoint brings its own config",
-                    "drop one of the two",
-                )
-            )
-
 
 @dataclass
-class DataArguments:
-    """Where the text comes from, how it is split and how it is cut into samples.
+class DataArguments(SourceArguments):
+    """How text is read and cut into samples.
 
     With neither ``train_file`` nor ``dataset_name`` the text is the source code of the standard
     library of the running interpreter, which needs no network.
-
-    Raises:
-        DataError: from the constructor, with every illegal value and pair at once. Whether files
-            and datasets exist is checked where they are read (``sources.load_documents``).
     """
 
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Training text: a .txt or .md file, .jsonl/.json or .parquet rows, or a folder "
-            "(every UTF-8 text file in it, or its .jsonl or .parquet shards). Default: the source "
-            "of the running Python's standard library."
-        },
-    )
-    validation_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Validation text in any form --train_file accepts, never streamed. Default: a "
-            "part of the training text (--validation_percentage)."
-        },
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Name or local path for datasets.load_dataset, instead of --train_file."},
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of --dataset_name."}
-    )
-    train_split: str = field(
-        default="train",
-        metadata={"help": "Split of --dataset_name to train on; slices such as train[:1%] work."},
-    )
-    validation_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "Split of --dataset_name to evaluate on. Default: a part of --train_split "
-            "(--validation_percentage), also when the dataset has a validation split."
+            "help": "Training text: a .txt or .md file, .jsonl/.json, .csv or .parquet rows, or a "
+            "folder (every UTF-8 text file in it, or its .jsonl or .parquet shards). Default: the "
+            "source of the running Python's standard library."
         },
     )
     text_column: str = field(
         default="text",
-        metadata={"help": "Column of jsonl, parquet and dataset rows with the text."},
+        metadata={"help": "Column of jsonl, csv, parquet and dataset rows with the text."},
     )
     streaming: bool = field(
         default=False,
@@ -119,105 +68,7 @@ class DataArguments:
         default=512,
         metadata={"help": "Tokens per sample: documents are joined and cut into such blocks."},
     )
-    validation_percentage: float = field(
-        default=5.0,
-        metadata={
-            "help": "Percent of the training text held out when no validation data is named, "
-            "chosen by hash and so the same on every machine; 0 holds out nothing."
-        },
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on at most this many blocks, the first ones."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on at most this many blocks, the first ones."}
-    )
-    vocab_size: int = field(
-        default=4096,
-        metadata={
-            "help": "Vocabulary of the byte-level BPE trained on the training text; it ends up "
-            "smaller where the text has too few repeated words. Unused with another tokenizer."
-        },
-    )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name or path of a tokenizer. Default: the model's, or one trained here."
-        },
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Processes that read and split jsonl, parquet and dataset rows (default 1). "
-            "Tokenising uses the threads of the fast tokenizer instead."
-        },
-    )
 
-    def __post_init__(self) -> None:
-        """Refuse values and pairs that cannot be used, all in one error."""
-        problems = [*_source_problems(self), *_number_problems(self)]
-        raise_problems(problems, error=DataError)
-
-
-def _source_problems(args: DataArguments) -> list[Problem]:
-    problems = []
-    if args.train_file is not None and args.dataset_name is not None:
-        problems.append(
-            Problem(
-                f"--train_file {args.train_file} and --dataset_name {args.dataset_name} "
-                "are both given",
-                "the training text has one source",
-                "drop one of the two",
-            )
-        )
-    if args.validation_file is not None and args.validation_split is not None:
-        problems.append(
-            Problem(
-                f"--validation_file {args.validation_file} and --validation_split "
-                f"{args.validation_split} are both given",
-                "the validation text has one source",
-                "drop one of the two",
-            )
-        )
-    if args.dataset_name is None:
-        values = {
-            "dataset_config_name": args.dataset_config_name,
-            "train_split": None if args.train_split == "train" else args.train_split,
-            "validation_split": args.validation_split,
-        }
-        problems += [
-            Problem(
-                f"--{name} {value} is given without --dataset_name",
-                f"--{name} names a part of the dataset that --dataset_name loads",
-                f"add --dataset_name, or drop --{name}",
-            )
-            for name, value in values.items()
-            if value is not None
-        ]
-    return problems
-
-
-def _number_problems(args: DataArguments) -> list[Problem]:
-    problems = []
-    minimums = {
-        "block_size": (2, "a block needs a token to read and one to predict"),
-        "max_train_samples": (1, "it counts blocks; leave it out for all of them"),
-        "max_eval_samples": (1, "it counts blocks; leave it out for all of them"),
-        "vocab_size": (BYTE_VOCABULARY, "256 bytes and two special tokens come first"),
-        "preprocessing_num_workers": (1, "it counts processes; leave it out for one"),
-    }
-    for name, (minimum, why) in minimums.items():
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            problems.append(
-                Problem(f"--{name} {value} is too small", why, f"give {minimum} or more")
-            )
-    if not 0 <= args.validation_percentage < 100:
-        problems.append(
-            Problem(
-                f"--validation_percentage {args.validation_percentage} is not a share of the text",
-                "it is a percentage: 0 <= value < 100, and something must be left to train on",
-                "give for example 5 (percent), or 0 to hold out nothing",
-            )
-        )
-    return problems
+    def _problems(self) -> list[Problem]:
+        minimums = {"block_size": (2, "a block needs a token to read and one to predict")}
+        return [*super()._problems(), *too_small(self, minimums)]

@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import check_there
-from dstrain.core.errors import (
-    ConfigError,
-    DataError,
-    DstrainError,
-    Problem,
-    collected,
-    raise_errors,
-)
+from dstrain.core.errors import ConfigError, DataError, Problem, collected, raise_errors
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, main_first, require_equal
 from dstrain.core.seeds import seed_everything
 from dstrain.engine import full_numel
 from dstrain.models import (
     build_causal_lm,
-    check_model_folder,
-    check_writable,
     count_causal_lm,
     load_causal_lm,
     max_length,
     parse_model_config,
 )
 from dstrain.tasks.causal_lm.arguments import DEFAULT_MODEL, DataArguments, ModelArguments
-from dstrain.tasks.causal_lm.cache import fingerprint_tokenizer
 from dstrain.tasks.causal_lm.packing import collate_blocks
 from dstrain.tasks.causal_lm.prepare import PackedData, prepare
 from dstrain.tasks.causal_lm.sources import Documents, load_documents
-from dstrain.tasks.causal_lm.tokenizer import prepare_tokenizer
 from dstrain.tasks.causal_lm.trainer import CausalLMTrainer
+from dstrain.tasks.common.cache import fingerprint_tokenizer
+from dstrain.tasks.common.job import (
+    check_vocabulary,
+    refuse_evaluation,
+    saved_config,
+    start_errors,
+    train_and_report,
+)
+from dstrain.tasks.common.tokenizer import prepare_tokenizer
 from dstrain.trainer.build import resolve_config, start_run
 
 logger = get_logger(__name__)
@@ -55,7 +51,7 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
         _check(args, model_args, data_args, ranks)
     documents, tokenizer, packed = _prepare_data(data_args, model_args, ranks)
     if packed.validation is None:
-        _refuse_evaluation(args, "the training text is too short to hold a part of it out")
+        refuse_evaluation(args, "the training text is too short to hold a part of it out")
     logger.info("data: %s", documents.description)
     model = _build_model(args, model_args, data_args, tokenizer, ranks)
     logger.info(
@@ -74,7 +70,12 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
         tokens_per_byte=packed.tokens_per_byte,
         sequence_length=data_args.block_size,
     )
-    _train_and_report(trainer, model_args)
+    prompt = model_args.completion_prompt
+    train_and_report(
+        trainer,
+        figures=("loss", "perplexity", "bits_per_byte"),
+        show=(lambda: _completion(trainer, model_args)) if prompt else None,
+    )
 
 
 def _build_model(
@@ -89,47 +90,13 @@ def _build_model(
     The config must be final by then, so it is resolved with the sizes of the model that is to be.
     """
     name = model_args.model_name_or_path
-    config = _saved_config(name) if name else _fresh_config(model_args, data_args, tokenizer)
-    _check_vocabulary(config, tokenizer)
+    config = saved_config(name) if name else _fresh_config(model_args, data_args, tokenizer)
+    check_vocabulary(config, tokenizer)
     resolved = resolve_config(
         args, ranks, sizes=count_causal_lm(config), sequence_length=data_args.block_size
     )
     seed_everything(args.seed)
     return load_causal_lm(name, resolved) if name else build_causal_lm(config, resolved)
-
-
-def _train_and_report(trainer: CausalLMTrainer, model_args: ModelArguments) -> None:
-    """Evaluate, train, evaluate again; save the model and the records; show a completion."""
-    before: dict[str, float] = {}
-    evaluates = trainer.eval_dataset is not None
-    if evaluates:
-        before = trainer.evaluate(metric_key_prefix="eval_before")
-    output = trainer.train()
-    trainer.log_metrics("train", output.metrics)
-    trainer.save_metrics("train", output.metrics)
-    trainer.save_model()  # first of all: an evaluation that fails must not cost the model
-    if evaluates:
-        after = _final_evaluation(trainer)
-        results = {k: v for k, v in before.items() if k != "epoch"} | after
-        trainer.save_metrics("eval", results)
-        if trainer.ranks.is_main:
-            print(_comparison(before, after), flush=True)
-    trainer.save_state()
-    completion = _complete(trainer, model_args) if model_args.completion_prompt else ""
-    if trainer.ranks.is_main:
-        if completion:
-            print(f"\ncompletion of {model_args.completion_prompt!r}:\n{completion}\n")
-        folder = Path(trainer.args.output_dir)
-        print(f"model, metrics and loss_curve.png are in {folder}", flush=True)
-
-
-def _final_evaluation(trainer: CausalLMTrainer) -> dict[str, float]:
-    """The evaluation of the last step if the run made one there, else a new one."""
-    last = trainer.state.log_history[-2:]
-    for entry in last:
-        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
-            return {k: v for k, v in entry.items() if k != "step"}
-    return trainer.evaluate()
 
 
 def _prepare_data(
@@ -139,7 +106,12 @@ def _prepare_data(
     first = functools.partial(main_first, ranks)
     documents = load_documents(data_args, main_first=first)
     tokenizer = prepare_tokenizer(
-        documents, data_args, model_name=model_args.model_name_or_path, main_first=first
+        documents.train,
+        name=data_args.tokenizer_name or model_args.model_name_or_path,
+        vocab_size=data_args.vocab_size,
+        fingerprint=documents.train_fingerprint,
+        text_of=lambda row: str(row["text"]),
+        main_first=first,
     )
     packed = prepare(documents, tokenizer, data_args, ranks=ranks, main_first=first)
     sizes = [len(part) if hasattr(part, "__len__") else None for part in _parts(packed)]
@@ -155,19 +127,7 @@ def _check(
     args: TrainingArguments, model_args: ModelArguments, data_args: DataArguments, ranks: Ranks
 ) -> None:
     """Look at everything that needs neither data nor a model; all that is wrong is one error."""
-    errors: list[DstrainError] = []
-    with collected(errors):
-        if ranks.is_main:
-            check_writable(args.output_dir)
-    with collected(errors):
-        if ranks.is_main:
-            check_there(args.resume_from_checkpoint, Path(args.output_dir))
-    with collected(errors):
-        resolve_config(args, ranks)
-    with collected(errors):
-        named = data_args.validation_file or data_args.validation_split
-        if data_args.validation_percentage == 0 and not named:
-            _refuse_evaluation(args, "validation_percentage is 0, and no validation data is named")
+    errors = start_errors(args, data_args, ranks)
     with collected(errors):
         if data_args.streaming and args.max_steps <= 0:
             raise ConfigError(
@@ -179,45 +139,10 @@ def _check(
                 )
             )
     with collected(errors):
-        if model_args.model_name_or_path is None:
-            config = _fresh_config(model_args, data_args)
-        else:
-            check_model_folder(model_args.model_name_or_path)
-            config = _saved_config(model_args.model_name_or_path)
+        name = model_args.model_name_or_path
+        config = saved_config(name) if name else _fresh_config(model_args, data_args)
         _check_block_size(data_args, config)
     raise_errors(errors)
-
-
-def _refuse_evaluation(args: TrainingArguments, why: str) -> None:
-    """Raise where the arguments ask for evaluations that have no data."""
-    asked = [
-        *([f"eval_strategy={args.eval_strategy!r}"] if args.eval_strategy != "no" else []),
-        *(["eval_on_start=True"] if args.eval_on_start else []),
-    ]
-    if asked:
-        raise DataError(
-            Problem(
-                f"{' and '.join(asked)}, but there is no evaluation data",
-                why,
-                "give --validation_file, or do not ask for evaluations while training",
-            )
-        )
-
-
-def _saved_config(name: str) -> Any:
-    """The config of a model folder or of a model of the Hub."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            Problem(
-                f"model_name_or_path={name!r} cannot be read",
-                str(error).strip(),
-                "check the name: a folder written by save_pretrained, or a model of the Hub",
-            )
-        ) from error
 
 
 def _fresh_config(
@@ -251,29 +176,7 @@ def _check_block_size(data_args: DataArguments, config: Any) -> None:
         )
 
 
-def _check_vocabulary(config: Any, tokenizer: Any) -> None:
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    if size is not None and len(tokenizer) > size:
-        raise ConfigError(
-            Problem(
-                f"the tokenizer has {len(tokenizer)} tokens",
-                f"the model's embedding has {size} rows",
-                f"set vocab_size of the model to {len(tokenizer)}, or use the model's tokenizer",
-            )
-        )
-
-
-def _comparison(before: dict[str, float], after: dict[str, float]) -> str:
-    """A small table of evaluation before and after training."""
-    lines = [f"\n{'evaluation':<16}{'before':>12}{'after':>12}"]
-    for name in ("loss", "perplexity", "bits_per_byte"):
-        if f"eval_{name}" in after:
-            old, new = before[f"eval_before_{name}"], after[f"eval_{name}"]
-            lines.append(f"{name.replace('_', ' '):<16}{old:>12.4f}{new:>12.4f}")
-    return "\n".join(lines)
-
-
-def _complete(trainer: CausalLMTrainer, model_args: ModelArguments) -> str:
+def _completion(trainer: CausalLMTrainer, model_args: ModelArguments) -> str:
     """The prompt and its greedy continuation; all ranks generate together, as ZeRO-3 needs."""
     model: Any = trainer.model
     tokenizer = trainer.processing_class
@@ -288,4 +191,5 @@ def _complete(trainer: CausalLMTrainer, model_args: ModelArguments) -> str:
             do_sample=False,
             no_repeat_ngram_size=4,  # a small model would repeat itself for ever
         )
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True)).rstrip()
+    text = str(tokenizer.decode(tokens[0], skip_special_tokens=True)).rstrip()
+    return f"completion of {model_args.completion_prompt!r}:\n{text}"

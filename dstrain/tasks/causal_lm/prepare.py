@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import Ranks
 from dstrain.tasks.causal_lm.arguments import DataArguments
-from dstrain.tasks.causal_lm.cache import build_once, cache_folder, fingerprint_tokenizer
 from dstrain.tasks.causal_lm.packing import (
     PackedStream,
     Packer,
@@ -33,6 +32,7 @@ from dstrain.tasks.causal_lm.packing import (
     too_short,
 )
 from dstrain.tasks.causal_lm.sources import Documents
+from dstrain.tasks.common.cache import build_once, cache_folder, fingerprint_tokenizer
 
 BATCH_CHARACTERS = 4 * 1024 * 1024
 """Text tokenised at once on the way to disk: enough for every thread, small in memory."""

@@ -19,13 +19,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from datasets import Dataset, IterableDataset
+
 from dstrain.tasks.causal_lm.arguments import DataArguments
-from dstrain.tasks.causal_lm.documents import Documents, Origin, Side
-from dstrain.tasks.causal_lm.rows import load_rows, rows_side, split_rows
-from dstrain.tasks.causal_lm.text_files import file_origin, library_origin, split_text
+from dstrain.tasks.causal_lm.text_files import split_text
+from dstrain.tasks.common.files import origins
+from dstrain.tasks.common.origin import Origin, Side
+from dstrain.tasks.common.rows import load_rows, rows_side, split_rows
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Raw text, split; every row of both sides is ``{"text": str}``.
+
+    Attributes:
+        train: training documents; an ``IterableDataset`` when streaming was asked for.
+        validation: held-out documents, or None when there are none. Streamed only where
+            ``validation_split`` of a streamed dataset was named.
+        description: what was read, for the log.
+        train_bytes: UTF-8 bytes of ``train`` where known without reading it, else None.
+        validation_bytes: the same for ``validation``.
+        train_fingerprint: changes when ``train`` does; None for a stream, which is not cached.
+        validation_fingerprint: the same for ``validation``.
+    """
+
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset | None
+    description: str
+    train_bytes: int | None = None
+    validation_bytes: int | None = None
+    train_fingerprint: str | None = None
+    validation_fingerprint: str | None = None
 
 
 def load_documents(
@@ -46,10 +73,10 @@ def load_documents(
         DataError: for text that is missing, empty, unreadable or without the named column.
     """
     with main_first():
-        origin, held_out_origin = _origins(args)
+        origin, held_out_origin = origins(args)
         percentage = 0.0 if held_out_origin else args.validation_percentage
         if origin.builder:
-            train, held_out = split_rows(load_rows(origin, args), percentage, origin, args)
+            train, held_out = split_rows(_load(origin, args), percentage, origin, args)
         else:
             train, held_out = split_text(origin, percentage, streaming=args.streaming)
         if held_out_origin:
@@ -67,25 +94,14 @@ def load_documents(
     )
 
 
-def _origins(args: DataArguments) -> tuple[Origin, Origin | None]:
-    if args.dataset_name is not None:
-        label = f"--dataset_name {args.dataset_name}"
-        train = Origin(label, builder=args.dataset_name, split=args.train_split)
-        if args.validation_split is not None:
-            return train, replace(train, split=args.validation_split)
-    elif args.train_file is not None:
-        train = file_origin(args.train_file, "train_file")
-    else:
-        train = library_origin()
-    if args.validation_file is not None:
-        return train, file_origin(args.validation_file, "validation_file")
-    return train, None
-
-
 def _read_whole(origin: Origin, args: DataArguments) -> Side:
     """All of a named validation text."""
     if not origin.builder:
         return split_text(origin, 0.0, streaming=False)[0]
     if origin.files:  # --validation_file
         args = replace(args, streaming=False)
-    return rows_side(load_rows(origin, args))
+    return rows_side(_load(origin, args))
+
+
+def _load(origin: Origin, args: DataArguments) -> Dataset | IterableDataset:
+    return load_rows(origin, args, {"text": args.text_column}, streaming=args.streaming)

@@ -1,4 +1,4 @@
-"""The tokenizer: a named one, or a byte-level BPE trained on the training text.
+"""The tokenizer: a named one, or a byte-level BPE trained on the training data.
 
 The trained one is lossless for any text: it normalises nothing, starts from all 256 bytes and so
 needs no unknown token. Its pre-tokens, between which merges never reach, are made for code: a word
@@ -6,9 +6,9 @@ with at most one space or sign before it, a single digit, a run of signs, line b
 the indentation after them, other white space. Keeping ``:`` and the line break apart costs 5% more
 tokens than merging them, but lets a prompt end after ``:`` in the way the model has seen it.
 
-Special tokens: ``<|endoftext|>`` (0) ends every document and doubles as BOS, as in GPT-2;
-``<|pad|>`` (1) is apart from it, because collators that mask the labels of padding by its id would
-otherwise hide every EOS from the loss.
+Special tokens: ``<|endoftext|>`` (0) ends every text and doubles as BOS, as in GPT-2; ``<|pad|>``
+(1) is apart from it, because collators that mask the labels of padding by its id would otherwise
+hide every EOS from the loss. Sequence-to-sequence models start to decode from ``<|pad|>``, as T5.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from datasets import Dataset, IterableDataset
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
-from dstrain.tasks.causal_lm.arguments import DataArguments
-from dstrain.tasks.causal_lm.cache import build_once, cache_folder
-from dstrain.tasks.causal_lm.sources import Documents
+from dstrain.tasks.common.cache import build_once, cache_folder
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -45,22 +51,35 @@ _logger = get_logger(__name__)
 
 
 def prepare_tokenizer(
-    documents: Documents,
-    args: DataArguments,
+    rows: Dataset | IterableDataset,
     *,
-    model_name: str | None = None,
+    name: str | None,
+    vocab_size: int,
+    fingerprint: str | None,
+    text_of: Callable[[dict[str, Any]], str],
+    adds_eos: bool = False,
     cache_dir: str | Path | None = None,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of ``args.tokenizer_name``, else of ``model_name``, else one trained here.
+    """The tokenizer called ``name``, else one trained here.
 
-    A trained one is kept beside the packed data and found again for the same text and size. Of a
-    stream it is trained on the first documents.
+    A trained one is kept beside the prepared data and found again for the same text and size. Of a
+    stream it is trained on the first rows.
+
+    Args:
+        rows: training data.
+        name: folder or hub name of a tokenizer.
+        vocab_size: of one trained here.
+        fingerprint: changes when ``rows`` do; None for a stream.
+        text_of: the text of a row.
+        adds_eos: whether one trained here ends every text with EOS by itself.
+        cache_dir: where trained ones are kept; default ``HF_DATASETS_CACHE/dstrain``.
+        main_first: called for a context in which the main rank of a machine runs before the
+            others, which then find its cache.
 
     Raises:
         DataError: for a tokenizer that cannot be loaded or a cache that cannot be written.
     """
-    name = args.tokenizer_name or model_name
     if name is not None:
         try:
             return AutoTokenizer.from_pretrained(name)
@@ -75,23 +94,26 @@ def prepare_tokenizer(
     with main_first():
         # Taken in every rank: of a stream the texts themselves are the only fingerprint.
         texts: list[str] | None = None
-        fingerprint = documents.train_fingerprint
         if fingerprint is None:
-            texts = list(sample_texts(documents))
+            texts = list(sample_texts(rows, text_of))
             fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        facts = [_VERSION, fingerprint, args.vocab_size, SAMPLE_CHARACTERS, tokenizers.__version__]
+        facts = [_VERSION, fingerprint, vocab_size, SAMPLE_CHARACTERS, tokenizers.__version__]
+        if adds_eos:
+            facts.append("adds_eos")
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
         folder = cache_folder(cache_dir) / f"tokenizer-{key}"
 
         def build(partial: Path) -> None:
-            train_tokenizer(texts or sample_texts(documents), args.vocab_size, partial)
+            train_tokenizer(
+                texts or sample_texts(rows, text_of), vocab_size, partial, adds_eos=adds_eos
+            )
 
         build_once(folder, build)
         return AutoTokenizer.from_pretrained(str(folder))
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, folder: str | Path
+    texts: Iterable[str], vocab_size: int, folder: str | Path, *, adds_eos: bool = False
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on ``texts`` and save it to ``folder``; the same texts give the same.
 
@@ -100,6 +122,8 @@ def train_tokenizer(
         vocab_size: entries with the 2 special tokens and 256 bytes; fewer come out when the text
             has too few pairs that occur twice.
         folder: receives ``tokenizer.json`` and what ``from_pretrained`` needs with it.
+        adds_eos: whether it ends every text with EOS by itself, as sequence-to-sequence models
+            want it; packed text gets its EOS from the packer.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -117,6 +141,13 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if adds_eos:
+        ends = [(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {END_OF_TEXT}",
+            pair=f"$A {END_OF_TEXT} $B {END_OF_TEXT}",
+            special_tokens=ends,
+        )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -128,19 +159,21 @@ def train_tokenizer(
     return fast
 
 
-def sample_texts(documents: Documents) -> Iterator[str]:
-    """Training text for the tokenizer: all of it, else documents drawn evenly, logged as such.
+def sample_texts(
+    rows: Dataset | IterableDataset, text_of: Callable[[dict[str, Any]], str]
+) -> Iterator[str]:
+    """Text for the tokenizer: that of all rows, else of rows drawn evenly, logged as such.
 
-    Of a stream the first documents are taken.
+    Of a stream the first rows are taken.
     """
-    rows, characters = documents.train, 0
+    characters = 0
     if isinstance(rows, Dataset):
         limit, total = SAMPLE_CHARACTERS, f"{len(rows):,}"
         order = np.random.default_rng(0).permutation(len(rows))
-        texts = (rows[int(index)]["text"] for index in order)
+        texts = (text_of(rows[int(index)]) for index in order)
     else:
         limit, total = STREAM_SAMPLE_CHARACTERS, "streamed"
-        texts = (row["text"] for row in rows)
+        texts = (text_of(row) for row in rows)
     for count, text in enumerate(texts, start=1):
         yield text[: limit - characters]
         characters += len(text)

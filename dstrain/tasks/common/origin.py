@@ -1,4 +1,4 @@
-"""What the readers of text share: documents, their two sides, the hash that splits them."""
+"""What every reader of data knows: its origin, its two sides, the hash that splits them."""
 
 from __future__ import annotations
 
@@ -11,39 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, IterableDataset
 
 from dstrain.core.errors import DataError, Problem
 
-ROW_BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
-PIECE_BYTES = 256 * 1024
-"""Larger files become several documents, so that no single text has to fit in memory."""
+ROW_BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+"""Suffixes of files of rows, and what reads them in ``datasets.load_dataset``."""
 _VERSION = 1  # of this module's output; raise it when the same input gives other documents
-FEATURES = Features({"text": Value("string")})
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Raw text, split; every row of both sides is ``{"text": str}``.
-
-    Attributes:
-        train: training documents; an ``IterableDataset`` when streaming was asked for.
-        validation: held-out documents, or None when there are none. Streamed only where
-            ``validation_split`` of a streamed dataset was named.
-        description: what was read, for the log.
-        train_bytes: UTF-8 bytes of ``train`` where known without reading it, else None.
-        validation_bytes: the same for ``validation``.
-        train_fingerprint: changes when ``train`` does; None for a stream, which is not cached.
-        validation_fingerprint: the same for ``validation``.
-    """
-
-    train: Dataset | IterableDataset
-    validation: Dataset | IterableDataset | None
-    description: str
-    train_bytes: int | None = None
-    validation_bytes: int | None = None
-    train_fingerprint: str | None = None
-    validation_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +57,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where text comes from: its name in messages, and what is read."""
+    """Where data comes from: its name in messages, and what is read."""
 
     label: str
     parts: tuple[TextPart, ...] = ()
@@ -86,6 +66,11 @@ class Origin:
     builder: str | None = None
     files: tuple[str, ...] = ()
     split: str = "train"
+
+    @property
+    def is_csv(self) -> bool:
+        """Whether these are files of comma-separated values."""
+        return self.builder == "csv" and bool(self.files)
 
     def empty(self) -> DataError:
         """The error for a source without a document."""

@@ -1,15 +1,15 @@
-"""Rows of jsonl, parquet and datasets: reading them, holding a part out."""
+"""Rows of jsonl, csv, parquet and datasets: reading their texts, holding a part out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 
 from dstrain.core.errors import DataError, Problem, nearest
-from dstrain.tasks.causal_lm.arguments import DataArguments
-from dstrain.tasks.causal_lm.documents import (
-    FEATURES,
+from dstrain.tasks.common.arguments import SourceArguments
+from dstrain.tasks.common.origin import (
     Origin,
     Side,
     explained,
@@ -22,52 +22,74 @@ STREAM_VALIDATION_DOCUMENTS = 1000
 """Documents held out from a stream; a stream of less than twice as many gives up its percentage."""
 
 
-def load_rows(origin: Origin, args: DataArguments) -> Dataset | IterableDataset:
-    """Rows of one split that are not blank, with the single column ``text``."""
+def load_rows(
+    origin: Origin, args: SourceArguments, columns: Mapping[str, str], *, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Rows of one split without those that have a blank text.
+
+    Args:
+        origin: what to read.
+        args: ``dataset_config_name`` and ``preprocessing_num_workers`` are read.
+        columns: our name of each text -> its column in the data; ``NAME_column`` is its flag.
+        streaming: read while it is used, nothing written to disk.
+
+    Returns:
+        rows with our names as their only columns, each a string.
+
+    Raises:
+        DataError: unreadable data, a column that is missing or holds no text, no row left.
+    """
     assert origin.builder is not None
-    num_proc = None if args.streaming else args.preprocessing_num_workers
+    num_proc = None if streaming else args.preprocessing_num_workers
+    # Else pandas would guess: a column of figures would be numbers, and "None" no text.
+    options = {"dtype": str, "keep_default_na": False} if origin.is_csv else {}
     with explained(origin):
         rows = load_dataset(
             origin.builder,
             None if origin.files else args.dataset_config_name,
             data_files=list(origin.files) or None,
             split=origin.split,
-            streaming=args.streaming,
+            streaming=streaming,
             num_proc=num_proc,
+            **options,
         )
         first = next(iter(rows), None)
         if first is None:
             raise origin.empty()
-        _check_column(rows, first, origin, args.text_column)
-        rows = rows.select_columns([args.text_column])
-        if args.text_column != "text":
-            rows = rows.rename_column(args.text_column, "text")
-        if args.streaming:
-            rows = rows.filter(_is_text, input_columns=["text"])
+        for name, column in columns.items():
+            _check_column(rows, first, origin, column, flag=f"{name}_column")
+        rows = rows.select_columns(list(columns.values()))
+        renamed = {column: name for name, column in columns.items() if column != name}
+        if renamed:
+            rows = rows.rename_columns(renamed)
+        if streaming:
+            rows = rows.filter(_is_text, input_columns=list(columns))
         else:
             rows = rows.filter(
                 _are_texts,
                 batched=True,
-                input_columns=["text"],
+                input_columns=list(columns),
                 num_proc=num_proc,
                 desc="Leaving out blank rows",
             )
         if next(iter(rows), None) is None:
-            why = f"{args.text_column!r} is null, empty or white space in every row"
-            remedy = "name another column with --text_column, or give other data"
+            flags = " or ".join(f"--{name}_column" for name in columns)
+            named = " or ".join(map(repr, columns.values()))
+            why = f"{named} is null, empty or white space in every row"
+            remedy = f"name another column with {flags}, or give other data"
             raise DataError(Problem(f"{origin.label} holds no text", why, remedy))
     return rows
 
 
 def _check_column(
-    rows: Dataset | IterableDataset, first: dict[str, Any], origin: Origin, name: str
+    rows: Dataset | IterableDataset, first: dict[str, Any], origin: Origin, name: str, *, flag: str
 ) -> None:
     if name not in first:
         raise DataError(
             Problem(
                 f"{origin.label} has no column {name!r}",
                 f"its columns are {', '.join(map(repr, first))}",
-                f"give --text_column {nearest(name, list(first)) or next(iter(first))}",
+                f"give --{flag} {nearest(name, list(first)) or next(iter(first))}",
             )
         )
     kind = rows.features[name] if rows.features else None
@@ -77,28 +99,36 @@ def _check_column(
             Problem(
                 f"column {name!r} of {origin.label} holds {dtype}",
                 "text is expected; json values that look like dates are read as dates",
-                "name another column with --text_column, or store the values as text",
+                f"name another column with --{flag}, or store the values as text",
             )
         )
 
 
 def split_rows(
-    rows: Dataset | IterableDataset, percentage: float, origin: Origin, args: DataArguments
+    rows: Dataset | IterableDataset,
+    percentage: float,
+    origin: Origin,
+    args: SourceArguments,
+    *,
+    key: str = "text",
 ) -> tuple[Side, Side | None]:
-    """The rows to train on, and those held out by hash (of a stream: the first ones)."""
+    """The rows to train on, and those held out by the hash of their ``key``.
+
+    Of a stream, whose rows have nothing but ``text``, the first ones are held out.
+    """
     if percentage == 0:
         return rows_side(rows), None
     if isinstance(rows, IterableDataset):
         return _split_stream(rows, percentage, origin)
     limit = percentage / 100
     if len(rows) < 20 / limit:  # so few that one side could come out empty
-        hashes = sorted({unit_hash(text) for batch in rows.iter(100) for text in batch["text"]})
+        hashes = sorted({unit_hash(text) for batch in rows.iter(100) for text in batch[key]})
         limit = hashes[num_held_out(hashes, percentage)]
     train, held_out = (
         rows.filter(
             _in_split,
             batched=True,
-            input_columns=["text"],
+            input_columns=[key],
             fn_kwargs={"limit": limit, "held_out": side},
             num_proc=args.preprocessing_num_workers,
             desc="Splitting rows",
@@ -128,7 +158,7 @@ def _split_stream(
     # By content, so that a later copy of a held-out row is left out too.
     seen = frozenset(unit_hash(text) for text in texts)
     train = rows.filter(_not_in, input_columns=["text"], fn_kwargs={"seen": seen})
-    held_out = Dataset.from_dict({"text": texts}, features=FEATURES)
+    held_out = Dataset.from_dict({"text": texts}, features=Features({"text": Value("string")}))
     num_bytes = sum(len(text.encode()) for text in texts)
     size = f"the first {count:,} documents, {num_bytes / 1e6:.1f} MB"
     side = Side(held_out, num_bytes, fingerprint_of(texts), size)
@@ -142,12 +172,12 @@ def rows_side(rows: Dataset | IterableDataset) -> Side:
     return Side(rows, None, rows._fingerprint, f"{len(rows):,} rows")
 
 
-def _is_text(text: str | None) -> bool:
-    return text is not None and bool(text.strip())
+def _is_text(*texts: str | None) -> bool:
+    return all(text is not None and text.strip() for text in texts)
 
 
-def _are_texts(texts: list[str | None]) -> list[bool]:
-    return [_is_text(text) for text in texts]
+def _are_texts(*columns: list[str | None]) -> list[bool]:
+    return [_is_text(*texts) for texts in zip(*columns, strict=True)]
 
 
 def _in_split(texts: list[str], *, limit: float, held_out: bool) -> list[bool]:

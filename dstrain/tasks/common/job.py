@@ -1,0 +1,143 @@
+"""The order of a job, the same for every task: check, build, evaluate, train, evaluate, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dstrain.arguments import TrainingArguments
+from dstrain.checkpoint import check_there
+from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem, collected
+from dstrain.core.ranks import Ranks
+from dstrain.models import check_model_folder, check_writable
+from dstrain.tasks.common.arguments import SourceArguments
+from dstrain.trainer import Trainer
+from dstrain.trainer.build import resolve_config
+
+
+def start_errors(
+    args: TrainingArguments, data_args: SourceArguments, ranks: Ranks
+) -> list[DstrainError]:
+    """What can be seen to be wrong with neither data nor a model; a task adds its own."""
+    errors: list[DstrainError] = []
+    with collected(errors):
+        if ranks.is_main:
+            check_writable(args.output_dir)
+    with collected(errors):
+        if ranks.is_main:
+            check_there(args.resume_from_checkpoint, Path(args.output_dir))
+    with collected(errors):
+        resolve_config(args, ranks)
+    with collected(errors):
+        named = data_args.validation_file or data_args.validation_split
+        if data_args.validation_percentage == 0 and not named:
+            refuse_evaluation(args, "validation_percentage is 0, and no validation data is named")
+    return errors
+
+
+def refuse_evaluation(args: TrainingArguments, why: str) -> None:
+    """Raise where the arguments ask for evaluations that have no data."""
+    asked = [
+        *([f"eval_strategy={args.eval_strategy!r}"] if args.eval_strategy != "no" else []),
+        *(["eval_on_start=True"] if args.eval_on_start else []),
+    ]
+    if asked:
+        raise DataError(
+            Problem(
+                f"{' and '.join(asked)}, but there is no evaluation data",
+                why,
+                "give --validation_file, or do not ask for evaluations while training",
+            )
+        )
+
+
+def saved_config(name: str) -> Any:
+    """The config of a model folder, which must hold weights, or of a model of the Hub.
+
+    Raises:
+        ModelError: a folder that is no model.
+        ConfigError: transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    check_model_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            Problem(
+                f"model_name_or_path={name!r} cannot be read",
+                str(error).strip(),
+                "check the name: a folder written by save_pretrained, or a model of the Hub",
+            )
+        ) from error
+
+
+def check_vocabulary(config: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer with ids beyond the model's embedding.
+
+    Raises:
+        ConfigError: with both sizes.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is not None and len(tokenizer) > size:
+        raise ConfigError(
+            Problem(
+                f"the tokenizer has {len(tokenizer)} tokens",
+                f"the model's embedding has {size} rows",
+                f"set vocab_size of the model to {len(tokenizer)}, or use the model's tokenizer",
+            )
+        )
+
+
+def train_and_report(
+    trainer: Trainer, *, figures: Sequence[str], show: Callable[[], str] | None = None
+) -> None:
+    """Evaluate, train, evaluate again; save the model and the records; print what came of it.
+
+    Args:
+        trainer: ready to train; it evaluates where it has an ``eval_dataset``.
+        figures: metrics, without their prefix, of the printed comparison.
+        show: text to print at the end, made by all ranks together.
+    """
+    before: dict[str, float] = {}
+    evaluates = trainer.eval_dataset is not None
+    if evaluates:
+        before = trainer.evaluate(metric_key_prefix="eval_before")
+    output = trainer.train()
+    trainer.log_metrics("train", output.metrics)
+    trainer.save_metrics("train", output.metrics)
+    trainer.save_model()  # first of all: an evaluation that fails must not cost the model
+    if evaluates:
+        after = _final_evaluation(trainer)
+        results = {k: v for k, v in before.items() if k != "epoch"} | after
+        trainer.save_metrics("eval", results)
+        if trainer.ranks.is_main:
+            print(_comparison(before, after, figures), flush=True)
+    trainer.save_state()
+    shown = show() if show is not None else ""
+    if trainer.ranks.is_main:
+        if shown:
+            print(f"\n{shown}\n")
+        folder = Path(trainer.args.output_dir)
+        print(f"model, metrics and loss_curve.png are in {folder}", flush=True)
+
+
+def _final_evaluation(trainer: Trainer) -> dict[str, float]:
+    """The evaluation of the last step if the run made one there, else a new one."""
+    last = trainer.state.log_history[-2:]
+    for entry in last:
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+            return {k: v for k, v in entry.items() if k != "step"}
+    return trainer.evaluate()
+
+
+def _comparison(before: dict[str, float], after: dict[str, float], figures: Sequence[str]) -> str:
+    """A small table of evaluation before and after training."""
+    lines = [f"\n{'evaluation':<16}{'before':>12}{'after':>12}"]
+    for name in figures:
+        if f"eval_{name}" in after:
+            old, new = before[f"eval_before_{name}"], after[f"eval_{name}"]
+            lines.append(f"{name.replace('_', ' '):<16}{old:>12.4f}{new:>12.4f}")
+    return "\n".join(lines)
