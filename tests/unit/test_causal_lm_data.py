@@ -26,7 +26,6 @@ from dstrain.tasks.common import cache as data_cache
 from dstrain.tasks.common import origin
 from dstrain.tasks.common import rows as rows_module
 from dstrain.tasks.common import tokenizer as tokenizers_module
-from dstrain.tasks.common import tokenizer as tokenizers_module
 from dstrain.tasks.common.tokenizer import train_tokenizer
 
 WORDS = ["def", "return", "class", "import", "lambda", "yield", "self", "value", "index", "name"]
