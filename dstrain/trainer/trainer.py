@@ -17,13 +17,13 @@ from dstrain.core.errors import ConfigError, DataError, ModelError, Problem, Tra
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, require_equal
 from dstrain.core.seeds import seed_everything, seed_rank
-from dstrain.data import batch_size, iterate, set_epoch, to_device
+from dstrain.data import to_device
 from dstrain.engine import Engine, device_name
-from dstrain.evaluation import EvalBatch, evaluate_loss
 from dstrain.models import DTYPES, check_writable, save_model
 from dstrain.reporting import save_loss_curve
 from dstrain.trainer import build, compat, saving
 from dstrain.trainer.engines import EngineKeeper
+from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
 from dstrain.trainer.loop import MicroStep, RunPlan, TrainLoop
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 _UNSUPPORTED_HOOKS = ("prediction_step", "prediction_loop", "floating_point_ops")
 
 
-class Trainer(OptimizerHooks):
+class Trainer(EvaluationHooks, OptimizerHooks):
     """Trains and evaluates a model with DeepSpeed; the surface of transformers' Trainer.
 
     Attributes:
@@ -165,46 +165,6 @@ class Trainer(OptimizerHooks):
                 self._writer.close()
                 self._writer = None
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Loss over a dataset, each sample once; logged and returned.
-
-        Works before, during and after training at every ZeRO stage. The loss is the mean over all
-        targets, so it depends neither on the batch size nor on the number of ranks.
-
-        Args:
-            eval_dataset: instead of the one given to the constructor; of a dict each set is
-                evaluated, with its name in the prefix.
-            ignore_keys: for drop-in use; no outputs are gathered here.
-            metric_key_prefix: "eval" gives ``eval_loss`` and so on.
-
-        Raises:
-            DataError: no evaluation data, or an empty one.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
-            results: dict[str, float] = {}
-            for name, part in dataset.items():
-                prefix = f"{metric_key_prefix}_{name}"
-                results |= self.evaluate(part, ignore_keys, prefix)
-            return results
-        loader = self.get_eval_dataloader(eval_dataset)
-        build.check_shared_out(loader, self.ranks, method="get_eval_dataloader")
-        started = time.time()
-        metrics = self.evaluation_loop(loader, metric_key_prefix=metric_key_prefix)
-        num_samples, num_steps = metrics.pop("_samples"), metrics.pop("_steps")
-        metrics |= compat.speed_metrics(
-            metric_key_prefix, started, num_samples=num_samples, num_steps=num_steps
-        )
-        metrics |= self.derived_metrics(metrics, metric_key_prefix)
-        self.log(metrics)
-        self.events("on_evaluate", metrics=metrics)
-        return metrics
-
     def save_model(self, output_dir: str | None = None) -> None:
         """Write a complete Hugging Face folder at every ZeRO stage; all ranks must call it.
 
@@ -331,46 +291,7 @@ class Trainer(OptimizerHooks):
             )
         return self._loader(self.train_dataset, train=True)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """This rank's evaluation loader.
-
-        Raises:
-            DataError: there is no evaluation data, or it is empty.
-        """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
-            raise DataError(
-                Problem("evaluate() without eval_dataset", "", "pass one here or to the Trainer")
-            )
-        return self._loader(dataset, train=False)
-
-    def derived_metrics(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
-        """Metrics computed from others after an evaluation; none by default."""
-        return {}
-
-    def evaluation_loop(self, loader: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Run an evaluation loader; the loss, and the counts under ``_samples`` and ``_steps``."""
-        model = self._engines.forward_model(self.model, self.resolved)
-        model.eval()
-        set_epoch(loader, 0)
-        totals = evaluate_loss(
-            self._eval_batches(loader),
-            lambda inputs: self.compute_loss(model, inputs),
-            device=device_name(),
-            on_step=lambda: self.events("on_prediction_step", eval_dataloader=loader),
-        )
-        if totals.num_samples == 0:
-            raise DataError(Problem("the evaluation data gave no sample", "at least one is needed"))
-        metrics: dict[str, float] = {"_samples": totals.num_samples, "_steps": totals.num_steps}
-        if totals.loss is not None:
-            metrics[f"{metric_key_prefix}_loss"] = totals.loss
-        return metrics
-
     # --- behind the edge ------------------------------------------------------------------------
-
-    def evaluate_in_training(self) -> None:
-        """Evaluate because a callback asked for it."""
-        self.evaluate()
 
     def save_in_training(self, position: Position) -> None:
         """Save a checkpoint because a callback asked for it."""
@@ -485,15 +406,6 @@ class Trainer(OptimizerHooks):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return to_device(inputs, device_name(), float_dtype=DTYPES[self.resolved.precision])
-
-    def _eval_batches(self, loader: Any) -> Any:
-        for micro_batch, _ in iterate(loader):
-            inputs = micro_batch.inputs
-            targets = 0 if micro_batch.masked else self.targets.count(inputs)
-            samples = 0 if micro_batch.masked else batch_size(inputs)
-            if targets == 0:
-                inputs = self.targets.without_ignored(inputs)
-            yield EvalBatch(self._prepare_inputs(inputs), targets, samples)
 
 
 def _refuse_unsupported_hooks(cls: type[Trainer]) -> None:
