@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
-from dstrain.config.resolve import ResolvedConfig
+from dstrain.config.resolved import ResolvedConfig
 
 PACKAGES = ("dstrain", "deepspeed", "torch", "transformers")
 

@@ -11,17 +11,15 @@ evaluation, and twice gives the same. Precedence for a key:
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import constraints, optimizers, schema
 from dstrain.config.automatic import choose_placement
 from dstrain.config.facts import Facts
-from dstrain.config.optimizer_table import Build
+from dstrain.config.resolved import Provenance, ResolvedConfig
 from dstrain.config.rules import (
     RULES,
     SCHEDULES,
@@ -32,115 +30,9 @@ from dstrain.config.rules import (
     readable_arguments,
 )
 from dstrain.config.rules.optimizer import choose
-from dstrain.config.rules.precision import short_name
 from dstrain.config.source import read_config
+from dstrain.config.tree import drop, get, leaves, put
 from dstrain.core.errors import ConfigError, Problem, raise_problems
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where the value of a key comes from.
-
-    Attributes:
-        source: "config", "argument", "derived" or "default" (an argument left at its default).
-        detail: one line: the config's label, the argument's name, or the formula with numbers.
-    """
-
-    source: str
-    detail: str
-
-    def __str__(self) -> str:
-        """The detail, which reads alone."""
-        return self.detail
-
-
-@dataclass(frozen=True)
-class ResolvedConfig:
-    """A complete DeepSpeed config, with the reason for every leaf.
-
-    Attributes:
-        values: leaf values by dotted path, in the order in which they are shown.
-        provenance: the reason for each leaf.
-        adopted: arguments that took their value from the user's config.
-        warnings: what the user should know but need not change.
-        facts: what the resolution knew.
-        arguments: the arguments after adoption.
-        optimizer: what runs, unless it is the user's own.
-    """
-
-    values: Mapping[str, Any]
-    provenance: Mapping[str, Provenance]
-    adopted: Mapping[str, Any]
-    warnings: tuple[str, ...]
-    facts: Facts
-    arguments: Mapping[str, Any] = field(repr=False)
-    optimizer: Build | None = None
-
-    def to_deepspeed(self) -> dict[str, Any]:
-        """A nested dict of its own, ready for ``deepspeed.initialize``.
-
-        Without the section of an optimizer that dstrain builds, which is passed as an object.
-        """
-        nested: dict[str, Any] = {}
-        for path, value in self.values.items():
-            if not (self.builds_optimizer and path.startswith("optimizer.")):
-                _put(nested, path, copy.deepcopy(value))
-        return nested
-
-    @property
-    def builds_optimizer(self) -> bool:
-        """Whether dstrain builds the optimizer, since DeepSpeed has no name for it."""
-        return self.optimizer is not None and not self.optimizer.type
-
-    def optimizer_parameters(self) -> dict[str, Any]:
-        """What the constructor of the optimizer is given, beside the parameter groups."""
-        prefix = "optimizer.params."
-        given = {k: v for k, v in self.values.items() if k.startswith(prefix)}
-        return {k.removeprefix(prefix): copy.deepcopy(v) for k, v in given.items()}
-
-    def value(self, argument: str) -> Any:
-        """The value of an argument that the run uses, the user's config taken into account."""
-        return self.arguments[argument]
-
-    @property
-    def stage(self) -> int:
-        """ZeRO stage, 0 to 3."""
-        return int(self.values["zero_optimization.stage"])
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Samples per rank in one forward pass."""
-        return int(self.values["train_micro_batch_size_per_gpu"])
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches per rank in a full optimizer step."""
-        return int(self.values["gradient_accumulation_steps"])
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples over all ranks in a full optimizer step."""
-        return int(self.values["train_batch_size"])
-
-    @property
-    def precision(self) -> str:
-        """The format of weights and activations: "bf16", "fp16" or "fp32"."""
-        for name in ("bf16", "fp16"):
-            if self.values.get(f"{name}.enabled"):
-                return name
-        return "fp32"
-
-    @property
-    def compute_format(self) -> str:
-        """The format of matrix products: that of autocast where it is on, else ``precision``."""
-        if self.values.get("torch_autocast.enabled"):
-            return short_name(self.values["torch_autocast.dtype"])
-        return self.precision
-
-    @property
-    def has_scheduler(self) -> bool:
-        """Whether the user's config asks for one of DeepSpeed's own schedules."""
-        return "scheduler.type" in self.values
 
 
 def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
@@ -156,7 +48,7 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     )
     config, warnings = schema.normalise(given)
     _drop_nulls(config)
-    explicit = {p: v for p, v in _leaves(config) if not _is_auto(p, v)}
+    explicit = {p: v for p, v in leaves(config) if not _is_auto(p, v)}
     problems: list[Problem] = []
     chosen = readable_arguments(arguments)
     changed = arguments.changed_fields()
@@ -186,17 +78,17 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
         build, found, remarks = choose(View(chosen, facts, config), explicit, changed, label)
         problems += found
         warnings += remarks
-    for path, value in _leaves(config):
+    for path, value in leaves(config):
         if _is_auto(path, value):
             problems.append(_left_auto(path))
     raise_problems(
         problems, error=ConfigError, title="the arguments and the DeepSpeed config do not agree"
     )
     order = {rule.key: i for i, rule in enumerate(RULES)}
-    leaves = sorted(_leaves(config), key=lambda item: order.get(item[0], len(order)))
+    shown = sorted(leaves(config), key=lambda item: order.get(item[0], len(order)))
     return ResolvedConfig(
-        values=dict(leaves),
-        provenance={path: provenance[path] for path, _ in leaves},
+        values=dict(shown),
+        provenance={path: provenance[path] for path, _ in shown},
         adopted=adopted,
         warnings=tuple(warnings),
         facts=facts,
@@ -215,7 +107,7 @@ def _show_decided(
     for name, value in decided.items():
         if value == "none":
             key = f"zero_optimization.{name}.device"
-            _put(config, key, value)
+            put(config, key, value)
             provenance[key] = reasons[name]
 
 
@@ -316,7 +208,7 @@ def _fill(
         if isinstance(rule, Derivation):
             problems += _disagreements(rule, explicit[rule.key], view, reasons, label)
         return
-    present = _get(config, rule.key) is not None
+    present = get(config, rule.key) is not None
     optional = rule.when_present if isinstance(rule, Binding) else rule.only_auto
     if optional and not present and not _takes(config, rule.key):
         return
@@ -325,11 +217,11 @@ def _fill(
         # "auto" with nothing to say here: without the key DeepSpeed's default holds. What only the
         # length of the run can fill is resolved again when training starts.
         if present:
-            _drop(config, rule.key)
+            drop(config, rule.key)
             if rule.key.startswith("scheduler.") and view.facts.num_training_steps is None:
                 warnings.append(f"{rule.key} is filled when training starts: it needs max_steps")
         return
-    _put(config, rule.key, derived.value)
+    put(config, rule.key, derived.value)
     if derived.how:
         provenance[rule.key] = Provenance("derived", derived.how)
     elif isinstance(rule, Binding):
@@ -379,7 +271,7 @@ def _takes(config: Mapping[str, Any], path: str) -> bool:
     in 1000 steps, whatever the arguments say.
     """
     section, _, _ = path.partition(".params.")
-    kind = _get(config, f"{section}.type")
+    kind = get(config, f"{section}.type")
     return isinstance(kind, str) and kind != schema.AUTO and schema.is_known(path, kind=kind)
 
 
@@ -405,7 +297,7 @@ def _constraints(
     label: str,
 ) -> list[Problem]:
     """What excludes what in the filled config, and what nothing would read."""
-    values = {path: value for path, value in _leaves(config) if not _is_auto(path, value)}
+    values = {path: value for path, value in leaves(config) if not _is_auto(path, value)}
     filled = constraints.Config(values, facts, label)
     by_argument = frozenset(p for p, reason in provenance.items() if reason.source == "argument")
     ignored, remarks = constraints.find_warnings(filled, by_argument)
@@ -416,7 +308,7 @@ def _constraints(
 def _unused(chosen: Mapping[str, Any], config: Mapping[str, Any]) -> list[Problem]:
     """A path for NVMe where nothing goes there."""
     places = ("offload_optimizer", "offload_param")
-    devices = [_get(config, f"zero_optimization.{name}.device") for name in places]
+    devices = [get(config, f"zero_optimization.{name}.device") for name in places]
     if chosen["nvme_path"] is None or "nvme" in devices:
         return []
     return [
@@ -469,48 +361,10 @@ def _equal(a: Any, b: Any) -> bool:
         return bool(a == b)
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{path}.")
-        else:
-            yield path, value
-
-
-def _get(config: Mapping[str, Any], path: str) -> Any:
-    node: Any = config
-    for part in path.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return None
-        node = node[part]
-    return node
-
-
-def _put(config: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    node = config
-    for part in parents:
-        child = node.get(part)
-        if not isinstance(child, dict):
-            child = node[part] = {}
-        node = child
-    node[last] = value
-
-
-def _drop(config: dict[str, Any], path: str) -> None:
-    """Remove a key, and the sections that it leaves empty."""
-    parent, _, last = path.rpartition(".")
-    section = _get(config, parent) if parent else config
-    del section[last]
-    if parent and not section:
-        _drop(config, parent)
-
-
 def _drop_nulls(config: dict[str, Any]) -> None:
     """Remove nulls where a rule knows a value: to DeepSpeed null means that the key is missing."""
     for rule in RULES:
         parent, _, last = rule.key.rpartition(".")
-        section = _get(config, parent) if parent else config
+        section = get(config, parent) if parent else config
         if isinstance(section, Mapping) and last in section and section[last] is None:
-            _drop(config, rule.key)
+            drop(config, rule.key)

@@ -13,8 +13,6 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -29,6 +27,18 @@ from dstrain.config.schema_keys import (
     Key,
     Refused,
     Section,
+)
+from dstrain.config.schema_values import (
+    MISFIT,
+    NO,
+    YES,
+    either,
+    expected,
+    fit,
+    is_allowed,
+    kind_of,
+    remedy_for,
+    show,
 )
 from dstrain.core.errors import Problem, nearest
 
@@ -45,9 +55,6 @@ __all__ = [
 
 AUTO: Final = "auto"
 COMMENTS: Final = ("_", "//", "#")  # JSON has no comments: people write them as keys like these
-_MISFIT: Final = object()
-_YES: Final = ("true", "yes", "on", "1")
-_NO: Final = ("false", "no", "off", "0")
 # A name that stands in more sections than this does not say where it belongs.
 _MOST_HOMES: Final = 3
 _MOST_LISTED: Final = 16  # keys that an error names
@@ -110,18 +117,18 @@ def read_text(text: str, key: Key) -> tuple[Any, str]:
     """What a command line spells for a key, and what is wrong with it ("" for nothing)."""
     word = text.strip().lower()
     value: Any = text.strip()
-    if bool in key.types and word in (*_YES, *_NO):
-        value = word in _YES
+    if bool in key.types and word in (*YES, *NO):
+        value = word in YES
     elif NONE in key.types and word == "none":
         value = None
     elif list in key.types and word[:1] in ("[", "("):
         value = [part.strip() for part in word[1:-1].split(",")]
-    value = _fit(value, key)
+    value = fit(value, key)
     if isinstance(value, list) and isinstance(key.items, Key):
-        value = [_fit(item, key.items) for item in value]
-    misfit = value is _MISFIT or (isinstance(value, list) and _MISFIT in value)
-    if misfit or not _is_allowed(value, key):
-        return None, f"expected {_expected(key)}"
+        value = [fit(item, key.items) for item in value]
+    misfit = value is MISFIT or (isinstance(value, list) and MISFIT in value)
+    if misfit or not is_allowed(value, key):
+        return None, f"expected {expected(key)}"
     return value, ""
 
 
@@ -207,7 +214,7 @@ class _Reading:
 def _read(config: Any) -> _Reading:
     reading = _Reading()
     if not isinstance(config, Mapping):
-        what = f"the DeepSpeed config is {_kind(config)}: {_show(config)}"
+        what = f"the DeepSpeed config is {kind_of(config)}: {show(config)}"
         reading.problems.append(Problem(what, "DeepSpeed expects an object of keys and values"))
         return reading
     reading.config = _read_section(config, CONFIG, "", reading)
@@ -231,7 +238,7 @@ def _read_section(
             out[name] = _copy(value)
         elif isinstance(entry, Refused):
             out[name] = _copy(value)
-            problem = Problem(f"{here} = {_show(value)}", entry.reason, entry.instead)
+            problem = Problem(f"{here} = {show(value)}", entry.reason, entry.instead)
             reading.problems.append(problem)
         elif isinstance(entry, Alias):
             entry_of = entry.key or _find(entry.to, None)[0]
@@ -259,8 +266,8 @@ def _read_params(value: Any, section: Section, kind: Any, path: str, reading: _R
         # A type of torch's own: number strings are understood, everything else is its affair.
         for name, key in _all_keys(section).items():
             if isinstance(read.get(name), str) and isinstance(key, Key):
-                number = _fit(read[name], key)
-                read[name] = read[name] if number is _MISFIT else number
+                number = fit(read[name], key)
+                read[name] = read[name] if number is MISFIT else number
     return read
 
 
@@ -279,24 +286,24 @@ def _read_entry(
         return new
     if not (isinstance(value, entry.also) or (value is None and entry.nullable)):
         names = ", ".join(_suggestable(entry)[:6])
-        why = f"that is {_kind(value)}; DeepSpeed expects an object of keys and values"
+        why = f"that is {kind_of(value)}; DeepSpeed expects an object of keys and values"
         remedy = f"write an object with keys such as {names}" if names else "write an object"
-        reading.problems.append(Problem(f"{path} = {_show(value)}", why, remedy))
+        reading.problems.append(Problem(f"{path} = {show(value)}", why, remedy))
     return _copy(value)
 
 
 def _read_value(value: Any, key: Key, path: str, reading: _Reading) -> Any:
-    fitted = _fit(value, key)
-    what = f"{path} = {_show(value)}"
+    fitted = fit(value, key)
+    what = f"{path} = {show(value)}"
     removed = key.refused.get(str(value).lower())
     if removed is not None:
         reading.problems.append(Problem(what, removed.reason, removed.instead))
-    elif fitted is _MISFIT:
-        why = f"that is {_kind(value)}; DeepSpeed expects {_expected(key)}"
-        reading.problems.append(Problem(what, why, _remedy(value, key)))
-    elif not _is_allowed(fitted, key):
-        why = f"DeepSpeed expects {_expected(key)}"
-        reading.problems.append(Problem(what, why, _remedy(value, key)))
+    elif fitted is MISFIT:
+        why = f"that is {kind_of(value)}; DeepSpeed expects {expected(key)}"
+        reading.problems.append(Problem(what, why, remedy_for(value, key)))
+    elif not is_allowed(fitted, key):
+        why = f"DeepSpeed expects {expected(key)}"
+        reading.problems.append(Problem(what, why, remedy_for(value, key)))
     elif isinstance(fitted, (list, tuple)) and key.items is not None:
         items = key.items
         read = [
@@ -304,7 +311,7 @@ def _read_value(value: Any, key: Key, path: str, reading: _Reading) -> Any:
             for i, item in enumerate(fitted)
         ]
         return tuple(read) if isinstance(fitted, tuple) else read
-    return _copy(value if fitted is _MISFIT else fitted)
+    return _copy(value if fitted is MISFIT else fitted)
 
 
 def _rename(path: str, alias: Alias, value: Any, reading: _Reading) -> None:
@@ -323,7 +330,7 @@ def _rename(path: str, alias: Alias, value: Any, reading: _Reading) -> None:
         holder[old] = value
         if isinstance(target, dict) and new in target:
             why = f"{alias.to} is given too, and both mean the same setting"
-            problem = Problem(f"{path} = {_show(value)}", why, f"keep {alias.to} only")
+            problem = Problem(f"{path} = {show(value)}", why, f"keep {alias.to} only")
             reading.problems.append(problem)
         return
     del holder[old]
@@ -332,67 +339,7 @@ def _rename(path: str, alias: Alias, value: Any, reading: _Reading) -> None:
         reading.warnings.append(f"{path} = {value} is {how}: left out, which means the same")
         return
     target[new] = _copy(matches[0] if matches else value)
-    reading.warnings.append(f"{path} is {how}: read as {alias.to} = {_show(target[new])}")
-
-
-# --- single values -------------------------------------------------------------------------------
-
-
-def _fit(value: Any, key: Key) -> Any:
-    """The value in one of the key's types, or ``_MISFIT``. A boolean is never a number."""
-    kinds = key.types
-    if value is None or isinstance(value, bool):
-        return value if type(value) in kinds else _MISFIT
-    if isinstance(value, str) and str not in kinds:
-        number = _number(value) if int in kinds or float in kinds else None
-        if number is None:
-            return _MISFIT
-        value = float(number) if int not in kinds else number
-    if isinstance(value, int):
-        return value if int in kinds or float in kinds else _MISFIT
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return value if key.infinite and value == math.inf else _MISFIT
-        if float in kinds:
-            return value
-        return int(value) if int in kinds and value.is_integer() else _MISFIT
-    if isinstance(value, (list, tuple)):
-        return value if list in kinds else _MISFIT
-    if isinstance(value, Mapping):
-        return _MISFIT
-    if object in kinds and not isinstance(value, str):
-        return value
-    plain = tuple(kind for kind in kinds if kind in (str, os.PathLike))
-    return value if isinstance(value, plain) else _MISFIT
-
-
-def _number(text: str) -> int | float | None:
-    """The number that a string spells: "5e-5", "1e9", "16"."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _is_allowed(value: Any, key: Key) -> bool:
-    """Whether a value of the right type is one of the choices and within the range."""
-    if value is None:
-        return True
-    if key.choices or key.any_case:
-        folded = str(value).lower() in {choice.lower() for choice in key.any_case}
-        return value in key.choices or folded
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return True
-    return not (
-        (key.minimum is not None and value < key.minimum)
-        or (key.maximum is not None and value > key.maximum)
-        or (key.above is not None and value <= key.above)
-        or (key.below is not None and value >= key.below)
-    )
+    reading.warnings.append(f"{path} is {how}: read as {alias.to} = {show(target[new])}")
 
 
 def _copy(value: Any) -> Any:
@@ -403,7 +350,7 @@ def _copy(value: Any) -> Any:
     return value
 
 
-# --- saying what is wrong ------------------------------------------------------------------------
+# --- keys that are not there ---------------------------------------------------------------------
 
 
 def _unknown(name: object, value: Any, section: Section, path: str) -> Problem:
@@ -412,7 +359,7 @@ def _unknown(name: object, value: Any, section: Section, path: str) -> Problem:
     why = f"DeepSpeed {DEEPSPEED_VERSION} has no such key {where}"
     if len(known) <= _MOST_LISTED:
         why += f", which has {', '.join(known)}"
-    what = f"{_join(path, name)} = {_show(value)}"
+    what = f"{_join(path, name)} = {show(value)}"
     return Problem(what, why, _suggestion(str(name), known, path))
 
 
@@ -420,7 +367,7 @@ def _suggestion(name: str, known: list[str], path: str) -> str:
     """Where the name belongs, or the nearest name of this section, then of all sections."""
     elsewhere = [home for home in _homes().get(name, ()) if home != path]
     if elsewhere and len(elsewhere) <= _MOST_HOMES:
-        return f"it belongs in {_either([home or 'the top level' for home in elsewhere])}"
+        return f"it belongs in {either([home or 'the top level' for home in elsewhere])}"
     near = nearest(name, known)
     if near:
         return f"did you mean {_join(path, near)}?"
@@ -428,66 +375,9 @@ def _suggestion(name: str, known: list[str], path: str) -> str:
     # In another section only a slip of the pen counts: there are hundreds of names to be like.
     for near in difflib.get_close_matches(name, others, n=1, cutoff=0.8):
         if len(others[near]) <= _MOST_HOMES:
-            return f"did you mean {_either([_join(home, near) for home in others[near]])}?"
+            return f"did you mean {either([_join(home, near) for home in others[near]])}?"
     return "remove it"
 
 
 def _suggestable(section: Section) -> list[str]:
     return [n for n, e in _all_keys(section).items() if isinstance(e, (Key, Section))]
-
-
-def _remedy(value: Any, key: Key) -> str:
-    word = str(value).strip().lower()
-    if bool in key.types and word in (*_YES, *_NO):
-        return f"write {'true' if word in _YES else 'false'}, without quotes"
-    choices = {str(choice).lower(): choice for choice in (*key.any_case, *key.choices)}
-    near = nearest(word, set(choices))
-    if near:
-        return f"did you mean {choices[near]!r}?"
-    if key.default is NO_DEFAULT:
-        return ""
-    known = "" if key.default is None else f" for DeepSpeed's default, {_show(key.default)}"
-    return f"leave it out{known}"
-
-
-def _expected(key: Key) -> str:
-    """What a key accepts, in words."""
-    options = [repr(choice) for choice in (*key.any_case, *key.choices)]
-    if not options:
-        names: dict[type, str] = {
-            bool: "true or false", int: "an integer", float: "a number", str: "a string",
-            list: "a list", object: "a Python object that JSON cannot hold",
-        }  # fmt: skip
-        options = [names[kind] for kind in key.types if kind in names]
-    limits = {">=": key.minimum, ">": key.above, "<=": key.maximum, "<": key.below}
-    given = [f"{sign} {limit:g}" for sign, limit in limits.items() if limit is not None]
-    if given:
-        options[0] += f" {' and '.join(given)}"
-    options += ["'auto'"] if key.auto_is_value else []
-    options += ["null"] if NONE in key.types else []
-    return ("one of " if key.choices or key.any_case else "") + _either(options)
-
-
-def _either(options: list[str]) -> str:
-    return " or ".join([", ".join(options[:-1]), options[-1]] if options[1:] else options)
-
-
-def _kind(value: Any) -> str:
-    """The type of a value in the words of a config file."""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return "not a finite number"
-        return "a number" if value.is_integer() else "a number with a fraction"
-    kinds: dict[Any, str] = {
-        bool: "a boolean", int: "an integer", str: "a string", NONE: "null",
-        Mapping: "an object", (list, tuple): "a list",
-    }  # fmt: skip
-    for kind, text in kinds.items():
-        if isinstance(value, kind):
-            return text
-    return f"a Python {type(value).__name__}"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
