@@ -43,6 +43,8 @@ def run(words: Sequence[str]) -> int:
     if options.diff is None:
         record = as_record(resolved, arguments)
         print(json.dumps(record, indent=2) if options.json else as_table(resolved))
+        if not options.json and (note := _unsaid(resolved)):
+            print(f"note: {note}")
         return SAME
     found = differences(as_record(resolved, arguments), _other(options, words))
     if options.json:
@@ -50,6 +52,17 @@ def run(words: Sequence[str]) -> int:
     else:
         print(as_text(found, other=options.diff or "the defaults"))
     return DIFFERENT if found else SAME
+
+
+def _unsaid(resolved: ResolvedConfig) -> str:
+    """Flags of this command with which the answer would be nearer to that of a run; "" for none."""
+    facts = resolved.facts
+    unknown = {"--model_config": facts.sizes is None}
+    if resolved.provenance["zero_optimization.stage"].source == "derived":
+        memory = "--host_memory" if facts.device == "cpu" else "--gpu_memory"
+        unknown |= {memory: facts.machine is None, "--block_size": facts.sequence_length is None}
+    flags = [flag for flag, is_unknown in unknown.items() if is_unknown]
+    return f"a run knows more than this command: tell it with {', '.join(flags)}" if flags else ""
 
 
 def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]:

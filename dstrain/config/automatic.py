@@ -176,6 +176,8 @@ def _planned(
     if guessed:
         what = "tokens per sample" if facts.sequence_length is None else "form of the layers"
         how += f", {ACTIVATION_SHARE:.0%} of it kept for activations (unknown: {what})"
+    elif sizes.text_only:
+        how += ", without the activations of parts other than the text model, which are not known"
     warning = ""
     if not choice.fits:
         warning = (

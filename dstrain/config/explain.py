@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -12,17 +13,22 @@ from typing import Any
 from dstrain.arguments import TrainingArguments
 from dstrain.config.resolved import ResolvedConfig
 
+REASON_WIDTH = 88
 PACKAGES = ("dstrain", "deepspeed", "torch", "transformers")
 
 
 def as_table(resolved: ResolvedConfig) -> str:
-    """Aligned lines ``key  value  reason``, then warnings."""
+    """Aligned lines ``key  value  reason``, long reasons on several; then warnings."""
     rows = [
         (key, _show(value), str(resolved.provenance[key])) for key, value in resolved.values.items()
     ]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     widths[1] = min(widths[1], 24)
-    lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {why}" for key, value, why in rows]
+    lines = []
+    for key, value, why in rows:
+        first, *others = textwrap.wrap(why, REASON_WIDTH, break_long_words=False) or [""]
+        lines.append(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {first}")
+        lines += [" " * (sum(widths) + 4) + other for other in others]
     lines += [f"warning: {text}" for text in resolved.warnings]
     return "\n".join(lines)
 

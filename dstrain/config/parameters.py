@@ -88,6 +88,8 @@ class ModelSizes:
         tensors: the parameters; shared ones once.
         vocab_size: entries of the logits; 0 for a model without a vocabulary.
         block: the form of its layers; None where it is not known.
+        text_only: ``block`` is that of a text model among other parts, such as a vision tower,
+            whose activations are not known.
     """
 
     model_type: str
@@ -95,6 +97,7 @@ class ModelSizes:
     tensors: tuple[Tensors, ...]
     vocab_size: int
     block: Block | None
+    text_only: bool = False
 
     @property
     def facts(self) -> ModelFacts:
@@ -153,7 +156,12 @@ class ModelSizes:
         tensors = tuple(Tensors(**{**t, "shape": tuple(t["shape"])}) for t in data["tensors"])
         block = Block(**data["block"]) if data["block"] else None
         return ModelSizes(
-            data["model_type"], data["source"], tensors, int(data["vocab_size"]), block
+            data["model_type"],
+            data["source"],
+            tensors,
+            int(data["vocab_size"]),
+            block,
+            bool(data["text_only"]),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dstrain.config.activations import layer_bytes
-from dstrain.config.memory import CUDA_OVERHEAD_BYTES, GIB
+from dstrain.config.memory import CUDA_OVERHEAD_BYTES, GIB, Footprint
 from dstrain.config.planner import Choice, Plan, Row, describe
 
 KINDS = {
@@ -14,7 +14,6 @@ KINDS = {
     "master weights": "master",
     "optimizer": "optim",
     "buckets": "buckets",
-    "activations": "activ",
     "logits": "logits",
     "step": "step",
 }
@@ -38,19 +37,26 @@ def as_table(found: Plan, choice: Choice) -> str:
         *_rows(found, choice),
         "",
         f"{_asked(choice)}: {choice.placement}" + ("" if choice.fits else " (does not fit)"),
-        f"  because {choice.reason}",
+        *_because(choice),
         *(f"  {remedy}" for remedy in choice.remedies),
         "",
-        "GiB per GPU, each kind at its own maximum; peak is the most at any one moment.",
-        f"peak+: what must fit, with {CUDA_OVERHEAD_BYTES / GIB:.1f} GiB assumed for CUDA, NCCL "
-        "and fragmentation. ckpt+: the same with activation checkpointing.",
+        "GiB per GPU, each kind at its own maximum; peak is the most at any one moment, with the "
+        "activations that",
+        f"layers keep; need is what must fit, with {CUDA_OVERHEAD_BYTES / GIB:.1f} GiB assumed for "
+        "CUDA, NCCL and fragmentation.",
         "host, disk: GiB per machine, page-locked buffers rounded up to powers of two, 3 GiB "
         "assumed per process.",
         "Assumed: all parameters train; every sequence has full length, without padding; the "
-        "bucket sizes that dstrain derives.",
+        "bucket sizes that",
+        "dstrain derives.",
     ]
     if block is None:
         lines.append("Activations are not known for this architecture and count as nothing.")
+    elif sizes.text_only:
+        lines.append(
+            "Activations are those of the text model alone: what images or sound need is not known "
+            "and comes on top."
+        )
     else:
         lines.append(f"One layer keeps {layer_bytes(block, batch) / GIB:.2f} GiB uncheckpointed.")
     return "\n".join(lines)
@@ -63,28 +69,53 @@ def _asked(choice: Choice) -> str:
     return "zero_stage=auto with offload_optimizer=auto and offload_param=auto"
 
 
+def _because(choice: Choice) -> list[str]:
+    """The reason, with a line for every choice that was passed over."""
+    first, *others = choice.reason.split("; ")
+    return [f"  because {first}", *(f"          {other}" for other in others)]
+
+
 def _rows(found: Plan, choice: Choice) -> list[str]:
-    heads = ["", "", *KINDS.values(), "peak", "peak+", "ckpt+", "host", "disk", "fits"]
-    table = [heads]
+    """The table: what does not depend on activation checkpointing, then what does, twice."""
+    heads = ["", "", *KINDS.values(), *2 * ["|", "activ", "peak", "need"]]
+    table = [[*heads, "|", "host", "disk", "fits"]]
     ranks = found.work.ranks_per_machine
     for row in found.rows:
-        f = row.footprint
-        numbers = [*(f.kinds[kind] for kind in KINDS), f.peak, f.needed, row.checkpointed.needed]
-        numbers += [ranks * sum(f.host.values()), ranks * sum(f.nvme.values())]
-        mark = "*" if row.placement == choice.placement else ""
-        table.append([mark, str(row.placement), *map(_gib, numbers), _verdict(row)])
-    widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
-    return [
+        kinds = row.footprint.kinds
+        line = ["*" if row.placement == choice.placement else "", str(row.placement)]
+        line += [_gib(kinds[kind]) for kind in KINDS]
+        for f in (row.plain, row.checkpointed):
+            line += ["|", *map(_gib, (f.kinds["activations"], f.peak, f.needed))]
+        machine = (
+            ranks * sum(place.values()) for place in (row.footprint.host, row.footprint.nvme)
+        )
+        table.append([*line, "|", *map(_gib, machine), _verdict(row)])
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = [
         " ".join(
-            text.ljust(width) if i in (0, 1, len(heads) - 1) else text.rjust(width)
+            text.ljust(width) if i in (0, 1, len(widths) - 1) else text.rjust(width)
             for i, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in table
     ]
+    return [_titles(lines[0]), *lines]
+
+
+def _titles(heads: str) -> str:
+    """The line above the heads of columns, which names the groups that bars divide."""
+    line = ""
+    bars = [i for i, sign in enumerate(heads) if sign == "|"]
+    names = ("not checkpointed", "checkpointed", "per machine")
+    for bar, name in zip(bars, names, strict=True):
+        line = f"{line:<{bar}}| {name}"
+    return line
 
 
 def _verdict(row: Row) -> str:
-    return "yes" if row.fits else f"no: {describe(row.lacking)}"
+    if row.fits:
+        return "yes"
+    also = " (checkpointed: yes)" if row.fits_checkpointed else ""
+    return f"no, lacks {describe(row.lacking)}{also}"
 
 
 def _gib(num_bytes: int) -> str:
@@ -112,9 +143,11 @@ def as_dict(plan: Plan, choice: Choice) -> dict[str, Any]:
         "rows": [
             {
                 **row.footprint.to_dict(),
-                "peak_with_checkpointing_bytes": row.checkpointed.peak,
+                "without_checkpointing": _activations(row.plain),
+                "with_checkpointing": _activations(row.checkpointed),
                 "fits": row.fits,
                 "lacking_bytes": dict(row.lacking),
+                "fits_with_checkpointing": row.fits_checkpointed,
             }
             for row in plan.rows
         ],
@@ -124,4 +157,13 @@ def as_dict(plan: Plan, choice: Choice) -> dict[str, Any]:
             "reason": choice.reason,
             "remedies": list(choice.remedies),
         },
+    }
+
+
+def _activations(footprint: Footprint) -> dict[str, int]:
+    """What depends on activation checkpointing."""
+    return {
+        "activation_bytes": footprint.kinds["activations"],
+        "peak_bytes": footprint.peak,
+        "needed_bytes": footprint.needed,
     }

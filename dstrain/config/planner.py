@@ -75,17 +75,21 @@ class Limits:
 
 @dataclass(frozen=True)
 class Row:
-    """One choice, as asked for, and with the other setting of activation checkpointing.
+    """One choice, as asked for, and with both settings of activation checkpointing.
 
     Attributes:
         footprint: bytes per rank as asked for.
-        checkpointed: bytes per rank with activation checkpointing.
+        plain: bytes per rank without activation checkpointing.
+        checkpointed: bytes per rank with it.
         lacking: resource -> bytes that are missing; None where it is not known how much there is.
+        fits_checkpointed: whether nothing is missing with activation checkpointing.
     """
 
     footprint: Footprint
+    plain: Footprint
     checkpointed: Footprint
     lacking: Mapping[str, int | None]
+    fits_checkpointed: bool
 
     @property
     def placement(self) -> Placement:
@@ -166,7 +170,7 @@ def plan(
     by_stage = {s: buckets(sizes.facts, work, Placement(s)) for s in stages}
     rows = []
     for placement in placements:
-        pair = [
+        plain, checkpointed = (
             footprint(
                 sizes,
                 work,
@@ -175,9 +179,11 @@ def plan(
                 by_stage[placement.stage],
             )
             for checkpointing in (False, True)
-        ]
-        asked = pair[batch.checkpointing]
-        rows.append(Row(asked, pair[True], _lacking(asked, work, limits)))
+        )
+        asked = checkpointed if batch.checkpointing else plain
+        lacking = _lacking(asked, work, limits)
+        fits_checkpointed = not _lacking(checkpointed, work, limits)
+        rows.append(Row(asked, plain, checkpointed, lacking, fits_checkpointed))
     return Plan(sizes, work, batch, limits, tuple(rows))
 
 

@@ -23,9 +23,23 @@ def count_parameters(spec: str) -> ModelSizes:
     """Sizes of the model that ``spec`` describes, from the modules themselves.
 
     Raises:
-        ModelError: the config cannot be read, or no model class takes it.
+        ModelError: the config cannot be read, or no model can be built from it.
     """
-    return sizes_of_module(_build(parse_model_config(spec)), source="built without memory")
+    config = parse_model_config(spec)
+    try:
+        module = _build(config)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a constructor of transformers meets in an odd config
+        text = " ".join(str(error).split()) or "no reason given"
+        raise ModelError(
+            Problem(
+                f"no model of type {config.model_type!r} can be built from model_config={spec!r}",
+                f"transformers says {type(error).__name__}: {text}",
+                "install what it names as missing, or complete the config",
+            )
+        ) from error
+    return sizes_of_module(module, source="built without memory")
 
 
 def _build(config: Any) -> torch.nn.Module:
@@ -49,10 +63,19 @@ def _build(config: Any) -> torch.nn.Module:
             try:
                 return auto.from_config(config)
             except ValueError as error:
-                failure = failure or error
+                if "Unrecognized configuration class" not in str(error):
+                    failure = failure or error
         for cls in _classes_of(config):
             return cls(config)
-    raise ModelError(Problem(f"model type {config.model_type!r} cannot be built", str(failure)))
+    if failure is not None:
+        raise failure
+    raise ModelError(
+        Problem(
+            f"model type {config.model_type!r} cannot be built",
+            "it is the config of a part: transformers has no model class that takes it alone",
+            "give the config of the whole model",
+        )
+    )
 
 
 def _classes_of(config: Any) -> list[Any]:

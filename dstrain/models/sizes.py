@@ -41,6 +41,7 @@ def sizes_of_module(module: torch.nn.Module, *, source: str = "the model") -> Mo
         merged(tensors),
         int(getattr(text, "vocab_size", 0) or 0),
         None if text is None else _block(text, [name for name, _ in named]),
+        text_only=text is not None and text is not config,
     )
     # A closed form knows more of a layer than names tell.
     formula = closed_form(config.to_dict()) if hasattr(config, "to_dict") else None
@@ -102,5 +103,18 @@ def _first_norms(names: list[str]) -> dict[str, list[str]]:
 
 
 def _first(config: Any, *names: str) -> int:
-    values = (getattr(config, name, None) for name in names)
+    values = (_value(config, name) for name in names)
     return next((int(v) for v in values if isinstance(v, int) and v > 0), 0)
+
+
+def _value(config: Any, name: str) -> Any:
+    """A value of the config; where it differs from layer to layer, the largest.
+
+    Asking such a config (gemma4, dots3_note) for one value of all layers is a ``RuntimeError``.
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        layers = config.per_layer_config
+        values = [getattr(layers[i], name, None) for i in range(len(layers))]
+        return max((v for v in values if isinstance(v, int)), default=None)

@@ -73,6 +73,36 @@ def test_table_shows_every_choice_the_reason_and_the_assumptions(printed):
     assert "8,030,261,248" in text
 
 
+def test_activations_are_shown_with_and_without_checkpointing(printed):
+    """Both, whichever was asked for: the columns stand under their group's title."""
+    words = ("--model_config", LLAMA_8B, *MACHINES)
+    for flag in ((), ("--gradient_checkpointing",)):
+        lines = printed(*words, *flag).splitlines()
+        titles = next(line for line in lines if "not checkpointed" in line)
+        heads, *rows = (line for line in lines if line.count("|") == 3 and line != titles)
+        assert len(rows) == 10
+        bars = [i for i, sign in enumerate(heads) if sign == "|"]
+        assert all([i for i, sign in enumerate(r) if sign == "|"] == bars for r in (titles, *rows))
+        stage_1 = next(row for row in rows if "stage 1 " in row)
+        plain, checkpointed = (tuple(map(float, p.split())) for p in stage_1.split("|")[1:3])
+        assert plain[0] > 10 * checkpointed[0]
+        assert plain[2] > checkpointed[2]
+        got = json.loads(printed("--json", *words, *flag))["rows"][1]
+        for part, key in ((plain, "without_checkpointing"), (checkpointed, "with_checkpointing")):
+            activations, peak, needed = (round(v / 2**30, 1) for v in got[key].values())
+            assert part == (activations, peak, needed)
+
+
+def test_what_fits_once_checkpointed_says_so(printed):
+    words = ("--model_config", LLAMA_8B, "--gpus", "16", "--gpu_memory", "40GB")
+    rows = [line for line in printed(*words).splitlines() if line.count("|") == 3]
+    row = next(line for line in rows if "stage 3 " in line)
+    assert "no, lacks" in row
+    assert row.endswith("(checkpointed: yes)")
+    again = printed(*words, "--gradient_checkpointing").splitlines()
+    assert next(line for line in again if "stage 3 " in line).endswith(" yes")
+
+
 def test_says_by_how_much_it_does_not_fit_and_what_would_help(printed):
     words = ("--model_config", LLAMA_8B, "--gpus", "1", "--gpu_memory", "24GB")
     text = printed(*words, "--micro_batch", "8")

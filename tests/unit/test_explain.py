@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -71,6 +72,42 @@ def test_table_is_aligned():
     lines = lines_by_key(example())
     starts = {line.index(line.split(maxsplit=1)[1]) for key, line in lines.items() if "." in key}
     assert len(starts) == 1
+
+
+def test_a_long_reason_goes_on_below_itself(capsys):
+    """That of zero_stage="auto" names what every faster choice lacks."""
+    words = ("--model_config", "llama:hidden_size=8192,num_hidden_layers=80", "--world_size", "64")
+    text = printed(capsys, *words, "--gpu_memory", "80GB", "--host_memory", "1TB")
+    first, *others = text.splitlines()
+    column = first.index("zero_stage='auto'")
+    below = itertools.takewhile(lambda line: line[:column].isspace(), others)
+    going_on = [line[column:] for line in below]
+    assert going_on
+    assert max(map(len, [first[column:], *going_on])) <= 88
+    whole = json.loads(
+        printed(capsys, "--json", *words, "--gpu_memory", "80GB", "--host_memory", "1TB")
+    )
+    reason = whole["provenance"]["zero_optimization.stage"]["detail"]
+    assert " ".join([first[column:], *going_on]) == reason
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ((), "--model_config, --gpu_memory, --block_size"),
+        (("--device", "cpu"), "--model_config, --host_memory, --block_size"),
+        (("--zero_stage", "2"), "--model_config"),
+        (("--zero_stage", "2", "--model_config", "llama"), ""),
+        (("--model_config", "llama", "--gpu_memory", "80GB"), "--block_size"),
+    ],
+)
+def test_what_a_run_would_know_in_addition_is_named(capsys, words, flags):
+    """Else its config may differ from what was shown here, and nobody would know why."""
+    last = printed(capsys, *words).splitlines()[-1]
+    if flags:
+        assert last == f"note: a run knows more than this command: tell it with {flags}"
+    else:
+        assert not last.startswith("note:")
 
 
 def test_warnings_are_shown_after_the_keys():

@@ -170,3 +170,39 @@ def test_architectures_without_a_closed_form_are_counted(spec):
     from dstrain.models.count import count_parameters
 
     assert count_parameters(spec).elements() > 1e6
+
+
+def test_layers_that_differ_in_width_are_counted_by_the_largest():
+    """Catches the ``RuntimeError`` with which such a config answers: no Gemma 4 would train."""
+    from dstrain.models.count import count_parameters
+
+    got = count_parameters("gemma4_text:num_hidden_layers=6,hidden_size=64,vocab_size=100")
+    assert got.block is not None
+    assert got.block.head_dim == 512  # 256 in the layers with a sliding window
+    assert not got.text_only
+
+
+def test_a_text_model_among_other_parts_is_said_to_be_one():
+    """Activations of a vision tower are not known, so the plan must not look complete."""
+    from dstrain.models.count import count_parameters
+
+    got = count_parameters("gemma3")
+    assert got.text_only
+    assert ModelSizes.from_dict(json.loads(json.dumps(got.to_dict()))) == got
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("sam_mask_decoder", "the config of a part"),
+        ("llama:hidden_size=100,num_attention_heads=3", "num_attention_heads"),
+        ("time_series_transformer", "prediction_length"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line_with_the_reason(spec, said):
+    """Catches a traceback of transformers, or the list of all its classes, as an answer."""
+    from dstrain.models.count import count_parameters
+
+    with pytest.raises(ModelError, match=said) as caught:
+        count_parameters(spec)
+    assert len(str(caught.value)) < 1000

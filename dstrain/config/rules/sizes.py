@@ -54,7 +54,7 @@ def _persistent_below(model: ModelFacts) -> int:
 def _persistent_how(model: ModelFacts) -> str:
     return (
         f"max(largest norm or bias {model.largest_vector:,}, {SMALL_PARAMETER_ELEMENTS:,}) "
-        "elements: gathering one costs more than keeping it"
+        "elements: cheaper kept than gathered"
     )
 
 
