@@ -1,8 +1,13 @@
-"""``dstrain explain``: the config that flags resolve to, and why; no torch, no GPU."""
+"""``dstrain explain``: the config that flags resolve to, and why; no torch, no GPU.
+
+``dstrain explain TASK [flags]`` takes every flag of ``dstrain train TASK``: the command of a run is
+explained by writing "explain" for "train".
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
@@ -11,6 +16,7 @@ from typing import Any
 from dstrain.arguments import TrainingArguments
 from dstrain.cli.flags import make_parser, parse
 from dstrain.cli.model import count_in_child, local_folder
+from dstrain.cli.train import TASKS, find_task
 from dstrain.config import Facts, Machine, ResolvedConfig, resolve
 from dstrain.config.difference import as_data, as_text, differences, read_record
 from dstrain.config.explain import as_record, as_table
@@ -23,6 +29,11 @@ SHARED = (
     *("model_config", "model_name_or_path", "block_size"),
     *("world_size", "device", "gpus_per_node", "gpu_memory", "host_memory"),
 )
+MODEL_FLAGS: dict[str, dict[str, Any]] = {
+    "model_config": {"metavar": "SPEC", "help": "config.json, or llama:key=value,..."},
+    "model_name_or_path": {"metavar": "FOLDER", "help": "a local model folder"},
+    "block_size": {"metavar": "TOKENS", "type": int, "help": "tokens of one sample"},
+}
 OPTIONAL = (*SHARED, "diff")
 SAME, DIFFERENT = 0, 1
 """The exit status of ``--diff`` is that of diff(1)."""
@@ -66,31 +77,23 @@ def _unsaid(resolved: ResolvedConfig) -> str:
 
 
 def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]:
+    """The command's own flags with those of the model, and the arguments of training."""
+    words = list(words)
+    if words[:1] == ["train"]:
+        del words[0]
+    task = words.pop(0) if words and not words[0].startswith("-") else None
+    classes = find_task(task).argument_classes() if task else CLASSES
     parser = make_parser(
-        "dstrain explain",
-        "Print the DeepSpeed config that training with these flags would use, and why.",
-        CLASSES,
+        " ".join(filter(None, ["dstrain explain", task])),
+        "Print the DeepSpeed config that training with these flags would use, and why. "
+        f"After the name of a task ({', '.join(TASKS)}) it takes that task's flags too.",
+        classes,
     )
+    own = {field.name for cls in classes for field in dataclasses.fields(cls)}
     model = parser.add_argument_group("The model to explain for")
-    model.add_argument(
-        "--model_config",
-        default=argparse.SUPPRESS,
-        metavar="SPEC",
-        help="config.json, or llama:key=value,...",
-    )
-    model.add_argument(
-        "--model_name_or_path",
-        default=argparse.SUPPRESS,
-        metavar="FOLDER",
-        help="a local model folder",
-    )
-    model.add_argument(
-        "--block_size",
-        type=int,
-        default=argparse.SUPPRESS,
-        metavar="TOKENS",
-        help="tokens of one sample",
-    )
+    for name, options in MODEL_FLAGS.items():
+        if name not in own:
+            model.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
     world = parser.add_argument_group("The world to explain for")
     world.add_argument("--world_size", type=int, default=1, help="ranks over all machines")
     world.add_argument("--device", default="cuda", help="cuda or cpu")
@@ -113,8 +116,31 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]
         "where nothing differs, 1 where something does",
     )
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
-    given, (arguments,) = parse(parser, words, CLASSES)
-    return argparse.Namespace(**{**dict.fromkeys(OPTIONAL), **vars(given)}), arguments
+    given, instances = parse(parser, _joined(words), classes, elsewhere=_of_tasks())
+    arguments = next(found for found in instances if isinstance(found, TrainingArguments))
+    of_task = {
+        n: getattr(found, n) for found in instances for n in MODEL_FLAGS if hasattr(found, n)
+    }
+    options = {**dict.fromkeys(OPTIONAL), **of_task, **vars(given), "task": task}
+    return argparse.Namespace(**options), arguments
+
+
+def _joined(words: list[str]) -> list[str]:
+    """The flags of another run as one word with theirs: argparse takes a lone flag for its own."""
+    if "--diff" not in words[:-1]:
+        return words
+    i = words.index("--diff")
+    return [*words[:i], f"--diff={words[i + 1]}", *words[i + 2 :]]
+
+
+def _of_tasks() -> dict[str, str]:
+    """Flags that only tasks have, and the command that takes them."""
+    return {
+        f"--{field.name}": f"it belongs to a task: dstrain explain {task} [flags]"
+        for task in TASKS
+        for cls in find_task(task).argument_classes()
+        for field in dataclasses.fields(cls)
+    }
 
 
 def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
@@ -127,6 +153,7 @@ def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     if not given or given.startswith("-"):
         # Its own flags in full; the model and the world are the same unless it says otherwise.
         kept = [f"--{name}={getattr(options, name)}" for name in _shared(options)]
+        kept = [options.task, *kept] if options.task else kept
         try:
             own = shlex.split(given)
         except ValueError as error:

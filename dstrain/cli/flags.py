@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from dstrain.arguments.fields import convert_values, default_of, kinds_of, treatment_of
@@ -43,16 +44,26 @@ def make_parser(
 
 
 def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str], classes: Sequence[type[Any]]
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    classes: Sequence[type[Any]],
+    *,
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[argparse.Namespace, list[Any]]:
     """Parse flags into one instance of each dataclass, and whatever else the parser declares.
+
+    Args:
+        parser: of ``make_parser``.
+        argv: the words.
+        classes: those that the parser was made of.
+        elsewhere: flag that another command has -> what to write.
 
     Raises:
         ConfigError: unknown flags, values of the wrong type and illegal combinations, all at once.
     """
     known, unknown = parser.parse_known_args([_underscored(a) for a in argv])
     values = vars(known)
-    problems = [_unknown_flag(flag, parser) for flag in unknown if flag.startswith("-")]
+    problems = [_unknown_flag(flag, parser, elsewhere) for flag in unknown if flag.startswith("-")]
     stray = [word for word in unknown if not word.startswith("-")]
     if stray and not problems:  # else they may be the values of the unknown flags
         problems.append(
@@ -122,12 +133,11 @@ def _underscored(word: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> Problem:
+def _unknown_flag(
+    flag: str, parser: argparse.ArgumentParser, elsewhere: Mapping[str, str]
+) -> Problem:
     name = flag.split("=")[0]
     known = {o for action in parser._actions for o in action.option_strings}
     close = nearest(name, known)
-    return Problem(
-        f"unknown flag {name}",
-        "",
-        f"did you mean {close}?" if close else f"see {parser.prog} --help",
-    )
+    guess = f"did you mean {close}?" if close else f"see {parser.prog} --help"
+    return Problem(f"unknown flag {name}", "", elsewhere.get(name, guess))

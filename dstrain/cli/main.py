@@ -16,7 +16,8 @@ USAGE = """usage: dstrain COMMAND ...
 
 commands:
   train TASK [flags]   train, evaluate and save a model; tasks: causal-lm
-  explain [flags]      print the DeepSpeed config that these flags resolve to, and why
+  explain [TASK] [flags]
+                       print the DeepSpeed config that these flags resolve to, and why
   plan [flags]         print the memory that each ZeRO stage and offload needs, and what fits
   checkpoint ACTION    list, verify and export checkpoints
 

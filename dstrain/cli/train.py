@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 from dstrain.core.errors import ConfigError, Problem, nearest
 
@@ -30,6 +31,22 @@ def run(words: Sequence[str]) -> int:
         print("`dstrain train TASK --help` lists the flags of a task.")
         return 0
     name, rest = words[0], words[1:]
+    task = find_task(name)
+    from dstrain.cli.flags import make_parser, parse
+
+    classes = task.argument_classes()
+    parser = make_parser(f"dstrain train {name}", task.__doc__ or "", classes)
+    _, instances = parse(parser, rest, classes)
+    task.run(*instances)
+    return 0
+
+
+def find_task(name: str) -> ModuleType:
+    """The module of a task.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
     if name not in TASKS:
         close = nearest(name, set(TASKS))
         raise ConfigError(
@@ -39,11 +56,4 @@ def run(words: Sequence[str]) -> int:
                 f"did you mean {close!r}?" if close else "",
             )
         )
-    from dstrain.cli.flags import make_parser, parse
-
-    task = importlib.import_module(TASKS[name])
-    classes = task.argument_classes()
-    parser = make_parser(f"dstrain train {name}", task.__doc__ or "", classes)
-    _, instances = parse(parser, rest, classes)
-    task.run(*instances)
-    return 0
+    return importlib.import_module(TASKS[name])

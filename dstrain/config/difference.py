@@ -96,7 +96,8 @@ def as_text(found: tuple[Difference, ...], *, other: str) -> str:
         return f"nothing differs from {other}"
     counts = {kind: sum(d.kind == kind for d in found) for kind in TITLES}
     named = [f"{n} in {TITLES[kind]}" for kind, n in counts.items() if n]
-    lines = [f"{len(found)} differences from {other}: {', '.join(named)}"]
+    what = "1 difference" if len(found) == 1 else f"{len(found)} differences"
+    lines = [f"{what} from {other}: {', '.join(named)}"]
     for kind, title in TITLES.items():
         lines += ["", f"{title}:"] if counts[kind] else []
         for d in found:

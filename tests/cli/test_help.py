@@ -108,7 +108,8 @@ def test_explain_prints_json_with_a_reason_for_every_key(printed):
 
 
 def test_explain_prints_one_line_per_key(printed):
-    lines = printed("explain", "--world_size", "4", "--bf16").splitlines()
+    lines = printed("explain", "--world_size", "4", "--bf16", "--zero_stage", "2").splitlines()
+    assert "zero_optimization.stage" in lines[0]
     assert "bf16.enabled" in lines[1]
     batch = next(line for line in lines if line.startswith("train_batch_size "))
     assert batch.split(maxsplit=2)[1:] == ["32", "micro-batch 8 x accumulation 1 x ranks 4"]

@@ -149,6 +149,12 @@ def test_a_run_is_given_by_its_flags(compared):
     assert "zero_optimization.stage" in text
     assert "bf16" not in text.split("DeepSpeed config:")[1]
     assert compared("--bf16", "--diff=--bf16") == ("nothing differs from --bf16\n", 0)
+    assert compared("--bf16", "--diff", "--bf16", "--json") == ("[]\n", 0)
+    own = "--block_size=9 --max_steps 3"
+    text, status = compared("causal-lm", "--max_steps", "3", "--diff", own)
+    assert status == 1
+    assert text.startswith(f"1 difference from {own}: 1 in facts")
+    assert "sequence_length" in text
     assert compared("--diff", "") == ("nothing differs from the defaults\n", 0)
 
 

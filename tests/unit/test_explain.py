@@ -169,6 +169,34 @@ def test_command_knows_the_steps_of_the_run_from_max_steps(capsys):
     assert data["deepspeed"]["scheduler"]["params"]["total_num_steps"] == 70
 
 
+def test_the_command_of_a_run_is_explained_with_its_task(capsys):
+    """Its flags about data need not be picked out, and tokens per sample are those of the run."""
+    words = ("causal-lm", "--output_dir", "out", "--train_file", "corpus.txt", "--bf16")
+    machine = ("--world_size", "16", "--gpu_memory", "80GB", "--model_config", "llama")
+    for command in (words, ("train", *words)):
+        data = json.loads(printed(capsys, *command, *machine, "--json"))
+        assert data["facts"]["sequence_length"] == 512  # the task's default
+        assert data["facts"]["model"]["model_type"] == "llama"
+        assert data["set_arguments"] == ["bf16", "output_dir"]
+    data = json.loads(printed(capsys, *words, *machine, "--block_size", "2048", "--json"))
+    assert data["facts"]["sequence_length"] == 2048
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (("--train_file", "a.txt"), "dstrain explain causal-lm"),
+        (("casual-lm",), "did you mean 'causal-lm'?"),
+        (("causal-lm", "--train_fil", "a.txt"), "did you mean --train_file?"),
+        (("causal-lm", "--block_size", "1"), "give 2 or more"),
+    ],
+)
+def test_mistakes_about_tasks_are_named(words, remedy):
+    with pytest.raises(ConfigError) as caught:
+        explain.run(words)
+    assert remedy in str(caught.value)
+
+
 @pytest.mark.parametrize("world_size", ["0", "-2", "many"])
 def test_command_refuses_a_world_that_cannot_be(world_size):
     """Catches a division by zero where the config gives train_batch_size."""
