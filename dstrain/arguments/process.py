@@ -52,6 +52,11 @@ class Process(ReportingArguments, SavingArguments, RunArguments):
         return torch.device(found.type, self.local_process_index)
 
     @property
+    def _setup_devices(self) -> torch.device:
+        """The same: scripts name this property of transformers to have the device set up."""
+        return self.device
+
+    @property
     def n_gpu(self) -> int:
         """Accelerators of this process: 1, or 0 on the CPU; never several (no DataParallel)."""
         return 0 if self.device.type == "cpu" else 1

@@ -1,7 +1,8 @@
-"""Reading the DeepSpeed config that a user gives: nothing, a preset name, a path, JSON, a dict."""
+"""Reading the DeepSpeed config that a user gives: nothing, a preset, a path, JSON, a dict."""
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ def read_config(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], 
     presets = {p.stem: p for p in preset_folder().glob("*.json")}
     if given in presets:
         return _parse(_read(presets[given]), given), f"preset {given}"
+    if (text := _decoded(given)) is not None:
+        return _parse(text, "the JSON in `deepspeed` (base64)"), "your config"
     close = nearest(given, set(presets))
     raise ConfigError(
         Problem(
@@ -47,6 +50,15 @@ def preset_folder() -> Path:
     package = Path(__file__).resolve().parent.parent
     inside = package / "ds_configs"
     return inside if inside.is_dir() else package.parent / "ds_configs"
+
+
+def _decoded(text: str) -> str | None:
+    """The JSON object in base64, as launchers hand a config through shells; None for other text."""
+    try:
+        decoded = base64.urlsafe_b64decode(text).decode("utf-8").strip()
+    except ValueError:
+        return None
+    return decoded if decoded.startswith("{") else None
 
 
 def _is_file(path: Path) -> bool:

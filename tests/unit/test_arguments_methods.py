@@ -193,6 +193,7 @@ def test_what_the_engine_decides():
     args = TrainingArguments(ddp_timeout=90)
     assert args.place_model_on_device is False
     assert args._no_sync_in_gradient_accumulation is False
+    assert args._setup_devices == args.device
     assert args.ddp_timeout_delta == timedelta(seconds=90)
 
 

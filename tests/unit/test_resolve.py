@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import types
@@ -877,7 +878,9 @@ def test_json_text_path_and_dict_of_one_config_resolve_alike(tmp_path):
     config = {"gradient_clipping": 0.5, "zero_optimization": {"stage": 1}}
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(config))
-    forms = [config, json.dumps(config), f"  \n{json.dumps(config)}", str(file), file]
+    text = json.dumps(config)
+    in_base64 = base64.urlsafe_b64encode(text.encode()).decode()
+    forms = [config, text, f"  \n{text}", in_base64, str(file), file]
     assert {json.dumps(dict(resolved(form).values)) for form in forms} == {
         json.dumps(dict(resolved(config).values))
     }
