@@ -15,7 +15,14 @@ from dstrain.config.activations import Batch
 from dstrain.config.facts import Facts, Machine, ModelFacts
 from dstrain.config.memory import GIB
 from dstrain.config.placement import WIDTHS, Buckets, Placement, Work
-from dstrain.config.planner import ORDER, Limits, choose, plan, resolved_buckets
+from dstrain.config.planner import (
+    ORDER,
+    Limits,
+    choose,
+    first_checkpointed,
+    plan,
+    resolved_buckets,
+)
 
 # Kept free for activations where the tokens of a sample or the form of the layers are not known.
 ACTIVATION_SHARE = 0.3
@@ -43,6 +50,15 @@ class Automatic:
     values: Mapping[str, str]
     how: str = ""
     warning: str = ""
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Argument -> why: in full for the first, which decided the others with it."""
+        first = next(iter(self.values), "")
+        return {
+            name: self.how if name == first else f"{name}='auto': decided together with {first}"
+            for name in self.values
+        }
 
 
 def choose_placement(
@@ -180,10 +196,10 @@ def _planned(
         how += ", without the activations of parts other than the text model, which are not known"
     warning = ""
     if not choice.fits:
-        warning = (
-            f"by the memory plan this run does not fit: {choice.reason}; `dstrain plan` shows what "
-            "would help"
-        )
+        remedy = "`dstrain plan` shows what would help"
+        if (saved := first_checkpointed(found)) and not batch.checkpointing:
+            remedy = f"with gradient_checkpointing {saved} fits"
+        warning = f"by the memory plan this run does not fit: {choice.reason}; {remedy}"
     return _as_values(left, choice.placement, how, warning)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dstrain.config.parameters import ModelSizes
-from dstrain.config.placement import FP32, Placement, Work
+from dstrain.config.placement import FP32, Buckets, Placement, Work
 
 # Python, torch with its CUDA libraries, and a data loader. Assumed, not measured.
 PROCESS_BYTES = 3 * 2**30
@@ -14,7 +14,9 @@ NVME_PARAMETER_BUFFER_ELEMENTS = 100_000_000
 """``offload_param.buffer_count`` and ``buffer_size``."""
 
 
-def host_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str, int]:
+def host_bytes(
+    sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
+) -> dict[str, int]:
     """What a rank keeps in host memory.
 
     Optimizer at stages 1-2 (``stage_1_and_2.py:__init__``, ``initialize_optimizer_states``): master
@@ -23,9 +25,9 @@ def host_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str,
     (``temp_grad_buffer_for_cpu_offload``), and with accumulation the gradients so far
     (``async_accumulate_grad_in_cpu_via_gpu``). At stage 3 (``stage3.py:_create_fp32_partitions``,
     ``initialize_optimizer_states``, ``_setup_for_real_optimizer``): master weights, fp32 gradients
-    and a flat gradient buffer in the format in which gradients add up. Adam's moments are fp32 on
-    the host (``cpu_adam.py:step``); other optimizers as in ``optimizer_table.py``. Parameters:
-    ``stage3.py:_create_param_groups_fp16_flat_cpu_memory``.
+    of each sub-group, and a flat gradient buffer in the format in which gradients add up. Adam's
+    moments are fp32 on the host (``cpu_adam.py:step``); other optimizers as in
+    ``optimizer_table.py``. Parameters: ``stage3.py:_create_param_groups_fp16_flat_cpu_memory``.
     Before training, stages 0-2 build the model whole in every process, in host memory.
     """
     stage, width = placement.stage, work.width
@@ -34,9 +36,11 @@ def host_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str,
     if placement.optimizer == "cpu":
         kinds["master weights"] = pinned(FP32 * shard, work, when=stage < 3)
         kinds["optimizer"] = int(work.state_bytes(placement) * shard)
-        kinds["gradients"] = pinned(FP32 * shard, work)
+        group = shard if stage < 3 else min(shard, buckets.sub_group)
+        whole, rest = divmod(shard, max(1, group))
+        kinds["gradients"] = whole * pinned(FP32 * group, work) + pinned(FP32 * rest, work)
     if placement.optimizer == "nvme":
-        group = min(shard, 1_000_000_000)
+        group = min(shard, buckets.sub_group)
         kinds["swap buffers"] = NVME_OPTIMIZER_BUFFERS * pinned(FP32 * group, work)
     if placement.optimizer != "none" and stage == 3:
         kinds["gradient buffer"] = pinned(work.sum_width(3) * shard, work)

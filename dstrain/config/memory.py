@@ -133,7 +133,7 @@ def footprint(
         "logits": logits,
         "step": step,
     }
-    host = host_bytes(sizes, work, placement)
+    host = host_bytes(sizes, work, placement, buckets)
     return Footprint(
         placement,
         kinds,

@@ -27,9 +27,10 @@ def as_table(found: Plan, choice: Choice) -> str:
         f"{sizes.model_type}: {facts.num_parameters:,} parameters ({sizes.source}); embeddings "
         f"{sizes.elements('embedding'):,}, one layer {sizes.layer_elements:,}, largest "
         f"{facts.largest:,}, vocabulary {sizes.vocab_size:,}",
-        f"{work.world_size} GPUs of {limits.gpu_bytes / GIB:.1f} GiB, {work.ranks_per_machine} per "
-        f"machine with {_amount(limits.host_bytes)} host memory and {_amount(limits.nvme_bytes)} "
-        "disk",
+        f"{work.world_size} {'GPU' if work.world_size == 1 else 'GPUs'} of "
+        f"{limits.gpu_bytes / 1e9:.4g} GB ({limits.gpu_bytes / GIB:.1f} GiB), "
+        f"{work.ranks_per_machine} per machine with {_amount(limits.host_bytes)} host memory and "
+        f"{_amount(limits.nvme_bytes)} disk",
         f"micro-batch {batch.micro_batch} x {batch.seq_len} tokens, {work.precision}, "
         f"{work.optimizer}, {batch.attention} attention, accumulation {work.accumulation}, "
         f"activation checkpointing {'on' if batch.checkpointing else 'off'}",
@@ -44,6 +45,8 @@ def as_table(found: Plan, choice: Choice) -> str:
         "activations that",
         f"layers keep; need is what must fit, with {CUDA_OVERHEAD_BYTES / GIB:.1f} GiB assumed for "
         "CUDA, NCCL and fragmentation.",
+        "buckets: of communication, and parameters gathered at once; step: what the optimizer "
+        "takes for the moment.",
         "host, disk: GiB per machine, page-locked buffers rounded up to powers of two, 3 GiB "
         "assumed per process.",
         "Assumed: all parameters train; every sequence has full length, without padding; the "

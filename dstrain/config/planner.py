@@ -212,6 +212,12 @@ def choose(plan: Plan, *, advise: bool = True) -> Choice:
     return Choice(least.placement, False, reason, tuple(_remedies(plan)) if advise else ())
 
 
+def first_checkpointed(plan: Plan) -> Placement | None:
+    """The fastest choice that fits with activation checkpointing; None where none does."""
+    fitting = [row.placement for row in plan.rows if row.fits_checkpointed and row.placement.stage]
+    return min(fitting, key=speed_rank, default=None)
+
+
 def speed_rank(placement: Placement) -> tuple[int, int, int]:
     """The place of a choice from the fastest to the slowest, that of ``ORDER`` for those in it."""
     places = ("none", "cpu", "nvme")
@@ -225,7 +231,7 @@ def speed_rank(placement: Placement) -> tuple[int, int, int]:
 def describe(lacking: Mapping[str, int | None]) -> str:
     """Missing resources in words."""
     return " and ".join(
-        f"{name} of unknown size" if missing is None else f"{missing / GIB:,.1f} GiB of {name}"
+        f"{name} (size not known)" if missing is None else f"{missing / GIB:,.1f} GiB of {name}"
         for name, missing in lacking.items()
     )
 

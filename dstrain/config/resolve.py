@@ -58,7 +58,7 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     provenance: dict[str, Provenance] = {path: Provenance("config", label) for path in explicit}
     automatic = choose_placement(chosen, facts, explicit)
     chosen |= automatic.values
-    reasons |= dict.fromkeys(automatic.values, Provenance("derived", automatic.how))
+    reasons |= {name: Provenance("derived", why) for name, why in automatic.reasons.items()}
     warnings += [automatic.warning] if automatic.warning else []
     problems += _displaced(explicit, facts, label)
     if facts.own_optimizer:

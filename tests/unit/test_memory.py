@@ -117,6 +117,17 @@ def test_page_locked_buffers_are_rounded_up_where_pages_are_locked():
     assert pinned(5, Work(1, device="cpu")) == 5
 
 
+def test_gradients_on_the_host_are_rounded_up_by_sub_group_at_stage_3():
+    """As a whole, those of a 70B model on 8 GPUs would be 64 GiB per rank, almost twice theirs."""
+    shard, work = SMALL.trainable_shard(4, 3), Work(4)
+    whole = pinned(4 * SMALL.trainable_shard(4, 2), work)
+    by_group = shard // 10_000 * 65536 + pinned(4 * (shard % 10_000), work)  # of 40,000 bytes each
+    for stage, expected in ((2, whole), (3, by_group)):
+        buckets = replace(BUCKETS, sub_group=10_000)
+        got = footprint(SMALL, work, BATCH, Placement(stage, "cpu"), buckets)
+        assert got.host["gradients"] == expected
+
+
 # --- activations ----------------------------------------------------------------------------------
 
 GPT = Block(layers=1, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=256, gated=False,
