@@ -224,3 +224,22 @@ def test_the_order_is_one_order():
 
     ranks = [speed_rank(placement) for placement, _ in ORDER]
     assert ranks == sorted(ranks)
+
+
+def test_a_run_that_does_not_fit_is_told_what_checkpointing_would_change():
+    """It is the first thing to try, so the warning looks for itself."""
+    got = chosen(facts(28))
+    (warning,) = got.warnings
+    assert warning.endswith("with gradient_checkpointing stage 3 fits")
+    tiny = chosen(facts(6))
+    assert tiny.warnings[0].endswith("`dstrain plan` shows what would help")
+
+
+def test_the_reason_stands_once_where_arguments_are_decided_together():
+    got = chosen(facts(30), **EVERYTHING)
+    why = {name: got.provenance[f"zero_optimization.{name}"].detail
+           for name in ("stage", "offload_optimizer.device", "offload_param.device")}  # fmt: skip
+    assert "lacks" in why["stage"]
+    for place in ("optimizer", "param"):
+        expected = f"offload_{place}='auto': decided together with zero_stage"
+        assert why[f"offload_{place}.device"] == expected
