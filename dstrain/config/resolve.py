@@ -32,6 +32,7 @@ from dstrain.config.rules import (
 from dstrain.config.rules.optimizer import choose
 from dstrain.config.source import read_config
 from dstrain.config.tree import drop, get, leaves, put
+from dstrain.config.unread import find_unread
 from dstrain.core.errors import ConfigError, Problem, raise_problems
 
 
@@ -70,7 +71,7 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
         _fill(rule, config, explicit, provenance, view, reasons, problems, warnings, label)
     _show_decided(config, provenance, automatic.values, reasons)
     problems += _lost_schedule(explicit, changed, chosen, label)
-    problems += _constraints(config, provenance, facts, warnings, label)
+    problems += _constraints(config, provenance, chosen, facts, warnings, label)
     if not automatic.values.keys() & {"offload_optimizer", "offload_param"}:
         problems += _unused(chosen, config)
     build = None
@@ -292,6 +293,7 @@ def _displaced(explicit: Mapping[str, Any], facts: Facts, label: str) -> list[Pr
 def _constraints(
     config: Mapping[str, Any],
     provenance: Mapping[str, Provenance],
+    chosen: Mapping[str, Any],
     facts: Facts,
     warnings: list[str],
     label: str,
@@ -301,8 +303,9 @@ def _constraints(
     filled = constraints.Config(values, facts, label)
     by_argument = frozenset(p for p, reason in provenance.items() if reason.source == "argument")
     ignored, remarks = constraints.find_warnings(filled, by_argument)
-    warnings += remarks
-    return [*constraints.find_problems(filled), *ignored]
+    unread, without_effect = find_unread(values, chosen, label)
+    warnings += [*remarks, *without_effect]
+    return [*constraints.find_problems(filled), *ignored, *unread]
 
 
 def _unused(chosen: Mapping[str, Any], config: Mapping[str, Any]) -> list[Problem]:

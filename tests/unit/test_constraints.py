@@ -201,7 +201,11 @@ def test_auto_offload_stays_on_the_accelerator_and_says_why(name):
     got = resolved(**{name: "auto"})
     key = f"zero_optimization.{name}.device"
     assert got.values[key] == "none"
-    assert "the model's sizes" in got.provenance[key].detail
+    assert got.provenance[key].detail == f"{name}='auto': decided together with zero_stage"
+    assert f"{name}='auto'" in got.provenance["zero_optimization.stage"].detail
+    assert "the model's sizes" in got.provenance["zero_optimization.stage"].detail
+    alone = resolved(zero_stage="3", **{name: "auto"})
+    assert "the model's sizes" in alone.provenance[key].detail
     assert got.stage == 2
     assert got.values["optimizer.params.torch_adam"] is True
     assert f"zero_optimization.{name}.pin_memory" not in got.values

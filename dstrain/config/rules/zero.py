@@ -62,4 +62,13 @@ RULES: tuple[Binding | Derivation, ...] = (
         rule="leaf_modules; without it, at stage 3, DeepSpeed's list and blocks of the model whose "
         "experts are modules of their own",
     ),
+    Derivation(
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+        '"auto" is false: models are saved whole without it',
+        (),
+        lambda view: (
+            Derived(False, "dstrain saves whole models itself") if view.stage == 3 else None
+        ),
+        only_auto=True,
+    ),
 )

@@ -1,0 +1,117 @@
+"""Keys that DeepSpeed 0.19.8 knows and that would not do, in a run of dstrain, what they say.
+
+DeepSpeed takes them without a word: some are for parts of it that dstrain does not use, such as its
+data loader, so that nothing would read them; some would change what dstrain promises, such as the
+mean over the global batch. The latter, and the former where a user surely wants the effect, are
+refused; what is harmless without its effect is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dstrain.core.errors import Problem
+
+_LOADER = "it is for DeepSpeed's own data loader, and dstrain loads the data itself"
+
+# key, the value that asks for something, why that cannot be, and what to do
+_REFUSED: tuple[tuple[str, Any, str, str], ...] = (
+    (
+        # engine.py: gradient_average
+        "gradient_allreduce_op",
+        "sum",
+        "gradients would be added up over the ranks: the loss is the mean over the global batch, "
+        "and each step would be as many times as large as there are ranks",
+        "remove it; where that is meant, set learning_rate",
+    ),
+    (
+        # engine.py: backward, is_gradient_accumulation_boundary
+        "managed_gradient_accumulation",
+        False,
+        "the engine counts micro-batches, as gradient_accumulation_steps says, and refuses to be "
+        "told of a short last window without it",
+        "remove it",
+    ),
+    # engine.py: deepspeed_io, called for training_data alone
+    ("dataloader_drop_last", True, _LOADER, "set the argument dataloader_drop_last"),
+    (
+        "data_efficiency.data_sampling.enabled",
+        True,
+        _LOADER,
+        "remove it; the order is that of the dataset, or of get_train_dataloader",
+    ),
+    (
+        # __init__.py: initialize builds a DeepSpeedHybridEngine
+        "hybrid_engine.enabled",
+        True,
+        "it replaces the engine by one that also generates, for a training loop of its own",
+        "remove it",
+    ),
+    (
+        # engine.py: _configure_expert_parallel
+        "expert_parallel.enabled",
+        True,
+        "ranks would hold different experts, and models and checkpoints are written as if all had "
+        "the same",
+        "remove it; ZeRO stage 3 partitions experts too",
+    ),
+    (
+        # engine.py: _autotuning_exit
+        "autotuning.enabled",
+        True,
+        "DeepSpeed would end the process after a few steps, with nothing saved",
+        "remove it; `dstrain plan` shows which stage and offload fit",
+    ),
+)
+_OTHER_LAYOUT = "dstrain writes and reads checkpoints itself"
+_NO_EFFECT = {
+    "pipeline": "only a PipelineModule reads it",
+    "disable_allgather": "DeepSpeed itself no longer reads it",
+}
+_OF_CHECKPOINTS = (
+    "checkpoint",
+    "datastates_ckpt",
+    "zero_optimization.elastic_checkpoint",
+    "zero_optimization.load_from_fp32_weights",
+    "zero_optimization.pipeline_loading_checkpoint",
+)
+
+
+def find_unread(
+    values: Mapping[str, Any], arguments: Mapping[str, Any], label: str
+) -> tuple[list[Problem], list[str]]:
+    """Problems and warnings about such keys of a filled config.
+
+    Args:
+        values: leaf values by dotted path.
+        arguments: after those of the user's config were adopted.
+        label: where the user's config came from.
+    """
+    return list(_problems(values, arguments, label)), list(_warnings(values, arguments))
+
+
+def _problems(
+    values: Mapping[str, Any], arguments: Mapping[str, Any], label: str
+) -> Iterator[Problem]:
+    for key, asking, why, remedy in _REFUSED:
+        value = values.get(key)
+        value = value.lower() if isinstance(value, str) else value
+        if value == asking and value is not None:
+            yield Problem(f"{key}={values[key]!r} in {label}", why, remedy)
+    # engine.py: deepcompile is a mode of engine.compile, which torch_compile calls.
+    if values.get("compile.deepcompile") and not arguments.get("torch_compile"):
+        yield Problem(
+            f"compile.deepcompile=True in {label}",
+            "it says how the model is compiled, and nothing compiles it",
+            "set torch_compile, or remove it",
+        )
+
+
+def _warnings(values: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[str]:
+    unread = dict(_NO_EFFECT)
+    if arguments.get("checkpoint_format", "dstrain") == "dstrain":
+        unread |= dict.fromkeys(_OF_CHECKPOINTS, _OTHER_LAYOUT)
+    for key, why in unread.items():
+        if any(path == key or path.startswith(f"{key}.") for path in values):
+            yield f"{key} has no effect: {why}"
