@@ -6,60 +6,11 @@ refuses or, worse, silently ignores the value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from dstrain.config import schema
-from dstrain.config.facts import Facts
-from dstrain.config.rules.precision import short_name
+from dstrain.config.filled import ZERO, Config
+from dstrain.config.format_constraints import FORMAT_CHECKS
 from dstrain.core.errors import Problem
-
-_ZERO = "zero_optimization"
-
-
-@dataclass(frozen=True)
-class Config:
-    """A filled config as the constraints read it.
-
-    Attributes:
-        values: leaf values by dotted path.
-        facts: world size, device and so on.
-        label: where the user's config came from.
-    """
-
-    values: Mapping[str, Any]
-    facts: Facts
-    label: str
-
-    def get(self, path: str) -> Any:
-        """The value at a path, DeepSpeed's default where there is none."""
-        if path in self.values:
-            return self.values[path]
-        default = schema.default_of(path)
-        return None if default is schema.NO_DEFAULT else default
-
-    def zero(self, name: str) -> Any:
-        """The value of a key of ``zero_optimization``."""
-        return self.get(f"{_ZERO}.{name}")
-
-    @property
-    def stage(self) -> int:
-        """ZeRO stage."""
-        return int(self.zero("stage"))
-
-    @property
-    def precision(self) -> str:
-        """Format of weights: "bf16", "fp16" or "fp32"."""
-        return next((name for name in ("bf16", "fp16") if self.get(f"{name}.enabled")), "fp32")
-
-    def device(self, name: str) -> str:
-        """Where ``offload_optimizer`` or ``offload_param`` puts things."""
-        return str(self.zero(f"{name}.device") or "none")
-
-    def has(self, section: str) -> bool:
-        """Whether anything is set in a section."""
-        return any(path == section or path.startswith(f"{section}.") for path in self.values)
 
 
 def find_problems(config: Config) -> list[Problem]:
@@ -75,7 +26,7 @@ def find_warnings(config: Config, by_argument: frozenset[str]) -> tuple[list[Pro
     """
     problems, warnings = [], []
     for name, (stages, argument) in _TUNING.items():
-        key = f"{_ZERO}.{name}"
+        key = f"{ZERO}.{name}"
         if config.stage in stages or not config.has(key):
             continue
         known = " and ".join(str(stage) for stage in stages)
@@ -102,7 +53,7 @@ _TUNING: dict[str, tuple[tuple[int, ...], str]] = {
 }
 
 
-# --- formats -------------------------------------------------------------------------------------
+# --- samples -------------------------------------------------------------------------------------
 
 
 def _shared_samples(config: Config) -> Iterator[Problem]:
@@ -127,70 +78,6 @@ def _shared_samples(config: Config) -> Iterator[Problem]:
             )
 
 
-def _formats(config: Config) -> Iterator[Problem]:
-    if config.get("bf16.enabled") and config.get("fp16.enabled"):
-        yield Problem(
-            "bf16.enabled and fp16.enabled are both true",
-            "a model trains in one 16-bit format",
-            f"turn one of them off (in {config.label} or in the arguments)",
-        )
-    if config.get("torch_autocast.enabled"):
-        yield from _autocast(config)
-
-
-def _autocast(config: Config) -> Iterator[Problem]:
-    what = "torch_autocast.enabled=True"
-    if config.precision != "fp32":
-        yield Problem(
-            f"{what} and {config.precision}.enabled=True",
-            "autocast computes in 16 bits with weights that stay in fp32, and "
-            f"{config.precision} turns the weights into 16 bits",
-            f"turn one of them off (in {config.label} or in the arguments)",
-        )
-    dtype = short_name(config.get("torch_autocast.dtype"))
-    if dtype not in ("bf16", "fp16"):
-        yield Problem(
-            f"{what} with dtype {config.get('torch_autocast.dtype')!r}",
-            "autocast computes in bf16 or fp16",
-            "set torch_autocast_dtype",
-        )
-    # engine.py: _take_model_step unscales inside the step, after the norm was to be read.
-    if dtype == "fp16" and config.stage == 0:
-        yield Problem(
-            f"{what} with dtype fp16 and stage 0",
-            "DeepSpeed scales the loss there in a way that leaves no gradient norm to report",
-            "set zero_stage to 1 or more, or torch_autocast_dtype to bf16",
-        )
-    # stage_1_and_2.py and stage3.py __init__: each parameter then has a format of its own.
-    if config.get("communication_data_type") is not None:
-        yield Problem(
-            f"communication_data_type={config.get('communication_data_type')!r} and {what}",
-            "autocast decides the format for each parameter, and this one would be ignored",
-            "leave communication_dtype out",
-        )
-
-
-def _accumulation(config: Config) -> Iterator[Problem]:
-    given = config.get("data_types.grad_accum_dtype")
-    if given is None:
-        return
-    dtype, training = short_name(given), config.precision
-    what = f"data_types.grad_accum_dtype={given!r}"
-    if dtype not in (training, "fp32"):
-        yield Problem(
-            f"{what} and training in {training}",
-            "gradients add up in the format of training or in fp32",
-            "set grad_accum_dtype to fp32 or auto",
-        )
-    elif config.stage == 0 and dtype != training:
-        # engine.py: _do_optimizer_sanity_check raises NotImplementedError.
-        yield Problem(
-            f"{what} with stage 0 and training in {training}",
-            "without ZeRO DeepSpeed adds gradients up in the format of training only",
-            "set zero_stage to 1 or more, or grad_accum_dtype to auto",
-        )
-
-
 # --- offload -------------------------------------------------------------------------------------
 
 
@@ -198,7 +85,7 @@ def _offload(config: Config) -> Iterator[Problem]:
     needs = {"offload_optimizer": (1, "ZeRO stage 1, 2 or 3"), "offload_param": (3, "ZeRO stage 3")}
     for name, (least, text) in needs.items():
         device = config.device(name)
-        what = f"{_ZERO}.{name}.device={device!r} with stage {config.stage}"
+        what = f"{ZERO}.{name}.device={device!r} with stage {config.stage}"
         if device != "none" and config.stage < least:
             yield Problem(
                 what,
@@ -214,10 +101,17 @@ def _offload(config: Config) -> Iterator[Problem]:
             )
         if device == "nvme" and config.zero(f"{name}.nvme_path") is None:
             yield Problem(
-                f"{_ZERO}.{name}.device='nvme' without a path",
+                f"{ZERO}.{name}.device='nvme' without a path",
                 "a folder on a local disk is needed",
                 "set nvme_path to an existing folder on every machine",
             )
+    # zero/config.py: offload_ratio_check
+    if (ratio := config.zero("offload_optimizer.ratio")) < 1 and config.stage != 3:
+        yield Problem(
+            f"{ZERO}.offload_optimizer.ratio={ratio!r} with stage {config.stage}",
+            "only stage 3 keeps a part of the optimizer on the accelerator",
+            "set zero_stage to 3, or remove ratio",
+        )
     # stage_1_and_2.py __init__: "CPU-Offload requires contiguous gradients"
     if (
         config.stage in (1, 2)
@@ -225,7 +119,7 @@ def _offload(config: Config) -> Iterator[Problem]:
         and config.zero("contiguous_gradients") is False
     ):
         yield Problem(
-            f"{_ZERO}.contiguous_gradients=False with an offloaded optimizer at stage "
+            f"{ZERO}.contiguous_gradients=False with an offloaded optimizer at stage "
             f"{config.stage}",
             "gradients go to the host from one buffer, and DeepSpeed would turn it on again",
             "leave contiguous_gradients out",
@@ -249,19 +143,19 @@ def _super_offload(config: Config) -> Iterator[Problem]:
         lacking.append("the optimizer is not DeepSpeed's Adam")
     if lacking:
         yield Problem(
-            f"{_ZERO}.offload_optimizer.super_offload=True",
+            f"{ZERO}.offload_optimizer.super_offload=True",
             "; ".join(lacking),
             "set zero_stage=3, offload_optimizer=cpu and an AdamW, or leave super_offload out",
         )
 
 
 def _zenflow(config: Config) -> Iterator[Problem]:
-    if config.has(f"{_ZERO}.zenflow"):
+    if config.has(f"{ZERO}.zenflow"):
         # zenflow_stage_1_and_2.py: __init__ (one weight decay for all groups), group_step with
         # param.selected_grad (unclipped), sync_fp32_param_from_gpu (masters);
         # zenflow/engine.py: configure_zenflow (accumulation)
         yield Problem(
-            f"{config.label} has a section {_ZERO}.zenflow",
+            f"{config.label} has a section {ZERO}.zenflow",
             "ZenFlow applies gradients without clipping them and with one weight decay for all "
             "parameters, overwrites fp32 master weights by the 16-bit ones, and replaces gradient "
             "accumulation by an interval of its own",
@@ -276,7 +170,7 @@ def _hpz(config: Config) -> Iterator[Problem]:
     size, ranks = config.zero("zero_hpz_partition_size"), config.facts.world_size
     if size is None or size <= 1:
         return
-    what = f"{_ZERO}.zero_hpz_partition_size={size}"
+    what = f"{ZERO}.zero_hpz_partition_size={size}"
     if config.stage != 3:
         yield Problem(
             f"{what} with stage {config.stage}",
@@ -304,7 +198,7 @@ def _quantized(config: Config) -> Iterator[Problem]:
     for key, argument in _QUANTIZED.items():
         if not config.zero(key):
             continue
-        what = f"{_ZERO}.{key}=True"
+        what = f"{ZERO}.{key}=True"
         if config.stage != 3:
             yield Problem(
                 f"{what} with stage {config.stage}",
@@ -327,14 +221,14 @@ def _quantized(config: Config) -> Iterator[Problem]:
     # stage3.py: quantize_nontrainable_params -> quantize_dstensor asserts float16.
     if config.zero("zero_quantized_nontrainable_weights") and config.precision == "bf16":
         yield Problem(
-            f"{_ZERO}.zero_quantized_nontrainable_weights=True with training in bf16",
+            f"{ZERO}.zero_quantized_nontrainable_weights=True with training in bf16",
             "DeepSpeed quantizes frozen weights of fp16 only",
             "set fp16, or leave quantized_nontrainable_weights out",
         )
     # stage3.py __init__: "when enable all_to_all_reduce, reduce_scatter should also be enabled"
     if config.zero("zero_quantized_gradients") and config.zero("reduce_scatter") is False:
         yield Problem(
-            f"{_ZERO}.zero_quantized_gradients=True with reduce_scatter=False",
+            f"{ZERO}.zero_quantized_gradients=True with reduce_scatter=False",
             "quantized gradients are scattered while they are reduced",
             "remove reduce_scatter",
         )
@@ -363,14 +257,36 @@ def _activation_checkpointing(config: Config) -> Iterator[Problem]:
         )
 
 
+def _gradient_norm(config: Config) -> Iterator[Problem]:
+    """A step without the gradient norm (zero/config.py, stage_1_and_2.py: compute_grad_norm)."""
+    if config.zero("compute_grad_norm"):
+        return
+    clipping, place = config.get("gradient_clipping"), config.device("offload_optimizer")
+    against = {
+        f"stage {config.stage}": (
+            config.stage not in (1, 2),
+            "only stages 1 and 2 can leave it out",
+        ),
+        f"gradient_clipping={clipping:g}": (clipping > 0, "clipping needs the norm"),
+        f"the optimizer on {place}": (place != "none", "an offloaded optimizer needs the norm"),
+    }
+    for what, (excluded, why) in against.items():
+        if excluded:
+            yield Problem(
+                f"{ZERO}.compute_grad_norm=False with {what}",
+                why,
+                "remove it, or set max_grad_norm to 0" if "clipping" in what else "remove it",
+            )
+
+
 _CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _shared_samples,
-    _formats,
-    _accumulation,
+    *FORMAT_CHECKS,
     _offload,
     _super_offload,
     _zenflow,
     _hpz,
     _quantized,
     _activation_checkpointing,
+    _gradient_norm,
 )

@@ -280,3 +280,63 @@ def test_the_page_has_every_key_and_only_known_arguments():
     for row in rows:
         read = row.rsplit(" | ", 2)[1]
         assert set(re.findall("`([^`]*)`", read)) <= known, row
+
+
+# --- what DeepSpeed would only say with an AssertionError, after the model is built -------------
+
+BF16_MASTERS = {"bf16": {"bf16_master_weights_and_grads": True}}
+LEAN = {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+FP16_MASTERS = {"fp16": {"fp16_master_weights_and_grads": True}}
+NO_NORM = {"zero_optimization": {"compute_grad_norm": False}}
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "named"),
+    [
+        (BF16_MASTERS, {"bf16": True}, "DeepSpeedCPUAdam"),
+        (BF16_MASTERS, {"offload_optimizer": "cpu"}, "training in fp32"),
+        (BF16_MASTERS, {"bf16": True, "offload_optimizer": "cpu", "optim": "sgd"}, "CPUAdam"),
+        ({"bf16": {"bf16_optimizer_states": True}}, {"bf16": True}, "set both"),
+        (LEAN, {"bf16": True, "zero_stage": "0"}, "stage 0"),
+        (FP16_MASTERS, {"fp16": True, "zero_stage": "2"}, "set offload_optimizer to cpu"),
+        ({"prescale_gradients": True}, {"zero_stage": "2"}, "prescale_gradients=True"),
+        ({"gradient_predivide_factor": 2.0}, {"zero_stage": "3"}, "gradient_predivide_factor=2.0"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            {"zero_stage": "2"},
+            "ratio=0.5 with stage 2",
+        ),
+        (NO_NORM, {"zero_stage": "2"}, "set max_grad_norm to 0"),
+        (NO_NORM, {"zero_stage": "3", "max_grad_norm": 0}, "only stages 1 and 2"),
+        (NO_NORM, {"zero_stage": "1", "max_grad_norm": 0, "offload_optimizer": "cpu"}, "on cpu"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_asserts_is_said_before_there_is_a_model(config, arguments, named):
+    with pytest.raises(ConfigError) as caught:
+        resolved(config=config, **arguments)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        (BF16_MASTERS, {"bf16": True, "offload_optimizer": "cpu"}),
+        (LEAN, {"bf16": True}),
+        (LEAN, {"bf16": True, "offload_optimizer": "cpu", "zero_stage": "3"}),
+        (FP16_MASTERS, {"fp16": True, "offload_optimizer": "cpu"}),
+        ({"prescale_gradients": True, "gradient_predivide_factor": 2.0}, {"zero_stage": "1"}),
+        (
+            {"prescale_gradients": True, "zero_optimization": {"reduce_scatter": False}},
+            {"zero_stage": "2"},
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            {"zero_stage": "3"},
+        ),
+        (NO_NORM, {"zero_stage": "2", "max_grad_norm": 0}),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_takes_passes(config, arguments):
+    assert resolved(config=config, **arguments).values

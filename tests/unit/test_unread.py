@@ -48,7 +48,7 @@ def test_what_would_not_be_done_is_refused(config, named):
         {"data_efficiency": {"enabled": True, "data_sampling": {"enabled": False}}},
         {"hybrid_engine": {"enabled": False}, "autotuning": {"enabled": False}},
         {"compile": {"deepcompile": False}, "expert_parallel": {"enabled": False}},
-        {"prescale_gradients": True, "steps_per_print": 5, "wall_clock_breakdown": True},
+        {"steps_per_print": 5, "wall_clock_breakdown": True, "memory_breakdown": True},
     ],
     ids=str,
 )
