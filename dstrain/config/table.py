@@ -1,6 +1,6 @@
-"""Writes ``README.md`` beside this file: keys that a rule fills, and optimizers.
+"""Writes ``README.md`` beside this file: keys that a rule fills, unread ones, and optimizers.
 
-Run ``python -m dstrain.config.table`` after a change of either; a test fails when the page is
+Run ``python -m dstrain.config.table`` after a change of them; a test fails when the page is
 stale.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dstrain.config import optimizers
 from dstrain.config.rules import RULES, Binding, Derivation
+from dstrain.config.unread import as_rows
 
 PAGE = Path(__file__).with_name("README.md")
 
@@ -19,7 +20,8 @@ Generated from the rules by `python -m dstrain.config.table`; do not edit.
 
 A key that is missing or `"auto"` in the user's config is filled as below, in this order. A value of
 the user's own wins over an argument left at its default and conflicts with one that was changed.
-Every other key of DeepSpeed passes through as it is, and `"auto"` there is an error.
+Every other key of DeepSpeed passes through as it is, and `"auto"` there is an error. Those that a
+run would not honour come below.
 
 | filled | meaning |
 |---|---|
@@ -31,6 +33,16 @@ Every other key of DeepSpeed passes through as it is, and `"auto"` there is an e
 |---|---|---|---|
 """
 
+
+_UNREAD = """
+# Keys that would not do what they say
+
+DeepSpeed takes them without a word. What is refused is an error when it is set so; what has no
+effect is a warning.
+
+| key | | why |
+|---|---|---|
+"""
 
 _OPTIMIZERS = """
 # Optimizers
@@ -44,7 +56,9 @@ it is refused there with stage and offload named.
 
 def page() -> str:
     """The whole page."""
-    return _HEAD + "".join(_row(rule) for rule in RULES) + _OPTIMIZERS + optimizers.as_markdown()
+    keys = "".join(_row(rule) for rule in RULES)
+    unread = "".join(f"| {' | '.join(row)} |\n" for row in as_rows())
+    return _HEAD + keys + _UNREAD + unread + _OPTIMIZERS + optimizers.as_markdown()
 
 
 def _row(rule: Binding | Derivation) -> str:

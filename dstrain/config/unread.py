@@ -64,6 +64,11 @@ _REFUSED: tuple[tuple[str, Any, str, str], ...] = (
         "remove it; `dstrain plan` shows which stage and offload fit",
     ),
 )
+# engine.py: deepcompile is a mode of engine.compile, which torch_compile calls
+_DEEPCOMPILE = (
+    "it says how the model is compiled, and nothing compiles it",
+    "set torch_compile, or remove it",
+)
 _OTHER_LAYOUT = "dstrain writes and reads checkpoints itself"
 _NO_EFFECT = {
     "pipeline": "only a PipelineModule reads it",
@@ -91,6 +96,17 @@ def find_unread(
     return list(_problems(values, arguments, label)), list(_warnings(values, arguments))
 
 
+def as_rows() -> list[tuple[str, str, str]]:
+    """Key with its value, what becomes of it, and why: for the page of keys."""
+    rows = [
+        (f"`{key}`: `{str(asking).lower()}`", "refused", f"{why}; {remedy}")
+        for key, asking, why, remedy in _REFUSED
+    ]
+    rows.append(("`compile.deepcompile` without `torch_compile`", "refused", _DEEPCOMPILE[0]))
+    rows += [(f"`{key}`", "no effect", why) for key, why in _NO_EFFECT.items()]
+    return rows + [(f"`{key}`", "no effect", _OTHER_LAYOUT) for key in _OF_CHECKPOINTS]
+
+
 def _problems(
     values: Mapping[str, Any], arguments: Mapping[str, Any], label: str
 ) -> Iterator[Problem]:
@@ -99,13 +115,8 @@ def _problems(
         value = value.lower() if isinstance(value, str) else value
         if value == asking and value is not None:
             yield Problem(f"{key}={values[key]!r} in {label}", why, remedy)
-    # engine.py: deepcompile is a mode of engine.compile, which torch_compile calls.
     if values.get("compile.deepcompile") and not arguments.get("torch_compile"):
-        yield Problem(
-            f"compile.deepcompile=True in {label}",
-            "it says how the model is compiled, and nothing compiles it",
-            "set torch_compile, or remove it",
-        )
+        yield Problem(f"compile.deepcompile=True in {label}", *_DEEPCOMPILE)
 
 
 def _warnings(values: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[str]:
