@@ -310,7 +310,6 @@ OPTIMIZERS: Final[tuple[Optimizer, ...]] = (
             "min_coeff": _FLOAT,
         },
         whole=f"its trust ratio is a quotient of norms of one whole tensor; {_FLAT}",
-        instead="use optim='adamw_torch', or stage 0",
     ),
     # --- Adafactor, Adagrad, SGD and the like ----------------------------------------------------
     Optimizer(

@@ -332,11 +332,12 @@ def _conflict(key: str, given: Any, name: str, value: Any, label: str) -> Proble
 
 
 def _bad_arithmetic(key: str, given: Any, derived: Derived, facts: Facts) -> Problem:
+    ranks = f"{facts.world_size} rank{'' if facts.world_size == 1 else 's'}"
+    how = f"change micro-batch or accumulation so that their product with {ranks} is {given}"
+    if given % facts.world_size:
+        how = f"give a multiple of {ranks}"
     return Problem(
-        f"{key}={given!r}",
-        f"{derived.how} = {derived.value}",
-        f'set {key} to "auto", or change micro-batch or accumulation so that their product with '
-        f"{facts.world_size} rank(s) is {given}",
+        f"{key}={given!r}", f"{derived.how} = {derived.value}", f'set {key} to "auto", or {how}'
     )
 
 

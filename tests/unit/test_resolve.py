@@ -419,7 +419,9 @@ def test_wrong_train_batch_size_is_refused_with_the_arithmetic():
     (text,) = problems_of(lambda: resolved({"train_batch_size": 32}, Facts(3), **arguments))
     assert "train_batch_size=32" in text
     assert "micro-batch 4 x accumulation 2 x ranks 3 = 24" in text
-    assert "3 rank(s) is 32" in text
+    assert "give a multiple of 3 ranks" in text  # no micro-batch and accumulation make 32
+    (text,) = problems_of(lambda: resolved({"train_batch_size": 48}, Facts(3), **arguments))
+    assert "their product with 3 ranks is 48" in text
 
 
 def test_right_train_batch_size_is_taken():
