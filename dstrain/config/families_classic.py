@@ -176,7 +176,8 @@ def t5(c: Reader) -> tuple[list[Tensors], Block]:
     inner = c.number(8, "num_heads", "num_attention_heads") * c.number(64, "d_kv")
     n = c.number(6, "num_layers", "num_hidden_layers")
     decoder, vocab = c.number(n, "num_decoder_layers"), c.number(32128, "vocab_size")
-    gated = str(c("relu", "feed_forward_proj")).startswith("gated")
+    # Both stand in a saved config, and where they differ T5Config takes the flag.
+    gated = bool(c(str(c("relu", "feed_forward_proj")).startswith("gated"), "is_gated_act"))
     attentions, both = n + 2 * decoder, n + decoder
     tensors = [Tensors("embedding", (vocab, h)), Tensors("other", (h,), 2)]
     tensors += [Tensors("layer", (h,), 2 * n + 3 * decoder)]

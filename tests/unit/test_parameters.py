@@ -33,6 +33,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("bloom", {"hidden_size": 128, "n_layer": 4}),
     ("t5", {"feed_forward_proj": "gated-gelu", "d_kv": 32}),
     ("t5", {"num_layers": 2, "num_decoder_layers": 3}),
+    ("t5", {"feed_forward_proj": "relu", "is_gated_act": True, "num_layers": 2}),
     ("bert", {"type_vocab_size": 4, "intermediate_size": 100}),
 ]  # fmt: skip
 
