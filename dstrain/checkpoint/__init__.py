@@ -1,26 +1,36 @@
 """Checkpoints of a run: format, commit, rotation, resume at any topology. See FORMAT.md."""
 
+from dstrain.checkpoint.difference import Comparison, compare
 from dstrain.checkpoint.export import export
 from dstrain.checkpoint.find import AUTO, check_there, choose, verify, wanted_checkpoint
 from dstrain.checkpoint.folders import Found, committed, holding
+from dstrain.checkpoint.importing import Imported, bring_in
 from dstrain.checkpoint.load import Restored, load_into, read_run
 from dstrain.checkpoint.manifest import Manifest, read_manifest
+from dstrain.checkpoint.prune import Pruning, best_of, prune
 from dstrain.checkpoint.save import CheckpointWriter, Policy, RunRecord
 
 __all__ = [
     "AUTO",
     "CheckpointWriter",
+    "Comparison",
     "Found",
+    "Imported",
     "Manifest",
     "Policy",
+    "Pruning",
     "Restored",
     "RunRecord",
+    "best_of",
+    "bring_in",
     "check_there",
     "choose",
     "committed",
+    "compare",
     "export",
     "holding",
     "load_into",
+    "prune",
     "read_manifest",
     "read_run",
     "verify",

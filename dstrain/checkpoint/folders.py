@@ -192,23 +192,43 @@ def rotate(output_dir: Path, *, limit: int | None, keep: list[Path]) -> list[Pat
     """
     if not limit or limit < 0:
         return []
+    removed = []
+    for old in surplus(output_dir, limit=limit, keep=keep):
+        if is_read(old.folder):
+            logger.warning("%s is kept beyond save_total_limit: it is being read", old.folder)
+        elif remove(old):
+            removed.append(old.folder)
+    return removed
+
+
+def surplus(output_dir: Path, *, limit: int, keep: list[Path]) -> list[Found]:
+    """The oldest committed checkpoints beyond ``limit``; never the newest or one in ``keep``."""
     found = committed(output_dir)
     protected = {path.resolve() for path in keep}
     removable = [f for f in found[:-1] if f.folder.resolve() not in protected]
-    removed = []
-    for old in removable[: max(0, len(found) - limit)]:
-        if _is_held(old.folder, if_unknown=False):
-            logger.warning("%s is kept beyond save_total_limit: it is being read", old.folder)
-            continue
-        hidden = output_dir / f".checkpoint-{old.step}.removing-{uuid.uuid4().hex[:8]}"
-        try:
-            os.rename(old.folder, hidden)
-        except OSError as error:
-            logger.warning("%s could not be removed: %s", old.folder, error)
-            continue
-        _remove(hidden)
-        removed.append(old.folder)
-    return removed
+    return removable[: max(0, len(found) - limit)]
+
+
+def is_read(folder: Path) -> bool:
+    """Whether a living process holds a committed checkpoint."""
+    return _is_held(folder, if_unknown=False)
+
+
+def remove(checkpoint: Found) -> bool:
+    """Remove a committed checkpoint, which is gone as one before its files are.
+
+    Returns:
+        False where the system refused, which is logged.
+    """
+    folder = checkpoint.folder
+    hidden = folder.parent / f".checkpoint-{checkpoint.step}.removing-{uuid.uuid4().hex[:8]}"
+    try:
+        os.rename(folder, hidden)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error)
+        return False
+    _remove(hidden)
+    return True
 
 
 def _remove(folder: Path) -> None:

@@ -72,7 +72,8 @@ class Restored:
 
     Attributes:
         shared: ``RunRecord.shared``.
-        own: ``RunRecord.own`` of this rank; None where another number of ranks wrote it.
+        own: ``RunRecord.own`` of this rank; None where another number of ranks wrote it, or an
+            import.
     """
 
     shared: dict[str, Any]
@@ -144,8 +145,9 @@ def load_into(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) ->
         )
         shared = _read_json(folder / content.RUN)
         own = None
-        if manifest.world_size == ranks.world_size:
-            own = _read_json(folder / content.rank_file(ranks.rank))
+        name = content.rank_file(ranks.rank)
+        if manifest.world_size == ranks.world_size and name in manifest.files:
+            own = _read_json(folder / name)
     begin_load(engine)
     with all_or_none():
         held = regions(engine)

@@ -15,6 +15,8 @@ from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import FileRecord, record_of, sync_folder, write_bytes
 
 NAME = "manifest.json"
+SLICES = "slices"
+DEEPSPEED = "deepspeed"
 FORMAT = "dstrain checkpoint"
 VERSION = 1
 
@@ -36,6 +38,7 @@ class Manifest:
         metrics: of the last evaluation before it, empty where there was none.
         versions: of dstrain and the libraries that it stands on.
         files: path relative to the folder -> size and checksum, of every file but the manifest.
+        layout: of what a resume needs: "slices" by parameter name, or "deepspeed"'s own files.
     """
 
     step: int
@@ -50,6 +53,12 @@ class Manifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    layout: str = SLICES
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether it can be resumed at any topology."""
+        return self.resumable and self.layout == SLICES
 
     @property
     def total_bytes(self) -> int:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import platform
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.codec import encode
 from dstrain.checkpoint.manifest import Manifest, write_manifest
+from dstrain.checkpoint.versions import versions
 from dstrain.core.errors import CheckpointError, DstrainError, ModelError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
@@ -26,7 +25,6 @@ from dstrain.models import held_bytes, hold_shards, save_configs, save_model, wr
 
 logger = get_logger(__name__)
 
-_LIBRARIES = ("dstrain", "torch", "deepspeed", "transformers", "safetensors")
 # A copy of the slices may take this share of the memory that is left.
 _MEMORY_SHARE = 0.5
 
@@ -274,7 +272,7 @@ class CheckpointWriter:
             parameters=content.parameter_shapes(engine),
             optimized=tuple(optimized_names(engine)),
             metrics=record.metrics,
-            versions=_versions(),
+            versions=versions(),
         )
         return _Job(record, staging, manifest, write)
 
@@ -351,11 +349,3 @@ def _files_in(staging: Path) -> list[str]:
         if p.is_file() and p.name != folders.LOCK
     )
     return gather_objects(names)[0]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found

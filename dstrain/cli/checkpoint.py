@@ -1,36 +1,44 @@
-"""``dstrain checkpoint ls|verify|export``: looks after the checkpoints of a run, in one process."""
+"""``dstrain checkpoint ACTION``: looks after the checkpoints of a run, in one process."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from dstrain.cli import checkpoint_look as look
+from dstrain.cli import checkpoint_make as make
 from dstrain.cli.flags import make_parser
-from dstrain.core.errors import CheckpointError, ConfigError, Problem, nearest
+from dstrain.core.errors import ConfigError, Problem, nearest
 
-USAGE = """usage: dstrain checkpoint ACTION ...
 
-actions:
-  ls DIR                        step, metrics and size of every checkpoint of a run
-  verify DIR                    read every file of a checkpoint, or of all of a run
-  export DIR OUT [--dtype D]    the model of a checkpoint as a Hugging Face folder
-"""
+@dataclass(frozen=True)
+class _Action:
+    """One word after ``dstrain checkpoint``.
 
-DAMAGED = 1
+    Attributes:
+        usage: its arguments.
+        text: what it does.
+        run: does it; returns the exit status.
+        flags: declares its arguments.
+    """
+
+    usage: str
+    text: str
+    run: Callable[[argparse.Namespace], int]
+    flags: Callable[[argparse.ArgumentParser], None]
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one action; 1 where ``verify`` found damage.
+    """Run one action; 1 where ``verify`` found damage or ``diff`` a difference.
 
     Raises:
         ConfigError: an unknown action or flag.
         CheckpointError: no checkpoint where one was named.
     """
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(_usage(), end="")
         return 0
     name, rest = words[0], list(words[1:])
     if name not in _ACTIONS:
@@ -42,145 +50,81 @@ def run(words: Sequence[str]) -> int:
                 f"did you mean {close!r}?" if close else "",
             )
         )
-    parser = make_parser(f"dstrain checkpoint {name}", "", [])
-    parser.usage = None
+    action = _ACTIONS[name]
+    parser = make_parser(f"dstrain checkpoint {name}", action.text, [])
+    parser.usage = f"%(prog)s {action.usage}"
+    action.flags(parser)
+    return action.run(parser.parse_args(rest))
+
+
+def _usage() -> str:
+    heads = [f"{name} {action.usage}" for name, action in _ACTIONS.items()]
+    width = max(map(len, heads)) + 2
+    lines = [f"  {h:<{width}}{a.text}" for h, a in zip(heads, _ACTIONS.values(), strict=True)]
+    return "\n".join(["usage: dstrain checkpoint ACTION ...", "", "actions:", *lines, ""])
+
+
+def _dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, help="a run's output_dir, or one checkpoint of it")
-    if name == "export":
-        parser.add_argument("out", type=Path, help="folder to make")
-        parser.add_argument("--dtype", default=None, help="fp32, bf16 or fp16; as trained if left")
-        parser.add_argument(
-            "--max_shard_bytes", type=int, default=5 * 10**9, help="of one weight file"
-        )
-    return int(_ACTIONS[name](parser.parse_args(rest)))
 
 
-def _list(options: Any) -> int:
-    from dstrain.checkpoint import committed, read_manifest
-
-    rows = [("step", "size", "state", "ranks", "stage", "metrics", "")]
-    found = committed(options.dir)
-    best = _best(found[-1].folder) if found else None
-    for checkpoint in found:
-        try:
-            manifest = read_manifest(checkpoint.folder)
-        except CheckpointError as error:
-            rows.append(
-                (str(checkpoint.step), "?", "damaged", "", "", str(error.problems[0].why), "")
-            )
-            continue
-        metrics = " ".join(f"{k}={v:.4g}" for k, v in manifest.metrics.items() if "loss" in k)
-        rows.append(
-            (
-                str(manifest.step),
-                _size(manifest.total_bytes),
-                "whole" if manifest.resumable else "model only",
-                str(manifest.world_size),
-                str(manifest.stage),
-                metrics or "-",
-                "best" if best == checkpoint.folder.name else "",
-            )
-        )
-    unfinished = sorted(p.name for p in options.dir.glob("checkpoint-*") if _is_unfinished(p))
-    if len(rows) > 1:
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        for row in rows:
-            print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
-    else:
-        print(f"no checkpoint in {options.dir}")
-    for name in unfinished:
-        print(f"{name}: not committed (it has no manifest.json)")
-    return 0
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    _dir(parser)
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--dtype", default=None, help="fp32, bf16 or fp16; as trained if left out")
+    parser.add_argument("--max_shard_bytes", type=int, default=5 * 10**9, help="of one weight file")
 
 
-def _is_unfinished(path: Path) -> bool:
-    return path.is_dir() and not (path / "manifest.json").exists()
+def _diff_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", type=Path, help="a checkpoint, or a run, whose newest is taken")
+    parser.add_argument("second", type=Path, help="likewise")
+    parser.add_argument("--all", action="store_true", default=False, help="list every tensor")
 
 
-def _best(newest: Path) -> str | None:
-    """Name of the best checkpoint by the newest one's records."""
-    try:
-        best = json.loads((newest / "trainer_state.json").read_text())["best_model_checkpoint"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return None if best is None else Path(best).name
+def _import_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="a folder of DeepSpeed or transformers")
+    parser.add_argument("out", type=Path, help="checkpoint to make, such as out/checkpoint-500")
+    parser.add_argument(
+        "--samples_per_epoch",
+        type=int,
+        default=None,
+        help="size of the training data, where the folder does not tell how far an epoch was",
+    )
+    parser.add_argument(
+        "--global_batch_size", type=int, default=None, help="samples per optimizer step, likewise"
+    )
 
 
-def _verify(options: Any) -> int:
-    from tqdm import tqdm
-
-    from dstrain.checkpoint import read_manifest, verify
-
-    status = 0
-    for folder in _checkpoints(options.dir):
-        try:
-            total = read_manifest(folder).total_bytes
-            with tqdm(
-                total=total, unit="B", unit_scale=True, desc=folder.name, disable=_quiet()
-            ) as bar:
-                manifest, problems = verify(folder, on_file=bar.update)
-        except CheckpointError as error:
-            problems, manifest = [str(p) for p in error.problems], None
-        if problems:
-            status = DAMAGED
-            print(f"{folder}: damaged")
-            for line in problems:
-                print(f"  {line}")
-        elif manifest is not None:
-            count = f"{len(manifest.files)} files, {_size(manifest.total_bytes)}"
-            print(f"{folder}: good ({count}, {len(manifest.parameters)} parameters)")
-    return status
+def _prune_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", type=Path, help="a run's output_dir")
+    parser.add_argument("--keep", type=int, required=True, help="how many checkpoints to leave")
+    parser.add_argument(
+        "--dry_run", action="store_true", default=False, help="only say what would be removed"
+    )
 
 
-def _export(options: Any) -> int:
-    from tqdm import tqdm
-
-    from dstrain.checkpoint import export, read_manifest
-
-    (folder,) = _checkpoints(options.dir)[-1:]
-    total = len(read_manifest(folder).parameters)
-    with tqdm(total=total, unit=" tensors", desc="export", disable=_quiet()) as bar:
-        count = export(
-            folder,
-            options.out,
-            dtype=options.dtype,
-            shard_bytes=options.max_shard_bytes,
-            on_tensor=lambda name, num_bytes: bar.update(),
-        )
-    print(f"{count} tensors of {folder} are in {options.out}")
-    return 0
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The folder itself where it is a checkpoint, else those of the run in it, oldest first.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    from dstrain.checkpoint import committed
-
-    if (folder / "manifest.json").exists():
-        return [folder]
-    found = [checkpoint.folder for checkpoint in committed(folder)]
-    if not found:
-        raise CheckpointError(
-            Problem(
-                f"{str(folder)!r} is no checkpoint and has none in it",
-                "a checkpoint has a manifest.json",
-                "name a run's output_dir, or a checkpoint-N folder in it",
-            )
-        )
-    return found
-
-
-def _quiet() -> bool:
-    return not sys.stderr.isatty()
-
-
-def _size(num_bytes: int) -> str:
-    size, units = float(num_bytes), ["B", "KB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
-
-
-_ACTIONS = {"ls": _list, "verify": _verify, "export": _export}
+_ACTIONS = {
+    "ls": _Action("DIR", "step, metrics and size of every checkpoint of a run", look.ls, _dir),
+    "verify": _Action(
+        "DIR", "read every file of a checkpoint, or of all of a run", look.verify, _dir
+    ),
+    "diff": _Action("A B [--all]", "what differs between two checkpoints", look.diff, _diff_flags),
+    "export": _Action(
+        "DIR OUT [--dtype D]",
+        "the model of a checkpoint as a Hugging Face folder",
+        make.export,
+        _export_flags,
+    ),
+    "import": _Action(
+        "SRC OUT",
+        "a checkpoint of DeepSpeed or transformers as one of dstrain",
+        make.bring_in,
+        _import_flags,
+    ),
+    "prune": _Action(
+        "DIR --keep N [--dry_run]",
+        "remove old checkpoints, never the newest or the best",
+        make.prune,
+        _prune_flags,
+    ),
+}

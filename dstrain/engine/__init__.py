@@ -5,7 +5,7 @@ from dstrain.engine.groups import decay_parameter_names, parameter_groups
 from dstrain.engine.leaf import expert_blocks
 from dstrain.engine.machine import least, read_machine
 from dstrain.engine.nvme import prepare_nvme
-from dstrain.engine.optimizer_state import create_state, read_scalars
+from dstrain.engine.optimizer_state import changing_values, create_state, read_scalars
 from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
 from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
 from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
@@ -35,6 +35,7 @@ __all__ = [
     "build_ops",
     "check_own",
     "begin_load",
+    "changing_values",
     "check_precision",
     "create_state",
     "decay_parameter_names",

@@ -136,19 +136,30 @@ def _fresh_state(region: Region) -> dict[str, Any]:
 
 def group_values(optimizer: Any) -> list[dict[str, Any]]:
     """What changes during training in each parameter group: rates, momenta, counts."""
-    return [
-        {key: _plain(value) for key, value in group.items() if key not in _STATIC and _fits(value)}
-        for group in optimizer.param_groups
-    ]
+    return [changing_values(group) for group in optimizer.param_groups]
+
+
+def changing_values(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes during training in a parameter group."""
+    return {
+        key: _plain(value) for key, value in group.items() if key not in _STATIC and _fits(value)
+    }
+
+
+def same_for_all(saved: list[dict[str, Any]]) -> bool:
+    """Whether saved groups differ in nothing that changes, so that any number of groups fits."""
+    return all(values == saved[0] for values in saved[1:])
 
 
 def set_group_values(optimizer: Any, saved: list[dict[str, Any]]) -> None:
-    """Put back what ``group_values`` gave.
+    """Put back what ``group_values`` gave; what all saved groups share fits any number of them.
 
     Raises:
-        CheckpointError: another number of groups.
+        CheckpointError: another number of groups, and the saved ones are not alike.
     """
     groups = optimizer.param_groups
+    if len(groups) != len(saved) and saved and same_for_all(saved):
+        saved = [saved[0]] * len(groups)
     if len(groups) != len(saved):
         raise CheckpointError(
             Problem(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dstrain.core.errors import CheckpointError, Problem
-from dstrain.engine.optimizer_state import group_values, set_group_values
+from dstrain.engine.optimizer_state import group_values, same_for_all, set_group_values
 
 if TYPE_CHECKING:
     from dstrain.engine.engine import Engine
@@ -61,8 +61,23 @@ def write_progress(engine: Engine, saved: dict[str, Any]) -> None:
             )
         )
     if schedule is not None:
-        schedule.load_state_dict(saved["schedule"])
+        count = len(_basic(engine.optimizer).param_groups)
+        schedule.load_state_dict(_for_groups(saved["schedule"], saved["groups"], count))
     set_group_values(_basic(engine.optimizer), saved["groups"])
+
+
+def _for_groups(state: dict[str, Any], saved: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    """A schedule's state for another number of parameter groups, where the saved ones were alike.
+
+    torch keeps a rate per group in lists, and a list too short would leave groups without one.
+    """
+    if len(saved) == count or not saved or not same_for_all(saved):
+        return state
+    fitted = dict(state)
+    for key, value in state.items():
+        if isinstance(value, list) and len(value) == len(saved):
+            fitted[key] = value[:1] * count
+    return fitted
 
 
 def begin_load(engine: Engine) -> None:

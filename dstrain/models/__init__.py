@@ -17,11 +17,13 @@ from dstrain.models.save import (
     save_model,
 )
 from dstrain.models.sizes import count_causal_lm, sizes_of_module
+from dstrain.models.skeleton import Skeleton, skeleton_of
 from dstrain.models.tensor_file import Stored, write_tensor_file
 
 __all__ = [
     "DTYPES",
     "HeldShards",
+    "Skeleton",
     "Stored",
     "build_causal_lm",
     "check_model_folder",
@@ -35,5 +37,6 @@ __all__ = [
     "save_configs",
     "save_model",
     "sizes_of_module",
+    "skeleton_of",
     "write_tensor_file",
 ]

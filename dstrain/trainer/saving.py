@@ -120,7 +120,7 @@ def resume(trainer: Trainer, engine: Engine, start: Start) -> Resumption:
         if ranks.is_main:
             logger.warning(
                 "random states are those of (seed, step, rank) and not of the checkpoint, which "
-                "another number of ranks wrote"
+                "has none for this number of ranks"
             )
     return Resumption(position, restored.own)
 

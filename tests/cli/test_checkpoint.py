@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,10 +103,39 @@ def test_an_export_in_shards_is_read_too(called, run_folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_diff_shows_what_differs_and_says_so_by_its_status(called, run_folder):
+    first, second = run_folder / "checkpoint-2", run_folder / "checkpoint-4"
+    status, text = called("diff", second, run_folder)  # the newest of a run
+    assert (status, "nothing differs" in text) == (0, True), text
+    status, text = called("diff", first, second)
+    assert status == 1
+    assert "  step: 2 | 4" in text
+    assert "  engine.counters.global_steps: 2 | 4" in text
+    assert "exp_avg_sq: 21 tensors have other values, at most" in text
+    assert "  and 11 more (--all)" in text
+    assert "DeepSpeed config" not in text
+
+
+@pytest.mark.slow
+def test_prune_says_what_it_removes(called, run_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    status, text = called("prune", run, "--keep", 1, "--dry_run")
+    assert (status, (run / "checkpoint-2").exists()) == (0, True)
+    assert f"would remove {run / 'checkpoint-2'}" in text
+    status, text = called("prune", run, "--keep", 1)
+    assert (status, (run / "checkpoint-2").exists()) == (0, False)
+    assert f"removed {run / 'checkpoint-2'}\nkept {run / 'checkpoint-4'}: newest" in text
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["lst", "x"], "did you mean 'ls'?"),
+        (["prun", "x"], "did you mean 'prune'?"),
+        (["prune", "x"], "required: --keep"),
+        (["diff", "a", "b"], "is no checkpoint and has none in it"),
         (["ls"], "required: dir"),
         (["verify", "nothing-here"], "is no checkpoint and has none in it"),
         (["export", "a", "b", "--dtyp", "fp32"], "--dtyp"),
@@ -120,6 +150,6 @@ def test_mistakes_are_explained(called, words, says):
 def test_help_needs_no_torch(called):
     status, text = called("--help")
     assert status == 0
-    for action in ("ls DIR", "verify DIR", "export DIR OUT"):
+    for action in ("ls DIR", "verify DIR", "export DIR OUT", "diff A B", "prune DIR --keep N"):
         assert action in text
     assert os.environ.get("RANK") is None

@@ -1,0 +1,243 @@
+"""What differs between two checkpoints: values of every tensor, state of the run, config, metrics.
+
+The two may have been written by any number of ranks at any stage. Values are compared piece by
+piece, so memory holds a few megabytes of each whatever the size of the checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.checkpoint import content
+from dstrain.checkpoint.load import Piece, SliceIndex, opened, read_index, read_run
+from dstrain.checkpoint.manifest import Manifest, read_manifest
+from dstrain.config import difference as configs
+
+_CHUNK_NUMEL = 4 * 2**20
+_IN_MANIFEST = ("step", "world_size", "stage", "precision", "resumable", "has_weights")
+# What a clock says, or where it was said.
+_NOT_COMPARED = ("position.meters",)
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor whose values differ.
+
+    Attributes:
+        key: "master", "exp_avg" and so on; "buffer" or "model" for those files.
+        name: the parameter or buffer.
+        numel: elements of it.
+        different: how many of them differ.
+        largest: the largest absolute difference.
+    """
+
+    key: str
+    name: str
+    numel: int
+    different: int
+    largest: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that differs.
+
+    Attributes:
+        values: plain values: (title of the group, name, of the first, of the second).
+        tensors: those with other values.
+        num_compared: tensors that both have, in the same shape.
+    """
+
+    values: tuple[tuple[str, str, Any, Any], ...]
+    tensors: tuple[TensorDifference, ...]
+    num_compared: int
+
+    def __bool__(self) -> bool:
+        """Whether anything differs."""
+        return bool(self.values or self.tensors)
+
+
+def compare(
+    first: Path, second: Path, *, on_tensor: Callable[[str], object] = lambda name: None
+) -> Comparison:
+    """Compare two committed checkpoints.
+
+    Args:
+        first: a checkpoint.
+        second: another.
+        on_tensor: called with the name of each tensor that has been compared.
+
+    Raises:
+        CheckpointError: one of them is no checkpoint, or is damaged.
+    """
+    manifests = read_manifest(first), read_manifest(second)
+    values = [*_manifest_values(*manifests), *_config_values(first, second)]
+    pairs: list[tuple[str, str, list[Piece], list[Piece], int]] = []
+    if all(m.has_slices for m in manifests):
+        indices = read_index(first, manifests[0]), read_index(second, manifests[1])
+        values += [*_run_values(first, second), *_state_values(*indices)]
+        pairs += _slice_pairs(*indices, manifests[0])
+    pairs += _file_pairs(first, second, manifests, values)
+    tensors = []
+    for key, name, ours, theirs, numel in pairs:
+        different, largest = _compared(f"{key}/{name}", ours, theirs, numel)
+        if different:
+            tensors.append(TensorDifference(key, name, numel, different, largest))
+        on_tensor(name)
+    return Comparison(tuple(values), tuple(tensors), len(pairs))
+
+
+def _manifest_values(first: Manifest, second: Manifest) -> Iterator[tuple[str, str, Any, Any]]:
+    for name in _IN_MANIFEST:
+        if getattr(first, name) != getattr(second, name):
+            yield "checkpoint", name, getattr(first, name), getattr(second, name)
+    yield from _of_mappings("shapes", _lists(first.parameters), _lists(second.parameters))
+    trained = ({n: "trained" for n in m.optimized} for m in (first, second))
+    yield from _of_mappings("frozen or trained", *trained)
+    yield from _of_mappings("metrics", first.metrics, second.metrics)
+
+
+def _lists(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[int]]:
+    return {name: list(shape) for name, shape in shapes.items()}
+
+
+def _config_values(first: Path, second: Path) -> Iterator[tuple[str, str, Any, Any]]:
+    records = [_json(folder / configs.RECORD_FILE) for folder in (first, second)]
+    if all("provenance" in record for record in records):
+        for found in configs.differences(*records):
+            ours, theirs = found.this, found.other  # whose value is None where it is not there
+            yield configs.TITLES[found.kind], found.name, ours.value, theirs.value
+
+
+def _run_values(first: Path, second: Path) -> Iterator[tuple[str, str, Any, Any]]:
+    flat = [dict(_flat("", read_run(folder))) for folder in (first, second)]
+    yield from _of_mappings("state of the run", *flat)
+
+
+def _state_values(first: SliceIndex, second: SliceIndex) -> Iterator[tuple[str, str, Any, Any]]:
+    """Single numbers of the optimizer's state, and tensors of it that only one of the two has."""
+    sides = []
+    for index in (first, second):
+        keys: dict[str, list[str]] = {}
+        for key, name in index.pieces:
+            keys.setdefault(name, []).append(key)
+        sides.append({name: sorted(found) for name, found in keys.items()})
+    yield from _of_mappings("kinds of state", *sides)
+    yield from _of_mappings("numbers of the optimizer", first.scalars, second.scalars)
+
+
+def _slice_pairs(
+    first: SliceIndex, second: SliceIndex, manifest: Manifest
+) -> Iterator[tuple[str, str, list[Piece], list[Piece], int]]:
+    for (key, name), pieces in first.pieces.items():
+        others = second.pieces.get((key, name))
+        ends = [max(p.start + p.numel for p in found) for found in (pieces, others or pieces)]
+        if others and ends[0] == ends[1] and name in manifest.parameters:
+            yield key, name, pieces, others, ends[0]
+
+
+def _file_pairs(
+    first: Path,
+    second: Path,
+    manifests: tuple[Manifest, Manifest],
+    values: list[tuple[str, str, Any, Any]],
+) -> Iterator[tuple[str, str, list[Piece], list[Piece], int]]:
+    """Tensors of whole files: buffers, and the model's weights where slices do not have them."""
+    kinds = [("buffer", [_whole(f, [content.BUFFERS]) for f in (first, second)])]
+    if not all(m.has_slices for m in manifests):
+        weights = [
+            [n for n in m.files if n.startswith("model") and n.endswith(".safetensors")]
+            for m in manifests
+        ]
+        kinds.append(
+            ("model", [_whole(f, w) for f, w in zip((first, second), weights, strict=True)])
+        )
+    for key, (ours, theirs) in kinds:
+        for name in sorted(set(ours) | set(theirs)):
+            if name in ours and name in theirs and ours[name].numel == theirs[name].numel:
+                yield key, name, [ours[name]], [theirs[name]], ours[name].numel
+            else:
+                sizes = [side[name].numel if name in side else None for side in (ours, theirs)]
+                values.append((f"elements of {key}s", name, sizes[0], sizes[1]))
+
+
+def _whole(folder: Path, files: list[str]) -> dict[str, Piece]:
+    """The tensors of some files of a checkpoint, each as one piece."""
+    found = {}
+    for path in (folder / file for file in sorted(files)):
+        if path.exists():
+            with opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 - a file is no dict
+                    numel = torch.Size(file.get_slice(name).get_shape()).numel()
+                    found[name] = Piece(0, numel, path)
+    return found
+
+
+def _compared(tensor: str, ours: list[Piece], theirs: list[Piece], numel: int) -> tuple[int, float]:
+    """How many elements differ, and by how much at most."""
+    different, largest = 0, 0.0
+    for start in range(0, numel, _CHUNK_NUMEL):
+        stop = min(numel, start + _CHUNK_NUMEL)
+        a, b = _read(tensor, ours, start, stop), _read(tensor, theirs, start, stop)
+        if a.dtype == b.dtype and torch.equal(a, b):
+            continue
+        unequal = (a != b) & ~(a.isnan() & b.isnan())
+        if count := int(unequal.sum()):
+            different += count
+            gap = (a.double() - b.double()).abs()[unequal]
+            largest = max(largest, float(gap.nan_to_num(nan=float("inf")).max()))
+    return different, largest
+
+
+def _read(tensor: str, pieces: list[Piece], start: int, stop: int) -> torch.Tensor:
+    """Elements from ``start`` to ``stop`` of a flattened tensor."""
+    parts = []
+    for piece in pieces:
+        low, high = max(piece.start, start), min(piece.start + piece.numel, stop)
+        if low < high:
+            with opened(piece.path) as file:
+                if tensor in file.keys():  # noqa: SIM118 - a file is no dict
+                    part = file.get_slice(tensor)[low - piece.start : high - piece.start]
+                else:  # of a file of whole tensors, which has them under their own names
+                    part = file.get_tensor(tensor.partition("/")[2]).reshape(-1)[low:high]
+            parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _of_mappings(
+    title: str, first: Mapping[str, Any], second: Mapping[str, Any]
+) -> Iterator[tuple[str, str, Any, Any]]:
+    for name in dict.fromkeys([*first, *second]):
+        ours, theirs = first.get(name), second.get(name)
+        if (name in first, repr(ours)) != (name in second, repr(theirs)):
+            yield title, name, ours, theirs
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Leaves of nested values under dotted names."""
+    if path in _NOT_COMPARED:
+        return
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    else:
+        yield path, value
+        return
+    for name, part in items:
+        yield from _flat(f"{path}.{name}" if path else str(name), part)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint, which it may lack."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

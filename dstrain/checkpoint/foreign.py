@@ -1,0 +1,189 @@
+"""A run that another program has saved, in the terms of a dstrain checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import CheckpointError, Problem
+from dstrain.engine import MASTER, WEIGHT, changing_values
+from dstrain.models import Stored
+
+
+@dataclass
+class Partition:
+    """What one file of slices will hold.
+
+    Attributes:
+        tensors: under "<key>/<parameter>", 1-D; read when they are written.
+        spans: parameter -> (start, numel) of the run that is here.
+        scalars: parameter -> single numbers of its optimizer state.
+    """
+
+    tensors: list[Stored] = field(default_factory=list)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+    scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        start: int,
+        values: torch.Tensor,
+        state: Mapping[str, Any],
+        *,
+        group: Mapping[str, Any],
+        offset: int,
+    ) -> None:
+        """A run of a trained parameter.
+
+        Args:
+            name: the parameter.
+            start: where the run begins in the whole flattened parameter.
+            values: the run's master weights, 1-D.
+            state: of the optimizer, for the flat tensor that has the run.
+            group: the parameter group, which has the step count where the state has none.
+            offset: where the run begins in that flat tensor.
+
+        Raises:
+            CheckpointError: state that cannot be taken apart.
+        """
+        numel = values.numel()
+        self.spans[name] = (start, numel)
+        self.tensors.append(_as_fp32(f"{MASTER}/{name}", values))
+        numbers: dict[str, Any] = {}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.numel() > 1:
+                flat = value.reshape(-1)
+                if flat.numel() < offset + numel:
+                    raise CheckpointError(
+                        Problem(
+                            f"optimizer state {key!r} of {name} has {flat.numel()} elements",
+                            f"{offset + numel} or more were expected: it does not have the shape "
+                            "of the parameter",
+                            "export the weights and start from them",
+                        )
+                    )
+                self.tensors.append(
+                    Stored.of(f"{key}/{name}", flat.narrow(0, offset, numel).detach())
+                )
+            elif isinstance(value, torch.Tensor):
+                if value.numel() == numel == 1 and value.dim():
+                    self.tensors.append(Stored.of(f"{key}/{name}", value.reshape(-1).detach()))
+                else:
+                    numbers[key] = value.item()
+            elif isinstance(value, (bool, int, float)):
+                numbers[key] = value
+        if state and "step" not in numbers and isinstance(group.get("step"), (int, float)):
+            numbers["step"] = group["step"]
+        if state:
+            self.scalars[name] = numbers
+
+    def add_frozen(self, name: str, start: int, values: torch.Tensor) -> None:
+        """A run of a parameter that the optimizer does not update."""
+        self.spans[name] = (start, values.numel())
+        flat = values.detach().reshape(-1)
+        self.tensors.append(Stored.of(f"{WEIGHT}/{name}", flat))
+
+
+def _as_fp32(name: str, values: torch.Tensor) -> Stored:
+    return Stored(name, (values.numel(),), torch.float32, lambda: values.detach().float())
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What an import has found.
+
+    Attributes:
+        kind: what wrote it, for people.
+        step: optimizer steps done.
+        stage: ZeRO stage.
+        precision: "fp32", "bf16" or "fp16".
+        parameters: name -> shape, in the order of the module.
+        optimized: names of the trained ones.
+        partitions: what becomes a file each.
+        buffers: persistent buffers.
+        engine: as ``read_progress`` gives it.
+        global_batch_size: samples per step; None where it is not known.
+        config: DeepSpeed's config; None without one.
+        remarks: what a user should know about it.
+    """
+
+    kind: str
+    step: int
+    stage: int
+    precision: str
+    parameters: dict[str, tuple[int, ...]]
+    optimized: tuple[str, ...]
+    partitions: list[Partition]
+    buffers: list[Stored]
+    engine: dict[str, Any]
+    global_batch_size: int | None = None
+    config: Mapping[str, Any] | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def engine_record(
+    *,
+    step: int,
+    samples: int,
+    skipped: int,
+    accumulation: int,
+    groups: Sequence[Mapping[str, Any]],
+    schedule: Any,
+    loss_scale: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What ``read_progress`` would have given in that run."""
+    return {
+        "counters": {
+            "global_steps": step,
+            "global_samples": samples,
+            "skipped_steps": skipped,
+            "micro_steps": step * accumulation,
+        },
+        "loss_scale": loss_scale,
+        "optimizer": "",
+        "groups": [changing_values(group) for group in groups],
+        "schedule": schedule,
+    }
+
+
+def match_groups(
+    groups: Sequence[Mapping[str, Any]],
+    shapes: Mapping[str, tuple[int, ...]],
+    decayed: Sequence[str] | None,
+) -> list[list[str]]:
+    """Names of the parameters of each group of a plain optimizer, which has only numbers for them.
+
+    Groups are filled in the order of the module, as nearly all programs do: all parameters in one
+    group, or those with weight decay in the first and the others in the second.
+
+    Args:
+        groups: the optimizer's ``param_groups``.
+        shapes: of the parameters, in the order of the module.
+        decayed: those that transformers' rule gives weight decay; None where it is not known.
+
+    Raises:
+        CheckpointError: neither adds up.
+    """
+    counts = [len(group["params"]) for group in groups]
+    if len(counts) == 1 and counts[0] == len(shapes):
+        return [list(shapes)]
+    rules = [[n for n, shape in shapes.items() if len(shape) > 1]]
+    if decayed is not None:
+        rules.insert(0, [n for n in shapes if n in set(decayed)])
+    for rule in rules:
+        chosen = set(rule)
+        parts = [rule, [n for n in shapes if n not in chosen]]
+        if [len(part) for part in parts if part] == counts:
+            return [part for part in parts if part]
+    raise CheckpointError(
+        Problem(
+            f"the optimizer has groups of {counts} parameters, the model {len(shapes)}",
+            "a plain optimizer file numbers its parameters, and the numbers cannot be matched with "
+            "names: neither one group of all, nor one with weight decay and one without, fits",
+            "import a checkpoint of ZeRO stage 1 to 3, which has names; or start from the weights",
+        )
+    )

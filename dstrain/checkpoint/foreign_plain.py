@@ -1,0 +1,147 @@
+"""Checkpoints of transformers' Trainer without DeepSpeed: weights, optimizer.pt, scheduler.pt."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.checkpoint.foreign import Foreign, Partition, engine_record, match_groups
+from dstrain.checkpoint.load import opened
+from dstrain.checkpoint.pickles import load_pickle
+from dstrain.core.errors import CheckpointError, Problem
+from dstrain.models import Stored, skeleton_of
+
+OPTIMIZER = "optimizer.pt"
+SCHEDULE = "scheduler.pt"
+
+
+def read_plain(folder: Path, state: Mapping[str, Any]) -> Foreign:
+    """Read the structure of a checkpoint; tensors stay in their files.
+
+    Args:
+        folder: ``checkpoint-N``.
+        state: content of its ``trainer_state.json``.
+
+    Raises:
+        CheckpointError: files are missing or do not fit, or one can only be read by executing it.
+        ModelError: its ``config.json`` does not say what the model is.
+    """
+    model = skeleton_of(folder)
+    weights = _weights(folder)
+    names = {alias: first for first, alias in ((f, a) for a, f in model.tied.items())}
+    weights = {names.get(name, name): values for name, values in weights.items()}
+    optimizer = load_pickle(folder / OPTIMIZER)
+    groups = match_groups(optimizer["param_groups"], model.parameters, model.decayed)
+    partition = Partition()
+    for group, members in zip(optimizer["param_groups"], groups, strict=True):
+        for number, name in zip(group["params"], members, strict=True):
+            shape = model.parameters[name]
+            values = _value(weights, name, shape, folder)
+            partition.add(
+                name, 0, values, optimizer["state"].get(number, {}), group=group, offset=0
+            )
+            _check_shapes(name, shape, optimizer["state"].get(number, {}))
+    step = int(state["global_step"])
+    schedule = load_pickle(folder / SCHEDULE) if (folder / SCHEDULE).exists() else None
+    return Foreign(
+        kind="transformers' Trainer",
+        step=step,
+        stage=0,
+        precision="fp32",
+        parameters=model.parameters,
+        optimized=tuple(name for members in groups for name in members),
+        partitions=[partition],
+        buffers=[_stored(weights[name], name) for name in model.buffers if name in weights],
+        engine=engine_record(
+            step=step,
+            samples=0,
+            skipped=0,
+            accumulation=1,
+            groups=optimizer["param_groups"],
+            schedule=schedule,
+            loss_scale=None,
+        ),
+        remarks=("the optimizer's parameters have no names in it: matched by order and shape",),
+    )
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    """Name -> the file that has it (safetensors) or the tensor itself (pickles)."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with opened(path) as file:
+            found |= dict.fromkeys(file.keys(), path)
+    if not found:
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            found |= load_pickle(path)
+    if not found:
+        raise CheckpointError(
+            Problem(f"{folder} has no weights", "no model*.safetensors, no pytorch_model*.bin")
+        )
+    return found
+
+
+def _value(
+    weights: Mapping[str, Any], name: str, shape: tuple[int, ...], folder: Path
+) -> torch.Tensor:
+    if name not in weights:
+        close = [other for other in weights if other.split(".")[-2:] == name.split(".")[-2:]][:1]
+        raise CheckpointError(
+            Problem(
+                f"{name} is not among the weights of {folder}",
+                f"they have names like {close[0]}" if close else "",
+                "transformers stores this architecture in another layout than it trains it in; "
+                "start from the weights with model_name_or_path",
+            )
+        )
+    values = _stored(weights[name], name).load()
+    if tuple(values.shape) != shape:
+        raise CheckpointError(
+            Problem(f"{name} has shape {tuple(values.shape)}", f"config.json says {shape}")
+        )
+    return values.reshape(-1)
+
+
+def _stored(found: Any, name: str) -> Stored:
+    if isinstance(found, torch.Tensor):
+        return Stored.of(name, found)
+    with opened(found) as file:
+        values: torch.Tensor = file.get_tensor(name)
+    return Stored.of(name, values)
+
+
+def _check_shapes(name: str, shape: tuple[int, ...], state: Mapping[str, Any]) -> None:
+    numel = math.prod(shape)
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.numel() > 1 and tuple(value.shape) != shape:
+            what = "other order" if value.numel() == numel else "other shape"
+            raise CheckpointError(
+                Problem(
+                    f"optimizer state {key!r} of {name} has shape {tuple(value.shape)} and not "
+                    f"{shape}",
+                    f"the optimizer has its parameters in an order that is not known, or state of "
+                    f"a shape of its own ({what})",
+                    "start from the weights with model_name_or_path",
+                )
+            )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """``trainer_state.json`` of a folder; empty where it has none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = folder / "trainer_state.json"
+    if not path.exists():
+        return {}
+    try:
+        state: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem(f"{path} cannot be read", str(error))) from error
+    return state

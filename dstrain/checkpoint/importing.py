@@ -1,0 +1,304 @@
+"""Bringing in a run that DeepSpeed or transformers saved, as a dstrain checkpoint.
+
+Nothing of the files is executed (``pickles.py``). They are memory-mapped and copied tensor by
+tensor, so this process needs room for the largest tensor, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.checkpoint import content, folders
+from dstrain.checkpoint.codec import encode
+from dstrain.checkpoint.foreign import Foreign
+from dstrain.checkpoint.foreign_deepspeed import read_deepspeed, tag_folder
+from dstrain.checkpoint.foreign_plain import OPTIMIZER, read_plain, read_state
+from dstrain.checkpoint.load import check_coverage, read_index
+from dstrain.checkpoint.manifest import DEEPSPEED, NAME, Manifest, read_manifest, write_manifest
+from dstrain.checkpoint.versions import versions
+from dstrain.core.errors import CheckpointError, DstrainError, Problem
+from dstrain.core.files import FileRecord, make_durable, sync_folder, write_json
+from dstrain.models import Stored, skeleton_of, write_tensor_file
+
+_COPIED = {".json", ".txt", ".model", ".jinja"}
+# Nothing is left to be logged of steps that are done.
+_EMPTY_METER = {"loss": 0.0, "finite": 0.0, "bad": -1.0, "steps": 0, "tokens": 0, "seconds": 0.0}
+_LEFT_OUT = {NAME, "trainer_state.json", "model.safetensors.index.json"}
+_LEFT_OUT |= {"pytorch_model.bin.index.json"}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came in.
+
+    Attributes:
+        kind: what had written it.
+        step: optimizer steps of the run.
+        num_parameters: parameters, by name.
+        remarks: what a user should know.
+    """
+
+    kind: str
+    step: int
+    num_parameters: int
+    remarks: tuple[str, ...]
+
+
+def bring_in(
+    source: Path,
+    out: Path,
+    *,
+    samples_per_epoch: int | None = None,
+    global_batch_size: int | None = None,
+    on_tensor: Callable[[str, int], object] = lambda name, num_bytes: None,
+) -> Imported:
+    """Make a dstrain checkpoint ``out`` of what ``source`` holds.
+
+    Args:
+        source: a folder with ``latest`` or the files of one tag (DeepSpeed), a ``checkpoint-N`` of
+            transformers' Trainer with or without DeepSpeed, or a checkpoint of dstrain in
+            DeepSpeed's layout.
+        out: the checkpoint's folder, which is made.
+        samples_per_epoch: size of the training data, where ``source`` does not say how far into
+            an epoch the run was.
+        global_batch_size: samples per optimizer step, where ``source`` does not say.
+        on_tensor: called with name and bytes of each tensor that is written.
+
+    Raises:
+        CheckpointError: nothing that can be brought in, or only by executing it.
+        ModelError: its ``config.json`` does not say what the model is.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(
+            Problem(f"{str(out)!r} is not empty", "", "name a folder that does not exist yet")
+        )
+    state = read_state(source)
+    found = _read(source, state)
+    own = _own_record(source)
+    shared, documents, remarks = _shared(
+        found, state, samples_per_epoch=samples_per_epoch, batch=global_batch_size
+    )
+    if own is not None:
+        shared = own
+    documents["imported.json"] = {
+        "source": str(source.resolve()),
+        "kind": found.kind,
+        "deepspeed_config": encode(
+            json.loads(json.dumps(found.config, default=str)), where="the DeepSpeed config"
+        ),
+    }
+    with _staging(out) as staging:
+        files = _write(found, staging, shared, documents, on_tensor)
+        files |= _copy_model_files(source, staging)
+        ranks = _copy_random_states(source, staging, len(found.partitions)) if own else {}
+        manifest = Manifest(
+            step=found.step,
+            world_size=len(found.partitions),
+            stage=found.stage,
+            precision=found.precision,
+            resumable=True,
+            has_weights=False,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            parameters=found.parameters,
+            optimized=found.optimized,
+            versions=versions(),
+            files=files | ranks,
+        )
+        if missing := check_coverage(read_index(staging, manifest), manifest):
+            raise CheckpointError(
+                [Problem(line) for line in missing], title=f"{source} does not hold everything"
+            )
+        write_manifest(staging, manifest)
+    return Imported(found.kind, found.step, len(found.parameters), (*found.remarks, *remarks))
+
+
+def _read(source: Path, state: Mapping[str, Any]) -> Foreign:
+    if not source.is_dir():
+        raise CheckpointError(Problem(f"{str(source)!r} is no folder"))
+    if (source / NAME).exists() and read_manifest(source).layout != DEEPSPEED:
+        raise CheckpointError(
+            Problem(f"{source} is a dstrain checkpoint already", "", "resume from it as it is")
+        )
+    folder = tag_folder(source)
+    if folder is not None:
+        decayed = None
+        with contextlib.suppress(DstrainError):  # only stage 0 asks for it
+            decayed = skeleton_of(source).decayed if (source / "config.json").exists() else None
+        return read_deepspeed(folder, decayed)
+    if (source / OPTIMIZER).exists() and state:
+        return read_plain(source, state)
+    inside = sorted(
+        (p for p in source.glob("checkpoint-*") if p.is_dir()),
+        key=lambda p: int(p.name.rpartition("-")[2]) if p.name.rpartition("-")[2].isdigit() else -1,
+    )
+    raise CheckpointError(
+        Problem(
+            f"nothing in {str(source)!r} can be brought in",
+            "it has neither DeepSpeed's files (latest, *_model_states.pt) nor those of "
+            f"transformers' Trainer ({OPTIMIZER}, trainer_state.json)",
+            f"did you mean {str(inside[-1])!r}?" if inside else "name a checkpoint's folder",
+        )
+    )
+
+
+def _shared(
+    found: Foreign, state: Mapping[str, Any], *, samples_per_epoch: int | None, batch: int | None
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """``run.json`` and ``trainer_state.json``, and remarks on what had to be assumed."""
+    remarks = []
+    batch = batch or found.global_batch_size
+    if batch is None:
+        batch = int(state.get("train_batch_size") or 1)
+        remarks.append(
+            f"a global batch of {batch} samples is assumed (one process, no accumulation); "
+            "--global_batch_size says another"
+        )
+    step, epoch, steps_in_epoch, samples = found.step, 0, 0, 0
+    done = float(state.get("epoch") or 0.0)
+    if samples_per_epoch:
+        epoch, samples = divmod(step * batch, samples_per_epoch)
+        steps_in_epoch = samples // batch
+    elif done:
+        per_epoch = max(1, round(step / done))
+        epoch, steps_in_epoch = divmod(step, per_epoch)
+        samples = steps_in_epoch * batch
+    else:
+        remarks.append(
+            "how far into an epoch the run was is not known: it goes on with the first sample of "
+            "one; --samples_per_epoch tells"
+        )
+    remarks.append("random states are not brought in, and the order of samples is dstrain's own")
+    seen = found.engine["counters"]["global_samples"] or step * batch
+    groups = found.engine["groups"]
+    position = {
+        "progress": {
+            "step": step,
+            "epoch": epoch,
+            "steps_in_epoch": steps_in_epoch,
+            "samples_in_epoch": samples,
+            "num_input_tokens": 0,
+        },
+        "epoch_is_over": False,
+        "applied": True,
+        "grad_norm": None,
+        "learning_rate": float(groups[0].get("lr", 0.0)) if groups else 0.0,
+        "skipped_steps": found.engine["counters"]["skipped_steps"],
+        "loss_sum": _loss_sum(state),
+        "samples_seen": seen,
+        "meters": [_EMPTY_METER],
+    }
+    kept = {k: v for k, v in state.items() if k != "best_model_checkpoint"}
+    documents = {
+        "trainer_state.json": {
+            "global_step": step,
+            "epoch": epoch + (done - int(done) if done else 0.0),
+            "log_history": [],
+            **kept,
+            "best_model_checkpoint": None,  # its folder is not one of ours
+        }
+    }
+    engine = found.engine | {"counters": found.engine["counters"] | {"global_samples": seen}}
+    shared = {"engine": engine, "position": position, "global_batch_size": batch}
+    return encode(shared, where="the run's state"), documents, remarks
+
+
+def _loss_sum(state: Mapping[str, Any]) -> float:
+    """Sum of the losses of all steps, as far as they were logged: each log speaks for its steps."""
+    total, before = 0.0, 0
+    for entry in state.get("log_history") or []:
+        if "loss" in entry and entry.get("step", 0) > before:
+            total += float(entry["loss"]) * (entry["step"] - before)
+            before = entry["step"]
+    return total
+
+
+def _own_record(source: Path) -> dict[str, Any] | None:
+    """``run.json`` of a checkpoint of ours in DeepSpeed's layout, in its JSON form."""
+    path = source / content.RUN
+    return json.loads(path.read_bytes()) if (source / NAME).exists() and path.exists() else None
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder that becomes ``out`` when the block ends well, and is removed when it does not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Of a checkpoint-N it has the name by which a run knows what a killed writer has left.
+    staging = out.parent / f".{out.name}.writing-{uuid.uuid4().hex[:8]}"
+    (staging / folders.STATE).mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(folders.discard_if_there, staging)
+        with folders.holding(staging):
+            yield staging
+        (staging / folders.LOCK).unlink(missing_ok=True)
+        sync_folder(staging / folders.STATE)
+        sync_folder(staging)
+        if out.exists():
+            out.rmdir()  # it is empty
+        os.rename(staging, out)
+        sync_folder(out.parent)
+
+
+def _write(
+    found: Foreign,
+    staging: Path,
+    shared: Any,
+    documents: Mapping[str, Any],
+    on_tensor: Callable[[str, int], object],
+) -> dict[str, FileRecord]:
+    files = {}
+    for rank, partition in enumerate(found.partitions):
+        metadata = {
+            "spans": json.dumps(partition.spans),
+            "scalars": json.dumps(partition.scalars),
+        }
+        tensors = [_told(stored, on_tensor) for stored in partition.tensors]
+        name = content.slice_file(rank)
+        files[name] = write_tensor_file(staging / name, tensors, metadata)
+    if found.buffers:
+        files[content.BUFFERS] = write_tensor_file(staging / content.BUFFERS, found.buffers)
+    files[content.RUN] = write_json(staging / content.RUN, shared)
+    for name, document in documents.items():
+        files[name] = write_json(staging / name, document)
+    return files
+
+
+def _told(stored: Stored, on_tensor: Callable[[str, int], object]) -> Stored:
+    def load() -> Any:
+        on_tensor(stored.name, stored.num_bytes)
+        return stored.load()
+
+    return Stored(stored.name, stored.shape, stored.dtype, load)
+
+
+def _copy_model_files(source: Path, staging: Path) -> dict[str, FileRecord]:
+    """Config, tokenizer and the like, so that an export of the checkpoint is complete."""
+    files = {}
+    for path in sorted(source.iterdir()):
+        wanted = path.is_file() and path.suffix in _COPIED and path.name not in _LEFT_OUT
+        if wanted and not (staging / path.name).exists():
+            shutil.copyfile(path, staging / path.name)
+            files[path.name] = make_durable(staging / path.name)
+    return files
+
+
+def _copy_random_states(source: Path, staging: Path, count: int) -> dict[str, FileRecord]:
+    """Random states of the ranks of a run of ours, where each rank has a file of slices too."""
+    names = [content.rank_file(rank) for rank in range(count)]
+    if not all((source / name).exists() for name in names):
+        return {}
+    if (source / content.rank_file(count)).exists():
+        return {}  # of more ranks than there are files: stage 0
+    files = {}
+    for name in names:
+        shutil.copyfile(source / name, staging / name)
+        files[name] = make_durable(staging / name)
+    return files

@@ -1,0 +1,74 @@
+"""Reading ``.pt`` files of other programs without executing what is in them.
+
+A pickle is a program. torch's weights-only loader runs none of it but the building of tensors and
+plain values; the few classes of DeepSpeed that its checkpoints hold become inert values of our own
+here, so that not even DeepSpeed has to be imported.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import CheckpointError, Problem
+
+
+class Record:
+    """Stands in for an object of DeepSpeed: its attributes, and none of its behaviour."""
+
+
+class Number(int):
+    """Stands in for an enumeration of DeepSpeed."""
+
+
+_STAND_INS: dict[str, type[Any]] = {
+    "deepspeed.utils.tensor_fragment.fragment_address": Record,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": Record,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": Record,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": Number,
+}
+
+
+def load_pickle(path: Path) -> Any:
+    """The content of a file that ``torch.save`` wrote; tensors stay in it until they are read.
+
+    Raises:
+        CheckpointError: it cannot be read, or only by executing what is in it.
+    """
+    foreign = _foreign_classes(path)
+    if foreign:
+        raise CheckpointError(
+            Problem(
+                f"{path} is not loaded",
+                f"it holds objects of {', '.join(foreign)}, which only executing the file could "
+                "build; dstrain reads tensors, plain values and DeepSpeed's own records",
+                "save it again without them: in DeepSpeed leave them out of client_state",
+            )
+        )
+    # Each class once more for every name: torch looks a name up and then checks the class.
+    stand_ins: list[Any] = [(cls, name) for name, cls in _STAND_INS.items()]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            Problem(f"{path} cannot be read", reason, "use another checkpoint")
+        ) from error
+
+
+def _foreign_classes(path: Path) -> list[str]:
+    """Names in a file that are neither torch's own nor known here; empty where it is no archive."""
+    if not zipfile.is_zipfile(path):
+        return []  # of an old torch: the loader itself refuses what it does not know
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError):
+        return []  # loading it will say what is wrong
+    return sorted(set(found) - set(_STAND_INS))

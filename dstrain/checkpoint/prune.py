@@ -1,0 +1,100 @@
+"""Removing old checkpoints of a run by hand, with the care that rotation takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstrain.checkpoint import folders
+from dstrain.checkpoint.find import verify
+from dstrain.core.errors import CheckpointError, Problem
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a call of ``prune`` does.
+
+    Attributes:
+        removed: checkpoints that were removed, or would be.
+        kept: those that stay, each with the reason.
+    """
+
+    removed: tuple[folders.Found, ...]
+    kept: tuple[tuple[folders.Found, str], ...]
+
+
+def prune(
+    output_dir: Path,
+    *,
+    keep: int,
+    dry_run: bool = False,
+    on_file: Callable[[int], object] = lambda num_bytes: None,
+) -> Pruning:
+    """Remove the oldest checkpoints of a run until ``keep`` are left.
+
+    The newest, the best and those that a process reads stay whatever ``keep`` is. Nothing is
+    removed unless the newest verifies: it may be all that is left afterwards.
+
+    Args:
+        output_dir: a run's folder.
+        keep: how many to leave, at least 1.
+        dry_run: remove nothing.
+        on_file: called with the bytes of each file of the newest one that has been read.
+
+    Raises:
+        CheckpointError: no checkpoint there, ``keep`` below 1, or the newest is damaged.
+    """
+    if keep < 1:
+        raise CheckpointError(Problem(f"--keep {keep}", "at least the newest checkpoint stays"))
+    found = folders.committed(output_dir)
+    if not found:
+        raise CheckpointError(
+            Problem(f"there is no checkpoint in {str(output_dir)!r}", "", "name a run's output_dir")
+        )
+    best = best_of(output_dir)
+    surplus = folders.surplus(output_dir, limit=keep, keep=[] if best is None else [best])
+    if surplus:
+        _check_newest(found[-1], on_file)
+    removed = []
+    kept = {f.folder: "" for f in found}
+    for old in surplus:
+        if folders.is_read(old.folder):
+            kept[old.folder] = "a process is reading it"
+        elif dry_run or folders.remove(old):
+            removed.append(old)
+            del kept[old.folder]
+        else:
+            kept[old.folder] = "it could not be removed"
+    kept[found[-1].folder] = "newest"
+    if best in kept:
+        kept[best] = "best" if best != found[-1].folder else "newest and best"
+    stay = tuple((f, kept[f.folder]) for f in found if f.folder in kept)
+    return Pruning(tuple(removed), stay)
+
+
+def best_of(output_dir: Path) -> Path | None:
+    """The run's best checkpoint by the records of the newest that says so."""
+    for checkpoint in reversed(folders.committed(output_dir)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            state = json.loads((checkpoint.folder / "trainer_state.json").read_bytes())
+            best = state["best_model_checkpoint"]
+            return None if best is None else output_dir / Path(best).name
+    return None
+
+
+def _check_newest(newest: folders.Found, on_file: Callable[[int], object]) -> None:
+    try:
+        _, problems = verify(newest.folder, on_file=on_file)
+    except CheckpointError as error:
+        problems = [str(problem) for problem in error.problems]
+    if problems:
+        raise CheckpointError(
+            Problem(
+                f"the newest checkpoint {newest.folder} is damaged, so nothing was removed",
+                "\n".join(problems),
+                "an older one may be the last good one: remove the damaged folder yourself first",
+            )
+        )

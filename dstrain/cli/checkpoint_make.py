@@ -1,0 +1,67 @@
+"""Actions of ``dstrain checkpoint`` that write or remove something: export, import, prune."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from dstrain.cli.checkpoint_tools import checkpoints, quiet
+
+
+def export(options: Namespace) -> int:
+    """Write the model of a checkpoint as a Hugging Face folder."""
+    from tqdm import tqdm
+
+    from dstrain import checkpoint
+    from dstrain.checkpoint import read_manifest
+
+    (folder,) = checkpoints(options.dir)[-1:]
+    total = len(read_manifest(folder).parameters)
+    with tqdm(total=total, unit=" tensors", desc="export", disable=quiet()) as bar:
+        count = checkpoint.export(
+            folder,
+            options.out,
+            dtype=options.dtype,
+            shard_bytes=options.max_shard_bytes,
+            on_tensor=lambda name, num_bytes: bar.update(),
+        )
+    print(f"{count} tensors of {folder} are in {options.out}")
+    return 0
+
+
+def bring_in(options: Namespace) -> int:
+    """Make a checkpoint of a run of DeepSpeed or transformers."""
+    from tqdm import tqdm
+
+    from dstrain import checkpoint
+
+    with tqdm(unit="B", unit_scale=True, desc="import", disable=quiet()) as bar:
+        done = checkpoint.bring_in(
+            options.source,
+            options.out,
+            samples_per_epoch=options.samples_per_epoch,
+            global_batch_size=options.global_batch_size,
+            on_tensor=lambda name, num_bytes: bar.update(num_bytes),
+        )
+    print(f"{options.out}: step {done.step}, {done.num_parameters} parameters, from {done.kind}")
+    for remark in done.remarks:
+        print(f"  {remark}")
+    print(f"train on with --resume_from_checkpoint {options.out}")
+    return 0
+
+
+def prune(options: Namespace) -> int:
+    """Remove old checkpoints of a run, and say which."""
+    from tqdm import tqdm
+
+    from dstrain import checkpoint
+
+    bar = tqdm(unit="B", unit_scale=True, desc="verify the newest", disable=quiet())
+    with bar:
+        done = checkpoint.prune(
+            options.dir, keep=options.keep, dry_run=options.dry_run, on_file=bar.update
+        )
+    for found in done.removed:
+        print(f"{'would remove' if options.dry_run else 'removed'} {found.folder}")
+    for found, reason in done.kept:
+        print(f"kept {found.folder}{f': {reason}' if reason else ''}")
+    return 0

@@ -1,0 +1,69 @@
+"""A model's structure without its weights: names, shapes and order of parameters, from a config."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import ModelError, Problem
+from dstrain.engine import decay_parameter_names
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a ``config.json`` says of a model.
+
+    Attributes:
+        parameters: name -> shape in the order of the module, tied ones under their first name.
+        tied: other names of tied parameters -> the first.
+        buffers: names of persistent buffers.
+        decayed: parameters that weight decay applies to, by the rule of transformers' Trainer.
+    """
+
+    parameters: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    buffers: tuple[str, ...]
+    decayed: list[str]
+
+
+def skeleton_of(folder: Path) -> Skeleton:
+    """Build the model of ``config.json`` without memory for its weights.
+
+    No code of the folder is executed: only classes of transformers are known.
+
+    Raises:
+        ModelError: no config, or an architecture that transformers does not have.
+    """
+    import transformers
+
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+        name = config["architectures"][0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ModelError(
+            Problem(f"{path} does not name the model's architecture", f"{error}")
+        ) from error
+    architecture = getattr(transformers, name, None)
+    if not isinstance(architecture, type) or not issubclass(architecture, torch.nn.Module):
+        raise ModelError(Problem(f"{path} names {name!r}", "transformers has no such model"))
+    with torch.device("meta"):
+        module: Any = architecture(transformers.AutoConfig.from_pretrained(folder))
+    first = {id(p): n for n, p in module.named_parameters()}
+    tied = {
+        n: first[id(p)]
+        for n, p in module.named_parameters(remove_duplicate=False)
+        if first[id(p)] != n
+    }
+    persistent = module.state_dict(keep_vars=True)
+    decayed = set(decay_parameter_names(module))
+    return Skeleton(
+        {n: tuple(p.shape) for n, p in module.named_parameters()},
+        tied,
+        tuple(n for n, _ in module.named_buffers() if n in persistent),
+        [n for n, _ in module.named_parameters() if n in decayed],
+    )
