@@ -67,6 +67,14 @@ class SavingArguments:
         choices=("stop", "continue"),
         treatment=implemented(own=True),
     )
+    checkpoint_format: str = arg(
+        "dstrain",
+        "'dstrain' goes on at any number of ranks and ZeRO stage and reads no pickle; 'deepspeed' "
+        "writes DeepSpeed's own files, which only the same ranks, stage and format read again, "
+        "and reading them executes the pickles in them: for checkpoints that you trust.",
+        choices=("dstrain", "deepspeed"),
+        treatment=implemented(own=True),
+    )
     restore_callback_states_from_checkpoint: bool = arg(
         False,
         "Restore the callbacks' states when training resumes.",
@@ -120,6 +128,14 @@ class SavingArguments:
                     "save_strategy='best' with eval_strategy='no'",
                     "only an evaluation finds out which checkpoint is best",
                     "set eval_strategy to steps or epoch",
+                )
+            )
+        if self.checkpoint_format == "deepspeed" and self.save_async:
+            problems.append(
+                Problem(
+                    "save_async=True with checkpoint_format='deepspeed'",
+                    "DeepSpeed writes its own files while training waits",
+                    "leave save_async out, or use checkpoint_format='dstrain'",
                 )
             )
         if self.load_best_model_at_end and self.save_strategy != "best":

@@ -7,6 +7,7 @@ from dstrain.checkpoint.folders import Found, committed, holding
 from dstrain.checkpoint.importing import Imported, bring_in
 from dstrain.checkpoint.load import Restored, load_into, read_run
 from dstrain.checkpoint.manifest import Manifest, read_manifest
+from dstrain.checkpoint.native import Reader, check_readable
 from dstrain.checkpoint.prune import Pruning, best_of, prune
 from dstrain.checkpoint.save import CheckpointWriter, Policy, RunRecord
 
@@ -19,10 +20,12 @@ __all__ = [
     "Manifest",
     "Policy",
     "Pruning",
+    "Reader",
     "Restored",
     "RunRecord",
     "best_of",
     "bring_in",
+    "check_readable",
     "check_there",
     "choose",
     "committed",

@@ -20,7 +20,7 @@ from dstrain.checkpoint.manifest import Manifest, read_manifest
 from dstrain.config import difference as configs
 
 _CHUNK_NUMEL = 4 * 2**20
-_IN_MANIFEST = ("step", "world_size", "stage", "precision", "resumable", "has_weights")
+_IN_MANIFEST = ("step", "world_size", "stage", "precision", "resumable", "has_weights", "layout")
 # What a clock says, or where it was said.
 _NOT_COMPARED = ("position.meters",)
 
@@ -79,9 +79,11 @@ def compare(
     manifests = read_manifest(first), read_manifest(second)
     values = [*_manifest_values(*manifests), *_config_values(first, second)]
     pairs: list[tuple[str, str, list[Piece], list[Piece], int]] = []
+    if all(m.resumable for m in manifests):
+        values += _run_values(first, second)
     if all(m.has_slices for m in manifests):
         indices = read_index(first, manifests[0]), read_index(second, manifests[1])
-        values += [*_run_values(first, second), *_state_values(*indices)]
+        values += _state_values(*indices)
         pairs += _slice_pairs(*indices, manifests[0])
     pairs += _file_pairs(first, second, manifests, values)
     tensors = []

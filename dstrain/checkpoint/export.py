@@ -77,8 +77,9 @@ def export(
 def _tensors(folder: Path, manifest: Manifest, dtype: torch.dtype) -> list[Stored]:
     """All tensors of the model under their saved names, read when they are written."""
     stored = _stored_names(folder) if manifest.has_weights else {}
-    persistent = _file_names(folder / content.BUFFERS) if manifest.resumable else set()
-    if not manifest.resumable or (stored and set(stored) != {*manifest.parameters, *persistent}):
+    persistent = _file_names(folder / content.BUFFERS) if manifest.has_slices else set()
+    slices = manifest.has_slices or not stored  # where there is neither, reading them says so
+    if not slices or (stored and set(stored) != {*manifest.parameters, *persistent}):
         # No slices; or an architecture that is stored in another layout than it is trained in.
         return [_from_file(folder / file, name, dtype) for name, file in sorted(stored.items())]
     index = read_index(folder, manifest)

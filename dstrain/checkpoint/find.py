@@ -101,7 +101,7 @@ def verify(
     """
     manifest = read_manifest(folder)
     problems = check_files(folder, manifest, share=share, on_file=on_file)
-    if not problems and manifest.resumable:
+    if not problems and manifest.has_slices:
         problems = check_coverage(read_index(folder, manifest), manifest)
     return manifest, problems
 

@@ -13,6 +13,7 @@ import torch
 from dstrain.checkpoint import content
 from dstrain.checkpoint.codec import decode
 from dstrain.checkpoint.manifest import Manifest
+from dstrain.checkpoint.native import Reader, check_readable, tag_of
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.engine import (
@@ -23,7 +24,9 @@ from dstrain.engine import (
     begin_load,
     create_state,
     finish_load,
+    load_native,
     optimized_names,
+    read_progress,
     regions,
     write_progress,
 )
@@ -86,6 +89,14 @@ def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
     Raises:
         CheckpointError: the checkpoint has no slices, or a file is damaged.
     """
+    if manifest.resumable and not manifest.has_slices:
+        raise CheckpointError(
+            Problem(
+                f"{folder} is in DeepSpeed's own layout",
+                "it has no slices by parameter name",
+                f"make it one that has: dstrain checkpoint import {folder} OUT",
+            )
+        )
     if not manifest.resumable:
         raise CheckpointError(
             Problem(
@@ -130,16 +141,30 @@ def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
     return found
 
 
-def load_into(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> Restored:
+def load_into(
+    engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks, *, unpickles: bool = False
+) -> Restored:
     """Put a checkpoint into a fresh engine; a collective of all ranks.
 
-    Only the pieces that overlap this rank's regions are read, one at a time.
+    Only the pieces that overlap this rank's regions are read, one at a time. Where the checkpoint
+    is in DeepSpeed's own layout, DeepSpeed reads it, which executes its pickles.
+
+    Args:
+        engine: a fresh one.
+        folder: the checkpoint.
+        manifest: its manifest.
+        ranks: facts of this process.
+        unpickles: whether the user allowed DeepSpeed's layout.
 
     Raises:
         CheckpointError: it does not fit the model or the optimizer; the weights are as they were.
     """
     with all_or_none():
-        index = read_index(folder, manifest)
+        reader = Reader(
+            unpickles, ranks.world_size, engine.resolved.stage, engine.resolved.precision
+        )
+        check_readable(folder, manifest, reader)
+        index = read_index(folder, manifest) if manifest.has_slices else None
         raise_problems(
             _misfits(engine, manifest, index), error=CheckpointError, title="the checkpoint misfits"
         )
@@ -148,6 +173,17 @@ def load_into(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) ->
         name = content.rank_file(ranks.rank)
         if manifest.world_size == ranks.world_size and name in manifest.files:
             own = _read_json(folder / name)
+        if index is None:
+            _check_optimizer(engine, shared["engine"]["optimizer"])
+    if index is None:
+        load_native(engine, folder, tag_of(manifest.step))
+    else:
+        _load_slices(engine, folder, manifest, index)
+    write_progress(engine, shared.pop("engine"))
+    return Restored(shared, own)
+
+
+def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex) -> None:
     begin_load(engine)
     with all_or_none():
         held = regions(engine)
@@ -160,11 +196,22 @@ def load_into(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) ->
                     region.write(key, low, stored[low - piece.start : high - piece.start])
         _load_buffers(engine, folder, manifest)
     finish_load(engine)
-    write_progress(engine, shared.pop("engine"))
-    return Restored(shared, own)
 
 
-def _misfits(engine: Engine, manifest: Manifest, index: SliceIndex) -> list[Problem]:
+def _check_optimizer(engine: Engine, there: str) -> None:
+    """DeepSpeed would put the state of one optimizer into another without a word."""
+    here = read_progress(engine)["optimizer"]
+    if here != there:
+        raise CheckpointError(
+            Problem(
+                f"the checkpoint has the state of {there}, this run's optimizer is {here}",
+                "in DeepSpeed's own layout the two cannot be told apart by names",
+                f"use {there}, or start from the weights",
+            )
+        )
+
+
+def _misfits(engine: Engine, manifest: Manifest, index: SliceIndex | None) -> list[Problem]:
     """What keeps a checkpoint from being loaded into this engine."""
     here, there = content.parameter_shapes(engine), manifest.parameters
     problems = []
@@ -195,7 +242,7 @@ def _misfits(engine: Engine, manifest: Manifest, index: SliceIndex) -> list[Prob
                 "resume with the same parameters frozen",
             )
         )
-    if not problems:
+    if not problems and index is not None:
         problems = [Problem(line) for line in check_coverage(index, manifest)]
     return problems
 

@@ -8,6 +8,7 @@ here, so that not even DeepSpeed has to be imported.
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 
 from dstrain.core.errors import CheckpointError, Problem
+
+# How torch's loader names what it refuses.
+_NAMED = re.compile(r"(?:GLOBAL|class|function) ([\w.]+) (?:was not an allowed|whose module)")
 
 
 class Record:
@@ -39,16 +43,8 @@ def load_pickle(path: Path) -> Any:
     Raises:
         CheckpointError: it cannot be read, or only by executing what is in it.
     """
-    foreign = _foreign_classes(path)
-    if foreign:
-        raise CheckpointError(
-            Problem(
-                f"{path} is not loaded",
-                f"it holds objects of {', '.join(foreign)}, which only executing the file could "
-                "build; dstrain reads tensors, plain values and DeepSpeed's own records",
-                "save it again without them: in DeepSpeed leave them out of client_state",
-            )
-        )
+    if foreign := _foreign_classes(path):
+        raise _needs_execution(path, foreign)
     # Each class once more for every name: torch looks a name up and then checks the class.
     stand_ins: list[Any] = [(cls, name) for name, cls in _STAND_INS.items()]
     try:
@@ -57,10 +53,23 @@ def load_pickle(path: Path) -> Any:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if named := _NAMED.findall(str(error)):
+            raise _needs_execution(path, named) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
             Problem(f"{path} cannot be read", reason, "use another checkpoint")
         ) from error
+
+
+def _needs_execution(path: Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        Problem(
+            f"{path} is not loaded",
+            f"it holds objects of {', '.join(names)}, which only executing the file could build; "
+            "dstrain reads tensors, plain values and DeepSpeed's own records",
+            "save it again without them: in DeepSpeed leave them out of client_state",
+        )
+    )
 
 
 def _foreign_classes(path: Path) -> list[str]:

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dstrain.checkpoint import content, folders
+from dstrain.checkpoint import content, folders, native
 from dstrain.checkpoint.codec import encode
-from dstrain.checkpoint.manifest import Manifest, write_manifest
+from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest, write_manifest
 from dstrain.checkpoint.versions import versions
 from dstrain.core.errors import CheckpointError, DstrainError, ModelError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import PATIENCE, Ranks, all_or_none, gather_objects, is_distributed
-from dstrain.engine import Engine, optimized_names, read_progress
+from dstrain.engine import Engine, optimized_names, read_progress, save_native
 from dstrain.models import held_bytes, hold_shards, save_configs, save_model, write_tensor_file
 
 logger = get_logger(__name__)
@@ -40,6 +40,7 @@ class Policy:
         with_weights: write the model's weights as Hugging Face files too.
         asynchronous: write beside training; None decides by the memory that is left.
         stop_on_failure: whether a save that failed ends the run.
+        layout: of what a resume needs; DeepSpeed's own is written while training waits.
     """
 
     output_dir: Path
@@ -48,6 +49,7 @@ class Policy:
     with_weights: bool = True
     asynchronous: bool | None = None
     stop_on_failure: bool = True
+    layout: str = SLICES
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class CheckpointWriter:
             if ranks.is_main:
                 self._held.enter_context(folders.only_run(policy.output_dir))
                 folders.recover(policy.output_dir)
-        self._asynchronous = policy.asynchronous
+        self._asynchronous = False if policy.layout == DEEPSPEED else policy.asynchronous
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
         self._group: Any = None
@@ -217,13 +219,15 @@ class CheckpointWriter:
         slices: content.Slices | None = None
         buffers = []
         with all_or_none():
-            if not policy.only_model:
+            if not policy.only_model and policy.layout == SLICES:
                 slices = content.own_slices(engine, ranks)
                 slices = slices.copied() if copies else slices
             own = encode(record.own, where="this rank's state")
             shared = encode(
                 {"engine": read_progress(engine), **record.shared}, where="the run's state"
             )
+        if not policy.only_model and policy.layout == DEEPSPEED:
+            save_native(engine, staging, native.tag_of(record.step))
         failure: OSError | None = None
         if ranks.is_main:
             buffers = content.buffers(engine.module)
@@ -249,12 +253,16 @@ class CheckpointWriter:
             if slices is not None:
                 name = content.slice_file(ranks.rank)
                 records[name] = write_tensor_file(staging / name, slices.tensors, slices.metadata)
+            if not policy.only_model:
                 name = content.rank_file(ranks.rank)
                 records[name] = write_bytes(staging / name, json.dumps(own).encode())
             if ranks.is_main:
                 if not policy.only_model:
                     records[content.RUN] = write_json(staging / content.RUN, shared)
-                    if buffers:
+                    if slices is None:
+                        latest = native.tag_of(record.step).encode()
+                        records[native.LATEST] = write_bytes(staging / native.LATEST, latest)
+                    elif buffers:
                         path = staging / content.BUFFERS
                         records[content.BUFFERS] = write_tensor_file(path, buffers)
                 for name, document in record.documents.items():
@@ -273,6 +281,7 @@ class CheckpointWriter:
             optimized=tuple(optimized_names(engine)),
             metrics=record.metrics,
             versions=versions(),
+            layout=policy.layout,
         )
         return _Job(record, staging, manifest, write)
 

@@ -12,6 +12,12 @@ from dstrain.core.errors import CheckpointError
 
 DAMAGED = 1
 DIFFERENT = 1
+_STATES = {
+    (True, "slices"): "whole",
+    (True, "deepspeed"): "DeepSpeed's",
+    (False, "slices"): "model only",
+    (False, "deepspeed"): "model only",
+}
 SHOWN_TENSORS = 10
 _WIDEST = 60
 
@@ -36,7 +42,7 @@ def ls(options: Namespace) -> int:
             (
                 str(manifest.step),
                 size(manifest.total_bytes),
-                "whole" if manifest.resumable else "model only",
+                _STATES[manifest.resumable, manifest.layout],
                 str(manifest.world_size),
                 str(manifest.stage),
                 metrics or "-",

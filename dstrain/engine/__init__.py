@@ -4,6 +4,7 @@ from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
 from dstrain.engine.leaf import expert_blocks
 from dstrain.engine.machine import least, read_machine
+from dstrain.engine.native import load_native, save_native
 from dstrain.engine.nvme import prepare_nvme
 from dstrain.engine.optimizer_state import changing_values, create_state, read_scalars
 from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
@@ -49,6 +50,7 @@ __all__ = [
     "inference_engine",
     "is_partitioned",
     "least",
+    "load_native",
     "model_facts",
     "optimized_names",
     "optimizer_class",
@@ -58,6 +60,7 @@ __all__ = [
     "read_progress",
     "read_scalars",
     "regions",
+    "save_native",
     "share",
     "shut_down",
     "slices_remark",

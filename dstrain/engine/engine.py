@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +11,7 @@ import torch
 from dstrain.config import ResolvedConfig
 from dstrain.engine.leaf import check_leaf_modules
 from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
+from dstrain.engine.quiet import quiet
 from dstrain.engine.stage_zero import repair_if_needed
 from dstrain.engine.zero import ZeroThreeMark, forget_process_wide_settings
 
@@ -80,7 +78,7 @@ class Engine:
             keep_adagrad(optimizer)
         if resolved.has_scheduler:
             scheduler = None
-        with _quiet(), adagrad_stays():
+        with quiet(), adagrad_stays():
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
                 model=module,
                 model_parameters=groups if optimizer is None else None,
@@ -159,11 +157,3 @@ class Engine:
 def inference_engine(module: torch.nn.Module, resolved: ResolvedConfig) -> Engine:
     """An engine without optimizer that can only run forward, for a partitioned module."""
     return Engine(module, resolved, trains=False)
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """DeepSpeed prints banners from every rank while it builds; its errors still raise."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield

@@ -89,7 +89,8 @@ class Region:
                         f"optimizer state {key!r} of {self.name} has shape {tuple(value.shape)}",
                         f"only state of the parameter's own shape {tuple(self.holder.shape)}, and "
                         "single numbers, can be saved by slices",
-                        "use another optimizer, or set save_strategy to no",
+                        "set checkpoint_format to deepspeed, which resumes at the same topology "
+                        "only; or use another optimizer",
                     )
                 )
             keys.append(key)

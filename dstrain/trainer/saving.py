@@ -14,7 +14,9 @@ from dstrain.checkpoint import (
     CheckpointWriter,
     Manifest,
     Policy,
+    Reader,
     RunRecord,
+    check_readable,
     choose,
     holding,
     load_into,
@@ -70,6 +72,7 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
     if chosen is None:
         return None
     folder, manifest = chosen
+    check_readable(folder, manifest, _reader(trainer))
     run = read_run(folder)
     position = Position.of(run["position"])
     if trainer.args.ignore_data_skip:
@@ -77,6 +80,12 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
         position = replace(position, progress=start)
     state = json.loads((folder / "trainer_state.json").read_text())
     return Start(folder, manifest, position, int(run["global_batch_size"]), state)
+
+
+def _reader(trainer: Trainer) -> Reader:
+    resolved = trainer.resolved
+    allowed = trainer.args.checkpoint_format == "deepspeed"
+    return Reader(allowed, trainer.ranks.world_size, resolved.stage, resolved.precision)
 
 
 def steps_in_all(start: Start, *, max_steps: int, per_epoch: int | None, batch: int) -> int:
@@ -100,7 +109,8 @@ def resume(trainer: Trainer, engine: Engine, start: Start) -> Resumption:
     """
     ranks, position = trainer.ranks, start.position
     with holding(start.folder):
-        restored = load_into(engine, start.folder, start.manifest, ranks)
+        allowed = _reader(trainer).unpickles
+        restored = load_into(engine, start.folder, start.manifest, ranks, unpickles=allowed)
     _restore_state(trainer, start)
     batch = trainer.resolved.global_batch_size
     if batch != start.global_batch_size:
@@ -183,6 +193,7 @@ def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter |
         with_weights=args.save_weights_with_checkpoint or args.save_only_model,
         asynchronous=args.save_async,
         stop_on_failure=args.save_failure == "stop",
+        layout="deepspeed" if args.checkpoint_format == "deepspeed" else "slices",
     )
     return CheckpointWriter(policy, trainer.ranks)
 

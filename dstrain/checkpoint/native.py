@@ -1,0 +1,66 @@
+"""Checkpoints whose state is in DeepSpeed's own layout: which runs may read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstrain.checkpoint.manifest import DEEPSPEED, Manifest
+from dstrain.core.errors import CheckpointError, Problem, raise_problems
+
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a run is that wants to go on from a checkpoint.
+
+    Attributes:
+        unpickles: whether the user chose DeepSpeed's layout, and with it that pickles are executed.
+        world_size: its ranks.
+        stage: its ZeRO stage.
+        precision: its number format.
+    """
+
+    unpickles: bool
+    world_size: int
+    stage: int
+    precision: str
+
+
+def tag_of(step: int) -> str:
+    """The folder of DeepSpeed's files inside of a checkpoint, named as DeepSpeed names it."""
+    return f"global_step{step}"
+
+
+def check_readable(folder: Path, manifest: Manifest, reader: Reader) -> None:
+    """Refuse early what DeepSpeed could not load, or what nobody allowed it to load.
+
+    Raises:
+        CheckpointError: with every reason; never for a checkpoint of slices.
+    """
+    if manifest.layout != DEEPSPEED:
+        return
+    convert = f"make it one of any topology: dstrain checkpoint import {folder} OUT"
+    if not reader.unpickles:
+        raise CheckpointError(
+            Problem(
+                f"{folder} is in DeepSpeed's own layout",
+                "reading that executes the pickles in it",
+                f"set checkpoint_format to deepspeed if you trust it, or {convert}",
+            )
+        )
+    problems = [
+        Problem(
+            f"{folder} was written with {what} {there}, this run has {here}",
+            "DeepSpeed's own layout is read at the topology that wrote it only",
+            f"use {what} {there}, or {convert}",
+        )
+        for what, there, here in (
+            ("ranks =", manifest.world_size, reader.world_size),
+            ("ZeRO stage", manifest.stage, reader.stage),
+            ("precision", manifest.precision, reader.precision),
+        )
+        if there != here
+    ]
+    raise_problems(problems, error=CheckpointError)

@@ -1,0 +1,112 @@
+"""What an import refuses: pickles that would have to be executed, and what does not add up."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dstrain.checkpoint import bring_in
+from dstrain.checkpoint.foreign import match_groups
+from dstrain.checkpoint.pickles import Number, Record, load_pickle
+from dstrain.core.errors import CheckpointError
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_pickle_is_never_executed(tmp_path, zipped, inside):
+    """Neither of today's archives nor of old torch's plain pickles, wherever it hides."""
+    mark, file = tmp_path / "executed", tmp_path / "x.pt"
+    evil = Evil(mark)
+    content = {"module": {"w": torch.ones(3)}, "client": [evil] if inside else evil}
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError) as caught:
+        load_pickle(file)
+    assert not mark.exists()
+    assert "posix.mkdir" in str(caught.value)
+    torch.load(file, weights_only=False)  # the file is what it claims to be
+    assert mark.exists()
+
+
+def test_a_bare_pickle_is_refused(tmp_path):
+    (tmp_path / "x.pt").write_bytes(pickle.dumps(Evil(tmp_path / "executed")))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_pickle(tmp_path / "x.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_deepspeed_stores_is_read_without_its_classes(tmp_path):
+    """Of today's DeepSpeed, whose classes are only needed to write the file."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    scaler = DynamicLossScaler(2.0**9, 100, 1.0, 1, False)
+    torch.save(
+        [ZeroStageEnum(2), fragment_address(numel=5, start=3), scaler, LossScaler(4.0)],
+        tmp_path / "x.pt",
+    )
+    stage, address, dynamic, fixed = load_pickle(tmp_path / "x.pt")
+    assert (stage, type(stage)) == (2, Number)
+    assert (address.numel, address.start, type(address)) == (5, 3, Record)
+    assert (dynamic.cur_scale, fixed.cur_scale) == (512.0, 4.0)
+    assert type(dynamic) is type(fixed) is Record
+
+
+def groups(*counts: int) -> list[dict[str, Any]]:
+    return [{"params": list(range(count))} for count in counts]
+
+
+SHAPES = {"a.weight": (4, 4), "a.bias": (4,), "b.weight": (4, 4), "norm.weight": (4,)}
+
+
+def test_numbers_of_an_optimizer_are_matched_with_names():
+    assert match_groups(groups(4), SHAPES, None) == [list(SHAPES)]
+    by_shape = [["a.weight", "b.weight"], ["a.bias", "norm.weight"]]
+    assert match_groups(groups(2, 2), SHAPES, None) == by_shape
+    decayed = ["a.weight", "b.weight", "norm.weight"]
+    assert match_groups(groups(3, 1), SHAPES, decayed) == [decayed, ["a.bias"]]
+    with pytest.raises(CheckpointError, match=r"groups of \[1, 3\] parameters, the model 4"):
+        match_groups(groups(1, 3), SHAPES, decayed)
+
+
+def test_folders_with_nothing_to_bring_in_are_explained(tmp_path):
+    with pytest.raises(CheckpointError, match="is no folder"):
+        bring_in(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "run/checkpoint-9").mkdir(parents=True)
+    (tmp_path / "run/checkpoint-10").mkdir()
+    with pytest.raises(CheckpointError, match=r"did you mean '.*/run/checkpoint-10'\?"):
+        bring_in(tmp_path / "run", tmp_path / "out")
+    (tmp_path / "run/latest").write_text("../elsewhere")
+    with pytest.raises(CheckpointError, match="no folder beside it"):
+        bring_in(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"], "tensor or pipeline"),
+        (["mp_rank_00_model_states.pt", "layer_0_expert_0_mp_rank_00_model_states.pt"], "experts"),
+    ],
+)
+def test_kinds_that_cannot_be_taken_apart_are_refused(tmp_path, names, says):
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / name).touch()
+    with pytest.raises(CheckpointError, match=says):
+        bring_in(tmp_path / "in", tmp_path / "out")
