@@ -1,5 +1,6 @@
 """Checkpoints of a run: format, commit, rotation, resume at any topology. See FORMAT.md."""
 
+from dstrain.checkpoint.conversion import Converted, convert
 from dstrain.checkpoint.difference import Comparison, compare
 from dstrain.checkpoint.export import export
 from dstrain.checkpoint.find import AUTO, check_there, choose, verify, wanted_checkpoint
@@ -15,6 +16,7 @@ __all__ = [
     "AUTO",
     "CheckpointWriter",
     "Comparison",
+    "Converted",
     "Found",
     "Imported",
     "Manifest",
@@ -30,6 +32,7 @@ __all__ = [
     "choose",
     "committed",
     "compare",
+    "convert",
     "export",
     "holding",
     "load_into",

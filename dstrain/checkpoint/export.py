@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dstrain.checkpoint import content
+from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.load import Piece, SliceIndex, opened, read_index
 from dstrain.checkpoint.manifest import NAME, Manifest, read_manifest
 from dstrain.core.errors import CheckpointError, Problem
@@ -59,10 +59,7 @@ def export(
     wanted = DTYPES.get(dtype or manifest.precision)
     if wanted is None:
         raise CheckpointError(Problem(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}"))
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(
-            Problem(f"{str(out)!r} is not empty", "", "name a folder that does not exist yet")
-        )
+    folders.check_new(out)
     tensors = _tensors(folder, manifest, wanted)
     out.mkdir(parents=True, exist_ok=True)
     _write(tensors, out, shard_bytes, on_tensor)
@@ -83,13 +80,18 @@ def _tensors(folder: Path, manifest: Manifest, dtype: torch.dtype) -> list[Store
         # No slices; or an architecture that is stored in another layout than it is trained in.
         return [_from_file(folder / file, name, dtype) for name, file in sorted(stored.items())]
     index = read_index(folder, manifest)
-    tensors = [_assembled(index, name, shape, dtype) for name, shape in manifest.parameters.items()]
+    tensors = [
+        assembled(index, MASTER if (MASTER, name) in index.pieces else WEIGHT, name, shape, dtype)
+        for name, shape in manifest.parameters.items()
+    ]
     path = folder / content.BUFFERS
     return tensors + [_from_file(path, name, None) for name in sorted(persistent)]
 
 
-def _assembled(index: SliceIndex, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
-    key = MASTER if (MASTER, name) in index.pieces else WEIGHT
+def assembled(
+    index: SliceIndex, key: str, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Stored:
+    """A whole tensor out of its pieces, read when it is written."""
     pieces = index.pieces[key, name]
 
     def load() -> torch.Tensor:

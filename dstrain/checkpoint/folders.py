@@ -132,6 +132,42 @@ def commit(staging: Path, output_dir: Path, step: int) -> Path:
     return target
 
 
+def check_new(folder: Path) -> None:
+    """Refuse a folder that has files in it.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(
+            Problem(f"{str(folder)!r} is not empty", "", "name a folder that does not exist yet")
+        )
+
+
+@contextlib.contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``out`` when the block ends well and else is removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Of a checkpoint-N it has the name by which a run knows what a killed writer has left.
+    staging = out.parent / f".{out.name}.writing-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    with contextlib.ExitStack() as stack:
+        stack.callback(discard_if_there, staging)
+        with holding(staging):
+            yield staging
+        (staging / LOCK).unlink(missing_ok=True)
+        for folder, _, _ in os.walk(staging, topdown=False):
+            sync_folder(Path(folder))
+        if out.exists():
+            out.rmdir()  # it is empty
+        os.rename(staging, out)
+        sync_folder(out.parent)
+
+
 @contextlib.contextmanager
 def only_run(output_dir: Path) -> Iterator[None]:
     """Refuse a second run that would write checkpoints into the same folder.

@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from dstrain.checkpoint.load import check_coverage, read_index
 from dstrain.checkpoint.manifest import DEEPSPEED, NAME, Manifest, read_manifest, write_manifest
 from dstrain.checkpoint.versions import versions
 from dstrain.core.errors import CheckpointError, DstrainError, Problem
-from dstrain.core.files import FileRecord, make_durable, sync_folder, write_json
+from dstrain.core.files import FileRecord, make_durable, write_json
 from dstrain.models import Stored, skeleton_of, write_tensor_file
 
 _COPIED = {".json", ".txt", ".model", ".jinja"}
@@ -77,10 +75,7 @@ def bring_in(
         CheckpointError: nothing that can be brought in, or only by executing it.
         ModelError: its ``config.json`` does not say what the model is.
     """
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(
-            Problem(f"{str(out)!r} is not empty", "", "name a folder that does not exist yet")
-        )
+    folders.check_new(out)
     state = read_state(source)
     found = _read(source, state)
     own = _own_record(source)
@@ -96,7 +91,8 @@ def bring_in(
             json.loads(json.dumps(found.config, default=str)), where="the DeepSpeed config"
         ),
     }
-    with _staging(out) as staging:
+    with folders.made_whole(out) as staging:
+        (staging / folders.STATE).mkdir()
         files = _write(found, staging, shared, documents, on_tensor)
         files |= _copy_model_files(source, staging)
         ranks = _copy_random_states(source, staging, len(found.partitions)) if own else {}
@@ -225,26 +221,6 @@ def _own_record(source: Path) -> dict[str, Any] | None:
     """``run.json`` of a checkpoint of ours in DeepSpeed's layout, in its JSON form."""
     path = source / content.RUN
     return json.loads(path.read_bytes()) if (source / NAME).exists() and path.exists() else None
-
-
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder that becomes ``out`` when the block ends well, and is removed when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Of a checkpoint-N it has the name by which a run knows what a killed writer has left.
-    staging = out.parent / f".{out.name}.writing-{uuid.uuid4().hex[:8]}"
-    (staging / folders.STATE).mkdir(parents=True)
-    with contextlib.ExitStack() as stack:
-        stack.callback(folders.discard_if_there, staging)
-        with folders.holding(staging):
-            yield staging
-        (staging / folders.LOCK).unlink(missing_ok=True)
-        sync_folder(staging / folders.STATE)
-        sync_folder(staging)
-        if out.exists():
-            out.rmdir()  # it is empty
-        os.rename(staging, out)
-        sync_folder(out.parent)
 
 
 def _write(

@@ -240,16 +240,18 @@ class CheckpointWriter:
                     record.write_processor(staging)
             except OSError as error:
                 failure = error
-        present = _files_in(staging)
 
         def write() -> dict[str, FileRecord]:
+            # Collectives first: whoever fails below must not leave the others in one.
+            present = gather_objects(_files_in(staging), group=self._group)[0]
+            whole = None if weights is None else weights.exchanged(self._group)
             if failure is not None:
                 raise failure
             records = {}
             for name in present[ranks.rank :: ranks.world_size]:
                 records[name] = make_durable(staging / name)
-            if weights is not None:
-                records |= weights.write(staging, with_index=ranks.is_main)
+            if whole is not None:
+                records |= whole.write(staging, with_index=ranks.is_main)
             if slices is not None:
                 name = content.slice_file(ranks.rank)
                 records[name] = write_tensor_file(staging / name, slices.tensors, slices.metadata)
@@ -351,10 +353,9 @@ class CheckpointWriter:
 
 
 def _files_in(staging: Path) -> list[str]:
-    """Files that were written already; the main rank's list, on all ranks."""
-    names = sorted(
+    """Files that were written already."""
+    return sorted(
         str(p.relative_to(staging))
         for p in staging.rglob("*")
         if p.is_file() and p.name != folders.LOCK
     )
-    return gather_objects(names)[0]

@@ -81,6 +81,12 @@ def _diff_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", default=False, help="list every tensor")
 
 
+def _convert_flags(parser: argparse.ArgumentParser) -> None:
+    _dir(parser)
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--to", choices=("deepspeed",), required=True, help="the other format")
+
+
 def _import_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="a folder of DeepSpeed or transformers")
     parser.add_argument("out", type=Path, help="checkpoint to make, such as out/checkpoint-500")
@@ -114,6 +120,12 @@ _ACTIONS = {
         "the model of a checkpoint as a Hugging Face folder",
         make.export,
         _export_flags,
+    ),
+    "convert": _Action(
+        "DIR OUT --to deepspeed",
+        "a checkpoint as a folder that DeepSpeed loads (universal format)",
+        make.convert,
+        _convert_flags,
     ),
     "import": _Action(
         "SRC OUT",

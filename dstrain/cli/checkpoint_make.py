@@ -1,4 +1,4 @@
-"""Actions of ``dstrain checkpoint`` that write or remove something: export, import, prune."""
+"""Actions of ``dstrain checkpoint`` that write or remove: export, convert, import, prune."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ def export(options: Namespace) -> int:
             on_tensor=lambda name, num_bytes: bar.update(),
         )
     print(f"{count} tensors of {folder} are in {options.out}")
+    return 0
+
+
+def convert(options: Namespace) -> int:
+    """Write a checkpoint so that DeepSpeed loads it."""
+    from tqdm import tqdm
+
+    from dstrain import checkpoint
+
+    (folder,) = checkpoints(options.dir)[-1:]
+    with tqdm(unit="B", unit_scale=True, desc="convert", disable=quiet()) as bar:
+        done = checkpoint.convert(
+            folder, options.out, on_tensor=lambda name, num_bytes: bar.update(num_bytes)
+        )
+    print(f"{options.out}: step {done.step}, {done.num_parameters} parameters, of {folder}")
+    for remark in done.remarks:
+        print(f"  {remark}")
+    print(
+        'load it with {"checkpoint": {"load_universal": true}} in DeepSpeed\'s config and '
+        f"engine.load_checkpoint({str(options.out)!r}), at ZeRO stage 1, 2 or 3"
+    )
     return 0
 
 

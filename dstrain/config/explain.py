@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import textwrap
@@ -77,6 +78,11 @@ def as_record(resolved: ResolvedConfig, arguments: TrainingArguments) -> dict[st
 
 def versions() -> dict[str, str]:
     """Installed versions, read without importing the packages; what is missing is left out."""
+    return dict(_versions())
+
+
+@functools.cache  # a save asks for them while training waits
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

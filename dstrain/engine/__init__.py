@@ -24,6 +24,7 @@ from dstrain.engine.zero import (
     gathered,
     is_partitioned,
     model_facts,
+    own_partition,
 )
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "model_facts",
     "optimized_names",
     "optimizer_class",
+    "own_partition",
     "parameter_groups",
     "prepare_nvme",
     "read_machine",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,6 +19,24 @@ def is_partitioned(parameter: Any) -> bool:
 def full_shape(parameter: Any) -> tuple[int, ...]:
     """The shape of the whole parameter; a partitioned one reports (0,) itself."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+
+
+def own_partition(parameter: torch.Tensor) -> torch.Tensor | None:
+    """This rank's share of a partitioned parameter as it is trained, 1-D and padded.
+
+    Returns:
+        None where the shares of all ranks, one after another, are not the parameter: quantised
+        weights, a group of some of the ranks, or a share that is not in memory.
+    """
+    import torch.distributed as dist
+
+    share: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    whole_world = dist.get_world_size(group=group) == dist.get_world_size()
+    there = share.numel() * dist.get_world_size() >= full_numel(parameter)
+    if not whole_world or not there or hasattr(share, "ds_quant_scale"):
+        return None
+    return cast(torch.Tensor, share.detach())
 
 
 def full_numel(parameter: Any) -> int:

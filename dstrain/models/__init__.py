@@ -8,14 +8,8 @@ from dstrain.models.build import (
     max_length,
     parse_model_config,
 )
-from dstrain.models.save import (
-    HeldShards,
-    check_writable,
-    held_bytes,
-    hold_shards,
-    save_configs,
-    save_model,
-)
+from dstrain.models.held import HeldShards, held_bytes, hold_shards
+from dstrain.models.save import check_writable, save_configs, save_model
 from dstrain.models.sizes import count_causal_lm, sizes_of_module
 from dstrain.models.skeleton import Skeleton, skeleton_of
 from dstrain.models.tensor_file import Stored, write_tensor_file

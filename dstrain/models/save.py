@@ -20,20 +20,18 @@ from typing import Any
 import torch
 
 from dstrain.core.errors import ModelError, Problem
-from dstrain.core.files import FileRecord, write_json
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
 from dstrain.engine import full_numel, gathered, is_partitioned
-from dstrain.models.tensor_file import Stored, write_tensor_file
 
 SHARD_BYTES = 5 * 10**9
 # Gathering parameters one by one would pay a latency for each; a group stays small beside a shard.
 GATHER_BYTES = 256 * 2**20
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$")
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One tensor of the saved model under its saved name."""
 
     name: str
@@ -41,6 +39,7 @@ class _Entry:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the whole tensor."""
         return full_numel(self.tensor) * self.tensor.element_size()
 
 
@@ -59,12 +58,12 @@ def save_model(
     with all_or_none():
         if ranks.is_main:
             _make_folder(target)
-    if _needs_conversion(module):
+    if needs_conversion(module):
         _save_converted(module, target, ranks, shard_bytes)
         return
-    entries = _entries(module)
-    shards = _plan(entries, shard_bytes)
-    names = _shard_names(len(shards))
+    entries = entries_of(module)
+    shards = plan_shards(entries, shard_bytes)
+    names = shard_names(len(shards))
     writers = _writers(target, ranks)
     mine = [i for i in range(len(shards)) if writers[i % len(writers)] == ranks.rank]
     with all_or_none():
@@ -82,77 +81,13 @@ def save_model(
                 raise _unwritable(target, error) from error
 
 
-@dataclass(frozen=True)
-class HeldShards:
-    """A model's weights in host memory, each rank holding the shards that it will write.
-
-    Attributes:
-        shards: this rank's shards: file name -> tensors.
-        index: content of the index of several shards; None for a single one.
-    """
-
-    shards: dict[str, list[Stored]]
-    index: dict[str, Any] | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Host memory that this rank's shards take."""
-        return sum(stored.num_bytes for shard in self.shards.values() for stored in shard)
-
-    def write(self, folder: Path, *, with_index: bool) -> dict[str, FileRecord]:
-        """Write this rank's shards durably, and the index if asked to.
-
-        Raises:
-            OSError: the disk is full, the folder is gone, and so on.
-        """
-        records = {}
-        for name, shard in self.shards.items():
-            records[name] = write_tensor_file(folder / name, shard, {"format": "pt"})
-        if with_index and self.index is not None:
-            records[_INDEX] = write_json(folder / _INDEX, self.index)
-        return records
-
-
-def hold_shards(
-    module: torch.nn.Module, ranks: Ranks, *, shard_bytes: int = SHARD_BYTES
-) -> HeldShards | None:
-    """Copy the weights to host memory, shard k on rank k mod world size; a collective.
-
-    Returns:
-        None for architectures whose layout is converted on saving: only ``save_model`` does that.
-    """
-    if _needs_conversion(module):
-        return None
-    entries = _entries(module)
-    shards = _plan(entries, shard_bytes)
-    names = _shard_names(len(shards))
-    mine: dict[str, list[Stored]] = {}
-    for number, (shard, name) in enumerate(zip(shards, names, strict=True)):
-        own = number % ranks.world_size == ranks.rank
-        for group in _gather_groups(shard):
-            with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
-                if own:
-                    mine.setdefault(name, []).extend(Stored.of(e.name, _copied(e)) for e in group)
-    index = {
-        "metadata": {"total_size": sum(e.num_bytes for e in entries)},
-        "weight_map": {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard},
-    }
-    return HeldShards(mine, index if len(names) > 1 else None)
-
-
-def held_bytes(module: torch.nn.Module, ranks: Ranks) -> int:
-    """Bytes that ``hold_shards`` will take on the rank that holds most."""
-    shards = _plan(_entries(module), SHARD_BYTES)
-    sizes = [sum(e.num_bytes for e in shard) for shard in shards]
-    return max(sum(sizes[k :: ranks.world_size]) for k in range(ranks.world_size))
-
-
 def save_configs(module: torch.nn.Module, folder: Path) -> None:
     """Write ``config.json`` and ``generation_config.json`` where the model has them."""
     _save_configs(module, folder)
 
 
-def _copied(entry: _Entry) -> torch.Tensor:
+def copied(entry: Entry) -> torch.Tensor:
+    """A gathered tensor in host memory of its own."""
     return entry.tensor.detach().to("cpu", copy=True).contiguous()
 
 
@@ -208,7 +143,7 @@ def _unwritable(target: Path, error: OSError) -> ModelError:
     )
 
 
-def _entries(module: torch.nn.Module) -> list[_Entry]:
+def entries_of(module: torch.nn.Module) -> list[Entry]:
     """Parameters and persistent buffers in module order, each shared tensor under one name."""
     tied_away = set(getattr(module, "all_tied_weights_keys", None) or ())
     names: dict[int, list[str]] = {}
@@ -219,15 +154,15 @@ def _entries(module: torch.nn.Module) -> list[_Entry]:
     entries = []
     for key, aliases in names.items():
         kept = next((n for n in aliases if n not in tied_away), aliases[0])
-        entries.append(_Entry(kept, tensors[key]))
+        entries.append(Entry(kept, tensors[key]))
     persistent = module.state_dict(keep_vars=True)
-    entries += [_Entry(n, b) for n, b in module.named_buffers() if n in persistent]
+    entries += [Entry(n, b) for n, b in module.named_buffers() if n in persistent]
     return entries
 
 
-def _plan(entries: list[_Entry], shard_bytes: int) -> list[list[_Entry]]:
+def plan_shards(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
     """Fill shards in order; a tensor larger than a shard has one of its own."""
-    shards: list[list[_Entry]] = [[]]
+    shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
         if shards[-1] and filled + entry.num_bytes > shard_bytes:
@@ -238,14 +173,15 @@ def _plan(entries: list[_Entry], shard_bytes: int) -> list[list[_Entry]]:
     return shards
 
 
-def _shard_names(count: int) -> list[str]:
+def shard_names(count: int) -> list[str]:
+    """File names of that many shards."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def _write_shards(
-    shards: list[list[_Entry]], names: list[str], target: Path, own: frozenset[int]
+    shards: list[list[Entry]], names: list[str], target: Path, own: frozenset[int]
 ) -> None:
     """Gather every parameter once; write the shards ``own`` in a thread while the next fills."""
     failure: BaseException | None = None
@@ -257,11 +193,11 @@ def _write_shards(
             if mine and pending is not None:
                 failure = failure or pending.exception()
             held: dict[str, torch.Tensor] = {}
-            for group in _gather_groups(shard):
+            for group in gather_groups(shard):
                 with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
                     if mine:
                         for e in group:
-                            held[e.name] = _copied(e)
+                            held[e.name] = copied(e)
             if mine:
                 pending = writer.submit(_write_file, held, _partial(target, name), mode)
         if pending is not None:
@@ -272,8 +208,9 @@ def _write_shards(
         raise failure
 
 
-def _gather_groups(shard: list[_Entry]) -> Iterator[list[_Entry]]:
-    group: list[_Entry] = []
+def gather_groups(shard: list[Entry]) -> Iterator[list[Entry]]:
+    """Neighbours that are gathered together."""
+    group: list[Entry] = []
     size = 0
     for entry in shard:
         if group and is_partitioned(entry.tensor) and size + entry.num_bytes > GATHER_BYTES:
@@ -314,7 +251,7 @@ def _finish(target: Path, weight_map: dict[str, str], total_bytes: int, names: l
     """Write the index of several shards, then remove weight files of an earlier save."""
     keep = set(names)
     if len(names) > 1:
-        index = _INDEX
+        index = INDEX
         partial = _partial(target, index)
         content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -337,7 +274,7 @@ def _save_configs(module: Any, target: Path) -> None:
         module.generation_config.save_pretrained(target)
 
 
-def _needs_conversion(module: torch.nn.Module) -> bool:
+def needs_conversion(module: torch.nn.Module) -> bool:
     """Whether transformers stores this architecture in another layout than it trains it in."""
     if not hasattr(module, "save_pretrained"):
         return False
@@ -353,11 +290,11 @@ def _save_converted(module: Any, target: Path, ranks: Ranks, shard_bytes: int) -
     in host memory here.
     """
     held: dict[str, torch.Tensor] = {}
-    for group in _gather_groups(_entries(module)):
+    for group in gather_groups(entries_of(module)):
         with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
             if ranks.is_main:
                 for e in group:
-                    held[e.name] = _copied(e)
+                    held[e.name] = copied(e)
     with all_or_none():
         if ranks.is_main:
             try:

@@ -1,4 +1,4 @@
-"""Runs of DeepSpeed and of transformers that go on in dstrain, on the same samples."""
+"""Runs of DeepSpeed and of transformers that go on in dstrain, and back, on the same samples."""
 
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ def schedule(optimizer: Any) -> Any:
 def train_by_hand(folder: Path, kind: str, config: dict[str, Any]) -> list[float]:
     """DeepSpeed alone: saves after ``SAVED`` steps, then goes on; the losses of all ranks."""
     import deepspeed
-    import torch.distributed as dist
 
     made = model(kind)
     if kind == "mixed":
@@ -80,24 +79,31 @@ def train_by_hand(folder: Path, kind: str, config: dict[str, Any]) -> list[float
     engine, *_ = deepspeed.initialize(
         model=made, model_parameters=groups(made), config=config, lr_scheduler=schedule
     )
-    found = []
-    for step, batch in enumerate(loader()):
-        if step == SAVED:
-            engine.save_checkpoint(str(folder), client_state={"epochs": 0})
-        if step == STEPS:
-            break
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
-        mean = loss.detach().float()
-        dist.all_reduce(mean)
-        found.append(mean.item() / dist.get_world_size())
+    found = by_hand(engine, to_step=SAVED)
+    engine.save_checkpoint(str(folder), client_state={"epochs": 0})
+    found += by_hand(engine, from_step=SAVED)
     engine.destroy()
     return found
 
 
-def train_on(folder: Path, start: Path, kind: str, stage: int, **settings: Any) -> Any:
-    """dstrain from ``start`` on; the trainer."""
+def by_hand(engine: Any, *, from_step: int = 0, to_step: int = STEPS) -> list[float]:
+    """DeepSpeed's plain loop over some of the batches; the losses of all ranks."""
+    import torch.distributed as dist
+
+    found = []
+    for step, batch in enumerate(loader()):
+        if from_step <= step < to_step:
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+            mean = loss.detach().float()
+            dist.all_reduce(mean)
+            found.append(mean.item() / dist.get_world_size())
+    return found
+
+
+def train_on(folder: Path, start: Path | None, kind: str, stage: int, **settings: Any) -> Any:
+    """dstrain from ``start`` on, or from the beginning; the trainer."""
     from dstrain import Trainer
 
     class SameBatches(Trainer):
@@ -107,7 +113,7 @@ def train_on(folder: Path, start: Path, kind: str, stage: int, **settings: Any) 
     trainer = make_trainer(
         folder,
         stage=stage,
-        model=with_other_values(model(kind)),
+        model=model(kind) if start is None else with_other_values(model(kind)),
         cls=SameBatches,
         max_steps=STEPS,
         warmup_steps=2,
@@ -115,7 +121,7 @@ def train_on(folder: Path, start: Path, kind: str, stage: int, **settings: Any) 
         evaluation=0,
         **settings,
     )
-    trainer.train(str(start))
+    trainer.train(False if start is None else str(start))
     return trainer
 
 
@@ -204,3 +210,47 @@ def test_a_run_of_transformers_without_deepspeed_goes_on(tmp_path: Path, rank: i
     assert [e["step"] for e in trainer.state.log_history if "loss" in e] == list(range(1, 9))
     assert trainer.state.epoch == pytest.approx(0.5)
     trainer.close()
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_a_converted_run_goes_on_in_deepspeed(tmp_path: Path, rank: int) -> None:
+    """DeepSpeed's own engine, at each of its stages, has the losses of the run that stayed here."""
+    import deepspeed
+
+    from dstrain.checkpoint import convert
+    from dstrain.core.ranks import barrier
+
+    for stage, others, kind, more in (
+        (2, (1, 3), "plain", {}),
+        (3, (2,), "plain", {"bf16": {"enabled": True}}),
+    ):
+        folder = tmp_path / str(stage)
+        whole = train_on(
+            folder / "ours", None, kind, stage, bf16=bool(more), save_strategy="steps", save_steps=4
+        )
+        expected = losses(whole)
+        whole.close()
+        done = convert(folder / "ours/checkpoint-4", folder / "theirs") if rank == 0 else None
+        barrier()
+        assert done is None or done.num_parameters == 21
+        for other in others:
+            config = {
+                "train_micro_batch_size_per_gpu": 2,
+                "zero_optimization": {"stage": other},
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+                "gradient_clipping": 1.0,
+                "checkpoint": {"load_universal": True},
+                **more,
+            }
+            made = with_other_values(model(kind))
+            engine, *_ = deepspeed.initialize(
+                model=made, model_parameters=groups(made), config=config, lr_scheduler=schedule
+            )
+            path, state = engine.load_checkpoint(str(folder / "theirs"))
+            assert (path is not None, state["dstrain"]["step"]) == (True, SAVED)
+            assert engine.global_steps == SAVED
+            found = by_hand(engine, from_step=SAVED)
+            assert found == pytest.approx(expected[SAVED:], rel=2e-3 if more else 2e-5), other
+            decays = {g["weight_decay"] for g in engine.optimizer.param_groups}
+            assert decays == {0.1, 0.0}
+            engine.destroy()

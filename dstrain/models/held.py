@@ -1,0 +1,189 @@
+"""A model's weights in host memory, while a thread writes them and training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.core.files import FileRecord, write_json
+from dstrain.core.ranks import Ranks
+from dstrain.engine import full_numel, full_shape, gathered, is_partitioned, own_partition
+from dstrain.models.save import (
+    INDEX,
+    SHARD_BYTES,
+    Entry,
+    copied,
+    entries_of,
+    gather_groups,
+    needs_conversion,
+    plan_shards,
+    shard_names,
+)
+from dstrain.models.tensor_file import Stored, write_tensor_file
+
+# Shares go to the writer of their shard in messages of about this size.
+_MESSAGE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class _Share:
+    """This rank's part of a partitioned parameter.
+
+    Attributes:
+        shard: index of the shard that the parameter belongs to.
+        name: of the parameter.
+        shape: of the whole parameter.
+        values: 1-D, padded, as long on every rank.
+    """
+
+    shard: int
+    name: str
+    shape: tuple[int, ...]
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class HeldShards:
+    """A model's weights in host memory, each rank holding what it needs to write its shards.
+
+    Attributes:
+        shards: this rank's shards: file name -> tensors.
+        index: content of the index of several shards; None for a single one.
+        shares: this rank's parts of partitioned parameters, in the same order on all ranks; their
+            writers have not got them yet.
+        names: file names of all shards.
+        rank: this rank.
+        world_size: number of ranks; shard k belongs to rank k mod world size.
+    """
+
+    shards: dict[str, list[Stored]]
+    index: dict[str, Any] | None
+    shares: tuple[_Share, ...]
+    names: tuple[str, ...]
+    rank: int
+    world_size: int
+
+    def exchanged(self, group: Any) -> HeldShards:
+        """Give every share to the rank that writes it; a collective of all ranks in ``group``.
+
+        It takes no part in training's communication, so a thread can do it beside training.
+        """
+        shards = {name: list(tensors) for name, tensors in self.shards.items()}
+        for message in _messages(self.shares):
+            writer = message[0].shard % self.world_size
+            parts = self._gather(torch.cat([_as_bytes(s.values) for s in message]), writer, group)
+            start = 0
+            for share in message:
+                size = share.values.nbytes
+                if parts is not None:
+                    whole = torch.cat([part[start : start + size] for part in parts])
+                    values = whole.view(share.values.dtype)[: torch.Size(share.shape).numel()]
+                    tensors = shards.setdefault(self.names[share.shard], [])
+                    tensors.append(Stored.of(share.name, values.view(share.shape)))
+                start += size
+        return replace(self, shards=shards, shares=())
+
+    def _gather(self, data: torch.Tensor, writer: int, group: Any) -> list[torch.Tensor] | None:
+        import torch.distributed as dist
+
+        mine = writer == self.rank
+        parts = [torch.empty_like(data) for _ in range(self.world_size)] if mine else None
+        dist.gather(data, parts, dst=writer, group=group)
+        return parts
+
+    def write(self, folder: Path, *, with_index: bool) -> dict[str, FileRecord]:
+        """Write this rank's shards durably, and the index if asked to.
+
+        Raises:
+            OSError: the disk is full, the folder is gone, and so on.
+        """
+        assert not self.shares
+        records = {}
+        for name, shard in self.shards.items():
+            records[name] = write_tensor_file(folder / name, shard, {"format": "pt"})
+        if with_index and self.index is not None:
+            records[INDEX] = write_json(folder / INDEX, self.index)
+        return records
+
+
+def hold_shards(
+    module: torch.nn.Module, ranks: Ranks, *, shard_bytes: int = SHARD_BYTES
+) -> HeldShards | None:
+    """Copy the weights to host memory; a collective.
+
+    Of a partitioned parameter every rank copies its own share, which its writer gets later
+    (``exchanged``): gathering all of them would keep training waiting.
+
+    Returns:
+        None for architectures whose layout is converted on saving: only ``save_model`` does that.
+    """
+    if needs_conversion(module):
+        return None
+    entries = entries_of(module)
+    shards = plan_shards(entries, shard_bytes)
+    names = shard_names(len(shards))
+    mine: dict[str, list[Stored]] = {}
+    shares: list[_Share] = []
+    for number, (shard, name) in enumerate(zip(shards, names, strict=True)):
+        own = number % ranks.world_size == ranks.rank
+        whole = []
+        for entry in shard:
+            share = own_partition(entry.tensor) if is_partitioned(entry.tensor) else None
+            if share is None:
+                whole.append(entry)
+            else:
+                values = share.to("cpu", copy=True)
+                shares.append(_Share(number, entry.name, full_shape(entry.tensor), values))
+        for group in gather_groups(whole):
+            with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
+                if own:
+                    mine.setdefault(name, []).extend(Stored.of(e.name, copied(e)) for e in group)
+    index = {
+        "metadata": {"total_size": sum(e.num_bytes for e in entries)},
+        "weight_map": {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard},
+    }
+    return HeldShards(
+        mine,
+        index if len(names) > 1 else None,
+        tuple(shares),
+        tuple(names),
+        ranks.rank,
+        ranks.world_size,
+    )
+
+
+def held_bytes(module: torch.nn.Module, ranks: Ranks) -> int:
+    """Bytes that held shards will take on the rank that holds most."""
+    shards = plan_shards(entries_of(module), SHARD_BYTES)
+    sizes = [sum(e.num_bytes for e in shard) for shard in shards]
+    shares = sum(_share_bytes(e, ranks.world_size) for shard in shards for e in shard)
+    return shares + max(sum(sizes[k :: ranks.world_size]) for k in range(ranks.world_size))
+
+
+def _share_bytes(entry: Entry, world_size: int) -> int:
+    if not is_partitioned(entry.tensor):
+        return 0
+    return -(-full_numel(entry.tensor) // world_size) * entry.tensor.element_size()
+
+
+def _messages(shares: tuple[_Share, ...]) -> Iterator[list[_Share]]:
+    """Neighbours of one shard and format together, up to the size of a message."""
+    message: list[_Share] = []
+    size = 0
+    for share in shares:
+        alike = message and share.shard == message[0].shard
+        if message and (not alike or size + share.values.nbytes > _MESSAGE_BYTES):
+            yield message
+            message, size = [], 0
+        message.append(share)
+        size += share.values.nbytes
+    if message:
+        yield message
+
+
+def _as_bytes(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().view(-1).view(torch.uint8)
