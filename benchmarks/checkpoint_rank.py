@@ -54,6 +54,8 @@ class Clocks:
 
     def step_ends(self, step: int) -> None:
         """The step has ended; whatever the trainer does after it follows."""
+        if step == 2:  # what building the engine took is no cost of saving
+            forget_peak()
         if step % self.settings.steps_between == 0:
             self.peaks[step] = status_bytes("VmHWM")
             forget_peak()

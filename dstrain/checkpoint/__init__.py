@@ -7,7 +7,7 @@ from dstrain.checkpoint.find import AUTO, check_there, choose, verify, wanted_ch
 from dstrain.checkpoint.folders import Found, committed, holding
 from dstrain.checkpoint.importing import Imported, bring_in
 from dstrain.checkpoint.load import Restored, load_into, read_run
-from dstrain.checkpoint.manifest import Manifest, read_manifest
+from dstrain.checkpoint.manifest import Manifest, extra_files, read_manifest
 from dstrain.checkpoint.native import Reader, check_readable
 from dstrain.checkpoint.prune import Pruning, best_of, prune
 from dstrain.checkpoint.save import CheckpointWriter, Policy, RunRecord
@@ -34,6 +34,7 @@ __all__ = [
     "compare",
     "convert",
     "export",
+    "extra_files",
     "holding",
     "load_into",
     "prune",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from dstrain.engine import (
     regions,
     write_progress,
 )
+from dstrain.models import TensorReader
+
+# Slices are read in pieces of this many elements: what loading takes beyond the engine itself.
+_CHUNK_NUMEL = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -109,17 +114,20 @@ def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
     scalars: dict[str, dict[str, Any]] = {}
     for rank in range(manifest.world_size):
         path = folder / content.slice_file(rank)
-        with opened(path) as file:
-            metadata = file.metadata()
-            names = list(file.keys())
-        spans: dict[str, tuple[int, int]] = json.loads(metadata["spans"])
-        for name, numbers in json.loads(metadata["scalars"]).items():
+        with reading(path) as file:
+            sizes = {name: file.numel(name) for name in file.keys()}  # noqa: SIM118
+            spans, numbers_of = (_mapping(path, file.metadata, k) for k in ("spans", "scalars"))
+        for name, numbers in numbers_of.items():
             held = scalars.setdefault(name, {})
             for key, value in numbers.items():
                 held[key] = max(held.get(key, value), value)
-        for tensor in names:
+        for tensor, size in sizes.items():
             key, _, name = tensor.partition("/")
-            start, numel = spans[name]
+            start, numel = spans.get(name, (0, -1))
+            if size != numel:
+                raise CheckpointError(
+                    Problem(f"{path} has {size} elements of {tensor}, its spans say {numel}")
+                )
             pieces.setdefault((key, name), []).append(Piece(start, numel, path))
             if key not in (MASTER, WEIGHT):
                 scalars.setdefault(name, {})
@@ -129,15 +137,18 @@ def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
 
 
 def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
-    """Parameters whose slices do not add up to the whole, a line each."""
+    """Parameters whose slices do not add up to the whole, or to more, a line each."""
     found = []
     optimized = set(manifest.optimized)
     for name, shape in manifest.parameters.items():
         numel = torch.Size(shape).numel()
         keys = index.keys_of(name) or [MASTER if name in optimized else WEIGHT]
         for key in keys:
+            there = sum(piece.numel for piece in index.pieces.get((key, name), []))
             if missing := index.missing(key, name, 0, numel):
                 found.append(f"{key} of {name}: {missing} of {numel} elements are in no file")
+            elif there > numel:
+                found.append(f"{key} of {name}: {there - numel} elements are there twice or more")
     return found
 
 
@@ -146,7 +157,7 @@ def load_into(
 ) -> Restored:
     """Put a checkpoint into a fresh engine; a collective of all ranks.
 
-    Only the pieces that overlap this rank's regions are read, one at a time. Where the checkpoint
+    Only what overlaps this rank's regions is read, some 32 MB at a time. Where the checkpoint
     is in DeepSpeed's own layout, DeepSpeed reads it, which executes its pickles.
 
     Args:
@@ -190,10 +201,12 @@ def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceI
         create_state(held, index.scalars)
         _check_state(held, index)
         for path, reads in _by_file(held, index).items():
-            with opened(path) as file:
+            with reading(path) as file:
                 for region, key, low, high, piece in reads:
-                    stored = file.get_slice(f"{key}/{region.name}")
-                    region.write(key, low, stored[low - piece.start : high - piece.start])
+                    for start in range(low, high, _CHUNK_NUMEL):
+                        stop = min(high, start + _CHUNK_NUMEL)
+                        place = f"{key}/{region.name}", start - piece.start, stop - piece.start
+                        region.write(key, start, file.read(*place))
         _load_buffers(engine, folder, manifest)
     finish_load(engine)
 
@@ -307,6 +320,29 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(
             Problem(f"{path} cannot be read", str(error), "use another checkpoint")
         ) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[TensorReader]:
+    """An open file of slices.
+
+    Raises:
+        CheckpointError: it is damaged or not there.
+    """
+    try:
+        with TensorReader(path) as file:
+            yield file
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            Problem(f"{path} cannot be read", str(error), "use another checkpoint")
+        ) from error
+
+
+def _mapping(path: Path, metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    found = json.loads(metadata.get(name, "null"))
+    if not isinstance(found, dict):
+        raise CheckpointError(Problem(f"{path} does not say its {name}", "it is no file of slices"))
+    return found
 
 
 def opened(path: Path) -> Any:

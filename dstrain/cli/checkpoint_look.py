@@ -70,7 +70,7 @@ def verify(options: Namespace) -> int:
     from tqdm import tqdm
 
     from dstrain import checkpoint
-    from dstrain.checkpoint import read_manifest
+    from dstrain.checkpoint import extra_files, read_manifest
 
     status = 0
     for folder in checkpoints(options.dir):
@@ -88,6 +88,8 @@ def verify(options: Namespace) -> int:
             for line in problems:
                 print(f"  {line}")
         elif manifest is not None:
+            if extra := extra_files(folder, manifest):
+                print(f"{folder}: files that are no part of it: {', '.join(extra)}")
             count = f"{len(manifest.files)} files, {size(manifest.total_bytes)}"
             print(f"{folder}: good ({count}, {len(manifest.parameters)} parameters)")
     return status

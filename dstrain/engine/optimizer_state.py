@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.log import get_logger
 from dstrain.engine.regions import Region, is_scalar
+
+logger = get_logger(__name__)
 
 _PROBE_NUMEL = 4
 # Hyper-parameters that nothing changes during training: the arguments of the run decide them.
@@ -159,6 +162,12 @@ def set_group_values(optimizer: Any, saved: list[dict[str, Any]]) -> None:
     """
     groups = optimizer.param_groups
     if len(groups) != len(saved) and saved and same_for_all(saved):
+        logger.warning(
+            "the checkpoint's %d parameter groups were alike: each of the %d groups of this run "
+            "goes on with their rate and momenta",
+            len(saved),
+            len(groups),
+        )
         saved = [saved[0]] * len(groups)
     if len(groups) != len(saved):
         raise CheckpointError(

@@ -77,10 +77,20 @@ class Region:
         """Keys of all values there are: the parameter's own and the state tensors of its shape.
 
         Raises:
-            CheckpointError: state of another shape, which has no slice for this region.
+            CheckpointError: state of another shape, which has no slice for this region, or of
+                another type.
         """
         keys = [self.value_key]
         for key, value in self.state.items():
+            if not isinstance(value, (torch.Tensor, bool, int, float, type(None))):
+                raise CheckpointError(
+                    Problem(
+                        f"optimizer state {key!r} of {self.name} is a {type(value).__name__}",
+                        "only tensors and single numbers can be saved by slices",
+                        "set checkpoint_format to deepspeed, which resumes at the same topology "
+                        "only; or use another optimizer",
+                    )
+                )
             if not isinstance(value, torch.Tensor) or is_scalar(key, value, self.holder):
                 continue
             if value.shape != self.holder.shape:

@@ -12,13 +12,14 @@ from dstrain.models.held import HeldShards, held_bytes, hold_shards
 from dstrain.models.save import check_writable, save_configs, save_model
 from dstrain.models.sizes import count_causal_lm, sizes_of_module
 from dstrain.models.skeleton import Skeleton, skeleton_of
-from dstrain.models.tensor_file import Stored, write_tensor_file
+from dstrain.models.tensor_file import Stored, TensorReader, write_tensor_file
 
 __all__ = [
     "DTYPES",
     "HeldShards",
     "Skeleton",
     "Stored",
+    "TensorReader",
     "build_causal_lm",
     "check_model_folder",
     "check_writable",

@@ -1,6 +1,7 @@
-"""Writing safetensors files tensor by tensor, so that a file never stands whole in memory.
+"""Writing and reading safetensors files piece by piece, so that none stands whole in memory.
 
-``safetensors.torch.save_file`` turns all tensors into bytes before it writes the first. The format:
+``safetensors.torch.save_file`` turns all tensors into bytes before it writes the first; and what
+``safe_open`` has mapped counts as memory of the process for as long as it is open. The format:
 eight bytes with the length of the header, the header in JSON, the tensors one after another
 (https://github.com/huggingface/safetensors, "Format").
 """
@@ -9,10 +10,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +36,11 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+# A header longer than this is no header; safetensors has the same limit.
+_LONGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -102,3 +110,91 @@ def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of eight
     return struct.pack("<Q", len(text)) + text
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in a file, from its first byte on."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class TensorReader:
+    """An open safetensors file from which runs of tensors are read; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and read its header.
+
+        Raises:
+            OSError: it cannot be opened.
+            ValueError: it is no safetensors file, or a part of it is missing.
+        """
+        self._file = os.open(path, os.O_RDONLY)
+        try:
+            self._places, self.metadata = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> TensorReader:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the file."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._places)
+
+    def numel(self, name: str) -> int:
+        """Elements of a tensor."""
+        return math.prod(self._places[name].shape)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements from ``start`` to ``stop`` of a flattened tensor, in memory of their own.
+
+        Raises:
+            OSError: the file ended early or the disk failed.
+        """
+        place = self._places[name]
+        width = place.dtype.itemsize
+        values = torch.empty(stop - start, dtype=place.dtype)
+        if values.numel():
+            data: Any = values.view(torch.uint8).numpy()
+            self._fill(memoryview(data), place.start + start * width)
+        return values
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            count = os.preadv(self._file, [buffer], offset)
+            if not count:
+                raise OSError("the file ended early")
+            buffer, offset = buffer[count:], offset + count
+
+    def _read_header(self) -> tuple[dict[str, _Place], dict[str, str]]:
+        size = os.fstat(self._file).st_size
+        (length,) = struct.unpack("<Q", os.pread(self._file, 8, 0).ljust(8, b"\xff"))
+        if length > min(size, _LONGEST_HEADER):
+            raise ValueError("it has no header")
+        content = json.loads(os.pread(self._file, length, 8))
+        metadata = content.pop("__metadata__", {})
+        places = {}
+        for name, entry in content.items():
+            low, high = entry["data_offsets"]
+            place = _Place(
+                _BY_NAME[entry["dtype"]], tuple(entry["shape"]), 8 + length + low, 8 + length + high
+            )
+            whole = math.prod(place.shape) * place.dtype.itemsize == high - low
+            if not whole or low < 0 or place.stop > size:
+                raise ValueError(f"{name} does not lie whole in it")
+            places[name] = place
+        return places, metadata

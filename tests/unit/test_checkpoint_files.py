@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -34,7 +35,7 @@ from dstrain.core.errors import CheckpointError
 from dstrain.core.files import record_of, write_bytes, write_json
 from dstrain.core.ranks import Ranks
 from dstrain.core.seeds import random_state, set_random_state
-from dstrain.models.tensor_file import Stored, write_tensor_file
+from dstrain.models.tensor_file import Stored, TensorReader, write_tensor_file
 
 
 def make_checkpoint(output_dir: Path, step: int, *, size: int = 5000) -> Path:
@@ -160,6 +161,21 @@ def test_a_manifest_cannot_point_outside_of_its_folder(tmp_path):
         write_manifest(folder, Manifest(**moved))
         with pytest.raises(CheckpointError, match="outside of its folder"):
             read_manifest(folder)
+
+
+def test_elements_that_are_there_twice_are_counted(tmp_path):
+    """Two files that both have a run, which nothing else would notice."""
+    folder = make_checkpoint(tmp_path, 7)
+    names = [f"state/rank-{rank:05d}.safetensors" for rank in (0, 1)]
+    values = torch.arange(5000, dtype=torch.float32)
+    tensors = [Stored.of("master/w", values[1000:]), Stored.of("exp_avg/w", -values[1000:])]
+    metadata = {"spans": json.dumps({"w": [1000, 4000]}), "scalars": "{}"}
+    files = dict(read_manifest(folder).files)
+    files[names[1]] = write_tensor_file(folder / names[1], tensors, metadata)
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), files=files))
+    assert sorted(verify(folder)[1]) == [
+        f"{key} of w: 666 elements are there twice or more" for key in ("exp_avg", "master")
+    ]
 
 
 def test_missing_elements_of_a_parameter_are_counted(tmp_path):
@@ -349,6 +365,43 @@ def test_tensor_files_are_what_safetensors_reads(tmp_path):
         assert torch.equal(read[name], tensor), name
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_runs_of_tensors_are_read_as_safetensors_reads_them(tmp_path):
+    """The reader of slices against safetensors' own, on a file of each of the two writers."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    tensors = {
+        "a": torch.randn(7, 3),
+        "b": torch.arange(11, dtype=torch.int64),
+        "c": torch.randn(5).bfloat16(),
+        "empty": torch.zeros(0, 4),
+        "one": torch.tensor(3.5),
+    }
+    save_file(tensors, tmp_path / "theirs", metadata={"k": "v"})
+    write_tensor_file(
+        tmp_path / "ours", [Stored.of(n, t) for n, t in tensors.items()], metadata={"k": "v"}
+    )
+    for name in ("theirs", "ours"):
+        path = tmp_path / name
+        with TensorReader(path) as ours, safe_open(path, "pt") as theirs:
+            assert ours.metadata == theirs.metadata() == {"k": "v"}
+            assert sorted(ours.keys()) == sorted(theirs.keys())
+            for key in ours.keys():  # noqa: SIM118 - a file is no dict
+                whole = theirs.get_tensor(key).reshape(-1)
+                assert ours.numel(key) == whole.numel()
+                assert torch.equal(ours.read(key, 0, whole.numel()), whole)
+                assert torch.equal(ours.read(key, 1, 3), whole[1:3]) or whole.numel() < 3
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 60, -1])
+def test_a_file_cut_short_is_no_file_of_tensors(tmp_path, keep):
+    write_tensor_file(tmp_path / "x", [Stored.of("a", torch.randn(9))])
+    content = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(content[:keep])
+    with pytest.raises((ValueError, OSError)):
+        TensorReader(tmp_path / "x")
 
 
 def test_a_large_write_is_hashed_like_a_small_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pickle
 from pathlib import Path
@@ -14,6 +15,7 @@ from dstrain.checkpoint import bring_in
 from dstrain.checkpoint.foreign import match_groups
 from dstrain.checkpoint.pickles import Number, Record, load_pickle
 from dstrain.core.errors import CheckpointError
+from tests.launch import ROOT
 
 
 class Evil:
@@ -65,6 +67,19 @@ def test_what_deepspeed_stores_is_read_without_its_classes(tmp_path):
     assert (address.numel, address.start, type(address)) == (5, 3, Record)
     assert (dynamic.cur_scale, fixed.cur_scale) == (512.0, 4.0)
     assert type(dynamic) is type(fixed) is Record
+
+
+def test_pickles_are_read_in_one_place():
+    """Nothing else of dstrain loads one, from wherever; DeepSpeed's own layout is DeepSpeed's."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in (ROOT / "dstrain").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load")
+        or (isinstance(node, ast.Import) and any(a.name == "pickle" for a in node.names))
+        or (isinstance(node, ast.ImportFrom) and node.module in ("pickle", "joblib", "dill"))
+    ]
+    assert {place.partition(":")[0] for place in found} == {"dstrain/checkpoint/pickles.py"}
 
 
 def groups(*counts: int) -> list[dict[str, Any]]:

@@ -147,11 +147,38 @@ def test_state_of_another_shape_is_refused():
         [r.tensor_keys() for r in regions(engine_of(module, optimizer))]
 
 
-def test_another_number_of_groups_is_refused():
+def test_another_number_of_groups_is_refused_unless_they_are_alike(caplog):
+    """Groups that differ in weight decay only share rates and momenta: those fit any number."""
     module = small_model()
     one = torch.optim.SGD(module.parameters(), lr=0.1)
+    two = torch.optim.SGD(two_groups(module), lr=0.3, momentum=0.5)
+    set_group_values(one, group_values(two))
+    assert (one.param_groups[0]["lr"], one.param_groups[0]["momentum"]) == (0.3, 0.5)
+    assert "2 parameter groups were alike" in caplog.text
+    one.param_groups[0]["lr"] = 0.7
+    set_group_values(two, group_values(one))
+    assert [g["lr"] for g in two.param_groups] == [0.7, 0.7]
+    two.param_groups[1]["lr"] = 0.2
     with pytest.raises(CheckpointError, match="has 2 parameter groups, this run 1"):
-        set_group_values(one, group_values(torch.optim.SGD(two_groups(module), lr=0.1)))
+        set_group_values(one, group_values(two))
+
+
+class Unusual(torch.optim.SGD):
+    """Keeps what neither a slice nor a number is."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["seen"] = {"here"}
+
+
+def test_state_of_another_type_is_refused():
+    """It would be lost without a word."""
+    module = small_model()
+    optimizer = Unusual(module.parameters(), lr=0.1)
+    optimizer.step()
+    with pytest.raises(CheckpointError, match="'seen' of 0.weight is a set"):
+        [r.tensor_keys() for r in regions(engine_of(module, optimizer))]
 
 
 def test_what_nothing_changes_in_training_is_the_new_runs():
