@@ -6,7 +6,9 @@ piece, so memory holds a few megabytes of each whatever the size of the checkpoi
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,13 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint import content
-from dstrain.checkpoint.load import Piece, SliceIndex, opened, read_index, read_run
+from dstrain.checkpoint.load import Piece, SliceIndex, read_index, read_run, reading
 from dstrain.checkpoint.manifest import Manifest, read_manifest
 from dstrain.config import difference as configs
+from dstrain.models import TensorReader
 
-_CHUNK_NUMEL = 4 * 2**20
+_CHUNK_NUMEL = 2**20
+_MOST_FILES = 64
 _IN_MANIFEST = ("step", "world_size", "stage", "precision", "resumable", "has_weights", "layout")
 # What a clock says, or where it was said.
 _NOT_COMPARED = ("position.meters",)
@@ -87,11 +91,12 @@ def compare(
         pairs += _slice_pairs(*indices, manifests[0])
     pairs += _file_pairs(first, second, manifests, values)
     tensors = []
-    for key, name, ours, theirs, numel in pairs:
-        different, largest = _compared(f"{key}/{name}", ours, theirs, numel)
-        if different:
-            tensors.append(TensorDifference(key, name, numel, different, largest))
-        on_tensor(name)
+    with _Files() as files:
+        for key, name, ours, theirs, numel in pairs:
+            different, largest = _compared(files, f"{key}/{name}", ours, theirs, numel)
+            if different:
+                tensors.append(TensorDifference(key, name, numel, different, largest))
+            on_tensor(name)
     return Comparison(tuple(values), tuple(tensors), len(pairs))
 
 
@@ -174,42 +179,62 @@ def _whole(folder: Path, files: list[str]) -> dict[str, Piece]:
     found = {}
     for path in (folder / file for file in sorted(files)):
         if path.exists():
-            with opened(path) as file:
+            with reading(path) as file:
                 for name in file.keys():  # noqa: SIM118 - a file is no dict
-                    numel = torch.Size(file.get_slice(name).get_shape()).numel()
-                    found[name] = Piece(0, numel, path)
+                    found[name] = Piece(0, file.numel(name), path)
     return found
 
 
-def _compared(tensor: str, ours: list[Piece], theirs: list[Piece], numel: int) -> tuple[int, float]:
+def _compared(
+    files: _Files, tensor: str, ours: list[Piece], theirs: list[Piece], numel: int
+) -> tuple[int, float]:
     """How many elements differ, and by how much at most."""
     different, largest = 0, 0.0
     for start in range(0, numel, _CHUNK_NUMEL):
         stop = min(numel, start + _CHUNK_NUMEL)
-        a, b = _read(tensor, ours, start, stop), _read(tensor, theirs, start, stop)
+        a, b = (files.read(tensor, pieces, start, stop) for pieces in (ours, theirs))
         if a.dtype == b.dtype and torch.equal(a, b):
             continue
         unequal = (a != b) & ~(a.isnan() & b.isnan())
         if count := int(unequal.sum()):
             different += count
-            gap = (a.double() - b.double()).abs()[unequal]
-            largest = max(largest, float(gap.nan_to_num(nan=float("inf")).max()))
+            largest = max(largest, _largest(a.double() - b.double(), unequal))
     return different, largest
 
 
-def _read(tensor: str, pieces: list[Piece], start: int, stop: int) -> torch.Tensor:
-    """Elements from ``start`` to ``stop`` of a flattened tensor."""
-    parts = []
-    for piece in pieces:
-        low, high = max(piece.start, start), min(piece.start + piece.numel, stop)
-        if low < high:
-            with opened(piece.path) as file:
-                if tensor in file.keys():  # noqa: SIM118 - a file is no dict
-                    part = file.get_slice(tensor)[low - piece.start : high - piece.start]
-                else:  # of a file of whole tensors, which has them under their own names
-                    part = file.get_tensor(tensor.partition("/")[2]).reshape(-1)[low:high]
-            parts.append(part)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _largest(gap: torch.Tensor, unequal: torch.Tensor) -> float:
+    found = float(gap.abs_().max())
+    if math.isnan(found):  # of a NaN on both sides, which is no difference, or on one
+        found = float(gap[unequal].nan_to_num(nan=math.inf).max())
+    return found
+
+
+class _Files(contextlib.ExitStack):
+    """Files of slices that stay open while tensor after tensor is compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: dict[Path, TensorReader] = {}
+
+    def read(self, tensor: str, pieces: list[Piece], start: int, stop: int) -> torch.Tensor:
+        """Elements from ``start`` to ``stop`` of a flattened tensor."""
+        parts = []
+        for piece in pieces:
+            low, high = max(piece.start, start), min(piece.start + piece.numel, stop)
+            if low < high:
+                file = self._file(piece.path)
+                # A file of whole tensors has them under their own names.
+                name = tensor if tensor in file else tensor.partition("/")[2]
+                parts.append(file.read(name, low - piece.start, high - piece.start))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _file(self, path: Path) -> TensorReader:
+        if path not in self._open:
+            if len(self._open) >= _MOST_FILES:
+                self.close()
+                self._open.clear()
+            self._open[path] = self.enter_context(reading(path))
+        return self._open[path]
 
 
 def _of_mappings(

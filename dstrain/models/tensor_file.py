@@ -151,6 +151,10 @@ class TensorReader:
         """Close the file."""
         os.close(self._file)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether it has a tensor of that name."""
+        return name in self._places
+
     def keys(self) -> list[str]:
         """Names of all tensors."""
         return list(self._places)
