@@ -44,6 +44,42 @@ def test_a_saved_folder_loads_and_equals_the_engine(
 
 
 @pytest.mark.ranks(3)
+def test_weights_held_for_a_thread_are_those_of_the_moment(tmp_path: Path, rank: int) -> None:
+    """Each rank copies its own shares at stage 3; writers get them later, when others are trained.
+
+    Three ranks, whose shares of 259 x 64 elements are padded; a frozen part; small shards.
+    """
+    from safetensors import safe_open
+
+    from dstrain.core.ranks import barrier
+    from dstrain.models import hold_shards
+
+    model = tiny_llama()
+    model.model.layers[0].requires_grad_(False)
+    trainer = make_trainer(tmp_path / "run", stage=3, model=model, bf16=True, max_steps=2, train=12)
+    trainer.train()
+    expected = whole_weights(trainer)
+    held = hold_shards(trainer.model, trainer.ranks, shard_bytes=50_000)
+    assert held is not None
+    assert len(held.shares) == len(expected)
+    assert not held.shards
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.ds_tensor.fill_(9.0)
+    whole = held.exchanged(None)
+    (tmp_path / "model").mkdir(exist_ok=True)
+    whole.write(tmp_path / "model", with_index=rank == 0)
+    barrier()
+    index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(expected)
+    assert len(set(index["weight_map"].values())) > 3
+    for name, file_name in index["weight_map"].items():
+        with safe_open(tmp_path / "model" / file_name, "pt") as file:
+            assert torch.equal(file.get_tensor(name), expected[name]), name
+    trainer.close()
+
+
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_shards_are_written_by_all_ranks_and_old_ones_go(
     stage: int, tmp_path: Path, rank: int
