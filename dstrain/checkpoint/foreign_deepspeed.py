@@ -188,12 +188,10 @@ def _stage_zero(model: Mapping[str, Any], decayed: list[str] | None) -> Foreign:
     base = saved.get("optimizer_state_dict", saved)  # inside of what a 16-bit wrapper has
     weights = _frozen_weights(model, {})
     shapes = {name: tuple(values.shape) for name, values in weights.items()}
-    numbers = [p for group in base["param_groups"] for p in group["params"]]
-    trained = shapes
-    if len(numbers) > 0 and isinstance(saved.get("fp32_groups_flat"), list):
+    if "fp32_groups_flat" in saved:
         named = _match_flat(saved["fp32_groups_flat"], shapes, decayed)
     else:
-        named = match_groups(base["param_groups"], trained, decayed)
+        named = match_groups(base["param_groups"], shapes, decayed)
     partition = Partition()
     for index, names in enumerate(named):
         group = base["param_groups"][index]

@@ -33,8 +33,9 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Foreign:
     """
     model = skeleton_of(folder)
     weights = _weights(folder)
-    names = {alias: first for first, alias in ((f, a) for a, f in model.tied.items())}
-    weights = {names.get(name, name): values for name, values in weights.items()}
+    for alias, first in model.tied.items():
+        if alias in weights:
+            weights.setdefault(first, weights[alias])
     optimizer = load_pickle(folder / OPTIMIZER)
     groups = match_groups(optimizer["param_groups"], model.parameters, model.decayed)
     partition = Partition()
@@ -56,7 +57,7 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Foreign:
         parameters=model.parameters,
         optimized=tuple(name for members in groups for name in members),
         partitions=[partition],
-        buffers=[_stored(weights[name], name) for name in model.buffers if name in weights],
+        buffers=[Stored.of(name, weights[name]) for name in model.buffers if name in weights],
         engine=engine_record(
             step=step,
             samples=0,
@@ -70,12 +71,12 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Foreign:
     )
 
 
-def _weights(folder: Path) -> dict[str, Any]:
-    """Name -> the file that has it (safetensors) or the tensor itself (pickles)."""
-    found: dict[str, Any] = {}
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights by name; they stay in their files, which are mapped, until they are read."""
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with opened(path) as file:
-            found |= dict.fromkeys(file.keys(), path)
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not found:
         for path in sorted(folder.glob("pytorch_model*.bin")):
             found |= load_pickle(path)
@@ -87,7 +88,7 @@ def _weights(folder: Path) -> dict[str, Any]:
 
 
 def _value(
-    weights: Mapping[str, Any], name: str, shape: tuple[int, ...], folder: Path
+    weights: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...], folder: Path
 ) -> torch.Tensor:
     if name not in weights:
         close = [other for other in weights if other.split(".")[-2:] == name.split(".")[-2:]][:1]
@@ -99,20 +100,12 @@ def _value(
                 "start from the weights with model_name_or_path",
             )
         )
-    values = _stored(weights[name], name).load()
+    values = weights[name]
     if tuple(values.shape) != shape:
         raise CheckpointError(
             Problem(f"{name} has shape {tuple(values.shape)}", f"config.json says {shape}")
         )
     return values.reshape(-1)
-
-
-def _stored(found: Any, name: str) -> Stored:
-    if isinstance(found, torch.Tensor):
-        return Stored.of(name, found)
-    with opened(found) as file:
-        values: torch.Tensor = file.get_tensor(name)
-    return Stored.of(name, values)
 
 
 def _check_shapes(name: str, shape: tuple[int, ...], state: Mapping[str, Any]) -> None:
