@@ -242,9 +242,9 @@ def watched_dstrain(watch: LoadWatch) -> Iterator[None]:
 
     load_into, choose = saving.load_into, saving.choose
 
-    def loading(*args: Any) -> Any:
+    def loading(*args: Any, **kwargs: Any) -> Any:
         with watch.loading():
-            return load_into(*args)
+            return load_into(*args, **kwargs)
 
     def choosing(*args: Any) -> Any:
         started = time.perf_counter()
