@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from dstrain.config.filled import ZERO, Config
-from dstrain.config.format_constraints import FORMAT_CHECKS
+from dstrain.config.format_constraints import FORMAT_CHECKS, coarse_sums
 from dstrain.core.errors import Problem
 
 
@@ -19,12 +19,13 @@ def find_problems(config: Config) -> list[Problem]:
 
 
 def find_warnings(config: Config, by_argument: frozenset[str]) -> tuple[list[Problem], list[str]]:
-    """Keys that only tune, at a stage that does not read them.
+    """Keys that only tune, at a stage that does not read them; and sums that lose bits.
 
-    A problem where an argument set them. A config that was written for another stage keeps such
-    keys, so there they are a warning.
+    A problem where an argument set such a key. A config that was written for another stage keeps
+    them, so there they are a warning.
     """
-    problems, warnings = [], []
+    problems: list[Problem] = []
+    warnings = list(coarse_sums(config))
     for name, (stages, argument) in _TUNING.items():
         key = f"{ZERO}.{name}"
         if config.stage in stages or not config.has(key):

@@ -134,6 +134,19 @@ def _scaling(config: Config) -> Iterator[Problem]:
             )
 
 
+def coarse_sums(config: Config) -> Iterator[str]:
+    """What the stage, which may have been chosen for the user, does to sums of gradients."""
+    steps = int(config.get("gradient_accumulation_steps") or 1)
+    chosen = config.values.get("data_types.grad_accum_dtype") is not None
+    if config.precision != "bf16" or steps == 1 or config.stage > 1 or chosen:
+        return
+    remedy = "grad_accum_dtype=fp32" if config.stage == 1 else "zero_stage=2"
+    yield (
+        f"gradients of {steps} micro-batches are added up in bf16 at stage {config.stage}, which "
+        f"loses their last bits; {remedy} adds them up in fp32, for more memory"
+    )
+
+
 FORMAT_CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _formats,
     _accumulation,

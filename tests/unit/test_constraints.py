@@ -189,6 +189,27 @@ def test_gradients_of_bf16_add_up_in_fp32_where_the_share_is_a_ranks(stage, step
     assert asked.values[ACCUMULATION] == (expected or precision)
 
 
+@pytest.mark.parametrize(
+    ("stage", "steps", "arguments", "remedy"),
+    [
+        ("0", 4, {"bf16": True}, "zero_stage=2"),
+        ("1", 4, {"bf16": True}, "grad_accum_dtype=fp32"),
+        ("1", 1, {"bf16": True}, ""),
+        ("1", 4, {"bf16": True, "grad_accum_dtype": "fp32"}, ""),
+        ("1", 4, {"bf16": True, "grad_accum_dtype": "bf16"}, ""),  # asked for
+        ("1", 4, {"fp16": True}, ""),
+        ("2", 4, {"bf16": True}, ""),
+        ("1", 4, {}, ""),
+    ],
+)
+def test_a_sum_that_loses_bits_is_said(stage, steps, arguments, remedy):
+    """The stage may have been chosen by the memory plan: nobody would know."""
+    got = resolved(zero_stage=stage, gradient_accumulation_steps=steps, **arguments)
+    found = [w for w in got.warnings if "micro-batches are added up in bf16" in w]
+    assert len(found) == bool(remedy)
+    assert all(remedy in warning for warning in found)
+
+
 def test_accumulation_that_follows_from_the_global_batch_counts():
     got = resolved(config={"train_batch_size": 256}, bf16=True)
     assert got.accumulation == 4
