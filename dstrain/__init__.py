@@ -15,17 +15,19 @@ if TYPE_CHECKING:
         Seq2SeqTrainingArguments,
         TrainingArguments,
     )
-    from dstrain.trainer import Trainer, partitioned
+    from dstrain.trainer import Seq2SeqTrainer, Trainer, partitioned
 
 _HOMES = {
     "TrainingArguments": "dstrain.arguments",
     "Seq2SeqTrainingArguments": "dstrain.arguments",
     "SentenceTransformerTrainingArguments": "dstrain.arguments",
+    "Seq2SeqTrainer": "dstrain.trainer",
     "Trainer": "dstrain.trainer",
     "partitioned": "dstrain.trainer",
 }
 
 __all__ = [
+    "Seq2SeqTrainer",
     "Seq2SeqTrainingArguments",
     "SentenceTransformerTrainingArguments",
     "Trainer",

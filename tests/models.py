@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
 
 VOCAB_SIZE = 259  # bytes and three special tokens; odd, so that it divides by no world size
 PAD_TOKEN_ID = 0
@@ -115,3 +115,24 @@ def pad_collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         "attention_mask": padded([[1] * len(row) for row in rows], 0),
         "labels": padded([example["labels"] for example in examples], IGNORE_INDEX),
     }
+
+
+def tiny_t5() -> T5ForConditionalGeneration:
+    """Return a T5 of about 35 thousand parameters, always with the same weights."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=PAD_TOKEN_ID,
+        pad_token_id=PAD_TOKEN_ID,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return T5ForConditionalGeneration(config)

@@ -7,7 +7,7 @@ from typing import Any
 
 from dstrain.arguments.fields import arg
 from dstrain.arguments.optimizer import METRIC_SCHEDULERS
-from dstrain.arguments.treatment import alias, implemented, no_effect, pending
+from dstrain.arguments.treatment import alias, implemented, no_effect
 from dstrain.core.errors import Problem
 
 
@@ -46,33 +46,39 @@ class EvaluationArguments:
     prediction_loss_only: bool = arg(
         False,
         "Compute the loss alone, no predictions.",
-        treatment=implemented("an evaluation computes the loss alone in any case so far"),
+        treatment=implemented(),
     )
     eval_accumulation_steps: int | None = arg(
         None,
         "Evaluation batches whose predictions stay on the accelerator before they move to the "
         "host.",
-        treatment=pending("an evaluation keeps no predictions yet"),
+        treatment=implemented("none moves each batch at once, so that nothing piles up"),
     )
     eval_do_concat_batches: bool = arg(
         True,
         "Join the predictions of all batches for compute_metrics instead of a list of batches.",
-        treatment=pending("an evaluation keeps no predictions yet"),
+        treatment=implemented(),
     )
     eval_use_gather_object: bool | None = arg(
         False,
         "Gather predictions that are Python objects, not tensors.",
-        treatment=pending("an evaluation keeps no predictions yet"),
+        treatment=implemented("a list has an entry per sample; such predictions stay in memory"),
     )
     batch_eval_metrics: bool = arg(
         False,
         "Call compute_metrics for each batch, which keeps no predictions.",
-        treatment=pending("an evaluation computes no metrics yet"),
+        treatment=implemented("on rank 0, with the batch of all ranks"),
+    )
+    eval_memory_mb: int = arg(
+        64,
+        "MiB of rank 0's memory for the predictions, labels and inputs of an evaluation; what is "
+        "beyond is in files in output_dir, which compute_metrics and predict() see as memory maps.",
+        treatment=implemented(own=True),
     )
     include_for_metrics: list[str] = arg(
         [],
         "What compute_metrics gets besides predictions and labels: inputs, loss.",
-        treatment=pending("an evaluation computes no metrics yet"),
+        treatment=implemented(),
     )
     include_inputs_for_metrics: bool = arg(
         False,
@@ -112,6 +118,13 @@ class EvaluationArguments:
                     "set eval_strategy to steps or epoch",
                 )
             )
+        unknown = [n for n in self.include_for_metrics if n not in ("inputs", "loss")]
+        if unknown:
+            problems.append(
+                Problem(f"include_for_metrics={unknown}", "there is inputs, and there is loss")
+            )
+        if self.eval_memory_mb < 0:
+            problems.append(Problem(f"eval_memory_mb={self.eval_memory_mb}", "it is a size"))
         if self.eval_accumulation_steps is not None and self.eval_accumulation_steps < 1:
             problems.append(
                 Problem(

@@ -10,10 +10,14 @@ from dstrain.arguments.treatment import (
     deepspeed_key,
     implemented,
     no_effect,
-    pending,
     refused,
 )
 from dstrain.core.errors import Problem
+
+_FULL_EVAL = (
+    "on a 16-bit copy of the weights, outside of `train()` as in transformers; training is never "
+    "touched; refused at ZeRO stage 3"
+)
 
 
 @dataclass
@@ -59,10 +63,14 @@ class PrecisionArguments:
         treatment=implemented(),
     )
     bf16_full_eval: bool = arg(
-        False, "Evaluate in bfloat16 a model that is not trained in it.", treatment=pending()
+        False,
+        "Evaluate in bfloat16 a model that is not trained in it.",
+        treatment=implemented(_FULL_EVAL),
     )
     fp16_full_eval: bool = arg(
-        False, "Evaluate in float16 a model that is not trained in it.", treatment=pending()
+        False,
+        "Evaluate in float16 a model that is not trained in it.",
+        treatment=implemented(_FULL_EVAL),
     )
     fp16_opt_level: str = arg(
         "O1",

@@ -7,7 +7,7 @@ from typing import Any
 
 from dstrain.arguments.fields import arg
 from dstrain.arguments.training_arguments import TrainingArguments
-from dstrain.arguments.treatment import alias, pending
+from dstrain.arguments.treatment import alias, implemented
 from dstrain.core.errors import Problem
 
 
@@ -19,23 +19,30 @@ class Seq2SeqTrainingArguments(TrainingArguments):
         False, "Older way to write group_by_length.", treatment=alias("group_by_length")
     )
     predict_with_generate: bool = arg(
-        False, "Evaluate on generated text (ROUGE, BLEU).", treatment=pending()
+        False, "Evaluate on generated text (ROUGE, BLEU).", treatment=implemented()
     )
     generation_max_length: int | None = arg(
         None,
         "Tokens to generate at most; none takes the model's.",
-        treatment=pending(only_with="predict_with_generate"),
+        treatment=implemented(),
     )
     generation_num_beams: int | None = arg(
         None,
         "Beams of beam search; none takes the model's.",
-        treatment=pending(only_with="predict_with_generate"),
+        treatment=implemented(),
     )
     # Any is a transformers.GenerationConfig.
     generation_config: Any | str | None = arg(
         None,
         "A GenerationConfig, or the name, folder or file to load one from.",
-        treatment=pending(),
+        treatment=implemented(),
+    )
+    generation_gather_weights: str = arg(
+        "auto",
+        "At ZeRO stage 3, gather the weights once per evaluation that generates, not for each "
+        "token: always, never, or auto: where twice their size is free on every rank's device.",
+        choices=("auto", "always", "never"),
+        treatment=implemented(own=True),
     )
 
     def _problems(self) -> list[Problem]:

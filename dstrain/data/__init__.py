@@ -1,6 +1,11 @@
 """Sample order, per-rank loaders, accumulation windows, columns."""
 
-from dstrain.data.columns import forward_columns, keep_columns, label_columns
+from dstrain.data.columns import (
+    forward_columns,
+    keep_columns,
+    label_columns,
+    returns_loss,
+)
 from dstrain.data.loader import (
     AheadHooks,
     Collator,
@@ -18,6 +23,7 @@ from dstrain.data.loader import (
 )
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.targets import Targets, batch_size, input_tokens, to_device
+from dstrain.data.together import in_step
 
 __all__ = [
     "AheadHooks",
@@ -33,6 +39,7 @@ __all__ = [
     "build_loader",
     "fetches_ahead",
     "forward_columns",
+    "in_step",
     "input_tokens",
     "is_ours",
     "is_stream",
@@ -40,6 +47,7 @@ __all__ = [
     "keep_columns",
     "label_columns",
     "micro_steps",
+    "returns_loss",
     "set_epoch",
     "to_device",
     "windows",

@@ -30,6 +30,12 @@ def label_columns(module: torch.nn.Module, given: Sequence[str] | None) -> list[
     return names
 
 
+def returns_loss(module: torch.nn.Module) -> bool:
+    """Whether the model returns a loss without labels, as those do that contrast their inputs."""
+    parameter = inspect.signature(module.forward).parameters.get("return_loss")
+    return parameter is not None and parameter.default is True
+
+
 def keep_columns(
     dataset: Any, collate: Collator, keep: Sequence[str], *, description: str
 ) -> tuple[Any, Collator]:

@@ -3,7 +3,7 @@
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
 from dstrain.engine.leaf import expert_blocks
-from dstrain.engine.machine import least, read_machine
+from dstrain.engine.machine import free_memory_bytes, least, read_machine
 from dstrain.engine.native import load_native, save_native
 from dstrain.engine.nvme import prepare_nvme
 from dstrain.engine.optimizer_state import changing_values, create_state, read_scalars
@@ -19,10 +19,12 @@ from dstrain.engine.startup import (
 )
 from dstrain.engine.zero import (
     ZeroThreeMark,
+    bytes_to_gather,
     full_numel,
     full_shape,
     gathered,
     is_partitioned,
+    kept_whole,
     model_facts,
     own_partition,
 )
@@ -35,6 +37,7 @@ __all__ = [
     "StepOutcome",
     "ZeroThreeMark",
     "build_ops",
+    "bytes_to_gather",
     "check_own",
     "begin_load",
     "changing_values",
@@ -45,11 +48,13 @@ __all__ = [
     "device_type",
     "expert_blocks",
     "finish_load",
+    "free_memory_bytes",
     "full_numel",
     "full_shape",
     "gathered",
     "inference_engine",
     "is_partitioned",
+    "kept_whole",
     "least",
     "load_native",
     "model_facts",

@@ -59,6 +59,20 @@ def host_memory_bytes(limits: Iterable[str] = CGROUP_LIMITS) -> int:
     return total
 
 
+def free_memory_bytes(ranks: Ranks) -> int:
+    """Memory that this rank's device has left now; on the CPU its share of the host's."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return int(accelerator.available_memory(ranks.local_rank))
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError, StopIteration):  # this one counts what caches would give up
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = int(next(n for n in lines if n.startswith("MemAvailable")).split()[1]) * 1024
+    return min(available, host_memory_bytes()) // ranks.local_world_size
+
+
 def _least(values: Iterable[int | None]) -> int | None:
     known = list(values)
     return None if None in known else min(v for v in known if v is not None)

@@ -125,3 +125,29 @@ class ZeroThreeMark:
         if compat.registered_config() is (self if self._stage == 3 else None):
             compat.register_config(self._previous)
         self._previous = None
+
+
+@contextlib.contextmanager
+def kept_whole(module: torch.nn.Module) -> Iterator[None]:
+    """Gather all partitioned parameters once, and keep them through forward passes inside.
+
+    DeepSpeed's hooks partition a parameter again after each use, unless another submodule is said
+    to be using it. A collective of all ranks; inside none is needed. Changes are discarded.
+    """
+    split: list[Any] = [p for p in module.parameters() if is_partitioned(p)]
+    with gathered(split):
+        for parameter in split:
+            parameter.ds_active_sub_modules.add(_HELD)
+        try:
+            yield
+        finally:
+            for parameter in split:
+                parameter.ds_active_sub_modules.discard(_HELD)
+
+
+_HELD = -1  # no submodule's id
+
+
+def bytes_to_gather(module: torch.nn.Module) -> int:
+    """What ``kept_whole`` adds to the device of a rank at most."""
+    return sum(full_numel(p) * p.element_size() for p in module.parameters() if is_partitioned(p))

@@ -16,14 +16,33 @@ class EvalBatch:
     """One forward pass of this rank.
 
     Attributes:
-        inputs: the batch on the device.
+        inputs: the batch.
         num_targets: targets that its mean loss is taken over; 0 for a stand-in.
         num_samples: samples; 0 for a stand-in.
+        is_last: whether it is the last of all ranks.
     """
 
     inputs: Any
     num_targets: int
     num_samples: int
+    is_last: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one forward pass gave, on any device and nested in any way.
+
+    Attributes:
+        loss: mean loss over the targets of the batch, or None.
+        predictions: the model's outputs.
+        labels: the batch's labels.
+        inputs: the batch's main input, where metrics want it.
+    """
+
+    loss: torch.Tensor | float | None
+    predictions: Any = None
+    labels: Any = None
+    inputs: Any = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +50,7 @@ class LossTotals:
     """Sums over the whole evaluation set, equal on all ranks.
 
     Attributes:
-        loss: mean loss per target; None when the model returned no loss.
+        loss: mean loss per target; None when a batch had no loss.
         num_targets: targets over all ranks.
         num_samples: samples over all ranks.
         num_steps: forward passes of this rank.
@@ -44,14 +63,15 @@ class LossTotals:
 
 
 @torch.no_grad()
-def evaluate_loss(
+def evaluate_batches(
     batches: Iterable[EvalBatch],
-    mean_loss: Callable[[Any], torch.Tensor | None],
+    predict: Callable[[Any], Prediction],
     *,
     device: Any,
+    keep: Callable[[EvalBatch, Prediction], None] | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> LossTotals:
-    """Mean loss over all targets of all ranks.
+    """Mean loss over all targets of all ranks; predictions go to ``keep``.
 
     The mean of batch means would depend on how samples fall into batches; the sum of (batch mean x
     its targets) over the sum of targets does not. Ranks must pass the same number of batches, as
@@ -59,31 +79,31 @@ def evaluate_loss(
 
     Args:
         batches: this rank's batches.
-        mean_loss: the model's mean loss over the targets of one batch, or None.
+        predict: the forward pass.
         device: where to add up.
+        keep: called with each batch, stand-ins included, and what came of it.
         on_step: called after each batch.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    num_targets = num_samples = num_steps = 0
-    has_loss = True
+    num_targets = num_samples = num_steps = without_loss = 0
     for batch in batches:
-        loss = mean_loss(batch.inputs)
-        if loss is None:
-            has_loss = False
-        elif batch.num_targets:
-            loss_sum += loss.detach().double() * batch.num_targets
+        prediction = predict(batch.inputs)
+        if prediction.loss is None:
+            without_loss += bool(batch.num_samples)
+        elif batch.num_targets:  # the mean over no target is no number, whatever its weight
+            loss = torch.as_tensor(prediction.loss, dtype=torch.float64, device=device)
+            loss_sum += loss.detach().mean() * batch.num_targets
         num_targets += batch.num_targets
         num_samples += batch.num_samples
         num_steps += 1
+        if keep is not None:
+            keep(batch, prediction)
+        del prediction  # or its tensors would live through the next forward pass
         on_step()
-    totals = torch.stack([loss_sum, *_counts(num_targets, num_samples, device)])
-    total_loss, targets, samples = sum_over_ranks(totals).tolist()
-    mean = total_loss / targets if has_loss and targets else None
-    return LossTotals(mean, int(targets), int(samples), num_steps)
-
-
-def _counts(num_targets: int, num_samples: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        torch.full((), num_targets, dtype=torch.float64, device=device),
-        torch.full((), num_samples, dtype=torch.float64, device=device),
+    counts = torch.tensor(
+        [num_targets, num_samples, without_loss], dtype=torch.float64, device=device
     )
+    totals = sum_over_ranks(torch.cat([loss_sum.reshape(1), counts])).tolist()
+    total_loss, targets, samples, missing = totals
+    mean = total_loss / targets if targets and not missing else None
+    return LossTotals(mean, int(targets), int(samples), num_steps)

@@ -1,6 +1,7 @@
 """The public Trainer, its assembly and its loop."""
 
 from dstrain.trainer.build import partitioned
+from dstrain.trainer.seq2seq import Seq2SeqTrainer
 from dstrain.trainer.trainer import Trainer
 
-__all__ = ["Trainer", "partitioned"]
+__all__ = ["Seq2SeqTrainer", "Trainer", "partitioned"]

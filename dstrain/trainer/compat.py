@@ -2,10 +2,17 @@
 
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import log_metrics, metrics_format, save_metrics
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    PredictionOutput,
+    TrainOutput,
+    speed_metrics,
+)
 
 __all__ = [
+    "EvalLoopOutput",
     "ExportableState",
+    "PredictionOutput",
     "TrainOutput",
     "log_metrics",
     "metrics_format",

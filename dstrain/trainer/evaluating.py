@@ -1,31 +1,71 @@
-"""Evaluation on a ``Trainer``: what a user calls, and what a subclass overrides."""
+"""Evaluation and prediction on a ``Trainer``: what a user calls, and what a subclass overrides."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from dstrain.core.errors import DataError, Problem
-from dstrain.data import batch_size, iterate, set_epoch
+import torch
+
+from dstrain.core.errors import ConfigError, DataError, Problem
+from dstrain.core.seeds import random_state, set_random_state
+from dstrain.data import batch_size, in_step, returns_loss, set_epoch, to_device
 from dstrain.engine import device_name
-from dstrain.evaluation import EvalBatch, evaluate_loss
+from dstrain.evaluation import (
+    BatchMetric,
+    Collected,
+    Collector,
+    EvalBatch,
+    Keeping,
+    Prediction,
+    Transport,
+    evaluate_batches,
+    metric_values,
+    with_prefix,
+)
 from dstrain.trainer import build, compat
+from dstrain.trainer.eval_format import full_eval_format, in_format
+from dstrain.trainer.outputs import logits_of, loss_of
+
+_EVALUATION, _PREDICTION = "Evaluation", "Prediction"
+_MEGABYTE = 2**20
 
 
 class EvaluationHooks:
-    """The methods of transformers' Trainer about evaluation."""
+    """The methods of transformers' Trainer about evaluation and prediction.
 
+    Every sample is predicted once, at any number of ranks. Predictions go to rank 0 alone, which
+    computes metrics and tells the others; what is large there is in files.
+    """
+
+    args: Any
     model: Any
     eval_dataset: Any
+    compute_metrics: Any
+    preprocess_logits_for_metrics: Any
     resolved: Any
     ranks: Any
     targets: Any
     events: Any
+    is_in_train: bool
+    ignore_keys_for_eval: list[str] | None = None
+    _eval_format: str | None = None
     _engines: Any
     compute_loss: Any
     log: Any
     _loader: Any
     _prepare_inputs: Any
+
+    @property
+    def label_names(self) -> list[str]:
+        """Batch keys that are labels: ``label_names``, or found in the model's signature."""
+        return list(self.targets.labels)
+
+    # --- what a user calls ----------------------------------------------------------------------
 
     def evaluate(
         self,
@@ -33,84 +73,351 @@ class EvaluationHooks:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Loss over a dataset, each sample once; logged and returned.
+        """Loss and metrics over a dataset, each sample once; logged and returned on all ranks.
 
         Works before, during and after training at every ZeRO stage. The loss is the mean over all
         targets, so it depends neither on the batch size nor on the number of ranks.
+        ``compute_metrics`` runs on rank 0 alone.
 
         Args:
-            eval_dataset: instead of the one given to the constructor; of a dict each set is
-                evaluated, with its name in the prefix.
-            ignore_keys: for drop-in use; no outputs are gathered here.
+            eval_dataset: instead of the one given to the constructor, or the name of one there; of
+                a dict each set is evaluated, with its name in the prefix.
+            ignore_keys: outputs of the model that are no predictions.
             metric_key_prefix: "eval" gives ``eval_loss`` and so on.
 
         Raises:
             DataError: no evaluation data, or an empty one.
+            Exception: what ``compute_metrics`` raised, on all ranks.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
+        parts = self._named_parts(eval_dataset)
+        if parts is not None:
             results: dict[str, float] = {}
-            for name, part in dataset.items():
-                prefix = f"{metric_key_prefix}_{name}"
-                results |= self.evaluate(part, ignore_keys, prefix)
+            for name, part in parts.items():
+                results |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return results
         loader = self.get_eval_dataloader(eval_dataset)
         build.check_shared_out(loader, self.ranks, method="get_eval_dataloader")
         started = time.time()
-        metrics = self.evaluation_loop(loader, metric_key_prefix=metric_key_prefix)
-        num_samples, num_steps = metrics.pop("_samples"), metrics.pop("_steps")
-        metrics |= compat.speed_metrics(
-            metric_key_prefix, started, num_samples=num_samples, num_steps=num_steps
+        output = self.prediction_loop(
+            loader,
+            description=_EVALUATION,
+            # Without metrics nobody would look at predictions.
+            prediction_loss_only=True if self.compute_metrics is None else None,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
         )
-        metrics |= self.derived_metrics(metrics, metric_key_prefix)
+        metrics = self._with_speed(output, started, metric_key_prefix)
         self.log(metrics)
         self.events("on_evaluate", metrics=metrics)
         return metrics
 
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> Any:
+        """Predictions for a dataset, in its order; metrics too, where it has labels. Not logged.
+
+        Args:
+            test_dataset: the data.
+            ignore_keys: outputs of the model that are no predictions.
+            metric_key_prefix: "test" gives ``test_loss`` and so on.
+
+        Returns:
+            ``PredictionOutput(predictions, label_ids, metrics)``. Rank 0 has the predictions as
+            numpy arrays; beyond ``eval_memory_mb`` these are memory maps of files that vanish with
+            them. Shorter rows are padded with -100. Other ranks have arrays of the same kind
+            without rows, and the same metrics.
+        """
+        loader = self.get_test_dataloader(test_dataset)
+        build.check_shared_out(loader, self.ranks, method="get_test_dataloader")
+        started = time.time()
+        output = self.prediction_loop(
+            loader,
+            description=_PREDICTION,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
+        )
+        metrics = self._with_speed(output, started, metric_key_prefix)
+        self.events("on_predict", metrics=metrics)
+        return compat.PredictionOutput(output.predictions, output.label_ids, metrics)
+
+    # --- what a subclass overrides --------------------------------------------------------------
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """This rank's evaluation loader.
+        """This rank's evaluation loader; every sample is on one rank, in the dataset's order.
+
+        Loaders of the constructor's datasets are kept with ``dataloader_persistent_workers``.
+
+        Args:
+            eval_dataset: a dataset, or the name of one in the constructor's dict.
 
         Raises:
             DataError: there is no evaluation data, or it is empty.
         """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            return self._loader(eval_dataset, train=False)
+        if self.eval_dataset is None:
             raise DataError(
                 Problem("evaluate() without eval_dataset", "", "pass one here or to the Trainer")
             )
-        return self._loader(dataset, train=False)
+        dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        kept: dict[Any, Any] = self.__dict__.setdefault("_eval_loaders", {})
+        found, loader = kept.get(eval_dataset, (None, None))
+        if found is not dataset:
+            loader = self._loader(dataset, train=False)
+            if getattr(loader, "persistent_workers", False):
+                kept[eval_dataset] = (dataset, loader)
+        return loader
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """This rank's loader of ``predict``."""
+        return self._loader(test_dataset, train=False)
 
     def derived_metrics(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
         """Metrics computed from others after an evaluation; none by default."""
         return {}
 
-    def evaluation_loop(self, loader: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Run an evaluation loader; the loss, and the counts under ``_samples`` and ``_steps``."""
-        model = self._engines.forward_model(self.model, self.resolved)
-        model.eval()
-        set_epoch(loader, 0)
-        totals = evaluate_loss(
-            self._eval_batches(loader),
-            lambda inputs: self.compute_loss(model, inputs),
-            device=device_name(),
-            on_step=lambda: self.events("on_prediction_step", eval_dataloader=loader),
+    def prediction_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """What ``evaluate`` and ``predict`` call; the older name of ``evaluation_loop``."""
+        return self.evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        if totals.num_samples == 0:
-            raise DataError(Problem("the evaluation data gave no sample", "at least one is needed"))
-        metrics: dict[str, float] = {"_samples": totals.num_samples, "_steps": totals.num_steps}
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Run a loader through ``prediction_step``; with and without labels.
+
+        Args:
+            dataloader: this rank's.
+            description: "Evaluation" or "Prediction", which keeps predictions in any case.
+            prediction_loss_only: no predictions; None does what the argument of that name says.
+            ignore_keys: outputs of the model that are no predictions.
+            metric_key_prefix: before the names of metrics.
+
+        Returns:
+            ``EvalLoopOutput(predictions, label_ids, metrics, num_samples)``; see ``predict``.
+
+        Raises:
+            DataError: no sample, or predictions that cannot be joined.
+        """
+        loss_only = prediction_loss_only
+        if loss_only is None:
+            loss_only = self.args.prediction_loss_only
+        with contextlib.ExitStack() as stack:
+            model = stack.enter_context(self._model_for_evaluation(generates=not loss_only))
+            model.eval()
+            set_epoch(dataloader, 0)
+            collector, batch_metric = None, None if loss_only else self._batch_metric()
+            if not loss_only:
+                transport = Transport()
+                stack.callback(transport.close)
+                collector = self._collector(transport, batch_metric, description)
+            totals = evaluate_batches(
+                self._eval_batches(dataloader),
+                lambda inputs: self._predict_batch(model, inputs, loss_only, ignore_keys),
+                device=device_name(),
+                keep=None if collector is None else collector.add,
+                on_step=lambda: self.events("on_prediction_step", eval_dataloader=dataloader),
+            )
+            if totals.num_samples == 0:
+                raise DataError(
+                    Problem("the evaluation data gave no sample", "at least one is needed")
+                )
+            collected = Collected() if collector is None else collector.finish()
+            metrics: dict[str, Any] = {}
+            if batch_metric is not None:
+                metrics = batch_metric.values(transport)
+            elif self.compute_metrics is not None and not loss_only:
+                metrics = metric_values(self.compute_metrics, collected, transport)
+        metrics = with_prefix(metrics, metric_key_prefix)
         if totals.loss is not None:
             metrics[f"{metric_key_prefix}_loss"] = totals.loss
-        return metrics
+        return compat.EvalLoopOutput(
+            collected.predictions, collected.labels, metrics, totals.num_samples
+        )
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Loss, predictions and labels of one batch, each None where there is none.
+
+        Called on every rank as often as on every other; at the end of the data a rank may get a
+        stand-in whose results are dropped.
+
+        Args:
+            model: what runs the forward pass.
+            inputs: the batch, as the collator made it.
+            prediction_loss_only: return the loss alone.
+            ignore_keys: outputs that are no predictions; None takes those that the model's config
+                names.
+        """
+        names = self.label_names
+        given = inputs if isinstance(inputs, Mapping) else {}
+        has_labels = bool(names) and all(given.get(name) is not None for name in names)
+        count = self.targets.count(inputs)
+        # Not in the model's format: labels in 16 bits would be others than those of the data.
+        labels = [to_device(given[n], device_name(), float_dtype=None) for n in names * has_labels]
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            if has_labels or (not names and self._computes_loss(given)):
+                loss, outputs = self.compute_loss(
+                    model, inputs, return_outputs=True, num_items_in_batch=max(1, count)
+                )
+                loss = loss.detach().mean()
+            else:
+                outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+                loss = loss_of(outputs, only_scalar=True)
+        if prediction_loss_only:
+            return loss, None, None
+        logits = logits_of(
+            outputs,
+            self._ignored_keys() if ignore_keys is None else ignore_keys,
+            has_loss=loss is not None,
+        )
+        return loss, logits, (labels[0] if len(labels) == 1 else tuple(labels) or None)
+
+    # --- behind the edge ------------------------------------------------------------------------
 
     def evaluate_in_training(self) -> None:
-        """Evaluate because a callback asked for it."""
-        self.evaluate()
+        """Evaluate because a callback asked for it; the noise of training stays what it was."""
+        state = random_state()
+        self.evaluate(ignore_keys=self.ignore_keys_for_eval)
+        set_random_state(state)
 
-    def _eval_batches(self, loader: Any) -> Any:
-        for micro_batch, _ in iterate(loader):
-            inputs = micro_batch.inputs
-            targets = 0 if micro_batch.masked else self.targets.count(inputs)
-            samples = 0 if micro_batch.masked else batch_size(inputs)
-            if targets == 0:
-                inputs = self.targets.without_ignored(inputs)
-            yield EvalBatch(self._prepare_inputs(inputs), targets, samples)
+    def _check_evaluation(self) -> None:
+        """Refuse what could only fail in the first evaluation.
+
+        Raises:
+            ConfigError: metrics of batches without the argument that they need, or a format of
+                evaluation that cannot be had.
+        """
+        full_eval_format(self.args, self.resolved)
+        if self.compute_metrics is None or not self.args.batch_eval_metrics:
+            return
+        import inspect
+
+        if "compute_result" not in inspect.signature(self.compute_metrics).parameters:
+            raise ConfigError(
+                Problem(
+                    "batch_eval_metrics=True with a compute_metrics that takes no compute_result",
+                    "it is called with each batch, and compute_result=True with the last",
+                    "add the argument compute_result, and return the metrics when it is true",
+                )
+            )
+
+    def _named_parts(self, eval_dataset: Any) -> dict[str, Any] | None:
+        """Of a dict of datasets what to evaluate by name; None for a single dataset."""
+        if isinstance(eval_dataset, dict):
+            return eval_dataset
+        if eval_dataset is None and isinstance(self.eval_dataset, dict):
+            return {name: name for name in self.eval_dataset}
+        return None
+
+    def _with_speed(self, output: Any, started: float, prefix: str) -> dict[str, float]:
+        batch = self.args.per_device_eval_batch_size * self.ranks.world_size
+        metrics = dict(output.metrics) | compat.speed_metrics(
+            prefix,
+            started,
+            num_samples=output.num_samples,
+            num_steps=math.ceil(output.num_samples / batch),
+        )
+        return metrics | self.derived_metrics(metrics, prefix)
+
+    @contextlib.contextmanager
+    def _model_for_evaluation(self, *, generates: bool) -> Iterator[Any]:
+        """What runs forward passes, for the time of one evaluation."""
+        model = self._engines.forward_model(self.model, self.resolved)
+        # While training runs the engine's format is used, as in transformers.
+        wanted = None if self.is_in_train else full_eval_format(self.args, self.resolved)
+        if wanted is None:
+            yield model
+            return
+        self._eval_format = wanted
+        try:
+            with in_format(self.model, wanted):
+                yield self.model
+        finally:
+            self._eval_format = None
+
+    @property
+    def _format(self) -> str:
+        """The format of what goes into the model."""
+        return self._eval_format or str(self.resolved.precision)
+
+    def _batch_metric(self) -> BatchMetric | None:
+        wanted = self.args.batch_eval_metrics and self.compute_metrics is not None
+        return BatchMetric(self.compute_metrics) if wanted else None
+
+    def _collector(
+        self, transport: Transport, batch_metric: BatchMetric | None, description: str
+    ) -> Collector:
+        keeping = Keeping(
+            folder=Path(self.args.output_dir),
+            keep=batch_metric is None or description == _PREDICTION,
+            concat=self.args.eval_do_concat_batches,
+            every=self.args.eval_accumulation_steps or 1,
+            losses="loss" in self.args.include_for_metrics,
+            objects=bool(self.args.eval_use_gather_object),
+            memory_bytes=self.args.eval_memory_mb * _MEGABYTE,
+        )
+        return Collector(
+            transport, keeping, on_batch=None if batch_metric is None else batch_metric.add
+        )
+
+    def _predict_batch(
+        self, model: Any, inputs: Any, loss_only: bool, ignore_keys: list[str] | None
+    ) -> Prediction:
+        """``prediction_step``, and what else metrics get."""
+        main = getattr(self.model, "main_input_name", "input_ids")
+        wants_inputs = not loss_only and "inputs" in self.args.include_for_metrics
+        kept = inputs.get(main) if wants_inputs and isinstance(inputs, Mapping) else None
+        loss, logits, labels = self.prediction_step(
+            model, inputs, loss_only, ignore_keys=ignore_keys
+        )
+        if loss_only:
+            return Prediction(loss)
+        if logits is not None and self.preprocess_logits_for_metrics is not None:
+            logits = self.preprocess_logits_for_metrics(logits, labels)
+        return Prediction(loss, logits, labels, kept)
+
+    def _eval_batches(self, loader: Any) -> Iterator[EvalBatch]:
+        for micro_batch, is_last in in_step(loader, device=device_name()):
+            masked, inputs = micro_batch.masked, micro_batch.inputs
+            targets = 0 if masked else self.targets.count(inputs)
+            yield EvalBatch(inputs, targets, 0 if masked else batch_size(inputs), is_last)
+
+    def _computes_loss(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether there is a loss although the model takes no labels."""
+        from dstrain.trainer.trainer import Trainer
+
+        own = getattr(self, "compute_loss_func", None) is not None
+        if own or type(self).compute_loss is not Trainer.compute_loss:
+            return True
+        wanted = inputs.get("return_loss")
+        return returns_loss(self.model) if wanted is None else bool(wanted)
+
+    def _ignored_keys(self) -> Sequence[str]:
+        """Outputs that the model's config calls no predictions."""
+        config = getattr(self.model, "config", None)
+        if config is None:
+            return ()
+        return getattr(config, "keys_to_ignore_at_inference", ("past_key_values",))

@@ -27,12 +27,13 @@ from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
 from dstrain.trainer.loop import MicroStep, RunPlan, TrainLoop
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
+from dstrain.trainer.outputs import loss_of
 from dstrain.trainer.position import Position
 
 logger = get_logger(__name__)
 
 # Methods of transformers' Trainer that subclasses override and that are not called here yet.
-_UNSUPPORTED_HOOKS = ("prediction_step", "prediction_loop", "floating_point_ops")
+_UNSUPPORTED_HOOKS = ("floating_point_ops",)
 
 
 class Trainer(EvaluationHooks, OptimizerHooks):
@@ -68,8 +69,10 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         eval_dataset: Any = None,
         processing_class: Any = None,
         *,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         """Start the ranks and check what can be checked before anything expensive.
@@ -82,8 +85,12 @@ class Trainer(EvaluationHooks, OptimizerHooks):
             train_dataset: map-style dataset or stream.
             eval_dataset: likewise.
             processing_class: tokenizer or processor; saved with the model.
+            compute_metrics: ``EvalPrediction`` -> dict of metrics; called on rank 0 alone. With
+                ``batch_eval_metrics`` it is called with each batch, and with ``compute_result``.
             callbacks: ``TrainerCallback`` classes or instances, after the default ones.
             optimizers: the user's own optimizer and schedule.
+            preprocess_logits_for_metrics: (logits, labels) of a batch -> what is kept of the
+                logits; on each rank's device.
             optimizer_cls_and_kwargs: class and keyword arguments of the user's own optimizer.
 
         Raises:
@@ -112,6 +119,8 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.processing_class = processing_class
+        self.compute_metrics = compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.data_collator = data_collator or build.default_collator(processing_class)
         self.optimizer, self.lr_scheduler = optimizers
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
@@ -120,6 +129,7 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         # Before the model is touched: a config that cannot be used must not cost a model load.
         self.resolved: ResolvedConfig = self._resolve(None)
         build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
+        self._check_evaluation()
         self.is_in_train = False
         self._engines = EngineKeeper()
         self._micro_step = MicroStep()
@@ -255,7 +265,7 @@ class Trainer(EvaluationHooks, OptimizerHooks):
             ModelError: the model returned no loss.
         """
         outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        loss = _loss_of(outputs)
+        loss = loss_of(outputs)
         if loss is None:
             given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
             raise ModelError(
@@ -405,7 +415,7 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         )
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return to_device(inputs, device_name(), float_dtype=DTYPES[self.resolved.precision])
+        return to_device(inputs, device_name(), float_dtype=DTYPES[self._format])
 
 
 def _refuse_unsupported_hooks(cls: type[Trainer]) -> None:
@@ -426,15 +436,3 @@ def _refuse_unsupported_hooks(cls: type[Trainer]) -> None:
                 for name in found
             ]
         )
-
-
-def _loss_of(outputs: Any) -> torch.Tensor | None:
-    """The loss in a model's outputs: their "loss", or the first of a tuple."""
-    if isinstance(outputs, torch.Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
-        return outputs.get("loss")
-    loss = getattr(outputs, "loss", None)
-    if loss is None and isinstance(outputs, (tuple, list)) and outputs:
-        loss = outputs[0]
-    return loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,7 +96,9 @@ def test_samples_without_any_target_do_not_poison_the_mean(tmp_path: Path) -> No
 
 @pytest.mark.ranks(2)
 def test_evaluation_during_training_leaves_the_curve_alone(tmp_path: Path) -> None:
-    """Dropout masks and data order are the same with and without evaluations between steps."""
+    """Dropout masks and data order are the same with and without evaluations between steps,
+    also where a metric draws random numbers.
+    """
     curves = []
     for strategy in ("no", "steps"):
         trainer = make_trainer(
@@ -104,6 +107,7 @@ def test_evaluation_during_training_leaves_the_curve_alone(tmp_path: Path) -> No
             eval_strategy=strategy,
             eval_steps=1,
         )
+        trainer.compute_metrics = lambda p: {"noise": float(torch.rand(())) + np.random.rand()}
         trainer.train()
         curves.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
         trainer.close()

@@ -57,6 +57,7 @@ def other_value(name: str) -> Any:
         "fsdp_config": {"min_num_params": 1}, "evaluation_strategy": "epoch",
         "accelerator_config": {"even_batches": False}, "debug": "underflow_overflow",
         "label_smoothing_factor": 0.1, "half_precision_backend": "apex", "optim_args": "a=1",
+        "include_for_metrics": ["loss"],
     }  # fmt: skip
     if name in special:
         return special[name]
@@ -216,6 +217,7 @@ ALIASES: list[tuple[str, Any, str, Any]] = [
     ("push_to_hub_organization", "org", "hub_model_id", "org/trainer_output"),
     ("push_to_hub_token", "t", "hub_token", "t"),
     ("adafactor", True, "optim", "adafactor"),
+    ("include_inputs_for_metrics", True, "include_for_metrics", ["inputs"]),
 ]
 
 
@@ -232,7 +234,6 @@ def test_an_old_name_moves_to_the_new_one_with_a_warning(old, value, new, expect
 REFUSED_ALIASES = [
     ("torchdynamo", "inductor", "torch_compile_backend"),
     ("fp16_backend", "apex", "half_precision_backend"),
-    ("include_inputs_for_metrics", True, "include_for_metrics"),
     ("sortish_sampler", True, "group_by_length"),
     ("dispatch_batches", True, "accelerator_config"),
     ("evaluation_strategy", "step", "eval_strategy"),

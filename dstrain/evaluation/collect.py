@@ -1,0 +1,301 @@
+"""Predictions of all ranks, on rank 0, in the order of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.evaluation.columns import Columns, join, to_array
+from dstrain.evaluation.loop import EvalBatch, Prediction
+from dstrain.evaluation.nested import Layout, take_apart
+from dstrain.evaluation.transport import Transport, storage_error
+
+_PARTS = ("predictions", "labels", "inputs", "losses")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the forward passes of all ranks gave, nested as the model returned it.
+
+    Attributes:
+        predictions: the model's outputs.
+        labels: what they are compared with, or None.
+        inputs: the main input, or None.
+        losses: of each sample the mean loss of its batch, or None.
+    """
+
+    predictions: Any = None
+    labels: Any = None
+    inputs: Any = None
+    losses: Any = None
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How much of what a model predicts is kept, where, and for how long.
+
+    Attributes:
+        keep: keep predictions of all batches; False only shows each batch to ``on_batch``.
+        concat: one array over all batches; False gives a list of one array per batch.
+        every: batches that stay on the accelerator before they move to the host.
+        losses: keep the losses of samples too.
+        objects: predictions that are no tensors travel pickled.
+        memory_bytes: on rank 0, of all arrays together; beyond it they are in files.
+        folder: of the files.
+    """
+
+    folder: Path
+    keep: bool = True
+    concat: bool = True
+    every: int = 1
+    losses: bool = False
+    objects: bool = False
+    memory_bytes: int = 2**26
+
+
+class Collector:
+    """Takes this rank's predictions batch by batch; rank 0 has those of all, others nothing.
+
+    Every rank calls ``add`` as often as every other, with stand-ins where it has no sample.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        keeping: Keeping,
+        *,
+        on_batch: Callable[[Collected, bool], None] | None = None,
+    ) -> None:
+        """Start with nothing.
+
+        Args:
+            transport: the way to rank 0.
+            keeping: what is kept.
+            on_batch: called on rank 0 with each batch of all ranks, as tensors on the host, and
+                whether it is the last.
+        """
+        self._transport = transport
+        self._keeping = keeping
+        self._on_batch = on_batch
+        self._pending: list[tuple[EvalBatch, Prediction]] = []
+        self._layouts: tuple[Layout, ...] | None = None
+        self._formats: list[tuple[Any, int]] = []  # type and number of dimensions of each leaf
+        self._columns: Columns | None = None
+        self._objects: dict[int, list[list[Any]]] = {}  # of some leaves, batch by batch
+        self._failure: Exception | None = None
+
+    def add(self, batch: EvalBatch, prediction: Prediction) -> None:
+        """Take what one forward pass gave.
+
+        Raises:
+            DataError: it cannot be joined with what other ranks or batches gave; on all ranks.
+            Exception: what ``on_batch`` raised on rank 0; on all ranks.
+        """
+        self._pending.append((batch, prediction))
+        if len(self._pending) >= self._keeping.every or batch.is_last:
+            pending, self._pending = self._pending, []
+            pending.reverse()
+            while pending:
+                self._send(*pending.pop())
+
+    def finish(self) -> Collected:
+        """All predictions as arrays on rank 0; elsewhere arrays of the same kind without rows.
+
+        Raises:
+            TrainingError: they could not be written to disk; on all ranks.
+            Exception: what ``on_batch`` raised on rank 0; on all ranks.
+        """
+        self._transport.raise_together(self._failure)
+        if self._layouts is None or not self._keeping.keep:
+            return Collected()
+        leaves: list[Any] = []
+        error: Exception | None = None
+        if self._transport.is_main:
+            assert self._columns is not None
+            try:
+                leaves = self._columns.finish(concat=self._keeping.concat)
+            except OSError as caught:
+                error = storage_error(caught)
+            for index, batches in self._objects.items():
+                flat = [entry for entries in batches for entry in entries]
+                leaves[index] = flat if self._keeping.concat else batches
+        self._transport.raise_together(error)
+        kinds = self._transport.from_main(lambda: [_kind_of(leaf) for leaf in leaves])
+        if not self._transport.is_main:
+            leaves = [_without_rows(kind) for kind in kinds]
+        return self._nest(leaves, batches=not self._keeping.concat)
+
+    def _nest(self, leaves: Sequence[Any], *, batches: bool = False) -> Collected:
+        """The parts in their layouts; with ``batches`` a list over batches of each."""
+        assert self._layouts is not None
+        parts, start = [], 0
+        for layout in self._layouts:
+            count = _leaves_of(layout)
+            mine = leaves[start : start + count]
+            start += count
+            if batches and count:
+                parts.append([layout.fill(iter(step)) for step in zip(*mine, strict=True)])
+            else:
+                parts.append(layout.fill(iter(mine)))
+        return Collected(**dict(zip(_PARTS, parts, strict=True)))
+
+    def _send(self, batch: EvalBatch, prediction: Prediction) -> None:
+        """Send one batch to rank 0, or raise on all ranks what kept one of them from it."""
+        leaves: list[Any] = []
+        error: Exception | None = None
+        try:
+            layouts, leaves = self._take_apart(batch, prediction)
+            formats = [_format_of(leaf) for leaf in leaves]
+            if self._layouts is not None:
+                self._check_same(layouts, formats)
+        except DataError as caught:
+            error = caught
+        if self._layouts is None:
+            self._transport.raise_together(error)
+            self._agree(layouts, formats)
+        del prediction
+        numbers = self._shape_numbers(leaves, failed=error is not None)
+        failed = error or self._failure
+        rows = self._transport.headers(numbers, failed=failed is not None)
+        if rows is None:
+            self._transport.raise_together(failed)
+        assert rows is not None
+        shapes = [self._shapes_of(row) for row in rows]
+        joined: list[Any] = []
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, list):
+                entries = self._transport.objects_to_main(leaf)
+                if self._keeping.keep:
+                    self._objects.setdefault(index, []).append(entries)
+                joined.append(entries)
+                continue
+            blocks = self._transport.to_main(leaf, [s[index] for s in shapes])
+            leaves[index] = None
+            joined.append(self._store(index, blocks))
+        if self._transport.is_main:
+            self._end_batch(joined, is_last=batch.is_last)
+
+    def _take_apart(
+        self, batch: EvalBatch, prediction: Prediction
+    ) -> tuple[tuple[Layout, ...], list[Any]]:
+        losses = None
+        if self._keeping.losses and prediction.loss is not None:
+            losses = torch.as_tensor(prediction.loss).detach().mean().repeat(batch.num_samples)
+        values = (prediction.predictions, prediction.labels, prediction.inputs, losses)
+        layouts, leaves = [], []
+        for name, value in zip(_PARTS, values, strict=True):
+            layout, found = take_apart(value, name, objects=self._keeping.objects)
+            layouts.append(layout)
+            leaves += found
+        if not batch.num_samples:
+            leaves = [leaf[:0] for leaf in leaves]
+        return tuple(layouts), [_on_host(leaf) for leaf in leaves]
+
+    def _agree(self, layouts: tuple[Layout, ...], formats: list[tuple[Any, int]]) -> None:
+        """Ranks tell each other once how their predictions are nested."""
+        every_rank = self._transport.agree((layouts, formats))
+        for rank, theirs in enumerate(every_rank):
+            if theirs != every_rank[0]:
+                raise _different(f"rank {rank}", "rank 0")
+        self._layouts, self._formats = layouts, formats
+        if self._transport.is_main:
+            keeping = self._keeping
+            self._columns = Columns(
+                len(formats), memory_bytes=keeping.memory_bytes, folder=keeping.folder
+            )
+
+    def _check_same(self, layouts: tuple[Layout, ...], formats: list[tuple[Any, int]]) -> None:
+        if layouts != self._layouts or formats != self._formats:
+            raise _different("a batch", "the first batch")
+
+    def _shape_numbers(self, leaves: Sequence[Any], *, failed: bool) -> list[int]:
+        if failed:
+            return [0] * sum(dimensions for _, dimensions in self._formats)
+        return [n for leaf in leaves if not isinstance(leaf, list) for n in leaf.shape]
+
+    def _shapes_of(self, numbers: list[int]) -> list[tuple[int, ...]]:
+        shapes, start = [], 0
+        for _, dimensions in self._formats:
+            shapes.append(tuple(numbers[start : start + dimensions]))
+            start += dimensions
+        return shapes
+
+    def _store(self, index: int, blocks: Iterator[torch.Tensor]) -> torch.Tensor | None:
+        """On rank 0, keep one tensor's blocks of all ranks, joined where a metric wants them."""
+        joined = join(list(blocks)) if self._on_batch and self._transport.is_main else None
+        for block in blocks if joined is None else [joined]:
+            # After a failure the others' blocks are still taken, until all ranks can raise it.
+            if not self._keeping.keep or self._failure is not None:
+                continue
+            assert self._columns is not None
+            try:
+                self._columns.add(index, block)
+            except OSError as error:
+                self._failure = storage_error(error)
+        return joined
+
+    def _end_batch(self, joined: list[Any], *, is_last: bool) -> None:
+        assert self._columns is not None
+        self._columns.end_step()
+        if self._on_batch is None or self._failure is not None:
+            return
+        try:
+            self._on_batch(self._nest(joined), is_last)
+        except Exception as error:  # a user's code: raised on all ranks, at the next batch
+            self._failure = error
+
+
+def _leaves_of(layout: Layout) -> int:
+    if layout.kind in ("tensor", "objects"):
+        return 1
+    return sum(_leaves_of(part) for part in layout.parts)
+
+
+def _format_of(leaf: Any) -> tuple[Any, int]:
+    return ("objects", 0) if isinstance(leaf, list) else (str(leaf.dtype), leaf.dim())
+
+
+def _on_host(leaf: Any) -> Any:
+    if isinstance(leaf, list):
+        return _objects_on_host(leaf)
+    leaf = leaf.cpu().contiguous()
+    # A slice would keep alive all that it was cut from.
+    return leaf.clone() if leaf.untyped_storage().nbytes() > 2 * leaf.nbytes else leaf
+
+
+def _objects_on_host(value: Any) -> Any:
+    """Tensors inside of objects as arrays."""
+    if isinstance(value, torch.Tensor):
+        return to_array(value)
+    if isinstance(value, dict):
+        return {k: _objects_on_host(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [_objects_on_host(v) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _kind_of(leaf: Any) -> Any:
+    """Format and width of an array; None for a list."""
+    return None if isinstance(leaf, list) else (leaf.dtype.str, leaf.shape[1:])
+
+
+def _without_rows(kind: Any) -> Any:
+    return [] if kind is None else np.empty((0, *kind[1]), kind[0])
+
+
+def _different(one: str, other: str) -> DataError:
+    return DataError(
+        Problem(
+            f"the predictions of {one} are not nested or formatted like those of {other}",
+            "tensors can only be joined with tensors of the same type and number of dimensions",
+            "return the same outputs for every batch, name those that vary in ignore_keys, or set "
+            "eval_use_gather_object",
+        )
+    )

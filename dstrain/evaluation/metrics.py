@@ -1,0 +1,96 @@
+"""A user's metrics: computed once, on rank 0, and known to all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import EvalPrediction
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.core.log import get_logger
+from dstrain.evaluation.collect import Collected
+from dstrain.evaluation.nested import plain_numbers
+from dstrain.evaluation.transport import Transport
+
+logger = get_logger(__name__)
+
+ComputeMetrics = Callable[..., dict[str, Any]]
+
+
+def metric_values(
+    compute_metrics: ComputeMetrics, collected: Collected, transport: Transport
+) -> dict[str, Any]:
+    """What ``compute_metrics`` makes of all predictions; on all ranks.
+
+    Rank 0 alone calls it, so it must not call a collective of all ranks.
+
+    Raises:
+        DataError: it returned no dict; on all ranks.
+        Exception: what it raised; on all ranks.
+    """
+
+    def compute() -> dict[str, Any]:
+        if not _is_complete(collected):
+            return {}
+        return _checked(compute_metrics(_eval_prediction(collected)))
+
+    return transport.from_main(compute)
+
+
+class BatchMetric:
+    """Calls ``compute_metrics`` with each batch of all ranks, so that none needs to be kept."""
+
+    def __init__(self, compute_metrics: ComputeMetrics) -> None:
+        """Args: compute_metrics: takes ``compute_result`` too, True with the last batch."""
+        self._compute_metrics = compute_metrics
+        self._result: dict[str, Any] = {}
+
+    def add(self, collected: Collected, is_last: bool) -> None:
+        """Show it a batch, on rank 0."""
+        if _is_complete(collected, warn=is_last):
+            prediction = _eval_prediction(collected)
+            result = self._compute_metrics(prediction, compute_result=is_last)
+            if is_last:
+                self._result = _checked(result)
+
+    def values(self, transport: Transport) -> dict[str, Any]:
+        """What the last call returned, on all ranks."""
+        return transport.from_main(lambda: self._result)
+
+
+def with_prefix(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The metrics, each with ``prefix_`` before its name."""
+    return {
+        name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value
+        for name, value in metrics.items()
+    }
+
+
+def _eval_prediction(collected: Collected) -> EvalPrediction:
+    return EvalPrediction(
+        predictions=collected.predictions,
+        label_ids=collected.labels,
+        inputs=collected.inputs,
+        losses=collected.losses,
+    )
+
+
+def _is_complete(collected: Collected, *, warn: bool = True) -> bool:
+    """Whether there is something to compute metrics of."""
+    missing = [n for n in ("predictions", "labels") if getattr(collected, n) is None]
+    if missing and warn:
+        logger.warning("compute_metrics is not called: there are no %s", " and no ".join(missing))
+    return not missing
+
+
+def _checked(result: Any) -> dict[str, Any]:
+    if not isinstance(result, Mapping):
+        raise DataError(
+            Problem(
+                f"compute_metrics returned {type(result).__name__}",
+                "names and values are needed",
+                "return a dict",
+            )
+        )
+    return dict(plain_numbers(result))

@@ -1,0 +1,169 @@
+"""The way of predictions from all ranks to rank 0, where they are needed; nobody else gets any."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from dstrain.core.errors import DstrainError, Problem, TrainingError
+from dstrain.core.ranks import PATIENCE, gather_objects, is_distributed
+
+T = TypeVar("T")
+
+_FINE, _FAILED = 0, 1
+
+
+class Transport:
+    """A process group on the hosts in which ranks send what they predicted to rank 0.
+
+    Its own group, patient and on the CPU: a metric may take longer than any timeout that is
+    sensible for training, and rank 0's accelerator must not hold what others predicted.
+    """
+
+    def __init__(self) -> None:
+        """Open the group; a collective of all ranks."""
+        self.rank, self.world_size, self.group = 0, 1, None
+        if is_distributed():
+            import torch.distributed as dist
+
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def close(self) -> None:
+        """Close the group."""
+        if self.group is not None:
+            import torch.distributed as dist
+
+            dist.destroy_process_group(self.group)
+            self.group = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank receives."""
+        return self.rank == 0
+
+    def agree(self, mine: T) -> list[T]:
+        """A small value of every rank, on every rank."""
+        return gather_objects(mine, group=self.group)
+
+    def headers(self, numbers: Sequence[int], *, failed: bool) -> list[list[int]] | None:
+        """As many numbers of every rank, on every rank; None where one of them failed."""
+        row = torch.tensor([_FAILED if failed else _FINE, *numbers], dtype=torch.int64)
+        if self.world_size == 1:
+            rows = [row]
+        else:
+            import torch.distributed as dist
+
+            rows = [torch.empty_like(row) for _ in range(self.world_size)]
+            dist.all_gather(rows, row, group=self.group)
+        if any(int(row[0]) != _FINE for row in rows):
+            return None
+        return [row[1:].tolist() for row in rows]
+
+    def to_main(
+        self, tensor: torch.Tensor, shapes: Sequence[tuple[int, ...]]
+    ) -> Iterator[torch.Tensor]:
+        """On rank 0 the tensor of every rank, in rank order, one in memory at a time.
+
+        Args:
+            tensor: this rank's, on the host.
+            shapes: of every rank's tensor.
+        """
+        if not self.is_main:
+            if tensor.numel():
+                import torch.distributed as dist
+
+                dist.send(_as_bytes(tensor), dst=0, group=self.group)
+            return
+        yield tensor
+        for rank in range(1, self.world_size):
+            theirs = torch.empty(shapes[rank], dtype=tensor.dtype)
+            if theirs.numel():
+                import torch.distributed as dist
+
+                dist.recv(_as_bytes(theirs), src=rank, group=self.group)
+            yield theirs
+
+    def objects_to_main(self, mine: list[Any]) -> list[Any]:
+        """On rank 0 the entries of all ranks' lists, in rank order; elsewhere none."""
+        if self.world_size == 1:
+            return mine
+        import torch.distributed as dist
+
+        lists: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(mine, lists, dst=0, group=self.group)
+        return [entry for entries in lists or [] for entry in entries]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """The value that rank 0 makes, on every rank; its exception likewise."""
+        value: Any = None
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                value = make()
+            except Exception as error:
+                failure = error
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            sent = [_portable(value, failure)]
+            dist.broadcast_object_list(sent, src=0, group=self.group)
+            value, found = sent[0]
+            failure = failure or found  # rank 0's own has a traceback
+        if failure is not None:
+            raise failure
+        return value
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise this rank's error, and on ranks without one the first of the others."""
+        for found in self.agree(_portable_error(error)):
+            if found is not None:
+                raise error or found
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor, whatever its format."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _portable(value: Any, error: Exception | None) -> tuple[Any, Exception | None]:
+    """The value, or an error in its place, that can be pickled."""
+    if error is None and (why := _why_not(value)):
+        error = TrainingError(
+            Problem(
+                f"compute_metrics returned {type(value).__name__} that cannot be sent to the ranks",
+                why,
+                "return a dict of names and numbers",
+            )
+        )
+        value = None
+    return value, _portable_error(error)
+
+
+def _portable_error(error: Exception | None) -> Exception | None:
+    if error is None or not _why_not(error):
+        return error
+    return TrainingError(Problem(f"{type(error).__name__} on another rank", str(error)))
+
+
+def _why_not(value: Any) -> str:
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def storage_error(error: OSError) -> DstrainError:
+    """For a user: predictions that cannot be written to disk."""
+    return TrainingError(
+        Problem(
+            "the predictions of an evaluation cannot be written to disk",
+            str(error),
+            "free space in output_dir, keep more in memory (eval_memory_mb), keep less of the "
+            "predictions (preprocess_logits_for_metrics), or set batch_eval_metrics",
+        )
+    )

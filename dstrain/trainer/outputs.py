@@ -1,0 +1,55 @@
+"""What a model's forward pass returned: which part is the loss, and which are predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def loss_of(outputs: Any, *, only_scalar: bool = False) -> torch.Tensor | None:
+    """The loss in a model's outputs: their "loss", or the first of a tuple.
+
+    Args:
+        outputs: of a forward pass.
+        only_scalar: where there may be no loss, only a tensor without dimensions is taken for one.
+    """
+    if isinstance(outputs, torch.Tensor):
+        loss: Any = outputs
+    elif isinstance(outputs, Mapping):
+        return outputs.get("loss")
+    else:
+        named = getattr(outputs, "loss", None)
+        if named is not None:
+            return named
+        loss = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else None
+    if only_scalar and not (isinstance(loss, torch.Tensor) and loss.dim() == 0):
+        return None
+    return loss
+
+
+def logits_of(outputs: Any, ignore_keys: Sequence[str], *, has_loss: bool) -> Any:
+    """The predictions: all outputs but the loss and those ignored; a single one is no tuple.
+
+    Args:
+        outputs: of a forward pass.
+        ignore_keys: names of outputs to leave out.
+        has_loss: whether there is a loss, which the first of a tuple then is if it is a scalar.
+    """
+    if isinstance(outputs, Mapping):
+        left_out = {"loss", *ignore_keys}
+        parts = tuple(v for k, v in outputs.items() if k not in left_out and v is not None)
+    elif isinstance(outputs, torch.Tensor):
+        parts = () if has_loss and outputs.dim() == 0 else (outputs,)
+    elif isinstance(outputs, (tuple, list)):
+        # A loss of the user's own is none of the model's outputs.
+        first = outputs[0] if outputs else None
+        drop = has_loss and isinstance(first, torch.Tensor) and first.dim() == 0
+        parts = tuple(outputs[1:] if drop else outputs)
+    else:
+        logits = getattr(outputs, "logits", None)
+        parts = () if logits is None else (logits,)
+    if len(parts) == 1:
+        return parts[0]
+    return parts or None
