@@ -135,11 +135,14 @@ def _joined(words: list[str]) -> list[str]:
 
 def _of_tasks() -> dict[str, str]:
     """Flags that only tasks have, and the command that takes them."""
+    having: dict[str, list[str]] = {}
+    for task in TASKS:
+        for cls in find_task(task).argument_classes():
+            for field in dataclasses.fields(cls):
+                having.setdefault(f"--{field.name}", []).append(task)
     return {
-        f"--{field.name}": f"it belongs to a task: dstrain explain {task} [flags]"
-        for task in TASKS
-        for cls in find_task(task).argument_classes()
-        for field in dataclasses.fields(cls)
+        flag: f"it belongs to a task: dstrain explain {' or '.join(tasks)} [flags]"
+        for flag, tasks in having.items()
     }
 
 
