@@ -25,9 +25,10 @@ from dstrain.config.placement import parse_size
 from dstrain.core.errors import ConfigError, Problem, collected, raise_errors, raise_problems
 
 CLASSES = [TrainingArguments]
+MODELS = ("model_config", "model_name_or_path")
 SHARED = (
-    *("model_config", "model_name_or_path", "block_size"),
-    *("world_size", "device", "gpus_per_node", "gpu_memory", "host_memory"),
+    *(*MODELS, "block_size", "world_size", "device"),
+    *("gpus_per_node", "gpu_memory", "host_memory"),
 )
 MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "model_config": {"metavar": "SPEC", "help": "config.json, or llama:key=value,..."},
@@ -155,23 +156,22 @@ def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     given = options.diff.strip()
     if not given or given.startswith("-"):
         # Its own flags in full; the model and the world are the same unless it says otherwise.
-        kept = [f"--{name}={getattr(options, name)}" for name in _shared(options)]
-        kept = [options.task, *kept] if options.task else kept
         try:
             own = shlex.split(given)
         except ValueError as error:
             raise ConfigError(
                 Problem(f"--diff {given!r}", str(error)), title="the run to compare with"
             ) from error
-        return _record([*kept, *own])
+        flags = {word.split("=")[0].replace("-", "_").replace("__", "--", 1) for word in own}
+        names = [n for n in SHARED if getattr(options, n) is not None]
+        if flags & {f"--{name}" for name in MODELS}:  # the other way to name a model goes
+            names = [n for n in names if n not in MODELS]
+        kept = [f"--{name}={getattr(options, name)}" for name in names]
+        return _record([*([options.task] if options.task else []), *kept, *own])
     record = read_record(given)
     if record is None:
         record = _record([*words, f"--deepspeed={given}"])
     return record
-
-
-def _shared(options: argparse.Namespace) -> list[str]:
-    return [name for name in SHARED if getattr(options, name) is not None]
 
 
 def _record(words: Sequence[str]) -> dict[str, Any]:

@@ -143,12 +143,17 @@ def test_a_run_is_given_by_its_folder_or_file(tmp_path, compared, as_folder):
     assert "argument learning_rate" in text
 
 
-def test_a_run_is_given_by_its_flags(compared):
+def test_a_run_is_given_by_its_flags(compared, tmp_path):
     text, status = compared("--bf16", "--diff", "--zero_stage 3 --learning-rate 1e-3 --bf16")
     assert status == 1
     assert "zero_optimization.stage" in text
     assert "bf16" not in text.split("DeepSpeed config:")[1]
     assert compared("--bf16", "--diff=--bf16") == ("nothing differs from --bf16\n", 0)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
+    text, _ = compared("--model_config", LLAMA, "--diff", f"--model-name-or-path={folder}")
+    assert "gpt2" in text  # and not two models at once
     assert compared("--bf16", "--diff", "--bf16", "--json") == ("[]\n", 0)
     own = "--block_size=9 --max_steps 3"
     text, status = compared("causal-lm", "--max_steps", "3", "--diff", own)
