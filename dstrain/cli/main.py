@@ -15,7 +15,7 @@ from dstrain.core.errors import DstrainError
 USAGE = """usage: dstrain COMMAND ...
 
 commands:
-  train TASK [flags]   train, evaluate and save a model; tasks: causal-lm
+  train TASK [flags]   train, evaluate and save a model; tasks: causal-lm, seq2seq
   explain [TASK] [flags]
                        print the DeepSpeed config that these flags resolve to, and why
   plan [flags]         print the memory that each ZeRO stage and offload needs, and what fits

@@ -9,7 +9,7 @@ from types import ModuleType
 from dstrain.core.errors import ConfigError, Problem, nearest
 
 # Modules with ``argument_classes()`` (no torch) and ``run(*instances)``.
-TASKS = {"causal-lm": "dstrain.tasks.causal_lm"}
+TASKS = {"causal-lm": "dstrain.tasks.causal_lm", "seq2seq": "dstrain.tasks.seq2seq"}
 
 
 def run(words: Sequence[str]) -> int:

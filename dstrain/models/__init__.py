@@ -3,14 +3,16 @@
 from dstrain.models.build import (
     DTYPES,
     build_causal_lm,
+    build_seq2seq,
     check_model_folder,
     load_causal_lm,
+    load_seq2seq,
     max_length,
     parse_model_config,
 )
 from dstrain.models.held import HeldShards, held_bytes, hold_shards
 from dstrain.models.save import check_writable, save_configs, save_model
-from dstrain.models.sizes import count_causal_lm, sizes_of_module
+from dstrain.models.sizes import count_causal_lm, count_seq2seq, sizes_of_module
 from dstrain.models.skeleton import Skeleton, skeleton_of
 from dstrain.models.tensor_file import Stored, TensorReader, write_tensor_file
 
@@ -21,12 +23,15 @@ __all__ = [
     "Stored",
     "TensorReader",
     "build_causal_lm",
+    "build_seq2seq",
     "check_model_folder",
     "check_writable",
     "count_causal_lm",
+    "count_seq2seq",
     "held_bytes",
     "hold_shards",
     "load_causal_lm",
+    "load_seq2seq",
     "max_length",
     "parse_model_config",
     "save_configs",

@@ -1,4 +1,4 @@
-"""Building causal language models from a specification or a folder, partitioned at stage 3."""
+"""Building language models from a specification or a folder, partitioned at stage 3."""
 
 from __future__ import annotations
 
@@ -64,11 +64,14 @@ def build_causal_lm(config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
     """A causal language model with fresh weights, in the format that the engine trains in."""
     from transformers import AutoModelForCausalLM
 
-    mark = ZeroThreeMark(resolved)
-    try:
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[resolved.precision])
-    finally:
-        mark.close()
+    return _build(AutoModelForCausalLM, config, resolved)
+
+
+def build_seq2seq(config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
+    """A sequence-to-sequence model with fresh weights, in the format that the engine trains in."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _build(AutoModelForSeq2SeqLM, config, resolved)
 
 
 def load_causal_lm(folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
@@ -79,10 +82,33 @@ def load_causal_lm(folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
+    return _load(AutoModelForCausalLM, folder, resolved)
+
+
+def load_seq2seq(folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
+    """A sequence-to-sequence model with the weights of a folder or hub model.
+
+    Raises:
+        ModelError: the folder has no weights, or transformers cannot load it.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _load(AutoModelForSeq2SeqLM, folder, resolved)
+
+
+def _build(auto: Any, config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
+    mark = ZeroThreeMark(resolved)
+    try:
+        return auto.from_config(config, dtype=DTYPES[resolved.precision])
+    finally:
+        mark.close()
+
+
+def _load(auto: Any, folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
     check_model_folder(folder)
     mark = ZeroThreeMark(resolved)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[resolved.precision])
+        return auto.from_pretrained(folder, dtype=DTYPES[resolved.precision])
     except (OSError, ValueError) as error:
         raise ModelError(
             Problem(f"model_name_or_path={folder!r} cannot be loaded", str(error).strip())

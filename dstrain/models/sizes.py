@@ -21,8 +21,19 @@ def count_causal_lm(config: Any) -> ModelSizes:
     """Sizes of the causal language model of a config, before it is built with memory."""
     from transformers import AutoModelForCausalLM
 
+    return _count(AutoModelForCausalLM, config)
+
+
+def count_seq2seq(config: Any) -> ModelSizes:
+    """Sizes of the sequence-to-sequence model of a config, before it is built with memory."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _count(AutoModelForSeq2SeqLM, config)
+
+
+def _count(auto: Any, config: Any) -> ModelSizes:
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        module = auto.from_config(copy.deepcopy(config))
     return sizes_of_module(module, source="built without memory")
 
 

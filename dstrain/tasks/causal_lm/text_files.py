@@ -17,8 +17,7 @@ from dstrain.tasks.common.origin import (
     TextPart,
     explained,
     fingerprint_of,
-    num_held_out,
-    unit_hash,
+    split_parts,
 )
 
 PIECE_BYTES = 256 * 1024
@@ -108,11 +107,7 @@ def split_text(origin: Origin, percentage: float, *, streaming: bool) -> tuple[S
         train = [replace(part, stop=cut)]
         held_out = [replace(part, start=cut)] if cut < part.stop else []
     else:
-        ranked = sorted(origin.parts, key=lambda part: unit_hash(part.name))
-        hashes = [unit_hash(part.name) for part in ranked]
-        names = {part.name for part in ranked[: num_held_out(hashes, percentage)]}
-        train = [part for part in origin.parts if part.name not in names]
-        held_out = [part for part in origin.parts if part.name in names]
+        train, held_out = split_parts(origin.parts, percentage)
     side = _text_side(train, origin, streaming=streaming)
     if side is None:
         raise origin.empty()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,17 @@ def num_held_out(hashes: list[float], percentage: float) -> int:
     if percentage == 0:
         return 0
     return min(max(bisect_left(hashes, percentage / 100), 1), len(hashes) - 1)
+
+
+def split_parts(
+    parts: Sequence[TextPart], percentage: float
+) -> tuple[list[TextPart], list[TextPart]]:
+    """Files to train on and files held out, chosen by the hash of their names, both in order."""
+    ranked = sorted(parts, key=lambda part: unit_hash(part.name))
+    hashes = [unit_hash(part.name) for part in ranked]
+    names = {part.name for part in ranked[: num_held_out(hashes, percentage)]}
+    train = [part for part in parts if part.name not in names]
+    return train, [part for part in parts if part.name in names]
 
 
 def fingerprint_of(facts: list[Any]) -> str:

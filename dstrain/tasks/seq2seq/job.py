@@ -1,0 +1,226 @@
+"""The job on pairs of texts: data, tokenizer, model; evaluate, train, evaluate, save, show."""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq
+
+from dstrain.arguments import Seq2SeqTrainingArguments
+from dstrain.core.errors import ConfigError, DataError, Problem, collected, raise_errors
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks, all_or_none, main_first, require_equal
+from dstrain.core.seeds import seed_everything
+from dstrain.engine import full_numel
+from dstrain.models import build_seq2seq, count_seq2seq, load_seq2seq, parse_model_config
+from dstrain.tasks.common.cache import fingerprint_tokenizer
+from dstrain.tasks.common.job import (
+    check_vocabulary,
+    refuse_evaluation,
+    saved_config,
+    start_errors,
+    train_and_report,
+)
+from dstrain.tasks.common.tokenizer import prepare_tokenizer
+from dstrain.tasks.seq2seq.arguments import DEFAULT_MODEL, DataArguments, ModelArguments
+from dstrain.tasks.seq2seq.metrics import GenerationMetrics
+from dstrain.tasks.seq2seq.prepare import EncodedPairs, check_tokenizer, prepare
+from dstrain.tasks.seq2seq.sources import Pairs, load_pairs
+from dstrain.trainer import Trainer
+from dstrain.trainer.build import resolve_config, start_run
+
+logger = get_logger(__name__)
+
+SHOWN_CHARACTERS = 200
+"""Of a source, in the samples printed at the end."""
+
+
+def run(
+    args: Seq2SeqTrainingArguments, model_args: ModelArguments, data_args: DataArguments
+) -> None:
+    """Train, evaluate and save a sequence-to-sequence model.
+
+    Raises:
+        DstrainError: for anything a user can mend; on all ranks alike.
+    """
+    ranks = start_run(args)
+    # Everything that can be wrong is looked at before data is read or a model is built.
+    with all_or_none():
+        _check(args, model_args, data_args, ranks)
+    pairs, tokenizer, encoded = _prepare_data(data_args, model_args, ranks)
+    if encoded.validation is None:
+        refuse_evaluation(args, "the training data is too small to hold a part of it out")
+    logger.info("data: %s", pairs.description)
+    model: Any = _build_model(args, model_args, data_args, tokenizer, ranks)
+    logger.info(
+        "model: %s, %s parameters",
+        type(model).__name__,
+        f"{sum(full_numel(p) for p in model.parameters()):,}",
+    )
+    trainer = Trainer(
+        model,
+        args,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=-100),
+        train_dataset=encoded.train,
+        eval_dataset=encoded.validation,
+        processing_class=tokenizer,
+    )
+    count = model_args.num_samples_shown if encoded.validation_pairs is not None else 0
+    train_and_report(
+        trainer,
+        figures=("loss", "rouge_l", "exact_match", "generated_length"),
+        show=(lambda: _samples(trainer, encoded, count)) if count else None,
+    )
+
+
+def _check(
+    args: Seq2SeqTrainingArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    ranks: Ranks,
+) -> None:
+    """Look at everything that needs neither data nor a model; all that is wrong is one error."""
+    errors = start_errors(args, data_args, ranks)
+    with collected(errors):
+        name = model_args.model_name_or_path
+        config = saved_config(name) if name else _fresh_config(model_args, data_args)
+        _check_kind(config, model_args)
+        _check_lengths(config, data_args)
+    raise_errors(errors)
+
+
+def _check_kind(config: Any, model_args: ModelArguments) -> None:
+    if not getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            Problem(
+                f"{model_args.model_name_or_path or model_args.model_config} is a "
+                f"{config.model_type}, which has no encoder and decoder",
+                "a sequence-to-sequence model reads the source whole and then writes the target",
+                "give a T5, BART, ...; `dstrain train causal-lm --data_format chat` trains other "
+                "models on prompts and answers",
+            )
+        )
+
+
+def _check_lengths(config: Any, data_args: DataArguments) -> None:
+    """Refuse lengths beyond a model's positions; T5 and its kin have relative ones, no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    lengths = {n: getattr(data_args, n) for n in ("max_source_length", "max_target_length")}
+    problems = [
+        Problem(
+            f"{name}={length}",
+            f"the model takes sequences of at most {limit} tokens (by its config)",
+            f"set --{name} {limit} or less",
+        )
+        for name, length in lengths.items()
+        if isinstance(limit, int) and length > limit
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _fresh_config(
+    model_args: ModelArguments, data_args: DataArguments, tokenizer: Any = None
+) -> Any:
+    """The config of a model to train from scratch; a short form is completed with what is known.
+
+    Without a tokenizer, before there is one, its sizes and ids are those of transformers.
+    """
+    spec = model_args.model_config or DEFAULT_MODEL
+    longest = max(data_args.max_source_length, data_args.max_target_length)
+    defaults: dict[str, Any] = {"max_position_embeddings": max(1024, longest)}
+    if tokenizer is not None:
+        defaults |= {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "decoder_start_token_id": tokenizer.pad_token_id,
+            "forced_eos_token_id": tokenizer.eos_token_id,  # BART's
+        }
+    config = parse_model_config(spec, **defaults)
+    # T5's config does not know this key by itself, but its model needs it.
+    if tokenizer is not None and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = tokenizer.pad_token_id
+    return config
+
+
+def _prepare_data(
+    data_args: DataArguments, model_args: ModelArguments, ranks: Ranks
+) -> tuple[Pairs, Any, EncodedPairs]:
+    """Pairs, tokenizer and samples; one rank per machine prepares, the others load."""
+    first = functools.partial(main_first, ranks)
+    pairs = load_pairs(data_args, main_first=first)
+    tokenizer = prepare_tokenizer(
+        pairs.train,
+        name=data_args.tokenizer_name or model_args.model_name_or_path,
+        vocab_size=data_args.vocab_size,
+        fingerprint=pairs.train_fingerprint,
+        text_of=lambda row: f"{row['source']}\n{row['target']}",
+        adds_eos=True,
+        main_first=first,
+    )
+    check_tokenizer(tokenizer)
+    encoded = prepare(pairs, tokenizer, data_args, main_first=first)
+    sizes = [None if part is None else len(part) for part in (encoded.train, encoded.validation)]
+    require_equal("the prepared data", (fingerprint_tokenizer(tokenizer), *sizes), DataError)
+    return pairs, tokenizer, encoded
+
+
+def _build_model(
+    args: Seq2SeqTrainingArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    tokenizer: Any,
+    ranks: Ranks,
+) -> Any:
+    """The model, partitioned while it is built where the config is one of stage 3.
+
+    The config must be final by then, so it is resolved with the sizes of the model that is to be.
+    """
+    name = model_args.model_name_or_path
+    config = saved_config(name) if name else _fresh_config(model_args, data_args, tokenizer)
+    check_vocabulary(config, tokenizer)
+    resolved = resolve_config(
+        args, ranks, sizes=count_seq2seq(config), sequence_length=data_args.max_source_length
+    )
+    seed_everything(args.seed)
+    model: Any = load_seq2seq(name, resolved) if name else build_seq2seq(config, resolved)
+    # Also for whoever loads the saved model: else transformers' 20 tokens would cut its texts.
+    model.generation_config.max_length = data_args.max_target_length + 1  # and the start token
+    return model
+
+
+def _samples(trainer: Trainer, encoded: EncodedPairs, count: int) -> str:
+    """Sources, greedy predictions and references of validation samples drawn evenly.
+
+    All ranks generate the same ones together, as ZeRO-3 needs.
+    """
+    assert encoded.validation is not None
+    assert encoded.validation_pairs is not None
+    total = len(encoded.validation)
+    indices = sorted({index * total // count for index in range(min(count, total))})
+    model: Any = trainer.model
+    model.eval()
+    batch = trainer.data_collator([encoded.validation[i] for i in indices])
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        ids = model.generate(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            do_sample=False,
+            num_beams=1,
+        )
+    predictions = GenerationMetrics(trainer.processing_class).decode(ids.cpu().numpy())
+    parts = []
+    for index, prediction in zip(indices, predictions, strict=True):
+        pair = encoded.validation_pairs[index]
+        source = textwrap.indent(textwrap.shorten(pair["source"], SHOWN_CHARACTERS), "  ")
+        parts.append(
+            f"sample {index}\n{source}\n"
+            f"  prediction: {prediction.strip()}\n  reference:  {pair['target'].strip()}"
+        )
+    return "\n\n".join(parts)

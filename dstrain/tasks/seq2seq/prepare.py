@@ -1,0 +1,127 @@
+"""Pairs of texts to pairs of token ids, made once per machine and memory-mapped after that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.tasks.common.cache import fingerprint_tokenizer
+from dstrain.tasks.seq2seq.arguments import DataArguments
+from dstrain.tasks.seq2seq.sources import Pairs
+
+_VERSION = 1  # of the encoded pairs; raise it when the same input gives others
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Samples of both splits: ``input_ids``, ``attention_mask`` and ``labels``, unpadded.
+
+    Attributes:
+        train: samples to train on.
+        validation: held-out samples, or None when nothing was held out.
+        validation_pairs: their texts, row by row.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    validation_pairs: Dataset | None
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that cannot pad, or whose targets would never end.
+
+    Raises:
+        DataError: with all that is missing.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    problems = []
+    if tokenizer.pad_token_id is None:
+        problems.append(
+            Problem(f"the tokenizer {name} has no padding token", "samples differ in length")
+        )
+    ids = tokenizer(text_target="a")["input_ids"]
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in ids:
+        problems.append(
+            Problem(
+                f"the tokenizer {name} does not end texts with EOS",
+                "a model that never sees the end of a target does not learn to stop",
+                "use the tokenizer of a sequence-to-sequence model, or let one be trained here",
+            )
+        )
+    if problems:
+        raise DataError(problems)
+
+
+def prepare(
+    pairs: Pairs,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    *,
+    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> EncodedPairs:
+    """Tokenise both splits of ``pairs``, or find them done by an earlier run.
+
+    A source is ``source_prefix`` and the text, cut to ``max_source_length`` tokens; a target is cut
+    to ``max_target_length``. Both end with EOS, also where they are cut.
+    """
+
+    def encode(name: str, rows: Dataset, fingerprint: str, limit: int | None) -> Dataset:
+        if limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
+        facts = [
+            _VERSION,
+            fingerprint,
+            limit,
+            fingerprint_tokenizer(tokenizer),
+            *(args.source_prefix, args.max_source_length, args.max_target_length),
+            tokenizers.__version__,
+        ]
+        return rows.map(
+            _encode,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "args": args},
+            remove_columns=rows.column_names,
+            # Ours: that of datasets would depend on what else the tokenizer object remembers.
+            new_fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32],
+            desc=f"Tokenising {name}",
+        )
+
+    with main_first():
+        train = encode("train", pairs.train, pairs.train_fingerprint, args.max_train_samples)
+        held_out = None
+        if pairs.validation is not None:
+            assert pairs.validation_fingerprint is not None
+            held_out = encode(
+                "validation", pairs.validation, pairs.validation_fingerprint, args.max_eval_samples
+            )
+    return EncodedPairs(train, held_out, pairs.validation)
+
+
+def _encode(
+    rows: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, args: DataArguments
+) -> dict[str, list[list[int]]]:
+    sources = [args.source_prefix + source for source in rows["source"]]
+    encoded = tokenizer(
+        sources,
+        max_length=args.max_source_length,
+        truncation=True,
+        return_token_type_ids=False,
+        return_attention_mask=True,
+    )
+    targets = tokenizer(
+        text_target=rows["target"], max_length=args.max_target_length, truncation=True
+    )
+    return {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "labels": targets["input_ids"],
+    }

@@ -1,0 +1,90 @@
+"""Pairs of the sequence-to-sequence task: what is read, and which part is held out.
+
+Every source becomes one or two datasets with the columns ``source`` and ``target``. What is held
+out depends only on names and contents, through a hash, so the split is the same on every run and
+machine, and equal sources never fall on both sides.
+
+| source | a pair is | held out when no validation data is named |
+|---|---|---|
+| nothing: standard library | a function's body, its docstring's first line | files by their path |
+| jsonl, csv, parquet, dataset | a row without a blank text | rows by hash of their source |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.tasks.common.files import origins
+from dstrain.tasks.common.origin import ROW_BUILDERS, Origin
+from dstrain.tasks.common.rows import load_rows, rows_side, split_rows
+from dstrain.tasks.seq2seq.arguments import DataArguments
+from dstrain.tasks.seq2seq.library import split_library
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of texts, split; every row of both sides is ``{"source": str, "target": str}``.
+
+    Attributes:
+        train: pairs to train on.
+        validation: held-out pairs, or None when there are none.
+        description: what was read, for the log.
+        train_fingerprint: changes when ``train`` does.
+        validation_fingerprint: the same for ``validation``.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    description: str
+    train_fingerprint: str
+    validation_fingerprint: str | None
+
+
+def load_pairs(
+    args: DataArguments,
+    *,
+    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Pairs:
+    """Read the pairs that ``args`` names and hold out a validation part.
+
+    Raises:
+        DataError: for data that is missing, empty, unreadable or without the named columns.
+    """
+    with main_first():
+        origin, held_out_origin = origins(args)
+        percentage = 0.0 if held_out_origin else args.validation_percentage
+        if args.train_file is None and args.dataset_name is None:
+            train, held_out = split_library(origin, percentage)
+        else:
+            rows = _load(origin, args)
+            train, held_out = split_rows(rows, percentage, origin, args, key="source")
+        if held_out_origin:
+            held_out = rows_side(_load(held_out_origin, args))
+    assert train.fingerprint is not None
+    return Pairs(
+        train=train.rows,
+        validation=held_out.rows if held_out else None,
+        description=f"{train.size}: {origin.label}; "
+        f"validation: {held_out.size if held_out else 'none'}",
+        train_fingerprint=train.fingerprint,
+        validation_fingerprint=held_out.fingerprint if held_out else None,
+    )
+
+
+def _load(origin: Origin, args: DataArguments) -> Any:
+    if origin.builder is None:
+        raise DataError(
+            Problem(
+                f"{origin.label} is text without rows",
+                "a pair is a row with a source and a target",
+                f"give a file of rows: {', '.join(ROW_BUILDERS)}",
+            )
+        )
+    columns = {"source": args.source_column, "target": args.target_column}
+    return load_rows(origin, args, columns)
