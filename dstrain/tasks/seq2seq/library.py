@@ -40,7 +40,8 @@ def _side(parts: list[TextPart], without: Sequence[TextPart], origin: Origin) ->
         rows = Dataset.from_generator(
             read_pairs,
             features=FEATURES,
-            gen_kwargs={"parts": parts, "without": list(without)},
+            # Tuples: the parts of a list would be read by a generator each.
+            gen_kwargs={"parts": tuple(parts), "without": tuple(without)},
             fingerprint=fingerprint,
         )
     if not len(rows):
@@ -48,7 +49,9 @@ def _side(parts: list[TextPart], without: Sequence[TextPart], origin: Origin) ->
     return Side(rows, None, fingerprint, f"{len(rows):,} functions of {len(parts):,} files")
 
 
-def read_pairs(parts: list[TextPart], without: list[TextPart]) -> Iterator[dict[str, str]]:
+def read_pairs(
+    parts: tuple[TextPart, ...], without: tuple[TextPart, ...]
+) -> Iterator[dict[str, str]]:
     """The pairs of Python files, in order, without those whose source is also in ``without``."""
     taken = {pair["source"] for part in without for pair in functions_of(_text(part))}
     for part in parts:

@@ -1,0 +1,194 @@
+"""Conversations to samples: the chat template, and the tokens that are answers.
+
+Which tokens are answers follows from rendering alone, so any template works. The template renders
+the messages before an answer, with what it writes to ask for one (``add_generation_prompt``), and
+the same with the answer. Both must be beginnings of the whole conversation; what lies between is
+the answer, with whatever the template ends it by, which the model must learn to write as well.
+
+The text is tokenised whole where that gives the tokens of each beginning, which is what the model
+will see when it is asked; where a token would reach over the edge of an answer, the text is
+tokenised in pieces cut there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dstrain.core.errors import DataError, Problem
+
+IGNORED = -100
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+"""For a tokenizer without a template: a line with the role, the text, EOS after an answer."""
+
+
+class ChatEncoder:
+    """Turns messages into token ids and labels."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, answers: str = "all") -> None:
+        """Keep what encodes.
+
+        Args:
+            tokenizer: with a chat template.
+            answers: "all" for a loss on every answer, "last" on the last one.
+        """
+        self._tokenizer = tokenizer
+        self._answers = answers
+
+    def __call__(
+        self, messages: list[dict[str, str]], place: str = "a conversation"
+    ) -> tuple[list[int], list[int]]:
+        """Token ids, and labels that are -100 outside answers, both of one length.
+
+        The first label is always -100: no token before it could predict it.
+
+        Raises:
+            DataError: the template refuses the conversation, or renders its beginning in another
+                way when more follows.
+        """
+        text, spans = self.answer_spans(messages, place)
+        edges = sorted({edge for span in spans for edge in span})
+        pieces = self._pieces(text, edges)
+        ids: list[int] = []
+        labels: list[int] = []
+        starts = {start for start, _ in spans}
+        for start, piece in zip([0, *edges], pieces, strict=True):
+            ids += piece
+            labels += piece if start in starts else [IGNORED] * len(piece)
+        if labels:
+            labels[0] = IGNORED
+        return ids, labels
+
+    def answer_spans(
+        self, messages: list[dict[str, str]], place: str = "a conversation"
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and where answers start and end in it, in characters."""
+        text = self._render(messages, place)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self._answers == "last":
+            turns = turns[-1:]
+        spans = []
+        for turn in turns:
+            before = self._render(messages[:turn], place, asks=True)
+            after = self._render(messages[: turn + 1], place)
+            if not after.startswith(before):
+                raise _no_prefix(turn, place, text, before, "what asks for it")
+            if not text.startswith(after):
+                raise _no_prefix(turn, place, text, after, "the conversation up to it")
+            spans.append((len(before), len(after)))
+        return text, spans
+
+    def _render(self, messages: list[dict[str, str]], place: str, *, asks: bool = False) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=asks
+                )
+            )
+        except Exception as error:  # a template can raise anything
+            raise DataError(
+                Problem(
+                    f"the chat template cannot render {place}",
+                    f"{type(error).__name__}: {error}",
+                    "mend or leave out the row, or give another template with --chat_template",
+                )
+            ) from error
+
+    def _pieces(self, text: str, edges: Sequence[int]) -> list[list[int]]:
+        """Token ids of the text between edges: those of the whole text where it can be cut so."""
+        whole = self._ids(text)
+        cuts = [0]
+        for edge in edges:
+            head = self._ids(text[:edge])
+            if whole[: len(head)] != head:
+                bounds = [0, *edges, len(text)]
+                return [self._ids(text[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+            cuts.append(len(head))
+        return [whole[a:b] for a, b in zip(cuts, [*cuts[1:], len(whole)], strict=True)]
+
+    def _ids(self, text: str) -> list[int]:
+        if not text:
+            return []
+        # The template writes the special tokens itself.
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _no_prefix(turn: int, place: str, text: str, part: str, name: str) -> DataError:
+    same = next((i for i, (a, b) in enumerate(zip(text, part, strict=False)) if a != b), len(text))
+    return DataError(
+        Problem(
+            f"the chat template does not render message {turn + 1} of {place} in its place",
+            f"{name} ends with {part[max(0, same - 20) : same + 20]!r}, where the whole "
+            f"conversation has {text[max(0, same - 20) : same + 20]!r}, so the tokens of the "
+            "answer cannot be told",
+            "set --train_on_answers last if only earlier turns change, or give another template "
+            "with --chat_template",
+        )
+    )
+
+
+def shorten(ids: list[int], labels: list[int], length: int) -> tuple[list[int], list[int]] | None:
+    """The first ``length`` tokens; None when no token of an answer is among them."""
+    ids, labels = ids[:length], labels[:length]
+    return (ids, labels) if any(label != IGNORED for label in labels) else None
+
+
+def pack(
+    conversations: Sequence[tuple[list[int], list[int]]], block_size: int
+) -> list[list[tuple[list[int], list[int]]]]:
+    """Put whole conversations into blocks of at most ``block_size`` tokens, first fit in order."""
+    blocks: list[list[tuple[list[int], list[int]]]] = []
+    room: list[int] = []
+    for conversation in conversations:
+        size = len(conversation[0])
+        place = next((i for i, left in enumerate(room) if left >= size), None)
+        if place is None:
+            place = len(blocks)
+            blocks.append([])
+            room.append(block_size)
+        blocks[place].append(conversation)
+        room[place] -= size
+    return blocks
+
+
+def collate_conversations(
+    samples: Sequence[dict[str, Any]], *, pad_token_id: int = 0
+) -> dict[str, Any]:
+    """A batch of samples, padded on the right to the longest of them.
+
+    Returns:
+        ``input_ids`` and ``labels``, int64 of shape (batch, length), labels -100 on padding. With
+        packed samples also ``position_ids`` of that shape, which begin again at 0 with each
+        conversation and with the padding: from them, and only without an ``attention_mask`` and
+        without a cache, transformers lets no conversation attend to another. Else, where something
+        was padded, ``attention_mask``.
+    """
+    length = max(len(sample["input_ids"]) for sample in samples)
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        rows = np.full((len(samples), length), value, dtype=np.int64)
+        for row, sample in zip(rows, samples, strict=True):
+            row[: len(sample[name])] = sample[name]
+        return torch.from_numpy(rows)
+
+    batch: dict[str, Any] = {
+        "input_ids": padded("input_ids", pad_token_id),
+        "labels": padded("labels", IGNORED),
+    }
+    lengths = np.array([len(sample["input_ids"]) for sample in samples])[:, None]
+    places = np.arange(length)[None, :]
+    if "position_ids" in samples[0]:
+        positions = padded("position_ids", 0)
+        beyond = torch.from_numpy(np.maximum(places - lengths, 0))  # 0, 1, ... in the padding
+        return batch | {"position_ids": positions + beyond, "use_cache": False}
+    if (lengths < length).any():
+        batch["attention_mask"] = torch.from_numpy((places < lengths).astype(np.int64))
+    return batch

@@ -1,0 +1,192 @@
+"""Samples of conversations, made once per machine and memory-mapped after that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.core.log import get_logger
+from dstrain.tasks.causal_lm.arguments import DataArguments
+from dstrain.tasks.causal_lm.chat import DEFAULT_TEMPLATE, ChatEncoder, pack, shorten
+from dstrain.tasks.causal_lm.conversations import messages_of
+from dstrain.tasks.causal_lm.sources import Documents
+from dstrain.tasks.common.cache import fingerprint_tokenizer
+
+PACKED_TOGETHER = 1000
+"""Conversations that share blocks; more would leave less room empty, and take longer to place."""
+_VERSION = 1  # of the samples; raise it when the same input gives others
+
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ChatSamples:
+    """Samples of both splits: ``input_ids`` and ``labels``, packed ones with ``position_ids``.
+
+    Attributes:
+        train: samples to train on.
+        validation: held-out samples, or None when nothing was held out.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> None:
+    """Give the tokenizer the template of ``--chat_template``, or a simple one where it has none.
+
+    It is saved with the tokenizer.
+
+    Raises:
+        DataError: the file cannot be read, or the default needs an EOS token that is not there.
+    """
+    if args.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(args.chat_template).expanduser().read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise DataError(
+                Problem(
+                    f"--chat_template {args.chat_template} cannot be read",
+                    str(error),
+                    "give a file with a Jinja template",
+                )
+            ) from error
+    elif tokenizer.chat_template is None:
+        if tokenizer.eos_token is None:
+            raise DataError(
+                Problem(
+                    "the tokenizer has neither a chat template nor an EOS token",
+                    "the default template ends every answer with EOS",
+                    "give --chat_template, or another tokenizer",
+                )
+            )
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+        _logger.info("the tokenizer has no chat template: it gets a simple one")
+
+
+def prepare_chat(
+    conversations: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    *,
+    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> ChatSamples:
+    """Tokenise both splits of ``conversations``, or find them done by an earlier run.
+
+    A conversation of more than ``block_size`` tokens keeps the first ones; it is left out when no
+    token of an answer is among them. Both are counted in the log. With ``packing`` whole
+    conversations share blocks of at most ``block_size`` tokens.
+
+    Raises:
+        DataError: a conversation that the template cannot render, or a split without a sample.
+    """
+
+    def encode(name: str, rows: Any, fingerprint: str | None, limit: int | None) -> Dataset:
+        facts = [
+            _VERSION,
+            fingerprint,
+            fingerprint_tokenizer(tokenizer),
+            tokenizer.chat_template,
+            *(args.block_size, args.train_on_answers),
+            tokenizers.__version__,
+        ]
+        samples = rows.map(
+            _encode,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "args": args},
+            remove_columns=rows.column_names,
+            new_fingerprint=_hash(facts),
+            desc=f"Tokenising {name}",
+        )
+        _report(name, rows, samples, args.block_size)
+        samples = samples.remove_columns(["num_tokens"])
+        if args.packing:
+            samples = samples.map(
+                _pack,
+                batched=True,
+                batch_size=PACKED_TOGETHER,
+                fn_kwargs={"block_size": args.block_size},
+                new_fingerprint=_hash(["packed", PACKED_TOGETHER, *facts]),
+                desc=f"Packing {name}",
+            )
+        if limit is not None:
+            samples = samples.select(range(min(limit, len(samples))))
+        return samples.with_format("numpy")
+
+    with main_first():
+        train = encode(
+            "train", conversations.train, conversations.train_fingerprint, args.max_train_samples
+        )
+        held_out = None
+        if conversations.validation is not None:
+            held_out = encode(
+                "validation",
+                conversations.validation,
+                conversations.validation_fingerprint,
+                args.max_eval_samples,
+            )
+    return ChatSamples(train, held_out)
+
+
+def _report(name: str, rows: Dataset, samples: Dataset, block_size: int) -> None:
+    """Say how many conversations lost tokens, or all of them."""
+    if not len(samples):
+        raise DataError(
+            Problem(
+                f"no {name} conversation has an answer within block_size={block_size} tokens",
+                f"all {len(rows):,} are longer before their first answer",
+                "raise --block_size",
+            )
+        )
+    cut = int((np.asarray(samples["num_tokens"]) > block_size).sum())
+    left_out = len(rows) - len(samples)
+    if cut or left_out:
+        _logger.warning(
+            "%s: of %s conversations %s are cut to block_size=%s tokens and %s are left out, with "
+            "no answer in them",
+            name,
+            f"{len(rows):,}",
+            f"{cut:,}",
+            block_size,
+            f"{left_out:,}",
+        )
+
+
+def _encode(
+    rows: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, args: DataArguments
+) -> dict[str, list[Any]]:
+    encode = ChatEncoder(tokenizer, answers=args.train_on_answers)
+    found: dict[str, list[Any]] = {"input_ids": [], "labels": [], "num_tokens": []}
+    for conversation, place in zip(rows["conversation"], rows["place"], strict=True):
+        ids, labels = encode(messages_of({"conversation": conversation}), place)
+        kept = shorten(ids, labels, args.block_size)
+        if kept is not None:
+            found["input_ids"].append(kept[0])
+            found["labels"].append(kept[1])
+            found["num_tokens"].append(len(ids))
+    return found
+
+
+def _pack(rows: dict[str, list[list[int]]], *, block_size: int) -> dict[str, list[Any]]:
+    conversations = list(zip(rows["input_ids"], rows["labels"], strict=True))
+    blocks = pack(conversations, block_size)
+    return {
+        "input_ids": [[token for ids, _ in block for token in ids] for block in blocks],
+        "labels": [[label for _, labels in block for label in labels] for block in blocks],
+        "position_ids": [[p for ids, _ in block for p in range(len(ids))] for block in blocks],
+    }
+
+
+def _hash(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -1,0 +1,234 @@
+"""Conversations: what a row may look like, reading them with the place of every mistake.
+
+A row is one of
+
+* ``{"messages": [{"role": ..., "content": ...}, ...]}``, roles ``ROLES``;
+* ``{"conversations": [...]}`` of such messages, or of ShareGPT's ``{"from": "human", "value": ...}``;
+* ``{"prompt": "...", "completion": "..."}``: a user's message and the answer to it.
+
+Other keys of a row are left aside. Every conversation has an answer, that is a message of the
+assistant with text in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Value, load_dataset
+
+from dstrain.core.errors import DataError, Problem, nearest
+from dstrain.tasks.causal_lm.arguments import DataArguments
+from dstrain.tasks.causal_lm.sources import Documents
+from dstrain.tasks.common.files import origins
+from dstrain.tasks.common.origin import ROW_BUILDERS, Origin, explained, fingerprint_of
+from dstrain.tasks.common.rows import rows_side, split_rows
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+MOST_PROBLEMS = 10
+"""Reading stops after as many bad rows, which then come in one error."""
+FEATURES = Features({"conversation": Value("string"), "place": Value("string")})
+
+Messages = list[dict[str, str]]
+
+
+def load_conversations(
+    args: DataArguments,
+    *,
+    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Documents:
+    """Read the conversations that ``args`` names and hold out a part by the hash of their content.
+
+    Returns:
+        rows ``{"conversation": messages as JSON, "place": where it stands}``.
+
+    Raises:
+        DataError: for data that is missing, empty or unreadable, and for rows that are no
+            conversation, with file and line.
+    """
+    with main_first():
+        origin, held_out_origin = origins(args)
+        percentage = 0.0 if held_out_origin else args.validation_percentage
+        train, held_out = split_rows(
+            _load(origin, args), percentage, origin, args, key="conversation"
+        )
+        if held_out_origin:
+            held_out = rows_side(_load(held_out_origin, args))
+    return Documents(
+        train=train.rows,
+        validation=held_out.rows if held_out else None,
+        description=f"{train.size} of conversations: {origin.label}; "
+        f"validation: {held_out.size if held_out else 'none'}",
+        train_fingerprint=train.fingerprint,
+        validation_fingerprint=held_out.fingerprint if held_out else None,
+    )
+
+
+def messages_of(row: dict[str, str]) -> Messages:
+    """The messages of a row that ``load_conversations`` has read."""
+    messages: Messages = json.loads(row["conversation"])
+    return messages
+
+
+def _load(origin: Origin, args: DataArguments) -> Dataset:
+    if origin.builder is None:
+        raise DataError(
+            Problem(
+                f"{origin.label} is text without rows",
+                "a conversation is a row with messages",
+                f"give a file of rows: {', '.join(ROW_BUILDERS)}",
+            )
+        )
+    with explained(origin):
+        rows = None
+        if origin.builder == "json" and origin.files:
+            paths = [Path(file) for file in origin.files]
+            facts = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+            fingerprint = fingerprint_of(["conversations", facts])
+        else:
+            rows = load_dataset(
+                origin.builder,
+                None if origin.files else args.dataset_config_name,
+                data_files=list(origin.files) or None,
+                split=origin.split,
+            )
+            fingerprint = fingerprint_of(["conversations", rows._fingerprint])
+        found = Dataset.from_generator(
+            read_conversations,
+            features=FEATURES,
+            gen_kwargs={"origin": origin, "rows": rows},
+            fingerprint=fingerprint,
+        )
+    if not len(found):
+        raise origin.empty()
+    return found
+
+
+def read_conversations(origin: Origin, rows: Dataset | None) -> Iterator[dict[str, str]]:
+    """The conversations of JSON files, or of the rows of another source.
+
+    Raises:
+        DataError: the first ``MOST_PROBLEMS`` rows that are none, each with its place.
+    """
+    problems: list[Problem] = []
+    placed = _placed_json(origin.files) if rows is None else _placed_rows(rows, origin)
+    for place, row in placed:
+        messages = messages_in(row, place)
+        if isinstance(messages, Problem):
+            problems.append(messages)
+            if len(problems) == MOST_PROBLEMS:
+                break
+        elif not problems:
+            conversation = json.dumps(messages, ensure_ascii=False)
+            yield {"conversation": conversation, "place": place}
+    if problems:
+        raise DataError(problems)
+
+
+def _placed_json(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Values of JSON files with their places: one per line, or the items of one array."""
+    for file in files:
+        with open(file, encoding="utf-8") as lines:
+            start = lines.read(1)
+            lines.seek(0)
+            if start == "[":
+                values = json.load(lines)
+                yield from ((f"item {n} of {file}", v) for n, v in enumerate(values, start=1))
+                continue
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    place = f"line {number} of {file}"
+                    try:
+                        value = json.loads(line)
+                    except ValueError as error:
+                        raise DataError(
+                            Problem(f"{place} is not JSON", str(error), "mend the file")
+                        ) from None
+                    yield place, value
+
+
+def _placed_rows(rows: Dataset, origin: Origin) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number} of {origin.label}", row
+
+
+def messages_in(row: Any, place: str) -> Messages | Problem:
+    """The messages of a row as it was written, or what is wrong with it."""
+    if not isinstance(row, dict):
+        return Problem(f"{place} is not an object", f"it holds {_kind(row)}", _shapes())
+    for key in ("messages", "conversations"):
+        if row.get(key) is not None:
+            return _checked(row[key], f"{key!r} in {place}")
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        pair = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        return _checked(pair, place)
+    keys = ", ".join(map(repr, row)) or "none"
+    return Problem(f"{place} holds no conversation", f"its keys are {keys}", _shapes())
+
+
+def _shapes() -> str:
+    return "a row has 'messages', 'conversations', or 'prompt' and 'completion'"
+
+
+def _checked(found: Any, place: str) -> Messages | Problem:
+    if not isinstance(found, list):
+        return Problem(
+            f"{place} is {_kind(found)}", "a list of messages is expected", "mend the data"
+        )
+    if not found:
+        return Problem(f"{place} is empty", "a conversation has a message", "leave the row out")
+    messages: Messages = []
+    for number, message in enumerate(found, start=1):
+        checked = _message(message, f"message {number} of {place}")
+        if isinstance(checked, Problem):
+            return checked
+        messages.append(checked)
+    if all(message["role"] != "assistant" for message in messages):
+        return Problem(
+            f"{place} has no answer",
+            "the loss is on messages of the assistant, and there is none",
+            "leave the row out",
+        )
+    return messages
+
+
+def _message(message: Any, place: str) -> dict[str, str] | Problem:
+    if not isinstance(message, dict):
+        return Problem(
+            f"{place} is {_kind(message)}",
+            "an object with 'role' and 'content' is expected",
+            "mend the data",
+        )
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        close = nearest(role, set(ROLES)) if isinstance(role, str) else None
+        return Problem(
+            f"{place} has the role {role!r}",
+            f"roles are {', '.join(ROLES)}",
+            f"did you mean {close!r}?" if close else "rename the role",
+        )
+    if not isinstance(content, str):
+        return Problem(
+            f"{place} has a content that is {_kind(content)}",
+            "text is expected; tool calls, images and lists of parts are not supported",
+            "write the content as one text, or leave the row out",
+        )
+    if role == "assistant" and not content.strip():
+        return Problem(
+            f"{place} is an empty answer", "there is nothing to learn from it", "leave the row out"
+        )
+    return {"role": role, "content": content}
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__} ({str(value)[:40]!r})"
