@@ -190,7 +190,7 @@ def before_data(job, monkeypatch):
     def reached(*args, **kwargs):
         raise AssertionError("data was read before the error was found")
 
-    monkeypatch.setattr(job, "_prepare_data", reached)
+    monkeypatch.setattr(job, "prepare_data", reached)
 
 
 @pytest.fixture

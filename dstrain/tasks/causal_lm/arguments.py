@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dstrain.core.errors import Problem
 from dstrain.tasks.common.arguments import SourceArguments, StartArguments, too_small
@@ -12,6 +13,7 @@ DEFAULT_MODEL = (
     "num_key_value_heads=4,tie_word_embeddings=true"
 )
 """A model small enough to learn something in minutes on two CPU cores (4 million parameters)."""
+DEFAULT_PROMPT = "def __init__(self,"
 
 
 @dataclass
@@ -25,9 +27,13 @@ class ModelArguments(StartArguments):
             "llama:hidden_size=256,num_hidden_layers=4. Default: a llama of 4 million parameters."
         },
     )
-    completion_prompt: str = field(
-        default="def __init__(self,",
-        metadata={"help": "Text that the trained model completes at the end; empty for none."},
+    completion_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text that the trained model completes at the end, or with chat data what the "
+            f"user says; empty for none. Default: {DEFAULT_PROMPT!r}, or with chat data the first "
+            "held-out conversation up to its last answer."
+        },
     )
     completion_tokens: int = field(
         default=48,
@@ -39,7 +45,7 @@ class ModelArguments(StartArguments):
 
 @dataclass
 class DataArguments(SourceArguments):
-    """How text is read and cut into samples.
+    """How text or conversations are read and become samples.
 
     With neither ``train_file`` nor ``dataset_name`` the text is the source code of the standard
     library of the running interpreter, which needs no network.
@@ -53,9 +59,39 @@ class DataArguments(SourceArguments):
             "source of the running Python's standard library."
         },
     )
+    data_format: str = field(
+        default="text",
+        metadata={
+            "help": "What a row is: text to be continued, or chat, a conversation to be answered "
+            "(messages, conversations, or prompt and completion), with the loss on answers only.",
+            "choices": ("text", "chat"),
+        },
+    )
     text_column: str = field(
         default="text",
         metadata={"help": "Column of jsonl, csv, parquet and dataset rows with the text."},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "File with the Jinja template that writes conversations; saved with the "
+            "tokenizer. Default: the tokenizer's own, or a simple one."
+        },
+    )
+    train_on_answers: str = field(
+        default="all",
+        metadata={
+            "help": "Which answers of a conversation are learned.",
+            "choices": ("all", "last"),
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Put several conversations into one sample of --block_size tokens, none of "
+            "which sees another; else each is a sample of its own, padded to the longest of its "
+            "batch. Text is always packed."
+        },
     )
     streaming: bool = field(
         default=False,
@@ -66,9 +102,72 @@ class DataArguments(SourceArguments):
     )
     block_size: int = field(
         default=512,
-        metadata={"help": "Tokens per sample: documents are joined and cut into such blocks."},
+        metadata={
+            "help": "Tokens per sample: documents are joined and cut into such blocks. A longer "
+            "conversation keeps its first tokens, and is left out where no answer is among them."
+        },
     )
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows are conversations."""
+        return self.data_format == "chat"
 
     def _problems(self) -> list[Problem]:
         minimums = {"block_size": (2, "a block needs a token to read and one to predict")}
-        return [*super()._problems(), *too_small(self, minimums)]
+        problems = [*super()._problems(), *too_small(self, minimums)]
+        return problems + (_chat_problems(self) if self.is_chat else _text_problems(self))
+
+
+def _text_problems(args: DataArguments) -> list[Problem]:
+    given = {
+        "chat_template": args.chat_template,
+        "train_on_answers": None if args.train_on_answers == "all" else args.train_on_answers,
+        "packing": args.packing or None,
+    }
+    return [
+        Problem(
+            f"--{name} {value} with --data_format text",
+            f"--{name} says how conversations become samples",
+            f"add --data_format chat, or drop --{name}",
+        )
+        for name, value in given.items()
+        if value is not None
+    ]
+
+
+def _chat_problems(args: DataArguments) -> list[Problem]:
+    problems = []
+    if args.train_file is None and args.dataset_name is None:
+        problems.append(
+            Problem(
+                "--data_format chat without data",
+                "there are no conversations in the standard library",
+                "give --train_file or --dataset_name",
+            )
+        )
+    if args.streaming:
+        problems.append(
+            Problem(
+                "--streaming with --data_format chat",
+                "every conversation is checked before training",
+                "drop --streaming",
+            )
+        )
+    if args.text_column != "text":
+        problems.append(
+            Problem(
+                f"--text_column {args.text_column} with --data_format chat",
+                "a conversation is in 'messages', 'conversations', or 'prompt' and 'completion'",
+                "drop --text_column, and rename the column",
+            )
+        )
+    if args.chat_template is not None and not Path(args.chat_template).expanduser().is_file():
+        problems.append(
+            Problem(
+                f"--chat_template {args.chat_template} is no file",
+                f"looked for {Path(args.chat_template).expanduser().absolute()}",
+                "give a file with a Jinja template",
+            )
+        )
+    return problems

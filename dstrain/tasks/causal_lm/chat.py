@@ -67,12 +67,19 @@ class ChatEncoder:
             labels[0] = IGNORED
         return ids, labels
 
+    def question(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation that waits for an answer, as ``__call__`` trains it."""
+        return self._ids(self._render(messages, "the conversation", asks=True))
+
     def answer_spans(
         self, messages: list[dict[str, str]], place: str = "a conversation"
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and where answers start and end in it, in characters."""
+        """The whole text, and where answers start and end in it, in characters.
+
+        A greeting, a first message of the assistant, answers nothing.
+        """
         text = self._render(messages, place)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
         if self._answers == "last":
             turns = turns[-1:]
         spans = []

@@ -3,19 +3,18 @@
 A row is one of
 
 * ``{"messages": [{"role": ..., "content": ...}, ...]}``, roles ``ROLES``;
-* ``{"conversations": [...]}`` of such messages, or of ShareGPT's ``{"from": "human", "value": ...}``;
+* ``{"conversations": [...]}`` of such messages, or of ShareGPT's, ``{"from": ..., "value": ...}``;
 * ``{"prompt": "...", "completion": "..."}``: a user's message and the answer to it.
 
-Other keys of a row are left aside. Every conversation has an answer, that is a message of the
-assistant with text in it.
+Other keys of a row are left aside. Every conversation has an answer: a message of the assistant
+with text in it and another message before it. A greeting before anything was said is read only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from dstrain.tasks.causal_lm.arguments import DataArguments
 from dstrain.tasks.causal_lm.sources import Documents
 from dstrain.tasks.common.files import origins
 from dstrain.tasks.common.origin import ROW_BUILDERS, Origin, explained, fingerprint_of
-from dstrain.tasks.common.rows import rows_side, split_rows
+from dstrain.tasks.common.rows import rows_side, split_rows, text_options
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -96,6 +95,7 @@ def _load(origin: Origin, args: DataArguments) -> Dataset:
                 None if origin.files else args.dataset_config_name,
                 data_files=list(origin.files) or None,
                 split=origin.split,
+                **text_options(origin, ("prompt", "completion")),
             )
             fingerprint = fingerprint_of(["conversations", rows._fingerprint])
         found = Dataset.from_generator(
@@ -191,10 +191,10 @@ def _checked(found: Any, place: str) -> Messages | Problem:
         if isinstance(checked, Problem):
             return checked
         messages.append(checked)
-    if all(message["role"] != "assistant" for message in messages):
+    if all(message["role"] != "assistant" for message in messages[1:]):
         return Problem(
             f"{place} has no answer",
-            "the loss is on messages of the assistant, and there is none",
+            "the loss is on messages of the assistant to which something led, and there is none",
             "leave the row out",
         )
     return messages

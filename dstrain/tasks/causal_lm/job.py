@@ -1,17 +1,17 @@
-"""The main job: data, tokenizer, model; evaluate, train, evaluate, save, complete a line."""
+"""The main job: data, model; evaluate, train, evaluate, save, complete a line or a conversation."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.core.errors import ConfigError, DataError, Problem, collected, raise_errors
+from dstrain.core.errors import ConfigError, Problem, collected, raise_errors
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, main_first, require_equal
+from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.core.seeds import seed_everything
+from dstrain.data import forward_columns
 from dstrain.engine import full_numel
 from dstrain.models import (
     build_causal_lm,
@@ -20,12 +20,16 @@ from dstrain.models import (
     max_length,
     parse_model_config,
 )
-from dstrain.tasks.causal_lm.arguments import DEFAULT_MODEL, DataArguments, ModelArguments
-from dstrain.tasks.causal_lm.packing import collate_blocks
-from dstrain.tasks.causal_lm.prepare import PackedData, prepare
-from dstrain.tasks.causal_lm.sources import Documents, load_documents
+from dstrain.tasks.causal_lm.arguments import (
+    DEFAULT_MODEL,
+    DEFAULT_PROMPT,
+    DataArguments,
+    ModelArguments,
+)
+from dstrain.tasks.causal_lm.chat import ChatEncoder
+from dstrain.tasks.causal_lm.conversations import messages_of
+from dstrain.tasks.causal_lm.data import PreparedData, prepare_data
 from dstrain.tasks.causal_lm.trainer import CausalLMTrainer
-from dstrain.tasks.common.cache import fingerprint_tokenizer
 from dstrain.tasks.common.job import (
     check_vocabulary,
     refuse_evaluation,
@@ -33,7 +37,6 @@ from dstrain.tasks.common.job import (
     start_errors,
     train_and_report,
 )
-from dstrain.tasks.common.tokenizer import prepare_tokenizer
 from dstrain.trainer.build import resolve_config, start_run
 
 logger = get_logger(__name__)
@@ -49,32 +52,32 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
     # Everything that can be wrong is looked at before data is read or a model is built.
     with all_or_none():
         _check(args, model_args, data_args, ranks)
-    documents, tokenizer, packed = _prepare_data(data_args, model_args, ranks)
-    if packed.validation is None:
+    data = prepare_data(data_args, model_args.model_name_or_path, ranks)
+    if data.validation is None:
         refuse_evaluation(args, "the training text is too short to hold a part of it out")
-    logger.info("data: %s", documents.description)
-    model = _build_model(args, model_args, data_args, tokenizer, ranks)
+    logger.info("data: %s", data.description)
+    model = _build_model(args, model_args, data_args, data.tokenizer, ranks)
     logger.info(
         "model: %s, %s parameters",
         type(model).__name__,
         f"{sum(full_numel(p) for p in model.parameters()):,}",
     )
-    pad = tokenizer.pad_token_id
+    if data_args.packing:
+        _check_packing(model)
     trainer = CausalLMTrainer(
         model,
         args,
-        data_collator=functools.partial(collate_blocks, pad_token_id=0 if pad is None else pad),
-        train_dataset=packed.train,
-        eval_dataset=packed.validation,
-        processing_class=tokenizer,
-        tokens_per_byte=packed.tokens_per_byte,
+        data_collator=data.collate,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+        tokens_per_byte=data.tokens_per_byte,
         sequence_length=data_args.block_size,
     )
-    prompt = model_args.completion_prompt
     train_and_report(
         trainer,
         figures=("loss", "perplexity", "bits_per_byte"),
-        show=(lambda: _completion(trainer, model_args)) if prompt else None,
+        show=lambda: _shown(trainer, data, model_args),
     )
 
 
@@ -97,30 +100,6 @@ def _build_model(
     )
     seed_everything(args.seed)
     return load_causal_lm(name, resolved) if name else build_causal_lm(config, resolved)
-
-
-def _prepare_data(
-    data_args: DataArguments, model_args: ModelArguments, ranks: Ranks
-) -> tuple[Documents, Any, PackedData]:
-    """Documents, tokenizer and blocks; one rank per machine prepares, the others load."""
-    first = functools.partial(main_first, ranks)
-    documents = load_documents(data_args, main_first=first)
-    tokenizer = prepare_tokenizer(
-        documents.train,
-        name=data_args.tokenizer_name or model_args.model_name_or_path,
-        vocab_size=data_args.vocab_size,
-        fingerprint=documents.train_fingerprint,
-        text_of=lambda row: str(row["text"]),
-        main_first=first,
-    )
-    packed = prepare(documents, tokenizer, data_args, ranks=ranks, main_first=first)
-    sizes = [len(part) if hasattr(part, "__len__") else None for part in _parts(packed)]
-    require_equal("the prepared data", (fingerprint_tokenizer(tokenizer), *sizes), DataError)
-    return documents, tokenizer, packed
-
-
-def _parts(packed: PackedData) -> list[Any]:
-    return [packed.train, packed.validation]
 
 
 def _check(
@@ -176,20 +155,63 @@ def _check_block_size(data_args: DataArguments, config: Any) -> None:
         )
 
 
-def _completion(trainer: CausalLMTrainer, model_args: ModelArguments) -> str:
-    """The prompt and its greedy continuation; all ranks generate together, as ZeRO-3 needs."""
+def _check_packing(model: Any) -> None:
+    """Refuse to pack for a model that could not keep conversations apart.
+
+    Raises:
+        ConfigError: its ``forward`` takes no ``position_ids``.
+    """
+    if "position_ids" not in (forward_columns(model) or []):
+        raise ConfigError(
+            Problem(
+                f"packing=True with {type(model).__name__}",
+                "packed conversations are kept apart by position_ids, and this model takes none",
+                "drop --packing",
+            )
+        )
+
+
+def _shown(trainer: CausalLMTrainer, data: PreparedData, model_args: ModelArguments) -> str:
+    """What the trained model makes of the prompt; nothing where the prompt is empty."""
+    prompt, length = model_args.completion_prompt, model_args.completion_tokens
+    if prompt == "":
+        return ""
+    if data.conversations is None:
+        prompt = prompt or DEFAULT_PROMPT
+        ids = data.tokenizer(prompt)["input_ids"]
+        text = data.tokenizer.decode(
+            [*ids, *_generate(trainer, ids, length)], skip_special_tokens=True
+        )
+        return f"completion of {prompt!r}:\n{str(text).rstrip()}"
+    if prompt:
+        messages, reference = [{"role": "user", "content": prompt}], ""
+    elif not len(data.conversations):
+        return ""
+    else:
+        messages = messages_of(data.conversations[0])
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        messages, reference = messages[:last], messages[last]["content"]
+    asked = ChatEncoder(data.tokenizer).question(messages)
+    text = data.tokenizer.decode(_generate(trainer, asked, length), skip_special_tokens=True)
+    lines = [f"  {message['role']}: {message['content'].strip()}" for message in messages]
+    lines.append(f"  answer of the model: {str(text).strip()}")
+    if reference:
+        lines.append(f"  answer in the data:  {reference.strip()}")
+    return "\n".join(["a conversation:", *lines])
+
+
+def _generate(trainer: CausalLMTrainer, prompt: list[int], length: int) -> list[int]:
+    """The greedy continuation of a prompt; all ranks generate together, as ZeRO-3 needs."""
     model: Any = trainer.model
-    tokenizer = trainer.processing_class
     model.eval()
-    device = next(model.parameters()).device
-    prompt = tokenizer(model_args.completion_prompt, return_tensors="pt").to(device)
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
     with torch.no_grad():
         tokens = model.generate(
-            input_ids=prompt["input_ids"],
-            attention_mask=prompt["attention_mask"],
-            max_new_tokens=model_args.completion_tokens,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=length,
             do_sample=False,
             no_repeat_ngram_size=4,  # a small model would repeat itself for ever
         )
-    text = str(tokenizer.decode(tokens[0], skip_special_tokens=True)).rstrip()
-    return f"completion of {model_args.completion_prompt!r}:\n{text}"
+    continuation: list[int] = tokens[0, len(prompt) :].tolist()
+    return continuation

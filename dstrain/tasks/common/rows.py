@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
@@ -41,8 +41,6 @@ def load_rows(
     """
     assert origin.builder is not None
     num_proc = None if streaming else args.preprocessing_num_workers
-    # Else pandas would guess: a column of figures would be numbers, and "None" no text.
-    options = {"dtype": str, "keep_default_na": False} if origin.is_csv else {}
     with explained(origin):
         rows = load_dataset(
             origin.builder,
@@ -51,7 +49,7 @@ def load_rows(
             split=origin.split,
             streaming=streaming,
             num_proc=num_proc,
-            **options,
+            **text_options(origin, columns.values()),
         )
         first = next(iter(rows), None)
         if first is None:
@@ -79,6 +77,16 @@ def load_rows(
             remedy = f"name another column with {flags}, or give other data"
             raise DataError(Problem(f"{origin.label} holds no text", why, remedy))
     return rows
+
+
+def text_options(origin: Origin, columns: Iterable[str]) -> dict[str, Any]:
+    """What makes ``load_dataset`` read columns of a CSV file as they are written.
+
+    Else pandas would guess: a column of figures would be numbers, and "None" no text.
+    """
+    if not origin.is_csv:
+        return {}
+    return {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
 
 
 def _check_column(

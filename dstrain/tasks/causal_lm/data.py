@@ -1,0 +1,116 @@
+"""The data of a run, whichever its format: tokenizer, samples of both splits, their collator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from dstrain.core.errors import DataError
+from dstrain.core.ranks import Ranks, main_first, require_equal
+from dstrain.tasks.causal_lm.arguments import DataArguments
+from dstrain.tasks.causal_lm.chat import collate_conversations
+from dstrain.tasks.causal_lm.chat_prepare import prepare_chat, set_template
+from dstrain.tasks.causal_lm.conversations import load_conversations, messages_of
+from dstrain.tasks.causal_lm.packing import collate_blocks
+from dstrain.tasks.causal_lm.prepare import prepare
+from dstrain.tasks.causal_lm.sources import Documents, load_documents
+from dstrain.tasks.common.cache import fingerprint_tokenizer
+from dstrain.tasks.common.tokenizer import prepare_tokenizer
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a model trains on.
+
+    Attributes:
+        description: what was read, for the log.
+        tokenizer: a named one, or one trained on the training split.
+        train: samples to train on.
+        validation: held-out samples, or None.
+        collate: list of samples -> batch.
+        tokens_per_byte: of the validation text, for bits per byte; None without it, and of
+            conversations, whose loss is on a part of their tokens.
+        conversations: the held-out conversations themselves; None for text.
+    """
+
+    description: str
+    tokenizer: Any
+    train: Any
+    validation: Any
+    collate: Callable[[list[Any]], Any]
+    tokens_per_byte: float | None = None
+    conversations: Dataset | None = None
+
+
+def prepare_data(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
+    """Read, tokenise and cut; one rank per machine prepares, the others load.
+
+    Raises:
+        DataError: for data that cannot be used, or that differs between ranks.
+    """
+    prepared = (_chat if args.is_chat else _text)(args, model_name, ranks)
+    parts = (prepared.train, prepared.validation)
+    sizes = [len(part) if hasattr(part, "__len__") else None for part in parts]
+    facts = (fingerprint_tokenizer(prepared.tokenizer), *sizes)
+    require_equal("the prepared data", facts, DataError)
+    return prepared
+
+
+def _text(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
+    first = functools.partial(main_first, ranks)
+    documents = load_documents(args, main_first=first)
+    tokenizer = _tokenizer(documents, args, model_name, ranks, lambda row: str(row["text"]))
+    packed = prepare(documents, tokenizer, args, ranks=ranks, main_first=first)
+    return PreparedData(
+        documents.description,
+        tokenizer,
+        packed.train,
+        packed.validation,
+        functools.partial(collate_blocks, pad_token_id=_pad(tokenizer)),
+        tokens_per_byte=packed.tokens_per_byte,
+    )
+
+
+def _chat(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
+    first = functools.partial(main_first, ranks)
+    conversations = load_conversations(args, main_first=first)
+    tokenizer = _tokenizer(conversations, args, model_name, ranks, _spoken)
+    set_template(tokenizer, args)
+    samples = prepare_chat(conversations, tokenizer, args, main_first=first)
+    return PreparedData(
+        conversations.description,
+        tokenizer,
+        samples.train,
+        samples.validation,
+        functools.partial(collate_conversations, pad_token_id=_pad(tokenizer)),
+        conversations=conversations.validation or conversations.train.select([]),
+    )
+
+
+def _tokenizer(
+    documents: Documents,
+    args: DataArguments,
+    model_name: str | None,
+    ranks: Ranks,
+    text_of: Callable[[dict[str, Any]], str],
+) -> Any:
+    return prepare_tokenizer(
+        documents.train,
+        name=args.tokenizer_name or model_name,
+        vocab_size=args.vocab_size,
+        fingerprint=documents.train_fingerprint,
+        text_of=text_of,
+        main_first=functools.partial(main_first, ranks),
+    )
+
+
+def _spoken(row: dict[str, Any]) -> str:
+    return "\n".join(message["content"] for message in messages_of(row))
+
+
+def _pad(tokenizer: Any) -> int:
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
