@@ -40,17 +40,16 @@ def start(home: Path, task: str, rows: list[dict], **given: object) -> Run:
     """Train on two ranks."""
     run = Run(home / "out", home / "rows.jsonl", home / "hf", "")
     run.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = flags(
-        run.folder,
-        train_file=run.data,
-        validation_percentage=15,
-        max_steps=STEPS,
-        learning_rate=1e-2,
-        logging_steps=10,
-        block_size=None,
-        completion_tokens=None,
-        **given,
-    )
+    values: dict[str, object] = {
+        "train_file": run.data,
+        "validation_percentage": 15,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "logging_steps": 10,
+        "block_size": None,
+        "completion_tokens": None,
+    }
+    words = flags(run.folder, **values | given)
     done = launch(
         ["--quiet", "--module", "dstrain", "train", task, *words],
         timeout=TIMEOUT_SECONDS,
