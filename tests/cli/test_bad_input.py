@@ -366,6 +366,56 @@ def test_training_data_that_is_none(tmp_path, capsys, content, name, expected):
         assert part in error
 
 
+BAD_ROLE = {"messages": [{"role": "user", "content": "x"}, {"role": "bot", "content": "y"}]}
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.usefixtures("job", "cache")
+def test_rows_that_are_no_conversation(tmp_path, capsys):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(f'{{"prompt": "a", "completion": "b"}}\n{json.dumps(BAD_ROLE)}\n{{"x": 1}}\n')
+    words = flags(tmp_path / "out", train_file=path, data_format="chat")
+    error = the_error(main([*TRAIN, *words]), capsys.readouterr())
+    assert f"message 2 of 'messages' in line 2 of {path} has the role 'bot'" in error
+    assert f"line 3 of {path} holds no conversation" in error
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {"model_config": TINY_MODEL},
+            ["is a llama, which has no encoder and decoder", "--data_format chat"],
+        ),
+        (
+            {"model_config": "bart:d_model=16,max_position_embeddings=64"},
+            ["max_source_length=512", "at most 64 tokens", "set --max_source_length 64 or less"],
+        ),
+        ({"model_config": "t5:d_modle=16"}, ["'d_modle'", "did you mean 'd_model'?"]),
+        ({"model_config": "t5:vocab_size=100"}, ["embedding has 100 rows"]),
+        (
+            {"source_column": "text"},
+            ["no column 'text'", "--source_column"],
+        ),
+    ],
+)
+@pytest.mark.usefixtures("cache")
+def test_what_is_wrong_with_a_job_on_pairs(tmp_path, capsys, monkeypatch, given, expected):
+    from dstrain.tasks.seq2seq import job
+
+    for name in ("build_seq2seq", "load_seq2seq"):
+        monkeypatch.setattr(job, name, None)
+    rows = [{"source": f"return {i}", "target": f"{i}"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model_config": None, "block_size": None, "completion_tokens": None} | given
+    given["train_file"] = tmp_path / "rows.jsonl"
+    words = flags(tmp_path / "out", **given)
+    error = the_error(main(["train", "seq2seq", *words]), capsys.readouterr())
+    for part in expected:
+        assert part in error
+
+
 @pytest.mark.ranks(1)
 @pytest.mark.usefixtures("job", "cache")
 def test_training_text_too_short_to_hold_out_a_part(tmp_path, capsys):

@@ -226,7 +226,7 @@ def pairs_file(tmp_path):
     return str(path)
 
 
-def test_both_texts_end_with_eos_also_where_they_are_cut(pairs_file, tokenizer):
+def test_both_texts_end_with_eos_also_where_they_are_cut(pairs_file, tokenizer, caplog):
     args = DataArguments(
         train_file=pairs_file,
         validation_percentage=0,
@@ -234,7 +234,10 @@ def test_both_texts_end_with_eos_also_where_they_are_cut(pairs_file, tokenizer):
         max_source_length=12,
         max_target_length=6,
     )
-    encoded = prepare(load_pairs(args), tokenizer, args)
+    with caplog.at_level("INFO"):
+        encoded = prepare(load_pairs(args), tokenizer, args)
+    assert "train: 1 sources of 3 fill all 12 tokens of max_source_length" in caplog.text
+    assert "train: 1 targets of 3 fill all 6 tokens" in caplog.text
     eos = tokenizer.eos_token_id
     for row in encoded.train:
         for ids in (row["input_ids"], row["labels"]):

@@ -9,16 +9,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 import tokenizers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dstrain.core.errors import DataError, Problem
+from dstrain.core.log import get_logger
 from dstrain.tasks.common.cache import fingerprint_tokenizer
 from dstrain.tasks.seq2seq.arguments import DataArguments
 from dstrain.tasks.seq2seq.sources import Pairs
 
 _VERSION = 1  # of the encoded pairs; raise it when the same input gives others
+
+_logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def prepare(
             *(args.source_prefix, args.max_source_length, args.max_target_length),
             tokenizers.__version__,
         ]
-        return rows.map(
+        samples = rows.map(
             _encode,
             batched=True,
             fn_kwargs={"tokenizer": tokenizer, "args": args},
@@ -94,6 +98,8 @@ def prepare(
             new_fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32],
             desc=f"Tokenising {name}",
         )
+        _report(name, samples, args)
+        return samples
 
     with main_first():
         train = encode("train", pairs.train, pairs.train_fingerprint, args.max_train_samples)
@@ -104,6 +110,24 @@ def prepare(
                 "validation", pairs.validation, pairs.validation_fingerprint, args.max_eval_samples
             )
     return EncodedPairs(train, held_out, pairs.validation)
+
+
+def _report(name: str, samples: Dataset, args: DataArguments) -> None:
+    """Say how many samples may have lost their ends."""
+    limits = {"source": ("input_ids", args.max_source_length)}
+    limits["target"] = ("labels", args.max_target_length)
+    for text, (column, limit) in limits.items():
+        lengths = pc.list_value_length(samples.with_format("arrow")[:][column])
+        full = int(pc.sum(pc.equal(lengths, limit)).as_py() or 0)
+        if full:
+            _logger.info(
+                "%s: %s of %s fill all %s tokens of max_%s_length; what was longer is cut",
+                name,
+                f"{full:,} {text}s",
+                f"{len(samples):,}",
+                limit,
+                text,
+            )
 
 
 def _encode(
