@@ -204,6 +204,9 @@ def _generate(trainer: CausalLMTrainer, prompt: list[int], length: int) -> list[
     """The greedy continuation of a prompt; all ranks generate together, as ZeRO-3 needs."""
     model: Any = trainer.model
     model.eval()
+    limit = max_length(model.config)
+    if limit is not None:
+        prompt = prompt[-max(1, limit - length) :]
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     with torch.no_grad():
         tokens = model.generate(
