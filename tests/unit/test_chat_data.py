@@ -8,10 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
-from dstrain.core.errors import DataError
+from dstrain.core.errors import ConfigError, DataError
 from dstrain.core.ranks import Ranks
+from dstrain.tasks.causal_lm import job
 from dstrain.tasks.causal_lm.arguments import DataArguments
 from dstrain.tasks.causal_lm.chat import (
     DEFAULT_TEMPLATE,
@@ -231,10 +238,18 @@ def total_loss(model, batch):
     )
 
 
-def test_packed_conversations_have_the_loss_and_gradient_of_each_alone(tokenizer):
+def tiny_gpt2(vocab_size):
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=vocab_size, n_positions=128, n_embd=32, n_layer=2, n_head=2)
+    )
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_packed_conversations_have_the_loss_and_gradient_of_each_alone(tokenizer, build):
     """Catches attention from one to another, wrong positions and labels across the edges."""
     found = conversations(tokenizer)
-    model = tiny_llama(vocab_size=len(tokenizer)).double().eval()
+    model = build(vocab_size=len(tokenizer)).double().eval()
     alone = sum(
         total_loss(model, collate_conversations([{"input_ids": ids, "labels": labels}]))
         for ids, labels in found
@@ -254,6 +269,13 @@ def test_packed_conversations_have_the_loss_and_gradient_of_each_alone(tokenizer
         assert loss.item() == pytest.approx(alone.item(), rel=1e-10)
         for parameter, expected in zip(model.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_packing_is_refused_for_a_model_without_positions():
+    model = BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=1))
+    with pytest.raises(ConfigError, match="packing=True with BloomForCausalLM"):
+        job._check_packing(model)
+    job._check_packing(tiny_llama())
 
 
 def test_positions_begin_again_in_the_padding():
