@@ -15,6 +15,7 @@ import datasets
 import pytest
 import torch
 
+from dstrain.tasks.seq2seq.metrics import text_metrics
 from tests.cli.corpus import TINY_MODEL, WORDS, flags
 from tests.launch import launch
 
@@ -92,6 +93,9 @@ def pairs_run(tmp_path_factory) -> Run:
         target_column="summary",
         max_source_length=16,
         max_target_length=6,
+        predict_with_generate="true",
+        eval_strategy="steps",
+        eval_steps=STEPS,
         zero_stage=3,
         num_samples_shown=3,
     )
@@ -128,14 +132,26 @@ def test_a_model_of_pairs_learns_and_has_the_loss_that_was_reported(pairs_run, m
     results = pairs_run.json("eval_results.json")
     assert results["eval_loss"] == pytest.approx(total / count, rel=1e-4)
     assert results["eval_loss"] < results["eval_before_loss"] - 1
-    assert shown_figures(pairs_run)["loss"][1] == pytest.approx(results["eval_loss"], abs=1e-3)
+    held_out = held_out_pairs(pairs_run, monkeypatch)
+    metrics = text_metrics(texts, [pair["target"] for pair in held_out])
+    assert metrics["rouge_l"] > 0.1
+    for name, title in {
+        "loss": "loss",
+        "rouge_l": "rouge l",
+        "exact_match": "exact match",
+        "generated_length": "generated length",
+    }.items():
+        before, after = shown_figures(pairs_run)[title]
+        assert before == pytest.approx(results[f"eval_before_{name}"], abs=1e-3)
+        assert after == pytest.approx(results[f"eval_{name}"], abs=1e-3)
+        if name in metrics:
+            assert results[f"eval_{name}"] == pytest.approx(metrics[name])
 
     shown = re.findall(
         r"^sample (\d+)\n  (.*)\n  prediction: ?(.*)\n  reference:  (.*)$",
         pairs_run.stdout,
         re.MULTILINE,
     )
-    held_out = held_out_pairs(pairs_run, monkeypatch)
     assert len(shown) == 3
     for number, source, prediction, reference in shown:
         pair = held_out[int(number)]

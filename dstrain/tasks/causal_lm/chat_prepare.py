@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks
 from dstrain.tasks.causal_lm.arguments import DataArguments
 from dstrain.tasks.causal_lm.chat import DEFAULT_TEMPLATE, ChatEncoder, pack, shorten
 from dstrain.tasks.causal_lm.conversations import messages_of
@@ -80,6 +81,7 @@ def prepare_chat(
     tokenizer: PreTrainedTokenizerBase,
     args: DataArguments,
     *,
+    ranks: Ranks | None = None,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> ChatSamples:
     """Tokenise both splits of ``conversations``, or find them done by an earlier run.
@@ -109,7 +111,9 @@ def prepare_chat(
             new_fingerprint=_hash(facts),
             desc=f"Tokenising {name}",
         )
-        _report(name, rows, samples, args.block_size)
+        _check_some(name, rows, samples, args.block_size)
+        if ranks is None or ranks.is_main:
+            _report(name, rows, samples, args.block_size)
         samples = samples.remove_columns(["num_tokens"])
         if args.packing:
             samples = samples.map(
@@ -139,8 +143,7 @@ def prepare_chat(
     return ChatSamples(train, held_out)
 
 
-def _report(name: str, rows: Dataset, samples: Dataset, block_size: int) -> None:
-    """Say how many conversations lost tokens, or all of them."""
+def _check_some(name: str, rows: Dataset, samples: Dataset, block_size: int) -> None:
     if not len(samples):
         raise DataError(
             Problem(
@@ -149,6 +152,10 @@ def _report(name: str, rows: Dataset, samples: Dataset, block_size: int) -> None
                 "raise --block_size",
             )
         )
+
+
+def _report(name: str, rows: Dataset, samples: Dataset, block_size: int) -> None:
+    """Say how many conversations lost tokens, or all of them."""
     cut = int((np.asarray(samples["num_tokens"]) > block_size).sum())
     left_out = len(rows) - len(samples)
     if cut or left_out:

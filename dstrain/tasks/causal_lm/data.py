@@ -80,7 +80,7 @@ def _chat(args: DataArguments, model_name: str | None, ranks: Ranks) -> Prepared
     conversations = load_conversations(args, main_first=first)
     tokenizer = _tokenizer(conversations, args, model_name, ranks, _spoken)
     set_template(tokenizer, args)
-    samples = prepare_chat(conversations, tokenizer, args, main_first=first)
+    samples = prepare_chat(conversations, tokenizer, args, ranks=ranks, main_first=first)
     return PreparedData(
         conversations.description,
         tokenizer,

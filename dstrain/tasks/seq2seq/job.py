@@ -29,7 +29,7 @@ from dstrain.tasks.seq2seq.arguments import DEFAULT_MODEL, DataArguments, ModelA
 from dstrain.tasks.seq2seq.metrics import GenerationMetrics
 from dstrain.tasks.seq2seq.prepare import EncodedPairs, check_tokenizer, prepare
 from dstrain.tasks.seq2seq.sources import Pairs, load_pairs
-from dstrain.trainer import Trainer
+from dstrain.tasks.seq2seq.trainer import PairsTrainer
 from dstrain.trainer.build import resolve_config, start_run
 
 logger = get_logger(__name__)
@@ -60,13 +60,15 @@ def run(
         type(model).__name__,
         f"{sum(full_numel(p) for p in model.parameters()):,}",
     )
-    trainer = Trainer(
+    trainer = PairsTrainer(
         model,
         args,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=-100),
         train_dataset=encoded.train,
         eval_dataset=encoded.validation,
         processing_class=tokenizer,
+        compute_metrics=GenerationMetrics(tokenizer) if args.predict_with_generate else None,
+        sequence_length=_sequence_length(data_args),
     )
     count = model_args.num_samples_shown if encoded.validation_pairs is not None else 0
     train_and_report(
@@ -185,7 +187,7 @@ def _build_model(
     config = saved_config(name) if name else _fresh_config(model_args, data_args, tokenizer)
     check_vocabulary(config, tokenizer)
     resolved = resolve_config(
-        args, ranks, sizes=count_seq2seq(config), sequence_length=data_args.max_source_length
+        args, ranks, sizes=count_seq2seq(config), sequence_length=_sequence_length(data_args)
     )
     seed_everything(args.seed)
     model: Any = load_seq2seq(name, resolved) if name else build_seq2seq(config, resolved)
@@ -194,7 +196,12 @@ def _build_model(
     return model
 
 
-def _samples(trainer: Trainer, encoded: EncodedPairs, count: int) -> str:
+def _sequence_length(data_args: DataArguments) -> int:
+    """Tokens of the longest sample: encoder and decoder both keep activations."""
+    return data_args.max_source_length + data_args.max_target_length
+
+
+def _samples(trainer: PairsTrainer, encoded: EncodedPairs, count: int) -> str:
     """Sources, greedy predictions and references of validation samples drawn evenly.
 
     All ranks generate the same ones together, as ZeRO-3 needs.
