@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import alias, pending, stored
+from dstrain.arguments.treatment import alias, implemented, stored
 
 
 def _in_organization(arguments: Any, organization: str) -> str:
@@ -24,33 +24,34 @@ class HubArguments:
     """Uploading the model to the Hugging Face Hub, and the project in trackers."""
 
     push_to_hub: bool = arg(
-        False, "Upload the model each time that it is saved.", treatment=pending()
+        False, "Upload the model each time that it is saved.", treatment=implemented()
     )
     hub_model_id: str | None = arg(
         None,
         "Repository, as name or owner/name; none takes the name of output_dir.",
-        treatment=pending(only_with="push_to_hub"),
+        treatment=implemented(),
     )
     hub_strategy: str = arg(
         "every_save",
-        "What is uploaded and when.",
+        "What is uploaded and when: the model with each checkpoint ('every_save'), with the last "
+        "checkpoint or all of them beside it, or only at 'end', when save_model is called.",
         choices=("end", "every_save", "checkpoint", "all_checkpoints"),
-        treatment=pending(only_with="push_to_hub"),
+        treatment=implemented("in the background, from the committed checkpoint"),
     )
     hub_token: str | None = arg(
         None,
         "Token to upload with; none takes the one of the login. Never written down.",
-        treatment=pending(only_with="push_to_hub"),
+        treatment=implemented(),
     )
     hub_private_repo: bool | None = arg(
         False,
         "Whether a repository that is created is private; none takes the owner's default.",
-        treatment=pending(only_with="push_to_hub"),
+        treatment=implemented(),
     )
     hub_always_push: bool = arg(
         False,
         "Upload even while the upload before is not finished.",
-        treatment=pending(only_with="push_to_hub"),
+        treatment=implemented(),
     )
     push_to_hub_model_id: str | None = arg(
         None, "Old name of hub_model_id.", treatment=alias("hub_model_id")

@@ -74,7 +74,7 @@ class RunArguments:
     ray_scope: str | None = arg(
         "last",
         "Which of a Ray trial's results counts in a hyperparameter search.",
-        treatment=pending("hyperparameter search"),
+        treatment=implemented("of `hyperparameter_search`"),
     )
     nan_loss: str = arg(
         "stop",

@@ -64,6 +64,8 @@ class RunRecord:
         write_processor: writes tokenizer or processor into a folder, or None.
         metrics: of the last evaluation.
         best: folder of the best checkpoint so far, which stays.
+        after_commit: called on the main rank with the committed folder, before older ones go; in
+            the writing thread where the save is in the background. It must not raise.
     """
 
     step: int
@@ -73,6 +75,7 @@ class RunRecord:
     write_processor: Callable[[Path], None] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     best: Path | None = None
+    after_commit: Callable[[Path], None] | None = None
 
 
 @dataclass
@@ -344,9 +347,11 @@ class CheckpointWriter:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
             write_manifest(job.staging, replace(job.manifest, created=now, files=files))
-            folders.commit(job.staging, self._policy.output_dir, job.record.step)
+            folder = folders.commit(job.staging, self._policy.output_dir, job.record.step)
         except OSError as error:
             return [f"rank 0: the commit failed: {error}"]
+        if job.record.after_commit is not None:
+            job.record.after_commit(folder)
         keep = [] if job.record.best is None else [job.record.best]
         folders.rotate(self._policy.output_dir, limit=self._policy.limit, keep=keep)
         return []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dstrain.core.errors import ConfigError, DstrainError, Problem
+from dstrain.core.errors import ConfigError, DstrainError, Problem, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +131,29 @@ def gather_objects(value: T, *, group: Any = None) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def from_main(ranks: Ranks, ask: Callable[[], T]) -> T:
+    """What ``ask`` returns on the main rank, on every rank; the others do not call it.
+
+    Raises:
+        DstrainError: on every rank, when it raised on the main one.
+        Exception: on the main rank, what else it raised; the others are told in a TrainingError.
+    """
+    value: Any = None
+    error: Exception | None = None
+    if ranks.is_main:
+        try:
+            value = ask()
+        except Exception as caught:
+            error = caught
+    told: Any = error
+    if error is not None and not isinstance(error, DstrainError):
+        told = TrainingError(Problem(f"rank 0 failed: {type(error).__name__}: {error}"))
+    value, told = gather_objects((value, told))[0]
+    if told is not None:
+        raise error or told
+    return value
 
 
 @contextlib.contextmanager

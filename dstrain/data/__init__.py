@@ -18,6 +18,7 @@ from dstrain.data.loader import (
     is_stream,
     iterate,
     micro_steps,
+    num_samples,
     set_epoch,
     windows,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "keep_columns",
     "label_columns",
     "micro_steps",
+    "num_samples",
     "returns_loss",
     "set_epoch",
     "to_device",

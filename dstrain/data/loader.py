@@ -147,6 +147,20 @@ def micro_steps(loader: Any) -> int | None:
         return None
 
 
+def num_samples(loader: Any) -> int | None:
+    """Samples of the dataset behind a loader, of all ranks; None where it has no length."""
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, RankStream):
+        dataset = dataset.source
+    # torch's own IterableDataset has no length; wrappers of one (a shard) keep it in `dataset`.
+    for found in (dataset, getattr(dataset, "dataset", None)):
+        try:
+            return len(found)  # type: ignore[arg-type]
+        except TypeError:
+            continue
+    return None
+
+
 def set_epoch(loader: Any, epoch: int, *, start: int = 0) -> None:
     """Point a loader at an epoch and at the first sample of it that is still to be used."""
     for part in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):

@@ -1,5 +1,7 @@
 """transformers' callbacks and trackers, whose modules have moved between releases, in one place."""
 
+from typing import Any
+
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -7,6 +9,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.utils import is_in_notebook
 
 __all__ = [
     "INTEGRATION_TO_CALLBACK",
@@ -18,4 +21,13 @@ __all__ = [
     "TrainerState",
     "get_available_reporting_integrations",
     "get_reporting_integration_callbacks",
+    "is_in_notebook",
+    "notebook_progress",
 ]
+
+
+def notebook_progress() -> Any:
+    """Transformers' table of a run in a notebook; needs IPython."""
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    return NotebookProgressCallback

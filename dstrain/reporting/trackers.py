@@ -11,12 +11,15 @@ from typing import Any
 
 from dstrain.core.errors import ConfigError, Problem, nearest
 from dstrain.core.log import get_logger
+from dstrain.reporting import compat
+from dstrain.reporting.progress import ProgressBar
 
 logger = get_logger(__name__)
 
 _EXTRAS = ("wandb", "tensorboard")
 # Trackers that transformers leaves out of the installed ones, always or beside mlflow.
 _NOT_DETECTED = ("flyte", "azure_ml")
+_YES = ("true", "1", "yes", "on")
 
 
 def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
@@ -28,8 +31,6 @@ def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
     Raises:
         ConfigError: an unknown tracker, or one that was named but is not installed.
     """
-    from dstrain.reporting import compat
-
     names = ["all"] if report_to is None else list(report_to)
     if names in ([], ["none"]):
         return []
@@ -47,9 +48,35 @@ def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
             problems.append(
                 Problem(f"report_to={name!r}", "it is not installed", f"pip install {package}")
             )
+    if "dvclive" in names and os.environ.get("HF_DVCLIVE_LOG_MODEL", "").lower() in _YES:
+        problems.append(
+            Problem(
+                "HF_DVCLIVE_LOG_MODEL with report_to=dvclive",
+                "transformers' callback saves the model with its own Trainer, which knows no ZeRO",
+                "set it to all, which takes the checkpoints, or leave it out",
+            )
+        )
     if problems:
         raise ConfigError(problems)
-    return list(compat.get_reporting_integration_callbacks(names))
+    return [_whole_model(c) for c in compat.get_reporting_integration_callbacks(names)]
+
+
+def _whole_model(callback: Any) -> Any:
+    """Our own callback where transformers' would save the model with its own Trainer."""
+    if callback is not compat.INTEGRATION_TO_CALLBACK["wandb"]:
+        return callback
+    from dstrain.reporting.wandb_tracker import WandbCallback
+
+    return WandbCallback
+
+
+def progress_callback(*, quiet: bool) -> Any:
+    """What shows progress: plain lines, a table in a notebook, or a bar."""
+    if quiet:
+        return compat.PrinterCallback
+    if compat.is_in_notebook():
+        return compat.notebook_progress()
+    return ProgressBar
 
 
 def set_tensorboard_folder(logging_dir: str | None, output_dir: str) -> str:

@@ -63,12 +63,21 @@ def start_run(args: TrainingArguments) -> Ranks:
     """Process group, log levels and number formats, before anything touches the model."""
     ranks = start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_seconds=args.ddp_timeout)
     log.configure(level=args.get_process_log_level(), rank=ranks.rank, world_size=ranks.world_size)
+    _set_level_of_transformers(args)
     if ranks.rank and not getattr(sys.excepthook, "lets_main_rank_speak", False):
         _let_the_main_rank_speak()
     if args.tf32 is not None and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = args.tf32
         torch.backends.cudnn.allow_tf32 = args.tf32
     return ranks
+
+
+def _set_level_of_transformers(args: TrainingArguments) -> None:
+    """Let transformers be as loud as the arguments say of this rank; passive leaves it as it is."""
+    from dstrain.trainer import compat
+
+    if (args.log_level if args.should_log else args.log_level_replica) != "passive":
+        compat.logging.set_verbosity(args.get_process_log_level())
 
 
 def _let_the_main_rank_speak() -> None:

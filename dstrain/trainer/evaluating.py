@@ -56,9 +56,11 @@ class EvaluationHooks:
     _eval_format: str | None = None
     _engines: Any
     compute_loss: Any
+    compute_loss_context_manager: Any
     log: Any
     _loader: Any
     _prepare_inputs: Any
+    _report_trial: Any
 
     @property
     def label_names(self) -> list[str]:
@@ -277,7 +279,7 @@ class EvaluationHooks:
         # Not in the model's format: labels in 16 bits would be others than those of the data.
         labels = [to_device(given[n], device_name(), float_dtype=None) for n in names * has_labels]
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
+        with torch.no_grad(), self.compute_loss_context_manager():
             if has_labels or (not names and self._computes_loss(given)):
                 loss, outputs = self.compute_loss(
                     model, inputs, return_outputs=True, num_items_in_batch=max(1, count)
@@ -300,8 +302,9 @@ class EvaluationHooks:
     def evaluate_in_training(self) -> None:
         """Evaluate because a callback asked for it; the noise of training stays what it was."""
         state = random_state()
-        self.evaluate(ignore_keys=self.ignore_keys_for_eval)
+        metrics = self.evaluate(ignore_keys=self.ignore_keys_for_eval)
         set_random_state(state)
+        self._report_trial(metrics)
 
     def _check_evaluation(self) -> None:
         """Refuse what could only fail in the first evaluation.

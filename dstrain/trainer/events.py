@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dstrain.reporting import set_tensorboard_folder, tracker_callbacks
+from dstrain.reporting import progress_callback, set_tensorboard_folder, tracker_callbacks
 
 if TYPE_CHECKING:
     from dstrain.trainer.trainer import Trainer
@@ -18,7 +18,6 @@ class Events:
     def __init__(self, trainer: Trainer, callbacks: Sequence[Any] | None) -> None:
         """Default flow, trackers, the user's callbacks, then progress bar or plain lines."""
         from dstrain.reporting import compat
-        from dstrain.reporting.progress import ProgressBar
 
         args, ranks = trainer.args, trainer.ranks
         self._trainer = trainer
@@ -35,7 +34,7 @@ class Events:
                 compat.DefaultFlowCallback,
                 *trackers,
                 *(callbacks or ()),
-                compat.PrinterCallback if quiet else ProgressBar,
+                progress_callback(quiet=quiet),
             ],
             trainer.model,
             trainer.processing_class,
@@ -60,17 +59,32 @@ class Events:
         trainer.control = self.control
         return self.control
 
+    def read_checkpoints(self) -> bool:
+        """Whether a callback may read a checkpoint in ``on_save``, so that it must be there."""
+        from dstrain.reporting import compat
+
+        return any(
+            getattr(c, "reads_checkpoints", type(c).on_save is not compat.TrainerCallback.on_save)
+            for c in self.handler.callbacks
+        )
+
     def begin_run(self, loader: Any, *, max_steps: int, steps_per_epoch: int | None) -> None:
         """A fresh state for a run of ``max_steps``; the log history of earlier runs is kept."""
+        from dstrain.reporting.wandb_tracker import WandbCallback
+
         trainer, args = self._trainer, self._trainer.args
         state = trainer.state
         state.global_step = 0
         state.epoch = 0.0
         state.max_steps = max_steps
         state.num_input_tokens_seen = 0
+        state.total_flos = trainer.current_flos = 0.0
         state.train_batch_size = args.per_device_train_batch_size
         state.num_train_epochs = -(-max_steps // steps_per_epoch) if steps_per_epoch else 1
         state.compute_steps(args, max_steps)
+        for callback in self.handler.callbacks:
+            if isinstance(callback, WandbCallback):
+                callback.save_model = lambda folder: trainer.save_model(folder, _internal_call=True)
         control = self.control
         control.should_training_stop = control.should_epoch_stop = False
         self.hold(loader)

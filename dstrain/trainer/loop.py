@@ -41,6 +41,14 @@ class Hooks(Protocol):
         """Forward and backward of one micro-batch; returns its mean loss."""
         ...
 
+    def count_flos(self, inputs: Any) -> None:
+        """Count the floating-point operations of a micro-batch."""
+        ...
+
+    def store_flos(self) -> None:
+        """Bring ``state.total_flos`` up to date; a collective."""
+        ...
+
     def log(self, logs: dict[str, float]) -> None:
         """Report the figures of a logging step."""
         ...
@@ -148,6 +156,7 @@ class TrainLoop:
         while not self._is_over():
             self._run_epoch()
             self.progress = self.progress.next_epoch()
+        self.hooks.store_flos()
         self._note(self._meter.read())
 
     def _is_over(self) -> bool:
@@ -259,6 +268,8 @@ class TrainLoop:
         self.micro_step.scaled_count = count * self.ranks.world_size
         self.micro_step.last = last
         loss = self.hooks.training_step(self.engine.model, inputs, max(1, count))
+        if not micro_batch.masked:
+            self.hooks.count_flos(inputs)
         if not count:  # the mean over no target is no number, whatever its weight
             return torch.zeros((), device=device_name())
         return loss.detach().float() * (count / at_least_one(total.get()))
@@ -283,6 +294,7 @@ class TrainLoop:
     ) -> None:
         """Save a checkpoint, which is no training time."""
         started = time.perf_counter()
+        self.hooks.store_flos()
         ended = event == "on_epoch_end"
         norm = outcome.grad_norm
         position = Position(
@@ -312,6 +324,7 @@ class TrainLoop:
         reading = self._meter.read()
         if reading.num_steps == 0:
             return
+        self.hooks.store_flos()
         self._note(reading)
         logs: dict[str, float] = {"loss": reading.loss}
         if outcome.grad_norm is not None and outcome.applied:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dstrain.core.errors import ConfigError, Problem
-from dstrain.engine import decay_parameter_names, full_numel, parameter_groups
+from dstrain.engine import decay_parameter_names, parameter_groups
 from dstrain.trainer import build
 
 _MAKERS = ("create_optimizer_and_scheduler", "create_optimizer", "get_optimizer_cls_and_kwargs")
@@ -103,10 +103,6 @@ class OptimizerHooks:
             return self._engines.training.group_of(param)
         groups = optimizer.param_groups
         return next((g for g in groups if any(p is param for p in g["params"])), None)
-
-    def get_num_trainable_parameters(self) -> int:
-        """Elements of all parameters with gradients, whole ones where they are partitioned."""
-        return sum(full_numel(p) for p in self.model.parameters() if p.requires_grad)
 
     def _set_up_optimizer(self) -> Any:
         if self.optimizer is None:

@@ -191,11 +191,19 @@ def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter |
         limit=args.save_total_limit,
         only_model=args.save_only_model,
         with_weights=args.save_weights_with_checkpoint or args.save_only_model,
-        asynchronous=args.save_async,
+        asynchronous=_in_background(trainer),
         stop_on_failure=args.save_failure == "stop",
         layout="deepspeed" if args.checkpoint_format == "deepspeed" else "slices",
     )
     return CheckpointWriter(policy, trainer.ranks)
+
+
+def _in_background(trainer: Trainer) -> bool | None:
+    """What the user says, or no where a callback reads the checkpoint; None leaves it open."""
+    if trainer.args.save_async is None and trainer.events.read_checkpoints():
+        logger.info("checkpoints are written while training waits: a callback has an on_save")
+        return False
+    return trainer.args.save_async
 
 
 def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: Position) -> None:
@@ -223,6 +231,7 @@ def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: P
         else None,
         metrics=_last_metrics(trainer.state),
         best=None if best is None else Path(best),
+        after_commit=trainer.checkpoint_upload(),
     )
     writer.save(engine, record)
 

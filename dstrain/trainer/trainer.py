@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,34 @@ import torch
 from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import CheckpointWriter, check_there
 from dstrain.config import ResolvedConfig
-from dstrain.core.errors import ConfigError, DataError, ModelError, Problem, TrainingError
+from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, require_equal
 from dstrain.core.seeds import seed_everything, seed_rank
-from dstrain.data import to_device
-from dstrain.engine import Engine, device_name
-from dstrain.models import DTYPES, check_writable, save_model
-from dstrain.reporting import save_loss_curve
+from dstrain.engine import Engine
+from dstrain.models import check_writable, save_model
 from dstrain.trainer import build, compat, saving
+from dstrain.trainer.counting import CountHooks, count_whole_parameters
 from dstrain.trainer.engines import EngineKeeper
 from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
 from dstrain.trainer.loop import MicroStep, RunPlan, TrainLoop
+from dstrain.trainer.model_init import check_source, check_whole, fresh_model, num_arguments
+from dstrain.trainer.old_names import old_resume, one_name
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
-from dstrain.trainer.outputs import loss_of
+from dstrain.trainer.overrides import refuse_unheard
 from dstrain.trainer.position import Position
+from dstrain.trainer.publishing import HubHooks
+from dstrain.trainer.reports import ReportHooks
+from dstrain.trainer.search import SearchHooks
+from dstrain.trainer.stepping import StepHooks
 
 logger = get_logger(__name__)
 
-# Methods of transformers' Trainer that subclasses override and that are not called here yet.
-_UNSUPPORTED_HOOKS = ("floating_point_ops",)
 
-
-class Trainer(EvaluationHooks, OptimizerHooks):
+class Trainer(
+    StepHooks, EvaluationHooks, OptimizerHooks, ReportHooks, CountHooks, SearchHooks, HubHooks
+):
     """Trains and evaluates a model with DeepSpeed; the surface of transformers' Trainer.
 
     Attributes:
@@ -48,6 +51,8 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         optimizer: the optimizer in use, or None before training.
         lr_scheduler: the schedule in use, or None before training.
         is_in_train: whether ``train`` is running.
+        is_model_parallel: False: a model is not spread over devices layer by layer here.
+        place_model_on_device: False: the engine places the model.
         sequence_length: tokens of one sample, where a subclass knows them (None: unknown); for
             ``zero_stage="auto"``, which else keeps a share of the memory for activations.
     """
@@ -55,10 +60,8 @@ class Trainer(EvaluationHooks, OptimizerHooks):
     state: Any
     control: Any
     sequence_length: int | None = None
-
-    log_metrics = compat.log_metrics
-    save_metrics = compat.save_metrics
-    metrics_format = staticmethod(compat.metrics_format)
+    is_model_parallel = False
+    place_model_on_device = False
 
     def __init__(
         self,
@@ -68,7 +71,10 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        *,
+        model_init: Callable[..., torch.nn.Module] | None = None,
+        *unnamed: Any,
+        tokenizer: Any = None,
+        compute_loss_func: Callable[..., torch.Tensor] | None = None,
         compute_metrics: Callable[..., dict[str, Any]] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
@@ -85,6 +91,12 @@ class Trainer(EvaluationHooks, OptimizerHooks):
             train_dataset: map-style dataset or stream.
             eval_dataset: likewise.
             processing_class: tokenizer or processor; saved with the model.
+            model_init: makes the model instead, anew for each ``train()``; may take the trial of a
+                hyperparameter search.
+            *unnamed: refused: releases of transformers differ in the order of what follows.
+            tokenizer: old name of ``processing_class``.
+            compute_loss_func: makes the loss of (outputs, labels, num_items_in_batch); see
+                ``compute_loss``.
             compute_metrics: ``EvalPrediction`` -> dict of metrics; called on rank 0 alone. With
                 ``batch_eval_metrics`` it is called with each batch, and with ``compute_result``.
             callbacks: ``TrainerCallback`` classes or instances, after the default ones.
@@ -98,9 +110,9 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         """
         self.args = args if args is not None else TrainingArguments("tmp_trainer")
         self.ranks = build.start_run(self.args)
-        _refuse_unsupported_hooks(type(self))
-        if model is None:
-            raise ModelError(Problem("Trainer(model=None)", "a model is needed"))
+        refuse_unheard(type(self), unnamed)
+        check_source(model, model_init, optimizers)
+        processing_class = one_name(processing_class, tokenizer)
         if eval_dataset is None and (self.args.eval_strategy != "no" or self.args.eval_on_start):
             raise ConfigError(
                 Problem(
@@ -115,7 +127,9 @@ class Trainer(EvaluationHooks, OptimizerHooks):
                 check_writable(self.args.output_dir)
                 check_there(self.args.resume_from_checkpoint, Path(self.args.output_dir))
         seed_everything(self.args.seed)
-        self.model = model
+        self.model_init = model_init
+        self.model = self._fresh_model(None) if model is None else model
+        self.compute_loss_func = compute_loss_func
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.processing_class = processing_class
@@ -125,7 +139,7 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         self.optimizer, self.lr_scheduler = optimizers
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self._own = OwnObjects(self, *optimizers)
-        self.targets = build.targets_of(model, self.args)
+        self._note_model()
         # Before the model is touched: a config that cannot be used must not cost a model load.
         self.resolved: ResolvedConfig = self._resolve(None)
         build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
@@ -135,11 +149,18 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         self._micro_step = MicroStep()
         self._writer: CheckpointWriter | None = None
         self.events = Events(self, callbacks)
+        self._begin_publishing()
         self.events("on_init_end")
 
     # --- what a user calls ----------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Train for ``num_train_epochs`` or ``max_steps``; may be called again.
 
         Args:
@@ -147,6 +168,10 @@ class Trainer(EvaluationHooks, OptimizerHooks):
                 stage; True for the newest in ``output_dir`` that verifies; "auto" likewise, or a
                 fresh start where there is none; False starts afresh; None does what the argument of
                 the same name says.
+            trial: of a hyperparameter search, for ``model_init``; or hyperparameters by name, to
+                be used in place of the arguments in this training.
+            ignore_keys_for_eval: ``ignore_keys`` of evaluations during this training.
+            **kwargs: ``model_path``, the old name of ``resume_from_checkpoint``.
 
         Returns:
             ``TrainOutput(global_step, training_loss, metrics)``.
@@ -156,6 +181,11 @@ class Trainer(EvaluationHooks, OptimizerHooks):
             TrainingError: the loss became NaN (see the ``nan_loss`` argument).
             CheckpointError: nothing to resume from, or a save failed (see ``save_failure``).
         """
+        resume_from_checkpoint = old_resume(resume_from_checkpoint, kwargs)
+        self.ignore_keys_for_eval = ignore_keys_for_eval
+        self._take_up_trial(trial)
+        if self.model_init is not None:
+            self._renew_model(trial)
         self._writer = saving.make_writer(self)
         try:
             start = saving.find_start(self, resume_from_checkpoint)
@@ -165,33 +195,34 @@ class Trainer(EvaluationHooks, OptimizerHooks):
             loop.run()
             if self._writer is not None:
                 self._writer.wait()
+            self._finish_publishing()
             return self._finish_training(loop, started)
         except TrainingError:
             self.save_state()  # what was logged until then shows what went wrong
             raise
         finally:
             self.is_in_train = False
+            if self.hp_search_backend is None:
+                self._leave_trial()  # a search evaluates with its arguments first
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
 
-    def save_model(self, output_dir: str | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a complete Hugging Face folder at every ZeRO stage; all ranks must call it.
 
         Args:
             output_dir: instead of the run's own.
+            _internal_call: do not upload it, whatever ``push_to_hub`` says.
         """
         folder = Path(output_dir or self.args.output_dir)
         save_model(self.model, folder, self.ranks)
         if self.ranks.is_main and hasattr(self.processing_class, "save_pretrained"):
             self.processing_class.save_pretrained(folder)
-
-    def save_state(self) -> None:
-        """Write ``trainer_state.json`` and the loss curve into the run's folder."""
-        if self.ranks.is_main:
-            folder = Path(self.args.output_dir)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            save_loss_curve(self.state.log_history, folder / "loss_curve.png")
+        if self.args.push_to_hub and not _internal_call:
+            if folder != Path(self.args.output_dir):
+                self.save_model(_internal_call=True)  # what is uploaded is the run's own folder
+            self._publish_saved()
 
     def close(self) -> None:
         """Tear down the engine and free its memory; the model keeps its weights.
@@ -201,35 +232,6 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         self.optimizer, self.lr_scheduler = self._own.optimizer, self._own.scheduler
         self.events.hold(None)
         self._engines.close()
-
-    def log(self, logs: dict[str, float]) -> None:
-        """Add the epoch to ``logs``, keep them in ``state.log_history``, tell callbacks."""
-        if self.state.epoch is not None:
-            logs["epoch"] = round(self.state.epoch, 4)
-        # A record must stay valid JSON, which knows no NaN: such a figure is left out of it.
-        finite = {k: v for k, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
-        self.state.log_history.append({**finite, "step": self.state.global_step})
-        self.events("on_log", logs=logs)
-
-    def add_callback(self, callback: Any) -> None:
-        """Add a ``TrainerCallback`` class or instance."""
-        self.events.handler.add_callback(callback)
-
-    def pop_callback(self, callback: Any) -> Any:
-        """Remove and return the first callback that is, or is an instance of, ``callback``."""
-        return self.events.handler.pop_callback(callback)
-
-    def remove_callback(self, callback: Any) -> None:
-        """Remove the first callback that is, or is an instance of, ``callback``."""
-        self.events.handler.remove_callback(callback)
-
-    def is_world_process_zero(self) -> bool:
-        """Whether this is rank 0 of all machines."""
-        return self.ranks.is_main
-
-    def is_local_process_zero(self) -> bool:
-        """Whether this is the first rank of its machine."""
-        return self.ranks.is_local_main
 
     @property
     def model_wrapped(self) -> Any:
@@ -243,51 +245,25 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         engine = self._engines.training
         return None if engine is None else engine.model
 
-    # --- what a subclass overrides --------------------------------------------------------------
+    @property
+    def tokenizer(self) -> Any:
+        """Old name of ``processing_class``."""
+        return self.processing_class
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """The mean loss over the targets of one micro-batch.
+    def call_model_init(self, trial: Any = None) -> torch.nn.Module:
+        """A new model from ``model_init``, which may take the trial of a search."""
+        assert self.model_init is not None
+        return self.model_init(trial) if num_arguments(self.model_init) else self.model_init()
 
-        The loop weights it by its number of targets, so the optimised loss is the mean over all
-        targets of the global batch. An override may use ``num_items_in_batch``, the targets of
-        *this* micro-batch: dividing a summed loss by it gives the same mean.
+    def propagate_args_to_deepspeed(self, auto_find_batch_size: bool = False) -> None:
+        """Resolve the DeepSpeed config again, after a change of ``args``; training does so itself.
 
-        Returns:
-            the loss, or (loss, outputs).
-
-        Raises:
-            ModelError: the model returned no loss.
+        Args:
+            auto_find_batch_size: for drop-in use.
         """
-        outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        loss = loss_of(outputs)
-        if loss is None:
-            given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
-            raise ModelError(
-                Problem(
-                    f"{type(self.model).__name__} returned no loss",
-                    f"it was given {given}",
-                    "add labels to the batch, or override compute_loss",
-                )
-            )
-        return (loss, outputs) if return_outputs else loss
+        self.resolved = self._resolve(None)
 
-    def training_step(
-        self, model: Any, inputs: Any, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its mean loss, detached."""
-        inputs = self._prepare_inputs(inputs)
-        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        engine = self._engines.training
-        assert engine is not None
-        # In fp32: a 16-bit loss times the loss scale would overflow before its gradients do.
-        engine.backward(loss.float() * self._micro_step.weight(), last=self._micro_step.last)
-        return loss.detach()
+    # --- what a subclass overrides --------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
         """This rank's training loader.
@@ -317,9 +293,27 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         """Tell callbacks of an event; returns the control object."""
         return self.events(name, **kwargs)
 
+    def _fresh_model(self, trial: Any) -> torch.nn.Module:
+        return fresh_model(self.call_model_init, self.args, trial)
+
+    def _renew_model(self, trial: Any) -> None:
+        """Go on with a new model; the one before and all that holds its parameters are let go."""
+        self.close()
+        self.model = self.optimizer = self.lr_scheduler = self._counted = None
+        self._own = OwnObjects(self, None, None)
+        self.events.hold(None)  # nothing holds the old one when the new one takes memory
+        self.model = self._fresh_model(trial)
+        self._note_model()
+
+    def _note_model(self) -> None:
+        """What the trainer must know about its model."""
+        check_whole(self.model)
+        self.targets = build.targets_of(self.model, self.args)
+
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
         """Everything before the first step: loader, config, engine, state."""
         self._own.notice()
+        self.resolved = self._resolve(None)  # arguments may have changed since the last time
         with all_or_none():
             loader = self.get_train_dataloader()
             build.check_shared_out(loader, self.ranks, method="get_train_dataloader")
@@ -336,9 +330,11 @@ class Trainer(EvaluationHooks, OptimizerHooks):
             build.record_resolved_config(self.resolved, self.args)
             for warning in self.resolved.warnings:
                 logger.warning("%s", warning)
+            self._announce(loader, max_steps=max_steps)
         self.close()  # an engine of an earlier run must be gone before the new one takes memory
         engine = self._engines.train(lambda: self._build_engine(max_steps))
         self.optimizer, self.lr_scheduler = engine.optimizer, engine.scheduler
+        count_whole_parameters(self.model)
         self.events.begin_run(loader, max_steps=max_steps, steps_per_epoch=per_epoch)
         seed_rank(self.args.seed, step=0, rank=self.ranks.rank)
         resumption = None if start is None else saving.resume(self, engine, start)
@@ -398,6 +394,7 @@ class Trainer(EvaluationHooks, OptimizerHooks):
             num_steps=steps - done,
             num_tokens=self.state.num_input_tokens_seen - loop.tokens_before,
         )
+        metrics["total_flos"] = self.state.total_flos
         metrics["train_loss"] = loop.loss_sum / max(1, steps)
         if self.resolved.precision == "fp16" or loop.skipped_steps:
             metrics["train_skipped_steps"] = loop.skipped_steps
@@ -412,27 +409,4 @@ class Trainer(EvaluationHooks, OptimizerHooks):
         )
         return build.make_loader(
             dataset, collate, self.resolved, self.args, self.ranks, train=train
-        )
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return to_device(inputs, device_name(), float_dtype=DTYPES[self._format])
-
-
-def _refuse_unsupported_hooks(cls: type[Trainer]) -> None:
-    """An override that nothing calls would be a silent difference from what was written.
-
-    Raises:
-        ConfigError: naming every such method.
-    """
-    found = [name for name in _UNSUPPORTED_HOOKS if hasattr(cls, name)]
-    if found:
-        raise ConfigError(
-            [
-                Problem(
-                    f"{cls.__name__} overrides {name}",
-                    "this version of dstrain does not call it",
-                    "use optimizers=..., compute_loss, training_step or derived_metrics instead",
-                )
-                for name in found
-            ]
         )

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests import wandb_file
 from tests.distributed.runs import make_trainer, whole_weights
+from tests.models import tiny_llama
 
 
 def _recorder(events: list[str]) -> Any:
@@ -121,12 +123,14 @@ def test_tensorboard_and_wandb_record_the_run(
     tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real trackers: an event file that TensorBoard reads back, and an offline W&B run."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb_file.go_offline(tmp_path, monkeypatch)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     trainer = make_trainer(
-        tmp_path, report_to=["tensorboard", "wandb"], logging_dir=str(tmp_path / "tb")
+        tmp_path,
+        stage=3,
+        report_to=["tensorboard", "wandb"],
+        logging_dir=str(tmp_path / "tb"),
+        run_name="a run",
     )
     trainer.train()
     logged = [e["loss"] for e in trainer.state.log_history if "loss" in e]
@@ -144,7 +148,53 @@ def test_tensorboard_and_wandb_record_the_run(
     assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second"} <= set(
         reader.Tags()["scalars"]
     )
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert wandb_file.history(file, "train/loss") == pytest.approx(logged)
+    assert wandb_file.history(file, "train/global_step")[: len(logged)] == [1, 2, 3, 4]
+    config = wandb_file.config(file)
+    assert config["learning_rate"] == 1e-3
+    assert config["run_name"] == "a run"
+    # transformers counts no parameter once ZeRO-3 has partitioned them
+    assert config["model/num_parameters"] == sum(p.numel() for p in tiny_llama().parameters())
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("what", ["end", "checkpoint"])
+def test_wandb_uploads_the_whole_model_where_it_is_asked_to(
+    what: str, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' callback would save it with its own Trainer on rank 0: empty at stage 3.
+
+    Checkpoints are there when a callback is told of them, though saves could be in the background.
+    """
+    import wandb
+
+    wandb_file.go_offline(tmp_path, monkeypatch)
+    monkeypatch.setenv("WANDB_LOG_MODEL", what)
+    logged: dict[str, list[str]] = {}
+
+    class Watched(wandb.Artifact):
+        def add_dir(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+            logged[Path(local_path).name] = sorted(p.name for p in Path(local_path).iterdir())
+            super().add_dir(local_path, *args, **kwargs)
+
+    monkeypatch.setattr(wandb, "Artifact", Watched)
+    trainer = make_trainer(
+        tmp_path / "out", stage=3, report_to=["wandb"], save_strategy="steps", save_steps=4
+    )
+    trainer.train()
+    trainer.close()
+    if rank:
+        assert not logged
+        return
+    wandb.finish()
+    assert (
+        set(logged)
+        == {"end": {".wandb-model"}, "checkpoint": {".wandb-model", "checkpoint-4"}}[what]
+    )
+    for files in logged.values():
+        assert {"config.json", "model.safetensors"} <= set(files)
+    assert not (tmp_path / "out" / ".wandb-model").exists()
 
 
 _WAITS = ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy")

@@ -471,7 +471,7 @@ def test_an_override_that_nothing_calls_is_refused(tmp_path: Path) -> None:
     from dstrain.core.errors import ConfigError
 
     class Own(Trainer):
-        def floating_point_ops(self) -> None: ...
+        def _get_train_sampler(self) -> None: ...
 
-    with pytest.raises(ConfigError, match="overrides floating_point_ops"):
+    with pytest.raises(ConfigError, match="overrides _get_train_sampler"):
         make_trainer(tmp_path, cls=Own)

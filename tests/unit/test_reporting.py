@@ -18,6 +18,7 @@ from dstrain.arguments import TrainingArguments
 from dstrain.core.errors import ConfigError
 from dstrain.reporting import (
     compat,
+    progress_callback,
     save_loss_curve,
     set_tensorboard_folder,
     tracker_callbacks,
@@ -355,6 +356,102 @@ def test_a_named_tracker_that_is_not_installed_is_refused_with_the_command(
 @pytest.mark.parametrize("name", ["flyte", "azure_ml"])
 def test_trackers_that_cannot_be_detected_are_given_the_chance(installed, name):
     assert len(tracker_callbacks([name])) == 1
+
+
+def test_every_documented_tracker_is_known(installed, monkeypatch):
+    """Those of the reference document, by its names; each is built by transformers' callback."""
+    documented = [
+        *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte"),
+        *("mlflow", "neptune", "tensorboard", "wandb"),
+    ]
+    installed[:] = documented
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert len(tracker_callbacks(documented)) == len(documented)
+
+
+def test_dvclive_is_not_left_to_save_the_model_on_its_own(installed, monkeypatch):
+    """Its callback builds transformers' Trainer on rank 0: an empty model at stage 3."""
+    installed.append("dvclive")
+    monkeypatch.setenv("HF_DVCLIVE_LOG_MODEL", "true")
+    with pytest.raises(ConfigError, match="HF_DVCLIVE_LOG_MODEL"):
+        tracker_callbacks(["dvclive"])
+    monkeypatch.setenv("HF_DVCLIVE_LOG_MODEL", "all")
+    assert len(tracker_callbacks(["dvclive"])) == 1
+
+
+def test_wandb_uploads_models_as_this_trainer_writes_them(installed):
+    """A contract: transformers' callback has what ours relies on."""
+    pytest.importorskip("wandb")
+    from dstrain.reporting.wandb_tracker import WandbCallback
+
+    assert tracker_callbacks(["wandb"]) == [WandbCallback]
+    callback = WandbCallback()
+    assert callback._log_model.is_enabled is False
+    assert callback._initialized is False
+    assert callback.reads_checkpoints is False
+
+
+# --- progress ------------------------------------------------------------------------------------
+
+
+def test_progress_is_lines_a_table_or_a_bar(monkeypatch):
+    """By the arguments and by where the script runs."""
+
+    class Table:
+        pass
+
+    assert progress_callback(quiet=True) is compat.PrinterCallback
+    assert progress_callback(quiet=False) is ProgressBar
+    monkeypatch.setattr(compat, "is_in_notebook", lambda: True)
+    monkeypatch.setattr(compat, "notebook_progress", lambda: Table)
+    assert progress_callback(quiet=False) is Table
+    assert progress_callback(quiet=True) is compat.PrinterCallback
+
+
+def test_the_table_of_a_notebook_follows_a_run(tmp_path):
+    """A contract: transformers' callback needs nothing of our arguments that they have not."""
+    pytest.importorskip("IPython")
+    callback = compat.notebook_progress()()
+    args = TrainingArguments(str(tmp_path), eval_strategy="epoch")
+    state = compat.TrainerState(max_steps=2, num_train_epochs=1, epoch=0.5, global_step=1)
+    control = compat.TrainerControl()
+    callback.on_train_begin(args, state, control)
+    callback.on_step_end(args, state, control)
+    callback.on_log(args, state, control, logs={"loss": 1.0})
+    callback.on_prediction_step(args, state, control, eval_dataloader=[1])
+    callback.on_evaluate(args, state, control, metrics={"eval_loss": 2.0, "epoch": 1})
+    callback.on_train_end(args, state, control)
+    assert callback.training_tracker is None
+
+
+# --- log levels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "given", "level"),
+    [
+        (0, {}, None),
+        (0, {"log_level": "error"}, logging.ERROR),
+        (1, {}, logging.WARNING),
+        (1, {"log_level_replica": "critical", "log_level": "debug"}, logging.CRITICAL),
+        (1, {"log_level_replica": "passive"}, None),
+    ],
+)
+def test_transformers_is_as_loud_as_the_arguments_say_of_a_rank(monkeypatch, rank, given, level):
+    """Passive leaves the level alone."""
+    from transformers.utils import logging as theirs
+
+    from dstrain.trainer.build import _set_level_of_transformers
+
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    before = theirs.get_verbosity()
+    try:
+        theirs.set_verbosity(logging.INFO)
+        _set_level_of_transformers(TrainingArguments("out", **given))
+        assert theirs.get_verbosity() == (logging.INFO if level is None else level)
+    finally:
+        theirs.set_verbosity(before)
 
 
 def test_every_tracker_of_transformers_is_known_by_the_name_it_is_detected_by():

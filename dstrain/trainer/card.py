@@ -1,0 +1,236 @@
+"""The model card of a run: what it has learnt, from what, with which arguments and versions."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_LIBRARIES = ("dstrain", "deepspeed", "torch", "transformers", "datasets", "tokenizers", "peft")
+# Not what describes a training: where it wrote, whom it told, what a launcher set.
+_LEFT_OUT = {
+    *("output_dir", "logging_dir", "run_name", "report_to", "local_rank", "do_train", "do_eval"),
+    *("do_predict", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "disable_tqdm"),
+    *("hub_private_repo", "hub_always_push", "resume_from_checkpoint", "overwrite_output_dir"),
+    *("project", "log_level", "log_level_replica"),
+}
+
+
+@dataclass(frozen=True)
+class CardWishes:
+    """What a user says about a model; the arguments of ``create_model_card``."""
+
+    language: str | list[str] | None = None
+    license: str | None = None
+    tags: str | list[str] | None = None
+    model_name: str | None = None
+    finetuned_from: str | None = None
+    tasks: str | list[str] | None = None
+    dataset_tags: str | list[str] | None = None
+    dataset: str | list[str] | None = None
+    dataset_args: str | list[str] | None = None
+
+
+def write_card(trainer: Any, wishes: CardWishes) -> None:
+    """Write ``README.md`` into the run's folder; tags and library of one that is there stay."""
+    path = Path(trainer.args.output_dir) / "README.md"
+    text = card_of(trainer, wishes, before=path, ask_hub=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def card_of(trainer: Any, wishes: CardWishes, *, before: Path, ask_hub: bool = False) -> str:
+    """The text of the card, with its metadata on top.
+
+    Args:
+        trainer: whose run it is.
+        wishes: what the user says.
+        before: a card that may be there.
+        ask_hub: look up the licence of the model that this one came from.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    existing: Any = None
+    if before.is_file():
+        with contextlib.suppress(Exception):  # a card of the user's that is no card for the hub
+            existing = ModelCard.load(before).data
+    base = wishes.finetuned_from or _base_model(trainer.model)
+    name = wishes.model_name or Path(trainer.args.output_dir).absolute().name
+    datasets = _listed(wishes.dataset) or _dataset_names(trainer.train_dataset)
+    results = last_evaluation(trainer.state.log_history)
+    data = ModelCardData(
+        language=wishes.language,
+        license=wishes.license or (_license(base) if ask_hub else None),
+        library_name=getattr(existing, "library_name", None) or _library(trainer.model),
+        tags=_tags(wishes, trainer.model, existing),
+        base_model=base,
+        datasets=_listed(wishes.dataset_tags) or None,
+        metrics=sorted(n for n in results if n != "loss") or None,
+        pipeline_tag=None,
+        model_name=name,
+        eval_results=_index(wishes, datasets, results),
+    )
+    origin = "trained from scratch"
+    if base is not None:
+        origin = f"a fine-tuned version of [{base}](https://huggingface.co/{base})"
+    on = f" on {', '.join(datasets)}" if datasets else ""
+    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", f"This model is {origin}{on}.\n"]
+    if results:
+        parts.append("On the evaluation set it achieves:\n")
+        parts.append("".join(f"- {_title(n)}: {_number(v)}\n" for n, v in results.items()))
+    parts.append("## Training\n")
+    parts.append(_table(("Argument", "Value"), _arguments(trainer)))
+    if rows := _curve(trainer.state.log_history):
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        parts.append("## Results\n")
+        parts.append(_table(columns, [[row.get(c, "") for c in columns] for row in rows]))
+    parts.append("## Versions\n")
+    parts.append("".join(f"- {library} {version}\n" for library, version in _versions().items()))
+    return "\n".join(parts)
+
+
+def last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of the last evaluation by their names without ``eval_``; no times and no memory."""
+    found: dict[str, float] = {}
+    last = max((e["step"] for e in history if _evaluated(e)), default=None)
+    for entry in history:
+        if last is not None and entry["step"] == last:
+            found |= _evaluated(entry)
+    return found
+
+
+def _evaluated(entry: dict[str, Any]) -> dict[str, float]:
+    ends = ("_runtime", "_per_second", "_preparation_time")
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in entry.items()
+        if name.startswith("eval_") and not name.endswith(ends) and "_mem_" not in name
+    }
+
+
+def _curve(history: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """One row per step with an evaluation: training loss so far beside the metrics."""
+    rows: dict[int, dict[str, str]] = {}
+    loss = ""
+    for entry in history:
+        loss = _number(entry["loss"]) if "loss" in entry else loss
+        if metrics := _evaluated(entry):
+            row = rows.setdefault(entry["step"], {"Step": str(entry["step"])})
+            if "epoch" in entry:
+                row["Epoch"] = _number(entry["epoch"])
+            row["Training loss"] = loss
+            row |= {f"Evaluation: {_title(n)}": _number(v) for n, v in metrics.items()}
+    return list(rows.values())
+
+
+def _arguments(trainer: Any) -> list[list[str]]:
+    args, resolved = trainer.args, trainer.resolved
+    rows = {
+        "ranks": trainer.ranks.world_size,
+        "global batch size": resolved.global_batch_size,
+        "ZeRO stage": resolved.stage,
+        "precision": resolved.precision,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": args.lr_scheduler_type,
+        "optimizer": resolved.values.get("optimizer.type", args.optim),
+        "steps": trainer.state.global_step,
+    }
+    values = args.to_dict()
+    rows |= {n: values[n] for n in sorted(args.changed_fields() - _LEFT_OUT - set(rows))}
+    return [[name, f"`{getattr(value, 'value', value)}`"] for name, value in rows.items()]
+
+
+def _index(wishes: CardWishes, datasets: list[str], results: dict[str, float]) -> Any:
+    """Results for the hub's ``model-index``, which wants a task and a dataset."""
+    from huggingface_hub import EvalResult
+
+    tasks, kinds = _listed(wishes.tasks), _listed(wishes.dataset_tags) or datasets
+    if not (tasks and kinds and results):
+        return None
+    configs = _listed(wishes.dataset_args)
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=kind,
+            dataset_name=datasets[min(place, len(datasets) - 1)] if datasets else kind,
+            dataset_config=configs[place] if place < len(configs) else None,
+            metric_type=name,
+            metric_name=_title(name),
+            metric_value=value,
+        )
+        for task in tasks
+        for place, kind in enumerate(kinds)
+        for name, value in results.items()
+    ]
+
+
+def _tags(wishes: CardWishes, model: Any, existing: Any) -> list[str]:
+    wanted = [
+        *_listed(wishes.tags),
+        *_listed(getattr(model, "model_tags", None)),
+        *_listed(getattr(existing, "tags", None)),
+        *("generated_from_trainer", "dstrain"),
+    ]
+    return list(dict.fromkeys(wanted))
+
+
+def _base_model(model: Any) -> str | None:
+    """The repository that a model came from; None for one of a local folder or from scratch."""
+    peft = getattr(model, "peft_config", None)
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    if isinstance(peft, dict) and peft:
+        name = next(iter(peft.values())).base_model_name_or_path or name
+    return None if not name or Path(name).exists() or name.count("/") > 1 else name
+
+
+def _license(base: str | None) -> str | None:
+    """The licence of the model it came from, as the hub has it, if it can be asked."""
+    if base is None:
+        return None
+    from huggingface_hub import HfApi
+
+    with contextlib.suppress(Exception):
+        tags = HfApi().model_info(base, timeout=5).tags or []
+        return next((t.removeprefix("license:") for t in tags if t.startswith("license:")), None)
+    return None
+
+
+def _library(model: Any) -> str | None:
+    if hasattr(model, "peft_config"):
+        return "peft"
+    return "transformers" if hasattr(model, "config") else None
+
+
+def _dataset_names(dataset: Any) -> list[str]:
+    name = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    return [name] if name else []
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": platform.python_version()}
+    for library in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[library] = metadata.version(library)
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(columns: Any, rows: list[list[str]]) -> str:
+    lines = [list(columns), ["---"] * len(list(columns)), *rows]
+    cells = [[str(c).replace("|", "\\|") for c in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)

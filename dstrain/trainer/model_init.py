@@ -1,0 +1,102 @@
+"""A model that is made anew for each training: ``model_init``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dstrain.arguments import TrainingArguments
+from dstrain.core.errors import ConfigError, ModelError, Problem
+from dstrain.core.seeds import seed_everything
+from dstrain.trainer import build
+
+
+def check_source(model: Any, model_init: Any, optimizers: tuple[Any, Any]) -> None:
+    """Refuse what leaves open which model is trained.
+
+    Args:
+        model: given to the Trainer.
+        model_init: likewise.
+        optimizers: likewise.
+
+    Raises:
+        ModelError: neither a model nor a function that makes one.
+        ConfigError: both, or a function beside an optimizer of one model's parameters.
+    """
+    if model is None and model_init is None:
+        raise ModelError(Problem("Trainer(model=None)", "a model, or model_init, is needed"))
+    if model is not None and model_init is not None:
+        raise ConfigError(
+            Problem(
+                "model and model_init were both passed",
+                "train() starts from what model_init makes, so the model would be lost",
+                "pass one of them",
+            )
+        )
+    if model_init is not None and any(part is not None for part in optimizers):
+        raise ConfigError(
+            Problem(
+                "model_init and optimizers were both passed",
+                "each train() has a new model, and an optimizer holds the parameters of one",
+                "pass optimizer_cls_and_kwargs, or override create_optimizer_and_scheduler",
+            )
+        )
+    if model_init is not None:
+        num_arguments(model_init)
+
+
+def check_whole(model: Any) -> None:
+    """Refuse a model whose layers lie on several devices.
+
+    Raises:
+        ModelError: naming the devices.
+    """
+    places = getattr(model, "hf_device_map", None) or {}
+    devices = sorted({str(place) for place in places.values()})
+    if len(devices) > 1:
+        raise ModelError(
+            Problem(
+                f"the layers of the model lie on {', '.join(devices)}",
+                "each rank drives one device; a model too large for one is partitioned by ZeRO",
+                "load it without device_map, with zero_stage=3 inside dstrain.partitioned(args)",
+            )
+        )
+
+
+def num_arguments(model_init: Callable[..., Any]) -> int:
+    """0, or 1 where it takes the trial.
+
+    Raises:
+        ConfigError: it takes more.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model_init).parameters.values()
+    number = len([p for p in parameters if p.kind in kinds])
+    if number > 1:
+        raise ConfigError(
+            Problem(
+                f"model_init takes {number} arguments",
+                "it is called with the trial of a hyperparameter search, or with nothing",
+                "give it no argument, or one; functools.partial fills the others",
+            )
+        )
+    return number
+
+
+def fresh_model(
+    make: Callable[[Any], torch.nn.Module | None], args: TrainingArguments, trial: Any
+) -> torch.nn.Module:
+    """A new model from the run's seed, partitioned while it is built where stage 3 is asked for.
+
+    Raises:
+        ModelError: the function returned none.
+    """
+    seed_everything(args.seed)
+    with build.partitioned(args):
+        model = make(trial)
+    if model is None:
+        raise ModelError(Problem("model_init returned None", "it must return the model"))
+    return model

@@ -1,0 +1,95 @@
+"""What a ``Trainer`` tells: logs, metrics files, callbacks, and who may speak."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from dstrain.core.log import get_logger
+from dstrain.reporting import save_loss_curve
+from dstrain.trainer import compat
+
+logger = get_logger(__name__)
+
+
+class ReportHooks:
+    """The methods of transformers' Trainer that write down or tell."""
+
+    args: Any
+    state: Any
+    ranks: Any
+    events: Any
+    resolved: Any
+    num_examples: Any
+    get_num_trainable_parameters: Any
+
+    log_metrics = compat.log_metrics
+    save_metrics = compat.save_metrics
+    metrics_format = staticmethod(compat.metrics_format)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the epoch to ``logs``, keep them in ``state.log_history``, tell callbacks.
+
+        Args:
+            logs: figures by name.
+            start_time: when training began; adds the runtime since then.
+        """
+        if self.state.epoch is not None:
+            logs["epoch"] = round(self.state.epoch, 4)
+        if start_time is not None:
+            logs |= compat.speed_metrics("train", start_time)
+        # A record must stay valid JSON, which knows no NaN: such a figure is left out of it.
+        finite = {k: v for k, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
+        self.state.log_history.append({**finite, "step": self.state.global_step})
+        self.events("on_log", logs=dict(logs))  # transformers' printer takes total_flos out of it
+
+    def _announce(self, loader: Any, *, max_steps: int) -> None:
+        """Log what is about to be trained."""
+        try:
+            examples = f"{self.num_examples(loader):,}"
+        except TypeError:
+            examples = "a stream of"
+        logger.info(
+            "Running training: %s examples, %d steps of %d (%d a rank, accumulated %d times, %d "
+            "ranks), %s trainable parameters",
+            examples,
+            max_steps,
+            self.resolved.global_batch_size,
+            self.resolved.micro_batch_size,
+            self.resolved.accumulation,
+            self.ranks.world_size,
+            f"{self.get_num_trainable_parameters():,}",
+        )
+
+    def save_state(self) -> None:
+        """Write ``trainer_state.json`` and the loss curve into the run's folder."""
+        if self.ranks.is_main:
+            folder = Path(self.args.output_dir)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            save_loss_curve(self.state.log_history, folder / "loss_curve.png")
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a ``TrainerCallback`` class or instance."""
+        self.events.handler.add_callback(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove and return the first callback that is, or is an instance of, ``callback``."""
+        return self.events.handler.pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove the first callback that is, or is an instance of, ``callback``."""
+        self.events.handler.remove_callback(callback)
+
+    @property
+    def callback_handler(self) -> Any:
+        """Transformers' ``CallbackHandler``; its ``callbacks`` are called in their order."""
+        return self.events.handler
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is rank 0 of all machines."""
+        return self.ranks.is_main
+
+    def is_local_process_zero(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return self.ranks.is_local_main

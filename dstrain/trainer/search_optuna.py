@@ -1,0 +1,192 @@
+"""Search with optuna: its study lives on the main rank, and every rank sees the same trial."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+
+from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.ranks import Ranks, from_main
+from dstrain.trainer import compat
+from dstrain.trainer.search import Ended, follow, run_trial, tell
+
+
+def run(
+    trainer: Any,
+    n_trials: int,
+    direction: str | list[str],
+    *,
+    timeout: float | None = None,
+    n_jobs: int = 1,
+    gc_after_trial: bool = False,
+    catch: Any = (),
+    **study_kwargs: Any,
+) -> Any:
+    """Run a study of ``n_trials``; a collective of all ranks.
+
+    Raises:
+        ConfigError: several trials at once.
+        Exception: what a trial raised, unless ``catch`` names it.
+    """
+    if n_jobs != 1:
+        raise ConfigError(
+            Problem(
+                f"n_jobs={n_jobs}",
+                "the ranks train one model together, so one trial runs at a time",
+                "leave n_jobs out; several searches can share a study in one storage",
+            )
+        )
+    ranks = trainer.ranks
+    several: Any = list(direction) if isinstance(direction, (list, tuple)) else None
+    single: Any = None if several else direction
+    trainer.prunes = several is None or len(several) == 1
+    if not ranks.is_main:
+        return follow(trainer, lambda number: (AgreedTrial(ranks, None, number), str(number)))
+
+    def objective(trial: optuna.Trial) -> Any:
+        tell(trial.number)
+        return run_trial(trainer, AgreedTrial(ranks, trial, trial.number), str(trial.number))
+
+    try:
+        study = optuna.create_study(direction=single, directions=several, **study_kwargs)
+        study.optimize(
+            objective,
+            n_trials=n_trials,
+            timeout=timeout,
+            gc_after_trial=gc_after_trial,
+            catch=catch,
+        )
+        if several is None:
+            best: Any = _best_run(study.best_trial, study.best_trial.value)
+        else:
+            best = [_best_run(trial, trial.values) for trial in study.best_trials]
+    except Exception as error:
+        tell(Ended(failure=f"{type(error).__name__}: {error}"))
+        raise
+    tell(Ended(best))
+    return best
+
+
+def prune_if_told(trainer: Any) -> None:
+    """Report the objective of an evaluation, and end the trial on all ranks if the pruner says so.
+
+    Raises:
+        optuna.TrialPruned: on every rank.
+    """
+    trial = trainer._trial
+    if not trainer.prunes or not hasattr(trial, "report"):
+        return
+    trial.report(trainer.objective, trainer.state.global_step)
+    if trial.should_prune():
+        trainer.events("on_train_end")
+        raise optuna.TrialPruned
+
+
+class AgreedTrial(optuna.trial.BaseTrial):
+    """A trial that all ranks hold: what the main rank's one says is what every rank gets.
+
+    All ranks must ask the same in the same order, as ``hp_space`` and ``model_init`` do.
+    """
+
+    def __init__(self, ranks: Ranks, trial: optuna.Trial | None, number: int) -> None:
+        """Args: ranks, the study's trial on the main rank, its number."""
+        self._ranks, self._trial, self._number = ranks, trial, number
+        self._params: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the study's own trial knows, which is on the main rank."""
+        trial = self.__dict__.get("_trial")
+        if trial is None:
+            raise AttributeError(f"{name}: the study and its trial are on rank 0")
+        return getattr(trial, name)
+
+    def _suggest(self, method: str, name: str, *args: Any, **kwargs: Any) -> Any:
+        value = self._agree(lambda trial: getattr(trial, method)(name, *args, **kwargs))
+        self._params[name] = value
+        return value
+
+    def _agree(self, ask: Callable[[Any], Any]) -> Any:
+        return from_main(self._ranks, lambda: ask(self._trial))
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        """A number in [low, high], on a logarithmic scale or in steps."""
+        return self._suggest("suggest_float", name, low, high, step=step, log=log)
+
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
+        """A whole number in [low, high]."""
+        return self._suggest("suggest_int", name, low, high, step=step, log=log)
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        """One of ``choices``."""
+        return self._suggest("suggest_categorical", name, choices)
+
+    def suggest_uniform(self, name: str, low: float, high: float) -> float:
+        """Old name of ``suggest_float``."""
+        return self.suggest_float(name, low, high)
+
+    def suggest_loguniform(self, name: str, low: float, high: float) -> float:
+        """Old name of ``suggest_float`` with ``log=True``."""
+        return self.suggest_float(name, low, high, log=True)
+
+    def suggest_discrete_uniform(self, name: str, low: float, high: float, q: float) -> float:
+        """Old name of ``suggest_float`` with ``step``."""
+        return self.suggest_float(name, low, high, step=q)
+
+    def report(self, value: float, step: int) -> None:
+        """Tell the study of an objective on the way."""
+        self._agree(lambda trial: trial.report(value, step))
+
+    def should_prune(self) -> bool:
+        """Whether the study's pruner gives this trial up."""
+        return self._agree(lambda trial: bool(trial.should_prune()))
+
+    def set_user_attr(self, key: str, value: Any) -> None:
+        """Keep a value with the trial in the study."""
+        if self._trial is not None:
+            self._trial.set_user_attr(key, value)
+
+    def set_constraint(self, key: str, value: float) -> None:
+        """Keep a constraint's value with the trial in the study."""
+        if self._trial is not None:
+            self._trial.set_constraint(key, value)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Every value suggested so far."""
+        return dict(self._params)
+
+    @property
+    def number(self) -> int:
+        """Its place among the trials of the study."""
+        return self._number
+
+    @property
+    def distributions(self) -> dict[str, Any]:
+        """Where the values come from; of the main rank's trial."""
+        return self._agree(lambda trial: trial.distributions)
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """What ``set_user_attr`` has kept; of the main rank's trial."""
+        return self._agree(lambda trial: trial.user_attrs)
+
+    @property
+    def constraints(self) -> dict[str, float]:
+        """What ``set_constraint`` has kept; of the main rank's trial."""
+        return self._agree(lambda trial: trial.constraints)
+
+    @property
+    def datetime_start(self) -> datetime.datetime | None:
+        """When the trial began; of the main rank's trial."""
+        return self._agree(lambda trial: trial.datetime_start)
+
+
+def _best_run(trial: Any, objective: Any) -> Any:
+    return compat.BestRun(str(trial.number), objective, trial.params)

@@ -1,0 +1,117 @@
+"""One micro-batch of a ``Trainer``: its loss and backward pass, as a subclass may change them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import ModelError, Problem
+from dstrain.core.log import get_logger
+from dstrain.data import to_device
+from dstrain.engine import device_name
+from dstrain.models import DTYPES
+from dstrain.trainer.outputs import loss_of
+
+logger = get_logger(__name__)
+
+
+class StepHooks:
+    """The methods of transformers' Trainer about one micro-batch."""
+
+    model: Any
+    resolved: Any
+    targets: Any
+    compute_loss_func: Callable[..., torch.Tensor] | None
+    _engines: Any
+    _micro_step: Any
+    _format: str
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The mean loss over the targets of one micro-batch.
+
+        The loop weights it by its number of targets, so the optimised loss is the mean over all
+        targets of the global batch. An override (or ``compute_loss_func``) may use
+        ``num_items_in_batch``, the targets of *this* micro-batch: dividing a summed loss by it
+        gives the same mean.
+
+        Returns:
+            the loss, or (loss, outputs).
+
+        Raises:
+            ModelError: the model returned no loss.
+        """
+        if self.compute_loss_func is not None:
+            loss, outputs = self._loss_of_function(model, inputs, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+        outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        loss = loss_of(outputs)
+        if loss is None:
+            given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+            returned = f", only {list(outputs)}" if isinstance(outputs, Mapping) else ""
+            raise ModelError(
+                Problem(
+                    f"{type(self.model).__name__} returned no loss{returned}",
+                    f"it was given {given}",
+                    "add labels to the batch, pass compute_loss_func, or override compute_loss",
+                )
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its mean loss, detached."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        engine = self._engines.training
+        assert engine is not None
+        # In fp32: a 16-bit loss times the loss scale would overflow before its gradients do.
+        engine.backward(loss.float() * self._micro_step.weight(), last=self._micro_step.last)
+        return loss.detach()
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
+        """What the loss is computed in: the context of ``autocast_smart_context_manager``."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.autocast_smart_context_manager())
+        return stack
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
+        """No context: the engine computes in the format of the config, and autocasts if it says so.
+
+        Args:
+            cache_enabled: for drop-in use.
+        """
+        return contextlib.nullcontext()
+
+    def _loss_of_function(self, model: Any, inputs: Any, num_items: Any) -> tuple[Any, Any]:
+        """The loss that the user's function makes of outputs and labels; the model sees no labels.
+
+        Without a count (in evaluation) the function is told the batch's own, so that a sum divided
+        by it is a mean there too.
+        """
+        assert self.compute_loss_func is not None
+        labels = None
+        given = inputs
+        if isinstance(inputs, Mapping):
+            given = {name: value for name, value in inputs.items() if name != "labels"}
+            labels = inputs.get("labels")
+        if num_items is None:
+            num_items = max(1, self.targets.count(inputs))
+        outputs = model(**given) if isinstance(given, Mapping) else model(given)
+        loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
+        return loss, outputs
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return to_device(inputs, device_name(), float_dtype=DTYPES[self._format])
