@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import NOT_YET, implemented, no_effect, pending
+from dstrain.arguments.treatment import implemented, no_effect
 from dstrain.core.errors import Problem
 
 # Shares of all steps are compared as whole numbers of this fineness.
@@ -20,7 +20,7 @@ class SavingArguments:
         "steps",
         "Write a checkpoint never, every save_steps, after each epoch, or when the metric is best.",
         choices=("no", "steps", "epoch", "best"),
-        treatment=implemented(excluded={"best": f"saving the best alone is {NOT_YET}"}),
+        treatment=implemented(),
     )
     save_steps: float = arg(
         500,
@@ -40,8 +40,10 @@ class SavingArguments:
     )
     save_on_each_node: bool = arg(
         False,
-        "Write the files of the main rank on every machine, for machines without a shared disk.",
-        treatment=pending(),
+        "Write models and checkpoints on every machine, for machines without a shared disk.",
+        treatment=implemented(
+            "each machine has its own ranks' part of what a resume needs, and all of the rest"
+        ),
     )
     save_only_model: bool = arg(
         False,
@@ -75,6 +77,17 @@ class SavingArguments:
         choices=("dstrain", "deepspeed"),
         treatment=implemented(own=True),
     )
+    preemption: str = arg(
+        "exit",
+        "What SIGTERM or SIGUSR1 on any rank does to training: 'exit' saves a checkpoint after the "
+        "step, whatever save_strategy is, and ends the process with status 75; 'return' saves and "
+        "lets train() return, with trainer.preempted set; 'ignore' leaves the signals alone.",
+        choices=("exit", "return", "ignore"),
+        treatment=implemented(
+            "all ranks stop after the same step, at most about half a second and two steps later",
+            own=True,
+        ),
+    )
     restore_callback_states_from_checkpoint: bool = arg(
         False,
         "Restore the callbacks' states when training resumes.",
@@ -87,18 +100,20 @@ class SavingArguments:
         treatment=implemented("used where train() is called without one"),
     )
     load_best_model_at_end: bool | None = arg(
-        False, "Load the weights of the best checkpoint after training.", treatment=pending()
+        False,
+        "Load the weights of the best checkpoint after training.",
+        treatment=implemented("weights alone, at every ZeRO stage"),
     )
     metric_for_best_model: str | None = arg(
         None,
         "Metric that decides which checkpoint is best, with or without 'eval_' before it; none "
         "takes loss.",
-        treatment=pending(),
+        treatment=implemented("an evaluation without it is an error that lists what it has"),
     )
     greater_is_better: bool | None = arg(
         None,
         "Whether more of that metric is better; none says yes unless its name ends in loss.",
-        treatment=pending(),
+        treatment=implemented(),
     )
 
     def _fill_best_metric(self, *, needed: bool) -> None:
@@ -121,6 +136,14 @@ class SavingArguments:
         if self.save_steps > 1 and not float(self.save_steps).is_integer():
             problems.append(
                 Problem(f"save_steps={self.save_steps}", "above 1 it must be a whole number")
+            )
+        if self.save_on_each_node and self.checkpoint_format == "deepspeed":
+            problems.append(
+                Problem(
+                    "save_on_each_node=True with checkpoint_format='deepspeed'",
+                    "DeepSpeed reads and writes the files of all ranks in one folder",
+                    "use a disk that all machines share, or leave checkpoint_format out",
+                )
             )
         if self.save_strategy == "best" and eval_strategy == "no":
             problems.append(

@@ -3,14 +3,22 @@
 from dstrain.checkpoint.conversion import Converted, convert
 from dstrain.checkpoint.difference import Comparison, compare
 from dstrain.checkpoint.export import export
-from dstrain.checkpoint.find import AUTO, check_there, choose, verify, wanted_checkpoint
-from dstrain.checkpoint.folders import Found, committed, holding
+from dstrain.checkpoint.find import (
+    AUTO,
+    check_there,
+    check_whole,
+    choose,
+    verify,
+    wanted_checkpoint,
+)
+from dstrain.checkpoint.folders import Found, committed, holding, place
 from dstrain.checkpoint.importing import Imported, bring_in
 from dstrain.checkpoint.load import Restored, load_into, read_run
 from dstrain.checkpoint.manifest import Manifest, extra_files, read_manifest
 from dstrain.checkpoint.native import Reader, check_readable
 from dstrain.checkpoint.prune import Pruning, best_of, prune
 from dstrain.checkpoint.save import CheckpointWriter, Policy, RunRecord
+from dstrain.checkpoint.weights import load_weights
 
 __all__ = [
     "AUTO",
@@ -29,6 +37,7 @@ __all__ = [
     "bring_in",
     "check_readable",
     "check_there",
+    "check_whole",
     "choose",
     "committed",
     "compare",
@@ -37,6 +46,8 @@ __all__ = [
     "extra_files",
     "holding",
     "load_into",
+    "load_weights",
+    "place",
     "prune",
     "read_manifest",
     "read_run",

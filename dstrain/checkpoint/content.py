@@ -26,6 +26,11 @@ def rank_file(rank: int) -> str:
     return f"{STATE}/rank-{rank:05d}.json"
 
 
+def is_of_a_rank(name: str) -> bool:
+    """Whether a file of a checkpoint has what only one rank knows."""
+    return name.startswith(f"{STATE}/rank-")
+
+
 @dataclass(frozen=True)
 class Slices:
     """The slices that one rank writes.

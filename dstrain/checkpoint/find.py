@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dstrain.checkpoint import folders
+from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.load import check_coverage, read_index
 from dstrain.checkpoint.manifest import Manifest, check_files, extra_files, read_manifest
 from dstrain.core.errors import CheckpointError, Problem
@@ -17,7 +17,9 @@ logger = get_logger(__name__)
 AUTO = "auto"
 
 
-def choose(wanted: str | bool, output_dir: Path, ranks: Ranks) -> tuple[Path, Manifest] | None:
+def choose(
+    wanted: str | bool, output_dir: Path, ranks: Ranks, *, on_each_node: bool = False
+) -> tuple[Path, Manifest] | None:
     """The checkpoint to resume from, the same on all ranks, which share the work of verifying it.
 
     Args:
@@ -25,6 +27,8 @@ def choose(wanted: str | bool, output_dir: Path, ranks: Ranks) -> tuple[Path, Ma
             where the run has no checkpoint at all.
         output_dir: the run's folder.
         ranks: facts of this process.
+        on_each_node: whether each machine has the folder on a disk of its own; a checkpoint counts
+            only where every machine has its part of it.
 
     Returns:
         folder and manifest; None only for "auto".
@@ -34,15 +38,14 @@ def choose(wanted: str | bool, output_dir: Path, ranks: Ranks) -> tuple[Path, Ma
     """
     if wanted is not True and wanted != AUTO:
         folder = Path(str(wanted)).expanduser()
-        manifest, problems = _verified(folder, ranks)
+        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node)
         if manifest is None:
             raise _unusable(folder, problems, output_dir)
         return folder, manifest
-    names = [str(found.folder) for found in reversed(folders.committed(output_dir))]
-    candidates = [Path(name) for name in gather_objects(names)[0]]
+    candidates = _candidates(output_dir, on_each_node=on_each_node)
     skipped = []
     for folder in candidates:
-        manifest, problems = _verified(folder, ranks)
+        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node)
         if manifest is not None:
             return folder, manifest
         skipped.append(f"{folder.name}: {'; '.join(problems)}")
@@ -53,6 +56,17 @@ def choose(wanted: str | bool, output_dir: Path, ranks: Ranks) -> tuple[Path, Ma
             logger.info("no checkpoint in %s: training starts afresh", output_dir)
         return None
     raise _none_to_resume(output_dir, skipped)
+
+
+def _candidates(output_dir: Path, *, on_each_node: bool) -> list[Path]:
+    """The checkpoints of a run, newest first, the same on all ranks; those of any machine."""
+    said = gather_objects(
+        [(found.step, str(found.folder)) for found in folders.committed(output_dir)]
+    )
+    if not on_each_node:
+        return [Path(name) for _, name in reversed(said[0])]
+    steps = sorted({step for found in said for step, _ in found}, reverse=True)
+    return [folders.place(output_dir, step) for step in steps]
 
 
 def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
@@ -101,24 +115,75 @@ def verify(
     """
     manifest = read_manifest(folder)
     problems = check_files(folder, manifest, share=share, on_file=on_file)
-    if not problems and manifest.has_slices:
+    if not problems and manifest.has_slices and not manifest.not_in(folder):
         problems = check_coverage(read_index(folder, manifest), manifest)
     return manifest, problems
 
 
-def _verified(folder: Path, ranks: Ranks) -> tuple[Manifest | None, list[str]]:
-    """The manifest where all ranks together found nothing wrong, and what they found."""
+def check_whole(folder: Path, ranks: Ranks, *, on_each_node: bool = False) -> Manifest:
+    """The manifest of a checkpoint, once all ranks together have read all of its files.
+
+    Args:
+        folder: the checkpoint.
+        ranks: facts of this process.
+        on_each_node: as in ``choose``.
+
+    Raises:
+        CheckpointError: on every rank, with what is wrong.
+    """
+    manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, model_alone=True)
+    if manifest is None:
+        raise CheckpointError(
+            Problem(f"{folder} cannot be used", "\n".join(problems), "choose another checkpoint")
+        )
+    return manifest
+
+
+def _verified(
+    folder: Path, ranks: Ranks, *, on_each_node: bool, model_alone: bool = False
+) -> tuple[Manifest | None, list[str]]:
+    """The manifest where all ranks together found nothing wrong, and what they found.
+
+    Args:
+        folder: the checkpoint.
+        ranks: facts of this process.
+        on_each_node: whether each machine reads a folder of its own.
+        model_alone: whether it will do without optimizer state.
+    """
     manifest = None
+    readers = ranks.on_machine() if on_each_node else ranks
     try:
-        manifest, problems = verify(folder, share=(ranks.rank, ranks.world_size))
-        if not manifest.resumable:
+        manifest, problems = verify(folder, share=(readers.rank, readers.world_size))
+        if not manifest.resumable and not model_alone:
             problems.append("it holds the model alone (save_only_model=True)")
         elif ranks.is_main and (extra := extra_files(folder, manifest)):
             logger.warning("%s has files that are no part of it: %s", folder, ", ".join(extra))
     except CheckpointError as error:
         problems = _lines(error)
+    if on_each_node:
+        if manifest is not None and manifest.world_size == ranks.world_size:
+            own = content.rank_file(ranks.rank)
+            problems += [f"{own} is missing"] if own in manifest.not_in(folder) else []
+        problems = [f"on the machine of rank {ranks.first_on_machine}: {p}" for p in problems]
+        problems += _other_saves(manifest, ranks)
     said = [line for lines in gather_objects(problems) for line in lines]
     return (None if said else manifest), list(dict.fromkeys(said))
+
+
+def _other_saves(manifest: Manifest | None, ranks: Ranks) -> list[str]:
+    """Machines that have the part of another save than this one; a collective of all ranks."""
+    said = gather_objects(
+        ({} if manifest is None else dict(manifest.files), ranks.first_on_machine)
+    )
+    mine = {} if manifest is None else manifest.elsewhere
+    found = []
+    for files, machine in said:
+        if any(name in files and files[name] != record for name, record in mine.items()):
+            found.append(
+                f"the machines of ranks {ranks.first_on_machine} and {machine} have parts of "
+                "different saves"
+            )
+    return found
 
 
 def _lines(error: CheckpointError) -> list[str]:

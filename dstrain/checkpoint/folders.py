@@ -29,6 +29,7 @@ _REPLACED = re.compile(r"\.checkpoint-(\d+)\.replaced-[0-9a-f]{8}$")
 STATE = "state"
 LOCK = ".lock"
 RUN_LOCK = ".dstrain-run.lock"
+_SHARED = "; if it is this one on another machine, they share the disk: leave save_on_each_node out"
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,28 @@ def committed(output_dir: Path) -> list[Found]:
     return sorted(found, key=lambda f: f.step)
 
 
-def new_staging(output_dir: Path, step: int) -> Path:
-    """Make the folder in which the checkpoint of a step is written.
+def staging_name(output_dir: Path, step: int) -> Path:
+    """A new name for the folder in which the checkpoint of a step is written."""
+    return output_dir / f".checkpoint-{step}.writing-{uuid.uuid4().hex[:8]}"
+
+
+def make_staging(folder: Path) -> None:
+    """Make such a folder.
 
     Raises:
         OSError: it cannot be made.
     """
-    folder = output_dir / f".checkpoint-{step}.writing-{uuid.uuid4().hex[:8]}"
     (folder / STATE).mkdir(parents=True)
+
+
+def new_staging(output_dir: Path, step: int) -> Path:
+    """Name and make the folder in which the checkpoint of a step is written.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = staging_name(output_dir, step)
+    make_staging(folder)
     return folder
 
 
@@ -169,8 +184,12 @@ def made_whole(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def only_run(output_dir: Path) -> Iterator[None]:
+def only_run(output_dir: Path, *, on_each_node: bool = False) -> Iterator[None]:
     """Refuse a second run that would write checkpoints into the same folder.
+
+    Args:
+        output_dir: the folder.
+        on_each_node: whether every machine of this run takes its own disk's.
 
     Raises:
         CheckpointError: another living process does so.
@@ -185,7 +204,8 @@ def only_run(output_dir: Path) -> Iterator[None]:
                     Problem(
                         f"another run is writing checkpoints into {str(output_dir)!r}",
                         "the two would replace and remove each other's",
-                        "choose another output_dir, or wait until that run has ended",
+                        "choose another output_dir, or wait until that run has ended"
+                        + (_SHARED if on_each_node else ""),
                     )
                 ) from error
             except OSError:

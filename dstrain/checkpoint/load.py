@@ -112,7 +112,10 @@ def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
         )
     pieces: dict[tuple[str, str], list[Piece]] = {}
     scalars: dict[str, dict[str, Any]] = {}
+    absent = set(manifest.not_in(folder))
     for rank in range(manifest.world_size):
+        if content.slice_file(rank) in absent:
+            continue
         path = folder / content.slice_file(rank)
         with reading(path) as file:
             sizes = {name: file.numel(name) for name in file.keys()}  # noqa: SIM118
@@ -147,7 +150,7 @@ def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
             there = sum(piece.numel for piece in index.pieces.get((key, name), []))
             if missing := index.missing(key, name, 0, numel):
                 found.append(f"{key} of {name}: {missing} of {numel} elements are in no file")
-            elif there > numel:
+            elif there > numel and not manifest.elsewhere:
                 found.append(f"{key} of {name}: {there - numel} elements are there twice or more")
     return found
 
@@ -176,13 +179,13 @@ def load_into(
         )
         check_readable(folder, manifest, reader)
         index = read_index(folder, manifest) if manifest.has_slices else None
-        raise_problems(
-            _misfits(engine, manifest, index), error=CheckpointError, title="the checkpoint misfits"
-        )
+        problems = misfits(engine, folder, manifest, index)
+        raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
         shared = _read_json(folder / content.RUN)
         own = None
         name = content.rank_file(ranks.rank)
-        if manifest.world_size == ranks.world_size and name in manifest.files:
+        written = name in manifest.files or name in manifest.elsewhere
+        if manifest.world_size == ranks.world_size and written:
             own = _read_json(folder / name)
         if index is None:
             _check_optimizer(engine, shared["engine"]["optimizer"])
@@ -200,14 +203,10 @@ def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceI
         held = regions(engine)
         create_state(held, index.scalars)
         _check_state(held, index)
-        for path, reads in _by_file(held, index).items():
-            with reading(path) as file:
-                for region, key, low, high, piece in reads:
-                    for start in range(low, high, _CHUNK_NUMEL):
-                        stop = min(high, start + _CHUNK_NUMEL)
-                        place = f"{key}/{region.name}", start - piece.start, stop - piece.start
-                        region.write(key, start, file.read(*place))
-        _load_buffers(engine, folder, manifest)
+        if manifest.elsewhere:
+            check_here(held, index, folder)
+        read_regions(held, index)
+        load_buffers(engine, folder, manifest)
     finish_load(engine)
 
 
@@ -224,7 +223,9 @@ def _check_optimizer(engine: Engine, there: str) -> None:
         )
 
 
-def _misfits(engine: Engine, manifest: Manifest, index: SliceIndex | None) -> list[Problem]:
+def misfits(
+    engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex | None
+) -> list[Problem]:
     """What keeps a checkpoint from being loaded into this engine."""
     here, there = content.parameter_shapes(engine), manifest.parameters
     problems = []
@@ -255,9 +256,30 @@ def _misfits(engine: Engine, manifest: Manifest, index: SliceIndex | None) -> li
                 "resume with the same parameters frozen",
             )
         )
-    if not problems and index is not None:
+    if not problems and index is not None and not manifest.not_in(folder):
         problems = [Problem(line) for line in check_coverage(index, manifest)]
     return problems
+
+
+def check_here(
+    held: Sequence[Region], index: SliceIndex, folder: Path, *, values_only: bool = False
+) -> None:
+    """A folder that other machines have parts of must have all that this rank needs.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    for region in held:
+        for key in [region.value_key] if values_only else region.tensor_keys():
+            if missing := index.missing(key, region.name, region.start, region.stop):
+                raise CheckpointError(
+                    Problem(
+                        f"{folder} lacks {missing} values of {region.name} that this rank needs",
+                        "it was saved with save_on_each_node, and another machine has them",
+                        "start as many ranks on each machine as then, at the same ZeRO stage; or "
+                        "copy the files in state/ of all machines into this folder",
+                    )
+                )
 
 
 def _check_state(held: Sequence[Region], index: SliceIndex) -> None:
@@ -279,13 +301,30 @@ def _check_state(held: Sequence[Region], index: SliceIndex) -> None:
             )
 
 
+def read_regions(held: Sequence[Region], index: SliceIndex, *, values_only: bool = False) -> None:
+    """Read what overlaps the regions, from each file in turn, some 32 MB at a time.
+
+    Args:
+        held: all regions of this rank.
+        index: of the checkpoint.
+        values_only: leave the optimizer's state out.
+    """
+    for path, reads in _by_file(held, index, values_only=values_only).items():
+        with reading(path) as file:
+            for region, key, low, high, piece in reads:
+                for start in range(low, high, _CHUNK_NUMEL):
+                    stop = min(high, start + _CHUNK_NUMEL)
+                    place = f"{key}/{region.name}", start - piece.start, stop - piece.start
+                    region.write(key, start, file.read(*place))
+
+
 def _by_file(
-    held: Sequence[Region], index: SliceIndex
+    held: Sequence[Region], index: SliceIndex, *, values_only: bool
 ) -> dict[Path, list[tuple[Region, str, int, int, Piece]]]:
     """What to read from each file, so that each is opened once."""
     reads: dict[Path, list[tuple[Region, str, int, int, Piece]]] = {}
     for region in held:
-        for key in region.tensor_keys():
+        for key in [region.value_key] if values_only else region.tensor_keys():
             for piece in index.pieces.get((key, region.name), []):
                 low = max(piece.start, region.start)
                 high = min(piece.start + piece.numel, region.stop)
@@ -294,7 +333,8 @@ def _by_file(
     return reads
 
 
-def _load_buffers(engine: Engine, folder: Path, manifest: Manifest) -> None:
+def load_buffers(engine: Engine, folder: Path, manifest: Manifest) -> None:
+    """Put the saved buffers into the module; ranks read the same file."""
     if content.BUFFERS not in manifest.files:
         return
     here = {stored.name: stored for stored in content.buffers(engine.module)}

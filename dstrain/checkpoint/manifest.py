@@ -38,6 +38,8 @@ class Manifest:
         metrics: of the last evaluation before it, empty where there was none.
         versions: of dstrain and the libraries that it stands on.
         files: path relative to the folder -> size and checksum, of every file but the manifest.
+        elsewhere: likewise, of the files of ranks that have another machine's disk; they may be
+            copied here.
         layout: of what a resume needs: "slices" by parameter name, or "deepspeed"'s own files.
     """
 
@@ -54,6 +56,11 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     layout: str = SLICES
+    elsewhere: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    def not_in(self, folder: Path) -> list[str]:
+        """The files on other machines' disks that are not in this folder either."""
+        return [name for name in self.elsewhere if not (folder / name).exists()]
 
     @property
     def has_slices(self) -> bool:
@@ -112,11 +119,13 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if body.pop("checksum", None) != _checksum(body):
         raise _damaged(path, "its content does not have the checksum that stands in it")
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in body["files"]):
+    names = [*body["files"], *body.get("elsewhere", {})]
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
         raise _damaged(path, "it lists files outside of its folder")
     for key in ("format", "version"):
         body.pop(key)
-    body["files"] = {name: FileRecord(**record) for name, record in body["files"].items()}
+    for key in ("files", "elsewhere"):
+        body[key] = {name: FileRecord(**record) for name, record in body.get(key, {}).items()}
     body["parameters"] = {n: tuple(shape) for n, shape in body["parameters"].items()}
     body["optimized"] = tuple(body["optimized"])
     return Manifest(**body)
@@ -138,7 +147,10 @@ def check_files(
         on_file: called with the bytes of each file that has been looked at.
     """
     found = []
-    for name, expected in sorted(manifest.files.items())[share[0] :: share[1]]:
+    absent = manifest.not_in(folder)
+    copied = {name: r for name, r in manifest.elsewhere.items() if name not in absent}
+    records = {**manifest.files, **copied}
+    for name, expected in sorted(records.items())[share[0] :: share[1]]:
         path = folder / name
         try:
             size = path.stat().st_size
@@ -157,7 +169,7 @@ def check_files(
 def extra_files(folder: Path, manifest: Manifest) -> list[str]:
     """Files in the folder that are no part of the checkpoint."""
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    return sorted(present - set(manifest.files) - {NAME})
+    return sorted(present - set(manifest.files) - set(manifest.elsewhere) - {NAME})
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

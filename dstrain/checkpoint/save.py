@@ -39,6 +39,8 @@ class Policy:
         only_model: leave everything out that a resume needs.
         with_weights: write the model's weights as Hugging Face files too.
         asynchronous: write beside training; None decides by the memory that is left.
+        on_each_node: write into the folder of every machine, which has a disk of its own: what is
+            of a rank where the rank is, and the rest on all of them.
         stop_on_failure: whether a save that failed ends the run.
         layout: of what a resume needs; DeepSpeed's own is written while training waits.
     """
@@ -48,6 +50,7 @@ class Policy:
     only_model: bool = False
     with_weights: bool = True
     asynchronous: bool | None = None
+    on_each_node: bool = False
     stop_on_failure: bool = True
     layout: str = SLICES
 
@@ -90,7 +93,11 @@ class _Job:
 
 
 class CheckpointWriter:
-    """Saves of one run; every method is a collective of all ranks."""
+    """Saves of one run; every method is a collective of all ranks.
+
+    Attributes:
+        failed: steps whose checkpoints could not be written, as far as that is known.
+    """
 
     def __init__(self, policy: Policy, ranks: Ranks) -> None:
         """Clear up after killed runs, and refuse a second run in the same folder.
@@ -99,14 +106,25 @@ class CheckpointWriter:
             CheckpointError: another run is writing there.
         """
         self._policy, self._ranks = policy, ranks
+        # The ranks that write into one folder; the first of them does what is done once in it.
+        self._sharers = ranks.on_machine() if policy.on_each_node else ranks
+        firsts = gather_objects(self._folder_of)
+        self._groups = tuple(
+            tuple(rank for rank, first in enumerate(firsts) if first == folder)
+            for folder in sorted(set(firsts))
+        )
         self._held = contextlib.ExitStack()
         with all_or_none():
-            if ranks.is_main:
-                self._held.enter_context(folders.only_run(policy.output_dir))
+            if self._sharers.is_main:
+                self._held.enter_context(
+                    folders.only_run(policy.output_dir, on_each_node=policy.on_each_node)
+                )
                 folders.recover(policy.output_dir)
         self._asynchronous = False if policy.layout == DEEPSPEED else policy.asynchronous
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
+        self._writing: int | None = None
+        self.failed: set[int] = set()
         self._group: Any = None
         if is_distributed():
             import torch.distributed as dist
@@ -135,6 +153,7 @@ class CheckpointWriter:
             self._conclude([str(error)], record.step)
             return
         if self._asynchronous:
+            self._writing = record.step
             self._thread = threading.Thread(
                 target=self._finish_in_thread, args=(job,), name="checkpoint"
             )
@@ -153,14 +172,15 @@ class CheckpointWriter:
         self._thread.join()
         self._thread = None
         failures, self._failures = self._failures, []
-        self._conclude(failures, None)
+        assert self._writing is not None
+        self._conclude(failures, self._writing)
 
     def close(self) -> None:
         """Wait, and give everything back; a failure is only logged."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            self._report(self._failures, None)
+            self._report(self._failures, self._writing)
         self._held.close()
         if self._group is not None:
             import torch.distributed as dist
@@ -168,9 +188,11 @@ class CheckpointWriter:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def _conclude(self, failures: list[str], step: int | None) -> None:
+    def _conclude(self, failures: list[str], step: int) -> None:
         if not failures:
+            self.failed.discard(step)
             return
+        self.failed.add(step)
         self._report(failures, step)
         if self._policy.stop_on_failure:
             raise CheckpointError(
@@ -184,17 +206,18 @@ class CheckpointWriter:
 
     def _report(self, failures: list[str], step: int | None) -> None:
         if failures and self._ranks.is_main:
-            which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             logger.error(
-                "%s was not written; earlier ones are untouched: %s", which, "; ".join(failures)
+                "the checkpoint of step %s was not written; earlier ones are untouched: %s",
+                step,
+                "; ".join(failures),
             )
 
     def _copies_fit(self, engine: Engine) -> bool:
         """Whether the machine of every rank has room for copies of its ranks' slices."""
         ranks = self._ranks
-        needed = content.own_slices(engine, ranks).num_bytes
+        needed = content.own_slices(engine, self._sharers).num_bytes
         if self._policy.with_weights:
-            needed += held_bytes(engine.module, ranks)
+            needed += held_bytes(engine.module, ranks, num_writers=self._sharers.world_size)
         available = available_bytes()
         fits = available is None or needed * ranks.local_world_size <= _MEMORY_SHARE * available
         everywhere = all(gather_objects(fits))
@@ -215,15 +238,17 @@ class CheckpointWriter:
             return job
 
     def _fill(self, engine: Engine, record: RunRecord, staging: Path, *, copies: bool) -> _Job:
-        ranks, policy = self._ranks, self._policy
-        weights = hold_shards(engine.module, ranks) if policy.with_weights and copies else None
+        ranks, policy, sharers = self._ranks, self._policy, self._sharers
+        weights = None
+        if policy.with_weights and copies:
+            weights = hold_shards(engine.module, ranks, groups=self._groups)
         if policy.with_weights and weights is None:
-            save_model(engine.module, staging, ranks)
+            save_model(engine.module, staging, ranks, on_each_node=policy.on_each_node)
         slices: content.Slices | None = None
         buffers = []
         with all_or_none():
             if not policy.only_model and policy.layout == SLICES:
-                slices = content.own_slices(engine, ranks)
+                slices = content.own_slices(engine, sharers)
                 slices = slices.copied() if copies else slices
             own = encode(record.own, where="this rank's state")
             shared = encode(
@@ -232,7 +257,7 @@ class CheckpointWriter:
         if not policy.only_model and policy.layout == DEEPSPEED:
             save_native(engine, staging, native.tag_of(record.step))
         failure: OSError | None = None
-        if ranks.is_main:
+        if sharers.is_main:
             buffers = content.buffers(engine.module)
             if copies:
                 buffers = [type(b).of(b.name, b.load().detach().cpu().clone()) for b in buffers]
@@ -246,22 +271,22 @@ class CheckpointWriter:
 
         def write() -> dict[str, FileRecord]:
             # Collectives first: whoever fails below must not leave the others in one.
-            present = gather_objects(_files_in(staging), group=self._group)[0]
+            present = gather_objects(_files_in(staging), group=self._group)[self._folder_of]
             whole = None if weights is None else weights.exchanged(self._group)
             if failure is not None:
                 raise failure
             records = {}
-            for name in present[ranks.rank :: ranks.world_size]:
+            for name in present[sharers.rank :: sharers.world_size]:
                 records[name] = make_durable(staging / name)
             if whole is not None:
-                records |= whole.write(staging, with_index=ranks.is_main)
+                records |= whole.write(staging, with_index=sharers.is_main)
             if slices is not None:
                 name = content.slice_file(ranks.rank)
                 records[name] = write_tensor_file(staging / name, slices.tensors, slices.metadata)
             if not policy.only_model:
                 name = content.rank_file(ranks.rank)
                 records[name] = write_bytes(staging / name, json.dumps(own).encode())
-            if ranks.is_main:
+            if sharers.is_main:
                 if not policy.only_model:
                     records[content.RUN] = write_json(staging / content.RUN, shared)
                     if slices is None:
@@ -291,31 +316,32 @@ class CheckpointWriter:
         return _Job(record, staging, manifest, write)
 
     def _make_staging(self, step: int, held: contextlib.ExitStack) -> Path:
-        """The folder to write in, which every rank must see.
+        """The folder to write in, which every rank that shares it must see.
 
         Raises:
             ModelError: it cannot be made, or a rank does not see it.
         """
-        made = ""
+        staging = folders.staging_name(self._policy.output_dir, step)
+        staging = Path(gather_objects(str(staging))[0])
+        if self._policy.on_each_node:
+            staging = self._policy.output_dir / staging.name
         with all_or_none():
-            if self._ranks.is_main:
+            if self._sharers.is_main:
                 try:
-                    folder = folders.new_staging(self._policy.output_dir, step)
+                    folders.make_staging(staging)
                 except OSError as error:
                     raise ModelError(
                         Problem(f"no folder can be made in {self._policy.output_dir}", str(error))
                     ) from error
-                held.callback(folders.discard_if_there, folder)
-                held.enter_context(folders.holding(folder))
-                made = str(folder)
-        staging = Path(gather_objects(made)[0])
+                held.callback(folders.discard_if_there, staging)
+                held.enter_context(folders.holding(staging))
         blind = [rank for rank, sees in enumerate(gather_objects(staging.is_dir())) if not sees]
         if blind:
             raise ModelError(
                 Problem(
                     f"ranks {blind} do not see {staging.parent}",
                     "a checkpoint is written by all ranks into one folder",
-                    "put output_dir on a disk that all machines share",
+                    "put output_dir on a disk that all machines share, or set save_on_each_node",
                 )
             )
         return staging
@@ -334,27 +360,61 @@ class CheckpointWriter:
             records = job.write()
         except Exception as error:
             failure = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
-        said = gather_objects((records, failure), group=self._group)
-        failures = [f for _, f in said if f is not None]
-        if self._ranks.is_main:
-            if not failures:
-                files = {name: record for part, _ in said for name, record in part.items()}
-                failures = self._commit(job, files)
-            job.held.close()  # removes the folder unless it has been committed
-        return gather_objects(failures, group=self._group)[0]
-
-    def _commit(self, job: _Job, files: dict[str, FileRecord]) -> list[str]:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        said = gather_objects((self._folder_of, records, failure, now), group=self._group)
+        failures = [failed for *_, failed, _ in said if failed is not None]
+        output_dir = self._policy.output_dir
         try:
-            write_manifest(job.staging, replace(job.manifest, created=now, files=files))
-            folder = folders.commit(job.staging, self._policy.output_dir, job.record.step)
-        except OSError as error:
-            return [f"rank 0: the commit failed: {error}"]
-        if job.record.after_commit is not None:
-            job.record.after_commit(folder)
-        keep = [] if job.record.best is None else [job.record.best]
-        folders.rotate(self._policy.output_dir, limit=self._policy.limit, keep=keep)
-        return []
+            if not failures:
+                files, elsewhere = self._shared_out([(m, part) for m, part, *_ in said])
+                manifest = replace(
+                    job.manifest, created=said[0][-1], files=files, elsewhere=elsewhere
+                )
+                failures = self._together(lambda: write_manifest(job.staging, manifest))
+            if not failures:
+                # Where each machine has a folder, none has lost an older one until all have this.
+                failures = self._together(
+                    lambda: folders.commit(job.staging, output_dir, job.record.step)
+                )
+        finally:
+            job.held.close()  # removes the folder unless it has been committed
+        if not failures and self._ranks.is_main and job.record.after_commit is not None:
+            job.record.after_commit(folders.place(output_dir, job.record.step))
+        if not failures and self._sharers.is_main:
+            keep = [] if job.record.best is None else [job.record.best]
+            try:
+                folders.rotate(output_dir, limit=self._policy.limit, keep=keep)
+            except OSError as error:
+                logger.warning("older checkpoints could not be looked through: %s", error)
+        return failures
+
+    @property
+    def _folder_of(self) -> int:
+        """Which folder this rank writes into, as the first rank that does."""
+        return self._ranks.first_on_machine if self._policy.on_each_node else 0
+
+    def _shared_out(
+        self, parts: list[tuple[int, dict[str, FileRecord]]]
+    ) -> tuple[dict[str, FileRecord], dict[str, FileRecord]]:
+        """The files of this rank's folder, and what ranks of other folders have of their own."""
+        files: dict[str, FileRecord] = {}
+        elsewhere: dict[str, FileRecord] = {}
+        for folder, records in parts:
+            if folder == self._folder_of:
+                files |= records
+            else:
+                elsewhere |= {n: r for n, r in records.items() if content.is_of_a_rank(n)}
+        return files, elsewhere
+
+    def _together(self, act: Callable[[], object]) -> list[str]:
+        """Do something once in every folder; what failed, the same on all ranks."""
+        failure = None
+        if self._sharers.is_main:
+            try:
+                act()
+            except Exception as error:  # the other ranks wait for this one
+                failure = f"rank {self._ranks.rank}: the commit failed: {error}"
+        return [f for f in gather_objects(failure, group=self._group) if f is not None]
 
 
 def _files_in(staging: Path) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dstrain.core.errors import DstrainError
+from dstrain.core.stop import PREEMPTED, Preempted
 
 USAGE = """usage: dstrain COMMAND ...
 
@@ -29,17 +30,26 @@ Start on many processes with the launcher, for example
 USER_ERROR = 2
 FAILURE = 1
 
+_GO_ON = "the same command with --resume_from_checkpoint auto goes on from there"
+
 # How gloo and NCCL say in a collective that a peer is gone.
 LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake."""
+    """Run one command; returns the exit status.
+
+    0; 1 for a failure, 2 for a user's mistake, 75 for training that a signal ended early.
+    """
     words = [a for a in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(a)]
     try:
         return _run(words)
     except DstrainError as error:
         return _report_user_error(error)
+    except Preempted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\ndstrain: {stop.message}; {_GO_ON}", file=sys.stderr, flush=True)
+        return PREEMPTED
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has seen enough: `dstrain explain | head`
@@ -52,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The console script: ``main``, then the process group goes down and the process ends."""
     status = main()
-    if status == 0 and "torch" in sys.modules:
+    if status in (0, PREEMPTED) and "torch" in sys.modules:
         from dstrain.engine import shut_down
 
         shut_down()

@@ -45,6 +45,16 @@ class Ranks:
         """Whether this is the first rank of its machine."""
         return self.local_rank == 0
 
+    @property
+    def first_on_machine(self) -> int:
+        """The first rank of this machine; launchers number the ranks of a machine in a row."""
+        return self.rank - self.local_rank
+
+    def on_machine(self) -> Ranks:
+        """This process among the ranks of its machine, as if there were no others."""
+        local, number = self.local_rank, self.local_world_size
+        return Ranks(local, local, number, number)
+
 
 def launched_ranks() -> Ranks:
     """Rank facts from the launcher's environment; one process when there is no launcher.

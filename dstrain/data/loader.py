@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.seeds import derived_seed
+from dstrain.data.noise import begin_worker
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.stream import Masked, RankStream
 
@@ -85,7 +86,11 @@ def build_loader(
             "prefetch_factor": options.prefetch_factor,
             "persistent_workers": options.persistent_workers,
         }
-    common: dict[str, Any] = {"pin_memory": options.pin_memory, **extra}
+    common: dict[str, Any] = {
+        "pin_memory": options.pin_memory,
+        "worker_init_fn": begin_worker,
+        **extra,
+    }
     # Seeds of loader processes: their own on each rank, and apart from the global random state.
     noise = derived_seed(seed, step=0, rank=topology.rank)
     common["generator"] = torch.Generator().manual_seed(noise)

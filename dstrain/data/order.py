@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dstrain.data.noise import Indices, Noise
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -101,7 +103,7 @@ class RankBatchSampler:
         return len(self.topology.share(self.chunk_samples(step))) == 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Index lists, one per micro-step."""
+        """Index lists, one per micro-step, each with the seed of its noise."""
         indices = self.order.indices(self.epoch)[self.start :]
         for step in range(len(self)):
             first = step * self.topology.chunk
@@ -111,4 +113,5 @@ class RankBatchSampler:
                 if share
                 else indices[first : first + 1]
             )
-            yield mine.tolist()
+            noise = Noise(self.noise_seed, self.epoch, self.topology.rank, self.start + first)
+            yield Indices(mine.tolist(), noise)

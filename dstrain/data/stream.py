@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as worker_module
 
+from dstrain.data.noise import Noise
 from dstrain.data.order import Topology
 
 _UNTOLD = -1
@@ -102,9 +103,18 @@ class RankStream(IterableDataset[Any]):
         epoch, start = self._position.tolist()
         if worker and epoch != _UNTOLD:
             self._tell_source(epoch)
-        samples = islice(_whole(self.source) if worker else iter(self.source), start, None)
-        step = 0
-        while chunk := list(islice(samples, self.topology.chunk)):
+        samples = _whole(self.source) if worker else iter(self.source)
+        position = step = 0
+        while True:
+            if worker:  # also for what is left out: the source may draw random numbers too
+                Noise(self.noise_seed, epoch, self.topology.rank, position).sow()
+            used = max(0, start - position)
+            chunk = list(islice(samples, min(used, self.topology.chunk) or self.topology.chunk))
+            position += len(chunk)
+            if not chunk:
+                return
+            if used:
+                continue
             if self.drop_last and len(chunk) < self.topology.chunk:
                 return
             if step % turns == turn:

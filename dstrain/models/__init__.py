@@ -11,7 +11,7 @@ from dstrain.models.build import (
     parse_model_config,
 )
 from dstrain.models.held import HeldShards, held_bytes, hold_shards
-from dstrain.models.save import check_writable, save_configs, save_model
+from dstrain.models.save import check_writable, needs_conversion, save_configs, save_model
 from dstrain.models.sizes import count_causal_lm, count_seq2seq, sizes_of_module
 from dstrain.models.skeleton import Skeleton, skeleton_of
 from dstrain.models.tensor_file import Stored, TensorReader, write_tensor_file
@@ -30,6 +30,7 @@ __all__ = [
     "count_seq2seq",
     "held_bytes",
     "hold_shards",
+    "needs_conversion",
     "load_causal_lm",
     "load_seq2seq",
     "max_length",

@@ -25,6 +25,8 @@ from dstrain.models.save import (
 )
 from dstrain.models.tensor_file import Stored, write_tensor_file
 
+Groups = tuple[tuple[int, ...], ...]
+
 # Shares go to the writer of their shard in messages of about this size.
 _MESSAGE_BYTES = 64 * 2**20
 
@@ -57,7 +59,8 @@ class HeldShards:
             writers have not got them yet.
         names: file names of all shards.
         rank: this rank.
-        world_size: number of ranks; shard k belongs to rank k mod world size.
+        groups: the ranks that write into one folder, for each folder: all shards go into each, and
+            shard k is written by rank k of the group (counted around).
     """
 
     shards: dict[str, list[Stored]]
@@ -65,7 +68,7 @@ class HeldShards:
     shares: tuple[_Share, ...]
     names: tuple[str, ...]
     rank: int
-    world_size: int
+    groups: Groups
 
     def exchanged(self, group: Any) -> HeldShards:
         """Give every share to the rank that writes it; a collective of all ranks in ``group``.
@@ -74,8 +77,10 @@ class HeldShards:
         """
         shards = {name: list(tensors) for name, tensors in self.shards.items()}
         for message in _messages(self.shares):
-            writer = message[0].shard % self.world_size
-            parts = self._gather(torch.cat([_as_bytes(s.values) for s in message]), writer, group)
+            data, parts = torch.cat([_as_bytes(s.values) for s in message]), None
+            for group_of_writers in self.groups:
+                writer = group_of_writers[message[0].shard % len(group_of_writers)]
+                parts = self._gather(data, writer, group) or parts
             start = 0
             for share in message:
                 size = share.values.nbytes
@@ -90,8 +95,8 @@ class HeldShards:
     def _gather(self, data: torch.Tensor, writer: int, group: Any) -> list[torch.Tensor] | None:
         import torch.distributed as dist
 
-        mine = writer == self.rank
-        parts = [torch.empty_like(data) for _ in range(self.world_size)] if mine else None
+        world_size = sum(map(len, self.groups))
+        parts = [torch.empty_like(data) for _ in range(world_size)] if writer == self.rank else None
         dist.gather(data, parts, dst=writer, group=group)
         return parts
 
@@ -111,25 +116,37 @@ class HeldShards:
 
 
 def hold_shards(
-    module: torch.nn.Module, ranks: Ranks, *, shard_bytes: int = SHARD_BYTES
+    module: torch.nn.Module,
+    ranks: Ranks,
+    *,
+    groups: Groups | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> HeldShards | None:
     """Copy the weights to host memory; a collective.
 
     Of a partitioned parameter every rank copies its own share, which its writer gets later
     (``exchanged``): gathering all of them would keep training waiting.
 
+    Args:
+        module: the model.
+        ranks: facts of this process.
+        groups: the ranks that write into one folder, for each folder; all ranks into one if left.
+        shard_bytes: the largest shard; a larger tensor has one of its own.
+
     Returns:
         None for architectures whose layout is converted on saving: only ``save_model`` does that.
     """
     if needs_conversion(module):
         return None
+    groups = groups or (tuple(range(ranks.world_size)),)
+    beside = next(group for group in groups if ranks.rank in group)
     entries = entries_of(module)
     shards = plan_shards(entries, shard_bytes)
     names = shard_names(len(shards))
     mine: dict[str, list[Stored]] = {}
     shares: list[_Share] = []
     for number, (shard, name) in enumerate(zip(shards, names, strict=True)):
-        own = number % ranks.world_size == ranks.rank
+        own = beside[number % len(beside)] == ranks.rank
         whole = []
         for entry in shard:
             share = own_partition(entry.tensor) if is_partitioned(entry.tensor) else None
@@ -152,16 +169,23 @@ def hold_shards(
         tuple(shares),
         tuple(names),
         ranks.rank,
-        ranks.world_size,
+        groups,
     )
 
 
-def held_bytes(module: torch.nn.Module, ranks: Ranks) -> int:
-    """Bytes that held shards will take on the rank that holds most."""
+def held_bytes(module: torch.nn.Module, ranks: Ranks, *, num_writers: int | None = None) -> int:
+    """Bytes that held shards will take on the rank that holds most.
+
+    Args:
+        module: the model.
+        ranks: facts of this process.
+        num_writers: ranks that write into its folder; all of them if left out.
+    """
+    num_writers = num_writers or ranks.world_size
     shards = plan_shards(entries_of(module), SHARD_BYTES)
     sizes = [sum(e.num_bytes for e in shard) for shard in shards]
     shares = sum(_share_bytes(e, ranks.world_size) for shard in shards for e in shard)
-    return shares + max(sum(sizes[k :: ranks.world_size]) for k in range(ranks.world_size))
+    return shares + max(sum(sizes[k::num_writers]) for k in range(num_writers))
 
 
 def _share_bytes(entry: Entry, world_size: int) -> int:

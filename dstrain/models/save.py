@@ -44,17 +44,30 @@ class Entry:
 
 
 def save_model(
-    module: torch.nn.Module, folder: Path | str, ranks: Ranks, *, shard_bytes: int = SHARD_BYTES
+    module: torch.nn.Module,
+    folder: Path | str,
+    ranks: Ranks,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    on_each_node: bool = False,
 ) -> None:
     """Write weights, ``config.json`` and ``generation_config.json``; a collective of all ranks.
 
     Weights are those the engine trains with, in its format; tied weights are written once. A plain
     ``nn.Module`` gets ``model.safetensors`` alone.
 
+    Args:
+        module: the model.
+        folder: where to write.
+        ranks: facts of this process.
+        shard_bytes: the largest weight file; a larger tensor has one of its own.
+        on_each_node: write all of it on every machine, which has a disk of its own there.
+
     Raises:
         ModelError: the folder cannot be written; raised on every rank.
     """
     target = Path(folder)
+    ranks = ranks.on_machine() if on_each_node else ranks
     with all_or_none():
         if ranks.is_main:
             _make_folder(target)
@@ -64,7 +77,7 @@ def save_model(
     entries = entries_of(module)
     shards = plan_shards(entries, shard_bytes)
     names = shard_names(len(shards))
-    writers = _writers(target, ranks)
+    writers = list(range(ranks.world_size)) if on_each_node else _writers(target, ranks)
     mine = [i for i in range(len(shards)) if writers[i % len(writers)] == ranks.rank]
     with all_or_none():
         # A failed write is raised after the last gather, so that no rank leaves the others in one.

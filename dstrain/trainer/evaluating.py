@@ -43,6 +43,9 @@ class EvaluationHooks:
     """
 
     args: Any
+    state: Any
+    control: Any
+    best: Any
     model: Any
     eval_dataset: Any
     compute_metrics: Any
@@ -299,12 +302,20 @@ class EvaluationHooks:
 
     # --- behind the edge ------------------------------------------------------------------------
 
-    def evaluate_in_training(self) -> None:
-        """Evaluate because a callback asked for it; the noise of training stays what it was."""
+    def evaluate_in_training(self) -> Any:
+        """Evaluate because a callback asked for it; the noise of training stays what it was.
+
+        Returns:
+            the control object.
+        """
         state = random_state()
         metrics = self.evaluate(ignore_keys=self.ignore_keys_for_eval)
         set_random_state(state)
         self._report_trial(metrics)
+        # An evaluation before the first step has no checkpoint that it could be of.
+        if self.state.global_step and self.best.judge(metrics):
+            self.control.should_save |= self.args.save_strategy == "best"
+        return self.control
 
     def _check_evaluation(self) -> None:
         """Refuse what could only fail in the first evaluation.

@@ -28,6 +28,7 @@ from dstrain.data import (
 from dstrain.engine import Engine, StepOutcome, device_name
 from dstrain.trainer.meters import Reading, TrainMeter
 from dstrain.trainer.position import Position, Resumption
+from dstrain.trainer.preemption import Preemption
 
 logger = get_logger(__name__)
 
@@ -57,8 +58,8 @@ class Hooks(Protocol):
         """Tell callbacks of an event; returns the control object."""
         ...
 
-    def evaluate_in_training(self) -> None:
-        """Evaluate because a callback asked for it."""
+    def evaluate_in_training(self) -> Any:
+        """Evaluate because a callback asked for it; returns the control object."""
         ...
 
     def save_in_training(self, position: Position) -> None:
@@ -78,7 +79,7 @@ class RunPlan:
         filter_bad: leave NaN and infinite losses out of the logged mean.
         log_every: steps between logs, 0 when logging goes by other events.
         eval_on_start: evaluate once before the first step.
-        saves: whether checkpoints are written, so that random states must be kept.
+        saves: whether checkpoints may be written, so that random states must be kept.
     """
 
     max_steps: int
@@ -131,6 +132,7 @@ class TrainLoop:
     state: Any
     control: Any
     micro_step: MicroStep
+    preemption: Preemption
     progress: Progress = field(default_factory=Progress)
     skipped_steps: int = 0
     loss_sum: float = 0.0
@@ -139,6 +141,8 @@ class TrainLoop:
     steps_before: int = 0
     samples_before: int = 0
     tokens_before: int = 0
+    preempted: bool = False
+    _saved_step: int = -1
     _last: tuple[StepOutcome, float] | None = None
     _random_ahead: dict[str, Any] | None = None
 
@@ -149,12 +153,18 @@ class TrainLoop:
         if self.resumption is not None:
             self._take_up(self.resumption.position)
         self.hooks.event("on_train_begin")
+        self.preemption.ask(now=True)  # a signal that came while the engine was built
+        self.preempted = self.preemption.acted = self.preemption.answer()
+        if self.preempted:
+            return
         if self.plan.eval_on_start and self.resumption is None:
             self._evaluate()
         if self.resumption is not None and self.resumption.position.epoch_is_over:
             self._end_resumed_epoch()
         while not self._is_over():
             self._run_epoch()
+            if self.preempted:
+                break
             self.progress = self.progress.next_epoch()
         self.hooks.store_flos()
         self._note(self._meter.read())
@@ -191,6 +201,9 @@ class TrainLoop:
         for window in self._windows():
             self._last = self._train_step(window)
             self._react("on_step_end", *self._last, epoch_is_over=window.ends_epoch)
+            if self.preemption.answer() and not self._is_over():
+                self._end_early(epoch_is_over=window.ends_epoch)
+                return
             if self._is_over() or self.control.should_epoch_stop:
                 break
         if self.progress.step == before.step and not before.steps_in_epoch:
@@ -247,6 +260,7 @@ class TrainLoop:
                 self.hooks.event("on_substep_end")
         learning_rate = self.engine.learning_rates()[0]
         self.hooks.event("on_pre_optimizer_step")
+        self.preemption.ask()
         outcome = self.engine.step(want_norm=self._logs_after(window))
         self.hooks.event("on_optimizer_step")
         self.progress = self.progress.advance(samples=window.num_samples, tokens=tokens)
@@ -310,12 +324,26 @@ class TrainLoop:
             random_ahead=None if ended or epoch_is_over else self._random_ahead,
         )
         self.hooks.save_in_training(position)
+        self._saved_step = self.progress.step
         self._meter.exclude(time.perf_counter() - started)
+
+    def _end_early(self, *, epoch_is_over: bool) -> None:
+        """Save, where this step has not been saved yet, so that the run can go on from here.
+
+        The epoch's end, if this is it, is left to the run that goes on.
+        """
+        if self.ranks.is_main:
+            step = self.progress.step
+            logger.warning("%s: training ends after step %d", self.preemption.cause, step)
+        self.preempted = self.preemption.acted = self.control.should_training_stop = True
+        if self._saved_step != self.progress.step:
+            assert self._last is not None
+            self._save("on_step_end", *self._last, epoch_is_over=epoch_is_over)
 
     def _evaluate(self) -> None:
         """Evaluate, which is no training time, and go back to training mode."""
         started = time.perf_counter()
-        self.hooks.evaluate_in_training()
+        self.control = self.hooks.evaluate_in_training()
         self.engine.model.train()
         self._meter.exclude(time.perf_counter() - started)
 

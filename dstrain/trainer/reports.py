@@ -64,7 +64,7 @@ class ReportHooks:
 
     def save_state(self) -> None:
         """Write ``trainer_state.json`` and the loss curve into the run's folder."""
-        if self.ranks.is_main:
+        if self.args.should_save:
             folder = Path(self.args.output_dir)
             self.state.save_to_json(str(folder / "trainer_state.json"))
             save_loss_curve(self.state.log_history, folder / "loss_curve.png")

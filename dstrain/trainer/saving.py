@@ -20,10 +20,12 @@ from dstrain.checkpoint import (
     choose,
     holding,
     load_into,
+    place,
     read_run,
     wanted_checkpoint,
 )
 from dstrain.config.explain import as_record
+from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.seeds import seed_rank
 from dstrain.engine import Engine
@@ -68,7 +70,12 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
     wanted = wanted_checkpoint(wanted)
     if wanted is None:
         return None
-    chosen = choose(wanted, Path(trainer.args.output_dir), trainer.ranks)
+    chosen = choose(
+        wanted,
+        Path(trainer.args.output_dir),
+        trainer.ranks,
+        on_each_node=trainer.args.save_on_each_node,
+    )
     if chosen is None:
         return None
     folder, manifest = chosen
@@ -144,12 +151,10 @@ def _restore_state(trainer: Trainer, start: Start) -> None:
         "num_input_tokens_seen",
         "total_flos",
         "log_history",
-        "best_metric",
-        "best_global_step",
-        "best_model_checkpoint",
     ):
         if name in saved:
             setattr(state, name, saved[name])
+    trainer.best.take_up(saved, start.folder)
     if trainer.args.restore_callback_states_from_checkpoint:
         _restore_callbacks(trainer, saved.get("stateful_callbacks") or {})
 
@@ -161,11 +166,11 @@ def _restore_callbacks(trainer: Trainer, saved: dict[str, Any]) -> None:
         if kind == "TrainerControl":
             continue  # what it tells the loop to do is decided anew
         places = [i for i, c in enumerate(callbacks) if type(c).__name__ == kind]
-        for place, state in zip(places, states if isinstance(states, list) else [states]):  # noqa: B905
-            restored = type(callbacks[place])(**state.get("args", {}))
+        for index, state in zip(places, states if isinstance(states, list) else [states]):  # noqa: B905
+            restored = type(callbacks[index])(**state.get("args", {}))
             for name, value in state.get("attributes", {}).items():
                 setattr(restored, name, value)
-            callbacks[place] = restored
+            callbacks[index] = restored
         if not places and trainer.ranks.is_main:
             logger.warning("the checkpoint has the state of a %s, which this run has not", kind)
 
@@ -192,6 +197,7 @@ def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter |
         only_model=args.save_only_model,
         with_weights=args.save_weights_with_checkpoint or args.save_only_model,
         asynchronous=_in_background(trainer),
+        on_each_node=args.save_on_each_node,
         stop_on_failure=args.save_failure == "stop",
         layout="deepspeed" if args.checkpoint_format == "deepspeed" else "slices",
     )
@@ -212,6 +218,9 @@ def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: P
     Raises:
         CheckpointError: it failed, and ``save_failure`` is "stop".
     """
+    writer.wait()  # a checkpoint that failed in the background is not the best one
+    folder = place(Path(trainer.args.output_dir), trainer.state.global_step)
+    trainer.best.note_save(folder, failed=writer.failed)
     processor = trainer.processing_class
     best = trainer.state.best_model_checkpoint
     record = RunRecord(
@@ -236,6 +245,23 @@ def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: P
     writer.save(engine, record)
 
 
+def check_saved(trainer: Trainer, writer: CheckpointWriter | None, steps_before: int) -> None:
+    """Whether a run that a signal ended left a checkpoint of its last step.
+
+    Raises:
+        CheckpointError: that one could not be written, whatever ``save_failure`` is.
+    """
+    step = trainer.state.global_step
+    if writer is not None and step in writer.failed and step != steps_before:
+        raise CheckpointError(
+            Problem(
+                f"a signal ended the run after step {step}, which could not be saved",
+                "the reason is in the log",
+                "resume from the last checkpoint",
+            )
+        )
+
+
 def _state_values(trainer: Trainer) -> dict[str, Any]:
     """``trainer_state.json`` as transformers writes it, with the states of callbacks."""
     from dstrain.trainer.compat import ExportableState
@@ -257,11 +283,10 @@ def _state_values(trainer: Trainer) -> dict[str, Any]:
 
 
 def _last_metrics(state: Any) -> dict[str, float]:
-    """Metrics of the evaluation at this very step."""
+    """Metrics of the evaluation at this very step, of all sets where there are several."""
+    metrics: dict[str, float] = {}
     for entry in reversed(state.log_history):
         if entry.get("step") != state.global_step:
             break
-        metrics = {k: v for k, v in entry.items() if k.startswith("eval_")}
-        if metrics:
-            return metrics
-    return {}
+        metrics = {k: v for k, v in entry.items() if k.startswith("eval_")} | metrics
+    return metrics

@@ -14,11 +14,13 @@ from dstrain.checkpoint import CheckpointWriter, check_there
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import all_or_none, require_equal
+from dstrain.core.ranks import all_or_none, barrier, require_equal
 from dstrain.core.seeds import seed_everything, seed_rank
+from dstrain.core.stop import Preempted
 from dstrain.engine import Engine
 from dstrain.models import check_writable, save_model
 from dstrain.trainer import build, compat, saving
+from dstrain.trainer.best import BestModel
 from dstrain.trainer.counting import CountHooks, count_whole_parameters
 from dstrain.trainer.engines import EngineKeeper
 from dstrain.trainer.evaluating import EvaluationHooks
@@ -29,6 +31,7 @@ from dstrain.trainer.old_names import old_resume, one_name
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
 from dstrain.trainer.overrides import refuse_unheard
 from dstrain.trainer.position import Position
+from dstrain.trainer.preemption import Preemption
 from dstrain.trainer.publishing import HubHooks
 from dstrain.trainer.reports import ReportHooks
 from dstrain.trainer.search import SearchHooks
@@ -53,6 +56,7 @@ class Trainer(
         is_in_train: whether ``train`` is running.
         is_model_parallel: False: a model is not spread over devices layer by layer here.
         place_model_on_device: False: the engine places the model.
+        preempted: whether a signal ended the last ``train`` early (``preemption``).
         sequence_length: tokens of one sample, where a subclass knows them (None: unknown); for
             ``zero_stage="auto"``, which else keeps a share of the memory for activations.
     """
@@ -123,7 +127,7 @@ class Trainer(
                 )
             )
         with all_or_none():
-            if self.ranks.is_main:
+            if self.args.should_save:
                 check_writable(self.args.output_dir)
                 check_there(self.args.resume_from_checkpoint, Path(self.args.output_dir))
         seed_everything(self.args.seed)
@@ -144,11 +148,12 @@ class Trainer(
         self.resolved: ResolvedConfig = self._resolve(None)
         build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
         self._check_evaluation()
-        self.is_in_train = False
+        self.is_in_train = self.preempted = False
         self._engines = EngineKeeper()
         self._micro_step = MicroStep()
         self._writer: CheckpointWriter | None = None
         self.events = Events(self, callbacks)
+        self.best = BestModel(self)
         self._begin_publishing()
         self.events("on_init_end")
 
@@ -180,12 +185,27 @@ class Trainer(
             DataError: no training data, or an empty one.
             TrainingError: the loss became NaN (see the ``nan_loss`` argument).
             CheckpointError: nothing to resume from, or a save failed (see ``save_failure``).
+            Preempted: a signal ended the run, which has been saved (see ``preemption``). It is a
+                ``SystemExit``.
         """
         resume_from_checkpoint = old_resume(resume_from_checkpoint, kwargs)
         self.ignore_keys_for_eval = ignore_keys_for_eval
         self._take_up_trial(trial)
         if self.model_init is not None:
             self._renew_model(trial)
+        self._preemption = Preemption(
+            self.ranks,
+            watches=self.args.preemption != "ignore",
+            timeout_seconds=self.args.ddp_timeout,
+        )
+        self.preempted = False
+        with self._preemption.watching():
+            output = self._train(resume_from_checkpoint)
+        if self.preempted and self.args.preemption == "exit":
+            raise Preempted(f"{self._preemption.cause}: training has ended early and is saved")
+        return output
+
+    def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
         self._writer = saving.make_writer(self)
         try:
             start = saving.find_start(self, resume_from_checkpoint)
@@ -193,9 +213,13 @@ class Trainer(
             self.is_in_train = True
             started = time.time()
             loop.run()
+            self.preempted = loop.preempted
             if self._writer is not None:
                 self._writer.wait()
-            self._finish_publishing()
+            if self.preempted:
+                saving.check_saved(self, self._writer, loop.steps_before)
+            else:
+                self._finish_publishing()
             return self._finish_training(loop, started)
         except TrainingError:
             self.save_state()  # what was logged until then shows what went wrong
@@ -216,8 +240,8 @@ class Trainer(
             _internal_call: do not upload it, whatever ``push_to_hub`` says.
         """
         folder = Path(output_dir or self.args.output_dir)
-        save_model(self.model, folder, self.ranks)
-        if self.ranks.is_main and hasattr(self.processing_class, "save_pretrained"):
+        save_model(self.model, folder, self.ranks, on_each_node=self.args.save_on_each_node)
+        if self.args.should_save and hasattr(self.processing_class, "save_pretrained"):
             self.processing_class.save_pretrained(folder)
         if self.args.push_to_hub and not _internal_call:
             if folder != Path(self.args.output_dir):
@@ -336,6 +360,7 @@ class Trainer(
         self.optimizer, self.lr_scheduler = engine.optimizer, engine.scheduler
         count_whole_parameters(self.model)
         self.events.begin_run(loader, max_steps=max_steps, steps_per_epoch=per_epoch)
+        self.best = BestModel(self)
         seed_rank(self.args.seed, step=0, rank=self.ranks.rank)
         resumption = None if start is None else saving.resume(self, engine, start)
         plan = RunPlan(
@@ -345,7 +370,7 @@ class Trainer(
             nan_loss=self.args.nan_loss,
             filter_bad=self.args.logging_nan_inf_filter,
             eval_on_start=self.args.eval_on_start,
-            saves=self._writer is not None,
+            saves=self._writer is not None or self.args.preemption != "ignore",
             log_every=int(self.state.logging_steps) if self.args.logging_strategy == "steps" else 0,
         )
         return TrainLoop(
@@ -358,6 +383,7 @@ class Trainer(
             state=self.state,
             control=self.control,
             micro_step=self._micro_step,
+            preemption=self._preemption,
             resumption=resumption,
         )
 
@@ -399,7 +425,12 @@ class Trainer(
         if self.resolved.precision == "fp16" or loop.skipped_steps:
             metrics["train_skipped_steps"] = loop.skipped_steps
         self.log(metrics)
+        if self.args.load_best_model_at_end and not self.preempted:
+            self.best.load(loop.engine, failed=self._writer.failed if self._writer else ())
         self.events("on_train_end")
+        if self.preempted:
+            self.save_state()
+            barrier()  # the launcher ends all ranks once one has ended
         return compat.TrainOutput(steps, metrics["train_loss"], metrics)
 
     def _loader(self, dataset: Any, *, train: bool) -> Any:

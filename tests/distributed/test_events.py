@@ -208,7 +208,8 @@ def test_no_step_waits_for_the_device_between_logs(
     """Between two logging steps our code reads no value of a device tensor.
 
     Labels are counted in host memory before they go to the device, so reads inside
-    ``Targets.count`` are fine; DeepSpeed's own reads are its own.
+    ``Targets.count`` are fine, as are those of what ranks tell each other on the host about
+    signals; DeepSpeed's own reads are its own.
     """
     from transformers import TrainerCallback
 
@@ -240,7 +241,8 @@ def test_no_step_waits_for_the_device_between_logs(
     trainer.train()
     monkeypatch.undo()
     trainer.close()
-    outside = [r for r in reads if not r.startswith(("targets.py:count", "order.py:"))]
+    on_host = ("targets.py:count", "order.py:", "preemption.py:answer")
+    outside = [r for r in reads if not r.startswith(on_host)]
     at_logs = [r for r in outside if r.endswith(("at 5", "at 10"))]
     assert at_logs, "the watch itself works: logging steps do read"
     assert outside == at_logs

@@ -1,11 +1,8 @@
-"""Runs that start again as new processes: on other numbers of ranks, and after being killed."""
+"""Runs that a launcher starts, and that others end."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import random
 import signal
 import subprocess
 import sys
@@ -35,23 +32,6 @@ def job(folder: Path, resume: str = "", *, ranks: int, **settings: Any) -> dict[
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks_goes_on_with_the_same_samples(tmp_path: Path) -> None:
-    """A global batch of 6, 12 steps; the losses are those of the run that never stopped."""
-    whole = job(tmp_path / "three", ranks=3, stage=3, save_steps=4)
-    start = str(tmp_path / "three/checkpoint-4")
-    for ranks, settings in (
-        (1, {"stage": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}),
-        (2, {"stage": 1, "per_device_train_batch_size": 3}),
-    ):
-        folder = tmp_path / f"{ranks}-{settings['stage']}"
-        resumed = job(folder, start, ranks=ranks, save_steps=4, **settings)
-        assert resumed["losses"] == pytest.approx(whole["losses"], rel=2e-5), (ranks, settings)
-    back = str(tmp_path / "1-2/checkpoint-8")
-    again = job(tmp_path / "back", back, ranks=3, stage=2, save_steps=4)
-    assert again["losses"] == pytest.approx(whole["losses"], rel=2e-5)
-
-
-@pytest.mark.slow
 def test_another_global_batch_goes_on_at_the_right_sample(tmp_path: Path) -> None:
     """36 samples an epoch: 4 steps of 6, then batches of 4 for the 12 + 36 that are left."""
     job(tmp_path, ranks=1, stage=1, save_steps=4, per_device_train_batch_size=6)
@@ -69,52 +49,42 @@ def test_another_global_batch_goes_on_at_the_right_sample(tmp_path: Path) -> Non
     assert epochs[-1] == 2.0
 
 
-def killed(folder: Path, seconds: float, settings: dict[str, Any]) -> bool:
-    """Start the job with ``auto`` and kill all of it after that time; whether it had ended."""
+@pytest.mark.slow
+def test_a_scheduler_that_ends_the_job_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    """SIGTERM to the script, which sends it to the launcher and the ranks, some of them twice."""
+    settings = {
+        **SETTINGS, "train": 600, "num_train_epochs": 1, "stage": 2, "save_steps": 40,
+        "dataloader_num_workers": 1,
+    }  # fmt: skip
     port = free_port()
     command = [
+        *("bash", "-c", 'source "$0"; dstrain_run_job "$@"', str(ROOT / "launch/setup.sh")),
         *(sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"),
         *("--master_port", str(port), "--no_local_rank"),
         *("--module", "tests.distributed.resume_job"),
-        *(str(folder), json.dumps(settings), "auto"),
+        *(str(tmp_path), json.dumps(settings), ""),
     ]
-    with open(os.devnull, "w") as nowhere:
+    with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
-            command, env=quiet_environment(), cwd=ROOT, stdout=nowhere, stderr=nowhere,
+            command, env=quiet_environment(), cwd=ROOT, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
-        while process.poll() is None and not list(folder.glob("*checkpoint-*")):
+        while process.poll() is None and not committed(tmp_path):
             assert time.monotonic() < deadline, "the job never saved"
-            time.sleep(0.05)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        return process.poll() is not None
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        left = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True)
+        assert left.stdout == "", "nothing of the job is left behind"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        # The job has a process group of its own, in the session that the script leads.
+        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
         process.wait()
         remove_shared_memory(port)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(tmp_path: Path) -> None:
-    """Seeded random moments while it saves at every step and rotates."""
-    settings = {**SETTINGS, "stage": 2, "save_steps": 1, "save_total_limit": 2, "bf16": True}
-    whole = job(tmp_path / "whole", ranks=2, **settings)
-    draw = random.Random(7)
-    folder = tmp_path / "killed"
-    newest = 0
-    for _ in range(4):
-        over = killed(folder, draw.uniform(0.0, 0.5), settings)
-        found = committed(folder)
-        if found:
-            assert verify(found[-1].folder)[1] == []
-            assert found[-1].step >= newest
-            newest = found[-1].step
-        if over:
-            break
-    resumed = job(folder, "auto", ranks=2, **settings)
-    assert resumed["weights"] == whole["weights"]
-    assert resumed["history"][:-1] == whole["history"][:-1]
+    said = (tmp_path / "log").read_text()
+    assert "was sent SIGTERM: training ends after step" in said, said
+    last = committed(tmp_path)[-1]
+    assert last.step % 40 != 0, "it saved when it was told to, not when it was due"
+    assert verify(last.folder)[1] == []

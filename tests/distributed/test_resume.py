@@ -167,11 +167,14 @@ def masking_collate(examples: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.ranks(2, timeout=300)
 @pytest.mark.parametrize("data", ["samples", "stream"])
-@pytest.mark.parametrize("at", [4, 6])
+@pytest.mark.parametrize(("at", "workers"), [(4, 0), (6, 0), (4, 2)])
 def test_a_collator_that_draws_random_numbers(
-    data: str, at: int, tmp_path: Path, rank: int
+    data: str, at: int, workers: int, tmp_path: Path, rank: int
 ) -> None:
-    """The next micro-batch of a stream has been fetched when a checkpoint is taken."""
+    """The next micro-batch of a stream has been fetched when a checkpoint is taken.
+
+    Loader processes are ahead too, and those of the run that goes on begin in another place.
+    """
     from dstrain import Trainer
 
     class Masking(Trainer):
@@ -179,7 +182,7 @@ def test_a_collator_that_draws_random_numbers(
             super().__init__(*args, **{**kwargs, "data_collator": masking_collate})
 
     more: dict[str, Any] = {"data": Stream(22), "max_steps": 12} if data == "stream" else {}
-    check(tmp_path, rank, at, stage=2, cls=Masking, **more)
+    check(tmp_path, rank, at, stage=2, cls=Masking, dataloader_num_workers=workers, **more)
 
 
 @pytest.mark.ranks(2, timeout=300)
@@ -198,6 +201,25 @@ def test_a_loader_of_the_users_own(tmp_path: Path, rank: int, caplog: Any) -> No
 
     check(tmp_path, rank, 4, stage=2, cls=OwnLoader, gradient_accumulation_steps=1)
     assert ("4 micro-batches are read and dropped" in caplog.text) is (rank == 0)
+
+
+@pytest.mark.ranks(2, timeout=300)
+def test_a_resume_reads_no_sample_that_was_used(tmp_path: Path) -> None:
+    """So the time to its first step does not grow with how far the run was."""
+
+    class Counted(RaggedTokens):
+        reads = 0
+
+        def __getitem__(self, index: int) -> Any:
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+    settings = {"save_strategy": "steps", "save_steps": 10, "num_train_epochs": 1}
+    run(tmp_path, data=Counted(44), **settings)
+    assert Counted.reads == 22
+    Counted.reads = 0
+    run(tmp_path / "again", resume=str(tmp_path / "checkpoint-10"), data=Counted(44), **settings)
+    assert Counted.reads == 2
 
 
 @pytest.mark.ranks(2, timeout=300)

@@ -199,6 +199,7 @@ def test_what_is_implemented_is_taken_without_a_word(name):
         "dataloader_persistent_workers": {"dataloader_num_workers": 1},
         "offload_param": {"zero_stage": "3"},
         "offload_optimizer": {"zero_stage": "2"},
+        "load_best_model_at_end": {"eval_strategy": "steps"},
     }.get(name, {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -352,7 +353,8 @@ RULES_BETWEEN_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"fp16_full_eval": True, "bf16_full_eval": True}, "one 16-bit format"),
     ({"save_steps": 0}, "positive number of steps"),
     ({"save_steps": 2.5}, "whole number"),
-    ({"save_strategy": "best"}, NOT_YET),
+    ({"save_strategy": "best"}, "only an evaluation finds out"),
+    ({"save_on_each_node": True, "checkpoint_format": "deepspeed"}, "files of all ranks in one"),
     ({**BEST, "save_strategy": "epoch"}, "every checkpoint needs an evaluation"),
     ({**BEST, "eval_strategy": "no"}, "every checkpoint needs an evaluation"),
     ({**BEST, "eval_steps": 100, "save_steps": 250}, "no evaluation of their own"),
@@ -389,17 +391,8 @@ def test_rules_between_fields(given, text):
     ids=str,
 )
 def test_an_evaluation_at_every_checkpoint_is_enough_for_the_best_model(given):
-    args = TrainingArguments()
-    for name, value in {**BEST, **given}.items():
-        setattr(args, name, value)
-    assert args._saving_problems(args.eval_strategy, args.eval_steps) == []
-
-
-def test_saving_the_best_needs_an_evaluation():
-    args = TrainingArguments()
-    args.save_strategy = "best"
-    (problem,) = args._saving_problems("no", None)
-    assert "only an evaluation finds out" in problem.why
+    args = TrainingArguments(**{**BEST, **given})
+    assert (args.metric_for_best_model, args.greater_is_better) == ("loss", False)
 
 
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
@@ -413,9 +406,7 @@ def test_a_schedule_that_follows_a_metric_needs_an_evaluation(name):
     [(None, ("loss", False)), ("eval_loss", ("eval_loss", False)), ("f1", ("f1", True))],
 )
 def test_metric_and_direction_of_the_best_model_have_their_documented_defaults(metric, expected):
-    args = TrainingArguments()
-    args.metric_for_best_model = metric
-    args._fill_best_metric(needed=True)
+    args = TrainingArguments(**BEST, metric_for_best_model=metric)
     assert (args.metric_for_best_model, args.greater_is_better) == expected
 
 

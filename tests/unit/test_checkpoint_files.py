@@ -202,10 +202,19 @@ def test_the_newest_that_verifies_is_chosen_and_the_reasons_are_said(tmp_path, c
     damage_flip(flipped / "state/rank-00000.safetensors")
     damage_truncate(cut / NAME)
     (tmp_path / "checkpoint-2000").mkdir()  # another program's, or a copy that did not finish
+    newer, lost = make_checkpoint(tmp_path, 1002), make_checkpoint(tmp_path, 1001)
+    body = json.loads((newer / NAME).read_text())
+    (newer / NAME).write_text(json.dumps({**body, "version": 2}))
+    (lost / "state/rank-00001.safetensors").unlink()
+    (kept / "notes.txt").write_text("a file that somebody put there does no harm")
     with caplog.at_level(logging.WARNING, logger="dstrain"):
         chosen = choose(True, tmp_path, Ranks())
     assert chosen is not None
     assert chosen[0] == kept
+    assert "checkpoint-900 has files that are no part of it: notes.txt" in caplog.text
+    assert "checkpoint-1002 is skipped" in caplog.text
+    assert "version 2: this dstrain reads versions up to 1" in caplog.text
+    assert "checkpoint-1001 is skipped: state/rank-00001.safetensors is missing" in caplog.text
     assert "checkpoint-1000 is skipped" in caplog.text
     assert "checkpoint-999 is skipped: state/rank-00000.safetensors does not have" in caplog.text
 
@@ -292,6 +301,13 @@ def test_a_removal_that_fails_is_a_warning(tmp_path, caplog, monkeypatch):
         assert folders.rotate(tmp_path, limit=1, keep=[]) == []
     assert "could not be removed: read-only" in caplog.text
     assert steps(tmp_path) == [1, 2]
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="dstrain"):
+        patch.setattr(shutil, "rmtree", refuse)
+        folders.rotate(tmp_path, limit=1, keep=[])
+    assert "could not be removed whole: read-only" in caplog.text
+    assert steps(tmp_path) == [2]  # what is left of it is no checkpoint any more
+    folders.recover(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_what_killed_runs_left_is_cleared_up(tmp_path):

@@ -1,0 +1,71 @@
+"""Random numbers in loader processes: a function of (seed, epoch, rank, position) alone.
+
+A dataset or collator may draw them: augmentation, masked tokens. The generators of a loader
+process cannot be saved with a checkpoint, and another number of processes deals micro-batches out
+in another way. So each micro-batch is made with generators that are seeded for it, and a run that
+goes on from inside an epoch draws what the run that never stopped would have drawn.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data._utils import fetch
+
+from dstrain.core.seeds import derived_seed, seed_everything
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What the random numbers of a micro-batch follow from.
+
+    Attributes:
+        seed: of the run's data.
+        epoch: number of the epoch; negative where nobody has said it.
+        rank: this rank.
+        position: samples over all ranks before the micro-batch's chunk in the epoch.
+    """
+
+    seed: int
+    epoch: int
+    rank: int
+    position: int
+
+    def sow(self) -> None:
+        """Seed this process's generators."""
+        of_epoch = derived_seed(self.seed, step=max(0, self.epoch), rank=self.rank)
+        seed_everything(derived_seed(of_epoch, step=self.position, rank=0))
+
+
+class Indices(list[int]):
+    """The dataset indices of a micro-batch, and its noise."""
+
+    def __init__(self, indices: Iterable[int], noise: Noise) -> None:
+        """Args: the indices, the noise."""
+        super().__init__(indices)
+        self.noise = noise
+
+    def __reduce__(self) -> Any:
+        """On the way to a loader process."""
+        return Indices, (list(self), self.noise)
+
+
+def begin_worker(_: int) -> None:
+    """Prepare a loader process (torch's ``worker_init_fn``)."""
+    fetch._MapDatasetFetcher = _SeededFetcher  # type: ignore[misc]
+    # Schedulers send these to whole process groups. The rank still needs its batches, to reach the
+    # step after which it saves and ends.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _SeededFetcher(fetch._MapDatasetFetcher):
+    """Seeds the generators of a loader process before each micro-batch."""
+
+    def fetch(self, possibly_batched_index: Any) -> Any:
+        if isinstance(possibly_batched_index, Indices):
+            possibly_batched_index.noise.sow()
+        return super().fetch(possibly_batched_index)

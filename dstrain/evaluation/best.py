@@ -1,0 +1,56 @@
+"""Which evaluation, and so which checkpoint, is the best one: by one metric and its direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from dstrain.core.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class BestRule:
+    """How two evaluations compare.
+
+    Attributes:
+        metric: its name, with or without "eval_" before it.
+        greater_is_better: the direction.
+    """
+
+    metric: str
+    greater_is_better: bool
+
+    @property
+    def key(self) -> str:
+        """The metric's name in what an evaluation returns."""
+        return self.metric if self.metric.startswith("eval_") else f"eval_{self.metric}"
+
+    def missing(self, known: Iterable[str]) -> ConfigError:
+        """The error for an evaluation that does not have the metric, with those that it has."""
+        return ConfigError(
+            Problem(
+                f"metric_for_best_model={self.metric!r}: the evaluation has no {self.key!r}",
+                f"it has {', '.join(sorted(known)) or 'no metric at all'}",
+                "name one of these, or return it from compute_metrics; of a dict of evaluation "
+                "sets, name the set too: eval_NAME_loss",
+            )
+        )
+
+    def is_better(self, value: float, than: float | None) -> bool:
+        """Whether ``value`` beats ``than`` (None: nothing yet); equal does not, NaN never does."""
+        if math.isnan(value) or than is None:
+            return not math.isnan(value)
+        return value > than if self.greater_is_better else value < than
+
+    def best_of(self, values: Mapping[int, float]) -> int | None:
+        """The step with the best of ``values``, the earliest of equal ones; None where no number.
+
+        Args:
+            values: step -> value of the metric.
+        """
+        best: int | None = None
+        for step in sorted(values):
+            if self.is_better(values[step], None if best is None else values[best]):
+                best = step
+        return best

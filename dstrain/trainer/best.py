@@ -1,0 +1,188 @@
+"""The best model of a run: noted after each evaluation and save, loaded when training has ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstrain.arguments import TrainingArguments
+from dstrain.checkpoint import check_whole, holding, load_weights, read_manifest
+from dstrain.core.errors import CheckpointError, ConfigError, Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import gather_objects
+from dstrain.evaluation import BestRule
+from dstrain.models import needs_conversion
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from dstrain.engine import Engine
+    from dstrain.trainer.trainer import Trainer
+
+logger = get_logger(__name__)
+
+
+class BestModel:
+    """Keeps the ``best_*`` fields of ``TrainerState``; without a metric it does nothing.
+
+    ``best_metric`` and ``best_global_step`` are of the best evaluation. ``best_model_checkpoint``
+    is the best of the checkpoints that were saved, which need not be of that step where evaluations
+    are more frequent than checkpoints.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        """A run that has not evaluated yet.
+
+        Raises:
+            ConfigError: the best model could not be loaded from the checkpoints of this run.
+        """
+        args: TrainingArguments = trainer.args
+        self._trainer = trainer
+        self.rule = None
+        if args.metric_for_best_model is not None:
+            self.rule = BestRule(args.metric_for_best_model, bool(args.greater_is_better))
+        self._latest: tuple[int, float] | None = None
+        self._saved: dict[int, float] = {}
+        self._folders: dict[int, Path] = {}
+        state = trainer.state
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        if args.load_best_model_at_end:
+            _check_loadable(trainer.model, args)
+
+    def judge(self, metrics: Mapping[str, Any]) -> bool:
+        """Note an evaluation; whether it is the best so far. A collective of all ranks.
+
+        Raises:
+            ConfigError: it does not have the metric.
+        """
+        if self.rule is None:
+            return False
+        # The main rank decides: ranks that disagreed would not meet in the save that follows.
+        value, known = gather_objects((metrics.get(self.rule.key), list(metrics)))[0]
+        if value is None:
+            raise self.rule.missing(known)
+        state, value = self._trainer.state, float(value)
+        self._latest = state.global_step, value
+        if not self.rule.is_better(value, state.best_metric):
+            return False
+        state.best_metric = value
+        if self._trainer.args.save_strategy != "no":
+            state.best_global_step = state.global_step
+        return True
+
+    def note_save(self, folder: Path, *, failed: Collection[int]) -> None:
+        """Note that ``folder`` is about to be written at this step.
+
+        Args:
+            folder: the checkpoint.
+            failed: steps of earlier checkpoints that could not be written after all.
+        """
+        if self._latest is not None and self._latest[0] == self._trainer.state.global_step:
+            step, value = self._latest
+            self._saved[step], self._folders[step] = value, folder
+        self.forget(set(failed) - {self._trainer.state.global_step})
+
+    def forget(self, failed: Collection[int]) -> None:
+        """The best checkpoint without those that could not be written."""
+        if self.rule is None:
+            return
+        there = {step: value for step, value in self._saved.items() if step not in failed}
+        best = self.rule.best_of(there)
+        folder = None if best is None else str(self._folders[best])
+        self._trainer.state.best_model_checkpoint = folder
+
+    def take_up(self, saved: Mapping[str, Any], start: Path) -> None:
+        """Go on from the state in a checkpoint.
+
+        Args:
+            saved: its ``TrainerState`` as plain values.
+            start: the checkpoint; a run whose folders were moved has its best one beside it.
+        """
+        if self.rule is None or saved.get("best_metric") is None:
+            return
+        if self._rule_of(start) != self.rule:
+            self._warn("best_metric starts anew: the saved run chose its best model by another one")
+            return
+        state = self._trainer.state
+        state.best_metric = saved["best_metric"]
+        state.best_global_step = saved.get("best_global_step")
+        if saved.get("best_model_checkpoint") is None:
+            return
+        named = Path(saved["best_model_checkpoint"])
+        for folder in (named, start.parent / named.name):
+            if (value := self._value_in(folder)) is not None:
+                step = int(folder.name.rpartition("-")[2])
+                self._saved[step], self._folders[step] = value, folder
+                state.best_model_checkpoint = str(folder)
+                return
+        self._warn(f"the best checkpoint of the saved run, {named}, is not there any more")
+
+    def load(self, engine: Engine, *, failed: Collection[int]) -> None:
+        """Load the weights of the best checkpoint into the engine; a collective of all ranks.
+
+        Nothing else changes: optimizer, schedule and counters stay those of the last step.
+
+        Raises:
+            CheckpointError: it does not verify.
+        """
+        self.forget(failed)
+        state = self._trainer.state
+        if state.best_model_checkpoint is None:
+            self._warn(
+                "load_best_model_at_end: no checkpoint has an evaluation, so the weights stay "
+                "those of the last step"
+            )
+            return
+        folder, ranks = Path(state.best_model_checkpoint), self._trainer.ranks
+        whole = check_whole(folder, ranks, on_each_node=self._trainer.args.save_on_each_node)
+        with holding(folder):
+            load_weights(engine, folder, whole)
+        if ranks.is_main:
+            logger.info("loaded the best model: %s, %s", folder, state.best_metric)
+
+    def _value_in(self, folder: Path) -> float | None:
+        """The metric in a checkpoint's manifest, on the word of the main rank; None without."""
+        assert self.rule is not None
+        value = None
+        if self._trainer.ranks.is_main:
+            try:
+                value = read_manifest(folder).metrics.get(self.rule.key)
+            except CheckpointError:
+                value = None
+        return gather_objects(value)[0]
+
+    def _rule_of(self, start: Path) -> BestRule | None:
+        """By what the saved run chose its best model; one that does not say it, as this one."""
+        path, rule = start / "training_arguments.json", self.rule
+        if self._trainer.ranks.is_main and path.exists():
+            saved, rule = json.loads(path.read_text()), None
+            if saved.get("metric_for_best_model") is not None:
+                metric, greater = saved["metric_for_best_model"], saved.get("greater_is_better")
+                rule = BestRule(metric, bool(greater))
+        return gather_objects(rule)[0]
+
+    def _warn(self, message: str) -> None:
+        if self._trainer.ranks.is_main:
+            logger.warning("%s", message)
+
+
+def _check_loadable(module: Any, args: TrainingArguments) -> None:
+    """Without slices of master weights the weights come back from the Hugging Face files alone."""
+    native = args.checkpoint_format == "deepspeed"
+    if not (native or args.save_only_model):
+        return
+    given = "checkpoint_format='deepspeed'" if native else "save_only_model=True"
+    if needs_conversion(module):
+        why = f"{type(module).__name__} is stored in another layout than it is trained in"
+    elif native and not args.save_weights_with_checkpoint:
+        why = "save_weights_with_checkpoint=False leaves the model out of them"
+    else:
+        return
+    raise ConfigError(
+        Problem(
+            f"load_best_model_at_end=True with {given}",
+            f"the best weights would have to come back from the checkpoints' model files; {why}",
+            f"leave {given.partition('=')[0]} out",
+        )
+    )

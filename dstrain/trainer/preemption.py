@@ -1,0 +1,144 @@
+"""Ending early because a scheduler says so: a signal on any rank, acted upon by all at one step.
+
+A rank that was sent a signal cannot stop by itself, as the others would wait for it. So the ranks
+exchange a few numbers on the host about twice a second, on a group of their own, while the
+optimizer steps: no device is waited for, and all ranks read the same answer after the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks, is_distributed
+
+logger = get_logger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# A save may take most of the 30 seconds that launchers and schedulers leave.
+_EXCHANGE_SECONDS = 0.5
+_MOST_STEPS = 1000
+
+
+class Preemption:
+    """Knows whether any rank was sent a signal; ``ask`` and ``answer`` are collectives.
+
+    Attributes:
+        cause: the signal and its rank, in words, once all ranks know of it.
+        acted: whether the run was ended for it; a signal that came too late for that is delivered
+            again when the watch ends.
+    """
+
+    def __init__(self, ranks: Ranks, *, watches: bool, timeout_seconds: float) -> None:
+        """Watch nothing yet.
+
+        Args:
+            ranks: facts of this process.
+            watches: False leaves signals alone, and no rank ever asks.
+            timeout_seconds: how long an exchange waits for a missing rank.
+        """
+        self.cause = ""
+        self.acted = False
+        self._ranks, self._watches = ranks, watches
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._caught = 0
+        self._group: Any = None
+        self._message: torch.Tensor | None = None
+        self._work: Any = None
+        self._steps_left = self._steps = 1
+        self._asked_at = 0.0
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take the signals over inside the block; a collective of all ranks.
+
+        Only a process's main thread can; a run in another one hears of the other ranks' signals.
+        """
+        if not self._watches:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            if is_distributed():
+                import torch.distributed as dist
+
+                self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+                stack.callback(self._leave_group)
+            before = self._take_over()
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+        if self._caught and not self.acted:
+            signal.raise_signal(self._caught)
+
+    def ask(self, *, now: bool = False) -> None:
+        """Begin to find out whether to stop after this step, if it is time to.
+
+        Args:
+            now: it is time.
+        """
+        self._steps_left -= 1
+        if self._group is None or (self._steps_left > 0 and not now):
+            return
+        import torch.distributed as dist
+
+        present = time.perf_counter()
+        seconds = (present - self._asked_at) / self._steps
+        self._asked_at = present
+        steps = min(_MOST_STEPS, max(1, int(_EXCHANGE_SECONDS / max(seconds, 1e-9))))
+        # The largest of each number: a signal, who was sent it, and the fewest steps to the next.
+        rank = self._ranks.rank if self._caught else -1
+        self._message = torch.tensor([self._caught, rank, -steps], device="cpu")
+        self._work = dist.all_reduce(
+            self._message, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
+
+    def answer(self) -> bool:
+        """Whether a rank was sent a signal before it last asked; the same on all ranks."""
+        if self._work is not None:
+            assert self._message is not None
+            self._work.wait()
+            number, rank, steps = self._message.tolist()
+            self._work = self._message = None
+            self._steps_left = self._steps = -steps
+        elif self._group is None and self._caught:
+            number, rank = self._caught, self._ranks.rank
+        else:
+            return False
+        if number:
+            self.cause = f"rank {rank} was sent {signal.Signals(number).name}"
+        return bool(number)
+
+    def _take_over(self) -> dict[int, Any]:
+        """Set our handler; what was set before, by signal."""
+        before: dict[int, Any] = {}
+        if not self._watches or threading.current_thread() is not threading.main_thread():
+            return before
+        for number in SIGNALS:
+            previous = signal.getsignal(number)
+            if previous is None:  # set by C code, to which Python could not give it back
+                logger.warning("%s is not watched: a library handles it", number.name)
+                continue
+            if callable(previous) and self._ranks.is_main:
+                logger.warning("the handler of %s is set aside during training", number.name)
+            before[number] = signal.signal(number, self._catch)
+        return before
+
+    def _catch(self, number: int, _: Any) -> None:
+        """Handle a signal: launchers send several, of which the first counts."""
+        self._caught = self._caught or number
+
+    def _leave_group(self) -> None:
+        import torch.distributed as dist
+
+        dist.destroy_process_group(self._group)
+        self._group = None

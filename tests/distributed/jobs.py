@@ -1,0 +1,151 @@
+"""What ``tests.distributed.forked`` runs: many short runs in forks of one process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.forked import Ranks
+
+# --- killed at random moments --------------------------------------------------------------------
+
+KILLS = 50
+STEPS = 60
+SEED = 11
+_LEFT = (".writing-", ".removing-", ".replaced-")
+_BEGINS = (".writing-", ".writing-", ".writing-", ".removing-")
+
+
+def train(folder: Path, resume: Any = False, **settings: Any) -> None:
+    """A run; its main rank writes ``outcome.json``."""
+    import xxhash
+
+    from tests.distributed.runs import history, losses, make_trainer, whole_weights
+    from tests.models import tiny_llama
+
+    model = tiny_llama(**settings.pop("model", {}))
+    trainer = make_trainer(folder, model=model, evaluation=0, **settings)
+    trainer.train(resume)
+    digest = xxhash.xxh3_64()
+    for name, weights in sorted(whole_weights(trainer).items()):
+        digest.update(name.encode())
+        digest.update(weights.float().numpy().tobytes())
+    if trainer.ranks.is_main:
+        outcome = {
+            "losses": losses(trainer),
+            "history": history(trainer)[:-1],
+            "weights": digest.hexdigest(),
+        }
+        (folder / "outcome.json").write_text(json.dumps(outcome))
+
+
+def outcome_of(folder: Path) -> Any:
+    """What the run in a folder came to."""
+    return json.loads((folder / "outcome.json").read_text())
+
+
+def kills(folder: Path) -> dict[str, Any]:
+    """Kill runs that save and rotate at every step, resume each, and look after every kill."""
+    draw = random.Random(SEED)
+    settings: dict[str, Any] = {
+        "model": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
+        "train": 2 * STEPS, "max_steps": STEPS, "per_device_train_batch_size": 1, "bf16": True,
+        "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "save_async": True,
+    }  # fmt: skip
+    found: dict[str, Any] = {"left": dict.fromkeys(_LEFT, 0), "same": [], "problems": []}
+    done = 0
+    for stage in (2, 3):
+        whole, killed, log = (folder / f"{name}-{stage}" for name in ("whole", "killed", "log"))
+        started = time.monotonic()
+        Ranks(2, lambda: train(whole, stage=stage, **settings), log).wait(120)  # noqa: B023
+        cycle = (time.monotonic() - started) / STEPS
+        newest = 0
+        until = KILLS // 2 if stage == 2 else KILLS
+        while done < until:
+            ranks = Ranks(2, lambda: train(killed, "auto", stage=stage, **settings), log)  # noqa: B023
+            newest = _kill_while_saving(ranks, killed, draw, cycle, newest)
+            if not ranks.failed and not ranks.living and (killed / "outcome.json").exists():
+                break  # the run is over
+            done += 1
+            names = os.listdir(killed)
+            for kind in _LEFT:
+                found["left"][kind] += any(kind in name for name in names)
+            found["problems"] += _look_at(killed, newest)
+        Ranks(2, lambda: train(killed, "auto", stage=stage, **settings), log).wait(120)  # noqa: B023
+        found["same"].append(outcome_of(killed) == outcome_of(whole))
+    return {**found, "kills": done}
+
+
+def _kill_while_saving(
+    ranks: Ranks, folder: Path, draw: random.Random, cycle: float, newest: int
+) -> int:
+    """Kill one rank or all, some time after a save or a removal has begun; the newest seen."""
+    kind = draw.choice(_BEGINS)
+    wanted = draw.randint(1, 2)
+    delay = draw.uniform(0.0, cycle if kind == ".writing-" else 0.002)
+    alone = sorted(ranks.living)[draw.randint(0, 1)] if draw.random() < 0.4 else None
+    seen: set[str] = set()
+    deadline = time.monotonic() + 60
+    before = None
+    while ranks.poll():
+        assert time.monotonic() < deadline, ranks.log.read_text()[-4000:]
+        names: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            names = os.listdir(folder)
+        newest = max(newest, *(int(n[11:]) for n in names if n.startswith("checkpoint-")), 0)
+        begun = {name for name in names if kind in name}
+        if before is None:
+            before = begun  # those of the run that was killed before
+        seen |= begun - before
+        if len(seen) >= wanted:
+            time.sleep(delay)
+            break
+        time.sleep(0.0002)
+    if alone is not None and ranks.poll():
+        ranks.kill([alone])
+        time.sleep(0.1)  # what does the other one do now?
+    ranks.kill()
+    return newest
+
+
+def _look_at(folder: Path, newest: int) -> list[str]:
+    """What is wrong after a kill."""
+    from dstrain.checkpoint import committed, verify
+
+    there = committed(folder)
+    if not there:
+        return [f"step {newest} is lost"] if newest else []
+    problems = [f"{there[-1].folder.name}: {p}" for p in verify(there[-1].folder)[1]]
+    if there[-1].step < newest:
+        problems.append(f"step {newest} is lost, {there[-1].step} is the newest")
+    return problems
+
+
+# --- from one topology to another ----------------------------------------------------------------
+
+
+def topologies(folder: Path) -> dict[str, list[float]]:
+    """The losses of every run of the table in ``test_topologies``, by the run's folder."""
+    from tests.distributed.test_topologies import SAVED_AT, STEPS, TABLE, Place, resumed_name
+
+    losses: dict[str, list[float]] = {}
+
+    def run(place: Place, name: str, resume: Any) -> None:
+        settings = {
+            "train": 6 * STEPS, "save_strategy": "steps", "save_steps": SAVED_AT, **place.settings
+        }  # fmt: skip
+        at = folder / name
+        Ranks(place.ranks, lambda: train(at, resume, **settings), folder / f"log-{name}").wait(60)
+        losses[name] = outcome_of(at)["losses"]
+
+    for number, (saved, places) in enumerate(TABLE.items()):
+        run(saved, str(number), False)
+        start = str(folder / str(number) / f"checkpoint-{SAVED_AT}")
+        for place in places:
+            run(place, resumed_name(saved, place), start)
+    return losses
