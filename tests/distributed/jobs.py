@@ -129,11 +129,11 @@ def _look_at(folder: Path, newest: int) -> list[str]:
 # --- from one topology to another ----------------------------------------------------------------
 
 
-def topologies(folder: Path) -> dict[str, list[float]]:
-    """The losses of every run of the table in ``test_topologies``, by the run's folder."""
+def topologies(folder: Path) -> dict[str, Any]:
+    """What every run of the table in ``test_topologies`` came to, by the run's folder."""
     from tests.distributed.test_topologies import SAVED_AT, STEPS, TABLE, Place, resumed_name
 
-    losses: dict[str, list[float]] = {}
+    found: dict[str, Any] = {}
 
     def run(place: Place, name: str, resume: Any) -> None:
         settings = {
@@ -141,11 +141,13 @@ def topologies(folder: Path) -> dict[str, list[float]]:
         }  # fmt: skip
         at = folder / name
         Ranks(place.ranks, lambda: train(at, resume, **settings), folder / f"log-{name}").wait(60)
-        losses[name] = outcome_of(at)["losses"]
+        outcome = outcome_of(at)
+        rates = [e["learning_rate"] for e in outcome["history"] if "loss" in e]
+        found[name] = {"losses": outcome["losses"], "rates": rates}
 
     for number, (saved, places) in enumerate(TABLE.items()):
         run(saved, str(number), False)
         start = str(folder / str(number) / f"checkpoint-{SAVED_AT}")
         for place in places:
             run(place, resumed_name(saved, place), start)
-    return losses
+    return found

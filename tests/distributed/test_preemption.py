@@ -62,7 +62,7 @@ def send(number: int, *, here: bool, children: bool = False) -> Any:
 CASES: list[tuple[int, int, dict[str, Any]]] = [
     (2, 3, {"lr_scheduler_type": "cosine"}),
     (3, 3, {"bf16": True, "gradient_accumulation_steps": 2, "num_train_epochs": 4}),
-    (2, 5, {}),  # step 6, after which it stops, ends an epoch
+    # Step 6, after which it stops, ends an epoch.
     (2, 5, {"logging_strategy": "epoch", "eval_strategy": "epoch"}),
     (1, 3, {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 2}),
     (2, 3, {"data": "stream", "max_steps": 12}),

@@ -58,7 +58,8 @@ def test_a_scheduler_that_ends_the_job_leaves_a_checkpoint_to_go_on_from(tmp_pat
     }  # fmt: skip
     port = free_port()
     command = [
-        *("bash", "-c", 'source "$0"; dstrain_run_job "$@"', str(ROOT / "launch/setup.sh")),
+        *("bash", "-c", 'source "$1"; shift; dstrain_run_job "$@"', "job"),
+        str(ROOT / "launch/setup.sh"),
         *(sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"),
         *("--master_port", str(port), "--no_local_rank"),
         *("--module", "tests.distributed.resume_job"),
@@ -75,7 +76,7 @@ def test_a_scheduler_that_ends_the_job_leaves_a_checkpoint_to_go_on_from(tmp_pat
             assert time.monotonic() < deadline, "the job never saved"
             time.sleep(0.02)
         process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(60) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
         left = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True)
         assert left.stdout == "", "nothing of the job is left behind"
     finally:

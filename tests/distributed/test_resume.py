@@ -282,36 +282,7 @@ def test_saving_changes_nothing(tmp_path: Path) -> None:
             assert torch.equal(outcome["weights"][name], weights), name
 
 
-# --- another stage -------------------------------------------------------------------------------
-
-
-@pytest.mark.ranks(2, timeout=300)
-@pytest.mark.parametrize("stage", STAGES)
-def test_any_stage_goes_on_at_any_other(stage: int, tmp_path: Path, rank: int) -> None:
-    """Same ranks, so the losses agree to rounding; with offload, and to another format."""
-    common = {"save_strategy": "steps", "save_steps": 4, "model": tiny_llama, **EPOCH}
-    whole = run(tmp_path / "whole", stage=stage, **common)
-    for other, more in [
-        *((s, {}) for s in STAGES if s != stage),
-        (2, {"offload_optimizer": "cpu"}),
-        (3, {"offload_optimizer": "cpu", "offload_param": "cpu"}),
-        (2, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
-        (1, {"bf16": True}),
-        (0, {"bf16": True}),
-    ]:
-        resumed = run(
-            tmp_path / "again",
-            resume=str(tmp_path / "whole/checkpoint-4"),
-            stage=other,
-            **{**common, **more},
-        )
-        tolerance = 2e-2 if "bf16" in more else 2e-5
-        assert resumed["losses"] == pytest.approx(whole["losses"], rel=tolerance), (other, more)
-        assert resumed["losses"][:4] == whole["losses"][:4]
-        rates = [
-            [e["learning_rate"] for e in o["history"] if "loss" in e] for o in (whole, resumed)
-        ]
-        assert rates[0] == rates[1]
+# --- other layouts; other stages, ranks and formats are in test_topologies -----------------------
 
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [

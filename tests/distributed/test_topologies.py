@@ -70,13 +70,16 @@ def resumed_name(saved: Place, resumed: Place) -> str:
 @pytest.mark.slow
 def test_a_checkpoint_of_any_place_goes_on_in_any_other(tmp_path: Path) -> None:
     """Stages, numbers of ranks, offload and precision, from each to others."""
-    losses = run_job("topologies", tmp_path, timeout=300)
+    found = run_job("topologies", tmp_path, timeout=300)
     wrong = []
     for saved, places in TABLE.items():
-        whole = losses[str(list(TABLE).index(saved))]
+        run = found[str(list(TABLE).index(saved))]
+        whole = run["losses"]
         assert len(whole) == STEPS
         for place in places:
-            resumed = losses[resumed_name(saved, place)]
+            again = found[resumed_name(saved, place)]
+            resumed = again["losses"]
+            assert again["rates"] == run["rates"]
             assert resumed[:SAVED_AT] == whole[:SAVED_AT]
             tolerance = max(TOLERANCES[p.precision] for p in (saved, place))
             if resumed != pytest.approx(whole, rel=tolerance):
