@@ -202,9 +202,9 @@ def _sequence_length(data_args: DataArguments) -> int:
 
 
 def _samples(trainer: PairsTrainer, encoded: EncodedPairs, count: int) -> str:
-    """Sources, greedy predictions and references of validation samples drawn evenly.
+    """Sources, predictions and references of validation samples drawn evenly.
 
-    All ranks generate the same ones together, as ZeRO-3 needs.
+    All ranks generate the same ones together, as ZeRO-3 needs, and so without drawing tokens.
     """
     assert encoded.validation is not None
     assert encoded.validation_pairs is not None
@@ -214,12 +214,15 @@ def _samples(trainer: PairsTrainer, encoded: EncodedPairs, count: int) -> str:
     model.eval()
     batch = trainer.data_collator([encoded.validation[i] for i in indices])
     device = next(model.parameters()).device
+    args: Any = trainer.args
+    options: dict[str, Any] = {"do_sample": False, "num_beams": args.generation_num_beams or 1}
+    if args.generation_max_length is not None:
+        options["max_length"] = args.generation_max_length
     with torch.no_grad():
         ids = model.generate(
             input_ids=batch["input_ids"].to(device),
             attention_mask=batch["attention_mask"].to(device),
-            do_sample=False,
-            num_beams=1,
+            **options,
         )
     predictions = GenerationMetrics(trainer.processing_class).decode(ids.cpu().numpy())
     parts = []
