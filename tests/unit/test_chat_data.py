@@ -429,7 +429,9 @@ def test_packed_samples_are_those_of_each_conversation(tmp_path):
     rows = [{"prompt": f"Name colour {i}", "completion": f"red {i}"} for i in range(30)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     plain = prepare_data(chat_arguments(path, vocab_size=300), None, Ranks())
-    args = chat_arguments(path, vocab_size=300, packing=True, block_size=128)
+    args = chat_arguments(
+        path, vocab_size=300, packing=True, block_size=128, preprocessing_num_workers=2
+    )
     packed = prepare_data(args, None, Ranks())
     assert len(packed.train) < len(plain.train) / 2
     for name in ("input_ids", "labels"):

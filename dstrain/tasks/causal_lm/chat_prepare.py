@@ -109,6 +109,7 @@ def prepare_chat(
             fn_kwargs={"tokenizer": tokenizer, "args": args},
             remove_columns=rows.column_names,
             new_fingerprint=_hash(facts),
+            num_proc=args.preprocessing_num_workers,
             desc=f"Tokenising {name}",
         )
         _check_some(name, rows, samples, args.block_size)

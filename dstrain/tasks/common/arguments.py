@@ -103,8 +103,9 @@ class SourceArguments:
     preprocessing_num_workers: int | None = field(
         default=None,
         metadata={
-            "help": "Processes that read and split jsonl, parquet and dataset rows (default 1). "
-            "Tokenising uses the threads of the fast tokenizer instead."
+            "help": "Processes that read and split jsonl, csv, parquet and dataset rows, and that "
+            "tokenise conversations (default 1). Other text is tokenised by the threads of the "
+            "fast tokenizer."
         },
     )
 
