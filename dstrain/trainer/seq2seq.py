@@ -238,8 +238,9 @@ class Seq2SeqTrainer(Trainer):
             split = generates and self.args.predict_with_generate and bytes_to_gather(self.model)
             self._synced = bool(split) and self.ranks.world_size > 1
             if split and self._gathers_once(split):
+                # In step all the same: at each forward pass DeepSpeed compares between ranks the
+                # order of modules, until it has seen the same one twice, which generating breaks.
                 stack.enter_context(kept_whole(self.model))
-                self._synced = False
             yield model
 
     def _gathers_once(self, needed_bytes: int) -> bool:
