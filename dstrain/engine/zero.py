@@ -132,8 +132,9 @@ def kept_whole(module: torch.nn.Module) -> Iterator[None]:
     """Gather all partitioned parameters once, and keep them through forward passes inside.
 
     DeepSpeed's hooks partition a parameter again after each use, unless another submodule is said
-    to be using it. A collective of all ranks; inside parameters need none, but DeepSpeed's hooks may
-    compare the order of modules, so ranks must make as many forward passes. Changes are discarded.
+    to be using it. A collective of all ranks; inside, parameters need none, but DeepSpeed's hooks
+    may compare the order of modules, so ranks must make as many forward passes. Changes are
+    discarded.
     """
     split: list[Any] = [p for p in module.parameters() if is_partitioned(p)]
     with gathered(split):
