@@ -66,7 +66,7 @@ seq2seq)
         --predict_with_generate true
         --max_target_length 24
     )
-    # One million parameters, seven times through 6,500 functions: about five minutes on two cores.
+    # One million parameters, seven times through 6,500 functions: about four minutes on two cores.
     CPU_DEFAULTS=(
         --max_source_length 64
         --vocab_size 2048
