@@ -13,7 +13,7 @@ import torch
 from tests.distributed.test_prediction import EVERYTHING_WIDE
 from tests.models import tiny_t5
 
-LENGTH = 12
+LENGTH = 8
 
 
 def _samples(number: int) -> list[dict[str, torch.Tensor]]:
@@ -58,27 +58,27 @@ def _expected(data: Any, **kwargs: Any) -> np.ndarray:
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize(
-    ("stage", "gather"), [(0, "auto"), (2, "auto"), (3, "always"), (3, "never"), (3, "auto")]
-)
+@pytest.mark.parametrize(("stage", "gather"), [(2, "auto"), (3, "auto"), (3, "never")])
 def test_tokens_are_those_of_each_sample_alone(
     stage: int, gather: str, tmp_path: Path, rank: int
 ) -> None:
     """Unequal counts, rows of unequal length, beams, several rows per sample; around training."""
     data = _samples(5)
+    # Before there is a trainer: at stage 3 transformers lets all models generate in step.
+    expected = _expected(data)
+    expected_beams = _expected(data[:3], num_beams=2, num_return_sequences=2)
     trainer = _trainer(tmp_path, data, stage=stage, generation_gather_weights=gather)
     with _watched(trainer, whole=gather != "never", in_step=stage == 3):
         for _ in range(2):
             output = trainer.predict(data)
-            several = trainer.predict(data[:3], num_beams=3, num_return_sequences=2)
+            several = trainer.predict(data[:3], num_beams=2, num_return_sequences=2)
             assert np.isfinite(output.metrics["test_loss"])
             if rank == 0:
-                assert np.array_equal(output.predictions, _expected(data))
+                assert np.array_equal(output.predictions, expected)
                 assert output.label_ids.shape == (5, 20)
                 assert output.label_ids[:, :4].tolist() == [s["labels"].tolist() for s in data]
                 assert (output.label_ids[:, 4:] == 0).all(), "padded with the pad token"
-                beams = _expected(data[:3], num_beams=3, num_return_sequences=2)
-                assert np.array_equal(several.predictions, beams)
+                assert np.array_equal(several.predictions, expected_beams)
             trainer.train()
     assert not any(getattr(p, "ds_active_sub_modules", ()) for p in trainer.model.parameters())
     trainer.close()
@@ -135,7 +135,7 @@ def test_arguments_of_generation_reach_it(tmp_path: Path, rank: int) -> None:
     assert output.label_ids is None
     assert "test_loss" not in output.metrics
     given.clear()
-    trainer.args.predict_with_generate = False
+    trainer.args.predict_with_generate, trainer.compute_metrics = False, None
     output = trainer.predict(_samples(3))
     assert not given
     if rank == 0:
