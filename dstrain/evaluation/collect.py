@@ -104,6 +104,18 @@ class Collector:
             while pending:
                 self._send(*pending.pop())
 
+    def abort(self, error: Exception) -> None:
+        """Raise this rank's error on all, instead of sending a batch.
+
+        The others learn of it when they send theirs: without that they would wait for this rank.
+
+        Raises:
+            Exception: the error.
+        """
+        if self._layouts is not None:
+            self._transport.headers(self._shape_numbers((), failed=True), failed=True)
+        self._transport.raise_together(error)
+
     def finish(self) -> Collected:
         """All predictions as arrays on rank 0; elsewhere arrays of the same kind without rows.
 

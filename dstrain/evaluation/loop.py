@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -62,13 +62,25 @@ class LossTotals:
     num_steps: int
 
 
+class Keeper(Protocol):
+    """What becomes of predictions."""
+
+    def add(self, batch: EvalBatch, prediction: Prediction) -> None:
+        """Take what came of a batch; a collective of all ranks now and then."""
+        ...
+
+    def abort(self, error: Exception) -> None:
+        """Nothing came of a batch on this rank: raise the error on all that will take part."""
+        ...
+
+
 @torch.no_grad()
 def evaluate_batches(
     batches: Iterable[EvalBatch],
     predict: Callable[[Any], Prediction],
     *,
     device: Any,
-    keep: Callable[[EvalBatch, Prediction], None] | None = None,
+    keep: Keeper | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> LossTotals:
     """Mean loss over all targets of all ranks; predictions go to ``keep``.
@@ -81,13 +93,18 @@ def evaluate_batches(
         batches: this rank's batches.
         predict: the forward pass.
         device: where to add up.
-        keep: called with each batch, stand-ins included, and what came of it.
+        keep: takes each batch, stand-ins included, and what came of it.
         on_step: called after each batch.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     num_targets = num_samples = num_steps = without_loss = 0
     for batch in batches:
-        prediction = predict(batch.inputs)
+        try:
+            prediction = predict(batch.inputs)
+        except Exception as error:
+            if keep is not None:
+                keep.abort(error)
+            raise
         if prediction.loss is None:
             without_loss += bool(batch.num_samples)
         elif batch.num_targets:  # the mean over no target is no number, whatever its weight
@@ -97,7 +114,7 @@ def evaluate_batches(
         num_samples += batch.num_samples
         num_steps += 1
         if keep is not None:
-            keep(batch, prediction)
+            keep.add(batch, prediction)
         del prediction  # or its tensors would live through the next forward pass
         on_step()
     counts = torch.tensor(

@@ -11,6 +11,7 @@ from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.evaluation.collect import Collected
 from dstrain.evaluation.nested import plain_numbers
+from dstrain.evaluation.pages import pages_given_back
 from dstrain.evaluation.transport import Transport
 
 logger = get_logger(__name__)
@@ -33,7 +34,8 @@ def metric_values(
     def compute() -> dict[str, Any]:
         if not _is_complete(collected):
             return {}
-        return _checked(compute_metrics(_eval_prediction(collected)))
+        with pages_given_back(collected.predictions, collected.labels, collected.inputs):
+            return _checked(compute_metrics(_eval_prediction(collected)))
 
     return transport.from_main(compute)
 

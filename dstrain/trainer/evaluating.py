@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class EvaluationHooks:
     is_in_train: bool
     ignore_keys_for_eval: list[str] | None = None
     _eval_format: str | None = None
+    _eval_loaders: Mapping[str | None, tuple[Any, Any]] = MappingProxyType({})
     _engines: Any
     compute_loss: Any
     compute_loss_context_manager: Any
@@ -167,13 +169,23 @@ class EvaluationHooks:
             raise DataError(
                 Problem("evaluate() without eval_dataset", "", "pass one here or to the Trainer")
             )
-        dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        kept: dict[Any, Any] = self.__dict__.setdefault("_eval_loaders", {})
-        found, loader = kept.get(eval_dataset, (None, None))
+        dataset = self.eval_dataset
+        if eval_dataset is not None:
+            known = dataset if isinstance(dataset, dict) else {}
+            if eval_dataset not in known:
+                raise DataError(
+                    Problem(
+                        f"evaluation on {eval_dataset!r}",
+                        f"the names of the Trainer's eval_dataset are {list(known)}",
+                        "name one of these, or pass a dataset",
+                    )
+                )
+            dataset = known[eval_dataset]
+        found, loader = self._eval_loaders.get(eval_dataset, (None, None))
         if found is not dataset:
             loader = self._loader(dataset, train=False)
             if getattr(loader, "persistent_workers", False):
-                kept[eval_dataset] = (dataset, loader)
+                self._eval_loaders = {**self._eval_loaders, eval_dataset: (dataset, loader)}
         return loader
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
@@ -236,7 +248,7 @@ class EvaluationHooks:
                 self._eval_batches(dataloader),
                 lambda inputs: self._predict_batch(model, inputs, loss_only, ignore_keys),
                 device=device_name(),
-                keep=None if collector is None else collector.add,
+                keep=collector,
                 on_step=lambda: self.events("on_prediction_step", eval_dataloader=dataloader),
             )
             if totals.num_samples == 0:
@@ -316,6 +328,10 @@ class EvaluationHooks:
         if self.state.global_step and self.best.judge(metrics):
             self.control.should_save |= self.args.save_strategy == "best"
         return self.control
+
+    def _release_eval_loaders(self) -> None:
+        """End the processes of loaders that were kept."""
+        self._eval_loaders = MappingProxyType({})
 
     def _check_evaluation(self) -> None:
         """Refuse what could only fail in the first evaluation.

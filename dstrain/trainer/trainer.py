@@ -256,6 +256,7 @@ class Trainer(
         self.optimizer, self.lr_scheduler = self._own.optimizer, self._own.scheduler
         self.events.hold(None)
         self._engines.close()
+        self._release_eval_loaders()
 
     @property
     def model_wrapped(self) -> Any:

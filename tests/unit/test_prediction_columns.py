@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import BatchEncoding
 from dstrain.core.errors import DataError
 from dstrain.evaluation.columns import Columns, join
 from dstrain.evaluation.nested import plain_numbers, take_apart
+from dstrain.evaluation.pages import pages_given_back
 
 
 def _columns(blocks: list[torch.Tensor], folder: Path, limit: int, *, concat: bool = True) -> Any:
@@ -89,6 +92,28 @@ def test_only_what_is_too_large_leaves_memory(tmp_path: Path) -> None:
     large, small = columns.finish(concat=True)
     assert isinstance(large, np.memmap)
     assert not isinstance(small, np.memmap)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_pages_that_a_metric_reads_do_not_pile_up(tmp_path: Path) -> None:
+    """200 MB read from end to end; what is changed in place is kept."""
+    columns = Columns(1, memory_bytes=0, folder=tmp_path)
+    for _ in range(200):
+        columns.add(0, torch.ones(1, 2**18))
+    (whole,) = columns.finish(concat=True)
+    before, most = _file_pages_bytes(), 0
+    with pages_given_back((whole, {"none": None})):
+        for row in whole:
+            row[0] = 2
+            assert float(row.sum()) == 2**18 + 1
+            time.sleep(0.002)
+            most = max(most, _file_pages_bytes() - before)
+    assert most < 100e6
+    assert whole.sum() == 200 * (2**18 + 1)
+
+
+def _file_pages_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[2]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_any_nesting_is_put_together_again() -> None:

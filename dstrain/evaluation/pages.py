@@ -1,0 +1,54 @@
+"""Pages of mapped files: given back while something reads a large map from end to end."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+_SECONDS = 0.02  # between two times; in it a core reads some 100 MB
+
+
+@contextlib.contextmanager
+def pages_given_back(*values: Any) -> Iterator[None]:
+    """Inside, pages of memory maps do not pile up in this process.
+
+    What is read of a map stays in the process until the system wants the memory, and whoever looks
+    at the process (a batch system with a limit, say) takes it for used. Nothing is lost: what was
+    changed is in the file, and what is read again comes from the system's cache.
+
+    Args:
+        *values: arrays, in tuples, lists and dicts; those that are no memory maps do not matter.
+    """
+    maps = [m for array in _arrays(values) if (m := getattr(array, "_mmap", None)) is not None]
+    if not maps or not hasattr(mmap, "MADV_DONTNEED"):
+        yield
+        return
+    done = threading.Event()
+
+    def give_back() -> None:
+        while not done.wait(_SECONDS):
+            for pages in maps:
+                pages.madvise(mmap.MADV_DONTNEED)
+
+    thread = threading.Thread(target=give_back, name="predictions", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _arrays(value: Any) -> Iterator[np.ndarray]:
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _arrays(part)
+    elif isinstance(value, Mapping):
+        yield from _arrays(list(value.values()))
