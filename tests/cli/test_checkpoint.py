@@ -118,6 +118,26 @@ def test_diff_shows_what_differs_and_says_so_by_its_status(called, run_folder):
 
 
 @pytest.mark.slow
+def test_convert_writes_a_file_per_parameter_and_kind_of_state(called, run_folder, tmp_path):
+    """That DeepSpeed goes on from it is shown in tests/distributed/test_import.py."""
+    import torch
+
+    status, text = called("convert", run_folder, tmp_path / "out", "--to", "deepspeed")
+    assert status == 0, text
+    assert "load_universal" in text
+    tag = (tmp_path / "out/latest_universal").read_text()
+    assert tag == "global_step4_universal"
+    zero = tmp_path / "out" / tag / "zero"
+    assert len(list(zero.iterdir())) == 22  # a folder per parameter, and the optimizer's numbers
+    files = {p.name: torch.load(p) for p in (zero / "model.norm.weight").iterdir()}
+    assert set(files) >= {"fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"}
+    assert files["fp32.pt"]["param"].shape == (64,)
+    assert called("convert", run_folder, tmp_path / "out", "--to", "deepspeed")[0] == 2
+    status, text = called("import", run_folder / "checkpoint-4", tmp_path / "again")
+    assert (status, "is a dstrain checkpoint already" in text) == (2, True)
+
+
+@pytest.mark.slow
 def test_prune_says_what_it_removes(called, run_folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(run_folder, run)
@@ -135,6 +155,10 @@ def test_prune_says_what_it_removes(called, run_folder, tmp_path):
         (["lst", "x"], "did you mean 'ls'?"),
         (["prun", "x"], "did you mean 'prune'?"),
         (["prune", "x"], "required: --keep"),
+        (["impot", "x"], "did you mean 'import'?"),
+        (["import", "nothing-here", "out"], "is no folder"),
+        (["convert", "a", "b"], "required: --to"),
+        (["convert", "a", "b", "--to", "megatron"], "choose from"),
         (["diff", "a", "b"], "is no checkpoint and has none in it"),
         (["ls"], "required: dir"),
         (["verify", "nothing-here"], "is no checkpoint and has none in it"),
@@ -150,6 +174,13 @@ def test_mistakes_are_explained(called, words, says):
 def test_help_needs_no_torch(called):
     status, text = called("--help")
     assert status == 0
-    for action in ("ls DIR", "verify DIR", "export DIR OUT", "diff A B", "prune DIR --keep N"):
+    for action in (
+        "ls DIR",
+        "verify DIR",
+        "export DIR OUT",
+        "diff A B",
+        "prune DIR --keep N",
+        "import SRC OUT",
+    ):
         assert action in text
     assert os.environ.get("RANK") is None
