@@ -43,9 +43,30 @@ def small_model(trial: Any = None) -> Any:
     return AutoModelForCausalLM.from_config(tiny_llama_config(num_hidden_layers=layers))
 
 
+@pytest.mark.ranks(2)
+def test_what_the_main_rank_says_holds_on_all_and_so_do_its_errors(rank: int) -> None:
+    from dstrain.core.errors import ConfigError, TrainingError
+    from dstrain.core.ranks import from_main, launched_ranks
+
+    ranks, asked = launched_ranks(), []
+
+    def ask(answer: Any) -> Any:
+        asked.append(rank)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert from_main(ranks, lambda: ask("yes")) == "yes"
+    assert asked == [0] * (rank == 0)
+    with pytest.raises(ConfigError, match="mine"):
+        from_main(ranks, lambda: ask(ConfigError("mine")))
+    expected = KeyError if rank == 0 else TrainingError
+    with pytest.raises(expected, match="a name"):
+        from_main(ranks, lambda: ask(KeyError("a name")))
+
+
 @pytest.mark.ranks(2, timeout=240)
-@pytest.mark.parametrize("stage", [2, 3])
-def test_optuna_searches_on_all_ranks_together(stage: int, tmp_path: Path, rank: int) -> None:
+def test_optuna_searches_on_all_ranks_together(tmp_path: Path, rank: int) -> None:
     """Catches ranks that train different models, a config of the trial before, and lost results."""
     from transformers import TrainerCallback
 
@@ -75,7 +96,7 @@ def test_optuna_searches_on_all_ranks_together(stage: int, tmp_path: Path, rank:
             "no_such_argument": 1,
         }
 
-    trainer = make_searcher(tmp_path, small_model, stage=stage, callbacks=[Watch])
+    trainer = make_searcher(tmp_path, small_model, stage=3, callbacks=[Watch])
     args = trainer.args
     storage = f"sqlite:///{tmp_path}/study.db"
     best = trainer.hyperparameter_search(
