@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import alias, deepspeed_key, implemented, pending
+from dstrain.arguments.treatment import alias, deepspeed_key, implemented
 from dstrain.core.errors import Problem
 
 
@@ -37,7 +37,12 @@ class BatchArguments:
         treatment=deepspeed_key("gradient_accumulation_steps"),
     )
     auto_find_batch_size: bool = arg(
-        False, "Start again with a smaller micro-batch when memory runs out.", treatment=pending()
+        False,
+        "Go on with a smaller micro-batch when memory runs out.",
+        treatment=implemented(
+            "half or less, at the step where it happened, on all ranks; accumulation grows so that "
+            "the global batch stays"
+        ),
     )
     num_train_epochs: float = arg(
         3.0, "Passes over the training data; a fraction is allowed.", treatment=implemented()

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import NOT_YET, alias, implemented, pending
+from dstrain.arguments.treatment import alias, implemented
 from dstrain.core.errors import Problem, nearest
 
 _OWN_ORDER = "the order is always seeded, sharded by rank and complete"
 # Key of accelerator_config -> values that describe what our loaders do, and what they do.
 LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
-    "split_batches": ((False, None), f"{NOT_YET}: a batch size counts the samples of one rank"),
-    "dispatch_batches": ((False, None), "every rank reads its own samples; none waits for rank 0"),
+    "split_batches": ((True, False, None), "a batch size counts the samples of all ranks"),
+    "dispatch_batches": ((True, False, None), "whether the main rank reads a stream for all"),
     "even_batches": (
         (True, False, None),
         "ranks without a sample take part with weight 0, so nothing is repeated or dropped",
@@ -80,12 +80,14 @@ class DataArguments:
     group_by_length: bool = arg(
         False,
         "Put samples of similar length into the same batch, to pad less.",
-        treatment=pending(),
+        treatment=implemented(
+            "pools of shuffled samples, each sorted; the order depends on seed and epoch alone"
+        ),
     )
     length_column_name: str | None = arg(
         "length",
-        "Dataset column with the lengths that group_by_length uses.",
-        treatment=pending(only_with="group_by_length"),
+        "Dataset column with the lengths that group_by_length uses; without it they are measured.",
+        treatment=implemented("of a `datasets.Dataset`; no sample is read for it"),
     )
     ignore_data_skip: bool = arg(
         False,
@@ -96,7 +98,8 @@ class DataArguments:
         None,
         "How accelerate would load data: a dict, a JSON object or the path of a JSON file.",
         treatment=implemented(
-            "keys that describe what our loaders do are taken, the others are refused"
+            "`split_batches` and `dispatch_batches` (of streams) are done, keys that describe what "
+            "our loaders do are taken, the others are refused"
         ),
     )
     dispatch_batches: bool | None = arg(
@@ -125,6 +128,20 @@ class DataArguments:
             except (OSError, ValueError) as error:
                 return [Problem(f"accelerator_config={given!r}", f"no JSON file: {error}")]
         return []
+
+    @property
+    def splits_batches(self) -> bool:
+        """Whether batch sizes are those of all ranks together."""
+        return self._loads("split_batches")
+
+    @property
+    def dispatches_batches(self) -> bool:
+        """Whether the main rank reads streams for all."""
+        return self._loads("dispatch_batches")
+
+    def _loads(self, key: str) -> bool:
+        assert not isinstance(self.accelerator_config, str), "parsed on construction"
+        return bool((self.accelerator_config or {}).get(key))
 
     def _data_problems(self) -> list[Problem]:
         problems = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import alias, implemented, pending
+from dstrain.arguments.treatment import alias, implemented, refused
 from dstrain.core.errors import Problem
 
 
@@ -17,31 +17,54 @@ class FeatureArguments:
     gradient_checkpointing: bool = arg(
         False,
         "Recompute activations in the backward pass instead of keeping them.",
-        treatment=pending(),
+        treatment=implemented("the model's own, while it trains; the cache of keys is off then"),
     )
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = arg(
         None,
-        "Arguments of the model's gradient_checkpointing_enable.",
-        treatment=pending(only_with="gradient_checkpointing"),
+        'Arguments of the recomputation, such as {"use_reentrant": true}; none is not reentrant.',
+        treatment=implemented(),
     )
-    torch_compile: bool = arg(False, "Compile the model with torch.compile.", treatment=pending())
+    torch_compile: bool = arg(
+        False,
+        "Compile the model with torch.compile.",
+        treatment=implemented("the engine of a training, with DeepSpeed's hooks; saved names stay"),
+    )
     torch_compile_backend: str | None = arg(
-        None, "Backend of torch.compile; setting it turns torch_compile on.", treatment=pending()
+        None,
+        "Backend of torch.compile; setting it turns torch_compile on.",
+        treatment=implemented("inductor unless said otherwise"),
     )
     torch_compile_mode: str | None = arg(
-        None, "Mode of torch.compile; setting it turns torch_compile on.", treatment=pending()
+        None,
+        "Mode of torch.compile; setting it turns torch_compile on.",
+        treatment=implemented("of inductor, which alone has modes"),
     )
     torchdynamo: str | None = arg(
         None, "Old name of torch_compile_backend.", treatment=alias("torch_compile_backend")
     )
     use_liger_kernel: bool | None = arg(
-        False, "Replace layers of the model by Liger kernels.", treatment=pending()
+        False,
+        "Replace layers of the model by Liger kernels.",
+        treatment=implemented("needs the package liger-kernel and a GPU, and says so elsewhere"),
+    )
+    liger_kernel_config: dict[str, Any] | str | None = arg(
+        None,
+        'Which Liger kernels are used, such as {"rope": true, "swiglu": false}; none is Liger\'s '
+        "choice for the model.",
+        treatment=implemented("with `use_liger_kernel`", own=True),
     )
     neftune_noise_alpha: float | None = arg(
-        None, "Strength of NEFTune's noise on the embeddings.", treatment=pending()
+        None,
+        "Strength of NEFTune's noise on the embeddings.",
+        treatment=implemented("in training alone"),
     )
     label_smoothing_factor: float = arg(
-        0.0, "Share of the target's probability spread over all labels.", treatment=pending()
+        0.0,
+        "Share of the target's probability spread over all labels.",
+        treatment=implemented(
+            "in training and in the loss of an evaluation; off, with a warning, for multi-label "
+            "classification"
+        ),
     )
     average_tokens_across_devices: bool | None = arg(
         False,
@@ -53,20 +76,25 @@ class FeatureArguments:
     torch_empty_cache_steps: int | None = arg(
         None,
         "Optimizer steps after which the accelerator's memory cache is emptied; none never does.",
-        treatment=pending(),
+        treatment=implemented(),
     )
     tp_size: int | None = arg(
         0,
         "Ranks that share each layer (tensor parallelism).",
-        treatment=pending(
-            "the model is partitioned by ZeRO",
-            remedy="set zero_stage to 3, or leave it out",
+        treatment=refused(
+            "the checkpoints, the data order and the loss of dstrain take every rank for one of "
+            "data parallelism, where ZeRO partitions the model",
+            "set zero_stage to 3, or leave it out",
             accepts=lambda value: value <= 1,
         ),
     )
 
     def _feature_problems(self) -> list[Problem]:
         problems = []
+        if self.neftune_noise_alpha is not None and self.neftune_noise_alpha < 0:
+            problems.append(
+                Problem(f"neftune_noise_alpha={self.neftune_noise_alpha}", "0 or more is needed")
+            )
         if not 0 <= self.label_smoothing_factor <= 1:
             problems.append(
                 Problem(

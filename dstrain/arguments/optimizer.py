@@ -9,7 +9,6 @@ from typing import Any
 
 from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import (
-    NOT_YET,
     alias,
     deepspeed_key,
     implemented,
@@ -34,7 +33,10 @@ OPTIMIZERS = (
     "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd",
 )  # fmt: skip
 
-# Names of transformers.SchedulerType whose step needs nothing but the step count.
+# Names of transformers.SchedulerType whose step needs the metric of an evaluation.
+METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
+# Those that begin at the full rate, whatever the warm-up.
+WITHOUT_WARMUP = ("constant", *METRIC_SCHEDULERS)
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -46,9 +48,8 @@ SCHEDULERS = (
     "cosine_with_min_lr",
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
+    *METRIC_SCHEDULERS,
 )
-# Those whose step needs the metric of an evaluation.
-METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 
 def split_optim_args(text: str | None) -> dict[str, str]:
@@ -139,8 +140,9 @@ class OptimizerArguments:
         choices=SCHEDULERS,
         treatment=implemented(
             "`transformers.get_scheduler`, stepped by the engine; a `scheduler` section in the "
-            "DeepSpeed config wins",
-            excluded={name: f"{NOT_YET}: it follows a metric" for name in METRIC_SCHEDULERS},
+            "DeepSpeed config wins; `reduce_lr_on_plateau` and `greedy` follow "
+            "`metric_for_best_model` after every evaluation, in the direction of "
+            "`greater_is_better`"
         ),
     )
     # `str` is for HfArgumentParser, which hands over the JSON of a shell unparsed.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import implemented, pending
-from dstrain.core.errors import Problem
+from dstrain.arguments.treatment import implemented
+from dstrain.core.errors import Problem, nearest
 
+_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
 _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 
 
@@ -71,20 +72,49 @@ class ReportingArguments:
         "Log the training speed in tokens.",
         treatment=implemented("logged in any case, from a running count and without a pre-pass"),
     )
-    include_num_input_tokens_seen: bool | None = arg(
-        False, "Log the number of input tokens seen so far.", treatment=pending()
+    include_num_input_tokens_seen: bool | str = arg(
+        False,
+        "Log the number of input tokens seen so far: 'all' (true), 'non_padding' leaves padding "
+        "out, 'no' (false).",
+        choices=(False, True, "no", "all", "non_padding"),
+        treatment=implemented("counted in host memory, added up over ranks when logged"),
     )
     skip_memory_metrics: bool = arg(
-        True, "Leave memory figures out of the metrics.", treatment=pending()
+        True,
+        "Leave memory figures out of the metrics.",
+        treatment=implemented(),
     )
     debug: str = arg(
         "",
         "Debug features, separated by spaces: underflow_overflow, tpu_metrics_debug.",
-        treatment=pending("tpu_metrics_debug never: DeepSpeed does not train on TPUs"),
+        treatment=implemented(
+            "slow: every layer is searched for NaN and infinity",
+            excluded={"tpu_metrics_debug": "DeepSpeed does not train on TPUs"},
+        ),
     )
+
+    @property
+    def counts_tokens(self) -> str:
+        """What ``include_num_input_tokens_seen`` says: "no", "all" or "non_padding"."""
+        given = self.include_num_input_tokens_seen
+        return given if isinstance(given, str) else "all" if given else "no"
 
     def _reporting_problems(self) -> list[Problem]:
         problems = []
+        for option in self.debug.split():
+            if option == "tpu_metrics_debug":
+                problems.append(
+                    Problem(f"debug={self.debug!r}", "DeepSpeed does not train on TPUs")
+                )
+            elif option not in _DEBUG:
+                close = nearest(option, set(_DEBUG))
+                problems.append(
+                    Problem(
+                        f"debug={self.debug!r}",
+                        f"{option!r} is none of {', '.join(_DEBUG)}",
+                        f"did you mean {close!r}?" if close else "",
+                    )
+                )
         if self.logging_strategy == "steps" and self.logging_steps <= 0:
             problems.append(
                 Problem(

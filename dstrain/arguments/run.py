@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import alias, implemented, pending, stored
+from dstrain.arguments.treatment import alias, implemented, stored
 from dstrain.core.errors import Problem
 
 
@@ -47,7 +47,7 @@ class RunArguments:
     full_determinism: bool = arg(
         False,
         "Use deterministic kernels everywhere, at the cost of speed.",
-        treatment=pending(),
+        treatment=implemented("for the rest of the process; what has no such kernel is an error"),
     )
     use_cpu: bool = arg(
         False,

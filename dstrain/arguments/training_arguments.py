@@ -19,7 +19,7 @@ from dstrain.arguments.features import FeatureArguments
 from dstrain.arguments.fields import coerce_fields, convert_values, default_of
 from dstrain.arguments.hub import HubArguments
 from dstrain.arguments.offload import OffloadArguments
-from dstrain.arguments.optimizer import METRIC_SCHEDULERS, OptimizerArguments
+from dstrain.arguments.optimizer import METRIC_SCHEDULERS, WITHOUT_WARMUP, OptimizerArguments
 from dstrain.arguments.precision import PrecisionArguments
 from dstrain.arguments.process import Process
 from dstrain.arguments.records import Records
@@ -68,6 +68,7 @@ class TrainingArguments(
         "fsdp_config",
         "deepspeed",
         "gradient_checkpointing_kwargs",
+        "liger_kernel_config",
         "lr_scheduler_kwargs",
     )
 
@@ -100,6 +101,8 @@ class TrainingArguments(
         """Other ways to write a value that are documented, or that everyone uses."""
         if self.output_dir is None:
             self.output_dir = default_of(_field(self, "output_dir"))
+        if self.include_num_input_tokens_seen is None:
+            self.include_num_input_tokens_seen = False
         if isinstance(self.zero_stage, int) and not isinstance(self.zero_stage, bool):
             self.zero_stage = str(self.zero_stage)
         if isinstance(self.report_to, str):
@@ -116,6 +119,12 @@ class TrainingArguments(
         self.output_dir = os.path.expanduser(self.output_dir)
         if self.eval_strategy != "no":
             self.do_eval = True
+        if self.lr_scheduler_type in WITHOUT_WARMUP and (self.warmup_steps or self.warmup_ratio):
+            enforce.warn(
+                f"lr_scheduler_type={self.lr_scheduler_type!r} has no warm-up: warmup_steps and "
+                "warmup_ratio have no effect",
+                UserWarning,
+            )
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = self.logging_steps
         if self.use_cpu:

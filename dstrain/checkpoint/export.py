@@ -30,6 +30,8 @@ DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
+# What peft puts before the names of the model below.
+_OF_PEFT = "base_model."
 SHARD_BYTES = 5 * 10**9
 _TRAINING_FILES = {NAME, "trainer_state.json", "training_arguments.json", "resolved_config.json"}
 _INDEX = "model.safetensors.index.json"
@@ -53,9 +55,18 @@ def export(
         on_tensor: called with the name and bytes of each tensor once it is written.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, ``out`` has files in it, or an unknown dtype.
+        CheckpointError: the checkpoint is damaged, ``out`` has files in it, or an unknown dtype; or
+            it is of a PEFT model.
     """
     manifest = read_manifest(folder)
+    if any(name.startswith(_OF_PEFT) for name in manifest.parameters):
+        raise CheckpointError(
+            Problem(
+                f"{folder} is the checkpoint of a PEFT model",
+                "without peft its adapters and the model below cannot be told apart",
+                "load the adapter that is in it: peft.PeftModel.from_pretrained(model, folder)",
+            )
+        )
     wanted = DTYPES.get(dtype or manifest.precision)
     if wanted is None:
         raise CheckpointError(Problem(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}"))

@@ -52,6 +52,8 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     explicit = {p: v for p, v in leaves(config) if not _is_auto(p, v)}
     problems: list[Problem] = []
     chosen = readable_arguments(arguments)
+    if arguments.splits_batches:
+        problems += _split_batches(chosen, facts.world_size)
     changed = arguments.changed_fields()
     adopted, reasons = _adopt(chosen, changed, explicit, facts, problems, label)
     reasons |= {name: Provenance("argument", f"argument {name}") for name in changed}
@@ -96,6 +98,24 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
         arguments=chosen,
         optimizer=build,
     )
+
+
+def _split_batches(chosen: dict[str, Any], world_size: int) -> list[Problem]:
+    """Make batch sizes that count the samples of all ranks those of one, as everything else is."""
+    total = chosen["per_device_train_batch_size"]
+    chosen["per_device_train_batch_size"] = max(1, total // world_size)
+    # How an evaluation is cut into batches changes nothing in it.
+    evaluated = math.ceil(chosen["per_device_eval_batch_size"] / world_size)
+    chosen["per_device_eval_batch_size"] = evaluated
+    if total % world_size == 0:
+        return []
+    return [
+        Problem(
+            f"per_device_train_batch_size={total} with split_batches on {world_size} ranks",
+            "it is the batch of all ranks together, and does not split evenly",
+            f"choose a multiple of {world_size}",
+        )
+    ]
 
 
 def _show_decided(

@@ -166,6 +166,17 @@ def from_main(ranks: Ranks, ask: Callable[[], T]) -> T:
     return value
 
 
+def broadcast_object(value: T, *, group: Any = None) -> T:
+    """The main rank's picklable ``value``, on every rank."""
+    if not is_distributed():
+        return value
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]
+
+
 @contextlib.contextmanager
 def all_or_none(*, group: Any = None) -> Iterator[None]:
     """Run the body on every rank; when it fails for one, raise that user error on all.

@@ -6,6 +6,7 @@ from dstrain.data.columns import (
     label_columns,
     returns_loss,
 )
+from dstrain.data.lengths import sample_lengths
 from dstrain.data.loader import (
     AheadHooks,
     Collator,
@@ -23,17 +24,19 @@ from dstrain.data.loader import (
     windows,
 )
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
-from dstrain.data.targets import Targets, batch_size, input_tokens, to_device
+from dstrain.data.targets import IGNORED, Targets, TokenCount, batch_size, input_tokens, to_device
 from dstrain.data.together import in_step
 
 __all__ = [
     "AheadHooks",
     "Collator",
     "EpochOrder",
+    "IGNORED",
     "LoaderOptions",
     "MicroBatch",
     "RankBatchSampler",
     "Targets",
+    "TokenCount",
     "Topology",
     "Window",
     "batch_size",
@@ -50,6 +53,7 @@ __all__ = [
     "micro_steps",
     "num_samples",
     "returns_loss",
+    "sample_lengths",
     "set_epoch",
     "to_device",
     "windows",

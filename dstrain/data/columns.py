@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from dstrain.core.adapters import inner_model
 from dstrain.core.errors import DataError, Problem
 from dstrain.data.loader import Collator
 
 
 def forward_columns(module: torch.nn.Module) -> list[str] | None:
     """Names of the arguments of ``forward``; None when it has only ``*args``/``**kwargs``."""
-    parameters = inspect.signature(module.forward).parameters.values()
+    parameters = inspect.signature(inner_model(module).forward).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [p.name for p in parameters if p.kind in plain]
     return names or None
@@ -25,7 +26,7 @@ def label_columns(module: torch.nn.Module, given: Sequence[str] | None) -> list[
     if given is not None:
         return list(given)
     names = [n for n in forward_columns(module) or [] if "label" in n]
-    if "QuestionAnswering" in type(module).__name__:
+    if "QuestionAnswering" in type(inner_model(module)).__name__:
         names += ["start_positions", "end_positions"]
     return names
 

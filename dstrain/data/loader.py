@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.seeds import derived_seed
+from dstrain.data.dispatch import Dispatched
 from dstrain.data.noise import begin_worker
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.stream import Masked, RankStream
@@ -23,13 +24,17 @@ Collator = Callable[[list[Any]], Any]
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How a loader reads; the fields are those of ``torch.utils.data.DataLoader``."""
+    """How a loader reads; the fields are those of ``torch.utils.data.DataLoader``.
+
+    And ``dispatch``: the main rank reads a stream, and sends the others what it has read.
+    """
 
     num_workers: int = 0
     prefetch_factor: int | None = None
     pin_memory: bool = False
     persistent_workers: bool = False
     drop_last: bool = False
+    dispatch: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,23 @@ def build_loader(
     *,
     seed: int,
     shuffle: bool,
+    lengths: Sequence[int] | torch.Tensor | None = None,
 ) -> DataLoader[Any]:
     """A loader of this rank's micro-batches, one per micro-step.
 
     A map-style dataset is read through ``RankBatchSampler``; a stream through ``RankStream`` in the
-    stream's own order.
+    stream's own order. ``lengths`` of a map-style dataset put similar samples beside each other.
 
     Raises:
-        DataError: a dataset with no samples.
+        DataError: a dataset with no samples, or one that cannot be dispatched.
     """
+    if options.dispatch:
+        if not is_stream(dataset):
+            raise _cannot_dispatch("a dataset with a length, of which every rank reads its own")
+        if options.num_workers:
+            raise _cannot_dispatch("dataloader_num_workers above 0: ranks must read in step")
+        main = topology.rank == 0
+        dataset = Dispatched(dataset, is_main=main, block=topology.chunk)
     workers = options.num_workers
     extra: dict[str, Any] = {}
     if workers:
@@ -119,7 +132,7 @@ def build_loader(
         )
     if len(dataset) == 0:
         raise DataError(Problem("the dataset is empty", "at least one sample is needed"))
-    order = EpochOrder(len(dataset), seed=seed, shuffle=shuffle)
+    order = EpochOrder(len(dataset), seed=seed, shuffle=shuffle, lengths=lengths)
     sampler = RankBatchSampler(order, topology, drop_last=options.drop_last)
     sampler.noise_seed = seed
     return DataLoader(
@@ -128,6 +141,12 @@ def build_loader(
         collate_fn=collate,
         num_workers=workers,
         **common,
+    )
+
+
+def _cannot_dispatch(what: str) -> DataError:
+    return DataError(
+        Problem(f"dispatch_batches=True with {what}", "", "leave it out, or change the other")
     )
 
 

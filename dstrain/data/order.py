@@ -7,12 +7,16 @@ topology with the same global batch sees the same samples in the same optimizer 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dstrain.data.noise import Indices, Noise
+
+# Samples that are sorted by length together. It must depend on nothing that another topology or
+# batch size would change, or a run could not go on from inside an epoch there.
+POOL_SAMPLES = 8192
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,24 @@ class Topology:
 class EpochOrder:
     """The global order of one dataset, epoch by epoch."""
 
-    def __init__(self, num_samples: int, *, seed: int, shuffle: bool) -> None:
-        """Args: number of samples, seed of the shuffle, whether to shuffle at all."""
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        lengths: Sequence[int] | torch.Tensor | None = None,
+    ) -> None:
+        """Choose how samples are ordered.
+
+        Args:
+            num_samples: of the dataset.
+            seed: of the shuffle.
+            shuffle: whether to shuffle at all.
+            lengths: of the samples, to put similar ones beside each other; only when shuffled.
+        """
         self.num_samples = num_samples
+        self._lengths = None if lengths is None else torch.as_tensor(lengths)
         self._seed = seed
         self._shuffle = shuffle
 
@@ -59,7 +78,23 @@ class EpochOrder:
         if not self._shuffle:
             return torch.arange(self.num_samples)
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(self.num_samples, generator=generator)
+        order = torch.randperm(self.num_samples, generator=generator)
+        return order if self._lengths is None else _grouped(order, self._lengths)
+
+
+def _grouped(order: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The order with similar lengths beside each other, as transformers' ``group_by_length``.
+
+    Pools of the shuffled samples, a quarter of them or ``POOL_SAMPLES``, are each sorted from long
+    to short. The longest sample of all comes first, so that a lack of memory shows at once.
+    """
+    pool_samples = max(1, min(len(order) // 4, POOL_SAMPLES))
+    pool = torch.arange(len(order)) // pool_samples
+    shortness = int(lengths.max()) - lengths[order]
+    order = order[torch.argsort(pool * (int(lengths.max()) + 1) + shortness, stable=True)]
+    longest = int(torch.argmax(lengths[order]))
+    order[[0, longest]] = order[[longest, 0]]
+    return order
 
 
 class RankBatchSampler:

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+from dstrain.core.adapters import inner_model
+from dstrain.core.log import get_logger
+
+logger = get_logger(__name__)
+
 IGNORED = -100
 
 
@@ -27,6 +32,7 @@ class Targets:
     @staticmethod
     def of(module: torch.nn.Module, labels: list[str]) -> Targets:
         """The rule for a model: transformers marks the loss of its causal models."""
+        module = inner_model(module)
         config = getattr(module, "config", None)
         causal = getattr(module, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
         return Targets(tuple(labels), causal and not getattr(config, "is_encoder_decoder", False))
@@ -90,6 +96,45 @@ def input_tokens(inputs: Any, main_input: str = "input_ids") -> int:
         if isinstance(main, torch.Tensor):
             return main.numel() if not main.is_floating_point() else main.shape[0]
     return batch_size(inputs)
+
+
+class TokenCount:
+    """Counts the input tokens of batches that are still in host memory."""
+
+    def __init__(
+        self,
+        main_input: str = "input_ids",
+        *,
+        padding: bool = True,
+        pad_token_id: int | None = None,
+    ) -> None:
+        """Choose what counts.
+
+        Args:
+            main_input: what the model reads: a key of the batch.
+            padding: whether padding counts.
+            pad_token_id: tells padding from text in a batch without ``attention_mask``.
+        """
+        self._main_input, self._padding, self._pad = main_input, padding, pad_token_id
+        self._warned = False
+
+    def __call__(self, inputs: Any) -> int:
+        """Tokens of a batch."""
+        if self._padding or not isinstance(inputs, Mapping):
+            return input_tokens(inputs, self._main_input)
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, torch.Tensor):
+            return int(mask.sum())
+        main = inputs.get(self._main_input)
+        if self._pad is not None and isinstance(main, torch.Tensor):
+            return int((main != self._pad).sum())
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "include_num_input_tokens_seen='non_padding' counts padding too: the batch has no "
+                "attention_mask, and no padding token is known"
+            )
+        return input_tokens(inputs, self._main_input)
 
 
 def to_device(inputs: Any, device: Any, *, float_dtype: torch.dtype | None) -> Any:

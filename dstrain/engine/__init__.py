@@ -1,19 +1,23 @@
 """The only room that imports deepspeed: start-up, engine, ZeRO contexts."""
 
+from dstrain.engine.carry import Carried, carry, let_go, put_down
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
 from dstrain.engine.leaf import expert_blocks
 from dstrain.engine.machine import free_memory_bytes, least, read_machine
+from dstrain.engine.metric_schedule import MetricSchedule
 from dstrain.engine.native import load_native, save_native
 from dstrain.engine.nvme import prepare_nvme
 from dstrain.engine.optimizer_state import changing_values, create_state, read_scalars
 from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
 from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
 from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
+from dstrain.engine.regroup import Regroup, is_out_of_memory
 from dstrain.engine.startup import (
     check_precision,
     device_name,
     device_type,
+    empty_cache,
     shut_down,
     start,
 )
@@ -32,12 +36,16 @@ from dstrain.engine.zero import (
 __all__ = [
     "MASTER",
     "WEIGHT",
+    "Carried",
     "Engine",
+    "MetricSchedule",
     "Region",
+    "Regroup",
     "StepOutcome",
     "ZeroThreeMark",
     "build_ops",
     "bytes_to_gather",
+    "carry",
     "check_own",
     "begin_load",
     "changing_values",
@@ -46,6 +54,7 @@ __all__ = [
     "decay_parameter_names",
     "device_name",
     "device_type",
+    "empty_cache",
     "expert_blocks",
     "finish_load",
     "free_memory_bytes",
@@ -53,16 +62,19 @@ __all__ = [
     "full_shape",
     "gathered",
     "inference_engine",
+    "is_out_of_memory",
     "is_partitioned",
     "kept_whole",
     "least",
     "load_native",
+    "let_go",
     "model_facts",
     "optimized_names",
     "optimizer_class",
     "own_partition",
     "parameter_groups",
     "prepare_nvme",
+    "put_down",
     "read_machine",
     "read_progress",
     "read_scalars",

@@ -10,6 +10,7 @@ import torch
 
 from dstrain.config import ResolvedConfig
 from dstrain.engine.leaf import check_leaf_modules
+from dstrain.engine.metric_schedule import guarded
 from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
 from dstrain.engine.quiet import quiet
 from dstrain.engine.stage_zero import repair_if_needed
@@ -83,7 +84,7 @@ class Engine:
                 model=module,
                 model_parameters=groups if optimizer is None else None,
                 optimizer=factory if optimizer is None else optimizer,
-                lr_scheduler=scheduler,
+                lr_scheduler=guarded(scheduler),
                 config=config,
             )
         self.module = module
@@ -97,6 +98,11 @@ class Engine:
     def model(self) -> Any:
         """What to call for a forward pass (``DeepSpeedEngine``)."""
         return self._engine
+
+    def compile(self, backend: str, mode: str | None) -> None:
+        """Compile the module's forward where it stands: names of its parameters stay the same."""
+        kwargs = {} if mode is None else {"mode": mode}
+        self._engine.compile(backend=backend, compile_kwargs=kwargs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Back-propagate one micro-batch; ``last`` marks the end of the accumulation window."""
@@ -147,6 +153,8 @@ class Engine:
                 hook.remove()
         for parameter in self.module.parameters():
             parameter.__dict__.pop("_z3_optimizer", None)
+        if self.module._compiled_call_impl is not None:
+            self.module._compiled_call_impl = None  # compiled with this engine's hooks in it
         self._mark.close()
         forget_process_wide_settings(self.module, self.resolved)
         self._engine = None

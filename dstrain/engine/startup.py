@@ -113,6 +113,13 @@ def device_name() -> str:
     return str(get_accelerator().current_device_name())
 
 
+def empty_cache() -> None:
+    """Give back device memory that torch keeps for later tensors; nothing on the CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().empty_cache()
+
+
 def check_precision(precision: str) -> None:
     """Find out before a model is built that the device cannot train in a 16-bit format.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dstrain.core.adapters import has_adapters
 from dstrain.core.files import FileRecord, write_json
 from dstrain.core.ranks import Ranks
 from dstrain.engine import full_numel, full_shape, gathered, is_partitioned, own_partition
@@ -134,9 +135,10 @@ def hold_shards(
         shard_bytes: the largest shard; a larger tensor has one of its own.
 
     Returns:
-        None for architectures whose layout is converted on saving: only ``save_model`` does that.
+        None for architectures whose layout is converted on saving, and for PEFT models, of which
+        little is saved: only ``save_model`` does that.
     """
-    if needs_conversion(module):
+    if has_adapters(module) or needs_conversion(module):
         return None
     groups = groups or (tuple(range(ranks.world_size)),)
     beside = next(group for group in groups if ranks.rank in group)
@@ -181,6 +183,8 @@ def held_bytes(module: torch.nn.Module, ranks: Ranks, *, num_writers: int | None
         ranks: facts of this process.
         num_writers: ranks that write into its folder; all of them if left out.
     """
+    if has_adapters(module):
+        return 0
     num_writers = num_writers or ranks.world_size
     shards = plan_shards(entries_of(module), SHARD_BYTES)
     sizes = [sum(e.num_bytes for e in shard) for shard in shards]

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
+from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
 from dstrain.engine import full_numel, gathered, is_partitioned
+from dstrain.models.adapters import save_adapters
 
 SHARD_BYTES = 5 * 10**9
 # Gathering parameters one by one would pay a latency for each; a group stays small beside a shard.
@@ -54,7 +56,7 @@ def save_model(
     """Write weights, ``config.json`` and ``generation_config.json``; a collective of all ranks.
 
     Weights are those the engine trains with, in its format; tied weights are written once. A plain
-    ``nn.Module`` gets ``model.safetensors`` alone.
+    ``nn.Module`` gets ``model.safetensors`` alone, a PEFT model what ``peft`` reads: its adapters.
 
     Args:
         module: the model.
@@ -71,6 +73,9 @@ def save_model(
     with all_or_none():
         if ranks.is_main:
             _make_folder(target)
+    if has_adapters(module):
+        save_adapters(module, target, ranks)
+        return
     if needs_conversion(module):
         _save_converted(module, target, ranks, shard_bytes)
         return
@@ -277,6 +282,8 @@ def _finish(target: Path, weight_map: dict[str, str], total_bytes: int, names: l
 
 def _save_configs(module: Any, target: Path) -> None:
     config = getattr(module, "config", None)
+    if has_adapters(module):
+        return  # they have a config of their own
     if config is None or not hasattr(config, "save_pretrained"):
         return
     saved: Any = copy.deepcopy(config)

@@ -15,18 +15,22 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
+from dstrain.arguments.optimizer import METRIC_SCHEDULERS
 from dstrain.config import Facts, ResolvedConfig, optimizers, resolve
 from dstrain.config.difference import RECORD_FILE
 from dstrain.config.explain import as_record, as_table
 from dstrain.config.parameters import ModelSizes
 from dstrain.core import log
+from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects, require_equal
+from dstrain.core.seeds import make_deterministic
 from dstrain.data import (
     Collator,
     LoaderOptions,
     Targets,
+    TokenCount,
     Topology,
     build_loader,
     forward_columns,
@@ -34,6 +38,7 @@ from dstrain.data import (
     keep_columns,
     label_columns,
     micro_steps,
+    sample_lengths,
 )
 from dstrain.engine import (
     Engine,
@@ -61,6 +66,8 @@ _PATIENCE_SECONDS = 5.0
 
 def start_run(args: TrainingArguments) -> Ranks:
     """Process group, log levels and number formats, before anything touches the model."""
+    if args.full_determinism:
+        make_deterministic()
     ranks = start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_seconds=args.ddp_timeout)
     log.configure(level=args.get_process_log_level(), rank=ranks.rank, world_size=ranks.world_size)
     _set_level_of_transformers(args)
@@ -132,6 +139,25 @@ def prepare_dataset(
     return keep_columns(dataset, collate, sorted(keep), description=description)
 
 
+def lengths_of(dataset: Any, args: TrainingArguments, processing_class: Any) -> Any:
+    """Lengths of the training samples where ``group_by_length`` asks for them, else None."""
+    if not args.group_by_length:
+        return None
+    names = getattr(processing_class, "model_input_names", None) or ["input_ids"]
+    return sample_lengths(dataset, column=args.length_column_name, main_input=names[0])
+
+
+def token_count(
+    module: torch.nn.Module, args: TrainingArguments, processing_class: Any
+) -> TokenCount:
+    """How the input tokens of this model are counted."""
+    return TokenCount(
+        getattr(inner_model(module), "main_input_name", "input_ids"),
+        padding=args.counts_tokens != "non_padding",
+        pad_token_id=getattr(processing_class, "pad_token_id", None),
+    )
+
+
 def make_loader(
     dataset: Any,
     collate: Collator,
@@ -140,9 +166,11 @@ def make_loader(
     ranks: Ranks,
     *,
     train: bool,
+    lengths: Any = None,
 ) -> Any:
     """This rank's loader of training (shuffled) or evaluation (in order, nothing dropped)."""
-    micro_batch = resolved.micro_batch_size if train else args.per_device_eval_batch_size
+    evaluated = int(resolved.value("per_device_eval_batch_size"))
+    micro_batch = resolved.micro_batch_size if train else evaluated
     seed = args.seed if args.data_seed is None else args.data_seed
     return build_loader(
         dataset,
@@ -154,9 +182,11 @@ def make_loader(
             pin_memory=args.dataloader_pin_memory and device_type() != "cpu",
             persistent_workers=args.dataloader_persistent_workers,
             drop_last=args.dataloader_drop_last and train,
+            dispatch=args.dispatches_batches,
         ),
         seed=seed,
         shuffle=train,
+        lengths=lengths,
     )
 
 
@@ -292,12 +322,15 @@ def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Calla
     def make(optimizer: torch.optim.Optimizer) -> Any:
         from transformers import get_scheduler
 
+        kwargs = args.scheduler_kwargs()
+        if args.lr_scheduler_type in METRIC_SCHEDULERS:
+            kwargs.setdefault("mode", "max" if args.greater_is_better else "min")
         return get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             num_warmup_steps=args.get_warmup_steps(num_training_steps),
             num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=args.scheduler_kwargs(),
+            scheduler_specific_kwargs=kwargs,
         )
 
     return make
@@ -352,7 +385,14 @@ def training_engine(
     if optimizer is None:
         decay = float(resolved.values.get("optimizer.params.weight_decay", 0.0))
         groups = parameter_groups(module, weight_decay=decay, decay_names=decay_names)
-    return Engine(module, resolved, groups=groups, optimizer=optimizer, scheduler=scheduler)
+    engine = Engine(module, resolved, groups=groups, optimizer=optimizer, scheduler=scheduler)
+    if resolved.value("torch_compile"):
+        backend, mode = (
+            resolved.value("torch_compile_backend"),
+            resolved.value("torch_compile_mode"),
+        )
+        engine.compile(backend, mode)
+    return engine
 
 
 def record_resolved_config(resolved: ResolvedConfig, args: TrainingArguments) -> None:

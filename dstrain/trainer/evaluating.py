@@ -66,6 +66,8 @@ class EvaluationHooks:
     _loader: Any
     _prepare_inputs: Any
     _report_trial: Any
+    _follow_metric: Any
+    _memory: Any
 
     @property
     def label_names(self) -> list[str]:
@@ -104,6 +106,7 @@ class EvaluationHooks:
             return results
         loader = self.get_eval_dataloader(eval_dataset)
         build.check_shared_out(loader, self.ranks, method="get_eval_dataloader")
+        self._memory.start("eval")
         started = time.time()
         output = self.prediction_loop(
             loader,
@@ -116,6 +119,7 @@ class EvaluationHooks:
         metrics = self._with_speed(output, started, metric_key_prefix)
         self.log(metrics)
         self.events("on_evaluate", metrics=metrics)
+        metrics |= self._memory.stop("eval")
         return metrics
 
     def predict(
@@ -139,6 +143,7 @@ class EvaluationHooks:
         """
         loader = self.get_test_dataloader(test_dataset)
         build.check_shared_out(loader, self.ranks, method="get_test_dataloader")
+        self._memory.start("test")
         started = time.time()
         output = self.prediction_loop(
             loader,
@@ -148,6 +153,7 @@ class EvaluationHooks:
         )
         metrics = self._with_speed(output, started, metric_key_prefix)
         self.events("on_predict", metrics=metrics)
+        metrics |= self._memory.stop("test")
         return compat.PredictionOutput(output.predictions, output.label_ids, metrics)
 
     # --- what a subclass overrides --------------------------------------------------------------
@@ -323,6 +329,7 @@ class EvaluationHooks:
         state = random_state()
         metrics = self.evaluate(ignore_keys=self.ignore_keys_for_eval)
         set_random_state(state)
+        self._follow_metric(metrics)
         self._report_trial(metrics)
         # An evaluation before the first step has no checkpoint that it could be of.
         if self.state.global_step and self.best.judge(metrics):
@@ -363,7 +370,7 @@ class EvaluationHooks:
         return None
 
     def _with_speed(self, output: Any, started: float, prefix: str) -> dict[str, float]:
-        batch = self.args.per_device_eval_batch_size * self.ranks.world_size
+        batch = int(self.resolved.value("per_device_eval_batch_size")) * self.ranks.world_size
         metrics = dict(output.metrics) | compat.speed_metrics(
             prefix,
             started,

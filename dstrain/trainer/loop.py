@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +18,14 @@ from dstrain.data import (
     AheadHooks,
     MicroBatch,
     Targets,
+    TokenCount,
     Window,
     fetches_ahead,
-    input_tokens,
     is_ours,
     set_epoch,
     windows,
 )
-from dstrain.engine import Engine, StepOutcome, device_name
+from dstrain.engine import Engine, StepOutcome, device_name, empty_cache
 from dstrain.trainer.meters import Reading, TrainMeter
 from dstrain.trainer.position import Position, Resumption
 from dstrain.trainer.preemption import Preemption
@@ -80,6 +80,7 @@ class RunPlan:
         log_every: steps between logs, 0 when logging goes by other events.
         eval_on_start: evaluate once before the first step.
         saves: whether checkpoints may be written, so that random states must be kept.
+        empty_cache_steps: steps between two clearances of the device's memory cache; 0 for none.
     """
 
     max_steps: int
@@ -90,6 +91,7 @@ class RunPlan:
     log_every: int
     eval_on_start: bool = False
     saves: bool = False
+    empty_cache_steps: int = 0
 
 
 @dataclass
@@ -121,7 +123,11 @@ def at_least_one(number: torch.Tensor | float) -> torch.Tensor | float:
 
 @dataclass
 class TrainLoop:
-    """One run. ``run`` is the loop; everything else is a step of it."""
+    """One run. ``run`` is the loop; everything else is a step of it.
+
+    ``agree`` is called when all micro-batches of a step are done, before it changes a weight;
+    ``computing`` is true until then, from the step's first micro-batch.
+    """
 
     plan: RunPlan
     engine: Engine
@@ -133,6 +139,7 @@ class TrainLoop:
     control: Any
     micro_step: MicroStep
     preemption: Preemption
+    count_tokens: TokenCount = field(default_factory=TokenCount)
     progress: Progress = field(default_factory=Progress)
     skipped_steps: int = 0
     loss_sum: float = 0.0
@@ -141,6 +148,8 @@ class TrainLoop:
     steps_before: int = 0
     samples_before: int = 0
     tokens_before: int = 0
+    agree: Callable[[], None] | None = None
+    computing: bool = False
     preempted: bool = False
     _saved_step: int = -1
     _last: tuple[StepOutcome, float] | None = None
@@ -161,11 +170,25 @@ class TrainLoop:
             self._evaluate()
         if self.resumption is not None and self.resumption.position.epoch_is_over:
             self._end_resumed_epoch()
+        self._run_epochs()
+
+    def change(self, engine: Engine, loader: Any, *, accumulation: int) -> None:
+        """Let another engine do again the step that broke off, with other micro-batches."""
+        self.engine, self.loader = engine, loader
+        self.plan = replace(self.plan, accumulation=accumulation)
+
+    def go_on(self) -> None:
+        """``run`` from inside an epoch, after a change."""
+        self.engine.model.train()
+        self._run_epochs(inside=True)
+
+    def _run_epochs(self, *, inside: bool = False) -> None:
         while not self._is_over():
-            self._run_epoch()
+            self._run_epoch(begins=not inside)
             if self.preempted:
                 break
             self.progress = self.progress.next_epoch()
+            inside = False
         self.hooks.store_flos()
         self._note(self._meter.read())
 
@@ -194,9 +217,10 @@ class TrainLoop:
         self._react("on_epoch_end", *self._last, epoch_is_over=False)
         self.progress = self.progress.next_epoch()
 
-    def _run_epoch(self) -> None:
+    def _run_epoch(self, *, begins: bool = True) -> None:
         set_epoch(self.loader, self.progress.epoch, start=self.progress.samples_in_epoch)
-        self.hooks.event("on_epoch_begin")
+        if begins:
+            self.hooks.event("on_epoch_begin")
         before = self.progress
         for window in self._windows():
             self._last = self._train_step(window)
@@ -250,14 +274,18 @@ class TrainLoop:
         self.micro_step.total = total = PendingSum(sum(counts), device=device_name())
         loss = torch.zeros((), device=device_name())
         tokens = 0
+        self.computing = True
         for index, (micro_batch, count) in enumerate(
             zip(window.micro_batches, counts, strict=True)
         ):
             last = index == len(counts) - 1
             loss = loss + self._forward_backward(micro_batch, count, total, last=last)
-            tokens += 0 if micro_batch.masked else input_tokens(micro_batch.inputs)
+            tokens += 0 if micro_batch.masked else self.count_tokens(micro_batch.inputs)
             if not last:
                 self.hooks.event("on_substep_end")
+        if self.agree is not None:
+            self.agree()
+        self.computing = False
         learning_rate = self.engine.learning_rates()[0]
         self.hooks.event("on_pre_optimizer_step")
         self.preemption.ask()
@@ -270,6 +298,8 @@ class TrainLoop:
             self.skipped_steps += 1
             if self.ranks.is_main:
                 logger.warning("step %d skipped: its gradients were not finite", self.progress.step)
+        if self.plan.empty_cache_steps and self.progress.step % self.plan.empty_cache_steps == 0:
+            empty_cache()
         self.state.global_step = self.progress.step
         self.state.epoch = self._epoch_position(window)
         return outcome, learning_rate

@@ -37,6 +37,8 @@ class ReportHooks:
         """
         if self.state.epoch is not None:
             logs["epoch"] = round(self.state.epoch, 4)
+        if self.args.counts_tokens != "no":
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
         if start_time is not None:
             logs |= compat.speed_metrics("train", start_time)
         # A record must stay valid JSON, which knows no NaN: such a figure is left out of it.

@@ -28,6 +28,7 @@ class StepHooks:
     _engines: Any
     _micro_step: Any
     _format: str
+    _smoothing: Any
 
     def compute_loss(
         self,
@@ -52,6 +53,9 @@ class StepHooks:
         if self.compute_loss_func is not None:
             loss, outputs = self._loss_of_function(model, inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
+        if self._smoothing is not None:
+            smoothed, outputs = self._smoothing(model, self.model, inputs)
+            return (smoothed, outputs) if return_outputs else smoothed
         outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
         loss = loss_of(outputs)
         if loss is None:

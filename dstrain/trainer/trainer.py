@@ -17,14 +17,17 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, barrier, require_equal
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
-from dstrain.engine import Engine
+from dstrain.engine import Engine, MetricSchedule, device_type
 from dstrain.models import check_writable, save_model
+from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build, compat, saving
 from dstrain.trainer.best import BestModel
 from dstrain.trainer.counting import CountHooks, count_whole_parameters
 from dstrain.trainer.engines import EngineKeeper
 from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
+from dstrain.trainer.features import check_features, training_features
+from dstrain.trainer.fitting import begin_with_found, check_fitting, run_fitting
 from dstrain.trainer.loop import MicroStep, RunPlan, TrainLoop
 from dstrain.trainer.model_init import check_source, check_whole, fresh_model, num_arguments
 from dstrain.trainer.old_names import old_resume, one_name
@@ -35,6 +38,7 @@ from dstrain.trainer.preemption import Preemption
 from dstrain.trainer.publishing import HubHooks
 from dstrain.trainer.reports import ReportHooks
 from dstrain.trainer.search import SearchHooks
+from dstrain.trainer.smoothing import LabelSmoothing
 from dstrain.trainer.stepping import StepHooks
 
 logger = get_logger(__name__)
@@ -113,6 +117,8 @@ class Trainer(
             ConfigError: arguments that cannot work with this model and data.
         """
         self.args = args if args is not None else TrainingArguments("tmp_trainer")
+        self._memory = MemoryMetrics(enabled=not self.args.skip_memory_metrics)
+        self._memory.start("init")
         self.ranks = build.start_run(self.args)
         refuse_unheard(type(self), unnamed)
         check_source(model, model_init, optimizers)
@@ -144,8 +150,10 @@ class Trainer(
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self._own = OwnObjects(self, *optimizers)
         self._note_model()
+        check_features(self.model, self.args, device=device_type())
         # Before the model is touched: a config that cannot be used must not cost a model load.
         self.resolved: ResolvedConfig = self._resolve(None)
+        check_fitting(self.args, self.resolved)
         build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
         self._check_evaluation()
         self.is_in_train = self.preempted = False
@@ -156,6 +164,7 @@ class Trainer(
         self.best = BestModel(self)
         self._begin_publishing()
         self.events("on_init_end")
+        self._memory.stop("init")
 
     # --- what a user calls ----------------------------------------------------------------------
 
@@ -207,25 +216,32 @@ class Trainer(
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
         self._writer = saving.make_writer(self)
+        self._memory.start("train")
         try:
-            start = saving.find_start(self, resume_from_checkpoint)
-            loop = self._prepare_training(start)
-            self.is_in_train = True
-            started = time.time()
-            loop.run()
-            self.preempted = loop.preempted
-            if self._writer is not None:
-                self._writer.wait()
-            if self.preempted:
-                saving.check_saved(self, self._writer, loop.steps_before)
-            else:
-                self._finish_publishing()
-            return self._finish_training(loop, started)
+            with training_features(self.model, self.args):
+                start = saving.find_start(self, resume_from_checkpoint)
+                begin_with_found(self, start)
+                loop = self._prepare_training(start)
+                self.is_in_train = True
+                started = time.time()
+                if self.args.auto_find_batch_size:
+                    run_fitting(self, loop)
+                else:
+                    loop.run()
+                self.preempted = loop.preempted
+                if self._writer is not None:
+                    self._writer.wait()
+                if self.preempted:
+                    saving.check_saved(self, self._writer, loop.steps_before)
+                else:
+                    self._finish_publishing()
+                return self._finish_training(loop, started)
         except TrainingError:
             self.save_state()  # what was logged until then shows what went wrong
             raise
         finally:
             self.is_in_train = False
+            self._memory.stop("train")
             if self.hp_search_backend is None:
                 self._leave_trial()  # a search evaluates with its arguments first
             if self._writer is not None:
@@ -334,6 +350,7 @@ class Trainer(
         """What the trainer must know about its model."""
         check_whole(self.model)
         self.targets = build.targets_of(self.model, self.args)
+        self._smoothing = LabelSmoothing.of(self.model, self.args, self.targets)
 
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
         """Everything before the first step: loader, config, engine, state."""
@@ -372,6 +389,7 @@ class Trainer(
             filter_bad=self.args.logging_nan_inf_filter,
             eval_on_start=self.args.eval_on_start,
             saves=self._writer is not None or self.args.preemption != "ignore",
+            empty_cache_steps=self.args.torch_empty_cache_steps or 0,
             log_every=int(self.state.logging_steps) if self.args.logging_strategy == "steps" else 0,
         )
         return TrainLoop(
@@ -385,6 +403,7 @@ class Trainer(
             control=self.control,
             micro_step=self._micro_step,
             preemption=self._preemption,
+            count_tokens=build.token_count(self.model, self.args, self.processing_class),
             resumption=resumption,
         )
 
@@ -425,6 +444,7 @@ class Trainer(
         metrics["train_loss"] = loop.loss_sum / max(1, steps)
         if self.resolved.precision == "fp16" or loop.skipped_steps:
             metrics["train_skipped_steps"] = loop.skipped_steps
+        metrics |= self._memory.stop("train")
         self.log(metrics)
         if self.args.load_best_model_at_end and not self.preempted:
             self.best.load(loop.engine, failed=self._writer.failed if self._writer else ())
@@ -434,11 +454,31 @@ class Trainer(
             barrier()  # the launcher ends all ranks once one has ended
         return compat.TrainOutput(steps, metrics["train_loss"], metrics)
 
+    def _follow_metric(self, metrics: dict[str, float]) -> None:
+        """Tell a schedule that follows a metric what an evaluation during training has found.
+
+        Raises:
+            ConfigError: the evaluation has no such metric.
+        """
+        if not isinstance(self.lr_scheduler, MetricSchedule) or self.state.global_step == 0:
+            return
+        name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+        if name not in metrics:
+            raise ConfigError(
+                Problem(
+                    f"metric_for_best_model={self.args.metric_for_best_model!r}",
+                    f"the schedule follows it, and the evaluation has {', '.join(metrics)}",
+                    "name one of these",
+                )
+            )
+        self.lr_scheduler.step(metrics[name])
+
     def _loader(self, dataset: Any, *, train: bool) -> Any:
         description = "training" if train else "evaluation"
+        lengths = build.lengths_of(dataset, self.args, self.processing_class) if train else None
         dataset, collate = build.prepare_dataset(
             dataset, self.data_collator, self.model, self.args, description=description
         )
         return build.make_loader(
-            dataset, collate, self.resolved, self.args, self.ranks, train=train
+            dataset, collate, self.resolved, self.args, self.ranks, train=train, lengths=lengths
         )

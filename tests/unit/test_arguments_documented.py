@@ -192,6 +192,12 @@ def test_what_has_no_effect_warns_and_says_why(name):
     assert caught[0].filename == __file__, "it names the line that built the arguments"
 
 
+@pytest.mark.parametrize("kind", ["constant", "reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_without_warm_up_says_so(kind):
+    with pytest.warns(UserWarning, match="has no warm-up"):
+        TrainingArguments(lr_scheduler_type=kind, warmup_ratio=0.1, eval_strategy="epoch")
+
+
 @pytest.mark.parametrize("name", names_of("implemented", "deepspeed", "stored"))
 def test_what_is_implemented_is_taken_without_a_word(name):
     more: dict[str, Any] = {
@@ -213,30 +219,30 @@ ALIASES: list[tuple[str, Any, str, Any]] = [
     ("per_gpu_eval_batch_size", 3, "per_device_eval_batch_size", 3),
     ("evaluation_strategy", "epoch", "eval_strategy", "epoch"),
     ("dispatch_batches", False, "accelerator_config", {"dispatch_batches": False}),
+    ("dispatch_batches", True, "accelerator_config", {"dispatch_batches": True}),
     ("split_batches", False, "accelerator_config", {"split_batches": False}),
     ("push_to_hub_model_id", "m", "hub_model_id", "m"),
     ("push_to_hub_organization", "org", "hub_model_id", "org/trainer_output"),
     ("push_to_hub_token", "t", "hub_token", "t"),
     ("adafactor", True, "optim", "adafactor"),
     ("include_inputs_for_metrics", True, "include_for_metrics", ["inputs"]),
+    ("torchdynamo", "inductor", "torch_compile_backend", "inductor"),
+    ("sortish_sampler", True, "group_by_length", True),
 ]
 
 
 @pytest.mark.parametrize(("old", "value", "new", "expected"), ALIASES)
 def test_an_old_name_moves_to_the_new_one_with_a_warning(old, value, new, expected):
     with pytest.warns(FutureWarning, match=f"{old} is deprecated: {new}=") as caught:
-        args = TrainingArguments(**{old: value})
+        args = owner(old)(**{old: value})
     assert getattr(args, new) == expected
-    assert getattr(args, old) == default_of(fields_of(TrainingArguments)[old]), "moved, not copied"
+    assert getattr(args, old) == default_of(fields_of(owner(old))[old]), "moved, not copied"
     assert caught[0].filename == __file__
 
 
 # Old names of what is not usable here: the error names the new argument.
 REFUSED_ALIASES = [
-    ("torchdynamo", "inductor", "torch_compile_backend"),
     ("fp16_backend", "apex", "half_precision_backend"),
-    ("sortish_sampler", True, "group_by_length"),
-    ("dispatch_batches", True, "accelerator_config"),
     ("evaluation_strategy", "step", "eval_strategy"),
 ]
 
@@ -365,10 +371,12 @@ RULES_BETWEEN_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"eval_accumulation_steps": 0}, "at least 1"),
     ({"eval_strategy": "steps", "logging_steps": 0, "logging_strategy": "no"}, "positive number"),
     ({"accelerator_config": {"split_batch": True}}, "did you mean 'split_batches'"),
-    ({"accelerator_config": {"dispatch_batches": True}}, "every rank reads its own"),
     ({"accelerator_config": {"use_configured_state": True}}, "no accelerate state"),
     ({"accelerator_config": "/no/such/file.json"}, "no JSON file"),
-    ({"lr_scheduler_type": "reduce_lr_on_plateau"}, NOT_YET),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "only an evaluation"),
+    ({"debug": "underflow"}, "did you mean 'underflow_overflow'"),
+    ({"neftune_noise_alpha": -1.0}, "0 or more"),
+    ({"include_num_input_tokens_seen": "padding"}, "did you mean 'non_padding'"),
     ({"debug": ["underflow_overflow", "tpu_metrics_debug"]}, "does not train on TPUs"),
 ]
 

@@ -1,0 +1,68 @@
+"""A stream that the main rank alone reads; the others are sent its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.core.ranks import PATIENCE, broadcast_object, is_distributed
+
+
+class Dispatched(IterableDataset[Any]):
+    """For a source that only one rank can read, or that gives every reader something else.
+
+    All ranks must iterate in step, in the training process: each block of samples is a collective.
+    """
+
+    def __init__(self, source: Iterable[Any], *, is_main: bool, block: int) -> None:
+        """Wrap a stream; a collective of all ranks.
+
+        Args:
+            source: read on the main rank only.
+            is_main: whether that is here.
+            block: samples that are sent together.
+        """
+        self._source, self._is_main, self._block = source, is_main, block
+        self._group: Any = None
+        if is_distributed():
+            import torch.distributed as dist
+
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the source, in whichever way it can be told."""
+        generator = getattr(self._source, "generator", None)
+        if hasattr(self._source, "set_epoch"):
+            self._source.set_epoch(epoch)
+        elif isinstance(generator, torch.Generator):
+            generator.manual_seed(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The source's samples, on every rank.
+
+        Raises:
+            DataError: the source failed; on all ranks.
+        """
+        samples = iter(self._source) if self._is_main else iter(())
+        while True:
+            block, failure = self._next(samples)
+            if failure:
+                raise DataError(Problem("the stream failed on the main rank", failure))
+            yield from block
+            if len(block) < self._block:
+                return
+
+    def _next(self, samples: Iterator[Any]) -> tuple[list[Any], str]:
+        block: list[Any] = []
+        failure = ""
+        if self._is_main:
+            try:
+                block = list(islice(samples, self._block))
+            except Exception as error:  # the others wait for an answer
+                failure = f"{type(error).__name__}: {error}"
+        return broadcast_object((block, failure), group=self._group)

@@ -1,0 +1,70 @@
+"""How long the samples of a dataset are, read from a column where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.data.loader import is_stream
+
+_BATCH_ROWS = 10_000
+
+
+def sample_lengths(dataset: Any, *, column: str | None, main_input: str) -> torch.Tensor:
+    """The length of every sample: int64, shape (num_samples,).
+
+    Args:
+        dataset: map-style.
+        column: of a ``datasets.Dataset`` that has it, the lengths; no sample is read then.
+        main_input: key of the samples that is measured otherwise (tokens of a text).
+
+    Raises:
+        DataError: a stream, or samples without the key.
+    """
+    import datasets
+
+    if is_stream(dataset):
+        raise DataError(
+            Problem(
+                "group_by_length=True with a stream",
+                "samples can only be grouped when all of their lengths are known",
+                "leave it out, or give a dataset with a length",
+            )
+        )
+    if isinstance(dataset, datasets.Dataset):
+        if column in dataset.column_names:
+            rows = dataset.select_columns([column]).with_format("numpy")[:]
+            return torch.as_tensor(rows[column], dtype=torch.int64)
+        if main_input in dataset.column_names:
+            return _list_lengths(dataset, main_input)
+    return torch.tensor(
+        [_length(dataset[i], main_input) for i in range(len(dataset))], dtype=torch.int64
+    )
+
+
+def _list_lengths(dataset: Any, name: str) -> torch.Tensor:
+    """Lengths of a column of lists, without making Python objects of what is in them."""
+    import pyarrow.compute
+
+    rows = dataset.select_columns([name]).with_format("arrow")
+    parts = [
+        torch.as_tensor(pyarrow.compute.list_value_length(table[name]).to_pylist())
+        for table in rows.iter(_BATCH_ROWS)
+    ]
+    return torch.cat(parts).to(torch.int64)
+
+
+def _length(sample: Any, name: str) -> int:
+    if not isinstance(sample, Mapping) or name not in sample:
+        keys = list(sample) if isinstance(sample, Mapping) else type(sample).__name__
+        raise DataError(
+            Problem(
+                f"group_by_length=True with samples that have no {name!r}",
+                f"a sample has {keys}",
+                "add a column with the lengths and name it in length_column_name, or leave it out",
+            )
+        )
+    return len(sample[name])

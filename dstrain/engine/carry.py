@@ -1,0 +1,72 @@
+"""What an engine has learned, held in host memory while another engine takes its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dstrain.engine.optimizer_state import create_state, read_scalars
+from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
+from dstrain.engine.regions import WEIGHT, regions
+
+if TYPE_CHECKING:
+    from dstrain.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Carried:
+    """This rank's part of an engine's state, and what all ranks know.
+
+    Attributes:
+        tensors: (parameter, start, key) -> values.
+        scalars: single numbers of the optimizer's state by parameter.
+        progress: counters, loss scale, rates, schedule.
+    """
+
+    tensors: dict[tuple[str, int, str], torch.Tensor]
+    scalars: dict[str, dict[str, Any]]
+    progress: dict[str, Any]
+
+
+def carry(engine: Engine) -> Carried:
+    """Copy the state; no other rank is asked."""
+    held = regions(engine)
+    tensors = {
+        (region.name, region.start, key): region.read(key).to("cpu", copy=True)
+        for region in held
+        for key in region.tensor_keys()
+        if key != WEIGHT
+    }
+    return Carried(tensors, read_scalars(held), read_progress(engine))
+
+
+def put_down(engine: Engine, carried: Carried) -> None:
+    """Give a fresh engine of the same topology the state; a collective of all ranks."""
+    begin_load(engine)
+    held = regions(engine)
+    create_state(held, carried.scalars)
+    for region in held:
+        for key in region.tensor_keys():
+            values = carried.tensors.get((region.name, region.start, key))
+            if values is not None:
+                region.write(key, region.start, values)
+    finish_load(engine)
+    write_progress(engine, carried.progress)
+
+
+def let_go(module: torch.nn.Module) -> None:
+    """Free what a forward or backward pass that broke off has left on parameters.
+
+    At stage 3 gathered parameters go; the slices that ranks keep are as they were.
+    """
+    parameter: Any
+    for parameter in module.parameters():
+        parameter.grad = None
+        status = getattr(parameter, "ds_status", None)
+        if status is None or getattr(parameter, "ds_persist", False):
+            continue
+        parameter.ds_active_sub_modules.clear()
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        parameter.ds_status = type(status).NOT_AVAILABLE

@@ -1,0 +1,103 @@
+"""Saving a PEFT model: the small trained parts alone, as ``peft`` reads them, at every ZeRO stage.
+
+The frozen model below is not gathered; at stage 3 only the adapter's own parameters are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.core.adapters import inner_model
+from dstrain.core.errors import ModelError, Problem
+from dstrain.core.ranks import Ranks, all_or_none, gather_objects
+from dstrain.engine import gathered
+from dstrain.models.tensor_file import Stored, write_tensor_file
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; a collective of all ranks.
+
+    The adapter called "default" lies in ``target`` itself, another one in a folder of its name
+    there. They go through the main rank's memory.
+
+    Raises:
+        ModelError: the folder cannot be written; raised on every rank.
+    """
+    for adapter in model.peft_config:
+        folder = target if adapter == "default" else target / adapter
+        held = _held(model, adapter, ranks)
+        with all_or_none():
+            if ranks.is_main:
+                try:
+                    _write(model, adapter, held, folder)
+                except OSError as error:
+                    raise ModelError(
+                        Problem(
+                            f"the adapter cannot be written into {str(folder)!r}",
+                            error.strerror or str(error),
+                            "choose another output_dir, or change its permissions",
+                        )
+                    ) from error
+
+
+def _held(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The adapter's tensors in the main rank's memory, under their saved names; {} elsewhere.
+
+    Which they are, and what they are called, is peft's to say: it is handed the parameters
+    themselves, partitioned or not. What it computes anew (prompts) it computes from whole ones.
+    """
+    named = model.state_dict(keep_vars=True)
+    names = {id(tensor): name for name, tensor in named.items()}
+    chosen: dict[str, str] = {}
+    held: dict[str, torch.Tensor] = {}
+    computes = model.peft_config[adapter].is_prompt_learning
+    with gathered(p for p in model.parameters() if computes and p.requires_grad):
+        if ranks.is_main:
+            from peft import get_peft_model_state_dict
+
+            saved = get_peft_model_state_dict(model, state_dict=named, adapter_name=adapter)
+            for key, tensor in saved.items():
+                if id(tensor) in names:
+                    chosen[key] = names[id(tensor)]
+                else:
+                    held[key] = _copied(tensor)
+    for key, name in gather_objects(chosen)[0].items():
+        tensor = named[name]
+        whole = isinstance(tensor, torch.nn.Parameter)
+        with gathered([tensor]) if whole else contextlib.nullcontext():
+            if ranks.is_main:
+                held[key] = _copied(tensor)
+    return held
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write(model: Any, adapter: str, held: dict[str, torch.Tensor], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS}.partial"
+    try:
+        tensors = [Stored.of(name, tensor) for name, tensor in held.items()]
+        write_tensor_file(partial, tensors, {"format": "pt"})
+        os.replace(partial, folder / WEIGHTS)
+    finally:
+        partial.unlink(missing_ok=True)
+    inner = inner_model(model)
+    config = copy.copy(model.peft_config[adapter])
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(inner, "name_or_path", None) or None
+    mapping = None
+    if config.task_type is None:  # peft finds the class of the model by these then
+        kind = type(inner)
+        mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    config.save_pretrained(str(folder), auto_mapping_dict=mapping)

@@ -1,0 +1,165 @@
+"""``auto_find_batch_size``: when memory runs out, all ranks go on with a smaller micro-batch."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dstrain.arguments import TrainingArguments
+from dstrain.config import ResolvedConfig
+from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import require_equal
+from dstrain.engine import Carried, Regroup, carry, is_out_of_memory, let_go, put_down
+from dstrain.trainer import saving
+from dstrain.trainer.loop import TrainLoop
+
+if TYPE_CHECKING:
+    from dstrain.trainer.trainer import Trainer
+
+logger = get_logger(__name__)
+
+_DECIDED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:
+    """Refuse a DeepSpeed config that decides what is to be found.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    if not args.auto_find_batch_size:
+        return
+    problems = [
+        Problem(
+            f"auto_find_batch_size=True, and {key}={resolved.values[key]} in the DeepSpeed config",
+            "a smaller micro-batch needs another value",
+            f'set {key} to "auto" there',
+        )
+        for key in _DECIDED
+        if resolved.provenance[key].source == "config"
+    ]
+    if int(resolved.values.get("zero_optimization.zero_hpz_partition_size", 1)) > 1:
+        problems.append(
+            Problem(
+                "auto_find_batch_size=True with zero_hpz_partition_size",
+                "its groups cannot be formed again",
+                "leave one of them out",
+            )
+        )
+    raise_problems(problems, error=ConfigError)
+
+
+def begin_with_found(trainer: Trainer, start: saving.Start | None) -> None:
+    """Take the micro-batch that the run of a checkpoint had found, and need not find it again."""
+    args = trainer.args
+    found = None if start is None else start.state.get("train_batch_size")
+    if not args.auto_find_batch_size or not found or found >= args.per_device_train_batch_size:
+        return
+    total = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if total % found == 0:
+        args.per_device_train_batch_size = found
+        args.gradient_accumulation_steps = total // found
+        trainer.resolved = trainer._resolve(None)
+
+
+def smaller(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
+    """At most half of the micro-batch, with as many samples per step; None below one sample."""
+    total = micro_batch * accumulation
+    for size in range(micro_batch // 2, 0, -1):
+        if total % size == 0:
+            return size, total // size
+    return None
+
+
+def run_fitting(trainer: Trainer, loop: TrainLoop) -> None:
+    """Run the loop; where a micro-batch does not fit, go on at that step with a smaller one.
+
+    The step that broke off had changed no weight, and the global batch stays, so the curve is that
+    of a run that had begun with the smaller micro-batch.
+
+    Raises:
+        TrainingError: one sample does not fit, or memory ran out outside of forward and backward.
+    """
+    run = loop.run
+    while True:
+        regroup = Regroup(trainer.ranks, timeout_seconds=trainer.args.ddp_timeout)
+        loop.agree = regroup.vote
+        said = _ran_out(run, loop, regroup)
+        if not said:
+            regroup.close()
+            return
+        carried = _leave_and_meet(trainer, loop, regroup)
+        fitting = smaller(trainer.resolved.micro_batch_size, trainer.resolved.accumulation)
+        if fitting is None:
+            raise TrainingError(
+                Problem(
+                    "memory ran out with a micro-batch of one sample",
+                    said,
+                    "shorten the samples, set gradient_checkpointing, a higher zero_stage or "
+                    "offload (dstrain plan shows what each needs)",
+                )
+            )
+        _take_place(trainer, loop, carried, *fitting)
+        run = loop.go_on
+
+
+def _ran_out(run: Callable[[], None], loop: TrainLoop, regroup: Regroup) -> str:
+    """Run; what was said when memory ran out on this rank or another, "" when it did not."""
+    try:
+        run()
+    except Exception as error:
+        here = is_out_of_memory(error)
+        if not loop.computing:
+            raise
+        if here:
+            regroup.say_failed()
+        elif not regroup.another_failed():
+            raise
+        # The frames hold what did not fit.
+        traceback.clear_frames(error.__traceback__)
+        return str(error).splitlines()[0] if here else "another rank said so"
+    return ""
+
+
+def _leave_and_meet(trainer: Trainer, loop: TrainLoop, regroup: Regroup) -> Carried:
+    """Tear the engine and the process groups down and form new ones; what the engine knew."""
+    carried = carry(loop.engine)
+    if trainer._writer is not None:
+        trainer._writer.close()
+    regroup.leave()
+    trainer.close()
+    let_go(trainer.model)
+    regroup.meet(trainer.model)
+    require_equal("the number of optimizer steps done", loop.progress.step, TrainingError)
+    return carried
+
+
+def _take_place(
+    trainer: Trainer, loop: TrainLoop, carried: Carried, micro_batch: int, accumulation: int
+) -> None:
+    """Another engine with another micro-batch in the place of the one that ran out of memory."""
+    args = trainer.args
+    if trainer.ranks.is_main:
+        logger.warning(
+            "memory ran out at step %d with a micro-batch of %d: going on with %d, and %d of them "
+            "per step",
+            loop.progress.step + 1,
+            trainer.resolved.micro_batch_size,
+            micro_batch,
+            accumulation,
+        )
+    each = trainer.ranks.world_size if args.splits_batches else 1
+    args.per_device_train_batch_size = micro_batch * each
+    args.gradient_accumulation_steps = accumulation
+    trainer.state.train_batch_size = args.per_device_train_batch_size
+    trainer.resolved = trainer._resolve(loop.plan.max_steps)
+    loader = trainer.get_train_dataloader()
+    engine = trainer._engines.train(lambda: trainer._build_engine(loop.plan.max_steps))
+    trainer.optimizer, trainer.lr_scheduler = engine.optimizer, engine.scheduler
+    put_down(engine, carried)
+    trainer.events.hold(loader)
+    if trainer._writer is not None:
+        trainer._writer = saving.make_writer(trainer)
+    loop.change(engine, loader, accumulation=trainer.resolved.accumulation)
