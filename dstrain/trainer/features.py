@@ -89,7 +89,9 @@ def _checkpointing(model: Any, args: TrainingArguments) -> Iterator[None]:
     """
     kwargs = args.gradient_checkpointing_kwargs
     assert not isinstance(kwargs, str), "parsed on construction"
-    was_on = bool(getattr(model, "is_gradient_checkpointing", False))
+    inner = inner_model(model)  # the second name is the old one, which warns where there are both
+    was_on = getattr(inner, "is_activation_checkpointing", None)
+    was_on = getattr(inner, "is_gradient_checkpointing", False) if was_on is None else was_on
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     with contextlib.ExitStack() as undo:
         if not was_on:

@@ -132,6 +132,7 @@ def _leave_and_meet(trainer: Trainer, loop: TrainLoop, regroup: Regroup) -> Carr
     trainer.close()
     let_go(trainer.model)
     regroup.meet(trainer.model)
+    loop.preemption.renew()
     require_equal("the number of optimizer steps done", loop.progress.step, TrainingError)
     return carried
 

@@ -80,6 +80,15 @@ class Preemption:
         if self._caught and not self.acted:
             signal.raise_signal(self._caught)
 
+    def renew(self) -> None:
+        """Exchange on another group, where all process groups were formed anew; a collective."""
+        self._work = self._message = None
+        self._steps_left = self._steps = 1
+        if self._group is not None:
+            import torch.distributed as dist
+
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+
     def ask(self, *, now: bool = False) -> None:
         """Begin to find out whether to stop after this step, if it is time to.
 

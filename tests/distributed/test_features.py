@@ -44,7 +44,7 @@ def test_recomputing_activations_changes_no_number(stage: int, tmp_path: Path) -
         )
         assert losses(trainer) == pytest.approx(plain, rel=1e-6)
         assert runs == [None] * 12, "three steps, two layers, each run twice"
-        assert not model.is_gradient_checkpointing
+        assert not model.is_activation_checkpointing
         assert model.config.use_cache
         assert not model._forward_pre_hooks
 
