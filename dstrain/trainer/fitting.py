@@ -129,9 +129,9 @@ def _leave_and_meet(trainer: Trainer, loop: TrainLoop, regroup: Regroup) -> Carr
     if trainer._writer is not None:
         trainer._writer.close()
     regroup.leave()
-    trainer.close()
-    let_go(trainer.model)
     regroup.meet(trainer.model)
+    trainer.close()  # it asks for its rank
+    let_go(trainer.model)
     loop.preemption.renew()
     require_equal("the number of optimizer steps done", loop.progress.step, TrainingError)
     return carried
