@@ -49,8 +49,10 @@ def test_a_disk_that_is_full(
 
     class MakeRoom(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 3 and rank == 0:
-                shutil.rmtree(Path(args.output_dir) / "checkpoint-1")
+            if state.global_step == 3:
+                trainer._writer.wait()  # else it could find the room still
+                if rank == 0:
+                    shutil.rmtree(Path(args.output_dir) / "checkpoint-1")
 
     with small_disk(tmp_path / "disk", rank, megabytes=3) as there:
         if not there:
