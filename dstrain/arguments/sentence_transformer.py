@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from dstrain.arguments.dicts import read_dicts
 from dstrain.arguments.fields import arg
 from dstrain.arguments.training_arguments import TrainingArguments
-from dstrain.arguments.treatment import pending
+from dstrain.arguments.treatment import implemented, pending
 from dstrain.core.errors import ConfigError, Problem, nearest, raise_problems
 
 BATCH_SAMPLERS = ("batch_sampler", "no_duplicates", "no_duplicates_hashed", "group_by_label")
@@ -29,7 +29,7 @@ class SentenceTransformerTrainingArguments(TrainingArguments):
     hub_private_repo: bool | None = arg(
         None,
         "Whether a repository that is created is private; none takes the owner's default.",
-        treatment=pending(only_with="push_to_hub"),
+        treatment=implemented(),
     )
     prompts: dict[str, Any] | str | None = arg(
         None,
