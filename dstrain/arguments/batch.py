@@ -41,7 +41,7 @@ class BatchArguments:
         "Go on with a smaller micro-batch when memory runs out.",
         treatment=implemented(
             "half or less, at the step where it happened, on all ranks; accumulation grows so that "
-            "the global batch stays; with several ranks at ZeRO stage 0 only, so far"
+            "the global batch stays"
         ),
     )
     num_train_epochs: float = arg(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dstrain.arguments import TrainingArguments
-from dstrain.arguments.treatment import NOT_YET
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
 from dstrain.core.log import get_logger
@@ -47,14 +46,6 @@ def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:
                 "auto_find_batch_size=True with zero_hpz_partition_size",
                 "its groups cannot be formed again",
                 "leave one of them out",
-            )
-        )
-    if resolved.stage > 0 and resolved.facts.world_size > 1:
-        problems.append(
-            Problem(
-                f"auto_find_batch_size=True at ZeRO stage {resolved.stage} on several ranks",
-                f"{NOT_YET}: only stage 0, and a single rank, can go on",
-                "choose per_device_train_batch_size by what dstrain plan says",
             )
         )
     raise_problems(problems, error=ConfigError)

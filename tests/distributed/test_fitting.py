@@ -51,6 +51,10 @@ _RUN: dict[str, Any] = {
     ("stage", "where", "more"),
     [
         (0, "backward", {}),
+        (1, "forward", {"bf16": True}),
+        (2, "backward", {"lr_scheduler_type": "cosine"}),
+        (3, "forward", {}),
+        (3, "backward", {"bf16": True}),
     ],
 )
 def test_all_ranks_go_on_where_one_ran_out_of_memory(
@@ -88,16 +92,21 @@ def test_all_ranks_go_on_where_one_ran_out_of_memory(
 
 
 @pytest.mark.ranks(2)
-def test_what_cannot_be_found_is_refused(tmp_path: Path) -> None:
-    """A micro-batch that the config decides, and for now stages above 0 on several ranks."""
-    from dstrain.core.errors import ConfigError
+def test_one_sample_that_does_not_fit_and_other_errors(rank: int, tmp_path: Path) -> None:
+    """Halved until one sample is left, then an error; an error of another kind stays one."""
+    from dstrain.core.errors import ConfigError, TrainingError
 
-    arguments = {**_RUN, "auto_find_batch_size": True}
+    short = _Short(limit=0 if rank else 99, step=0, where="forward")
+    arguments = {**_RUN, "auto_find_batch_size": True, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, stage=2, model=short.model(), **arguments)
+    short.trainer = trainer
+    with pytest.raises(TrainingError, match="micro-batch of one sample"):
+        trainer.train()
+    assert short.failures == (3 if rank else 0), "4, 2, 1"
+    trainer.close()
     config = {"train_micro_batch_size_per_gpu": 4}
     with pytest.raises(ConfigError, match="needs another value"):
-        make_trainer(tmp_path, stage=0, deepspeed=config, **arguments)
-    with pytest.raises(ConfigError, match="not implemented yet"):
-        make_trainer(tmp_path, stage=2, **arguments)
+        make_trainer(tmp_path, stage=2, deepspeed=config, **arguments)
 
 
 @pytest.mark.ranks(1)
