@@ -246,9 +246,9 @@ def watched_dstrain(watch: LoadWatch) -> Iterator[None]:
         with watch.loading():
             return load_into(*args, **kwargs)
 
-    def choosing(*args: Any) -> Any:
+    def choosing(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        chosen = choose(*args)
+        chosen = choose(*args, **kwargs)
         watch.verify_seconds = time.perf_counter() - started
         return chosen
 

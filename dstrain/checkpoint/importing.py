@@ -11,7 +11,7 @@ import datetime
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.codec import encode
 from dstrain.checkpoint.foreign import Foreign
 from dstrain.checkpoint.foreign_deepspeed import read_deepspeed, tag_folder
-from dstrain.checkpoint.foreign_plain import OPTIMIZER, read_plain, read_state
+from dstrain.checkpoint.foreign_plain import OPTIMIZER, SCHEDULE, read_plain, read_state
 from dstrain.checkpoint.load import check_coverage, read_index
 from dstrain.checkpoint.manifest import DEEPSPEED, NAME, Manifest, read_manifest, write_manifest
+from dstrain.checkpoint.pickles import load_pickle
 from dstrain.checkpoint.versions import versions
 from dstrain.core.errors import CheckpointError, DstrainError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_json
@@ -129,7 +130,12 @@ def _read(source: Path, state: Mapping[str, Any]) -> Foreign:
         decayed = None
         with contextlib.suppress(DstrainError):  # only stage 0 asks for it
             decayed = skeleton_of(source).decayed if (source / "config.json").exists() else None
-        return read_deepspeed(folder, decayed)
+        found = read_deepspeed(folder, decayed)
+        if found.engine["schedule"] is None and (source / SCHEDULE).exists():
+            # transformers' Trainer steps the schedule itself, so DeepSpeed does not know of it.
+            schedule = load_pickle(source / SCHEDULE)
+            found = replace(found, engine=found.engine | {"schedule": schedule})
+        return found
     if (source / OPTIMIZER).exists() and state:
         return read_plain(source, state)
     inside = sorted(

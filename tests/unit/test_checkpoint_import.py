@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dstrain.checkpoint import bring_in
+from dstrain.checkpoint import bring_in, read_run, verify
 from dstrain.checkpoint.foreign import match_groups
 from dstrain.checkpoint.pickles import Number, Record, load_pickle
 from dstrain.core.errors import CheckpointError
@@ -126,3 +126,37 @@ def test_kinds_that_cannot_be_taken_apart_are_refused(tmp_path, names, says):
         (tmp_path / "in" / name).touch()
     with pytest.raises(CheckpointError, match=says):
         bring_in(tmp_path / "in", tmp_path / "out")
+
+
+def test_the_schedule_of_transformers_with_deepspeed_stands_beside_its_files(tmp_path):
+    """Its Trainer steps the schedule itself, so DeepSpeed's files have none."""
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    source = tmp_path / "checkpoint-4"
+    (source / "global_step4").mkdir(parents=True)
+    (source / "latest").write_text("global_step4")
+    (source / "trainer_state.json").write_text('{"global_step": 4, "epoch": 0.5}')
+    torch.save({"last_epoch": 4, "base_lrs": [0.1]}, source / "scheduler.pt")
+    model = {
+        "module": {"w": torch.zeros(2, 3)}, "buffer_names": [], "param_shapes": [{"w": (2, 3)}],
+        "shared_params": {}, "lr_scheduler": None, "skipped_steps": 0, "global_steps": 4,
+        "global_samples": 16, "dp_world_size": 1, "ds_config": {"bf16": {"enabled": True}},
+    }  # fmt: skip
+    torch.save(model, source / "global_step4/mp_rank_00_model_states.pt")
+    state = {"step": torch.tensor(4.0), "exp_avg": torch.ones(6)}
+    optimizer = {
+        "base_optimizer_state": {"state": {0: state}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "single_partition_of_fp32_groups": [torch.arange(6.0)],
+        "param_slice_mappings": [{"w": fragment_address(numel=6, start=0)}],
+    }
+    torch.save(
+        {"optimizer_state_dict": optimizer, "ds_config": model["ds_config"]},
+        source / "global_step4/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    )
+    done = bring_in(source, tmp_path / "out")
+    assert (done.step, done.num_parameters) == (4, 1)
+    run = read_run(tmp_path / "out")
+    assert run["engine"]["schedule"] == {"last_epoch": 4, "base_lrs": [0.1]}
+    assert run["position"]["progress"]["samples_in_epoch"] == 16
+    manifest, problems = verify(tmp_path / "out")
+    assert (manifest.precision, manifest.optimized, problems) == ("bf16", ("w",), [])
