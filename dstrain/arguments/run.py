@@ -78,8 +78,9 @@ class RunArguments:
     )
     nan_loss: str = arg(
         "stop",
-        "What a NaN or infinite training loss does once a logging step has seen it: 'stop' ends "
-        "the run with an error that names the first such step, 'continue' warns and goes on.",
+        "What happens when a logging step sees a NaN or infinite training loss, or when outside of "
+        "fp16 a step is skipped for gradients that are not finite: 'stop' ends the run with an "
+        "error that names the first such step, 'continue' warns and goes on.",
         choices=("stop", "continue"),
         treatment=implemented(own=True),
     )

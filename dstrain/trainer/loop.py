@@ -295,14 +295,23 @@ class TrainLoop:
         self.samples_seen += window.num_samples
         self._meter.add(loss, step=self.progress.step, num_tokens=tokens)
         if not outcome.applied:
-            self.skipped_steps += 1
-            if self.ranks.is_main:
-                logger.warning("step %d skipped: its gradients were not finite", self.progress.step)
+            self._note_skipped()
         if self.plan.empty_cache_steps and self.progress.step % self.plan.empty_cache_steps == 0:
             empty_cache()
         self.state.global_step = self.progress.step
         self.state.epoch = self._epoch_position(window)
         return outcome, learning_rate
+
+    def _note_skipped(self) -> None:
+        """Count a step that changed nothing; only in fp16 is that how a loss scale is found."""
+        self.skipped_steps += 1
+        what = f"step {self.progress.step} skipped: its gradients were not finite"
+        if self.engine.loss_scale() is None:
+            if self.plan.nan_loss == "stop":
+                self._note(self._meter.read())  # a loss that was no number says more
+            self._bad_number(what, "no loss scale will be lowered: the next steps may be no better")
+        elif self.ranks.is_main:
+            logger.warning("%s", what)
 
     def _forward_backward(
         self, micro_batch: MicroBatch, count: int, total: PendingSum, *, last: bool
@@ -400,7 +409,17 @@ class TrainLoop:
         self.state.num_input_tokens_seen += reading.num_tokens
         if reading.first_bad_step is None:
             return
-        what = f"the training loss was NaN or infinite at step {reading.first_bad_step}"
+        self._bad_number(
+            f"the training loss was NaN or infinite at step {reading.first_bad_step}",
+            f"seen when step {self.progress.step} was logged; what was trained since may be spoilt",
+        )
+
+    def _bad_number(self, what: str, why: str) -> None:
+        """Stop the run, or go on with a warning where ``nan_loss`` says so; on all ranks alike.
+
+        Raises:
+            TrainingError: ``nan_loss`` is "stop".
+        """
         if self.plan.nan_loss == "continue":
             if self.ranks.is_main:
                 logger.warning("%s; going on, as nan_loss='continue' says", what)
@@ -408,8 +427,7 @@ class TrainLoop:
         raise TrainingError(
             Problem(
                 what,
-                f"seen when step {self.progress.step} was logged; what was trained since may be "
-                "spoilt",
+                why,
                 "lower learning_rate, add warm-up, check the data around that step, use bf16 "
                 "instead of fp16; nan_loss='continue' would go on",
             )

@@ -184,13 +184,46 @@ def test_a_stream_trains_like_its_samples_in_order(workers: int, tmp_path: Path)
 
 @pytest.mark.ranks(2)
 def test_a_nan_loss_stops_the_run_and_names_its_step(tmp_path: Path) -> None:
-    """Seen at the next logging step, on all ranks alike."""
+    """On all ranks alike: at a logging step, or before where the step had to be skipped."""
     from dstrain.core.errors import TrainingError
 
-    trainer = make_trainer(tmp_path, logging_steps=3, callbacks=[_poison(at_step=2)])
-    with pytest.raises(TrainingError, match="at step 2"):
+    for stage in (0, 2):  # DeepSpeed looks at gradients from stage 1 on
+        trainer = make_trainer(
+            tmp_path, stage=stage, logging_steps=3, callbacks=[_poison(at_step=2)]
+        )
+        with pytest.raises(TrainingError, match="loss was NaN or infinite at step 2"):
+            trainer.train()
+        assert not trainer.is_in_train
+        trainer.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_gradients_that_are_not_finite_do_not_skip_steps_for_ever(
+    policy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loss stays finite, no loss scale is to be found: such a run used to end as if well."""
+    from transformers import TrainerCallback
+
+    from dstrain.core.errors import TrainingError
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                weight = kwargs["model"].lm_head.weight
+                hook.append(weight.register_hook(lambda grad: grad * float("inf")))
+
+    hook: list[Any] = []
+    trainer = make_trainer(tmp_path, stage=2, nan_loss=policy, callbacks=[Spoil])
+    if policy == "stop":
+        with pytest.raises(TrainingError, match="step 2 skipped"):
+            trainer.train()
+        assert trainer.state.global_step == 1
+    else:
         trainer.train()
-    assert not trainer.is_in_train
+        assert trainer.deepspeed.skipped_steps == 3
+        assert ("step 2 skipped" in caplog.text) == trainer.ranks.is_main
+    hook[0].remove()
     trainer.close()
 
 
