@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -66,7 +68,22 @@ def entry() -> NoReturn:
         from dstrain.engine import shut_down
 
         shut_down()
+        _end(status)
     sys.exit(status)
+
+
+def _end(status: int) -> NoReturn:
+    """End as Python would, but for the destructors of C++ libraries.
+
+    Threads of gloo have outlived their owners there, and now and then aborted a training command
+    that was done ("terminate called without an active exception").
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)
 
 
 def _run(words: list[str]) -> int:
