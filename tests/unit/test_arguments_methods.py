@@ -455,5 +455,5 @@ def test_our_parser_reads_them_too(cls):
     assert parse(parser, [], [cls])[1] == [cls()]
     assert parse(parser, FLAGS, [cls])[1] == [cls(**VALUES)]
     text = " ".join(parser.format_help().split())
-    assert "(not implemented yet) (default: False)" in text
+    assert "(deprecated) (default: False)" in text
     assert "(refused here)" in text

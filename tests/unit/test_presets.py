@@ -89,7 +89,10 @@ def test_a_preset_resolves_and_deepspeed_reads_the_same(
     read = read_by_deepspeed(got)
     assert read.train_batch_size == got.global_batch_size
     assert int(read.zero_optimization_stage) == got.stage == int(preset[4])
-    assert not got.warnings
+    # Accumulation in 16 bits below stage 2 is worth a word; a preset brings nothing else to warn of.
+    summed_in_bf16 = got.stage < 2 and got.accumulation > 1
+    assert len(got.warnings) == summed_in_bf16
+    assert all("added up in bf16" in warning for warning in got.warnings)
     for path, value in leaves(
         {k: v for k, v in got.to_deepspeed().items() if k.startswith("zero")}
     ):
