@@ -89,7 +89,7 @@ def test_a_preset_resolves_and_deepspeed_reads_the_same(
     read = read_by_deepspeed(got)
     assert read.train_batch_size == got.global_batch_size
     assert int(read.zero_optimization_stage) == got.stage == int(preset[4])
-    # Accumulation in 16 bits below stage 2 is worth a word; a preset brings nothing else to warn of.
+    # Accumulation in 16 bits below stage 2 is worth a word, and nothing else that a preset brings.
     summed_in_bf16 = got.stage < 2 and got.accumulation > 1
     assert len(got.warnings) == summed_in_bf16
     assert all("added up in bf16" in warning for warning in got.warnings)
