@@ -1,5 +1,6 @@
 """Checkpoints of a run: format, commit, rotation, resume at any topology. See FORMAT.md."""
 
+from dstrain.checkpoint.codec import is_plain
 from dstrain.checkpoint.conversion import Converted, convert
 from dstrain.checkpoint.difference import Comparison, compare
 from dstrain.checkpoint.export import export
@@ -45,6 +46,7 @@ __all__ = [
     "export",
     "extra_files",
     "holding",
+    "is_plain",
     "load_into",
     "load_weights",
     "place",

@@ -69,6 +69,15 @@ def encode(value: Any, *, where: str) -> Any:
     )
 
 
+def is_plain(value: Any) -> bool:
+    """Whether ``encode`` can write a value."""
+    try:
+        encode(value, where="")
+    except CheckpointError:
+        return False
+    return True
+
+
 def decode(value: Any) -> Any:
     """The value that ``encode`` was given."""
     if isinstance(value, list):

@@ -18,12 +18,15 @@ from dstrain.data.loader import (
     is_ours,
     is_stream,
     iterate,
+    keep_source_states,
     micro_steps,
     num_samples,
     set_epoch,
+    source_state,
     windows,
 )
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
+from dstrain.data.resumable import Resumable
 from dstrain.data.targets import IGNORED, Targets, TokenCount, batch_size, input_tokens, to_device
 from dstrain.data.together import in_step
 
@@ -35,6 +38,7 @@ __all__ = [
     "LoaderOptions",
     "MicroBatch",
     "RankBatchSampler",
+    "Resumable",
     "Targets",
     "TokenCount",
     "Topology",
@@ -49,12 +53,14 @@ __all__ = [
     "is_stream",
     "iterate",
     "keep_columns",
+    "keep_source_states",
     "label_columns",
     "micro_steps",
     "num_samples",
     "returns_loss",
     "sample_lengths",
     "set_epoch",
+    "source_state",
     "to_device",
     "windows",
 ]

@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PATIENCE, broadcast_object, is_distributed
+from dstrain.data.resumable import Resumable
 
 
 class Dispatched(IterableDataset[Any]):
@@ -28,6 +29,11 @@ class Dispatched(IterableDataset[Any]):
             block: samples that are sent together.
         """
         self._source, self._is_main, self._block = source, is_main, block
+        self._resumable = Resumable.of(source) if is_main else None
+        if self._resumable is not None:
+            self._source = self._resumable.source
+        self._begins_inside = False
+        self._ahead = 0  # samples that were sent, and are still to be given
         self._group: Any = None
         if is_distributed():
             import torch.distributed as dist
@@ -42,6 +48,16 @@ class Dispatched(IterableDataset[Any]):
         elif isinstance(generator, torch.Generator):
             generator.manual_seed(epoch)
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """The source's state, on the main rank; None where it cannot tell, or is further on."""
+        return None if self._resumable is None or self._ahead else self._resumable.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Let the next iteration begin at ``state``; a collective, false where it cannot."""
+        loaded = self._resumable is not None and self._resumable.load(state)
+        self._begins_inside = broadcast_object(loaded, group=self._group)
+        return self._begins_inside
+
     def __iter__(self) -> Iterator[Any]:
         """The source's samples, on every rank.
 
@@ -53,7 +69,12 @@ class Dispatched(IterableDataset[Any]):
             block, failure = self._next(samples)
             if failure:
                 raise DataError(Problem("the stream failed on the main rank", failure))
-            yield from block
+            if self._begins_inside and self._resumable is not None:
+                self._resumable.begun()
+            self._begins_inside = False
+            for given, sample in enumerate(block, start=1):
+                self._ahead = len(block) - given
+                yield sample
             if len(block) < self._block:
                 return
 

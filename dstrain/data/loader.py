@@ -185,11 +185,19 @@ def num_samples(loader: Any) -> int | None:
     return None
 
 
-def set_epoch(loader: Any, epoch: int, *, start: int = 0) -> None:
-    """Point a loader at an epoch and at the first sample of it that is still to be used."""
+def set_epoch(
+    loader: Any, epoch: int, *, start: int = 0, source: dict[str, Any] | None = None
+) -> None:
+    """Point a loader at an epoch and at the first sample of it that is still to be used.
+
+    ``source`` is what ``source_state`` gave there; without it a stream is read from its beginning.
+    """
     for part in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):
         if isinstance(part, (RankBatchSampler, RankStream)):
-            part.set_epoch(epoch, start=start)
+            if isinstance(part, RankStream):
+                part.set_epoch(epoch, start=start, state=source)
+            else:
+                part.set_epoch(epoch, start=start)
             # Noise in loader processes is that of the epoch, wherever the run began.
             seed = derived_seed(part.noise_seed, step=epoch, rank=part.topology.rank)
             loader.generator.manual_seed(seed)
@@ -199,6 +207,22 @@ def set_epoch(loader: Any, epoch: int, *, start: int = 0) -> None:
         if tell is not None:
             tell(epoch)
             return
+
+
+def keep_source_states(loader: Any) -> None:
+    """Let ``source_state`` know, from here on, where the stream behind a loader is."""
+    if isinstance(stream := getattr(loader, "dataset", None), RankStream):
+        stream.keeps_states = True
+
+
+def source_state(loader: Any, samples: int) -> dict[str, Any] | None:
+    """State of the stream behind a loader after ``samples`` samples of the epoch, of all ranks.
+
+    It is the same whatever the topology. None where the dataset is no stream, cannot tell its
+    position exactly, or is read in loader processes.
+    """
+    stream = getattr(loader, "dataset", None)
+    return stream.state_at(samples) if isinstance(stream, RankStream) else None
 
 
 def iterate(loader: Any) -> Iterator[tuple[MicroBatch, int]]:

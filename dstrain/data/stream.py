@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,7 @@ from torch.utils.data._utils import worker as worker_module
 
 from dstrain.data.noise import Noise
 from dstrain.data.order import Topology
+from dstrain.data.resumable import Resumable
 
 _UNTOLD = -1
 _END = object()
@@ -62,6 +64,9 @@ class RankStream(IterableDataset[Any]):
 
     With several loader processes each reads the whole stream and takes every n-th micro-batch;
     torch's loader asks them in turn, so the order is that of one process.
+
+    A stream that can tell its position is begun there after a resume; of any other, the samples
+    that were used are read again and dropped.
     """
 
     def __init__(
@@ -79,20 +84,40 @@ class RankStream(IterableDataset[Any]):
         self.drop_last = drop_last
         self._position = torch.tensor([_UNTOLD, 0])  # epoch and start
         self.noise_seed = 0  # of loader processes; the loader's builder sets it
+        self.keeps_states = False  # where a checkpoint may want to know the source's position
+        self._resumable = Resumable.of(source)
+        self._begin: tuple[int, int, dict[str, Any]] | None = None  # epoch, start, source's state
+        # Of the last micro-batches: the loop is one or two behind what has been read.
+        self._states: deque[tuple[int, dict[str, Any] | None]] = deque(maxlen=4)
 
     def share_position(self) -> None:
         """Let loader processes that outlive an epoch see what ``set_epoch`` says of the next."""
         self._position.share_memory_()
 
-    def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Tell the stream its epoch, and how many samples to leave out because they were used."""
+    def set_epoch(self, epoch: int, *, start: int = 0, state: dict[str, Any] | None = None) -> None:
+        """Tell the stream its epoch, and how many samples to leave out because they were used.
+
+        ``state`` is what ``state_at(start)`` gave in the run that used them.
+        """
         self._position.copy_(torch.tensor([epoch, start]))
+        self._begin = (epoch, start, state) if start and state is not None else None
         self._tell_source(epoch)
 
+    def state_at(self, samples: int) -> dict[str, Any] | None:
+        """The source's state after ``samples`` samples of the epoch; None where it is not known.
+
+        Known are the ends of the last micro-batches, if ``keeps_states`` and this process reads.
+        """
+        return dict(self._states).get(samples)
+
+    def _reader(self) -> Any:
+        return self.source if self._resumable is None else self._resumable.source
+
     def _tell_source(self, epoch: int) -> None:
-        generator = getattr(self.source, "generator", None)
-        if hasattr(self.source, "set_epoch"):
-            self.source.set_epoch(epoch)
+        source = self._reader()
+        generator = getattr(source, "generator", None)
+        if hasattr(source, "set_epoch"):
+            source.set_epoch(epoch)
         elif isinstance(generator, torch.Generator):
             generator.manual_seed(epoch)
 
@@ -103,16 +128,24 @@ class RankStream(IterableDataset[Any]):
         epoch, start = self._position.tolist()
         if worker and epoch != _UNTOLD:
             self._tell_source(epoch)
-        samples = _whole(self.source) if worker else iter(self.source)
-        position = step = 0
+        begun = self._load(epoch, start)
+        samples = _whole(self._reader()) if worker else iter(self._reader())
+        position = start if begun else 0
+        step = 0
+        self._states.clear()
         while True:
             if worker:  # also for what is left out: the source may draw random numbers too
                 Noise(self.noise_seed, epoch, self.topology.rank, position).sow()
             used = max(0, start - position)
             chunk = list(islice(samples, min(used, self.topology.chunk) or self.topology.chunk))
+            if begun and self._resumable is not None:
+                self._resumable.begun()
+                begun = False
             position += len(chunk)
             if not chunk:
                 return
+            if self.keeps_states and not worker and self._resumable is not None:
+                self._states.append((position, self._resumable.state()))
             if used:
                 continue
             if self.drop_last and len(chunk) < self.topology.chunk:
@@ -122,3 +155,9 @@ class RankStream(IterableDataset[Any]):
                 mine = [chunk[i] for i in share]
                 yield self.collate(mine) if mine else Masked(self.collate(chunk[:1]))
             step += 1
+
+    def _load(self, epoch: int, start: int) -> bool:
+        """Let the source begin at the position that a checkpoint has, if it has this one."""
+        if self._begin is None or self._resumable is None or self._begin[:2] != (epoch, start):
+            return False  # loader processes that outlive an epoch still hold the first one's
+        return self._resumable.load(self._begin[2])

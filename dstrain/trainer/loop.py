@@ -22,7 +22,9 @@ from dstrain.data import (
     Window,
     fetches_ahead,
     is_ours,
+    keep_source_states,
     set_epoch,
+    source_state,
     windows,
 )
 from dstrain.engine import Engine, StepOutcome, device_name, empty_cache
@@ -218,7 +220,11 @@ class TrainLoop:
         self.progress = self.progress.next_epoch()
 
     def _run_epoch(self, *, begins: bool = True) -> None:
-        set_epoch(self.loader, self.progress.epoch, start=self.progress.samples_in_epoch)
+        source = None if self.resumption is None else self.resumption.position.source
+        start = self.progress.samples_in_epoch
+        if self.plan.saves:
+            keep_source_states(self.loader)
+        set_epoch(self.loader, self.progress.epoch, start=start, source=source)
         if begins:
             self.hooks.event("on_epoch_begin")
         before = self.progress
@@ -361,6 +367,9 @@ class TrainLoop:
             samples_seen=self.samples_seen,
             meters=gather_objects(self._meter.state()),
             random_ahead=None if ended or epoch_is_over else self._random_ahead,
+            source=None
+            if ended or epoch_is_over
+            else source_state(self.loader, self.progress.samples_in_epoch),
         )
         self.hooks.save_in_training(position)
         self._saved_step = self.progress.step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from dstrain.checkpoint import is_plain
 from dstrain.core.progress import Progress
 from dstrain.core.seeds import random_state, set_random_state
 
@@ -25,6 +26,8 @@ class Position:
         meters: what the meter of each rank has added since it was last read.
         random_ahead: this rank's random state before it fetched the first micro-batch of the next
             window; None where it has fetched none.
+        source: state of the stream behind the loader after the epoch's samples so far; None where
+            there is none, and those samples must be read again.
     """
 
     progress: Progress
@@ -37,12 +40,13 @@ class Position:
     samples_seen: int
     meters: list[dict[str, float]]
     random_ahead: dict[str, Any] | None = None
+    source: dict[str, Any] | None = None
 
     def shared(self) -> dict[str, Any]:
         """The part that is the same on all ranks, as plain values."""
-        values = asdict(replace(self, random_ahead=None))
+        values = asdict(replace(self, random_ahead=None, source=None))
         del values["random_ahead"]
-        return values
+        return values | {"source": self.source if is_plain(self.source) else None}
 
     def own(self) -> dict[str, Any]:
         """The part of this rank: its random state now, and before what it has fetched."""

@@ -222,6 +222,35 @@ def test_a_resume_reads_no_sample_that_was_used(tmp_path: Path) -> None:
     assert Counted.reads == 2
 
 
+class Telling(Stream):
+    """A stream that knows where it is."""
+
+    reads = given = begin = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.begin = state["given"]
+
+    def __iter__(self) -> Iterator[Any]:
+        begin, self.begin = self.begin, 0
+        for self.given in range(begin + 1, len(self.samples) + 1):  # noqa: B020
+            Telling.reads += 1
+            yield self.samples[(self.given * 5 + self.epoch) % len(self.samples)]
+
+
+@pytest.mark.ranks(2, timeout=300)
+def test_a_resume_of_a_stream_that_knows_its_position(tmp_path: Path, rank: int) -> None:
+    """It reads no sample that was used either, in a second epoch, at the noise of the whole run."""
+    settings = {"stage": 2, "max_steps": 10, "dataloader_drop_last": True}
+    Telling.reads = 0
+    check(tmp_path, rank, 8, data=Telling(22), **settings)
+    source = run_file(tmp_path / "whole" / "checkpoint-8")["position"]["source"]
+    assert source == {"kind": "Telling", "state": {"given": 12}}
+    assert Telling.reads == 2 * 22 + 10
+
+
 @pytest.mark.ranks(2, timeout=300)
 def test_a_stream_read_by_two_loader_processes(tmp_path: Path, rank: int) -> None:
     """Each of them reads the whole stream and leaves out what was used."""

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, HfArgumentParser
 
+from dstrain.checkpoint.codec import decode, encode
 from dstrain.core.errors import DataError
 from dstrain.tasks.causal_lm import sources, text_files
 from dstrain.tasks.causal_lm.arguments import DataArguments
@@ -503,6 +504,46 @@ def test_workers_of_a_stream_repeat_and_lose_nothing(stream_and_blocks, num_work
     padded = [row for batch in loader for row in batch["input_ids"].tolist()]
     assert padded[:-1] == blocks[:-1]
     assert padded[-1][: len(blocks[-1])] == blocks[-1]
+
+
+@pytest.mark.parametrize("kind", ["texts", "rows"])
+@pytest.mark.parametrize("limit", [None, 40])
+def test_stream_goes_on_behind_any_block(kind, limit, folder, tmp_path, tokenizer, monkeypatch):
+    """As it would have; of what was used, only what was tokenised at once is read again."""
+    monkeypatch.setattr("dstrain.tasks.causal_lm.packing.STREAM_BATCH_CHARACTERS", 400)
+    monkeypatch.setattr("dstrain.tasks.causal_lm.packing._READ_ROWS", 3)
+    path = write_rows(tmp_path / "rows.jsonl", [sample_text(seed) for seed in range(50)])
+    args = DataArguments(
+        train_file=path if kind == "rows" else str(folder), streaming=True, block_size=32
+    )
+    rows = load_documents(args).train
+    blocks = lists_of(PackedStream(rows, tokenizer, 32, max_blocks=limit))
+    assert len(blocks) > 10
+    running = PackedStream(rows, tokenizer, 32, max_blocks=limit)
+    texts = []
+    tokenizer_call = Packer.add
+    monkeypatch.setattr(Packer, "add", lambda p, t: texts.extend(t) or tokenizer_call(p, t))
+    for used, _ in enumerate(running, start=1):
+        state = running.state_dict()
+        if state is None:
+            assert used == len(blocks)  # the rest after the last full block
+            continue
+        before = len(texts)
+        resumed = PackedStream(rows, tokenizer, 32, max_blocks=limit)
+        assert resumed.load_state_dict(decode(encode(state, where="state"))) is True
+        if used < len(blocks):
+            assert next(iter(resumed))["input_ids"].tolist() == blocks[used]
+            assert sum(map(len, texts[before:])) < 2 * (400 + max(map(len, texts)))
+            resumed.load_state_dict(state)
+        assert lists_of(resumed) == blocks[used:]
+        assert lists_of(resumed) == blocks
+
+
+def test_stream_refuses_the_place_of_a_block_of_another_size(stream_and_blocks, tokenizer):
+    stream, _ = stream_and_blocks
+    next(iter(stream))
+    other = PackedStream(stream._rows, tokenizer, 16)
+    assert other.load_state_dict(stream.state_dict()) is False
 
 
 def test_stream_is_limited_and_lazy(tmp_path, tokenizer):

@@ -8,7 +8,9 @@ shorter, and is left out only when it has a single token, which would predict no
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -18,6 +20,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from dstrain.core.errors import DataError, Problem
+from dstrain.data import Resumable
 
 STREAM_BATCH_CHARACTERS = 256 * 1024
 """Text of a stream tokenised at once: little, so that the first block comes soon."""
@@ -60,13 +63,19 @@ class Packer:
         num_bytes: UTF-8 bytes of those texts.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
-        """Learn which special tokens surround a document."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        *,
+        held: Sequence[int] = (),
+    ) -> None:
+        """Learn which special tokens surround a document; go on from ``held``, a ``rest``."""
         self.num_tokens = 0
         self.num_bytes = 0
         self._tokenizer = tokenizer
         self._block_size = block_size
-        self._held = np.empty(0, dtype=np.int32)
+        self._held = np.array(held, dtype=np.int32)
         added = tokenizer("", verbose=False)["input_ids"]
         bos = tokenizer.bos_token_id
         self._start = [bos] if added and bos is not None and added[0] == bos else []
@@ -98,12 +107,36 @@ class Packer:
         return self._held
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a block was cut, as the texts that were tokenised for it and what is done of them.
+
+    Attributes:
+        rows: state of the rows; None for their beginning.
+        texts: texts after ``rows`` that earlier blocks are made of.
+        held: tokens that those left.
+        cut: blocks cut from ``held`` and the texts tokenised with the block.
+        blocks: blocks in all.
+        block_size: tokens of a block.
+    """
+
+    rows: dict[str, Any] | None
+    texts: int
+    held: list[int]
+    cut: int
+    blocks: int
+    block_size: int
+
+
 class PackedStream(torch.utils.data.IterableDataset):
     """Blocks of a stream of documents, tokenised while they are read.
 
     Iterating again starts again and gives the same blocks in the same order. Under a ``DataLoader``
     with workers the first worker reads everything and the others end at once: cutting blocks needs
     every token before them, so more workers than ``max_workers`` could only repeat its work.
+
+    Where its documents can tell their position so can it: a run that goes on reads and tokenises
+    again no more than what was tokenised at once.
     """
 
     max_workers = 1
@@ -121,13 +154,37 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.max_blocks = max_blocks
         self._rows = rows
         self._tokenizer = tokenizer
+        self._place: _Place | None = None  # of the last block, where it is known
+        self._begin: _Place | None = None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where the iteration that began last is; None where the documents cannot tell."""
+        return None if self._place is None else dict(vars(self._place))
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Let the next iteration, and only that, begin behind the block that ``state`` is of.
+
+        Returns:
+            false where that was cut from other documents or in another size.
+        """
+        place, rows = _Place(**state), Resumable.of(self._rows)
+        if place.block_size != self.block_size or rows is None:
+            return False
+        if place.rows is not None and not rows.load(place.rows):
+            return False
+        self._begin = place
+        return True
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """Samples ``{"input_ids": int64 (block_size,)}``, the last one possibly shorter."""
         worker = torch.utils.data.get_worker_info()
         if worker is not None and worker.id > 0:
             return iter(())
-        return islice(self._blocks(), self.max_blocks)
+        begin, self._begin, self._place = self._begin, None, None
+        limit = self.max_blocks
+        if begin is not None and limit is not None:
+            limit = max(0, limit - begin.blocks)
+        return islice(self._blocks(begin), limit)
 
     def measure_tokens_per_byte(self) -> float:
         """Tokens per UTF-8 byte of the first ``STREAM_MEASURED_DOCUMENTS`` documents."""
@@ -137,13 +194,47 @@ class PackedStream(torch.utils.data.IterableDataset):
             packer.add(batch)
         return packer.num_tokens / packer.num_bytes
 
-    def _blocks(self) -> Iterator[dict[str, np.ndarray]]:
-        packer = Packer(self._tokenizer, self.block_size)
-        for batch in in_batches(read_texts(self._rows), STREAM_BATCH_CHARACTERS):
-            for block in packer.add(batch).astype(np.int64):
+    def _blocks(self, begin: _Place | None) -> Iterator[dict[str, np.ndarray]]:
+        places: deque[tuple[dict[str, Any] | None, int]] = deque()
+        rows = Resumable.of(self._rows)
+        texts = read_texts(self._rows) if rows is None else _placed_texts(rows, begin, places)
+        packer = Packer(self._tokenizer, self.block_size, held=begin.held if begin else ())
+        done, total = (begin.cut, begin.blocks) if begin else (0, 0)
+        for batch in in_batches(texts, STREAM_BATCH_CHARACTERS):
+            held = packer.rest().tolist()
+            for cut, block in enumerate(packer.add(batch).astype(np.int64), start=1):
+                if cut <= done:
+                    continue
+                total += 1
+                if rows is not None:
+                    self._place = _Place(*places[0], held, cut, total, self.block_size)
                 yield {"input_ids": block}
+            done = 0
+            places.clear()
+        self._place = None
         if len(packer.rest()) >= 2:
             yield {"input_ids": packer.rest().astype(np.int64)}
+
+
+def _placed_texts(
+    rows: Resumable, begin: _Place | None, places: deque[tuple[dict[str, Any] | None, int]]
+) -> Iterator[str]:
+    """The texts of ``rows`` from a place on; that of each is added to ``places``.
+
+    A place is a state between two reads, and a number of texts after it.
+    """
+    state, used = (begin.rows, begin.texts) if begin else (None, 0)
+    begins_inside = state is not None and rows.load(state)
+    for batch in rows.source.iter(_READ_ROWS):
+        if begins_inside:
+            rows.begun()
+            begins_inside = False
+        for index, text in enumerate(batch["text"]):
+            if index >= used:
+                places.append((state, index))
+                yield text
+        used = 0
+        state = rows.state()
 
 
 def read_texts(rows: Dataset | IterableDataset) -> Iterator[str]:

@@ -1,0 +1,132 @@
+"""Streams that can tell where they are, and begin there: nothing that was used is read again."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+# Steps of a ``datasets.IterableDataset`` whose state says all there is to say. Not among them: a
+# shuffle buffer (its content is no part of the state), sources that are read in turn (they are read
+# ahead, in threads), and what formats whole tables.
+_EXACT = frozenset(
+    {
+        "ArrowExamplesIterable",
+        "ExamplesIterable",
+        "FilteredExamplesIterable",
+        "FormattedExamplesIterable",
+        "MappedExamplesIterable",
+        "RebatchedArrowExamplesIterable",
+        "SelectColumnsIterable",
+        "SkipExamplesIterable",
+        "TakeExamplesIterable",
+        "VerticallyConcatenatedMultiSourcesExamplesIterable",
+    }
+)
+
+
+class Resumable:
+    """A stream with ``state_dict`` and ``load_state_dict``, where these are exact.
+
+    Attributes:
+        source: what to iterate instead of the stream that was given.
+    """
+
+    def __init__(self, source: Iterable[Any], kind: str, *, keeps_start: bool) -> None:
+        """Args: stream, what states must be of, whether a loaded state outlives its iteration."""
+        self.source: Any = source
+        self._kind = kind
+        self._keeps_start = keeps_start
+
+    @staticmethod
+    def of(source: Any) -> Resumable | None:
+        """The stream as one that can tell its position; None where it cannot, or not exactly."""
+        import datasets
+
+        if isinstance(source, datasets.IterableDataset):
+            steps = _steps(source) if type(source) is datasets.IterableDataset else None
+            return Resumable(_own(source), steps, keeps_start=True) if steps else None
+        if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
+            return Resumable(source, type(source).__qualname__, keeps_start=False)
+        return None
+
+    def state(self) -> dict[str, Any] | None:
+        """Where the iteration that began last is, after its latest sample; None if it is not known.
+
+        A copy: it stays what it is while the stream goes on.
+        """
+        state = self.source.state_dict()
+        return None if state is None else {"kind": self._kind, "state": copy.deepcopy(state)}
+
+    def load(self, state: dict[str, Any]) -> bool:
+        """Let the next iteration begin at ``state``; false where that is of another stream."""
+        if state["kind"] != self._kind:
+            return False
+        return self.source.load_state_dict(copy.deepcopy(state["state"])) is not False
+
+    def begun(self) -> None:
+        """To be called after the first sample: iterations after this one begin at the beginning."""
+        if self._keeps_start:
+            self.source.load_state_dict(None)
+
+
+def _steps(dataset: Any) -> str | None:
+    """How a ``datasets.IterableDataset`` is made; None where its state would not be exact."""
+    formatting = getattr(dataset, "_formatting", None)
+    if getattr(dataset, "_distributed", None) is not None:
+        return None  # each rank's own part, in which the position of another says nothing
+    if formatting is not None and formatting.is_table:
+        return None
+    return _steps_of(getattr(dataset, "_ex_iterable", None))
+
+
+def _steps_of(step: Any) -> str | None:
+    name = type(step).__name__
+    if name not in _EXACT or _reads_ahead(step):
+        return None
+    before = [_steps_of(part) for part in _before(step)]
+    if any(part is None for part in before):
+        return None
+    return f"{name}({', '.join(map(str, before))})"
+
+
+def _reads_ahead(step: Any) -> bool:
+    """Whether a mapping works concurrently, or on tables."""
+    formatting = getattr(step, "formatting", None)
+    return (
+        inspect.iscoroutinefunction(getattr(step, "function", None))
+        or bool(getattr(step, "is_batch_accumulate_arrow_table_function", False))
+        or getattr(step, "decoding_pool", None) is not None
+        or bool(getattr(formatting, "is_table", False))
+    )
+
+
+def _before(step: Any) -> list[Any]:
+    return [step.ex_iterable] if hasattr(step, "ex_iterable") else getattr(step, "ex_iterables", [])
+
+
+def _own(dataset: Any) -> Any:
+    """A dataset with steps of its own.
+
+    The position is kept in the steps, and datasets made from one another share them: evaluation
+    on ``data.take(100)`` would move that of ``data.skip(100)``.
+    """
+    own = type(dataset)(
+        ex_iterable=_own_step(dataset._ex_iterable),
+        info=dataset._info.copy(),
+        split=dataset._split,
+        formatting=dataset._formatting,
+        token_per_repo_id=dataset._token_per_repo_id,
+    )
+    own.set_epoch(dataset.epoch)
+    return own
+
+
+def _own_step(step: Any) -> Any:
+    own = copy.copy(step)
+    if hasattr(step, "ex_iterable"):
+        own.ex_iterable = _own_step(step.ex_iterable)
+    elif hasattr(step, "ex_iterables"):
+        own.ex_iterables = [_own_step(part) for part in step.ex_iterables]
+    return own
