@@ -104,9 +104,6 @@ def _split_batches(chosen: dict[str, Any], world_size: int) -> list[Problem]:
     """Make batch sizes that count the samples of all ranks those of one, as everything else is."""
     total = chosen["per_device_train_batch_size"]
     chosen["per_device_train_batch_size"] = max(1, total // world_size)
-    # How an evaluation is cut into batches changes nothing in it.
-    evaluated = math.ceil(chosen["per_device_eval_batch_size"] / world_size)
-    chosen["per_device_eval_batch_size"] = evaluated
     if total % world_size == 0:
         return []
     return [

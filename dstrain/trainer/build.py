@@ -158,6 +158,12 @@ def token_count(
     )
 
 
+def eval_batch_size(args: TrainingArguments, ranks: Ranks) -> int:
+    """Samples per rank in an evaluation's forward pass; of the arguments as they are now."""
+    batch = args.per_device_eval_batch_size
+    return math.ceil(batch / ranks.world_size) if args.splits_batches else batch
+
+
 def make_loader(
     dataset: Any,
     collate: Collator,
@@ -169,8 +175,7 @@ def make_loader(
     lengths: Any = None,
 ) -> Any:
     """This rank's loader of training (shuffled) or evaluation (in order, nothing dropped)."""
-    evaluated = int(resolved.value("per_device_eval_batch_size"))
-    micro_batch = resolved.micro_batch_size if train else evaluated
+    micro_batch = resolved.micro_batch_size if train else eval_batch_size(args, ranks)
     seed = args.seed if args.data_seed is None else args.data_seed
     return build_loader(
         dataset,

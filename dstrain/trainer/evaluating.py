@@ -370,7 +370,7 @@ class EvaluationHooks:
         return None
 
     def _with_speed(self, output: Any, started: float, prefix: str) -> dict[str, float]:
-        batch = int(self.resolved.value("per_device_eval_batch_size")) * self.ranks.world_size
+        batch = build.eval_batch_size(self.args, self.ranks) * self.ranks.world_size
         metrics = dict(output.metrics) | compat.speed_metrics(
             prefix,
             started,
