@@ -115,9 +115,21 @@ class Alternation:
     trainer_spans: list[tuple[float, float]] = field(default_factory=list)
     hand_spans: list[tuple[float, float]] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """Build the hand-written loop, once the trainer has its engine."""
+    def prepare(self) -> None:
+        """Build the hand-written loop now, where it is to be built before the trainer's engine."""
+        if not self.settings.hand_first:
+            return
+        import deepspeed
+
+        deepspeed.init_distributed()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self._hand = self.build_hand()
+
+    def begin(self) -> None:
+        """Build the hand-written loop once the trainer has its engine, unless it is there."""
+        if not self.settings.hand_first:
+            self._hand = self.build_hand()
         self._profile = cProfile.Profile()
         self._since = Instant.now()
 
@@ -182,6 +194,7 @@ def main() -> None:
         return
     setup = _setup(settings)
     alternation = Alternation(settings, setup.hand_written)
+    alternation.prepare()
     with tempfile.TemporaryDirectory() as folder:
         losses = RUNS[settings.contender](setup, alternation, folder)
     result = alternation.finish(losses) | _facts(settings)
