@@ -10,7 +10,7 @@ import torch
 from dstrain.checkpoint.folders import STATE
 from dstrain.core.ranks import Ranks
 from dstrain.engine import Engine, Region, full_shape, read_scalars, regions, share
-from dstrain.models import Stored
+from dstrain.models import HostCopies, Stored
 
 BUFFERS = f"{STATE}/buffers.safetensors"
 RUN = f"{STATE}/run.json"
@@ -48,13 +48,12 @@ class Slices:
         """Bytes of all tensors."""
         return sum(stored.num_bytes for stored in self.tensors)
 
-    def copied(self) -> Slices:
+    def copied(self, copies: HostCopies) -> Slices:
         """The same values in host memory of their own, so that training can go on."""
-        values = [_to_host(stored.load()) for stored in self.tensors]
-        if any(value.is_pinned() for value in values):
-            torch.accelerator.synchronize()  # the copies run beside this thread until here
-        named = zip(self.tensors, values, strict=True)
-        return Slices([Stored.of(stored.name, value) for stored, value in named], self.metadata)
+        return Slices(
+            [Stored.of(s.name, copies.copy(f"slice/{s.name}", s.load())) for s in self.tensors],
+            self.metadata,
+        )
 
 
 def own_slices(engine: Engine, ranks: Ranks) -> Slices:
@@ -87,10 +86,3 @@ def buffers(module: torch.nn.Module) -> list[Stored]:
 def _stored(region: Region, key: str) -> Stored:
     values = region.read(key)
     return Stored(f"{key}/{region.name}", (region.numel,), values.dtype, lambda: region.read(key))
-
-
-def _to_host(values: torch.Tensor) -> torch.Tensor:
-    if values.device.type == "cpu":
-        return values.detach().clone()
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values, non_blocking=True)

@@ -21,7 +21,15 @@ from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import PATIENCE, Ranks, all_or_none, gather_objects, is_distributed
 from dstrain.engine import Engine, optimized_names, read_progress, save_native
-from dstrain.models import held_bytes, hold_shards, save_configs, save_model, write_tensor_file
+from dstrain.models import (
+    HostCopies,
+    Stored,
+    held_bytes,
+    hold_shards,
+    save_configs,
+    save_model,
+    write_tensor_file,
+)
 
 logger = get_logger(__name__)
 
@@ -121,6 +129,7 @@ class CheckpointWriter:
                 )
                 folders.recover(policy.output_dir)
         self._asynchronous = False if policy.layout == DEEPSPEED else policy.asynchronous
+        self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
         self._writing: int | None = None
@@ -146,7 +155,8 @@ class CheckpointWriter:
         if self._asynchronous is None:
             self._asynchronous = self._copies_fit(engine)
         try:
-            job = self._prepare(engine, record, copies=self._asynchronous)
+            copies = self._copies if self._asynchronous else None
+            job = self._prepare(engine, record, copies)
         except DstrainError as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -182,6 +192,7 @@ class CheckpointWriter:
             self._thread = None
             self._report(self._failures, self._writing)
         self._held.close()
+        self._copies.free()
         if self._group is not None:
             import torch.distributed as dist
 
@@ -229,19 +240,25 @@ class CheckpointWriter:
             )
         return everywhere
 
-    def _prepare(self, engine: Engine, record: RunRecord, *, copies: bool) -> _Job:
+    def _prepare(self, engine: Engine, record: RunRecord, copies: HostCopies | None) -> _Job:
         """Make the folder, and everything in it that training would change."""
         with contextlib.ExitStack() as held:
             staging = self._make_staging(record.step, held)
-            job = self._fill(engine, record, staging, copies=copies)
+            if copies is not None:
+                copies.begin()
+            job = self._fill(engine, record, staging, copies)
+            if copies is not None:
+                copies.end()
             job.held = held.pop_all()
             return job
 
-    def _fill(self, engine: Engine, record: RunRecord, staging: Path, *, copies: bool) -> _Job:
+    def _fill(
+        self, engine: Engine, record: RunRecord, staging: Path, copies: HostCopies | None
+    ) -> _Job:
         ranks, policy, sharers = self._ranks, self._policy, self._sharers
         weights = None
-        if policy.with_weights and copies:
-            weights = hold_shards(engine.module, ranks, groups=self._groups)
+        if policy.with_weights and copies is not None:
+            weights = hold_shards(engine.module, ranks, copies, groups=self._groups)
         if policy.with_weights and weights is None:
             save_model(engine.module, staging, ranks, on_each_node=policy.on_each_node)
         slices: content.Slices | None = None
@@ -249,7 +266,7 @@ class CheckpointWriter:
         with all_or_none():
             if not policy.only_model and policy.layout == SLICES:
                 slices = content.own_slices(engine, sharers)
-                slices = slices.copied() if copies else slices
+                slices = slices if copies is None else slices.copied(copies)
             own = encode(record.own, where="this rank's state")
             shared = encode(
                 {"engine": read_progress(engine), **record.shared}, where="the run's state"
@@ -259,8 +276,10 @@ class CheckpointWriter:
         failure: OSError | None = None
         if sharers.is_main:
             buffers = content.buffers(engine.module)
-            if copies:
-                buffers = [type(b).of(b.name, b.load().detach().cpu().clone()) for b in buffers]
+            if copies is not None:
+                buffers = [
+                    Stored.of(b.name, copies.copy(f"buffer/{b.name}", b.load())) for b in buffers
+                ]
             try:
                 if policy.with_weights:
                     save_configs(engine.module, staging)

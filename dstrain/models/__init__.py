@@ -11,6 +11,7 @@ from dstrain.models.build import (
     parse_model_config,
 )
 from dstrain.models.held import HeldShards, held_bytes, hold_shards
+from dstrain.models.host_copies import HostCopies
 from dstrain.models.save import check_writable, needs_conversion, save_configs, save_model
 from dstrain.models.sizes import count_causal_lm, count_seq2seq, sizes_of_module
 from dstrain.models.skeleton import Skeleton, skeleton_of
@@ -28,6 +29,7 @@ __all__ = [
     "check_writable",
     "count_causal_lm",
     "count_seq2seq",
+    "HostCopies",
     "held_bytes",
     "hold_shards",
     "needs_conversion",

@@ -13,11 +13,11 @@ from dstrain.core.adapters import has_adapters
 from dstrain.core.files import FileRecord, write_json
 from dstrain.core.ranks import Ranks
 from dstrain.engine import full_numel, full_shape, gathered, is_partitioned, own_partition
+from dstrain.models.host_copies import HostCopies
 from dstrain.models.save import (
     INDEX,
     SHARD_BYTES,
     Entry,
-    copied,
     entries_of,
     gather_groups,
     needs_conversion,
@@ -119,6 +119,7 @@ class HeldShards:
 def hold_shards(
     module: torch.nn.Module,
     ranks: Ranks,
+    copies: HostCopies,
     *,
     groups: Groups | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -131,6 +132,7 @@ def hold_shards(
     Args:
         module: the model.
         ranks: facts of this process.
+        copies: makes them, in a round that the caller begins and ends.
         groups: the ranks that write into one folder, for each folder; all ranks into one if left.
         shard_bytes: the largest shard; a larger tensor has one of its own.
 
@@ -155,12 +157,14 @@ def hold_shards(
             if share is None:
                 whole.append(entry)
             else:
-                values = share.to("cpu", copy=True)
+                values = copies.copy(_key(entry), share)
                 shares.append(_Share(number, entry.name, full_shape(entry.tensor), values))
         for group in gather_groups(whole):
             with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
                 if own:
-                    mine.setdefault(name, []).extend(Stored.of(e.name, copied(e)) for e in group)
+                    held = [Stored.of(e.name, copies.copy(_key(e), e.tensor)) for e in group]
+                    mine.setdefault(name, []).extend(held)
+                    copies.wait()  # what was gathered is freed now
     index = {
         "metadata": {"total_size": sum(e.num_bytes for e in entries)},
         "weight_map": {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard},
@@ -196,6 +200,10 @@ def _share_bytes(entry: Entry, world_size: int) -> int:
     if not is_partitioned(entry.tensor):
         return 0
     return -(-full_numel(entry.tensor) // world_size) * entry.tensor.element_size()
+
+
+def _key(entry: Entry) -> str:
+    return f"model/{entry.name}"
 
 
 def _messages(shares: tuple[_Share, ...]) -> Iterator[list[_Share]]:
