@@ -17,8 +17,9 @@ from dstrain.checkpoint.importing import Imported, bring_in
 from dstrain.checkpoint.load import Restored, load_into, read_run
 from dstrain.checkpoint.manifest import Manifest, extra_files, read_manifest
 from dstrain.checkpoint.native import Reader, check_readable
+from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.prune import Pruning, best_of, prune
-from dstrain.checkpoint.save import CheckpointWriter, Policy, RunRecord
+from dstrain.checkpoint.save import CheckpointWriter
 from dstrain.checkpoint.weights import load_weights
 
 __all__ = [

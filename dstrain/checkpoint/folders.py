@@ -56,28 +56,14 @@ def committed(output_dir: Path) -> list[Found]:
     return sorted(found, key=lambda f: f.step)
 
 
-def staging_name(output_dir: Path, step: int) -> Path:
-    """A new name for the folder in which the checkpoint of a step is written."""
-    return output_dir / f".checkpoint-{step}.writing-{uuid.uuid4().hex[:8]}"
-
-
-def make_staging(folder: Path) -> None:
-    """Make such a folder.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    (folder / STATE).mkdir(parents=True)
-
-
 def new_staging(output_dir: Path, step: int) -> Path:
-    """Name and make the folder in which the checkpoint of a step is written.
+    """Make the folder in which the checkpoint of a step is written, under a name of its own.
 
     Raises:
         OSError: it cannot be made.
     """
-    folder = staging_name(output_dir, step)
-    make_staging(folder)
+    folder = output_dir / f".checkpoint-{step}.writing-{uuid.uuid4().hex[:8]}"
+    (folder / STATE).mkdir(parents=True)
     return folder
 
 

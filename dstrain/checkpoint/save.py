@@ -14,8 +14,10 @@ from typing import Any
 from dstrain.checkpoint import content, folders, native
 from dstrain.checkpoint.codec import encode
 from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest, write_manifest
+from dstrain.checkpoint.policy import Policy, RunRecord
+from dstrain.checkpoint.staging import Staging, new_staging
 from dstrain.checkpoint.versions import versions
-from dstrain.core.errors import CheckpointError, DstrainError, ModelError, Problem
+from dstrain.core.errors import CheckpointError, DstrainError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
@@ -37,64 +39,12 @@ logger = get_logger(__name__)
 _MEMORY_SHARE = 0.5
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How a run saves.
-
-    Attributes:
-        output_dir: where checkpoints go.
-        limit: how many are kept; None or 0 keeps all.
-        only_model: leave everything out that a resume needs.
-        with_weights: write the model's weights as Hugging Face files too.
-        asynchronous: write beside training; None decides by the memory that is left.
-        on_each_node: write into the folder of every machine, which has a disk of its own: what is
-            of a rank where the rank is, and the rest on all of them.
-        stop_on_failure: whether a save that failed ends the run.
-        layout: of what a resume needs; DeepSpeed's own is written while training waits.
-    """
-
-    output_dir: Path
-    limit: int | None = None
-    only_model: bool = False
-    with_weights: bool = True
-    asynchronous: bool | None = None
-    on_each_node: bool = False
-    stop_on_failure: bool = True
-    layout: str = SLICES
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What the trainer adds to the engine's state; plain values and tensors.
-
-    Attributes:
-        step: optimizer steps done.
-        shared: the same on all ranks.
-        own: of this rank: random state and the like.
-        documents: further files of the main rank: name -> JSON content.
-        write_processor: writes tokenizer or processor into a folder, or None.
-        metrics: of the last evaluation.
-        best: folder of the best checkpoint so far, which stays.
-        after_commit: called on the main rank with the committed folder, before older ones go; in
-            the writing thread where the save is in the background. It must not raise.
-    """
-
-    step: int
-    shared: dict[str, Any]
-    own: dict[str, Any]
-    documents: dict[str, Any] = field(default_factory=dict)
-    write_processor: Callable[[Path], None] | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    best: Path | None = None
-    after_commit: Callable[[Path], None] | None = None
-
-
 @dataclass
 class _Job:
     """A save whose content no longer depends on training."""
 
     record: RunRecord
-    staging: Path
+    staging: Staging
     manifest: Manifest
     write: Callable[[], dict[str, FileRecord]]
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -243,7 +193,10 @@ class CheckpointWriter:
     def _prepare(self, engine: Engine, record: RunRecord, copies: HostCopies | None) -> _Job:
         """Make the folder, and everything in it that training would change."""
         with contextlib.ExitStack() as held:
-            staging = self._make_staging(record.step, held)
+            output_dir = self._policy.output_dir
+            staging = Staging()
+            if self._sharers.is_main:
+                staging = held.enter_context(new_staging(output_dir, record.step))
             if copies is not None:
                 copies.begin()
             job = self._fill(engine, record, staging, copies)
@@ -253,14 +206,16 @@ class CheckpointWriter:
             return job
 
     def _fill(
-        self, engine: Engine, record: RunRecord, staging: Path, copies: HostCopies | None
+        self, engine: Engine, record: RunRecord, staging: Staging, copies: HostCopies | None
     ) -> _Job:
         ranks, policy, sharers = self._ranks, self._policy, self._sharers
-        weights = None
+        weights = folder = None
         if policy.with_weights and copies is not None:
             weights = hold_shards(engine.module, ranks, copies, groups=self._groups)
-        if policy.with_weights and weights is None:
-            save_model(engine.module, staging, ranks, on_each_node=policy.on_each_node)
+        if copies is None or (policy.with_weights and weights is None):
+            folder = staging.agreed(self._folder_of)  # else in the thread, beside training
+        if folder is not None and policy.with_weights:
+            save_model(engine.module, folder, ranks, on_each_node=policy.on_each_node)
         slices: content.Slices | None = None
         buffers = []
         with all_or_none():
@@ -272,7 +227,8 @@ class CheckpointWriter:
                 {"engine": read_progress(engine), **record.shared}, where="the run's state"
             )
         if not policy.only_model and policy.layout == DEEPSPEED:
-            save_native(engine, staging, native.tag_of(record.step))
+            assert folder is not None
+            save_native(engine, folder, native.tag_of(record.step))
         failure: OSError | None = None
         if sharers.is_main:
             buffers = content.buffers(engine.module)
@@ -281,41 +237,42 @@ class CheckpointWriter:
                     Stored.of(b.name, copies.copy(f"buffer/{b.name}", b.load())) for b in buffers
                 ]
             try:
-                if policy.with_weights:
-                    save_configs(engine.module, staging)
-                if record.write_processor is not None:
-                    record.write_processor(staging)
+                if policy.with_weights and staging.path is not None:
+                    save_configs(engine.module, staging.path)
+                if record.write_processor is not None and staging.path is not None:
+                    record.write_processor(staging.path)
             except OSError as error:
                 failure = error
 
         def write() -> dict[str, FileRecord]:
             # Collectives first: whoever fails below must not leave the others in one.
-            present = gather_objects(_files_in(staging), group=self._group)[self._folder_of]
+            path = folder or staging.agreed(self._folder_of, group=self._group)
+            present = gather_objects(_files_in(path), group=self._group)[self._folder_of]
             whole = None if weights is None else weights.exchanged(self._group)
             if failure is not None:
                 raise failure
             records = {}
             for name in present[sharers.rank :: sharers.world_size]:
-                records[name] = make_durable(staging / name)
+                records[name] = make_durable(path / name)
             if whole is not None:
-                records |= whole.write(staging, with_index=sharers.is_main)
+                records |= whole.write(path, with_index=sharers.is_main)
             if slices is not None:
                 name = content.slice_file(ranks.rank)
-                records[name] = write_tensor_file(staging / name, slices.tensors, slices.metadata)
+                records[name] = write_tensor_file(path / name, slices.tensors, slices.metadata)
             if not policy.only_model:
                 name = content.rank_file(ranks.rank)
-                records[name] = write_bytes(staging / name, json.dumps(own).encode())
+                records[name] = write_bytes(path / name, json.dumps(own).encode())
             if sharers.is_main:
                 if not policy.only_model:
-                    records[content.RUN] = write_json(staging / content.RUN, shared)
+                    records[content.RUN] = write_json(path / content.RUN, shared)
                     if slices is None:
                         latest = native.tag_of(record.step).encode()
-                        records[native.LATEST] = write_bytes(staging / native.LATEST, latest)
+                        records[native.LATEST] = write_bytes(path / native.LATEST, latest)
                     elif buffers:
-                        path = staging / content.BUFFERS
-                        records[content.BUFFERS] = write_tensor_file(path, buffers)
+                        file = path / content.BUFFERS
+                        records[content.BUFFERS] = write_tensor_file(file, buffers)
                 for name, document in record.documents.items():
-                    records[name] = write_json(staging / name, document)
+                    records[name] = write_json(path / name, document)
             return records
 
         manifest = Manifest(
@@ -334,37 +291,6 @@ class CheckpointWriter:
         )
         return _Job(record, staging, manifest, write)
 
-    def _make_staging(self, step: int, held: contextlib.ExitStack) -> Path:
-        """The folder to write in, which every rank that shares it must see.
-
-        Raises:
-            ModelError: it cannot be made, or a rank does not see it.
-        """
-        staging = folders.staging_name(self._policy.output_dir, step)
-        staging = Path(gather_objects(str(staging))[0])
-        if self._policy.on_each_node:
-            staging = self._policy.output_dir / staging.name
-        with all_or_none():
-            if self._sharers.is_main:
-                try:
-                    folders.make_staging(staging)
-                except OSError as error:
-                    raise ModelError(
-                        Problem(f"no folder can be made in {self._policy.output_dir}", str(error))
-                    ) from error
-                held.callback(folders.discard_if_there, staging)
-                held.enter_context(folders.holding(staging))
-        blind = [rank for rank, sees in enumerate(gather_objects(staging.is_dir())) if not sees]
-        if blind:
-            raise ModelError(
-                Problem(
-                    f"ranks {blind} do not see {staging.parent}",
-                    "a checkpoint is written by all ranks into one folder",
-                    "put output_dir on a disk that all machines share, or set save_on_each_node",
-                )
-            )
-        return staging
-
     def _finish_in_thread(self, job: _Job) -> None:
         try:
             self._failures = self._finish(job)
@@ -377,11 +303,13 @@ class CheckpointWriter:
         failure = None
         try:
             records = job.write()
+        except DstrainError as error:  # of all ranks
+            failure = str(error)
         except Exception as error:
             failure = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         said = gather_objects((self._folder_of, records, failure, now), group=self._group)
-        failures = [failed for *_, failed, _ in said if failed is not None]
+        failures = list(dict.fromkeys(failed for *_, failed, _ in said if failed is not None))
         output_dir = self._policy.output_dir
         try:
             if not failures:
@@ -389,11 +317,11 @@ class CheckpointWriter:
                 manifest = replace(
                     job.manifest, created=said[0][-1], files=files, elsewhere=elsewhere
                 )
-                failures = self._together(lambda: write_manifest(job.staging, manifest))
+                failures = self._together(lambda path: write_manifest(path, manifest), job.staging)
             if not failures:
                 # Where each machine has a folder, none has lost an older one until all have this.
                 failures = self._together(
-                    lambda: folders.commit(job.staging, output_dir, job.record.step)
+                    lambda path: folders.commit(path, output_dir, job.record.step), job.staging
                 )
         finally:
             job.held.close()  # removes the folder unless it has been committed
@@ -425,12 +353,12 @@ class CheckpointWriter:
                 elsewhere |= {n: r for n, r in records.items() if content.is_of_a_rank(n)}
         return files, elsewhere
 
-    def _together(self, act: Callable[[], object]) -> list[str]:
-        """Do something once in every folder; what failed, the same on all ranks."""
+    def _together(self, act: Callable[[Path], object], staging: Staging) -> list[str]:
+        """Do something once with every folder; what failed, the same on all ranks."""
         failure = None
-        if self._sharers.is_main:
+        if staging.path is not None:
             try:
-                act()
+                act(staging.path)
             except Exception as error:  # the other ranks wait for this one
                 failure = f"rank {self._ranks.rank}: the commit failed: {error}"
         return [f for f in gather_objects(failure, group=self._group) if f is not None]
