@@ -104,6 +104,11 @@ class Collector:
             while pending:
                 self._send(*pending.pop())
 
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether no batch is left to be sent; the same on all ranks."""
+        return not self._pending
+
     def abort(self, error: Exception) -> None:
         """Raise this rank's error on all, instead of sending a batch.
 

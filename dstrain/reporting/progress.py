@@ -68,7 +68,8 @@ class ProgressBar(TrainerCallback):
         tqdm.write(log_line(logs, step=state.global_step), file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the training bar."""
+        """Close the training bar, and that of an evaluation which a signal has ended."""
+        self.on_evaluate(args, state, control)
         if self._train is not None:
             self._train.close()
             self._train = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +32,7 @@ from dstrain.evaluation import (
 from dstrain.trainer import build, compat
 from dstrain.trainer.eval_format import full_eval_format, in_format
 from dstrain.trainer.outputs import logits_of, loss_of
+from dstrain.trainer.preemption import EvaluationStopped, Preemption
 
 _EVALUATION, _PREDICTION = "Evaluation", "Prediction"
 _MEGABYTE = 2**20
@@ -68,6 +70,7 @@ class EvaluationHooks:
     _report_trial: Any
     _follow_metric: Any
     _memory: Any
+    _preemption: Preemption | None = None  # of the training that runs, or ran last
 
     @property
     def label_names(self) -> list[str]:
@@ -255,7 +258,7 @@ class EvaluationHooks:
                 lambda inputs: self._predict_batch(model, inputs, loss_only, ignore_keys),
                 device=device_name(),
                 keep=collector,
-                on_step=lambda: self.events("on_prediction_step", eval_dataloader=dataloader),
+                on_step=lambda: self._after_batch(dataloader, collector),
             )
             if totals.num_samples == 0:
                 raise DataError(
@@ -325,16 +328,48 @@ class EvaluationHooks:
 
         Returns:
             the control object.
+
+        Raises:
+            EvaluationStopped: a signal ended it; log and callbacks are as if it had not begun.
         """
-        state = random_state()
-        metrics = self.evaluate(ignore_keys=self.ignore_keys_for_eval)
-        set_random_state(state)
+        assert self._preemption is not None
+        state, undo = random_state(), self._undo_of_evaluation()
+        try:
+            with self._preemption.evaluating():
+                metrics = self.evaluate(ignore_keys=self.ignore_keys_for_eval)
+        except EvaluationStopped:
+            undo()
+            raise
+        finally:
+            set_random_state(state)
         self._follow_metric(metrics)
         self._report_trial(metrics)
         # An evaluation before the first step has no checkpoint that it could be of.
         if self.state.global_step and self.best.judge(metrics):
             self.control.should_save |= self.args.save_strategy == "best"
         return self.control
+
+    def _undo_of_evaluation(self) -> Callable[[], None]:
+        """What takes back the log entries of sets that were done, and what callbacks made of them.
+
+        It is about what a checkpoint holds: a run that goes on from there evaluates all sets.
+        """
+        num_entries = len(self.state.log_history)
+        states = [(c, copy.deepcopy(c.state())) for c in self.events.exportable()]
+
+        def undo() -> None:
+            del self.state.log_history[num_entries:]
+            for callback, state in states:
+                for name, value in state.get("attributes", {}).items():
+                    setattr(callback, name, value)
+
+        return undo
+
+    def _after_batch(self, loader: Any, collector: Collector | None) -> None:
+        """Tell callbacks, and end the evaluation where a signal ends the training that it is of."""
+        self.events("on_prediction_step", eval_dataloader=loader)
+        if self._preemption is not None:
+            self._preemption.heed(may_ask=collector is None or collector.has_sent_all)
 
     def _release_eval_loaders(self) -> None:
         """End the processes of loaders that were kept."""

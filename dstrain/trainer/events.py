@@ -68,6 +68,12 @@ class Events:
             for c in self.handler.callbacks
         )
 
+    def exportable(self) -> list[Any]:
+        """Callbacks whose state checkpoints hold."""
+        from dstrain.trainer.compat import ExportableState
+
+        return [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
+
     def begin_run(self, loader: Any, *, max_steps: int, steps_per_epoch: int | None) -> None:
         """A fresh state for a run of ``max_steps``; the log history of earlier runs is kept."""
         from dstrain.reporting.wandb_tracker import WandbCallback

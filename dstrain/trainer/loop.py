@@ -29,8 +29,8 @@ from dstrain.data import (
 )
 from dstrain.engine import Engine, StepOutcome, device_name, empty_cache
 from dstrain.trainer.meters import Reading, TrainMeter
-from dstrain.trainer.position import Position, Resumption
-from dstrain.trainer.preemption import Preemption
+from dstrain.trainer.position import Due, Position, Resumption
+from dstrain.trainer.preemption import EvaluationStopped, Preemption
 
 logger = get_logger(__name__)
 
@@ -61,7 +61,11 @@ class Hooks(Protocol):
         ...
 
     def evaluate_in_training(self) -> Any:
-        """Evaluate because a callback asked for it; returns the control object."""
+        """Evaluate because a callback asked for it; returns the control object.
+
+        Raises:
+            EvaluationStopped: a signal ended it; all is as if it had not begun.
+        """
         ...
 
     def save_in_training(self, position: Position) -> None:
@@ -169,9 +173,10 @@ class TrainLoop:
         if self.preempted:
             return
         if self.plan.eval_on_start and self.resumption is None:
-            self._evaluate()
-        if self.resumption is not None and self.resumption.position.epoch_is_over:
-            self._end_resumed_epoch()
+            if not self._evaluate():
+                self._note_preempted()  # a run that begins anew evaluates first of all, too
+        elif self.resumption is not None:
+            self._finish_resumed_point(self.resumption)
         self._run_epochs()
 
     def change(self, engine: Engine, loader: Any, *, accumulation: int) -> None:
@@ -211,13 +216,34 @@ class TrainLoop:
         )
         self._meter.restore(position.meters, rank=self.ranks.rank, world_size=self.ranks.world_size)
 
+    def _finish_resumed_point(self, resumption: Resumption) -> None:
+        """Do what was still to be done between two steps when the checkpoint was saved."""
+        position, due = resumption.position, resumption.position.due
+        ends_epoch = position.epoch_is_over
+        if due is not None:
+            assert self._last is not None
+            resumption.restore_random()
+            self._random_ahead = resumption.random_ahead
+            due.give_to(self.control)
+            self._evaluate_and_save(due.event, *self._last, epoch_is_over=ends_epoch)
+            if self.preempted:
+                return
+            if due.event == "on_epoch_end":
+                self.resumption = None
+                self.progress = self.progress.next_epoch()
+                return
+            ends_epoch |= self._is_over() or self.control.should_epoch_stop
+        if ends_epoch:
+            self._end_resumed_epoch()
+
     def _end_resumed_epoch(self) -> None:
         """Do what was still to be done when the checkpoint was saved at an epoch's last step."""
         assert self._last is not None and self.resumption is not None  # noqa: PT018
         self.resumption.restore_random()
         self.resumption = None
         self._react("on_epoch_end", *self._last, epoch_is_over=False)
-        self.progress = self.progress.next_epoch()
+        if not self.preempted:
+            self.progress = self.progress.next_epoch()
 
     def _run_epoch(self, *, begins: bool = True) -> None:
         source = None if self.resumption is None else self.resumption.position.source
@@ -231,6 +257,8 @@ class TrainLoop:
         for window in self._windows():
             self._last = self._train_step(window)
             self._react("on_step_end", *self._last, epoch_is_over=window.ends_epoch)
+            if self.preempted:
+                return
             if self.preemption.answer() and not self._is_over():
                 self._end_early(epoch_is_over=window.ends_epoch)
                 return
@@ -343,18 +371,33 @@ class TrainLoop:
         self.control = self.hooks.event(event)
         if self.control.should_log:
             self._log(outcome, learning_rate)
+        self._evaluate_and_save(event, outcome, learning_rate, epoch_is_over=epoch_is_over)
+
+    def _evaluate_and_save(
+        self, event: str, outcome: StepOutcome, learning_rate: float, *, epoch_is_over: bool
+    ) -> None:
+        """What callbacks decided; a signal during the evaluation ends the run here."""
         if self.control.should_evaluate:
-            self._evaluate()
+            due = Due.of(event, self.control)
+            if not self._evaluate():
+                self._end_in_evaluation(due, epoch_is_over=epoch_is_over)
+                return
         if self.control.should_save:
             self._save(event, outcome, learning_rate, epoch_is_over=epoch_is_over)
 
     def _save(
-        self, event: str, outcome: StepOutcome, learning_rate: float, *, epoch_is_over: bool
+        self,
+        event: str,
+        outcome: StepOutcome,
+        learning_rate: float,
+        *,
+        epoch_is_over: bool,
+        due: Due | None = None,
     ) -> None:
         """Save a checkpoint, which is no training time."""
         started = time.perf_counter()
         self.hooks.store_flos()
-        ended = event == "on_epoch_end"
+        ended = event == "on_epoch_end" and due is None
         norm = outcome.grad_norm
         position = Position(
             progress=self.progress.next_epoch() if ended else self.progress,
@@ -367,13 +410,38 @@ class TrainLoop:
             samples_seen=self.samples_seen,
             meters=gather_objects(self._meter.state()),
             random_ahead=None if ended or epoch_is_over else self._random_ahead,
-            source=None
-            if ended or epoch_is_over
-            else source_state(self.loader, self.progress.samples_in_epoch),
+            source=None if ended or epoch_is_over else self._source(),
+            due=due,
         )
         self.hooks.save_in_training(position)
         self._saved_step = self.progress.step
         self._meter.exclude(time.perf_counter() - started)
+
+    def _source(self) -> dict[str, Any] | None:
+        """State of the stream behind the loader, which a resumed run may not have begun to read."""
+        if self.resumption is not None:
+            return self.resumption.position.source
+        return source_state(self.loader, self.progress.samples_in_epoch)
+
+    def _note_preempted(self) -> None:
+        self.preempted = self.preemption.acted = self.control.should_training_stop = True
+
+    def _end_in_evaluation(self, due: Due, *, epoch_is_over: bool) -> None:
+        """Save, so that the run goes on with the evaluation that the signal ended.
+
+        A checkpoint of this step was saved before that, if at all, at the step's end; going on from
+        it does what the epoch's end asks for. One that the run itself came from is there already.
+        """
+        step = self.progress.step
+        if self.ranks.is_main:
+            cause = self.preemption.cause
+            logger.warning("%s: training ends in the evaluation after step %d", cause, step)
+        due.give_to(self.control)
+        if step not in (self._saved_step, self.steps_before):
+            assert self._last is not None
+            over = epoch_is_over or due.event == "on_epoch_end"
+            self._save(due.event, *self._last, epoch_is_over=over, due=due)
+        self._note_preempted()
 
     def _end_early(self, *, epoch_is_over: bool) -> None:
         """Save, where this step has not been saved yet, so that the run can go on from here.
@@ -383,17 +451,21 @@ class TrainLoop:
         if self.ranks.is_main:
             step = self.progress.step
             logger.warning("%s: training ends after step %d", self.preemption.cause, step)
-        self.preempted = self.preemption.acted = self.control.should_training_stop = True
+        self._note_preempted()
         if self._saved_step != self.progress.step:
             assert self._last is not None
             self._save("on_step_end", *self._last, epoch_is_over=epoch_is_over)
 
-    def _evaluate(self) -> None:
-        """Evaluate, which is no training time, and go back to training mode."""
-        started = time.perf_counter()
-        self.control = self.hooks.evaluate_in_training()
+    def _evaluate(self) -> bool:
+        """Evaluate, which is no training time, and go back to training mode; False: not done."""
+        started, done = time.perf_counter(), True
+        try:
+            self.control = self.hooks.evaluate_in_training()
+        except EvaluationStopped:
+            done = False
         self.engine.model.train()
         self._meter.exclude(time.perf_counter() - started)
+        return done
 
     def _log(self, outcome: StepOutcome, learning_rate: float) -> None:
         """Read the meter (the one wait for the device) and report."""

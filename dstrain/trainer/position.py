@@ -11,6 +11,37 @@ from dstrain.core.seeds import random_state, set_random_state
 
 
 @dataclass(frozen=True)
+class Due:
+    """An evaluation that was not finished, and what was to be done at that point of the run.
+
+    Attributes:
+        event: "on_step_end" or "on_epoch_end"; what callbacks do in it has been done.
+        saves: whether to save after the evaluation, whatever that finds.
+        stops_training: whether a callback had ended the run.
+        stops_epoch: whether a callback had ended the epoch.
+    """
+
+    event: str
+    saves: bool
+    stops_training: bool
+    stops_epoch: bool
+
+    @staticmethod
+    def of(event: str, control: Any) -> Due:
+        """What callbacks have decided in ``event``, before the evaluation."""
+        return Due(
+            event, control.should_save, control.should_training_stop, control.should_epoch_stop
+        )
+
+    def give_to(self, control: Any) -> None:
+        """Have it decided (again)."""
+        control.should_evaluate = True
+        control.should_save = self.saves
+        control.should_training_stop = self.stops_training
+        control.should_epoch_stop = self.stops_epoch
+
+
+@dataclass(frozen=True)
 class Position:
     """What the loop must know to go on as if it had never stopped.
 
@@ -28,6 +59,7 @@ class Position:
             window; None where it has fetched none.
         source: state of the stream behind the loader after the epoch's samples so far; None where
             there is none, and those samples must be read again.
+        due: the evaluation that a signal ended at this very point; None for most positions.
     """
 
     progress: Progress
@@ -41,6 +73,7 @@ class Position:
     meters: list[dict[str, float]]
     random_ahead: dict[str, Any] | None = None
     source: dict[str, Any] | None = None
+    due: Due | None = None
 
     def shared(self) -> dict[str, Any]:
         """The part that is the same on all ranks, as plain values."""
@@ -55,7 +88,14 @@ class Position:
     @staticmethod
     def of(shared: dict[str, Any]) -> Position:
         """The position that ``shared`` came from."""
-        return Position(**{**shared, "progress": Progress(**shared["progress"])})
+        due = shared.get("due")  # older checkpoints have none
+        return Position(
+            **{
+                **shared,
+                "progress": Progress(**shared["progress"]),
+                "due": None if due is None else Due(**due),
+            }
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 A rank that was sent a signal cannot stop by itself, as the others would wait for it. So the ranks
 exchange a few numbers on the host about twice a second, on a group of their own, while the
 optimizer steps: no device is waited for, and all ranks read the same answer after the same step.
+During an evaluation they do so between its batches, of which all ranks have as many.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
 
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, is_distributed
+from dstrain.core.ranks import PATIENCE, Ranks, is_distributed
 
 logger = get_logger(__name__)
 
@@ -26,6 +26,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A save may take most of the 30 seconds that launchers and schedulers leave.
 _EXCHANGE_SECONDS = 0.5
 _MOST_STEPS = 1000
+
+
+class EvaluationStopped(BaseException):
+    """Raised on all ranks between the same two batches of an evaluation, for the loop to catch.
+
+    Like ``KeyboardInterrupt`` it is no ``Exception``: code of users that evaluates may go on after
+    a failure, and this is none.
+    """
 
 
 class Preemption:
@@ -37,24 +45,23 @@ class Preemption:
             again when the watch ends.
     """
 
-    def __init__(self, ranks: Ranks, *, watches: bool, timeout_seconds: float) -> None:
+    def __init__(self, ranks: Ranks, *, watches: bool) -> None:
         """Watch nothing yet.
 
         Args:
             ranks: facts of this process.
             watches: False leaves signals alone, and no rank ever asks.
-            timeout_seconds: how long an exchange waits for a missing rank.
         """
         self.cause = ""
         self.acted = False
         self._ranks, self._watches = ranks, watches
-        self._timeout = timedelta(seconds=timeout_seconds)
         self._caught = 0
         self._group: Any = None
         self._message: torch.Tensor | None = None
         self._work: Any = None
         self._steps_left = self._steps = 1
         self._asked_at = 0.0
+        self._evaluating = False
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -67,9 +74,7 @@ class Preemption:
             return
         with contextlib.ExitStack() as stack:
             if is_distributed():
-                import torch.distributed as dist
-
-                self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+                self._group = self._new_group()
                 stack.callback(self._leave_group)
             before = self._take_over()
             try:
@@ -85,9 +90,7 @@ class Preemption:
         self._work = self._message = None
         self._steps_left = self._steps = 1
         if self._group is not None:
-            import torch.distributed as dist
-
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._group = self._new_group()
 
     def ask(self, *, now: bool = False) -> None:
         """Begin to find out whether to stop after this step, if it is time to.
@@ -113,19 +116,61 @@ class Preemption:
 
     def answer(self) -> bool:
         """Whether a rank was sent a signal before it last asked; the same on all ranks."""
+        number = rank = 0
         if self._work is not None:
             assert self._message is not None
             self._work.wait()
             number, rank, steps = self._message.tolist()
             self._work = self._message = None
             self._steps_left = self._steps = -steps
-        elif self._group is None and self._caught:
+        elif self._group is None:
             number, rank = self._caught, self._ranks.rank
-        else:
-            return False
         if number:
             self.cause = f"rank {rank} was sent {signal.Signals(number).name}"
-        return bool(number)
+        return bool(self.cause)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Let ``heed`` end the evaluation inside the block; entered by all ranks.
+
+        Raises:
+            EvaluationStopped: a signal is known of already, or ``heed`` raised it.
+        """
+        if self.answer():
+            raise EvaluationStopped
+        self._pace_anew()
+        self._evaluating = True
+        try:
+            yield
+            if not self._evaluating:  # the user's code caught it
+                raise EvaluationStopped
+        finally:
+            self._evaluating = False
+        self.answer()
+        self._pace_anew()
+
+    def heed(self, *, may_ask: bool) -> None:
+        """Between two batches: end the evaluation where a rank was sent a signal.
+
+        Args:
+            may_ask: whether a rank that fails from here on would fail all in the next exchange of
+                predictions, and not leave them waiting in ours; the same on all ranks.
+
+        Raises:
+            EvaluationStopped: on all ranks.
+        """
+        if not self._evaluating:
+            return
+        if self.answer():
+            self._evaluating = False
+            raise EvaluationStopped
+        if may_ask:
+            self.ask()
+
+    def _pace_anew(self) -> None:
+        """A batch of an evaluation and a step do not last as long as each other."""
+        self._steps_left = self._steps = 1
+        self._asked_at = time.perf_counter()
 
     def _take_over(self) -> dict[int, Any]:
         """Set our handler; what was set before, by signal."""
@@ -145,6 +190,12 @@ class Preemption:
     def _catch(self, number: int, _: Any) -> None:
         """Handle a signal: launchers send several, of which the first counts."""
         self._caught = self._caught or number
+
+    def _new_group(self) -> Any:
+        """A patient one: a metric of one batch may take longer than any step of training."""
+        import torch.distributed as dist
+
+        return dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def _leave_group(self) -> None:
         import torch.distributed as dist

@@ -264,13 +264,9 @@ def check_saved(trainer: Trainer, writer: CheckpointWriter | None, steps_before:
 
 def _state_values(trainer: Trainer) -> dict[str, Any]:
     """``trainer_state.json`` as transformers writes it, with the states of callbacks."""
-    from dstrain.trainer.compat import ExportableState
-
     values = dataclasses.asdict(trainer.state)
     states: dict[str, Any] = {}
-    for callback in [*trainer.events.handler.callbacks, trainer.control]:
-        if not isinstance(callback, ExportableState):
-            continue
+    for callback in [*trainer.events.exportable(), trainer.control]:
         name = type(callback).__name__
         if name in states:
             earlier = states[name]

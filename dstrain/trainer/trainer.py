@@ -202,16 +202,12 @@ class Trainer(
         self._take_up_trial(trial)
         if self.model_init is not None:
             self._renew_model(trial)
-        self._preemption = Preemption(
-            self.ranks,
-            watches=self.args.preemption != "ignore",
-            timeout_seconds=self.args.ddp_timeout,
-        )
-        self.preempted = False
-        with self._preemption.watching():
+        watch = Preemption(self.ranks, watches=self.args.preemption != "ignore")
+        self.preempted, self._preemption = False, watch
+        with watch.watching():
             output = self._train(resume_from_checkpoint)
         if self.preempted and self.args.preemption == "exit":
-            raise Preempted(f"{self._preemption.cause}: training has ended early and is saved")
+            raise Preempted(f"{watch.cause}: training has ended early and is saved")
         return output
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
@@ -354,6 +350,7 @@ class Trainer(
 
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
         """Everything before the first step: loader, config, engine, state."""
+        assert self._preemption is not None
         self._own.notice()
         self.resolved = self._resolve(None)  # arguments may have changed since the last time
         with all_or_none():

@@ -1,0 +1,237 @@
+"""A signal during an evaluation of training: all end it between two batches, and do it again."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.runs import history, make_trainer, whole_weights
+from tests.distributed.test_preemption import send
+from tests.distributed.test_resume import assert_same, noisy_llama, run_file
+from tests.models import PAD_TOKEN_ID, RaggedTokens, tiny_t5
+
+AT_BATCH = 3
+NUM_BATCHES = 9  # of each set, on each rank
+
+
+@pytest.fixture(autouse=True)
+def _asks_after_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches of these runs are so short that twice a second would be too late."""
+    from dstrain.trainer import preemption
+
+    monkeypatch.setattr(preemption, "_EXCHANGE_SECONDS", 0.0)
+
+
+def interrupting(step: int, *, which: int, here: bool) -> Any:
+    """Sends a signal in the ``which``-th evaluation of a step; counts its batches after that."""
+    from transformers import TrainerCallback
+
+    class Interrupting(TrainerCallback):
+        batches = evaluations = after = 0
+        sent = False
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step != step:
+                return
+            self.after += self.sent
+            self.batches += 1
+            if self.batches == AT_BATCH and self.evaluations == which and not self.sent:
+                self.sent = True
+                send(signal.SIGTERM, here=here)()
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step:
+                self.evaluations += 1
+                self.batches = 0
+
+    return Interrupting()
+
+
+class BatchMetric:
+    """With ``batch_eval_metrics``: the number of rows, and the sum of what was predicted."""
+
+    def __init__(self) -> None:
+        self.rows = self.total = 0
+
+    def __call__(self, prediction: Any, compute_result: bool) -> dict[str, float]:
+        self.rows += len(prediction.predictions)
+        self.total += int(prediction.predictions.sum())
+        if not compute_result:
+            return {}
+        result = {"rows": float(self.rows), "total": float(self.total)}
+        self.rows = self.total = 0
+        return result
+
+
+def collected_metric(prediction: Any) -> dict[str, float]:
+    """Of all predictions; the smaller, the "better"."""
+    return {"odd": float(prediction.predictions.mean())}
+
+
+def t5_collate(examples: Sequence[Any]) -> dict[str, Any]:
+    """Token ids that the tiny T5 has."""
+    from tests.models import pad_collate
+
+    batch = pad_collate(examples)
+    batch["input_ids"] = batch["input_ids"] % 62 + 2
+    batch["labels"] = batch["labels"].clamp(min=PAD_TOKEN_ID) % 62 + 2
+    return batch
+
+
+def generating(folder: Path, *, callbacks: Any, **settings: Any) -> Any:
+    """Draws what it generates: the random state of an evaluation counts."""
+    from dstrain import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    trainer = Seq2SeqTrainer(
+        tiny_t5(),
+        Seq2SeqTrainingArguments(
+            str(folder), zero_stage="3", per_device_train_batch_size=2,
+            per_device_eval_batch_size=1,
+            predict_with_generate=True, generation_max_length=6, report_to="none", logging_steps=1,
+            disable_tqdm=True, batch_eval_metrics=True, **settings,
+        ),
+        data_collator=t5_collate,
+        train_dataset=RaggedTokens(22),
+        eval_dataset=RaggedTokens(2 * NUM_BATCHES - 1, seed=99),
+        compute_metrics=BatchMetric(),
+        callbacks=callbacks,
+    )  # fmt: skip
+    trainer.model.generation_config.do_sample = True
+    return trainer
+
+
+def llama(folder: Path, **settings: Any) -> Any:
+    """Of a stage, on one evaluation set or two, with or without metrics."""
+    from dstrain import Trainer
+
+    metric = settings.pop("metric", None)
+
+    class Measuring(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs, compute_metrics=metric)
+
+    sets = settings.pop("sets", ())
+    one = RaggedTokens(2 * NUM_BATCHES - 1, seed=99)
+    return make_trainer(
+        folder, cls=Measuring, model=noisy_llama(), train=22, per_device_eval_batch_size=1,
+        evaluation={name: one for name in sets} or one, **settings,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where the signal comes, and in what kind of run."""
+
+    step: int
+    which: int = 0
+    make: Any = llama
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "odd", "greater_is_better": False}
+CASES = {
+    "with what is saved, judged and followed at the step": Case(
+        4,
+        settings={
+            "stage": 1, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, **BEST,
+            "metric": collected_metric, "lr_scheduler_type": "reduce_lr_on_plateau",
+            "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}, "max_steps": 8,
+        },
+    ),
+    "the second of two sets, at an epoch's end": Case(
+        6,
+        which=1,
+        settings={
+            "stage": 3, "eval_strategy": "epoch", "save_strategy": "epoch", "sets": ("a", "b"),
+            "max_steps": 8, "metric_for_best_model": "a_loss", "load_best_model_at_end": True,
+            "restore_callback_states_from_checkpoint": True,
+        },
+    ),
+    "after the last step": Case(
+        5, settings={"stage": 3, "eval_strategy": "steps", "eval_steps": 5, "max_steps": 5}
+    ),
+    "before the first step": Case(
+        0, settings={"stage": 1, "eval_on_start": True, "max_steps": 3}
+    ),
+    "of text that is drawn, batch by batch": Case(
+        2, make=generating, settings={"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    ),
+}  # fmt: skip
+
+
+def outcome(trainer: Any, folder: Path) -> dict[str, Any]:
+    """What a run has come to, without what a clock says."""
+    from dstrain.checkpoint import committed, read_manifest
+
+    last = committed(folder)[-1].folder
+    files = read_manifest(last).files
+    found = {
+        "weights": whole_weights(trainer),
+        "history": history(trainer),
+        "state": {name: r for name, r in files.items() if name.endswith(".safetensors")},
+        "run": run_file(last),
+        "best": (trainer.state.best_metric, trainer.state.best_global_step),
+        "best folder": Path(trainer.state.best_model_checkpoint or "").name,
+        "metrics": [read_manifest(c.folder).metrics.keys() for c in committed(folder)],
+    }
+    trainer.close()
+    return found
+
+
+def callbacks_of(case: Case) -> list[Any]:
+    """One that counts evaluations which found nothing better, and never stops for it."""
+    from transformers import EarlyStoppingCallback
+
+    if "metric_for_best_model" not in case.settings:
+        return []
+    return [EarlyStoppingCallback(early_stopping_patience=9)]
+
+
+@pytest.mark.ranks(2, timeout=300)
+@pytest.mark.parametrize("name", CASES)
+def test_the_evaluation_ends_soon_and_the_next_run_does_it_again(
+    name: str, tmp_path: Path, rank: int
+) -> None:
+    """On the same batch of all ranks; the run that goes on is the one that was never stopped."""
+    from dstrain.checkpoint import committed
+    from dstrain.core.ranks import gather_objects
+
+    case = CASES[name]
+    settings = {"save_strategy": "steps", "save_steps": 100, **case.settings}
+    counts = callbacks_of(case)
+    trainer = case.make(tmp_path / "whole", callbacks=counts, **settings)
+    trainer.train()
+    patience = [c.early_stopping_patience_counter for c in counts]
+    whole = outcome(trainer, tmp_path / "whole")
+
+    watch = interrupting(case.step, which=case.which, here=rank == 1)
+    trainer = case.make(
+        tmp_path / "again", callbacks=[*callbacks_of(case), watch], preemption="return", **settings
+    )
+    assert trainer.train().global_step == case.step
+    assert trainer.preempted
+    assert watch.sent
+    assert gather_objects(watch.after) == [watch.after] * 2
+    assert 0 < watch.after <= 2
+    saved = [found.step for found in committed(tmp_path / "again")]
+    assert saved[-1:] == [case.step] * bool(case.step)
+    assert not [e for e in history(trainer) if e["step"] == case.step and "eval_loss" in e]
+    trainer.close()
+
+    counts = callbacks_of(case)
+    trainer = case.make(tmp_path / "again", callbacks=counts, **settings)
+    trainer.train("auto")
+    restored = [c for c in trainer.events.exportable() if hasattr(c, "early_stopping_patience")]
+    if settings.get("restore_callback_states_from_checkpoint"):
+        assert [c.early_stopping_patience_counter for c in restored] == patience
+    again = outcome(trainer, tmp_path / "again")
+    assert_same(again, whole)
+    for key in ("best", "best folder"):
+        assert again[key] == whole[key], key
+    if settings["save_steps"] != 100 or settings["save_strategy"] == "epoch":
+        assert again["metrics"] == whole["metrics"]
