@@ -209,6 +209,14 @@ class CheckpointWriter:
         self, engine: Engine, record: RunRecord, staging: Staging, copies: HostCopies | None
     ) -> _Job:
         ranks, policy, sharers = self._ranks, self._policy, self._sharers
+        slices: content.Slices | None = None
+        with all_or_none():  # before copies, whose end no rank needs to wait for on another
+            if not policy.only_model and policy.layout == SLICES:
+                slices = content.own_slices(engine, sharers)
+            own = encode(record.own, where="this rank's state")
+            shared = encode(
+                {"engine": read_progress(engine), **record.shared}, where="the run's state"
+            )
         weights = folder = None
         if policy.with_weights and copies is not None:
             weights = hold_shards(engine.module, ranks, copies, groups=self._groups)
@@ -216,16 +224,9 @@ class CheckpointWriter:
             folder = staging.agreed(self._folder_of)  # else in the thread, beside training
         if folder is not None and policy.with_weights:
             save_model(engine.module, folder, ranks, on_each_node=policy.on_each_node)
-        slices: content.Slices | None = None
+        if slices is not None and copies is not None:
+            slices = slices.copied(copies)
         buffers = []
-        with all_or_none():
-            if not policy.only_model and policy.layout == SLICES:
-                slices = content.own_slices(engine, sharers)
-                slices = slices if copies is None else slices.copied(copies)
-            own = encode(record.own, where="this rank's state")
-            shared = encode(
-                {"engine": read_progress(engine), **record.shared}, where="the run's state"
-            )
         if not policy.only_model and policy.layout == DEEPSPEED:
             assert folder is not None
             save_native(engine, folder, native.tag_of(record.step))
