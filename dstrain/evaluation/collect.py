@@ -219,7 +219,7 @@ class Collector:
         every_rank = self._transport.agree((layouts, formats))
         for rank, theirs in enumerate(every_rank):
             if theirs != every_rank[0]:
-                raise _different(f"rank {rank}", "rank 0")
+                raise _different(f"rank {rank}", "rank 0", theirs[0], every_rank[0][0])
         self._layouts, self._formats = layouts, formats
         if self._transport.is_main:
             keeping = self._keeping
@@ -228,8 +228,9 @@ class Collector:
             )
 
     def _check_same(self, layouts: tuple[Layout, ...], formats: list[tuple[Any, int]]) -> None:
+        assert self._layouts is not None
         if layouts != self._layouts or formats != self._formats:
-            raise _different("a batch", "the first batch")
+            raise _different("a batch", "the first batch", layouts, self._layouts)
 
     def _shape_numbers(self, leaves: Sequence[Any], *, failed: bool) -> list[int]:
         if failed:
@@ -307,7 +308,19 @@ def _without_rows(kind: Any) -> Any:
     return [] if kind is None else np.empty((0, *kind[1]), kind[0])
 
 
-def _different(one: str, other: str) -> DataError:
+def _different(
+    one: str, other: str, layouts: Sequence[Layout], others: Sequence[Layout]
+) -> DataError:
+    labels = _PARTS.index("labels")
+    if (layouts[labels].kind == "none") != (others[labels].kind == "none"):
+        return DataError(
+            Problem(
+                f"one of {one} and {other} has labels, and the other has none",
+                "metrics need the labels of all samples, or of none",
+                "give every sample labels, evaluate those without them on their own, or name the "
+                "labels in label_names",
+            )
+        )
     return DataError(
         Problem(
             f"the predictions of {one} are not nested or formatted like those of {other}",

@@ -81,6 +81,7 @@ def evaluate_batches(
     *,
     device: Any,
     keep: Keeper | None = None,
+    collective: bool = False,
     on_step: Callable[[], None] = lambda: None,
 ) -> LossTotals:
     """Mean loss over all targets of all ranks; predictions go to ``keep``.
@@ -94,6 +95,8 @@ def evaluate_batches(
         predict: the forward pass.
         device: where to add up.
         keep: takes each batch, stand-ins included, and what came of it.
+        collective: ranks meet inside of ``predict``. An error there is raised at once, on its rank
+            alone: the others may wait for it in theirs, where nothing can be told to them.
         on_step: called after each batch.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -102,7 +105,7 @@ def evaluate_batches(
         try:
             prediction = predict(batch.inputs)
         except Exception as error:
-            if keep is not None:
+            if keep is not None and not collective:
                 keep.abort(error)
             raise
         if prediction.loss is None:

@@ -258,6 +258,7 @@ class EvaluationHooks:
                 lambda inputs: self._predict_batch(model, inputs, loss_only, ignore_keys),
                 device=device_name(),
                 keep=collector,
+                collective=self.resolved.stage == 3,
                 on_step=lambda: self._after_batch(dataloader, collector),
             )
             if totals.num_samples == 0:

@@ -230,7 +230,7 @@ class Seq2SeqTrainer(Trainer):
 
     @contextlib.contextmanager
     def _model_for_evaluation(self, *, generates: bool) -> Iterator[Any]:
-        """At stage 3 with the weights whole where they fit, else with ranks in step."""
+        """At stage 3 ranks generate in step, with the weights whole where they fit."""
         with (
             super()._model_for_evaluation(generates=generates) as model,
             contextlib.ExitStack() as stack,

@@ -348,7 +348,7 @@ def test_mistakes_of_different_kinds_are_listed_together(tmp_path, capsys):
         pytest.param('{"a": 1}\n{"a": ', "broken.jsonl", ["line 2", "mend the file"], id="broken"),
         pytest.param('{"body": "x"}\n', "rows.jsonl", ["no column 'text'", "body"], id="column"),
         pytest.param("x", "notes.docx", ["suffix '.docx'", ".txt", "convert"], id="suffix"),
-        pytest.param("", "folder/", ["holds no readable text", "give a folder"], id="folder"),
+        pytest.param("", "folder/", ["without files", "looked in", "give a folder"], id="folder"),
     ],
 )
 @pytest.mark.usefixtures("job", "cache")

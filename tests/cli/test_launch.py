@@ -215,25 +215,35 @@ def test_an_error_of_all_ranks_is_printed_once_by_rank_0(tmp_path):
     assert "Traceback" not in both
 
 
-# A rank that waits in a collective for one that is gone.
+# A rank that waits in a collective of a forward pass for one that is gone, in an evaluation whose
+# predictions are collected.
 BROKEN_SCRIPT = """
 import os, pathlib, time
-from transformers import TrainerCallback
 from dstrain import Trainer, TrainingArguments
 from tests.models import RaggedTokens, pad_collate, tiny_llama
 
-class Breaks(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 2 and os.environ["RANK"] == "1":
+class Breaks(Trainer):
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        self.seen = getattr(self, "seen", 0) + 1
+        if self.seen == 3 and os.environ["RANK"] == "1":
             pathlib.Path("broke").write_text(str(time.time()))
             raise RuntimeError("rank 1 broke on purpose")
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
-Trainer(
+Breaks(
     tiny_llama(),
-    TrainingArguments("out", max_steps=20, zero_stage="STAGE", report_to="none"),
+    TrainingArguments(
+        "out", max_steps=20, eval_strategy="steps", eval_steps=2, report_to="none",
+        per_device_eval_batch_size=1, eval_accumulation_steps=ACCUMULATION,
+        deepspeed={"zero_optimization": {
+            "stage": STAGE, "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0,
+        }},
+    ),
     data_collator=pad_collate,
     train_dataset=RaggedTokens(64),
-    callbacks=[Breaks()],
+    eval_dataset=RaggedTokens(32),
+    compute_metrics=lambda prediction: {},
 ).train()
 print("went on to the end")
 """
@@ -256,7 +266,9 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def the_others_end(done: subprocess.CompletedProcess[str], folder: Path, ended: float) -> None:
+def the_others_end(
+    done: subprocess.CompletedProcess[str], folder: Path, ended: float, *, where: str
+) -> None:
     """Check what holds when rank 1 has broken: status, how soon all ended, what is shown."""
     assert (folder / "broke").exists(), done.stdout + done.stderr
     assert ended - float((folder / "broke").read_text()) < 60
@@ -265,21 +277,21 @@ def the_others_end(done: subprocess.CompletedProcess[str], folder: Path, ended: 
     shown = done.stderr
     assert "Traceback (most recent call last)" in shown
     assert "RuntimeError: rank 1 broke on purpose" in shown
-    assert "on_step_end" in shown
+    assert where in shown
     assert "model, metrics and loss_curve.png are in" not in done.stdout
 
 
-def test_a_rank_that_breaks_in_a_script_ends_the_others(tmp_path):
+def test_a_rank_that_breaks_in_an_evaluation_of_a_script_ends_the_others(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(BROKEN_SCRIPT.replace("STAGE", "2"))
+    script.write_text(BROKEN_SCRIPT.replace("STAGE", "3").replace("ACCUMULATION", "1"))
     done = launch(["--quiet", script], timeout=TIMEOUT_SECONDS, cwd=tmp_path)
-    the_others_end(done, tmp_path, time.time())
+    the_others_end(done, tmp_path, time.time(), where="prediction_step")
 
 
 def test_a_rank_that_breaks_in_the_command_ends_the_others(tmp_path, run):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(BREAKING_SITE)
-    words = flags("out", train_file=run.corpus, max_steps=20, zero_stage=3)
+    words = flags("out", train_file=run.corpus, max_steps=20, zero_stage=2)
     done = launch(
         [*LAUNCH_NOTHING_ELSE, *words],
         timeout=TIMEOUT_SECONDS,
@@ -289,7 +301,7 @@ def test_a_rank_that_breaks_in_the_command_ends_the_others(tmp_path, run):
             "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)]),
         },
     )
-    the_others_end(done, tmp_path, time.time())
+    the_others_end(done, tmp_path, time.time(), where="on_step_end")
     assert "[rank 1] failed:\nTraceback" in done.stderr
     # What rank 0 sees of it is a consequence, and must not bury the cause.
     assert done.stderr.count("Traceback (most recent call last)") == 1, done.stderr

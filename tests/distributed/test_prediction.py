@@ -151,6 +151,47 @@ def test_no_concat_gives_a_list_of_global_batches(tmp_path: Path, rank: int) -> 
 
 
 @pytest.mark.ranks(2)
+def test_no_concat_without_labels_or_with_some(tmp_path: Path, rank: int) -> None:
+    """None in the place of labels that no batch has; an error where some batches have them."""
+    from dstrain.core.errors import DataError
+
+    trainer = make_trainer(
+        tmp_path, per_device_eval_batch_size=2, eval_do_concat_batches=False,
+        include_for_metrics=["inputs", "loss"],
+    )  # fmt: skip
+    trainer.compute_metrics = spy = Spy()
+    given = {"labels": 0}  # batches of this rank that come with labels
+
+    def collate(samples: Any) -> Any:
+        batch = pad_collate(samples)
+        given["labels"] -= 1
+        return batch if given["labels"] >= 0 else {**batch, "labels": None}
+
+    trainer.data_collator = collate
+    logits, _ = _expected(7)
+    for every in (1, 2):
+        trainer.args.eval_accumulation_steps = every
+        output = trainer.predict(trainer.eval_dataset)
+        assert output.label_ids is None
+        assert not [name for name in output.metrics if name.endswith(("loss", "right"))]
+        assert [len(part) for part in output.predictions] == [4, 3][: 2 * (rank == 0)]
+        for index, row in enumerate(logits if rank == 0 else ()):
+            found = output.predictions[index // 4][index % 4, : len(row)]
+            np.testing.assert_allclose(found, row, rtol=1e-4, atol=1e-5)
+        for concat in (False, True):
+            trainer.args.eval_do_concat_batches = concat
+            given["labels"] = 1 + rank  # the other rank's second batch has none
+            with pytest.raises(DataError, match="has labels, and the other has none"):
+                trainer.predict(trainer.eval_dataset)
+            given["labels"] = rank
+            with pytest.raises(DataError, match="rank 1 and rank 0 has labels"):
+                trainer.evaluate()
+            given["labels"] = 0
+        trainer.args.eval_do_concat_batches = False
+    assert not spy.calls
+
+
+@pytest.mark.ranks(2)
 def test_errors_of_a_metric_are_raised_on_all_ranks(tmp_path: Path) -> None:
     """Whatever it raises or returns, no rank waits for another; predictions that vary likewise."""
     from dstrain.core.errors import DataError

@@ -235,3 +235,24 @@ def test_the_evaluation_ends_soon_and_the_next_run_does_it_again(
         assert again[key] == whole[key], key
     if settings["save_steps"] != 100 or settings["save_strategy"] == "epoch":
         assert again["metrics"] == whole["metrics"]
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_an_error_on_one_rank_is_still_raised_on_all(tmp_path: Path, rank: int) -> None:
+    """No rank waits in an exchange for one that waits for predictions."""
+    settings = {"stage": 2, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = llama(
+        tmp_path, metric=collected_metric, eval_accumulation_steps=4, **settings
+    )  # fmt: skip
+    step, calls = trainer.prediction_step, []
+
+    def breaks(*args: Any, **kwargs: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 6 and rank == 1:
+            raise MemoryError("rank 1 alone")
+        return step(*args, **kwargs)
+
+    trainer.prediction_step = breaks
+    with pytest.raises(MemoryError, match="rank 1 alone"):
+        trainer.train()
+    trainer.close()

@@ -71,9 +71,19 @@ def test_optuna_searches_on_all_ranks_together(tmp_path: Path, rank: int) -> Non
     from transformers import TrainerCallback
 
     seen: list[Any] = []
+    remembered: list[Any] = []
 
     class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.steps = {"of this trial": 0}
+            self.tell = remembered.append  # no plain value: used as it is
+
+        def on_step_end(self, *args: Any, **kw: Any) -> None:
+            self.steps["of this trial"] += 1
+            self.learnt = getattr(self, "learnt", 0) + 1
+
         def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            self.tell((self, self.steps["of this trial"], self.learnt, state.global_step))
             if state.trial_params is None:
                 return
             seen.append(
@@ -130,6 +140,10 @@ def test_optuna_searches_on_all_ranks_together(tmp_path: Path, rank: int) -> Non
         assert all((tmp_path / f"run-{n}" / "resolved_config.json").is_file() for n in range(3))
     trainer.train()  # goes on with the arguments from before the search
     assert trainer.resolved.value("learning_rate") == 0.5
+    assert len(remembered) == 4
+    for watch, steps, learnt, done in remembered:
+        assert watch is remembered[0][0]
+        assert steps == learnt == done, "what a callback remembers is of one trial"
     trainer.close()
 
 

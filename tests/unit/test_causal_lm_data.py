@@ -681,7 +681,9 @@ def test_file_that_is_no_table(tmp_path):
 
 def test_folder_without_text(tmp_path):
     (tmp_path / "only").mkdir()
-    assert "holds no readable text" in message(train_file=str(tmp_path / "only"))
+    assert "is a folder without files" in message(train_file=str(tmp_path / "only"))
+    (tmp_path / "only" / ".hidden.txt").write_text("words")
+    assert "hidden files do not count" in message(train_file=str(tmp_path / "only"))
     (tmp_path / "only" / "image.png").write_bytes(b"\x89PNG\0")
     assert "1 are not readable UTF-8" in message(train_file=str(tmp_path / "only"))
 

@@ -26,6 +26,7 @@ LIBRARY_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 )
 _SNIFF_BYTES = 64 * 1024
+_FOLDER_REMEDY = "give a folder of text files, or of nothing but .jsonl or .parquet files"
 
 
 def origins(args: SourceArguments) -> tuple[Origin, Origin | None]:
@@ -98,6 +99,14 @@ def file_origin(name: str, flag: str) -> Origin:
 
 def _folder_origin(path: Path, label: str) -> Origin:
     files = _list_files(path)
+    if not files:
+        raise DataError(
+            Problem(
+                f"{label} is a folder without files",
+                f"looked in {path.absolute()} and the folders in it; hidden files do not count",
+                _FOLDER_REMEDY,
+            )
+        )
     suffixes = {p.suffix.lower() for p in files}
     if len(suffixes) == 1 and (suffix := suffixes.pop()) in SHARD_SUFFIXES:
         return _rows_origin(files, suffix, label)
@@ -108,7 +117,7 @@ def _folder_origin(path: Path, label: str) -> Origin:
                 f"{label} holds no readable text",
                 f"of its {len(files)} files, {skipped} are not readable UTF-8 text and "
                 f"{len(files) - skipped} are empty",
-                "give a folder of text files, or of nothing but .jsonl or .parquet files",
+                _FOLDER_REMEDY,
             )
         )
     return Origin(label, parts=parts, one_file=len(parts) == 1, num_skipped=skipped)
