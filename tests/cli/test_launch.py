@@ -238,6 +238,7 @@ Breaks(
         deepspeed={"zero_optimization": {
             "stage": STAGE, "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0,
+            "stage3_max_reuse_distance": 0,
         }},
     ),
     data_collator=pad_collate,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.runs import history, make_trainer, whole_weights
 from tests.distributed.test_preemption import send
@@ -84,7 +85,7 @@ def t5_collate(examples: Sequence[Any]) -> dict[str, Any]:
 
 
 def generating(folder: Path, *, callbacks: Any, **settings: Any) -> Any:
-    """Draws what it generates: the random state of an evaluation counts."""
+    """Draws in training and when it generates: the random state of an evaluation counts."""
     from dstrain import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     trainer = Seq2SeqTrainer(
@@ -102,6 +103,9 @@ def generating(folder: Path, *, callbacks: Any, **settings: Any) -> Any:
         callbacks=callbacks,
     )  # fmt: skip
     trainer.model.generation_config.do_sample = True
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
     return trainer
 
 
