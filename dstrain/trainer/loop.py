@@ -225,10 +225,12 @@ class TrainLoop:
             resumption.restore_random()
             self._random_ahead = resumption.random_ahead
             due.give_to(self.control)
-            self._evaluate_and_save(due.event, *self._last, epoch_is_over=ends_epoch)
+            at_end = due.event == "on_epoch_end"  # of which nothing is left after this
+            over = ends_epoch and not at_end
+            self._evaluate_and_save(due.event, *self._last, epoch_is_over=over)
             if self.preempted:
                 return
-            if due.event == "on_epoch_end":
+            if at_end:
                 self.resumption = None
                 self.progress = self.progress.next_epoch()
                 return
