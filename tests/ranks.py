@@ -48,6 +48,7 @@ COLLECTIVE_SECONDS = 60.0
 MEET_SECONDS = 10.0  # for the barrier after a test
 LEAVE_SECONDS = 2.0  # for a test's threads to end after its fixtures did
 OUTPUT_TAIL_CHARS, PEER_TAIL_LINES = 4000, 20
+FEW_MODULES = 20
 PHASES = ("setup", "call", "teardown")
 DUMP_SIGNAL = int(signal.SIGRTMAX) - 1  # not SIGUSR1: a trainer may answer that one
 PR_SET_PDEATHSIG = 1
@@ -431,6 +432,7 @@ class Worker:
 
     def __init__(self, connection: Connection, options: dict[str, object]) -> None:
         self.connection, self.options = connection, options
+        self.num_modules = -FEW_MODULES
 
     @pytest.fixture
     def rank(self) -> int:
@@ -461,7 +463,7 @@ class Worker:
         timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
         deepspeed.init_distributed("gloo", timeout=timeout)
         items = {item.nodeid: item for item in session.items}
-        gc.freeze()  # what is imported stays, and need not be looked through after each test
+        self._set_aside_imports()
         complaint = ""
         while True:
             self.connection.send(("answer", complaint))
@@ -470,6 +472,17 @@ class Worker:
             except EOFError:
                 return True
             complaint = self._meet() if request is None else self._run(items, *request)
+
+    def _set_aside_imports(self) -> None:
+        """Spare the collector what is imported: it stays, and every engine that ends collects.
+
+        What else is alive now is looked through again after the next large import.
+        """
+        if len(sys.modules) > self.num_modules + FEW_MODULES:
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
+            self.num_modules = len(sys.modules)
 
     def _meet(self) -> str:
         import torch.distributed as dist
@@ -508,6 +521,7 @@ class Worker:
             result = yield
         finally:
             leaks = self.restore()
+        self._set_aside_imports()
         if leaks:
             pytest.fail("left behind by this test:\n" + "\n".join(leaks), pytrace=False)
         return result

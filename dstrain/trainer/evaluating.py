@@ -15,7 +15,7 @@ import torch
 
 from dstrain.core.errors import ConfigError, DataError, Problem
 from dstrain.core.seeds import random_state, set_random_state
-from dstrain.data import batch_size, in_step, returns_loss, set_epoch, to_device
+from dstrain.data import batch_size, end_processes, in_step, returns_loss, set_epoch, to_device
 from dstrain.engine import device_name
 from dstrain.evaluation import (
     BatchMetric,
@@ -192,6 +192,7 @@ class EvaluationHooks:
             dataset = known[eval_dataset]
         found, loader = self._eval_loaders.get(eval_dataset, (None, None))
         if found is not dataset:
+            end_processes(loader)
             loader = self._loader(dataset, train=False)
             if getattr(loader, "persistent_workers", False):
                 self._eval_loaders = {**self._eval_loaders, eval_dataset: (dataset, loader)}
@@ -374,6 +375,8 @@ class EvaluationHooks:
 
     def _release_eval_loaders(self) -> None:
         """End the processes of loaders that were kept."""
+        for _, loader in self._eval_loaders.values():
+            end_processes(loader)
         self._eval_loaders = MappingProxyType({})
 
     def _check_evaluation(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -515,6 +516,7 @@ def test_loaders_with_processes_are_kept_by_name(tmp_path: Path) -> None:
     trainer.eval_dataset = {"a": sets["b"]}
     assert trainer.evaluate()["eval_a_loss"] == once["eval_b_loss"]
     trainer.close()
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.ranks(2)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dstrain.checkpoint import committed, verify
+from tests.distributed.runs import history, make_trainer
 from tests.launch import ROOT, free_port, launch, quiet_environment, remove_shared_memory
 
 SETTINGS = {"train": 36, "num_train_epochs": 2, "save_strategy": "steps", "evaluation": 0}
@@ -31,20 +32,19 @@ def job(folder: Path, resume: str = "", *, ranks: int, **settings: Any) -> dict[
     return json.loads((folder / "outcome.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.ranks(1)
 def test_another_global_batch_goes_on_at_the_right_sample(tmp_path: Path) -> None:
     """36 samples an epoch: 4 steps of 6, then batches of 4 for the 12 + 36 that are left."""
-    job(tmp_path, ranks=1, stage=1, save_steps=4, per_device_train_batch_size=6)
-    resumed = job(
-        tmp_path / "again",
-        str(tmp_path / "checkpoint-4"),
-        ranks=1,
-        stage=1,
-        save_steps=100,
-        per_device_train_batch_size=4,
+    first = make_trainer(tmp_path, **SETTINGS, stage=1, save_steps=4, per_device_train_batch_size=6)
+    first.train()
+    first.close()
+    resumed = make_trainer(
+        tmp_path / "again", **SETTINGS, stage=1, save_steps=100, per_device_train_batch_size=4
     )
-    assert resumed["step"] == 4 + 3 + 9
-    epochs = [e["epoch"] for e in resumed["history"] if "loss" in e]
+    resumed.train(str(tmp_path / "checkpoint-4"))
+    resumed.close()
+    assert resumed.state.global_step == 4 + 3 + 9
+    epochs = [e["epoch"] for e in history(resumed) if "loss" in e]
     assert epochs[4] == pytest.approx(28 / 36, abs=1e-3)
     assert epochs[-1] == 2.0
 
