@@ -84,7 +84,7 @@ class SavingArguments:
         "lets train() return, with trainer.preempted set; 'ignore' leaves the signals alone.",
         choices=("exit", "return", "ignore"),
         treatment=implemented(
-            "all ranks stop after the same step, at most about half a second and two steps later; "
+            "all ranks stop after the same step, at most about a second and two steps later; "
             "or between the same batches of an evaluation, which a resume then does first of all",
             own=True,
         ),

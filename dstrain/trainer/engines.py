@@ -23,7 +23,8 @@ class EngineKeeper:
 
     def train(self, build: Callable[[], Engine]) -> Engine:
         """Tear down what is alive and build a training engine on the current weights."""
-        self.close()
+        self._let_go()
+        gc.collect()  # that of another trainer, which nobody holds any more, must be gone too
         self.training = build()
         return self.training
 
@@ -44,12 +45,17 @@ class EngineKeeper:
 
     def close(self) -> None:
         """Tear down every engine; the module keeps its weights."""
-        for engine in (self.training, self._inference):
-            if engine is not None:
-                engine.destroy()
+        if self._let_go():
+            # Engines hold reference cycles with hooks: their buffers are free only after this.
+            gc.collect()
+
+    def _let_go(self) -> bool:
+        """Whether there was an engine, none of which is alive now."""
+        alive = [e for e in (self.training, self._inference) if e is not None]
+        for engine in alive:
+            engine.destroy()
         self.training = self._inference = None
-        # Engines hold reference cycles with hooks; their buffers must be free before the next one.
-        gc.collect()
+        return bool(alive)
 
 
 def _placed(module: torch.nn.Module, resolved: ResolvedConfig) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """Ending early because a scheduler says so: a signal on any rank, acted upon by all at one step.
 
 A rank that was sent a signal cannot stop by itself, as the others would wait for it. So the ranks
-exchange a few numbers on the host about twice a second, on a group of their own, while the
+exchange a few numbers on the host about once a second, on a group of their own, while the
 optimizer steps: no device is waited for, and all ranks read the same answer after the same step.
 During an evaluation they do so between its batches, of which all ranks have as many.
 """
@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A save may take most of the 30 seconds that launchers and schedulers leave.
-_EXCHANGE_SECONDS = 0.5
+_EXCHANGE_SECONDS = 1.0
 _MOST_STEPS = 1000
 
 
