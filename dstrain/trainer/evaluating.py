@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from dstrain.core.errors import ConfigError, DataError, Problem
 from dstrain.core.seeds import random_state, set_random_state
-from dstrain.data import batch_size, end_processes, in_step, returns_loss, set_epoch, to_device
+from dstrain.data import batch_size, in_step, returns_loss, set_epoch, to_device
 from dstrain.engine import device_name
 from dstrain.evaluation import (
     BatchMetric,
@@ -31,6 +29,7 @@ from dstrain.evaluation import (
 )
 from dstrain.trainer import build, compat
 from dstrain.trainer.eval_format import full_eval_format, in_format
+from dstrain.trainer.eval_loaders import EvalLoaderHooks
 from dstrain.trainer.outputs import logits_of, loss_of
 from dstrain.trainer.preemption import EvaluationStopped, Preemption
 
@@ -38,7 +37,7 @@ _EVALUATION, _PREDICTION = "Evaluation", "Prediction"
 _MEGABYTE = 2**20
 
 
-class EvaluationHooks:
+class EvaluationHooks(EvalLoaderHooks):
     """The methods of transformers' Trainer about evaluation and prediction.
 
     Every sample is predicted once, at any number of ranks. Predictions go to rank 0 alone, which
@@ -50,7 +49,6 @@ class EvaluationHooks:
     control: Any
     best: Any
     model: Any
-    eval_dataset: Any
     compute_metrics: Any
     preprocess_logits_for_metrics: Any
     resolved: Any
@@ -60,12 +58,10 @@ class EvaluationHooks:
     is_in_train: bool
     ignore_keys_for_eval: list[str] | None = None
     _eval_format: str | None = None
-    _eval_loaders: Mapping[str | None, tuple[Any, Any]] = MappingProxyType({})
     _engines: Any
     compute_loss: Any
     compute_loss_context_manager: Any
     log: Any
-    _loader: Any
     _prepare_inputs: Any
     _report_trial: Any
     _follow_metric: Any
@@ -160,47 +156,6 @@ class EvaluationHooks:
         return compat.PredictionOutput(output.predictions, output.label_ids, metrics)
 
     # --- what a subclass overrides --------------------------------------------------------------
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """This rank's evaluation loader; every sample is on one rank, in the dataset's order.
-
-        Loaders of the constructor's datasets are kept with ``dataloader_persistent_workers``.
-
-        Args:
-            eval_dataset: a dataset, or the name of one in the constructor's dict.
-
-        Raises:
-            DataError: there is no evaluation data, or it is empty.
-        """
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            return self._loader(eval_dataset, train=False)
-        if self.eval_dataset is None:
-            raise DataError(
-                Problem("evaluate() without eval_dataset", "", "pass one here or to the Trainer")
-            )
-        dataset = self.eval_dataset
-        if eval_dataset is not None:
-            known = dataset if isinstance(dataset, dict) else {}
-            if eval_dataset not in known:
-                raise DataError(
-                    Problem(
-                        f"evaluation on {eval_dataset!r}",
-                        f"the names of the Trainer's eval_dataset are {list(known)}",
-                        "name one of these, or pass a dataset",
-                    )
-                )
-            dataset = known[eval_dataset]
-        found, loader = self._eval_loaders.get(eval_dataset, (None, None))
-        if found is not dataset:
-            end_processes(loader)
-            loader = self._loader(dataset, train=False)
-            if getattr(loader, "persistent_workers", False):
-                self._eval_loaders = {**self._eval_loaders, eval_dataset: (dataset, loader)}
-        return loader
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """This rank's loader of ``predict``."""
-        return self._loader(test_dataset, train=False)
 
     def derived_metrics(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
         """Metrics computed from others after an evaluation; none by default."""
@@ -357,13 +312,11 @@ class EvaluationHooks:
         It is about what a checkpoint holds: a run that goes on from there evaluates all sets.
         """
         num_entries = len(self.state.log_history)
-        states = [(c, copy.deepcopy(c.state())) for c in self.events.exportable()]
+        give_back = self.events.take_down()
 
         def undo() -> None:
             del self.state.log_history[num_entries:]
-            for callback, state in states:
-                for name, value in state.get("attributes", {}).items():
-                    setattr(callback, name, value)
+            give_back()
 
         return undo
 
@@ -372,12 +325,6 @@ class EvaluationHooks:
         self.events("on_prediction_step", eval_dataloader=loader)
         if self._preemption is not None:
             self._preemption.heed(may_ask=collector is None or collector.has_sent_all)
-
-    def _release_eval_loaders(self) -> None:
-        """End the processes of loaders that were kept."""
-        for _, loader in self._eval_loaders.values():
-            end_processes(loader)
-        self._eval_loaders = MappingProxyType({})
 
     def _check_evaluation(self) -> None:
         """Refuse what could only fail in the first evaluation.
@@ -399,14 +346,6 @@ class EvaluationHooks:
                     "add the argument compute_result, and return the metrics when it is true",
                 )
             )
-
-    def _named_parts(self, eval_dataset: Any) -> dict[str, Any] | None:
-        """Of a dict of datasets what to evaluate by name; None for a single dataset."""
-        if isinstance(eval_dataset, dict):
-            return eval_dataset
-        if eval_dataset is None and isinstance(self.eval_dataset, dict):
-            return {name: name for name in self.eval_dataset}
-        return None
 
     def _with_speed(self, output: Any, started: float, prefix: str) -> dict[str, float]:
         batch = build.eval_batch_size(self.args, self.ranks) * self.ranks.world_size

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstrain.reporting import progress_callback, set_tensorboard_folder, tracker_callbacks
@@ -68,11 +69,23 @@ class Events:
             for c in self.handler.callbacks
         )
 
-    def exportable(self) -> list[Any]:
-        """Callbacks whose state checkpoints hold."""
+    def take_down(self) -> Callable[[], None]:
+        """Note what callbacks remember of a run; what is returned lets them remember that again.
+
+        It is about those that say in ``state`` what that is, for checkpoints, as early stopping
+        does. What others hold may be what a user collects over several runs.
+        """
         from dstrain.trainer.compat import ExportableState
 
-        return [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
+        callbacks = [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
+        states = [(c, copy.deepcopy(c.state().get("attributes", {}))) for c in callbacks]
+
+        def give_back() -> None:
+            for callback, attributes in states:
+                for name, value in copy.deepcopy(attributes).items():
+                    setattr(callback, name, value)
+
+        return give_back
 
     def begin_run(self, loader: Any, *, max_steps: int, steps_per_epoch: int | None) -> None:
         """A fresh state for a run of ``max_steps``; the log history of earlier runs is kept."""

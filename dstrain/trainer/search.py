@@ -16,7 +16,6 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, from_main, gather_objects
 from dstrain.models import check_writable
 from dstrain.trainer import compat
-from dstrain.trainer.callback_states import CallbackStates
 
 logger = get_logger(__name__)
 
@@ -53,7 +52,7 @@ class SearchHooks:
     _trial: Any = None
     _trial_id: str = ""
     _args_outside: TrainingArguments | None = None
-    _callbacks_before: CallbackStates | None = None
+    _give_back_callbacks: Callable[[], None] | None = None
 
     def hyperparameter_search(
         self,
@@ -69,7 +68,8 @@ class SearchHooks:
 
         Each trial starts from ``args`` as they are, with its hyperparameters in place of theirs,
         and writes into a folder of its own, ``output_dir/run-<number>`` or what ``hp_name`` says.
-        In each, and after the search, callbacks start with the plain values that they held before.
+        In each, and after the search, early stopping and other callbacks whose state a checkpoint
+        would hold begin as they were before.
         The main rank asks the backend; what it decides holds on all ranks.
 
         Args:
@@ -104,14 +104,13 @@ class SearchHooks:
         self.hp_search_backend, self.hp_name = name, hp_name
         self.hp_space = hp_space or default_space
         self.compute_objective = compute_objective or default_objective
-        self._callbacks_before = CallbackStates(self.events.handler.callbacks)
+        self._give_back_callbacks = self.events.take_down()
         try:
             return run(self, n_trials, direction, **kwargs)
         finally:
             self.hp_search_backend = None
             self._take_up_trial(None)
-            self._callbacks_before.give_back()
-            self._callbacks_before = None
+            self._give_back_callbacks()
 
     def _take_up_trial(self, trial: Any) -> None:
         """Put a trial's arguments in place, or those from before it."""
@@ -221,7 +220,7 @@ class Ended:
 def run_trial(trainer: Any, trial: Any, trial_id: str) -> Any:
     """Train and evaluate with a trial; its objective. A collective of all ranks."""
     trainer._trial_id, trainer.objective = trial_id, None
-    trainer._callbacks_before.give_back()
+    trainer._give_back_callbacks()
     try:
         trainer.train(trial=trial)
         if trainer.objective is None:  # no evaluation during training

@@ -28,11 +28,12 @@ from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
 from dstrain.trainer.features import check_features, training_features
 from dstrain.trainer.fitting import begin_with_found, check_fitting, run_fitting
-from dstrain.trainer.loop import MicroStep, RunPlan, TrainLoop
+from dstrain.trainer.loop import TrainLoop
 from dstrain.trainer.model_init import check_source, check_whole, fresh_model, num_arguments
 from dstrain.trainer.old_names import old_resume, one_name
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
 from dstrain.trainer.overrides import refuse_unheard
+from dstrain.trainer.plan import MicroStep, RunPlan
 from dstrain.trainer.position import Position
 from dstrain.trainer.preemption import Preemption
 from dstrain.trainer.publishing import HubHooks

@@ -69,21 +69,23 @@ def test_what_the_main_rank_says_holds_on_all_and_so_do_its_errors(rank: int) ->
 def test_optuna_searches_on_all_ranks_together(tmp_path: Path, rank: int) -> None:
     """Catches ranks that train different models, a config of the trial before, and lost results."""
     from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
 
     seen: list[Any] = []
-    remembered: list[Any] = []
 
-    class Watch(TrainerCallback):
+    class Watch(TrainerCallback, ExportableState):
         def __init__(self) -> None:
             self.steps = {"of this trial": 0}
-            self.tell = remembered.append  # no plain value: used as it is
+            self.collected: list[Any] = []
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"steps": self.steps}}
 
         def on_step_end(self, *args: Any, **kw: Any) -> None:
             self.steps["of this trial"] += 1
-            self.learnt = getattr(self, "learnt", 0) + 1
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-            self.tell((self, self.steps["of this trial"], self.learnt, state.global_step))
+            self.collected.append((self.steps["of this trial"], state.global_step))
             if state.trial_params is None:
                 return
             seen.append(
@@ -140,10 +142,10 @@ def test_optuna_searches_on_all_ranks_together(tmp_path: Path, rank: int) -> Non
         assert all((tmp_path / f"run-{n}" / "resolved_config.json").is_file() for n in range(3))
     trainer.train()  # goes on with the arguments from before the search
     assert trainer.resolved.value("learning_rate") == 0.5
-    assert len(remembered) == 4
-    for watch, steps, learnt, done in remembered:
-        assert watch is remembered[0][0]
-        assert steps == learnt == done, "what a callback remembers is of one trial"
+    watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
+    assert len(watch.collected) == 4, "what it keeps for the user is left alone"
+    for steps, done in watch.collected:
+        assert steps == done, "what it remembers of a run is of one trial"
     trainer.close()
 
 

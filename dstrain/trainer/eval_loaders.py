@@ -1,0 +1,73 @@
+"""Loaders of evaluation data, which may be one dataset or several with names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.data import end_processes
+
+
+class EvalLoaderHooks:
+    """The methods of transformers' Trainer about the data of an evaluation."""
+
+    eval_dataset: Any
+    _loader: Any
+    _eval_loaders: Mapping[str | None, tuple[Any, Any]] = MappingProxyType({})
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """This rank's evaluation loader; every sample is on one rank, in the dataset's order.
+
+        Loaders of the constructor's datasets are kept with ``dataloader_persistent_workers``.
+
+        Args:
+            eval_dataset: a dataset, or the name of one in the constructor's dict.
+
+        Raises:
+            DataError: there is no evaluation data, or it is empty.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            return self._loader(eval_dataset, train=False)
+        if self.eval_dataset is None:
+            raise DataError(
+                Problem("evaluate() without eval_dataset", "", "pass one here or to the Trainer")
+            )
+        dataset = self.eval_dataset
+        if eval_dataset is not None:
+            known = dataset if isinstance(dataset, dict) else {}
+            if eval_dataset not in known:
+                raise DataError(
+                    Problem(
+                        f"evaluation on {eval_dataset!r}",
+                        f"the names of the Trainer's eval_dataset are {list(known)}",
+                        "name one of these, or pass a dataset",
+                    )
+                )
+            dataset = known[eval_dataset]
+        found, loader = self._eval_loaders.get(eval_dataset, (None, None))
+        if found is not dataset:
+            end_processes(loader)
+            loader = self._loader(dataset, train=False)
+            if getattr(loader, "persistent_workers", False):
+                self._eval_loaders = {**self._eval_loaders, eval_dataset: (dataset, loader)}
+        return loader
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """This rank's loader of ``predict``."""
+        return self._loader(test_dataset, train=False)
+
+    def _release_eval_loaders(self) -> None:
+        """End the processes of loaders that were kept."""
+        for _, loader in self._eval_loaders.values():
+            end_processes(loader)
+        self._eval_loaders = MappingProxyType({})
+
+    def _named_parts(self, eval_dataset: Any) -> dict[str, Any] | None:
+        """Of a dict of datasets what to evaluate by name; None for a single dataset."""
+        if isinstance(eval_dataset, dict):
+            return eval_dataset
+        if eval_dataset is None and isinstance(self.eval_dataset, dict):
+            return {name: name for name in self.eval_dataset}
+        return None

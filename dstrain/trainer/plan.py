@@ -1,0 +1,103 @@
+"""What the training loop is given: a run's plan, the trainer's hooks, facts of a micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dstrain.core.ranks import PendingSum
+from dstrain.trainer.position import Position
+
+
+class Hooks(Protocol):
+    """What the loop calls on the trainer: its overridable steps, its events, its evaluation."""
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its mean loss."""
+        ...
+
+    def count_flos(self, inputs: Any) -> None:
+        """Count the floating-point operations of a micro-batch."""
+        ...
+
+    def store_flos(self) -> None:
+        """Bring ``state.total_flos`` up to date; a collective."""
+        ...
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Report the figures of a logging step."""
+        ...
+
+    def event(self, name: str, **kwargs: Any) -> Any:
+        """Tell callbacks of an event; returns the control object."""
+        ...
+
+    def evaluate_in_training(self) -> Any:
+        """Evaluate because a callback asked for it; returns the control object.
+
+        Raises:
+            EvaluationStopped: a signal ended it; all is as if it had not begun.
+        """
+        ...
+
+    def save_in_training(self, position: Position) -> None:
+        """Save a checkpoint because a callback asked for it."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is made of.
+
+    Attributes:
+        max_steps: optimizer steps in all.
+        steps_per_epoch: optimizer steps per epoch, None for a stream.
+        accumulation: micro-batches per rank and full window.
+        nan_loss: "stop" or "continue".
+        filter_bad: leave NaN and infinite losses out of the logged mean.
+        log_every: steps between logs, 0 when logging goes by other events.
+        eval_on_start: evaluate once before the first step.
+        saves: whether checkpoints may be written, so that random states must be kept.
+        empty_cache_steps: steps between two clearances of the device's memory cache; 0 for none.
+    """
+
+    max_steps: int
+    steps_per_epoch: int | None
+    accumulation: int
+    nan_loss: str
+    filter_bad: bool
+    log_every: int
+    eval_on_start: bool = False
+    saves: bool = False
+    empty_cache_steps: int = 0
+
+
+@dataclass
+class MicroStep:
+    """What ``training_step`` needs to know beyond its arguments.
+
+    Attributes:
+        scaled_count: the micro-batch's number of targets times the number of ranks.
+        total: targets of the whole window over all ranks, still being added up during forward.
+        last: whether the micro-batch ends the accumulation window.
+    """
+
+    scaled_count: int = 1
+    total: PendingSum | None = None
+    last: bool = True
+
+    def weight(self) -> torch.Tensor | float:
+        """Factor of the micro-batch's mean loss in this rank's loss.
+
+        DeepSpeed's mean over ranks is then the mean over all targets of the global batch.
+        """
+        return 1.0 if self.total is None else self.scaled_count / at_least_one(self.total.get())
+
+
+def at_least_one(number: torch.Tensor | float) -> torch.Tensor | float:
+    """A divisor from a count that may be 0: a window without any target has no gradient."""
+    return number.clamp(min=1.0) if isinstance(number, torch.Tensor) else max(1.0, number)
