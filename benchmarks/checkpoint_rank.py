@@ -384,13 +384,13 @@ def _config(settings: Settings) -> dict[str, Any]:
 
 
 def build_model() -> Any:
-    """A llama of 15 million parameters, the same at every call."""
+    """A llama of 32 million parameters, the same at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
+        hidden_size=768,
+        intermediate_size=2112,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=8,
