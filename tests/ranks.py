@@ -397,6 +397,7 @@ def _remember() -> Callable[[], list[str]]:
 
     def restore() -> list[str]:
         gc.collect()  # engines and executors end their threads when they are freed
+        gc.freeze()  # what is left would be looked through again whenever an engine ends
         changed = sorted({name for name, _ in environment.items() ^ os.environ.items()})
         leaks = [
             f"environment: {name} was {environment.get(name)!r}, is {os.environ.get(name)!r}"
@@ -476,7 +477,7 @@ class Worker:
     def _set_aside_imports(self) -> None:
         """Spare the collector what is imported: it stays, and every engine that ends collects.
 
-        What else is alive now is looked through again after the next large import.
+        What tests left behind is set aside too, and looked through again at this moment.
         """
         if len(sys.modules) > self.num_modules + FEW_MODULES:
             gc.unfreeze()

@@ -69,16 +69,19 @@ class Events:
             for c in self.handler.callbacks
         )
 
+    def exportable(self) -> list[Any]:
+        """Callbacks whose state checkpoints hold."""
+        from dstrain.trainer.compat import ExportableState
+
+        return [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
+
     def take_down(self) -> Callable[[], None]:
         """Note what callbacks remember of a run; what is returned lets them remember that again.
 
         It is about those that say in ``state`` what that is, for checkpoints, as early stopping
         does. What others hold may be what a user collects over several runs.
         """
-        from dstrain.trainer.compat import ExportableState
-
-        callbacks = [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
-        states = [(c, copy.deepcopy(c.state().get("attributes", {}))) for c in callbacks]
+        states = [(c, copy.deepcopy(c.state().get("attributes", {}))) for c in self.exportable()]
 
         def give_back() -> None:
             for callback, attributes in states:
