@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,26 @@ class Number(int):
     """Stands in for an enumeration of DeepSpeed."""
 
 
-_STAND_INS: dict[str, type[Any]] = {
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
+
+
+def _stage_named(cls: Any, name: Any) -> Number:
+    """Stands in for ``getattr``, by which Python 3.11.0 to 3.11.3 store a member of an enumeration.
+
+    Raises:
+        UnpicklingError: for any other use of it.
+    """
+    if cls is not Number or name not in _STAGES:
+        raise pickle.UnpicklingError("function builtins.getattr was not an allowed one here")
+    return Number(_STAGES[name])
+
+
+_STAND_INS: dict[str, Callable[..., Any]] = {
     "deepspeed.utils.tensor_fragment.fragment_address": Record,
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": Record,
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": Record,
     "deepspeed.runtime.zero.config.ZeroStageEnum": Number,
+    "builtins.getattr": _stage_named,
 }
 
 

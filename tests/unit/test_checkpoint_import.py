@@ -69,6 +69,31 @@ def test_what_deepspeed_stores_is_read_without_its_classes(tmp_path):
     assert type(dynamic) is type(fixed) is Record
 
 
+class Reduced:
+    """Is stored as a call of ``getattr``."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __reduce__(self) -> Any:
+        return getattr, self.args
+
+
+def test_an_enumeration_as_pythons_before_3_11_4_store_it(tmp_path):
+    """There a member is getattr(class, name), which must not become a way to anything else."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    for stage in ZeroStageEnum:
+        torch.save([Reduced(ZeroStageEnum, stage.name)], tmp_path / "x.pt")
+        (read,) = load_pickle(tmp_path / "x.pt")
+        assert (read, type(read)) == (stage.value, Number)
+    for args in [(ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro"), (fragment_address, "start")]:
+        torch.save([Reduced(*args)], tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match=r"objects of builtins\.getattr"):
+            load_pickle(tmp_path / "x.pt")
+
+
 def test_pickles_are_read_in_one_place():
     """Nothing else that touches a checkpoint loads one; DeepSpeed's own layout is DeepSpeed's."""
     found = [
