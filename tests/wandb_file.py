@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ def go_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
+def wait_until_written(file: Path, *, seconds: float = 20.0) -> None:
+    """Until W&B's own process has ended the file, some milliseconds after ``finish`` returns."""
+    deadline = time.monotonic() + seconds
+    while not any(record.WhichOneof("record_type") == "exit" for record in records(file)):
+        assert time.monotonic() < deadline, f"W&B has not ended {file}"
+        time.sleep(0.05)
+
+
 def records(file: Path) -> Iterator[Any]:
     """The records of a ``.wandb`` file, in their order."""
     from wandb.proto import wandb_internal_pb2
@@ -38,6 +47,8 @@ def records(file: Path) -> Iterator[Any]:
         parts += content[position : position + size]
         position += size
         if kind in (_FULL, _LAST):
+            if position > len(content):
+                return  # not whole yet
             record = wandb_internal_pb2.Record()
             record.ParseFromString(parts)
             parts = b""

@@ -149,6 +149,7 @@ def test_tensorboard_and_wandb_record_the_run(
         reader.Tags()["scalars"]
     )
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    wandb_file.wait_until_written(file)
     assert wandb_file.history(file, "train/loss") == pytest.approx(logged)
     assert wandb_file.history(file, "train/global_step")[: len(logged)] == [1, 2, 3, 4]
     config = wandb_file.config(file)
