@@ -48,7 +48,6 @@ COLLECTIVE_SECONDS = 60.0
 MEET_SECONDS = 10.0  # for the barrier after a test
 LEAVE_SECONDS = 2.0  # for a test's threads to end after its fixtures did
 OUTPUT_TAIL_CHARS, PEER_TAIL_LINES = 4000, 20
-FEW_MODULES = 20
 PHASES = ("setup", "call", "teardown")
 DUMP_SIGNAL = int(signal.SIGRTMAX) - 1  # not SIGUSR1: a trainer may answer that one
 PR_SET_PDEATHSIG = 1
@@ -397,7 +396,7 @@ def _remember() -> Callable[[], list[str]]:
 
     def restore() -> list[str]:
         gc.collect()  # engines and executors end their threads when they are freed
-        gc.freeze()  # what is left would be looked through again whenever an engine ends
+        gc.freeze()  # what is left (late imports) would be looked through at each engine's end
         changed = sorted({name for name, _ in environment.items() ^ os.environ.items()})
         leaks = [
             f"environment: {name} was {environment.get(name)!r}, is {os.environ.get(name)!r}"
@@ -433,7 +432,6 @@ class Worker:
 
     def __init__(self, connection: Connection, options: dict[str, object]) -> None:
         self.connection, self.options = connection, options
-        self.num_modules = -FEW_MODULES
 
     @pytest.fixture
     def rank(self) -> int:
@@ -464,7 +462,7 @@ class Worker:
         timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
         deepspeed.init_distributed("gloo", timeout=timeout)
         items = {item.nodeid: item for item in session.items}
-        self._set_aside_imports()
+        gc.freeze()  # what is imported stays, and need not be looked through after each test
         complaint = ""
         while True:
             self.connection.send(("answer", complaint))
@@ -473,17 +471,6 @@ class Worker:
             except EOFError:
                 return True
             complaint = self._meet() if request is None else self._run(items, *request)
-
-    def _set_aside_imports(self) -> None:
-        """Spare the collector what is imported: it stays, and every engine that ends collects.
-
-        What tests left behind is set aside too, and looked through again at this moment.
-        """
-        if len(sys.modules) > self.num_modules + FEW_MODULES:
-            gc.unfreeze()
-            gc.collect()
-            gc.freeze()
-            self.num_modules = len(sys.modules)
 
     def _meet(self) -> str:
         import torch.distributed as dist
@@ -522,7 +509,6 @@ class Worker:
             result = yield
         finally:
             leaks = self.restore()
-        self._set_aside_imports()
         if leaks:
             pytest.fail("left behind by this test:\n" + "\n".join(leaks), pytrace=False)
         return result

@@ -20,6 +20,7 @@ from dstrain.models.tensor_file import Stored, TensorReader, write_tensor_file
 __all__ = [
     "DTYPES",
     "HeldShards",
+    "HostCopies",
     "Skeleton",
     "Stored",
     "TensorReader",
@@ -29,7 +30,6 @@ __all__ = [
     "check_writable",
     "count_causal_lm",
     "count_seq2seq",
-    "HostCopies",
     "held_bytes",
     "hold_shards",
     "needs_conversion",
