@@ -83,19 +83,20 @@ class Collector:
         self._transport = transport
         self._keeping = keeping
         self._on_batch = on_batch
-        self._pending: list[tuple[EvalBatch, Prediction]] = []
+        self._pending: list[tuple[EvalBatch, Prediction | None]] = []
         self._layouts: tuple[Layout, ...] | None = None
         self._formats: list[tuple[Any, int]] = []  # type and number of dimensions of each leaf
         self._columns: Columns | None = None
         self._objects: dict[int, list[list[Any]]] = {}  # of some leaves, batch by batch
         self._failure: Exception | None = None
 
-    def add(self, batch: EvalBatch, prediction: Prediction) -> None:
-        """Take what one forward pass gave.
+    def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
+        """Take what one forward pass gave; nothing after ``fail``.
 
         Raises:
             DataError: it cannot be joined with what other ranks or batches gave; on all ranks.
-            Exception: what ``on_batch`` raised on rank 0; on all ranks.
+            Exception: what ``on_batch`` raised on rank 0, or what a rank passed to ``fail``; on all
+                ranks.
         """
         self._pending.append((batch, prediction))
         if len(self._pending) >= self._keeping.every or batch.is_last:
@@ -108,6 +109,10 @@ class Collector:
     def has_sent_all(self) -> bool:
         """Whether no batch is left to be sent; the same on all ranks."""
         return not self._pending
+
+    def fail(self, error: Exception) -> None:
+        """Raise this rank's error on all when batches are next sent, or in ``finish``."""
+        self._failure = self._failure or error
 
     def abort(self, error: Exception) -> None:
         """Raise this rank's error on all, instead of sending a batch.
@@ -162,23 +167,23 @@ class Collector:
                 parts.append(layout.fill(iter(mine)))
         return Collected(**dict(zip(_PARTS, parts, strict=True)))
 
-    def _send(self, batch: EvalBatch, prediction: Prediction) -> None:
+    def _send(self, batch: EvalBatch, prediction: Prediction | None) -> None:
         """Send one batch to rank 0, or raise on all ranks what kept one of them from it."""
         leaves: list[Any] = []
-        error: Exception | None = None
-        try:
-            layouts, leaves = self._take_apart(batch, prediction)
-            formats = [_format_of(leaf) for leaf in leaves]
-            if self._layouts is not None:
-                self._check_same(layouts, formats)
-        except DataError as caught:
-            error = caught
-        if self._layouts is None:
-            self._transport.raise_together(error)
-            self._agree(layouts, formats)
+        failed = self._failure
+        if prediction is not None:
+            try:
+                layouts, leaves = self._take_apart(batch, prediction)
+                formats = [_format_of(leaf) for leaf in leaves]
+                if self._layouts is not None:
+                    self._check_same(layouts, formats)
+            except DataError as error:
+                failed = failed or error
         del prediction
-        numbers = self._shape_numbers(leaves, failed=error is not None)
-        failed = error or self._failure
+        if self._layouts is None:
+            self._transport.raise_together(failed)
+            self._agree(layouts, formats)
+        numbers = self._shape_numbers(leaves, failed=failed is not None)
         rows = self._transport.headers(numbers, failed=failed is not None)
         if rows is None:
             self._transport.raise_together(failed)

@@ -8,7 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
+from dstrain.core.log import get_logger
 from dstrain.core.ranks import sum_over_ranks
+from dstrain.evaluation.transport import raise_together
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,15 @@ class LossTotals:
 class Keeper(Protocol):
     """What becomes of predictions."""
 
-    def add(self, batch: EvalBatch, prediction: Prediction) -> None:
-        """Take what came of a batch; a collective of all ranks now and then."""
+    def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
+        """Take what came of a batch; a collective of all ranks now and then.
+
+        Nothing comes of those after ``fail``.
+        """
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Raise this rank's error on all ranks when they next meet in ``add``, or after the end."""
         ...
 
     def abort(self, error: Exception) -> None:
@@ -80,9 +91,11 @@ def evaluate_batches(
     predict: Callable[[Any], Prediction],
     *,
     device: Any,
+    finish: Callable[[Prediction], Prediction] = lambda prediction: prediction,
     keep: Keeper | None = None,
     collective: bool = False,
     on_step: Callable[[], None] = lambda: None,
+    meet: Callable[[], None] = lambda: None,
 ) -> LossTotals:
     """Mean loss over all targets of all ranks; predictions go to ``keep``.
 
@@ -90,25 +103,42 @@ def evaluate_batches(
     its targets) over the sum of targets does not. Ranks must pass the same number of batches, as
     ZeRO-3 gathers parameters together; those without a sample pass stand-ins with weight 0.
 
+    An error on one rank is raised on all. Where the others may need this rank until they can hear
+    of it, it goes on without keeping anything: in its forward passes, if these are collective.
+
     Args:
         batches: this rank's batches.
         predict: the forward pass.
         device: where to add up.
+        finish: what is done to a prediction before it is kept, by this rank alone.
         keep: takes each batch, stand-ins included, and what came of it.
         collective: ranks meet inside of ``predict``. An error there is raised at once, on its rank
             alone: the others may wait for it in theirs, where nothing can be told to them.
         on_step: called after each batch.
+        meet: called after that on every rank, whatever has failed; ranks may meet in it.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     num_targets = num_samples = num_steps = without_loss = 0
+    failure: Exception | None = None
     for batch in batches:
-        try:
-            prediction = predict(batch.inputs)
-        except Exception as error:
-            if keep is not None and not collective:
-                keep.abort(error)
-            raise
-        if prediction.loss is None:
+        prediction: Prediction | None = None
+        if failure is None or collective:
+            try:
+                prediction = predict(batch.inputs)
+            except Exception as error:
+                if collective:
+                    raise
+                if keep is not None:
+                    keep.abort(error)
+                failure = error
+        if failure is None and prediction is not None:
+            try:
+                prediction = finish(prediction)
+            except Exception as error:
+                failure = _noted(error, keep)
+        if failure is not None or prediction is None:
+            prediction = None
+        elif prediction.loss is None:
             without_loss += bool(batch.num_samples)
         elif batch.num_targets:  # the mean over no target is no number, whatever its weight
             loss = torch.as_tensor(prediction.loss, dtype=torch.float64, device=device)
@@ -119,11 +149,28 @@ def evaluate_batches(
         if keep is not None:
             keep.add(batch, prediction)
         del prediction  # or its tensors would live through the next forward pass
-        on_step()
+        if failure is None:
+            try:
+                on_step()
+            except Exception as error:
+                failure = _noted(error, keep)
+        meet()
     counts = torch.tensor(
-        [num_targets, num_samples, without_loss], dtype=torch.float64, device=device
+        [num_targets, num_samples, without_loss, failure is not None],
+        dtype=torch.float64,
+        device=device,
     )
     totals = sum_over_ranks(torch.cat([loss_sum.reshape(1), counts])).tolist()
-    total_loss, targets, samples, missing = totals
+    total_loss, targets, samples, missing, failed = totals
+    if failed:
+        raise_together(failure)
     mean = total_loss / targets if targets and not missing else None
     return LossTotals(mean, int(targets), int(samples), num_steps)
+
+
+def _noted(error: Exception, keep: Keeper | None) -> Exception:
+    """The error, told at once in the log: until it is raised many batches may go by."""
+    logger.error("the evaluation will end with %s: %s", type(error).__name__, error)
+    if keep is not None:
+        keep.fail(error)
+    return error

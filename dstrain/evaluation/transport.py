@@ -119,9 +119,14 @@ class Transport:
 
     def raise_together(self, error: Exception | None) -> None:
         """Raise this rank's error, and on ranks without one the first of the others."""
-        for found in self.agree(_portable_error(error)):
-            if found is not None:
-                raise error or found
+        raise_together(error, group=self.group)
+
+
+def raise_together(error: Exception | None, *, group: Any = None) -> None:
+    """Raise this rank's error, and on ranks without one the first of the others; a collective."""
+    for found in gather_objects(_portable_error(error), group=group):
+        if found is not None:
+            raise error or found
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

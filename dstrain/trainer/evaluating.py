@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +214,11 @@ class EvaluationHooks(EvalLoaderHooks):
                 self._eval_batches(dataloader),
                 lambda inputs: self._predict_batch(model, inputs, loss_only, ignore_keys),
                 device=device_name(),
+                finish=self._reduced,
                 keep=collector,
                 collective=self.resolved.stage == 3,
-                on_step=lambda: self._after_batch(dataloader, collector),
+                on_step=lambda: self.events("on_prediction_step", eval_dataloader=dataloader),
+                meet=lambda: self._heed_signals(collector),
             )
             if totals.num_samples == 0:
                 raise DataError(
@@ -292,7 +295,7 @@ class EvaluationHooks(EvalLoaderHooks):
         assert self._preemption is not None
         state, undo = random_state(), self._undo_of_evaluation()
         try:
-            with self._preemption.evaluating():
+            with self.events.reports_held(), self._preemption.evaluating():
                 metrics = self.evaluate(ignore_keys=self.ignore_keys_for_eval)
         except EvaluationStopped:
             undo()
@@ -310,6 +313,7 @@ class EvaluationHooks(EvalLoaderHooks):
         """What takes back the log entries of sets that were done, and what callbacks made of them.
 
         It is about what a checkpoint holds: a run that goes on from there evaluates all sets.
+        (Trackers have not heard of them yet.)
         """
         num_entries = len(self.state.log_history)
         give_back = self.events.take_down()
@@ -320,9 +324,8 @@ class EvaluationHooks(EvalLoaderHooks):
 
         return undo
 
-    def _after_batch(self, loader: Any, collector: Collector | None) -> None:
-        """Tell callbacks, and end the evaluation where a signal ends the training that it is of."""
-        self.events("on_prediction_step", eval_dataloader=loader)
+    def _heed_signals(self, collector: Collector | None) -> None:
+        """End the evaluation where a signal ends the training that it is of."""
         if self._preemption is not None:
             self._preemption.heed(may_ask=collector is None or collector.has_sent_all)
 
@@ -408,11 +411,14 @@ class EvaluationHooks(EvalLoaderHooks):
         loss, logits, labels = self.prediction_step(
             model, inputs, loss_only, ignore_keys=ignore_keys
         )
-        if loss_only:
-            return Prediction(loss)
-        if logits is not None and self.preprocess_logits_for_metrics is not None:
-            logits = self.preprocess_logits_for_metrics(logits, labels)
-        return Prediction(loss, logits, labels, kept)
+        return Prediction(loss) if loss_only else Prediction(loss, logits, labels, kept)
+
+    def _reduced(self, prediction: Prediction) -> Prediction:
+        """With what ``preprocess_logits_for_metrics`` makes of the logits, where there is one."""
+        reduce, logits = self.preprocess_logits_for_metrics, prediction.predictions
+        if logits is None or reduce is None:
+            return prediction
+        return replace(prediction, predictions=reduce(logits, prediction.labels))
 
     def _eval_batches(self, loader: Any) -> Iterator[EvalBatch]:
         for micro_batch, is_last in in_step(loader, device=device_name()):

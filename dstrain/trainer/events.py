@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstrain.reporting import progress_callback, set_tensorboard_folder, tracker_callbacks
@@ -59,6 +61,38 @@ class Events:
         self.control = event(trainer.args, trainer.state, self.control, *extra, **kwargs)
         trainer.control = self.control
         return self.control
+
+    @contextlib.contextmanager
+    def reports_held(self) -> Iterator[None]:
+        """Let trackers hear of what is logged inside only when all of it is.
+
+        They cannot take a point back. So where a signal ends an evaluation of several sets they
+        hear of none: the run that goes on evaluates all of them again.
+        """
+        from dstrain.reporting import compat
+
+        kinds = tuple(compat.INTEGRATION_TO_CALLBACK.values())
+        trackers: list[Any] = [c for c in self.handler.callbacks if isinstance(c, kinds)]
+        held: list[Callable[[], Any]] = []
+
+        def hold(tracker: Any, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+            report = type(tracker).on_log
+            logs = None if logs is None else dict(logs)
+            held.append(functools.partial(report, tracker, *args, logs=logs, **kwargs))
+
+        for tracker in trackers:
+            tracker.on_log = functools.partial(hold, tracker)
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                held.clear()
+            raise
+        finally:
+            for tracker in trackers:
+                del tracker.on_log
+            for report in held:
+                report()
 
     def read_checkpoints(self) -> bool:
         """Whether a callback may read a checkpoint in ``on_save``, so that it must be there."""

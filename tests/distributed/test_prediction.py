@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
 
 from tests.distributed.runs import make_trainer
 from tests.models import RaggedTokens, pad_collate, tiny_llama
@@ -241,6 +242,71 @@ def test_errors_of_a_metric_are_raised_on_all_ranks(tmp_path: Path) -> None:
             trainer.evaluate()
     trainer.prediction_step = step
     assert 0 <= trainer.evaluate()["eval_right"] <= 1
+
+
+class Breaking(TrainerCallback):
+    """Raises on rank 1 after some batch of an evaluation."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.seen, self.at = rank, 0, 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seen += 1
+        if self.rank == 1 and self.seen == self.at:
+            raise ArithmeticError("callback of rank 1")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_errors_after_a_forward_pass_are_raised_on_all_ranks(
+    stage: int, tmp_path: Path, rank: int
+) -> None:
+    """Also where the others go into forward passes that are collectives before they hear of it."""
+    breaking = Breaking(rank)
+    trainer = make_trainer(
+        tmp_path, stage=stage, deepspeed=EVERYTHING_WIDE if stage == 3 else None,
+        per_device_eval_batch_size=1, callbacks=[breaking],
+    )  # fmt: skip
+    num_batches = 4
+
+    def breaks_at(batch: int) -> Any:
+        calls: list[int] = []
+
+        def reduce(logits: Any, labels: Any) -> Any:
+            calls.append(0)
+            if rank == 1 and len(calls) == batch:
+                raise MemoryError("logits of rank 1")
+            return logits.argmax(-1)
+
+        return reduce
+
+    for compute_metrics in (lambda prediction: {"n": len(prediction.predictions)}, None):
+        trainer.compute_metrics = compute_metrics
+        for every in (1, 3) if compute_metrics else (1,):
+            trainer.args.eval_accumulation_steps = every
+            for batch in (1, 2, num_batches):
+                breaking.at, breaking.seen = batch, 0
+                with pytest.raises(ArithmeticError, match="callback of rank 1"):
+                    trainer.evaluate()
+                breaking.at = 0
+                trainer.preprocess_logits_for_metrics = breaks_at(batch)
+                if compute_metrics:
+                    with pytest.raises(MemoryError, match="logits of rank 1"):
+                        trainer.evaluate()
+                trainer.preprocess_logits_for_metrics = breaks_at(0)
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    if stage == 2:  # a forward pass without a metric, so without an exchange until the end
+        step = trainer.prediction_step
+
+        def breaks(*args: Any, **kwargs: Any) -> Any:
+            if rank == 1:
+                raise MemoryError("rank 1 alone")
+            return step(*args, **kwargs)
+
+        trainer.prediction_step = breaks
+        with pytest.raises(MemoryError, match="rank 1 alone"):
+            trainer.evaluate()
+    trainer.close()
 
 
 class BatchedAccuracy:

@@ -154,7 +154,7 @@ CASES = {
         settings={
             "stage": 3, "eval_strategy": "epoch", "save_strategy": "epoch", "sets": ("a", "b"),
             "max_steps": 8, "metric_for_best_model": "a_loss", "load_best_model_at_end": True,
-            "restore_callback_states_from_checkpoint": True,
+            "restore_callback_states_from_checkpoint": True, "report_to": "tensorboard",
         },
     ),
     "after the last step": Case(
@@ -211,15 +211,29 @@ def callbacks_of(case: Case) -> list[Any]:
     return [EarlyStoppingCallback(early_stopping_patience=9)]
 
 
+def evaluated_points(folder: Path) -> list[tuple[str, int]]:
+    """What TensorBoard was told of evaluations by the runs in a folder."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    return sorted(
+        (value.tag, event.step)
+        for path in folder.glob("runs/*/events.out.tfevents*")
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.tag.startswith("eval/")
+    )
+
+
 @pytest.mark.ranks(2, timeout=300)
 @pytest.mark.parametrize("name", CASES)
 def test_the_evaluation_ends_soon_and_the_next_run_does_it_again(
-    name: str, tmp_path: Path, rank: int
+    name: str, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the same batch of all ranks; the run that goes on is the one that was never stopped."""
     from dstrain.checkpoint import committed
     from dstrain.core.ranks import gather_objects
 
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # which is set for the tracker to read
     case = CASES[name]
     settings = {"save_strategy": "steps", "save_steps": 100, **case.settings}
     counts = callbacks_of(case)
@@ -252,6 +266,10 @@ def test_the_evaluation_ends_soon_and_the_next_run_does_it_again(
     assert_same(again, whole)
     for key in ("best", "best folder"):
         assert again[key] == whole[key], key
+    if "report_to" in settings and rank == 0:
+        points = evaluated_points(tmp_path / "whole")
+        assert evaluated_points(tmp_path / "again") == points
+        assert len(set(points)) == len(points) > 0
     for step, expected in whole["saved"].items():
         assert again["saved"][step] == expected, step
 
