@@ -26,8 +26,9 @@ POLL_SECONDS = 0.002
 class Meter:
     """The peak of this process's memory over what it was at the start, by looking all the time.
 
-    Anonymous pages are what an allocation takes and only its release gives back. Resident ones are
-    those and pages of mapped files, which the system drops when it needs the memory.
+    Anonymous pages are what an allocation takes and only its release gives back. Mapped ones are of
+    files, here those of predictions, and the system drops them when it needs the memory. Resident
+    are both together, and what ranks share. Each has its peak at a time of its own.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class Meter:
 
     @staticmethod
     def _now() -> dict[str, int]:
-        names = {"RssAnon": "anonymous_mb", "VmRSS": "resident_mb"}
+        names = {"RssAnon": "anonymous_mb", "RssFile": "mapped_mb", "VmRSS": "resident_mb"}
         found = {}
         for line in Path("/proc/self/status").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -71,6 +72,11 @@ def compute_metrics(prediction: Any) -> dict[str, float]:
     """What users write: over everything at once."""
     right, number = accuracy(prediction.predictions, prediction.label_ids)
     return {"accuracy": right / number}
+
+
+def nothing(prediction: Any) -> dict[str, float]:
+    """Reads no prediction: what is left is the collecting."""
+    return {"rows": float(len(prediction.predictions))}
 
 
 class BatchAccuracy:
@@ -133,7 +139,12 @@ def dstrain_trainer(settings: Settings, folder: str) -> Any:
         report_to=["none"],
         disable_tqdm=True,
     )
-    metrics: Any = {"loss": None, "dstrain": compute_metrics, "dstrain-batches": BatchAccuracy()}
+    metrics: Any = {
+        "loss": None,
+        "dstrain-collect": nothing,
+        "dstrain": compute_metrics,
+        "dstrain-batches": BatchAccuracy(),
+    }
     return Trainer(_model(settings), args, compute_metrics=metrics[settings.contender])
 
 

@@ -34,7 +34,7 @@ def metric_values(
     def compute() -> dict[str, Any]:
         if not _is_complete(collected):
             return {}
-        with pages_given_back(collected.predictions, collected.labels, collected.inputs):
+        with pages_given_back(*vars(collected).values()):
             return _checked(compute_metrics(_eval_prediction(collected)))
 
     return transport.from_main(compute)

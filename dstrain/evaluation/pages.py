@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-_SECONDS = 0.02  # between two times; in it a core reads some 100 MB
+_SECONDS = 0.003  # between two times; in it a core reads some 10 MB
+_SHARE = 0.05  # of this process's time that may go into it, where there are thousands of maps
 
 
 @contextlib.contextmanager
@@ -19,7 +21,9 @@ def pages_given_back(*values: Any) -> Iterator[None]:
 
     What is read of a map stays in the process until the system wants the memory, and whoever looks
     at the process (a batch system with a limit, say) takes it for used. Nothing is lost: what was
-    changed is in the file, and what is read again comes from the system's cache.
+    changed is in the file, and what is read again comes from the system's cache. There is no limit
+    that the system could be told, so a thread does it all the time; how much is there at the most
+    is what the reader reads until that thread gets a core.
 
     Args:
         *values: arrays, in tuples, lists and dicts; those that are no memory maps do not matter.
@@ -31,9 +35,12 @@ def pages_given_back(*values: Any) -> Iterator[None]:
     done = threading.Event()
 
     def give_back() -> None:
-        while not done.wait(_SECONDS):
+        pause = _SECONDS
+        while not done.wait(pause):
+            started = time.perf_counter()
             for pages in maps:
                 pages.madvise(mmap.MADV_DONTNEED)
+            pause = max(_SECONDS, (time.perf_counter() - started) / _SHARE)
 
     thread = threading.Thread(target=give_back, name="predictions", daemon=True)
     thread.start()
