@@ -1,5 +1,6 @@
 """Models: built, loaded and saved whole or partitioned."""
 
+from dstrain.models.adapters import guard_merging, merge_adapters, unloaded
 from dstrain.models.build import (
     DTYPES,
     build_causal_lm,
@@ -30,16 +31,19 @@ __all__ = [
     "check_writable",
     "count_causal_lm",
     "count_seq2seq",
+    "guard_merging",
     "held_bytes",
     "hold_shards",
     "needs_conversion",
     "load_causal_lm",
     "load_seq2seq",
     "max_length",
+    "merge_adapters",
     "parse_model_config",
     "save_configs",
     "save_model",
     "sizes_of_module",
     "skeleton_of",
+    "unloaded",
     "write_tensor_file",
 ]

@@ -1,25 +1,30 @@
-"""Saving a PEFT model: the small trained parts alone, as ``peft`` reads them, at every ZeRO stage.
+"""PEFT models at every ZeRO stage: saving the small trained parts alone, and merging them.
 
-The frozen model below is not gathered; at stage 3 only the adapter's own parameters are.
+Saving gathers only the adapter's own parameters, as ``peft`` reads them; the frozen model below
+stays partitioned. Merging gathers the model one layer at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dstrain.core.adapters import inner_model
+from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
-from dstrain.engine import gathered
+from dstrain.engine import full_numel, gathered
 from dstrain.models.tensor_file import Stored, write_tensor_file
 
 WEIGHTS = "adapter_model.safetensors"
+_MERGING = ("merge_and_unload", "merge_adapter", "unmerge_adapter")
 
 
 def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
@@ -101,3 +106,67 @@ def _write(model: Any, adapter: str, held: dict[str, torch.Tensor], folder: Path
         kind = type(inner)
         mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     config.save_pretrained(str(folder), auto_mapping_dict=mapping)
+
+
+# --- merging -------------------------------------------------------------------------------------
+
+
+def merge_adapters(model: Any) -> None:
+    """Add the active adapters to the weights below, in place; a collective of all ranks.
+
+    At stage 3 a rank holds one layer whole at a time.
+
+    Raises:
+        ModelError: not a PEFT model, or one whose adapter is not a part of its weights.
+    """
+    if not hasattr(getattr(model, "base_model", None), "merge_and_unload"):
+        kind = type(model).__name__
+        raise ModelError(
+            Problem(
+                f"merge_and_unload() with {kind}",
+                "its adapter is no change of weights" if has_adapters(model) else "no PEFT model",
+                "merge LoRA and its like; save_model() saves other adapters",
+            )
+        )
+    for layer in _outermost(model):
+        with gathered(layer.parameters(), write_from=0):
+            layer.merge()
+
+
+def unloaded(model: Any) -> torch.nn.Module:
+    """The model below, after ``merge_adapters``; the PEFT model is not to be used any more."""
+    tuner = model.base_model
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        below: torch.nn.Module = type(tuner).merge_and_unload(tuner)
+    return below
+
+
+def guard_merging(model: Any) -> None:
+    """Let ``peft``'s own merging raise while parameters are partitioned: it would add nothing."""
+    for name in _MERGING:
+        if has_adapters(model) and hasattr(type(model.base_model), name):
+            setattr(model.base_model, name, functools.partial(_merge_whole, model.base_model, name))
+
+
+def _merge_whole(tuner: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    if any(p.numel() != full_numel(p) for p in tuner.parameters()):
+        raise ModelError(
+            Problem(
+                f"{name}() of a model that is partitioned over the ranks (ZeRO stage 3)",
+                "this rank has a share of each weight, so nothing would be added to any",
+                "call merge_and_unload() of the trainer on all ranks, and save_model() after it",
+            )
+        )
+    return getattr(type(tuner), name)(tuner, *args, **kwargs)
+
+
+def _outermost(module: torch.nn.Module) -> Iterator[Any]:
+    """The layers that adapters change, without those inside of one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for child in module.children():
+        if isinstance(child, BaseTunerLayer):
+            yield child
+        else:
+            yield from _outermost(child)

@@ -18,9 +18,10 @@ from dstrain.core.ranks import all_or_none, barrier, require_equal
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
 from dstrain.engine import Engine, MetricSchedule, device_type
-from dstrain.models import check_writable, save_model
+from dstrain.models import check_writable, guard_merging, save_model
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build, compat, saving
+from dstrain.trainer.adapter_hooks import AdapterHooks
 from dstrain.trainer.best import BestModel
 from dstrain.trainer.counting import CountHooks, count_whole_parameters
 from dstrain.trainer.engines import EngineKeeper
@@ -46,7 +47,14 @@ logger = get_logger(__name__)
 
 
 class Trainer(
-    StepHooks, EvaluationHooks, OptimizerHooks, ReportHooks, CountHooks, SearchHooks, HubHooks
+    StepHooks,
+    EvaluationHooks,
+    OptimizerHooks,
+    AdapterHooks,
+    ReportHooks,
+    CountHooks,
+    SearchHooks,
+    HubHooks,
 ):
     """Trains and evaluates a model with DeepSpeed; the surface of transformers' Trainer.
 
@@ -346,6 +354,7 @@ class Trainer(
     def _note_model(self) -> None:
         """What the trainer must know about its model."""
         check_whole(self.model)
+        guard_merging(self.model)
         self.targets = build.targets_of(self.model, self.args)
         self._smoothing = LabelSmoothing.of(self.model, self.args, self.targets)
 

@@ -10,7 +10,7 @@ import torch
 
 from dstrain.checkpoint.export import export
 from dstrain.core.errors import CheckpointError
-from tests.distributed.runs import STAGES, losses, make_trainer
+from tests.distributed.runs import STAGES, losses, make_trainer, whole_weights
 from tests.models import RaggedTokens, pad_collate, tiny_llama
 
 peft = pytest.importorskip("peft")
@@ -90,6 +90,53 @@ def test_an_adapter_trains_is_saved_goes_on_and_merges(stage: int, tmp_path: Pat
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], tensors[name]) for name in tensors)
     resumed.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", STAGES)
+def test_merging_after_training_adds_what_was_trained(stage: int, tmp_path: Path) -> None:
+    """By the trainer at every stage; by peft's own method where ranks hold whole weights."""
+    from transformers import AutoModelForCausalLM
+
+    from dstrain.core.errors import ModelError
+
+    trainer = make_trainer(
+        tmp_path, model=_adapted(), stage=stage, max_steps=3, learning_rate=2e-2, bf16=stage == 2
+    )
+    trainer.train()
+    expected_loss = trainer.evaluate()["eval_loss"]
+    trained = {n.removeprefix("base_model.model."): t for n, t in whole_weights(trainer).items()}
+    expected = {n: t for n, t in trained.items() if "lora" not in n and "lm_head" not in n}
+    expected["lm_head.weight"] = trained["lm_head.modules_to_save.default.weight"]
+    for name in [n for n in expected if ".base_layer." in n]:
+        weight = expected.pop(name)
+        layer = name.removesuffix(".base_layer.weight")
+        a, b = (trained[f"{layer}.lora_{part}.default.weight"] for part in "AB")
+        assert b.abs().sum() > 0
+        delta = (b.float() @ a.float() * (16 / 4)).to(weight.dtype)
+        expected[f"{layer}.weight"] = weight + delta
+
+    if stage == 3:
+        for merge in (trainer.model.merge_and_unload, trainer.model.base_model.merge_adapter):
+            with pytest.raises(ModelError, match="merge_and_unload.. of the trainer on all ranks"):
+                merge()
+    merged = trainer.model.merge_and_unload() if stage == 1 else trainer.merge_and_unload()
+    if stage != 1:
+        assert trainer.model is merged
+        found = whole_weights(trainer)
+        assert set(found) == set(expected)
+        for name, weight in expected.items():
+            assert torch.equal(found[name], weight), name
+        after = trainer.evaluate()["eval_loss"]
+        assert after == pytest.approx(expected_loss, rel=2e-2 if stage == 2 else 1e-5)
+        trainer.save_model(str(tmp_path / "merged"))
+        with pytest.raises(ModelError, match="no PEFT model"):
+            trainer.merge_and_unload()
+        trainer.close()  # at stage 3 the model that is loaded next would be partitioned too
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for name, weight in merged.named_parameters():
+        assert torch.equal(weight, expected[name]), name
+    trainer.close()
 
 
 @pytest.mark.ranks(2)
