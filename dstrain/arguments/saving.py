@@ -59,7 +59,8 @@ class SavingArguments:
     save_async: bool | None = arg(
         None,
         "Write checkpoints beside training, which then waits only for a copy to host memory; none "
-        "decides by the memory that is left.",
+        "decides by the memory that is left. That memory, a rank's share of weights and optimizer "
+        "state, is kept between saves until training ends.",
         treatment=implemented(own=True),
     )
     save_failure: str = arg(
