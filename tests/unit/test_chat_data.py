@@ -18,6 +18,7 @@ from transformers import (
 
 from dstrain.core.errors import ConfigError, DataError
 from dstrain.core.ranks import Ranks
+from dstrain.data import Resumable
 from dstrain.tasks.causal_lm import job
 from dstrain.tasks.causal_lm.arguments import DataArguments
 from dstrain.tasks.causal_lm.chat import (
@@ -447,14 +448,83 @@ def test_packed_samples_are_those_of_each_conversation(tmp_path):
     assert again.train.cache_files == packed.train.cache_files
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_stream_gives_the_samples_of_its_conversations(
+    tokenizer, tmp_path, caplog, suffix, packing
+):
+    """Bad rows are left out and named once; it goes on inside of what was mapped."""
+    rows = [{"prompt": f"Name colour {i}", "completion": f"red {i}"} for i in range(80)]
+    good = tmp_path / "good.jsonl"
+    write_jsonl(good, rows)
+    rows[50:50] = [
+        {"prompt": "Name a colour", "completion": " "},
+        {"prompt": "Name a colour " * 100, "completion": "red"},  # no answer within the block
+        rows[1],  # a copy of what is held out
+    ]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write_jsonl(path, rows)
+    given = {"block_size": 64, "packing": packing}
+    args = chat_arguments(path, streaming=True, validation_percentage=5, **given)
+    set_template(tokenizer, args)
+    found = load_conversations(args)
+    assert [messages_of(row)[0]["content"] for row in found.validation] == [
+        row["prompt"] for row in rows[:4]
+    ]
+    with caplog.at_level("WARNING"):
+        streamed = prepare_chat(found, tokenizer, args)
+        samples = list(streamed.train)
+        assert list(streamed.train) == samples
+    place = f"row 51 of --train_file {path}" if suffix == "parquet" else f"line 51 of {path}"
+    assert caplog.text.count(place) == 1
+    assert caplog.text.count("without an answer in their first 64 tokens") == 1
+
+    whole = chat_arguments(good, validation_percentage=0, block_size=64)
+    by_hand = list(prepare_chat(load_conversations(whole), tokenizer, whole).train)[4:]
+    tokens = [
+        [list(map(int, sample[name])) for sample in by_hand] for name in ("input_ids", "labels")
+    ]
+    if not packing:
+        assert [[sample[n] for sample in samples] for n in ("input_ids", "labels")] == tokens
+    else:
+        assert len(samples) <= len(by_hand) / 2
+        blocks = pack(list(zip(*tokens, strict=True)), 64)
+        assert [s["input_ids"] for s in samples] == [sum((i for i, _ in b), []) for b in blocks]
+        assert all(s["position_ids"][0] == 0 for s in samples)
+
+    half = len(samples) // 2
+    stream = Resumable.of(streamed.train)
+    reading = iter(stream.source)
+    for _ in range(half):
+        next(reading)
+    again = Resumable.of(prepare_chat(load_conversations(args), tokenizer, args).train)
+    assert again.load(stream.state())
+    assert list(again.source) == samples[half:]
+
+
+def test_a_stream_without_a_conversation_says_what_is_wrong(tokenizer, tmp_path):
+    args = chat_arguments(
+        write_jsonl(tmp_path / "a.jsonl", [{"x": 1}, {"messages": []}]), streaming=True
+    )
+    with pytest.raises(DataError, match="line 1 of .*holds no conversation") as caught:
+        load_conversations(args)
+    assert len(caught.value.problems) == 2
+    short = chat_arguments(
+        write_jsonl(tmp_path / "b.jsonl", [PAIR] * 3), streaming=True, block_size=4,
+        validation_percentage=0,
+    )  # fmt: skip
+    set_template(tokenizer, short)
+    with pytest.raises(DataError, match="no train conversation has an answer within block_size=4"):
+        prepare_chat(load_conversations(short), tokenizer, short)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({"data_format": "chat"}, "--data_format chat without data"),
-        (
-            {"data_format": "chat", "train_file": "a.jsonl", "streaming": True},
-            "--streaming with --data_format chat",
-        ),
         (
             {"data_format": "chat", "train_file": "a.jsonl", "text_column": "body"},
             "--text_column body with --data_format chat",

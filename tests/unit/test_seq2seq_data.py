@@ -1,5 +1,6 @@
 """Data and metrics of the sequence-to-sequence task: pairs, splits, tokens, ROUGE-L, errors."""
 
+import dataclasses
 import json
 import textwrap
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, EvalPrediction
 
 from dstrain.core.errors import ConfigError, DataError
+from dstrain.data import Resumable
 from dstrain.tasks.common import files
 from dstrain.tasks.common.files import library_origin
 from dstrain.tasks.common.tokenizer import train_tokenizer
@@ -164,6 +166,47 @@ def test_rows_are_split_by_their_source(tmp_path, suffix):
         (row["code"], row["summary"]) for row in rows[:-2]
     )
     assert 5 <= len(held_out) <= 40
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_stream_holds_out_its_first_rows_and_gives_the_same_samples(tmp_path, suffix, tokenizer):
+    """Without copies of what is held out and blank rows; it goes on inside of what was mapped."""
+    rows = [{"id": i, "source": f"value {i}", "target": f"index {i}"} for i in range(80)]
+    rows += [rows[0], {"id": 80, "source": "name", "target": " "}]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = DataArguments(train_file=str(path), streaming=True, validation_percentage=5)
+    pairs = load_pairs(args)
+    expected = [{"source": row["source"], "target": row["target"]} for row in rows[:80]]
+    assert list(pairs.validation) == expected[:4]
+    assert list(pairs.train) == expected[4:]
+    assert "stream: --train_file" in pairs.description
+    assert "the first 4 rows" in pairs.description
+
+    encoded = prepare(pairs, tokenizer, args)
+    whole = DataArguments(train_file=str(path), validation_percentage=0)
+    by_hand = list(prepare(load_pairs(whole), tokenizer, whole).train)
+    assert list(encoded.train) == by_hand[4:80]
+    assert list(encoded.validation) == by_hand[:4]
+    limited = dataclasses.replace(args, max_train_samples=3)
+    assert list(prepare(pairs, tokenizer, limited).train) == by_hand[4:7]
+
+    stream = Resumable.of(encoded.train)
+    samples = iter(stream.source)
+    for _ in range(40):  # eight of the second batch
+        next(samples)
+    again = Resumable.of(prepare(load_pairs(args), tokenizer, args).train)
+    assert again.load(stream.state())
+    assert list(again.source) == by_hand[44:80]
+
+
+def test_functions_are_streamed_by_file(small_library):
+    whole, streamed = (load_pairs(DataArguments(streaming=s)) for s in (False, True))
+    assert list(streamed.train) == list(whole.train)
+    assert list(streamed.validation) == list(whole.validation)
 
 
 def test_named_validation_is_taken_whole(tmp_path):

@@ -96,8 +96,9 @@ class DataArguments(SourceArguments):
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read, tokenise and pack the training text while training, with nothing "
-            "written to disk. Rows held out for validation are then the first 1,000 documents."
+            "help": "Read, tokenise and pack the training data while training, with nothing "
+            "written to disk. Rows held out for validation are then the first 1,000; a row that is "
+            "no conversation is left out with a warning."
         },
     )
     block_size: int = field(
@@ -144,14 +145,6 @@ def _chat_problems(args: DataArguments) -> list[Problem]:
                 "--data_format chat without data",
                 "there are no conversations in the standard library",
                 "give --train_file or --dataset_name",
-            )
-        )
-    if args.streaming:
-        problems.append(
-            Problem(
-                "--streaming with --data_format chat",
-                "every conversation is checked before training",
-                "drop --streaming",
             )
         )
     if args.text_column != "text":

@@ -1,4 +1,7 @@
-"""Samples of conversations, made once per machine and memory-mapped after that."""
+"""Samples of conversations, made once per machine and memory-mapped after that.
+
+Those of a stream are made while it is read, by every rank.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from dstrain.core.errors import DataError, Problem
@@ -20,12 +23,14 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks
 from dstrain.tasks.causal_lm.arguments import DataArguments
 from dstrain.tasks.causal_lm.chat import DEFAULT_TEMPLATE, ChatEncoder, pack, shorten
-from dstrain.tasks.causal_lm.conversations import messages_of
+from dstrain.tasks.causal_lm.conversations import STREAM_TRIED_ROWS, LeftOut, messages_of
 from dstrain.tasks.causal_lm.sources import Documents
 from dstrain.tasks.common.cache import fingerprint_tokenizer
 
 PACKED_TOGETHER = 1000
 """Conversations that share blocks; more would leave less room empty, and take longer to place."""
+STREAMED_TOGETHER = 32
+"""Conversations of a stream that are tokenised at once: little, so that the first come soon."""
 _VERSION = 1  # of the samples; raise it when the same input gives others
 
 _logger = get_logger(__name__)
@@ -36,12 +41,12 @@ class ChatSamples:
     """Samples of both splits: ``input_ids`` and ``labels``, packed ones with ``position_ids``.
 
     Attributes:
-        train: samples to train on.
+        train: samples to train on; a stream where the conversations are one.
         validation: held-out samples, or None when nothing was held out.
     """
 
-    train: Dataset
-    validation: Dataset | None
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset | None
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> None:
@@ -88,13 +93,17 @@ def prepare_chat(
 
     A conversation of more than ``block_size`` tokens keeps the first ones; it is left out when no
     token of an answer is among them. Both are counted in the log. With ``packing`` whole
-    conversations share blocks of at most ``block_size`` tokens.
+    conversations share blocks of at most ``block_size`` tokens. Of a stream nothing is counted.
 
     Raises:
         DataError: a conversation that the template cannot render, or a split without a sample.
     """
 
-    def encode(name: str, rows: Any, fingerprint: str | None, limit: int | None) -> Dataset:
+    def encode(
+        name: str, rows: Any, fingerprint: str | None, limit: int | None
+    ) -> Dataset | IterableDataset:
+        if isinstance(rows, IterableDataset):
+            return _encode_stream(name, rows, tokenizer, args, limit)
         facts = [
             _VERSION,
             fingerprint,
@@ -144,15 +153,50 @@ def prepare_chat(
     return ChatSamples(train, held_out)
 
 
+def _encode_stream(
+    name: str,
+    rows: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    limit: int | None,
+) -> IterableDataset:
+    given = {"tokenizer": tokenizer, "args": args, "left_out": LeftOut()}
+
+    def encoded(part: IterableDataset) -> IterableDataset:
+        return part.map(
+            _encode_streamed,
+            batched=True,
+            batch_size=STREAMED_TOGETHER,
+            fn_kwargs=given,
+            remove_columns=["conversation", "place"],
+        )
+
+    if next(iter(encoded(rows.take(STREAM_TRIED_ROWS))), None) is None:
+        raise _no_answer(name, f"the first {STREAM_TRIED_ROWS:,}", args.block_size)
+    samples = encoded(rows)
+    if args.packing:
+        samples = samples.map(
+            _pack,
+            batched=True,
+            batch_size=PACKED_TOGETHER,
+            fn_kwargs={"block_size": args.block_size},
+        )
+    return samples if limit is None else samples.take(limit)
+
+
 def _check_some(name: str, rows: Dataset, samples: Dataset, block_size: int) -> None:
     if not len(samples):
-        raise DataError(
-            Problem(
-                f"no {name} conversation has an answer within block_size={block_size} tokens",
-                f"all {len(rows):,} are longer before their first answer",
-                "raise --block_size",
-            )
+        raise _no_answer(name, f"all {len(rows):,}", block_size)
+
+
+def _no_answer(name: str, which: str, block_size: int) -> DataError:
+    return DataError(
+        Problem(
+            f"no {name} conversation has an answer within block_size={block_size} tokens",
+            f"{which} are longer before their first answer",
+            "raise --block_size",
         )
+    )
 
 
 def _report(name: str, rows: Dataset, samples: Dataset, block_size: int) -> None:
@@ -183,6 +227,19 @@ def _encode(
             found["input_ids"].append(kept[0])
             found["labels"].append(kept[1])
             found["num_tokens"].append(len(ids))
+    return found
+
+
+def _encode_streamed(
+    rows: dict[str, list[str]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    left_out: LeftOut,
+) -> dict[str, list[Any]]:
+    found = _encode(rows, tokenizer=tokenizer, args=args)
+    if len(found.pop("num_tokens")) < len(rows["place"]):
+        left_out(f"conversations without an answer in their first {args.block_size} tokens")
     return found
 
 

@@ -8,19 +8,25 @@ A row is one of
 
 Other keys of a row are left aside. Every conversation has an answer: a message of the assistant
 with text in it and another message before it. A greeting before anything was said is read only.
+
+Rows that are no conversation are refused, all in one error, before anything is trained. A stream is
+not read before training: its bad rows are left out, each with a warning.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 
 from dstrain.core.errors import DataError, Problem, nearest
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import launched_ranks
 from dstrain.tasks.causal_lm.arguments import DataArguments
 from dstrain.tasks.causal_lm.sources import Documents
 from dstrain.tasks.common.files import origins
@@ -31,9 +37,28 @@ ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 MOST_PROBLEMS = 10
 """Reading stops after as many bad rows, which then come in one error."""
+STREAM_TRIED_ROWS = 1000
+"""Where none of the first rows of a stream is a conversation, that is an error."""
 FEATURES = Features({"conversation": Value("string"), "place": Value("string")})
 
 Messages = list[dict[str, str]]
+
+
+logger = get_logger(__name__)
+
+
+class LeftOut:
+    """Warns of what is left out of a stream: each once, though its start is read several times."""
+
+    def __init__(self) -> None:
+        """Nothing so far."""
+        self._said: set[str] = set()
+
+    def __call__(self, what: str) -> None:
+        """Say it on the main rank, unless it was said before."""
+        if what not in self._said and launched_ranks().is_main:
+            logger.warning("left out: %s", what)
+        self._said.add(what)
 
 
 def load_conversations(
@@ -44,7 +69,8 @@ def load_conversations(
     """Read the conversations that ``args`` names and hold out a part by the hash of their content.
 
     Returns:
-        rows ``{"conversation": messages as JSON, "place": where it stands}``.
+        rows ``{"conversation": messages as JSON, "place": where it stands}``, streamed where that
+        was asked for.
 
     Raises:
         DataError: for data that is missing, empty or unreadable, and for rows that are no
@@ -57,7 +83,8 @@ def load_conversations(
             _load(origin, args), percentage, origin, args, key="conversation"
         )
         if held_out_origin:
-            held_out = rows_side(_load(held_out_origin, args))
+            whole = replace(args, streaming=args.streaming and not held_out_origin.files)
+            held_out = rows_side(_load(held_out_origin, whole))
     return Documents(
         train=train.rows,
         validation=held_out.rows if held_out else None,
@@ -74,7 +101,7 @@ def messages_of(row: dict[str, str]) -> Messages:
     return messages
 
 
-def _load(origin: Origin, args: DataArguments) -> Dataset:
+def _load(origin: Origin, args: DataArguments) -> Dataset | IterableDataset:
     if origin.builder is None:
         raise DataError(
             Problem(
@@ -83,6 +110,8 @@ def _load(origin: Origin, args: DataArguments) -> Dataset:
                 f"give a file of rows: {', '.join(ROW_BUILDERS)}",
             )
         )
+    if args.streaming:
+        return _stream(origin, args)
     with explained(origin):
         rows = None
         if origin.builder == "json" and origin.files:
@@ -90,13 +119,7 @@ def _load(origin: Origin, args: DataArguments) -> Dataset:
             facts = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
             fingerprint = fingerprint_of(["conversations", facts])
         else:
-            rows = load_dataset(
-                origin.builder,
-                None if origin.files else args.dataset_config_name,
-                data_files=list(origin.files) or None,
-                split=origin.split,
-                **text_options(origin, ("prompt", "completion")),
-            )
+            rows = _load_rows(origin, args)
             fingerprint = fingerprint_of(["conversations", rows._fingerprint])
         found = Dataset.from_generator(
             read_conversations,
@@ -107,6 +130,70 @@ def _load(origin: Origin, args: DataArguments) -> Dataset:
     if not len(found):
         raise origin.empty()
     return found
+
+
+def _load_rows(origin: Origin, args: DataArguments) -> Any:
+    assert origin.builder is not None
+    return load_dataset(
+        origin.builder,
+        None if origin.files else args.dataset_config_name,
+        data_files=list(origin.files) or None,
+        split=origin.split,
+        streaming=args.streaming,
+        **text_options(origin, ("prompt", "completion")),
+    )
+
+
+def _stream(origin: Origin, args: DataArguments) -> IterableDataset:
+    """Conversations that are read while they are used; what is none is left out."""
+    with explained(origin):
+        if origin.builder == "json" and origin.files:
+            judged = IterableDataset.from_generator(
+                _judged_json, gen_kwargs={"files": list(origin.files)}
+            )
+        else:
+            rows = _load_rows(origin, args)
+            judged = rows.map(
+                _judged_row,
+                with_indices=True,
+                fn_kwargs={"label": origin.label},
+                remove_columns=list(next(iter(rows), {})),
+            )
+        problems = []
+        for row in judged.take(STREAM_TRIED_ROWS):
+            if row["conversation"]:
+                break
+            problems.append(Problem(row["problem"]))
+        else:
+            raise DataError(problems[:MOST_PROBLEMS]) if problems else origin.empty()
+    conversations: IterableDataset = judged.filter(
+        _is_kept, input_columns=["conversation", "problem"], fn_kwargs={"left_out": LeftOut()}
+    ).select_columns(list(FEATURES))
+    return conversations
+
+
+def _judged(row: Any, place: str) -> dict[str, str]:
+    """A row of a stream as a conversation, or with what is wrong with it."""
+    messages = messages_in(row, place)
+    if isinstance(messages, Problem):
+        return {"conversation": "", "place": place, "problem": str(messages)}
+    conversation = json.dumps(messages, ensure_ascii=False)
+    return {"conversation": conversation, "place": place, "problem": ""}
+
+
+def _judged_json(files: list[str]) -> Iterator[dict[str, str]]:
+    for place, row in _placed_json(files):
+        yield _judged(row, place)
+
+
+def _judged_row(row: dict[str, Any], index: int, *, label: str) -> dict[str, str]:
+    return _judged(row, f"row {index + 1} of {label}")
+
+
+def _is_kept(conversation: str, problem: str, *, left_out: LeftOut) -> bool:
+    if problem:
+        left_out(problem)
+    return bool(conversation)
 
 
 def read_conversations(origin: Origin, rows: Dataset | None) -> Iterator[dict[str, str]]:
@@ -130,7 +217,7 @@ def read_conversations(origin: Origin, rows: Dataset | None) -> Iterator[dict[st
         raise DataError(problems)
 
 
-def _placed_json(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def _placed_json(files: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Values of JSON files with their places: one per line, or the items of one array."""
     for file in files:
         with open(file, encoding="utf-8") as lines:

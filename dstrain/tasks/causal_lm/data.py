@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
-
-from datasets import Dataset
 
 from dstrain.core.errors import DataError
 from dstrain.core.ranks import Ranks, main_first, require_equal
@@ -34,7 +33,8 @@ class PreparedData:
         collate: list of samples -> batch.
         tokens_per_byte: of the validation text, for bits per byte; None without it, and of
             conversations, whose loss is on a part of their tokens.
-        conversations: the held-out conversations themselves; None for text.
+        conversations: the first of the held-out conversations themselves, where there are any;
+            None for text.
     """
 
     description: str
@@ -43,7 +43,7 @@ class PreparedData:
     validation: Any
     collate: Callable[[list[Any]], Any]
     tokens_per_byte: float | None = None
-    conversations: Dataset | None = None
+    conversations: Sequence[dict[str, str]] | None = None
 
 
 def prepare_data(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
@@ -87,7 +87,7 @@ def _chat(args: DataArguments, model_name: str | None, ranks: Ranks) -> Prepared
         samples.train,
         samples.validation,
         functools.partial(collate_conversations, pad_token_id=_pad(tokenizer)),
-        conversations=conversations.validation or conversations.train.select([]),
+        conversations=list(islice(conversations.validation or (), 1)),
     )
 
 

@@ -10,9 +10,7 @@ from dstrain.arguments import TrainingArguments
 from dstrain.core.errors import ConfigError, Problem, collected, raise_errors
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none
-from dstrain.core.seeds import seed_everything
 from dstrain.data import forward_columns
-from dstrain.engine import full_numel
 from dstrain.models import (
     build_causal_lm,
     count_causal_lm,
@@ -31,15 +29,19 @@ from dstrain.tasks.causal_lm.conversations import messages_of
 from dstrain.tasks.causal_lm.data import PreparedData, prepare_data
 from dstrain.tasks.causal_lm.trainer import CausalLMTrainer
 from dstrain.tasks.common.job import (
-    check_vocabulary,
+    Architecture,
+    known_of,
+    make_model,
     refuse_evaluation,
     saved_config,
     start_errors,
     train_and_report,
 )
-from dstrain.trainer.build import resolve_config, start_run
+from dstrain.trainer.build import start_run
 
 logger = get_logger(__name__)
+
+CAUSAL_LM = Architecture(count_causal_lm, load_causal_lm, build_causal_lm)
 
 
 def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> None:
@@ -56,11 +58,15 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
     if data.validation is None:
         refuse_evaluation(args, "the training text is too short to hold a part of it out")
     logger.info("data: %s", data.description)
-    model = _build_model(args, model_args, data_args, data.tokenizer, ranks)
-    logger.info(
-        "model: %s, %s parameters",
-        type(model).__name__,
-        f"{sum(full_numel(p) for p in model.parameters()):,}",
+    name = model_args.model_name_or_path
+    model = make_model(
+        args,
+        CAUSAL_LM,
+        name=name,
+        config=saved_config(name) if name else _fresh_config(model_args, data_args, data.tokenizer),
+        tokenizer=data.tokenizer,
+        sequence_length=data_args.block_size,
+        ranks=ranks,
     )
     if data_args.packing:
         _check_packing(model)
@@ -81,42 +87,11 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
     )
 
 
-def _build_model(
-    args: TrainingArguments,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    tokenizer: Any,
-    ranks: Ranks,
-) -> Any:
-    """The model, partitioned while it is built where the config is one of stage 3.
-
-    The config must be final by then, so it is resolved with the sizes of the model that is to be.
-    """
-    name = model_args.model_name_or_path
-    config = saved_config(name) if name else _fresh_config(model_args, data_args, tokenizer)
-    check_vocabulary(config, tokenizer)
-    resolved = resolve_config(
-        args, ranks, sizes=count_causal_lm(config), sequence_length=data_args.block_size
-    )
-    seed_everything(args.seed)
-    return load_causal_lm(name, resolved) if name else build_causal_lm(config, resolved)
-
-
 def _check(
     args: TrainingArguments, model_args: ModelArguments, data_args: DataArguments, ranks: Ranks
 ) -> None:
     """Look at everything that needs neither data nor a model; all that is wrong is one error."""
     errors = start_errors(args, data_args, ranks)
-    with collected(errors):
-        if data_args.streaming and args.max_steps <= 0:
-            raise ConfigError(
-                Problem(
-                    "streaming=True without max_steps",
-                    "the length of a stream is not known, and the learning-rate schedule needs the "
-                    "number of steps",
-                    "set --max_steps",
-                )
-            )
     with collected(errors):
         name = model_args.model_name_or_path
         config = saved_config(name) if name else _fresh_config(model_args, data_args)
@@ -134,12 +109,7 @@ def _fresh_config(
     spec = model_args.model_config or DEFAULT_MODEL
     defaults: dict[str, Any] = {"max_position_embeddings": max(2048, data_args.block_size)}
     if tokenizer is not None:
-        defaults |= {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+        defaults |= known_of(tokenizer)
     return parse_model_config(spec, **defaults)
 
 
@@ -185,7 +155,7 @@ def _shown(trainer: CausalLMTrainer, data: PreparedData, model_args: ModelArgume
         return f"completion of {prompt!r}:\n{str(text).rstrip()}"
     if prompt:
         messages, reference = [{"role": "user", "content": prompt}], ""
-    elif not len(data.conversations):
+    elif not data.conversations:
         return ""
     else:
         messages = messages_of(data.conversations[0])

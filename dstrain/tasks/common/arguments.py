@@ -81,6 +81,10 @@ class SourceArguments:
             "chosen by hash and so the same on every machine; 0 holds out nothing."
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read and tokenise the training data while training."},
+    )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on at most this many samples, the first ones."}
     )

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import check_there
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem, collected
+from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks
+from dstrain.core.seeds import seed_everything
+from dstrain.engine import full_numel
 from dstrain.models import check_model_folder, check_writable
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.trainer import Trainer
 from dstrain.trainer.build import resolve_config
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the models of a task come to be.
+
+    Attributes:
+        count: of a config, the sizes of the model that it makes.
+        load: (folder or name, resolved config) -> the model.
+        build: (config, resolved config) -> a new model.
+    """
+
+    count: Callable[[Any], Any]
+    load: Callable[[str, Any], torch.nn.Module]
+    build: Callable[[Any, Any], torch.nn.Module]
 
 
 def start_errors(
@@ -33,6 +56,16 @@ def start_errors(
         named = data_args.validation_file or data_args.validation_split
         if data_args.validation_percentage == 0 and not named:
             refuse_evaluation(args, "validation_percentage is 0, and no validation data is named")
+    with collected(errors):
+        if data_args.streaming and args.max_steps <= 0:
+            raise ConfigError(
+                Problem(
+                    "streaming=True without max_steps",
+                    "the length of a stream is not known, and the learning-rate schedule needs the "
+                    "number of steps",
+                    "set --max_steps",
+                )
+            )
     return errors
 
 
@@ -74,12 +107,57 @@ def saved_config(name: str) -> Any:
         ) from error
 
 
-def check_vocabulary(config: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer with ids beyond the model's embedding.
+def known_of(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer says of the config of a new model."""
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def make_model(
+    args: TrainingArguments,
+    architecture: Architecture,
+    *,
+    name: str | None,
+    config: Any,
+    tokenizer: Any,
+    sequence_length: int,
+    ranks: Ranks,
+) -> Any:
+    """The model, partitioned while it is built where the config is one of stage 3.
+
+    DeepSpeed's config must be final by then, so it is resolved with the sizes of the model that is
+    to be.
+
+    Args:
+        args: of training.
+        architecture: how to make it.
+        name: of a model to load; None builds a new one.
+        config: of the model.
+        tokenizer: that it is used with.
+        sequence_length: tokens of its longest sample.
+        ranks: facts of this process.
 
     Raises:
-        ConfigError: with both sizes.
+        ConfigError: the tokenizer has ids beyond the model's embedding.
     """
+    _check_vocabulary(config, tokenizer)
+    sizes = architecture.count(config)
+    resolved = resolve_config(args, ranks, sizes=sizes, sequence_length=sequence_length)
+    seed_everything(args.seed)
+    model = architecture.load(name, resolved) if name else architecture.build(config, resolved)
+    logger.info(
+        "model: %s, %s parameters",
+        type(model).__name__,
+        f"{sum(full_numel(p) for p in model.parameters()):,}",
+    )
+    return model
+
+
+def _check_vocabulary(config: Any, tokenizer: Any) -> None:
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is not None and len(tokenizer) > size:
         raise ConfigError(

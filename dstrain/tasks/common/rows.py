@@ -122,12 +122,12 @@ def split_rows(
 ) -> tuple[Side, Side | None]:
     """The rows to train on, and those held out by the hash of their ``key``.
 
-    Of a stream, whose rows have nothing but ``text``, the first ones are held out.
+    Of a stream, whose rows hold texts only, the first ones are held out.
     """
     if percentage == 0:
         return rows_side(rows), None
     if isinstance(rows, IterableDataset):
-        return _split_stream(rows, percentage, origin)
+        return _split_stream(rows, percentage, origin, key)
     limit = percentage / 100
     if len(rows) < 20 / limit:  # so few that one side could come out empty
         hashes = sorted({unit_hash(text) for batch in rows.iter(100) for text in batch[key]})
@@ -155,20 +155,24 @@ def split_rows(
 
 
 def _split_stream(
-    rows: IterableDataset, percentage: float, origin: Origin
+    rows: IterableDataset, percentage: float, origin: Origin, key: str
 ) -> tuple[Side, Side | None]:
     with explained(origin):
-        texts = [row["text"] for row in rows.take(2 * STREAM_VALIDATION_DOCUMENTS)]
+        first = list(rows.take(2 * STREAM_VALIDATION_DOCUMENTS))
     count = STREAM_VALIDATION_DOCUMENTS
-    if len(texts) < 2 * count:
-        count = max(1, round(len(texts) * percentage / 100)) if len(texts) > 1 else 0
-    texts = texts[:count]
+    if len(first) < 2 * count:
+        count = max(1, round(len(first) * percentage / 100)) if len(first) > 1 else 0
+    first = first[:count]
     # By content, so that a later copy of a held-out row is left out too.
-    seen = frozenset(unit_hash(text) for text in texts)
-    train = rows.filter(_not_in, input_columns=["text"], fn_kwargs={"seen": seen})
-    held_out = Dataset.from_dict({"text": texts}, features=Features({"text": Value("string")}))
+    seen = frozenset(unit_hash(row[key]) for row in first)
+    train = rows.filter(_not_in, input_columns=[key], fn_kwargs={"seen": seen})
+    columns = {name: [row[name] for row in first] for name in (first[0] if first else (key,))}
+    features = Features(dict.fromkeys(columns, Value("string")))
+    texts = [text for column in columns.values() for text in column]
     num_bytes = sum(len(text.encode()) for text in texts)
-    size = f"the first {count:,} documents, {num_bytes / 1e6:.1f} MB"
+    kind = "documents" if key == "text" else "rows"
+    size = f"the first {count:,} {kind}, {num_bytes / 1e6:.1f} MB"
+    held_out = Dataset.from_dict(columns, features=features)
     side = Side(held_out, num_bytes, fingerprint_of(texts), size)
     return rows_side(train), side if count else None
 

@@ -66,6 +66,13 @@ class DataArguments(SourceArguments):
         default="",
         metadata={"help": "Text put before every source, such as 'summarize: ' for T5."},
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and tokenise training pairs while training, with nothing written to "
+            "disk. Rows held out for validation are then the first 1,000."
+        },
+    )
     max_source_length: int = field(
         default=512,
         metadata={"help": "Tokens of a source, with EOS; what is longer is cut at its end."},

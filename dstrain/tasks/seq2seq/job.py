@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import textwrap
+from itertools import islice
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
 from dstrain.arguments import Seq2SeqTrainingArguments
 from dstrain.core.errors import ConfigError, DataError, Problem, collected, raise_errors
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, main_first, require_equal
-from dstrain.core.seeds import seed_everything
-from dstrain.engine import full_numel
 from dstrain.models import build_seq2seq, count_seq2seq, load_seq2seq, parse_model_config
 from dstrain.tasks.common.cache import fingerprint_tokenizer
 from dstrain.tasks.common.job import (
-    check_vocabulary,
+    Architecture,
+    known_of,
+    make_model,
     refuse_evaluation,
     saved_config,
     start_errors,
@@ -30,12 +32,13 @@ from dstrain.tasks.seq2seq.metrics import GenerationMetrics
 from dstrain.tasks.seq2seq.prepare import EncodedPairs, check_tokenizer, prepare
 from dstrain.tasks.seq2seq.sources import Pairs, load_pairs
 from dstrain.tasks.seq2seq.trainer import PairsTrainer
-from dstrain.trainer.build import resolve_config, start_run
+from dstrain.trainer.build import start_run
 
 logger = get_logger(__name__)
 
 SHOWN_CHARACTERS = 200
 """Of a source, in the samples printed at the end."""
+SEQ2SEQ = Architecture(count_seq2seq, load_seq2seq, build_seq2seq)
 
 
 def run(
@@ -54,12 +57,18 @@ def run(
     if encoded.validation is None:
         refuse_evaluation(args, "the training data is too small to hold a part of it out")
     logger.info("data: %s", pairs.description)
-    model: Any = _build_model(args, model_args, data_args, tokenizer, ranks)
-    logger.info(
-        "model: %s, %s parameters",
-        type(model).__name__,
-        f"{sum(full_numel(p) for p in model.parameters()):,}",
+    name = model_args.model_name_or_path
+    model = make_model(
+        args,
+        SEQ2SEQ,
+        name=name,
+        config=saved_config(name) if name else _fresh_config(model_args, data_args, tokenizer),
+        tokenizer=tokenizer,
+        sequence_length=_sequence_length(data_args),
+        ranks=ranks,
     )
+    # Also for whoever loads the saved model: else transformers' 20 tokens would cut its texts.
+    model.generation_config.max_length = data_args.max_target_length + 1  # and the start token
     trainer = PairsTrainer(
         model,
         args,
@@ -135,11 +144,7 @@ def _fresh_config(
     longest = max(data_args.max_source_length, data_args.max_target_length)
     defaults: dict[str, Any] = {"max_position_embeddings": max(1024, longest)}
     if tokenizer is not None:
-        defaults |= {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
+        defaults |= known_of(tokenizer) | {
             "decoder_start_token_id": tokenizer.pad_token_id,
             "forced_eos_token_id": tokenizer.eos_token_id,  # BART's
         }
@@ -167,33 +172,10 @@ def _prepare_data(
     )
     check_tokenizer(tokenizer)
     encoded = prepare(pairs, tokenizer, data_args, main_first=first)
-    sizes = [None if part is None else len(part) for part in (encoded.train, encoded.validation)]
+    parts = (encoded.train, encoded.validation)
+    sizes = [len(part) if isinstance(part, Dataset) else None for part in parts]
     require_equal("the prepared data", (fingerprint_tokenizer(tokenizer), *sizes), DataError)
     return pairs, tokenizer, encoded
-
-
-def _build_model(
-    args: Seq2SeqTrainingArguments,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    tokenizer: Any,
-    ranks: Ranks,
-) -> Any:
-    """The model, partitioned while it is built where the config is one of stage 3.
-
-    The config must be final by then, so it is resolved with the sizes of the model that is to be.
-    """
-    name = model_args.model_name_or_path
-    config = saved_config(name) if name else _fresh_config(model_args, data_args, tokenizer)
-    check_vocabulary(config, tokenizer)
-    resolved = resolve_config(
-        args, ranks, sizes=count_seq2seq(config), sequence_length=_sequence_length(data_args)
-    )
-    seed_everything(args.seed)
-    model: Any = load_seq2seq(name, resolved) if name else build_seq2seq(config, resolved)
-    # Also for whoever loads the saved model: else transformers' 20 tokens would cut its texts.
-    model.generation_config.max_length = data_args.max_target_length + 1  # and the start token
-    return model
 
 
 def _sequence_length(data_args: DataArguments) -> int:
@@ -204,15 +186,21 @@ def _sequence_length(data_args: DataArguments) -> int:
 def _samples(trainer: PairsTrainer, encoded: EncodedPairs, count: int) -> str:
     """Sources, predictions and references of validation samples drawn evenly.
 
-    All ranks generate the same ones together, as ZeRO-3 needs, and so without drawing tokens.
+    Of a stream the first ones are taken. All ranks generate the same ones together, as ZeRO-3
+    needs, and so without drawing tokens.
     """
-    assert encoded.validation is not None
-    assert encoded.validation_pairs is not None
-    total = len(encoded.validation)
-    indices = sorted({index * total // count for index in range(min(count, total))})
+    samples, pairs = encoded.validation, encoded.validation_pairs
+    assert samples is not None
+    assert pairs is not None
+    if isinstance(samples, Dataset):
+        total = len(samples)
+        indices = sorted({index * total // count for index in range(min(count, total))})
+        samples, pairs = samples.select(indices), pairs.select(indices)
+    else:
+        indices = list(range(count))
     model: Any = trainer.model
     model.eval()
-    batch = trainer.data_collator([encoded.validation[i] for i in indices])
+    batch = trainer.data_collator(list(islice(samples, count)))
     device = next(model.parameters()).device
     args: Any = trainer.args
     options: dict[str, Any] = {"do_sample": False, "num_beams": args.generation_num_beams or 1}
@@ -226,8 +214,7 @@ def _samples(trainer: PairsTrainer, encoded: EncodedPairs, count: int) -> str:
         )
     predictions = GenerationMetrics(trainer.processing_class).decode(ids.cpu().numpy())
     parts = []
-    for index, prediction in zip(indices, predictions, strict=True):
-        pair = encoded.validation_pairs[index]
+    for index, pair, prediction in zip(indices, pairs, predictions, strict=False):
         source = textwrap.indent(textwrap.shorten(pair["source"], SHOWN_CHARACTERS), "  ")
         parts.append(
             f"sample {index}\n{source}\n"

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, IterableDataset, Value
 
 from dstrain.tasks.common.origin import (
     Origin,
@@ -22,10 +22,12 @@ from dstrain.tasks.common.origin import (
 FEATURES = Features({"source": Value("string"), "target": Value("string")})
 
 
-def split_library(origin: Origin, percentage: float) -> tuple[Side, Side | None]:
+def split_library(
+    origin: Origin, percentage: float, *, streaming: bool = False
+) -> tuple[Side, Side | None]:
     """Pairs to train on and pairs held out, by file; no source is on both sides."""
     train, held_out = split_parts(origin.parts, percentage)
-    side = _side(train, (), origin)
+    side = _stream(train, origin) if streaming else _side(train, (), origin)
     if side is None:
         raise origin.empty()
     return side, _side(held_out, train, origin)
@@ -47,6 +49,15 @@ def _side(parts: list[TextPart], without: Sequence[TextPart], origin: Origin) ->
     if not len(rows):
         return None
     return Side(rows, None, fingerprint, f"{len(rows):,} functions of {len(parts):,} files")
+
+
+def _stream(parts: list[TextPart], origin: Origin) -> Side | None:
+    kwargs = {"parts": tuple(parts), "without": ()}
+    rows = IterableDataset.from_generator(read_pairs, features=FEATURES, gen_kwargs=kwargs)
+    with explained(origin):
+        if next(iter(rows), None) is None:
+            return None
+    return Side(rows, None, None, f"functions of {len(parts):,} files")
 
 
 def read_pairs(

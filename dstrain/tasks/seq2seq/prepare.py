@@ -1,4 +1,7 @@
-"""Pairs of texts to pairs of token ids, made once per machine and memory-mapped after that."""
+"""Pairs of texts to pairs of token ids, made once per machine and memory-mapped after that.
+
+Those of a stream are made while it is read, by every rank.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import tokenizers
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from dstrain.core.errors import DataError, Problem
@@ -20,6 +23,8 @@ from dstrain.tasks.common.cache import fingerprint_tokenizer
 from dstrain.tasks.seq2seq.arguments import DataArguments
 from dstrain.tasks.seq2seq.sources import Pairs
 
+STREAMED_TOGETHER = 32
+"""Pairs of a stream that are tokenised at once: little, so that the first ones come soon."""
 _VERSION = 1  # of the encoded pairs; raise it when the same input gives others
 
 _logger = get_logger(__name__)
@@ -30,14 +35,14 @@ class EncodedPairs:
     """Samples of both splits: ``input_ids``, ``attention_mask`` and ``labels``, unpadded.
 
     Attributes:
-        train: samples to train on.
+        train: samples to train on; a stream where the pairs are one.
         validation: held-out samples, or None when nothing was held out.
         validation_pairs: their texts, row by row.
     """
 
-    train: Dataset
-    validation: Dataset | None
-    validation_pairs: Dataset | None
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset | None
+    validation_pairs: Dataset | IterableDataset | None
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -78,7 +83,11 @@ def prepare(
     to ``max_target_length``. Both end with EOS, also where they are cut.
     """
 
-    def encode(name: str, rows: Dataset, fingerprint: str, limit: int | None) -> Dataset:
+    def encode(
+        name: str, rows: Dataset | IterableDataset, fingerprint: str | None, limit: int | None
+    ) -> Dataset | IterableDataset:
+        if isinstance(rows, IterableDataset):
+            return _encode_stream(name, rows, tokenizer, args, limit)
         if limit is not None:
             rows = rows.select(range(min(limit, len(rows))))
         facts = [
@@ -105,11 +114,37 @@ def prepare(
         train = encode("train", pairs.train, pairs.train_fingerprint, args.max_train_samples)
         held_out = None
         if pairs.validation is not None:
-            assert pairs.validation_fingerprint is not None
             held_out = encode(
                 "validation", pairs.validation, pairs.validation_fingerprint, args.max_eval_samples
             )
     return EncodedPairs(train, held_out, pairs.validation)
+
+
+def _encode_stream(
+    name: str,
+    rows: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    limit: int | None,
+) -> IterableDataset:
+    samples = rows.map(
+        _encode,
+        batched=True,
+        batch_size=STREAMED_TOGETHER,
+        fn_kwargs={"tokenizer": tokenizer, "args": args},
+        remove_columns=["source", "target"],
+    )
+    if limit is not None:
+        samples = samples.take(limit)
+    if next(iter(samples), None) is None:
+        raise DataError(
+            Problem(
+                f"the {name} stream has nothing left",
+                "copies of held-out rows are left out, and there are no others",
+                "give other data, or --validation_percentage 0",
+            )
+        )
+    return samples
 
 
 def _report(name: str, samples: Dataset, args: DataArguments) -> None:

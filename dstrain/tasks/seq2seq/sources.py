@@ -8,16 +8,19 @@ machine, and equal sources never fall on both sides.
 |---|---|---|
 | nothing: standard library | a function's body, its docstring's first line | files by their path |
 | jsonl, csv, parquet, dataset | a row without a blank text | rows by hash of their source |
+| the same, streamed | a row without a blank text | the first 1,000, left out of training |
+
+Only the training pairs and a named ``validation_split`` are ever streamed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.tasks.common.files import origins
@@ -32,17 +35,18 @@ class Pairs:
     """Pairs of texts, split; every row of both sides is ``{"source": str, "target": str}``.
 
     Attributes:
-        train: pairs to train on.
-        validation: held-out pairs, or None when there are none.
+        train: pairs to train on; a stream where that was asked for.
+        validation: held-out pairs, or None when there are none. Streamed only where
+            ``validation_split`` of a streamed dataset was named.
         description: what was read, for the log.
-        train_fingerprint: changes when ``train`` does.
+        train_fingerprint: changes when ``train`` does; None for a stream, which is not cached.
         validation_fingerprint: the same for ``validation``.
     """
 
-    train: Dataset
-    validation: Dataset | None
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset | None
     description: str
-    train_fingerprint: str
+    train_fingerprint: str | None
     validation_fingerprint: str | None
 
 
@@ -60,13 +64,13 @@ def load_pairs(
         origin, held_out_origin = origins(args)
         percentage = 0.0 if held_out_origin else args.validation_percentage
         if args.train_file is None and args.dataset_name is None:
-            train, held_out = split_library(origin, percentage)
+            train, held_out = split_library(origin, percentage, streaming=args.streaming)
         else:
             rows = _load(origin, args)
             train, held_out = split_rows(rows, percentage, origin, args, key="source")
         if held_out_origin:
-            held_out = rows_side(_load(held_out_origin, args))
-    assert train.fingerprint is not None
+            whole = replace(args, streaming=args.streaming and not held_out_origin.files)
+            held_out = rows_side(_load(held_out_origin, whole))
     return Pairs(
         train=train.rows,
         validation=held_out.rows if held_out else None,
@@ -87,4 +91,4 @@ def _load(origin: Origin, args: DataArguments) -> Any:
             )
         )
     columns = {"source": args.source_column, "target": args.target_column}
-    return load_rows(origin, args, columns)
+    return load_rows(origin, args, columns, streaming=args.streaming)
