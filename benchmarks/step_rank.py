@@ -144,7 +144,8 @@ class Alternation:
         end = Instant.now()
         self.trainer_spans.append(_span(self._since, middle))
         self.hand_spans.append(_span(middle, end))
-        self._since = Instant.now()
+        # One wait between any two blocks, so that both kinds begin alike.
+        self._since = end
         if self.settings.profile and dist.get_rank() == 0:
             self._profile.enable()
 

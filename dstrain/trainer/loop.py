@@ -29,7 +29,7 @@ from dstrain.data import (
 )
 from dstrain.engine import Engine, StepOutcome, device_name, empty_cache
 from dstrain.trainer.meters import Reading, TrainMeter
-from dstrain.trainer.plan import Hooks, MicroStep, RunPlan, at_least_one
+from dstrain.trainer.plan import Hooks, MicroStep, RunPlan
 from dstrain.trainer.position import Due, Position, Resumption
 from dstrain.trainer.preemption import EvaluationStopped, Preemption
 
@@ -217,14 +217,16 @@ class TrainLoop:
         self.hooks.event("on_step_begin")
         counts = [0 if m.masked else self.targets.count(m.inputs) for m in window.micro_batches]
         self.micro_step.total = total = PendingSum(sum(counts), device=device_name())
-        loss = torch.zeros((), device=device_name())
+        losses: list[torch.Tensor] = []
         tokens = 0
         self.computing = True
         for index, (micro_batch, count) in enumerate(
             zip(window.micro_batches, counts, strict=True)
         ):
             last = index == len(counts) - 1
-            loss = loss + self._forward_backward(micro_batch, count, total, last=last)
+            loss = self._forward_backward(micro_batch, count, last=last)
+            if count:  # the mean over no target is no number, whatever its weight
+                losses.append(loss.detach())
             tokens += 0 if micro_batch.masked else self.count_tokens(micro_batch.inputs)
             if not last:
                 self.hooks.event("on_substep_end")
@@ -238,7 +240,13 @@ class TrainLoop:
         self.hooks.event("on_optimizer_step")
         self.progress = self.progress.advance(samples=window.num_samples, tokens=tokens)
         self.samples_seen += window.num_samples
-        self._meter.add(loss, step=self.progress.step, num_tokens=tokens)
+        self._meter.add(
+            losses,
+            [count for count in counts if count],
+            total.get(),
+            step=self.progress.step,
+            num_tokens=tokens,
+        )
         if not outcome.applied:
             self._note_skipped()
         if self.plan.empty_cache_steps and self.progress.step % self.plan.empty_cache_steps == 0:
@@ -258,19 +266,15 @@ class TrainLoop:
         elif self.ranks.is_main:
             logger.warning("%s", what)
 
-    def _forward_backward(
-        self, micro_batch: MicroBatch, count: int, total: PendingSum, *, last: bool
-    ) -> torch.Tensor:
-        """Run one micro-batch; returns its share of the global mean loss."""
+    def _forward_backward(self, micro_batch: MicroBatch, count: int, *, last: bool) -> torch.Tensor:
+        """Run one micro-batch; returns its mean loss."""
         inputs = micro_batch.inputs if count else self.targets.without_ignored(micro_batch.inputs)
         self.micro_step.scaled_count = count * self.ranks.world_size
         self.micro_step.last = last
         loss = self.hooks.training_step(self.engine.model, inputs, max(1, count))
         if not micro_batch.masked:
             self.hooks.count_flos(inputs)
-        if not count:  # the mean over no target is no number, whatever its weight
-            return torch.zeros((), device=device_name())
-        return loss.detach().float() * (count / at_least_one(total.get()))
+        return loss
 
     def _react(
         self, event: str, outcome: StepOutcome, learning_rate: float, *, epoch_is_over: bool

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dstrain.core.ranks import sum_over_ranks
+
+_MOST_WINDOWS = 1024
+"""Steps whose losses are kept unread; a run that never logs waits for the device that seldom."""
 
 
 @dataclass(frozen=True)
@@ -34,39 +38,88 @@ class Reading:
     first_bad_step: int | None
 
 
+@dataclass(frozen=True)
+class _Window:
+    """The losses of a step as they came from the device, not yet read.
+
+    Attributes:
+        step: of the run.
+        losses: mean losses of this rank's micro-batches, each of one element.
+        counts: their targets.
+        total: targets of the window over all ranks; a tensor where it is still on the device.
+    """
+
+    step: int
+    losses: list[torch.Tensor]
+    counts: list[int]
+    total: torch.Tensor | float
+
+
 class TrainMeter:
-    """Adds up losses on the device; reading it is the only thing that waits for the device."""
+    """Keeps the losses of steps; reading them is the only thing that waits for the device.
+
+    Adding one starts no work on the device. Sums are those of Python's numbers, one step after the
+    other, so they do not depend on when they are read.
+    """
 
     def __init__(self, device: Any, *, filter_bad: bool) -> None:
-        """Args: where losses are, and whether NaN and infinite ones are left out of the mean."""
+        """Args: where ranks sum up, and whether NaN and infinite losses are left out of the mean."""
         self._device = device
         self._filter = filter_bad
-        self._loss = torch.zeros((), dtype=torch.float32, device=device)
-        self._finite = torch.zeros((), dtype=torch.float32, device=device)
-        self._bad = torch.full((), -1.0, dtype=torch.float32, device=device)
+        self._windows: list[_Window] = []
+        self._loss = 0.0
+        self._finite = 0
+        self._bad = -1
         self._steps = 0
         self._tokens = 0
         self._since = time.perf_counter()
 
-    def add(self, loss: torch.Tensor, *, step: int, num_tokens: int) -> None:
-        """Add this rank's share of a step's loss (its sum over ranks is the global mean)."""
-        finite = torch.isfinite(loss)
-        self._bad = torch.where(finite | (self._bad >= 0), self._bad, float(step))
-        if self._filter:
-            self._finite = self._finite + finite
-            loss = torch.where(finite, loss, 0.0)
-        self._loss = self._loss + loss
+    def add(
+        self,
+        losses: list[torch.Tensor],
+        counts: list[int],
+        total: torch.Tensor | float,
+        *,
+        step: int,
+        num_tokens: int,
+    ) -> None:
+        """Add a step: the mean losses of this rank's micro-batches, and what they weigh.
+
+        Args:
+            losses: one element each; not read here.
+            counts: targets of each.
+            total: targets of the whole window over all ranks; the weights are counts / total.
+            step: of the run.
+            num_tokens: input tokens of this rank.
+        """
+        self._windows.append(_Window(step, losses, counts, total))
         self._steps += 1
         self._tokens += num_tokens
+        if len(self._windows) >= _MOST_WINDOWS:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Read what has been added and add it up; waits for the device."""
+        windows, self._windows = self._windows, []
+        numbers = _read([part for window in windows for part in (*window.losses, window.total)])
+        for window in windows:
+            losses = [next(numbers) for _ in window.losses]
+            total = max(1.0, next(numbers))  # a window without any target has no loss
+            share = sum(x * n for x, n in zip(losses, window.counts, strict=True)) / total
+            finite = math.isfinite(share)
+            if not finite and self._bad < 0:
+                self._bad = window.step
+            self._finite += finite
+            self._loss += share if finite or not self._filter else 0.0
 
     def read(self) -> Reading:
         """Sum over ranks, wait for the device, start anew; a collective of all ranks."""
-        bad = torch.where(self._bad >= 0, 1.0, 0.0)
+        self._fold()
         # A rank whose losses were all bad has nothing to average: 0/0 says so.
         steps = self._finite if self._filter and self._steps else max(1, self._steps)
-        sums = torch.stack([self._loss.double() / steps, bad.double()])
-        counted = torch.tensor([float(self._tokens)], dtype=torch.float64)
-        loss, num_bad, tokens = sum_over_ranks(torch.cat([sums, counted.to(self._device)])).tolist()
+        mean = self._loss / steps if steps else math.nan
+        mine = torch.tensor([mean, self._bad >= 0, self._tokens], dtype=torch.float64)
+        loss, num_bad, tokens = sum_over_ranks(mine.to(self._device)).tolist()
         first_bad = self._first_bad_step() if num_bad else None
         now = time.perf_counter()
         reading = Reading(
@@ -77,20 +130,18 @@ class TrainMeter:
             seconds=now - self._since,
             first_bad_step=first_bad,
         )
-        self._loss = torch.zeros_like(self._loss)
-        self._finite = torch.zeros_like(self._finite)
-        self._bad = torch.full_like(self._bad, -1.0)
+        self._loss, self._finite, self._bad = 0.0, 0, -1
         self._steps = self._tokens = 0
         self._since = now
         return reading
 
     def state(self) -> dict[str, float]:
         """What has been added since the last reading, of this rank; waits for the device."""
-        sums = torch.stack([self._loss, self._finite, self._bad]).tolist()
+        self._fold()
         return {
-            "loss": sums[0],
-            "finite": sums[1],
-            "bad": sums[2],
+            "loss": self._loss,
+            "finite": self._finite,
+            "bad": self._bad,
             "steps": self._steps,
             "tokens": self._tokens,
             "seconds": time.perf_counter() - self._since,
@@ -103,9 +154,9 @@ class TrainMeter:
         sum over ranks is ever read.
         """
         mine = states[rank] if len(states) == world_size else _merged(states, self._filter, rank)
-        self._loss = torch.full_like(self._loss, mine["loss"])
-        self._finite = torch.full_like(self._finite, mine["finite"])
-        self._bad = torch.full_like(self._bad, mine["bad"])
+        self._windows = []
+        self._loss = mine["loss"]
+        self._finite, self._bad = int(mine["finite"]), int(mine["bad"])
         self._steps, self._tokens = int(mine["steps"]), int(mine["tokens"])
         self._since = time.perf_counter() - mine["seconds"]
 
@@ -116,7 +167,23 @@ class TrainMeter:
     def _first_bad_step(self) -> int:
         from dstrain.core.ranks import gather_objects
 
-        return min(int(s) for s in gather_objects(float(self._bad)) if s >= 0)
+        return min(s for s in gather_objects(self._bad) if s >= 0)
+
+
+def _read(parts: list[torch.Tensor | float]) -> Iterator[float]:
+    """The numbers of tensors of one element and of numbers, in order; one wait for each dtype."""
+    numbers: list[float] = [float("nan")] * len(parts)
+    places: dict[Any, list[int]] = {}
+    for place, part in enumerate(parts):
+        if isinstance(part, torch.Tensor):
+            places.setdefault((part.dtype, part.device), []).append(place)
+        else:
+            numbers[place] = part
+    for same in places.values():
+        stacked = torch.stack([parts[place].reshape(()) for place in same])  # type: ignore[union-attr]
+        for place, number in zip(same, stacked.tolist(), strict=True):
+            numbers[place] = number
+    return iter(numbers)
 
 
 def _merged(states: list[dict[str, float]], filtered: bool, rank: int) -> dict[str, float]:

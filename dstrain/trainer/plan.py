@@ -95,9 +95,9 @@ class MicroStep:
 
         DeepSpeed's mean over ranks is then the mean over all targets of the global batch.
         """
-        return 1.0 if self.total is None else self.scaled_count / at_least_one(self.total.get())
-
-
-def at_least_one(number: torch.Tensor | float) -> torch.Tensor | float:
-    """A divisor from a count that may be 0: a window without any target has no gradient."""
-    return number.clamp(min=1.0) if isinstance(number, torch.Tensor) else max(1.0, number)
+        if self.total is None:
+            return 1.0
+        total = self.total.get()
+        # A window without any target has no gradient.
+        at_least_one = total.clamp(min=1.0) if isinstance(total, torch.Tensor) else max(1.0, total)
+        return self.scaled_count / at_least_one

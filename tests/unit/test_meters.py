@@ -32,7 +32,7 @@ def clock(monkeypatch) -> Clock:
 
 def feed(meter: TrainMeter, losses: Sequence[float], *, first_step: int = 1) -> None:
     for step, loss in enumerate(losses, start=first_step):
-        meter.add(torch.tensor(loss), step=step, num_tokens=10)
+        meter.add([torch.tensor(loss)], [1], 1, step=step, num_tokens=10)
 
 
 def metered(losses: Sequence[float], *, filter_bad: bool = True) -> TrainMeter:
@@ -67,7 +67,33 @@ def test_reading_without_a_step_is_zero_and_not_nan():
 
 def test_many_small_losses_keep_their_precision():
     reading = metered([0.1] * 500).read()
-    assert reading.loss == pytest.approx(0.1, rel=1e-5)
+    assert reading.loss == pytest.approx(0.1, rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("total", [8, torch.tensor(8.0)])
+def test_micro_batches_weigh_as_much_as_they_have_targets(dtype, total):
+    """Of 8 targets over all ranks this one has 3 and 1; the total may still be on the device."""
+    meter = TrainMeter("cpu", filter_bad=True)
+    losses = [torch.tensor(2.0, dtype=dtype), torch.tensor([4.0], dtype=dtype)]
+    meter.add(losses, [3, 1], total, step=1, num_tokens=10)
+    meter.add([], [], 0, step=2, num_tokens=0)  # a window without any target
+    reading = meter.read()
+    assert reading.loss_sum == pytest.approx((2 * 3 + 4) / 8)
+    assert (reading.num_steps, reading.first_bad_step) == (2, None)
+
+
+def test_sums_do_not_depend_on_when_they_are_read(monkeypatch):
+    """A save reads them, and a run without that save must log the same loss to the last bit."""
+    losses = torch.rand(50, generator=torch.Generator().manual_seed(1)).tolist()
+    whole = metered(losses).read()
+    often = TrainMeter("cpu", filter_bad=True)
+    monkeypatch.setattr(meters, "_MOST_WINDOWS", 7)
+    for step, loss in enumerate(losses, start=1):
+        feed(often, [loss], first_step=step)
+        if step % 5 == 0:
+            often.state()
+    assert often.read().loss == whole.loss
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -146,7 +172,7 @@ def test_the_first_bad_step_is_that_of_any_rank(monkeypatch):
     """The NaN may be in the data of another rank."""
     monkeypatch.setattr(meters, "sum_over_ranks", lambda t: t + torch.tensor([0.0, 1.0, 0.0]))
     monkeypatch.setattr(
-        "dstrain.core.ranks.gather_objects", lambda own: [own, 4.0, -1.0, 2.0], raising=True
+        "dstrain.core.ranks.gather_objects", lambda own: [own, 4, -1, 2], raising=True
     )
     assert metered([1.0, 1.0, math.nan]).read().first_bad_step == 2
 
