@@ -63,7 +63,7 @@ class TrainMeter:
     """
 
     def __init__(self, device: Any, *, filter_bad: bool) -> None:
-        """Args: where ranks sum up, and whether NaN and infinite losses are left out of the mean."""
+        """Args: where ranks sum up, and whether bad losses are left out of the mean."""
         self._device = device
         self._filter = filter_bad
         self._windows: list[_Window] = []
