@@ -15,7 +15,7 @@ from dstrain.core.seeds import derived_seed
 from dstrain.data.dispatch import Dispatched
 from dstrain.data.noise import begin_worker
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
-from dstrain.data.stream import Masked, RankStream
+from dstrain.data.stream import Masked, RankStream, StreamLoader
 
 logger = get_logger(__name__)
 
@@ -127,7 +127,7 @@ def build_loader(
         stream.noise_seed = seed
         if workers and options.persistent_workers:
             stream.share_position()
-        return DataLoader(
+        return StreamLoader(
             stream, batch_size=None, collate_fn=_as_it_is, num_workers=workers, **common
         )
     if len(dataset) == 0:
@@ -220,7 +220,7 @@ def set_epoch(
 
 
 def keep_source_states(loader: Any) -> None:
-    """Let ``source_state`` know, from here on, where the stream behind a loader is."""
+    """Let ``source_state`` know where the stream behind a loader is, from its next epoch on."""
     if isinstance(stream := getattr(loader, "dataset", None), RankStream):
         stream.keeps_states = True
 
@@ -228,8 +228,8 @@ def keep_source_states(loader: Any) -> None:
 def source_state(loader: Any, samples: int) -> dict[str, Any] | None:
     """State of the stream behind a loader after ``samples`` samples of the epoch, of all ranks.
 
-    It is the same whatever the topology. None where the dataset is no stream, cannot tell its
-    position exactly, or is read in loader processes.
+    It is the same whatever the topology, and whoever reads. None where the dataset is no stream, or
+    cannot tell its position exactly.
     """
     stream = getattr(loader, "dataset", None)
     return stream.state_at(samples) if isinstance(stream, RankStream) else None

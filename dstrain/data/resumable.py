@@ -7,17 +7,22 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-# Steps of a ``datasets.IterableDataset`` whose state says all there is to say. Not among them: a
-# shuffle buffer (its content is no part of the state), sources that are read in turn (they are read
-# ahead, in threads), and what formats whole tables.
+# Steps of a ``datasets.IterableDataset`` whose state says all there is to say; for the buffer of a
+# shuffle one of our own takes its place. Not among them is what formats whole tables.
 _EXACT = frozenset(
     {
         "ArrowExamplesIterable",
+        "BufferShuffledExamplesIterable",
+        "CyclingMultiSourcesExamplesIterable",
         "ExamplesIterable",
         "FilteredExamplesIterable",
         "FormattedExamplesIterable",
+        "HorizontallyConcatenatedMultiSourcesExamplesIterable",
+        "InterleavedShardsExamplesIterable",
         "MappedExamplesIterable",
+        "RandomlyCyclingMultiSourcesExamplesIterable",
         "RebatchedArrowExamplesIterable",
+        "RepeatExamplesIterable",
         "SelectColumnsIterable",
         "SkipExamplesIterable",
         "TakeExamplesIterable",
@@ -88,7 +93,8 @@ def _steps_of(step: Any) -> str | None:
     before = [_steps_of(part) for part in _before(step)]
     if any(part is None for part in before):
         return None
-    return f"{name}({', '.join(map(str, before))})"
+    size = getattr(step, "buffer_size", "") if before else step.num_shards  # what a state counts in
+    return f"{name}{f'[{size}]' if size else ''}({', '.join(map(str, before))})"
 
 
 def _reads_ahead(step: Any) -> bool:
@@ -124,9 +130,28 @@ def _own(dataset: Any) -> Any:
 
 
 def _own_step(step: Any) -> Any:
+    if type(step).__name__ == "BufferShuffledExamplesIterable":
+        from dstrain.data.shuffled import ShuffledInRounds
+
+        return ShuffledInRounds(_own_step(step.ex_iterable), step.buffer_size, step.generator)
     own = copy.copy(step)
     if hasattr(step, "ex_iterable"):
         own.ex_iterable = _own_step(step.ex_iterable)
+        if type(step).__name__ == "FormattedExamplesIterable":
+            own.ex_iterable = _by_row(own.ex_iterable)
     elif hasattr(step, "ex_iterables"):
         own.ex_iterables = [_own_step(part) for part in step.ex_iterables]
     return own
+
+
+def _by_row(step: Any) -> Any:
+    """The same, row by row where it gives tables.
+
+    A format that is given tables of several rows loses those that it has not given yet. What it is
+    over may give tables in a single one of its shards, so this cannot be known beforehand.
+    """
+    from datasets.iterable_dataset import RebatchedArrowExamplesIterable
+
+    if isinstance(step, RebatchedArrowExamplesIterable):
+        return step
+    return RebatchedArrowExamplesIterable(step, batch_size=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import pin_memory as pinning
 from torch.utils.data._utils import worker as worker_module
 
 from dstrain.data.noise import Noise
@@ -30,6 +32,25 @@ class Masked:
     def pin_memory(self) -> Masked:
         """Asked by torch's loader; this batch comes once per epoch, so it is left as it is."""
         return self
+
+
+@dataclass
+class Told:
+    """A micro-batch of a loader process, on its way.
+
+    Attributes:
+        batch: what the training process is to get.
+        position: samples of the epoch up to its end, over all ranks.
+        state: the source's state there, pickled; None where that cannot be.
+    """
+
+    batch: Any
+    position: int
+    state: bytes | None
+
+    def pin_memory(self) -> Told:
+        """Asked by torch's loader."""
+        return Told(pinning.pin_memory(self.batch), self.position, self.state)
 
 
 @contextlib.contextmanager
@@ -87,8 +108,8 @@ class RankStream(IterableDataset[Any]):
         self.keeps_states = False  # where a checkpoint may want to know the source's position
         self._resumable = Resumable.of(source)
         self._begin: tuple[int, int, dict[str, Any]] | None = None  # epoch, start, source's state
-        # Of the last micro-batches: the loop is one or two behind what has been read.
-        self._states: deque[tuple[int, dict[str, Any] | None]] = deque(maxlen=4)
+        # Of the last micro-batches: the loop is one or two behind what it was given.
+        self._states: deque[tuple[int, dict[str, Any] | bytes | None]] = deque(maxlen=4)
 
     def share_position(self) -> None:
         """Let loader processes that outlive an epoch see what ``set_epoch`` says of the next."""
@@ -101,14 +122,21 @@ class RankStream(IterableDataset[Any]):
         """
         self._position.copy_(torch.tensor([epoch, start]))
         self._begin = (epoch, start, state) if start and state is not None else None
+        self._states.clear()
         self._tell_source(epoch)
 
     def state_at(self, samples: int) -> dict[str, Any] | None:
         """The source's state after ``samples`` samples of the epoch; None where it is not known.
 
-        Known are the ends of the last micro-batches, if ``keeps_states`` and this process reads.
+        Known are the ends of the last micro-batches, if ``keeps_states`` was set before the first.
         """
-        return dict(self._states).get(samples)
+        state = dict(self._states).get(samples)
+        return pickle.loads(state) if isinstance(state, bytes) else state
+
+    def note(self, told: Told) -> Any:
+        """Keep the state that a loader process sent; returns its micro-batch."""
+        self._states.append((told.position, told.state))
+        return told.batch
 
     def _reader(self) -> Any:
         return self.source if self._resumable is None else self._resumable.source
@@ -131,6 +159,7 @@ class RankStream(IterableDataset[Any]):
         begun = self._load(epoch, start)
         samples = _whole(self._reader()) if worker else iter(self._reader())
         position = start if begun else 0
+        tells = self.keeps_states and self._resumable is not None
         step = 0
         self._states.clear()
         while True:
@@ -144,8 +173,8 @@ class RankStream(IterableDataset[Any]):
             position += len(chunk)
             if not chunk:
                 return
-            if self.keeps_states and not worker and self._resumable is not None:
-                self._states.append((position, self._resumable.state()))
+            if tells and not worker:
+                self._states.append((position, self._state()))
             if used:
                 continue
             if self.drop_last and len(chunk) < self.topology.chunk:
@@ -153,11 +182,35 @@ class RankStream(IterableDataset[Any]):
             if step % turns == turn:
                 share = self.topology.share(len(chunk))
                 mine = [chunk[i] for i in share]
-                yield self.collate(mine) if mine else Masked(self.collate(chunk[:1]))
+                batch = self.collate(mine) if mine else Masked(self.collate(chunk[:1]))
+                yield Told(batch, position, _pickled(self._state())) if worker and tells else batch
             step += 1
+
+    def _state(self) -> dict[str, Any] | None:
+        return None if self._resumable is None else self._resumable.state()
 
     def _load(self, epoch: int, start: int) -> bool:
         """Let the source begin at the position that a checkpoint has, if it has this one."""
         if self._begin is None or self._resumable is None or self._begin[:2] != (epoch, start):
             return False  # loader processes that outlive an epoch still hold the first one's
         return self._resumable.load(self._begin[2])
+
+
+class StreamLoader(DataLoader[Any]):
+    """Loads a ``RankStream``; states that come with micro-batches from loader processes stay here.
+
+    They are pickled there already: what torch's queue cannot pickle, it loses, and waits for.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Micro-batches, as without loader processes."""
+        stream: Any = self.dataset
+        for batch in super().__iter__():
+            yield stream.note(batch) if isinstance(batch, Told) else batch
+
+
+def _pickled(state: dict[str, Any] | None) -> bytes | None:
+    try:
+        return None if state is None else pickle.dumps(state)
+    except Exception:  # of a dataset of the user's own, anything
+        return None

@@ -151,3 +151,30 @@ def topologies(folder: Path) -> dict[str, Any]:
         for place in places:
             run(place, resumed_name(saved, place), start)
     return found
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+def streams(folder: Path) -> dict[str, Any]:
+    """What the runs of ``test_streams`` came to, and how many rows they read."""
+    from tests.distributed.test_streams import PLACES, READ, SAVED_AT, STEPS, mixture
+
+    found: dict[str, Any] = {}
+    start: Any = False
+    for name, (ranks, micro_batch, accumulation, workers) in PLACES.items():
+        settings = {
+            "max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVED_AT,
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": accumulation, "dataloader_num_workers": workers,
+        }  # fmt: skip
+        at = folder / name
+        READ.value = 0
+        Ranks(
+            ranks,
+            lambda: train(at, start, data=mixture(), **settings),  # noqa: B023
+            folder / f"log-{name}",
+        ).wait(60)
+        found[name] = {**outcome_of(at), "read": READ.value}
+        start = str(folder / "whole" / f"checkpoint-{SAVED_AT}")
+    return found

@@ -165,6 +165,17 @@ def masking_collate(examples: Any) -> dict[str, torch.Tensor]:
     return batch | {"input_ids": batch["input_ids"].masked_fill(dropped, 3)}
 
 
+def masking_trainer() -> Any:
+    """A trainer class with that collator."""
+    from dstrain import Trainer
+
+    class Masking(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "data_collator": masking_collate})
+
+    return Masking
+
+
 @pytest.mark.ranks(2, timeout=300)
 @pytest.mark.parametrize("data", ["samples", "stream"])
 @pytest.mark.parametrize(("at", "workers"), [(4, 0), (6, 0), (4, 2)])
@@ -175,14 +186,10 @@ def test_a_collator_that_draws_random_numbers(
 
     Loader processes are ahead too, and those of the run that goes on begin in another place.
     """
-    from dstrain import Trainer
-
-    class Masking(Trainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "data_collator": masking_collate})
-
     more: dict[str, Any] = {"data": Stream(22), "max_steps": 12} if data == "stream" else {}
-    check(tmp_path, rank, at, stage=2, cls=Masking, dataloader_num_workers=workers, **more)
+    check(
+        tmp_path, rank, at, stage=2, cls=masking_trainer(), dataloader_num_workers=workers, **more
+    )
 
 
 @pytest.mark.ranks(2, timeout=300)
@@ -253,8 +260,11 @@ def test_a_resume_of_a_stream_that_knows_its_position(tmp_path: Path, rank: int)
 
 @pytest.mark.ranks(2, timeout=300)
 def test_a_stream_read_by_two_loader_processes(tmp_path: Path, rank: int) -> None:
-    """Each of them reads the whole stream and leaves out what was used."""
-    check(tmp_path, rank, 4, stage=2, data=Stream(22), max_steps=12, dataloader_num_workers=2)
+    """Each of them reads the whole stream, which is begun in both where it was."""
+    settings = {"stage": 2, "max_steps": 10, "dataloader_num_workers": 2, "cls": masking_trainer()}
+    check(tmp_path, rank, 8, data=Telling(22), **settings)
+    source = run_file(tmp_path / "whole/checkpoint-8")["position"]["source"]
+    assert source == {"kind": "Telling", "state": {"given": 8}}
 
 
 @pytest.mark.ranks(2, timeout=300)

@@ -24,6 +24,7 @@ from dstrain.tasks.causal_lm.packing import PackedStream, Packer, collate_blocks
 from dstrain.tasks.causal_lm.prepare import prepare
 from dstrain.tasks.causal_lm.sources import load_documents
 from dstrain.tasks.common import cache as data_cache
+from dstrain.tasks.common import lines as lines_module
 from dstrain.tasks.common import origin
 from dstrain.tasks.common import rows as rows_module
 from dstrain.tasks.common import tokenizer as tokenizers_module
@@ -208,6 +209,7 @@ def test_text_file_keeps_its_tail_for_validation(tmp_path):
 @pytest.mark.parametrize("separator", ["\n", " ", ""])
 def test_large_files_become_pieces_that_join_to_the_file(tmp_path, monkeypatch, separator):
     monkeypatch.setattr(text_files, "PIECE_BYTES", 64)
+    monkeypatch.setattr(text_files, "SHARD_BYTES", 300)
     text = separator.join(["né漢🎉"] * 200)
     path = tmp_path / "large.txt"
     path.write_text(text, newline="")
@@ -215,6 +217,27 @@ def test_large_files_become_pieces_that_join_to_the_file(tmp_path, monkeypatch, 
     pieces = texts_of(documents.train) + texts_of(documents.validation)
     assert "".join(pieces) == text
     assert max(len(piece.encode()) for piece in pieces) <= 64
+    stream = load_documents(DataArguments(train_file=str(path), streaming=True)).train
+    assert texts_of(stream) == texts_of(documents.train)
+    assert stream.num_shards == -(-documents.train_bytes // 300)
+
+
+def test_of_a_large_file_in_a_folder_what_is_no_text_is_left_out(tmp_path, monkeypatch, caplog):
+    """It is not read whole before it is used."""
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 64)
+    monkeypatch.setattr(text_files, "SHARD_BYTES", 300)
+    monkeypatch.setattr("dstrain.tasks.common.files._SNIFF_BYTES", 64)
+    lines = [f"line {index:04}\n".encode() for index in range(100)]
+    lines[50] = b"l\xefne 0050\n"
+    (tmp_path / "large.txt").write_bytes(b"".join(lines))
+    (tmp_path / "other.txt").write_text("other")
+    documents = load_documents(DataArguments(train_file=str(tmp_path), validation_percentage=0))
+    found = "".join(texts_of(documents.train))
+    assert found.startswith("line 0000")
+    assert "ne 0050" not in found
+    assert found.endswith("line 0099\nother")
+    assert len(found) > 1000 - 300
+    assert "near byte 501" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "folder of jsonl"])
@@ -539,6 +562,51 @@ def test_stream_goes_on_behind_any_block(kind, limit, folder, tmp_path, tokenize
             resumed.load_state_dict(state)
         assert lists_of(resumed) == blocks[used:]
         assert lists_of(resumed) == blocks
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_stream_begins_inside_of_a_large_file(kind, tmp_path, tokenizer, monkeypatch):
+    """What it reads to get there does not depend on where that is."""
+    for module in (text_files, lines_module):
+        monkeypatch.setattr(module, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr("dstrain.tasks.causal_lm.packing.STREAM_BATCH_CHARACTERS", 400)
+    monkeypatch.setattr("dstrain.tasks.causal_lm.packing._READ_ROWS", 3)
+    texts = [sample_text(seed, num_lines=10) for seed in range(100)]
+    path = tmp_path / f"large.{'txt' if kind == 'text' else kind}"
+    if kind == "text":
+        path.write_text("".join(texts))
+    elif kind == "jsonl":
+        write_rows(path, texts)
+    else:
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=8)
+    args = DataArguments(train_file=str(path), streaming=True, validation_percentage=0)
+    rows = load_documents(args).train
+    assert rows.num_shards > 10
+    read = []
+    read_some = rows._ex_iterable
+    while hasattr(read_some, "ex_iterable"):
+        read_some = read_some.ex_iterable
+    name = "generate_tables_fn" if kind == "parquet" else "generate_examples_fn"
+    made = getattr(read_some, name)
+
+    def counted(**kwargs):
+        for key, some in made(**kwargs):
+            read.append(len(some))
+            yield key, some
+
+    setattr(read_some, name, counted)
+    blocks = lists_of(PackedStream(rows, tokenizer, 32))
+    whole, running = sum(read), PackedStream(rows, tokenizer, 32)
+    for used, _ in enumerate(running, start=1):
+        if used % (len(blocks) // 7) == 0:
+            resumed = PackedStream(rows, tokenizer, 32)
+            resumed.load_state_dict(decode(encode(running.state_dict(), where="state")))
+            read.clear()
+            assert next(iter(resumed))["input_ids"].tolist() == blocks[used]
+            assert sum(read) < whole / 4
+            resumed.load_state_dict(running.state_dict())
+            assert lists_of(resumed) == blocks[used:]
 
 
 def test_stream_refuses_the_place_of_a_block_of_another_size(stream_and_blocks, tokenizer):

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset
 
 from dstrain.checkpoint.codec import decode, encode
@@ -73,12 +74,17 @@ def double(rows: dict[str, list[int]]) -> dict[str, list[int]]:
     return {"x": [sign * x for x in rows["x"] for sign in (1, -1)]}
 
 
+async def later(row: dict[str, int]) -> dict[str, int]:
+    return row
+
+
 def one_after_the_other() -> datasets.IterableDataset:
     return datasets.concatenate_datasets([from_shards(), from_shards().take(9)])
 
 
-def from_buffer() -> datasets.IterableDataset:
-    return from_shards().shuffle(seed=1, buffer_size=7)
+def from_buffers() -> datasets.IterableDataset:
+    parts = [from_shards().shuffle(seed=seed, buffer_size=7) for seed in (1, 2)]
+    return datasets.interleave_datasets(parts, probabilities=[0.7, 0.3], seed=3)
 
 
 def as_list(samples: list[Any]) -> list[Any]:
@@ -113,12 +119,14 @@ def flat(parts: Iterator[list[Any]]) -> list[Any]:
     return [sample for part in parts for sample in part]
 
 
-def stop_after(source: Callable[[], Any], num_windows: int, epoch: int) -> tuple[list[Any], Any]:
+def stop_after(
+    source: Callable[[], Any], num_windows: int, epoch: int, options: LoaderOptions = SERIAL
+) -> tuple[list[Any], Any]:
     """What 2 ranks with micro-batch 2 used in windows of 2, and the state as a file would hold it.
 
     8 samples each; the first micro-batch of the next window has been fetched too.
     """
-    ranks = ranks_of(source, 2, 2)
+    ranks = ranks_of(source, 2, 2, options)
     for loader in ranks:
         keep_source_states(loader)
         set_epoch(loader, epoch)
@@ -134,7 +142,9 @@ def whole(source: Callable[[], Any], epoch: int) -> list[Any]:
     return flat(samples_of([loader], 1))
 
 
-@pytest.mark.parametrize("source", [Telling, from_shards, from_table, one_after_the_other])
+@pytest.mark.parametrize(
+    "source", [Telling, from_shards, from_table, one_after_the_other, from_buffers]
+)
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("num_windows", [1, 3])
 @pytest.mark.parametrize(("micro_batch", "world_size"), [(2, 2), (3, 1), (1, 5)])
@@ -151,9 +161,39 @@ def test_a_stream_goes_on_at_another_topology(source, epoch, num_windows, micro_
     assert flat(samples_of(ranks, 2)) == whole(source, epoch + 1)
 
 
+@pytest.mark.parametrize("source", [Telling, from_buffers])
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (2, 3), (0, 2)])
+def test_loader_processes_tell_and_begin(source, before, after):
+    """However many there are, samples and states are those of the training process."""
+    _, serial = stop_after(source, 3, 1)
+    used, state = stop_after(source, 3, 1, LoaderOptions(num_workers=before))
+    assert state == serial
+    rest = whole(source, 1)[len(used) :]
+    options = LoaderOptions(num_workers=after, persistent_workers=after > 0)
+    (loader,) = ranks_of(source, 3, 1, options)
+    keep_source_states(loader)
+    set_epoch(loader, 1, start=len(used), source=state)
+    assert flat(samples_of([loader], 1)) == rest
+    set_epoch(loader, 2)
+    second = samples_of([loader], 1)
+    assert flat(islice(second, 3)) == whole(source, 2)[:9]
+    assert source_state(loader, 9) is not None
+
+
+def test_what_a_loader_process_cannot_send_is_not_known():
+    class Unsendable(Telling):
+        def state_dict(self) -> dict[str, Any]:
+            return {"given": lambda: self.given}
+
+    (loader,) = ranks_of(Unsendable, 2, 1, LoaderOptions(num_workers=1))
+    keep_source_states(loader)
+    set_epoch(loader, 0)
+    assert flat(samples_of([loader], 1)) == list(range(30))
+    assert source_state(loader, 30) is None
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_sample_that_was_used_is_read_again(workers):
-    """In loader processes too: they can begin at a state, though they cannot tell theirs."""
     used, state = stop_after(Telling, 2, 1)
     READ.clear()
     (loader,) = ranks_of(Telling, 3, 1, LoaderOptions(num_workers=workers))
@@ -172,16 +212,6 @@ def test_no_shard_that_was_used_is_read_again():
     set_epoch(loader, 0, start=16, source=state)
     flat(samples_of([loader], 1))
     assert set(READ) == {10 * shard + i for shard in (3, 4, 5) for i in range(5)}
-
-
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_a_shuffle_buffer_is_filled_again_from_the_beginning(epoch):
-    """Its content is in no state: a run that went on from one would lose what was in it."""
-    used, state = stop_after(from_buffer, 2, epoch)
-    assert state is None
-    (loader,) = ranks_of(from_buffer, 3, 1)
-    set_epoch(loader, epoch, start=len(used), source=state)
-    assert used + flat(samples_of([loader], 1)) == whole(from_buffer, epoch)
 
 
 def test_a_resumed_run_can_be_resumed():
@@ -230,11 +260,11 @@ def test_a_state_of_another_stream_is_left_aside():
     "dataset",
     [
         from_shards().with_format("arrow"),
-        from_shards().map(lambda x: x).shuffle(seed=1, buffer_size=2).take(3),
-        datasets.interleave_datasets([from_shards(), from_shards()]),
+        from_shards().map(later),
+        split_dataset_by_node(from_shards(), rank=0, world_size=2),
         [1, 2],
     ],
-    ids=["tables", "buffer", "in turn", "no stream"],
+    ids=["tables", "asynchronous", "distributed", "no stream"],
 )
 def test_what_cannot_tell_its_position_exactly(dataset):
     assert Resumable.of(dataset) is None

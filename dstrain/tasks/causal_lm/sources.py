@@ -12,7 +12,8 @@ every run and machine, and equal rows never fall on both sides.
 | jsonl, parquet, dataset | a row that is not blank | rows by hash of their text |
 | the same, streamed | a row that is not blank | the first 1,000, left out of training |
 
-Only the training text and a named ``validation_split`` are ever streamed.
+Only the training text and a named ``validation_split`` are ever streamed. Large files are then
+several shards, so that a stream can begin near to where a run was: see ``--streaming``.
 """
 
 from __future__ import annotations

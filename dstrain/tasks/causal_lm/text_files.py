@@ -12,6 +12,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.tasks.common.origin import (
+    SHARD_BYTES,
     Origin,
     Side,
     TextPart,
@@ -30,7 +31,8 @@ _logger = get_logger(__name__)
 def read_pieces(parts: Sequence[TextPart], *, strict: bool) -> Iterator[dict[str, str]]:
     """The documents of ``parts`` in order, each at most ``PIECE_BYTES`` long, blank ones left out.
 
-    The pieces of a part joined are its text unchanged, line endings included.
+    The pieces of a part joined are its text unchanged, line endings included. ``parts`` are shards
+    of a stream: it can begin at any, so that none may need to read what comes before it.
 
     Raises:
         DataError: when ``strict`` and a part is not UTF-8; otherwise it is logged and left out.
@@ -54,8 +56,9 @@ def read_pieces(parts: Sequence[TextPart], *, strict: bool) -> Iterator[dict[str
 def _undecodable(part: TextPart) -> Problem | None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(part.path, "rb") as file:
-        for position in range(0, part.stop, PIECE_BYTES):
-            data = file.read(PIECE_BYTES)
+        file.seek(part.start)
+        for position in range(part.start, part.stop, PIECE_BYTES):
+            data = file.read(min(PIECE_BYTES, part.stop - position))
             try:
                 decoder.decode(data, final=position + len(data) >= part.stop)
             except UnicodeDecodeError as error:
@@ -69,6 +72,16 @@ def _not_utf8(part: TextPart, position: int, reason: str) -> Problem:
         f"{reason} near byte {position:,}",
         "convert it, for example with iconv -f latin1 -t utf-8",
     )
+
+
+def _shards(part: TextPart) -> Iterator[TextPart]:
+    """Parts of a large part, cut where its pieces may be."""
+    start = part.start
+    while part.stop - start > SHARD_BYTES:
+        stop = _boundary(part.path, start + SHARD_BYTES - PIECE_BYTES // 2, start + SHARD_BYTES)
+        yield replace(part, start=start, stop=stop)
+        start = stop
+    yield replace(part, start=start)
 
 
 def _cuts(part: TextPart) -> Iterator[tuple[int, int]]:
@@ -116,7 +129,8 @@ def split_text(origin: Origin, percentage: float, *, streaming: bool) -> tuple[S
 
 def _text_side(parts: list[TextPart], origin: Origin, *, streaming: bool = False) -> Side | None:
     """The documents of ``parts``, or None when all of them are blank."""
-    kwargs: dict[str, Any] = {"parts": parts, "strict": origin.one_file}
+    shards = [shard for part in parts for shard in _shards(part)]
+    kwargs: dict[str, Any] = {"parts": shards, "strict": origin.one_file}
     with explained(origin):
         if next(read_pieces(**kwargs), None) is None:
             return None
@@ -125,7 +139,7 @@ def _text_side(parts: list[TextPart], origin: Origin, *, streaming: bool = False
     if streaming:
         stream = IterableDataset.from_generator(read_pieces, features=FEATURES, gen_kwargs=kwargs)
         return Side(stream, num_bytes, None, size)
-    fingerprint = fingerprint_of([astuple(part) for part in parts])
+    fingerprint = fingerprint_of([astuple(shard) for shard in shards])
     with explained(origin):
         rows = Dataset.from_generator(
             read_pieces, features=FEATURES, gen_kwargs=kwargs, fingerprint=fingerprint

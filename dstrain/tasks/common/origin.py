@@ -23,6 +23,8 @@ ROW_BUILDERS = {
     ".parquet": "parquet",
 }
 """Suffixes of files of rows, and what reads them in ``datasets.load_dataset``."""
+SHARD_BYTES = 64 * 1024 * 1024
+"""Larger files are several shards of a stream, which begins again at no more than one's start."""
 _VERSION = 1  # of this module's output; raise it when the same input gives other documents
 
 

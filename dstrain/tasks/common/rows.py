@@ -9,6 +9,7 @@ from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 
 from dstrain.core.errors import DataError, Problem, nearest
 from dstrain.tasks.common.arguments import SourceArguments
+from dstrain.tasks.common.lines import stream_lines
 from dstrain.tasks.common.origin import (
     Origin,
     Side,
@@ -56,6 +57,8 @@ def load_rows(
             raise origin.empty()
         for name, column in columns.items():
             _check_column(rows, first, origin, column, flag=f"{name}_column")
+        if streaming and origin.files:
+            rows = _in_shards(rows, first, origin, columns.values())
         rows = rows.select_columns(list(columns.values()))
         renamed = {column: name for name, column in columns.items() if column != name}
         if renamed:
@@ -77,6 +80,18 @@ def load_rows(
             remedy = f"name another column with {flags}, or give other data"
             raise DataError(Problem(f"{origin.label} holds no text", why, remedy))
     return rows
+
+
+def _in_shards(
+    rows: IterableDataset, first: dict[str, Any], origin: Origin, columns: Iterable[str]
+) -> IterableDataset:
+    """The same rows with more shards, where the format has them: a stream begins at one's start."""
+    if origin.builder == "parquet":
+        return rows.reshard()
+    lines = stream_lines(origin.files, tuple(columns)) if origin.builder == "json" else None
+    if lines is None or any(first[c] != text for c, text in next(iter(lines)).items()):
+        return rows  # of a form that datasets makes rows of in its own way
+    return lines
 
 
 def text_options(origin: Origin, columns: Iterable[str]) -> dict[str, Any]:
