@@ -1,6 +1,6 @@
 """Models: built, loaded and saved whole or partitioned."""
 
-from dstrain.models.adapters import guard_merging, merge_adapters, unloaded
+from dstrain.models.adapters import merge_adapters, unloaded
 from dstrain.models.build import (
     DTYPES,
     build_causal_lm,
@@ -11,6 +11,7 @@ from dstrain.models.build import (
     max_length,
     parse_model_config,
 )
+from dstrain.models.guard import guard_partitioned
 from dstrain.models.held import HeldShards, held_bytes, hold_shards
 from dstrain.models.host_copies import HostCopies
 from dstrain.models.save import check_writable, needs_conversion, save_configs, save_model
@@ -31,7 +32,7 @@ __all__ = [
     "check_writable",
     "count_causal_lm",
     "count_seq2seq",
-    "guard_merging",
+    "guard_partitioned",
     "held_bytes",
     "hold_shards",
     "needs_conversion",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,11 +19,10 @@ import torch
 from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
-from dstrain.engine import full_numel, gathered
+from dstrain.engine import gathered
 from dstrain.models.tensor_file import Stored, write_tensor_file
 
 WEIGHTS = "adapter_model.safetensors"
-_MERGING = ("merge_and_unload", "merge_adapter", "unmerge_adapter")
 
 
 def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
@@ -140,25 +138,6 @@ def unloaded(model: Any) -> torch.nn.Module:
         warnings.filterwarnings("ignore", "All adapters are already merged")
         below: torch.nn.Module = type(tuner).merge_and_unload(tuner)
     return below
-
-
-def guard_merging(model: Any) -> None:
-    """Let ``peft``'s own merging raise while parameters are partitioned: it would add nothing."""
-    for name in _MERGING:
-        if has_adapters(model) and hasattr(type(model.base_model), name):
-            setattr(model.base_model, name, functools.partial(_merge_whole, model.base_model, name))
-
-
-def _merge_whole(tuner: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-    if any(p.numel() != full_numel(p) for p in tuner.parameters()):
-        raise ModelError(
-            Problem(
-                f"{name}() of a model that is partitioned over the ranks (ZeRO stage 3)",
-                "this rank has a share of each weight, so nothing would be added to any",
-                "call merge_and_unload() of the trainer on all ranks, and save_model() after it",
-            )
-        )
-    return getattr(type(tuner), name)(tuner, *args, **kwargs)
 
 
 def _outermost(module: torch.nn.Module) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from dstrain.core.ranks import all_or_none, barrier, require_equal
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
 from dstrain.engine import Engine, MetricSchedule, device_type
-from dstrain.models import check_writable, guard_merging, save_model
+from dstrain.models import check_writable, guard_partitioned, save_model
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build, compat, saving
 from dstrain.trainer.adapter_hooks import AdapterHooks
@@ -354,7 +354,7 @@ class Trainer(
     def _note_model(self) -> None:
         """What the trainer must know about its model."""
         check_whole(self.model)
-        guard_merging(self.model)
+        guard_partitioned(self.model)
         self.targets = build.targets_of(self.model, self.args)
         self._smoothing = LabelSmoothing.of(self.model, self.args, self.targets)
 

@@ -118,8 +118,11 @@ def test_merging_after_training_adds_what_was_trained(stage: int, tmp_path: Path
 
     if stage == 3:
         for merge in (trainer.model.merge_and_unload, trainer.model.base_model.merge_adapter):
-            with pytest.raises(ModelError, match="merge_and_unload.. of the trainer on all ranks"):
+            with pytest.raises(ModelError, match="merge_and_unload.. of the trainer, on all ranks"):
                 merge()
+        with pytest.raises(ModelError, match="save_model.. of the trainer"):
+            trainer.model.save_pretrained(tmp_path / "empty")
+        assert not (tmp_path / "empty").exists()
     merged = trainer.model.merge_and_unload() if stage == 1 else trainer.merge_and_unload()
     if stage != 1:
         assert trainer.model is merged

@@ -23,12 +23,26 @@ def test_a_saved_folder_loads_and_equals_the_engine(
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
+    from dstrain.core.errors import ModelError
+    from dstrain.core.ranks import barrier
+    from dstrain.engine import gathered
+
     model = tiny_llama(tie_word_embeddings=tied)
     trainer = make_trainer(tmp_path, stage=stage, model=model, bf16=True, max_steps=2)
     trainer.train()
     trainer.save_model()
     expected = whole_weights(trainer)
+    if stage == 3:  # the model's own method sees weights only where they are gathered
+        with pytest.raises(ModelError, match="save_model.. of the trainer"):
+            model.save_pretrained(tmp_path / "own")
+        with gathered(model.parameters()):
+            if rank == 0:
+                model.save_pretrained(tmp_path / "own")
+        barrier()
     trainer.close()
+    if stage == 3:
+        own = AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype="auto")
+        assert all(torch.equal(p, expected[name]) for name, p in own.named_parameters())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert loaded.dtype == torch.bfloat16
     for name, parameter in loaded.named_parameters():
