@@ -103,8 +103,9 @@ def evaluate_batches(
     its targets) over the sum of targets does not. Ranks must pass the same number of batches, as
     ZeRO-3 gathers parameters together; those without a sample pass stand-ins with weight 0.
 
-    An error on one rank is raised on all. Where the others may need this rank until they can hear
-    of it, it goes on without keeping anything: in its forward passes, if these are collective.
+    An error on one rank is raised on all when predictions are next sent; until then this rank goes
+    on without keeping anything, in its forward passes too if these are collective. Where nothing is
+    sent before the end, which may be an hour away, it is raised at once, on its rank alone.
 
     Args:
         batches: this rank's batches.
@@ -126,10 +127,9 @@ def evaluate_batches(
             try:
                 prediction = predict(batch.inputs)
             except Exception as error:
-                if collective:
+                if collective or keep is None:
                     raise
-                if keep is not None:
-                    keep.abort(error)
+                keep.abort(error)
                 failure = error
         if failure is None and prediction is not None:
             try:
@@ -155,22 +155,26 @@ def evaluate_batches(
             except Exception as error:
                 failure = _noted(error, keep)
         meet()
+    failed = failure is not None  # after what was sent last
     counts = torch.tensor(
-        [num_targets, num_samples, without_loss, failure is not None],
-        dtype=torch.float64,
-        device=device,
+        [num_targets, num_samples, without_loss, failed], dtype=torch.float64, device=device
     )
     totals = sum_over_ranks(torch.cat([loss_sum.reshape(1), counts])).tolist()
-    total_loss, targets, samples, missing, failed = totals
-    if failed:
+    total_loss, targets, samples, missing, num_failed = totals
+    if num_failed:
         raise_together(failure)
     mean = total_loss / targets if targets and not missing else None
     return LossTotals(mean, int(targets), int(samples), num_steps)
 
 
 def _noted(error: Exception, keep: Keeper | None) -> Exception:
-    """The error, told at once in the log: until it is raised many batches may go by."""
+    """The error, told at once in the log: until it is raised some batches may go by.
+
+    Raises:
+        Exception: the error, where nothing is sent.
+    """
+    if keep is None:
+        raise error
     logger.error("the evaluation will end with %s: %s", type(error).__name__, error)
-    if keep is not None:
-        keep.fail(error)
+    keep.fail(error)
     return error
