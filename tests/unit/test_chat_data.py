@@ -451,9 +451,10 @@ def test_packed_samples_are_those_of_each_conversation(tmp_path):
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_stream_gives_the_samples_of_its_conversations(
-    tokenizer, tmp_path, caplog, suffix, packing
+    tokenizer, tmp_path, caplog, monkeypatch, suffix, packing
 ):
-    """Bad rows are left out and named once; it goes on inside of what was mapped."""
+    """Bad rows are left out and named once; it goes on inside of what was mapped, and of a file."""
+    monkeypatch.setattr("dstrain.tasks.common.lines.SHARD_BYTES", 1000)
     rows = [{"prompt": f"Name colour {i}", "completion": f"red {i}"} for i in range(80)]
     good = tmp_path / "good.jsonl"
     write_jsonl(good, rows)
@@ -464,7 +465,7 @@ def test_a_stream_gives_the_samples_of_its_conversations(
     ]
     path = tmp_path / f"rows.{suffix}"
     if suffix == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=20)
     else:
         write_jsonl(path, rows)
     given = {"block_size": 64, "packing": packing}
@@ -478,7 +479,11 @@ def test_a_stream_gives_the_samples_of_its_conversations(
         streamed = prepare_chat(found, tokenizer, args)
         samples = list(streamed.train)
         assert list(streamed.train) == samples
-    place = f"row 51 of --train_file {path}" if suffix == "parquet" else f"line 51 of {path}"
+    before = sum(map(len, path.read_bytes().splitlines(keepends=True)[:50]))
+    place = f"the line at byte {before:,} of {path}"
+    if suffix == "parquet":
+        place = f"row 51 of --train_file {path}"
+    assert found.train.num_shards >= 5
     assert caplog.text.count(place) == 1
     assert caplog.text.count("without an answer in their first 64 tokens") == 1
 

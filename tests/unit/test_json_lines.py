@@ -10,7 +10,7 @@ import pytest
 
 from dstrain.core.errors import DataError
 from dstrain.tasks.common import lines
-from dstrain.tasks.common.lines import read_lines, stream_lines
+from dstrain.tasks.common.lines import read_texts, spans_of, stream_lines
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
@@ -42,15 +42,18 @@ def test_files_that_are_not_like_that(tmp_path, text):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("{", "is not JSON"),
-        ("[1]", "is not a JSON object"),
-        ('{"a": 5}', "'a' of the line at byte 11 of .*bad.jsonl holds int"),
+        ("{", "line 2 of .*bad.jsonl is not JSON"),
+        ("[1]", "line 2 of .* is not a JSON object"),
+        ('{"a": 5}', "'a' of line 2 of .* holds int"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, problem):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"a": "x"}\n' + line + "\n")
-    rows = read_lines([(str(path), 0, path.stat().st_size)], ["a"])
+    rows = read_texts(spans_of(str(path)), ["a"])
     assert next(rows) == {"a": "x"}
     with pytest.raises(DataError, match=problem):
         next(rows)
+    later = problem.replace("line 2 of", "the line at byte 11 of")
+    with pytest.raises(DataError, match=later):
+        next(read_texts([(str(path), 11, path.stat().st_size)], ["a"]))

@@ -24,6 +24,7 @@ from dstrain.data import (
     source_state,
     windows,
 )
+from dstrain.data.stream import Told
 from dstrain.trainer.position import Position
 
 SERIAL = LoaderOptions()
@@ -178,6 +179,15 @@ def test_loader_processes_tell_and_begin(source, before, after):
     second = samples_of([loader], 1)
     assert flat(islice(second, 3)) == whole(source, 2)[:9]
     assert source_state(loader, 9) is not None
+
+
+def test_what_loader_processes_send_is_pinned():
+    class Batch:
+        def pin_memory(self) -> str:
+            return "pinned"
+
+    told = Told({"a": Batch()}, 3, b"state").pin_memory()
+    assert told == Told({"a": "pinned"}, 3, b"state")
 
 
 def test_what_a_loader_process_cannot_send_is_not_known():

@@ -99,8 +99,8 @@ class DataArguments(SourceArguments):
             "help": "Read, tokenise and pack the training data while training, with nothing "
             "written to disk. Rows held out for validation are then the first 1,000; a row that is "
             "no conversation is left out with a warning. A run that goes on begins to read at the "
-            "shard in which it was: of text 64 MiB, also as JSON lines, or a row group of a "
-            "parquet file; other files and named datasets have larger ones."
+            "shard in which it was: 64 MiB of text or JSON lines, a row group of a parquet file; "
+            "other files and named datasets have larger ones."
         },
     )
     block_size: int = field(

@@ -16,7 +16,7 @@ not read before training: its bad rows are left out, each with a warning.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from dstrain.core.ranks import launched_ranks
 from dstrain.tasks.causal_lm.arguments import DataArguments
 from dstrain.tasks.causal_lm.sources import Documents
 from dstrain.tasks.common.files import origins
+from dstrain.tasks.common.lines import Span, placed_values, spans_of
 from dstrain.tasks.common.origin import ROW_BUILDERS, Origin, explained, fingerprint_of
 from dstrain.tasks.common.rows import rows_side, split_rows, text_options
 
@@ -149,10 +150,13 @@ def _stream(origin: Origin, args: DataArguments) -> IterableDataset:
     with explained(origin):
         if origin.builder == "json" and origin.files:
             judged = IterableDataset.from_generator(
-                _judged_json, gen_kwargs={"files": list(origin.files)}
+                _judged_json,
+                gen_kwargs={"spans": [span for file in origin.files for span in spans_of(file)]},
             )
         else:
             rows = _load_rows(origin, args)
+            if origin.builder == "parquet" and origin.files:
+                rows = rows.reshard()  # by row groups, at each of which the stream can begin
             judged = rows.map(
                 _judged_row,
                 with_indices=True,
@@ -181,8 +185,8 @@ def _judged(row: Any, place: str) -> dict[str, str]:
     return {"conversation": conversation, "place": place, "problem": ""}
 
 
-def _judged_json(files: list[str]) -> Iterator[dict[str, str]]:
-    for place, row in _placed_json(files):
+def _judged_json(spans: list[Span]) -> Iterator[dict[str, str]]:
+    for place, row in _placed_json(spans):
         yield _judged(row, place)
 
 
@@ -203,7 +207,8 @@ def read_conversations(origin: Origin, rows: Dataset | None) -> Iterator[dict[st
         DataError: the first ``MOST_PROBLEMS`` rows that are none, each with its place.
     """
     problems: list[Problem] = []
-    placed = _placed_json(origin.files) if rows is None else _placed_rows(rows, origin)
+    spans = ((file, 0, Path(file).stat().st_size) for file in origin.files)
+    placed = _placed_json(spans) if rows is None else _placed_rows(rows, origin)
     for place, row in placed:
         messages = messages_in(row, place)
         if isinstance(messages, Problem):
@@ -217,26 +222,18 @@ def read_conversations(origin: Origin, rows: Dataset | None) -> Iterator[dict[st
         raise DataError(problems)
 
 
-def _placed_json(files: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _placed_json(spans: Iterable[Span]) -> Iterator[tuple[str, Any]]:
     """Values of JSON files with their places: one per line, or the items of one array."""
-    for file in files:
-        with open(file, encoding="utf-8") as lines:
-            start = lines.read(1)
-            lines.seek(0)
-            if start == "[":
-                values = json.load(lines)
-                yield from ((f"item {n} of {file}", v) for n, v in enumerate(values, start=1))
-                continue
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    place = f"line {number} of {file}"
-                    try:
-                        value = json.loads(line)
-                    except ValueError as error:
-                        raise DataError(
-                            Problem(f"{place} is not JSON", str(error), "mend the file")
-                        ) from None
-                    yield place, value
+    for span in spans:
+        file, start, _ = span
+        if start == 0:
+            with open(file, encoding="utf-8") as text:
+                if text.read(1) == "[":
+                    text.seek(0)
+                    values = json.load(text)
+                    yield from ((f"item {n} of {file}", v) for n, v in enumerate(values, start=1))
+                    continue
+        yield from placed_values(span)
 
 
 def _placed_rows(rows: Dataset, origin: Origin) -> Iterator[tuple[str, Any]]:

@@ -1,10 +1,11 @@
-"""Streams of JSON lines that can begin inside of a file."""
+"""JSON lines, read from spans of files, so that a stream of them can begin inside of a file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Features, IterableDataset, Value
 
@@ -16,23 +17,18 @@ Span = tuple[str, int, int]
 _SNIFF_BYTES = 16 * 1024 * 1024
 
 
-def stream_lines(files: Sequence[str], columns: Sequence[str]) -> IterableDataset | None:
-    """The rows of files with an object per line, or None where a file is not like that.
+def spans_of(file: str) -> list[Span]:
+    """The whole of a file with an object per line, in spans of at most ``SHARD_BYTES``.
 
-    ``datasets`` would read a file from its beginning to reach a row in it. Other values than text
-    and null in a column are an error, when they are met.
+    Of another form (one array, an object over several lines) it is one span.
     """
-    if not all(map(_holds_lines, files)):
-        return None
-    spans = [span for file in files for span in _spans(file)]
-    return IterableDataset.from_generator(
-        read_lines,
-        features=Features({column: Value("string") for column in columns}),
-        gen_kwargs={"spans": spans, "columns": tuple(columns)},
-    )
+    size = Path(file).stat().st_size
+    step = SHARD_BYTES if holds_lines(file) else max(1, size)
+    return [(file, start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _holds_lines(file: str) -> bool:
+def holds_lines(file: str) -> bool:
+    """Whether a file has an object per line, by its first one."""
     with open(file, "rb") as lines:
         for line in iter(lambda: lines.readline(_SNIFF_BYTES), b""):
             if line.strip():
@@ -43,39 +39,66 @@ def _holds_lines(file: str) -> bool:
     return False
 
 
-def _spans(file: str) -> Iterator[Span]:
-    size = Path(file).stat().st_size
-    for start in range(0, size, SHARD_BYTES):
-        yield file, start, min(start + SHARD_BYTES, size)
+def placed_values(span: Span) -> Iterator[tuple[str, Any]]:
+    """The values in the lines that begin in a span, with their places; blank lines left out.
+
+    Raises:
+        DataError: a line that is not JSON.
+    """
+    path, start, stop = span
+    with open(path, "rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()  # the end of a line that began before
+        number = 0
+        while (position := file.tell()) < stop:
+            line = file.readline()
+            number += 1
+            if not line.strip():
+                continue
+            # To number the lines of a later span, those before it would have to be read.
+            what = f"the line at byte {position:,}" if start else f"line {number}"
+            place = f"{what} of {path}"
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    Problem(f"{place} is not JSON", str(error), "mend the file")
+                ) from None
+            yield place, value
 
 
-def read_lines(spans: Sequence[Span], columns: Sequence[str]) -> Iterator[dict[str, str | None]]:
-    """The ``columns`` of the objects in the lines that begin in ``spans``; blank lines left out.
+def stream_lines(files: Sequence[str], columns: Sequence[str]) -> IterableDataset | None:
+    """The texts of files with an object per line, or None where a file is not like that.
+
+    ``datasets`` would read a file from its beginning to reach a row in it. Other values than text
+    and null in a column are an error, when they are met.
+    """
+    if not all(map(holds_lines, files)):
+        return None
+    return IterableDataset.from_generator(
+        read_texts,
+        features=Features({column: Value("string") for column in columns}),
+        gen_kwargs={
+            "spans": [span for file in files for span in spans_of(file)],
+            "columns": tuple(columns),
+        },
+    )
+
+
+def read_texts(spans: Sequence[Span], columns: Sequence[str]) -> Iterator[dict[str, str | None]]:
+    """The ``columns`` of the objects in the lines that begin in ``spans``.
 
     Raises:
         DataError: a line that is no object, or that has neither text nor null in a column.
     """
-    for path, start, stop in spans:
-        with open(path, "rb") as file:
-            if start:
-                file.seek(start - 1)
-                file.readline()  # the end of a line that began before
-            while (position := file.tell()) < stop:
-                line = file.readline()
-                if line.strip():
-                    yield _texts(line, columns, f"the line at byte {position:,} of {path}")
-
-
-def _texts(line: bytes, columns: Sequence[str], place: str) -> dict[str, str | None]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(Problem(f"{place} is not JSON", str(error), "mend the file")) from None
-    if not isinstance(row, dict):
-        raise DataError(Problem(f"{place} is not a JSON object", "", "mend the file"))
-    texts = {column: row.get(column) for column in columns}
-    for column, text in texts.items():
-        if text is not None and not isinstance(text, str):
-            kind = type(text).__name__
-            raise DataError(Problem(f"{column!r} of {place} holds {kind}", "text is expected"))
-    return texts
+    for span in spans:
+        for place, row in placed_values(span):
+            if not isinstance(row, dict):
+                raise DataError(Problem(f"{place} is not a JSON object", "", "mend the file"))
+            texts = {column: row.get(column) for column in columns}
+            for column, text in texts.items():
+                if text is not None and not isinstance(text, str):
+                    what = f"{column!r} of {place} holds {type(text).__name__}"
+                    raise DataError(Problem(what, "text is expected"))
+            yield texts

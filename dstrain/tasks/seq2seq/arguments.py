@@ -70,7 +70,9 @@ class DataArguments(SourceArguments):
         default=False,
         metadata={
             "help": "Read and tokenise training pairs while training, with nothing written to "
-            "disk. Rows held out for validation are then the first 1,000."
+            "disk. Rows held out for validation are then the first 1,000. A run that goes on "
+            "begins to read at the shard in which it was: 64 MiB of JSON lines, a row group of a "
+            "parquet file; other files and named datasets have larger ones."
         },
     )
     max_source_length: int = field(
