@@ -114,15 +114,13 @@ class PendingSum:
             self._work = dist.all_reduce(self._sum, async_op=True)
 
     def get(self) -> Any:
-        """The sum: on an accelerator of several ranks a float32 tensor of shape (), else a number.
+        """The sum: ``number`` itself on one rank, else a float32 tensor of shape ().
 
-        The accelerator's stream waits for it and the host does not.
+        On a GPU its stream waits for it and the host does not.
         """
         if self._work is not None:
             self._work.wait()
             self._work = None
-            if self._sum.device.type == "cpu":
-                self._sum = float(self._sum)
         return self._sum
 
 
