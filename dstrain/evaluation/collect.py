@@ -251,7 +251,9 @@ class Collector:
 
     def _store(self, index: int, blocks: Iterator[torch.Tensor]) -> torch.Tensor | None:
         """On rank 0, keep one tensor's blocks of all ranks, joined where a metric wants them."""
-        joined = join(list(blocks)) if self._on_batch and self._transport.is_main else None
+        joined = None
+        if self._on_batch and self._transport.is_main:  # the first is this rank's, which stays
+            joined = join([b.clone() if rank else b for rank, b in enumerate(blocks)])
         for block in blocks if joined is None else [joined]:
             # After a failure the others' blocks are still taken, until all ranks can raise it.
             if not self._keeping.keep or self._failure is not None:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dstrain.evaluation.arena import Arena
+
 PADDING = -100
 """Fills rows that are shorter than others, as in transformers."""
 
@@ -42,8 +44,9 @@ def _are_even(shapes: Sequence[tuple[int, ...]], trailing: tuple[int, ...]) -> b
 class Column:
     """Blocks of rows [rows, ...] of one tensor of the predictions; blocks may differ in width."""
 
-    def __init__(self) -> None:
-        """Empty."""
+    def __init__(self, arena: Arena) -> None:
+        """Args: arena: for blocks in memory."""
+        self._arena = arena
         self._shapes: list[tuple[int, ...]] = []
         self._blocks: list[np.ndarray] = []
         self._ends: list[int] = []  # number of blocks when each step was over
@@ -52,11 +55,11 @@ class Column:
         self.memory_bytes = 0
 
     def add(self, block: np.ndarray) -> None:
-        """Append a block; an empty one tells format and width where there is no other."""
+        """Append a copy of a block; an empty one tells format and width where there is no other."""
         self._dtype = block.dtype
         self._shapes.append(block.shape)
         if self._file is None:
-            self._blocks.append(block)
+            self._blocks.append(self._arena.copied(block))
             self.memory_bytes += block.nbytes
         else:
             _write(self._file, block)
@@ -148,15 +151,21 @@ class Columns:
 
     def __init__(self, number: int, *, memory_bytes: int, folder: Path) -> None:
         """Args: how many columns, memory for all of them, folder of the files beyond it."""
-        self._columns = [Column() for _ in range(number)]
+        arena = Arena()
+        self._columns = [Column(arena) for _ in range(number)]
         self._limit = memory_bytes
         self._folder = folder
 
     def add(self, index: int, tensor: torch.Tensor) -> None:
         """Append a block of rows to a column."""
-        self._columns[index].add(to_array(tensor))
-        while sum(c.memory_bytes for c in self._columns) > self._limit:
-            max(self._columns, key=lambda c: c.memory_bytes).spill(self._folder)
+        block, column = to_array(tensor), self._columns[index]
+
+        def size_with_block(c: Column) -> int:
+            return 0 if c.is_in_file else c.memory_bytes + (block.nbytes if c is column else 0)
+
+        while sum(map(size_with_block, self._columns)) > self._limit:
+            max(self._columns, key=size_with_block).spill(self._folder)
+        column.add(block)
 
     def end_step(self) -> None:
         """A batch of all ranks is complete."""

@@ -10,6 +10,7 @@ import torch
 
 from dstrain.core.errors import DstrainError, Problem, TrainingError
 from dstrain.core.ranks import PATIENCE, gather_objects, is_distributed
+from dstrain.evaluation.arena import Scratch
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ class Transport:
     def __init__(self) -> None:
         """Open the group; a collective of all ranks."""
         self.rank, self.world_size, self.group = 0, 1, None
+        self._scratch = Scratch()
         if is_distributed():
             import torch.distributed as dist
 
@@ -66,7 +68,7 @@ class Transport:
     def to_main(
         self, tensor: torch.Tensor, shapes: Sequence[tuple[int, ...]]
     ) -> Iterator[torch.Tensor]:
-        """On rank 0 the tensor of every rank, in rank order, one in memory at a time.
+        """On rank 0 the tensor of every rank, in rank order; each is gone when the next comes.
 
         Args:
             tensor: this rank's, on the host.
@@ -80,7 +82,7 @@ class Transport:
             return
         yield tensor
         for rank in range(1, self.world_size):
-            theirs = torch.empty(shapes[rank], dtype=tensor.dtype)
+            theirs = self._scratch.empty(shapes[rank], tensor.dtype)
             if theirs.numel():
                 import torch.distributed as dist
 

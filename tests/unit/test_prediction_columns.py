@@ -94,6 +94,32 @@ def test_only_what_is_too_large_leaves_memory(tmp_path: Path) -> None:
     assert not isinstance(small, np.memmap)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_what_stays_does_not_cut_the_heap_in_pieces(tmp_path: Path) -> None:
+    """Labels that are kept between logits that come and go: these found no room a second time."""
+    columns = Columns(2, memory_bytes=2**22, folder=tmp_path)
+    torch.ones(2**22)  # from then on the C library takes tensors of 8 MB from the heap
+    before = _anonymous_bytes()
+    for _ in range(20):
+        own, other = torch.ones(2**21), torch.zeros(2**21)
+        columns.add(0, own)
+        columns.add(1, torch.zeros(256, dtype=torch.int64))
+        del own
+        columns.add(0, other)
+        del other
+        columns.add(1, torch.zeros(256, dtype=torch.int64))
+        columns.end_step()
+    assert _anonymous_bytes() - before < 60e6
+    large, small = columns.finish(concat=True)
+    assert large.shape == (40 * 2**21,)
+    assert not small.any()
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_pages_that_a_metric_reads_do_not_pile_up(tmp_path: Path) -> None:
     """200 MB read from end to end; what is changed in place is kept."""
