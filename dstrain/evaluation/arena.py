@@ -29,7 +29,7 @@ class Arena:
         if not block.nbytes:
             return block.copy()
         if self._chunk is None or self._used + block.nbytes > len(self._chunk):
-            self._chunk = mmap.mmap(-1, max(_CHUNK_BYTES, block.nbytes))
+            self._chunk = _memory(max(_CHUNK_BYTES, block.nbytes))
             self._used = 0
         copy = np.frombuffer(self._chunk, block.dtype, block.size, self._used)
         copy = copy.reshape(block.shape)
@@ -52,5 +52,9 @@ class Scratch:
         if not size:
             return torch.empty(shape, dtype=dtype)
         if self._memory is None or len(self._memory) < size:
-            self._memory = mmap.mmap(-1, size)
+            self._memory = _memory(size)
         return torch.frombuffer(self._memory, dtype=dtype, count=count).reshape(shape)
+
+
+def _memory(num_bytes: int) -> mmap.mmap:
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
