@@ -140,6 +140,11 @@ Written by `python benchmarks/evaluation.py --report`; `benchmarks/README.md` sa
 - {facts["processor"]}, {facts["cores"]} cores, commit {facts["commit"]}, {facts["time"]}
 - {", ".join(f"{name} {version}" for name, version in versions.items())}
 
+MB more at the peak than before the evaluation. `loss` is what the forward passes take. What
+dstrain adds on rank 0 is anonymous while it collects (up to `eval_memory_mb`, and one batch of
+another rank), and mapped while the metric reads the files (none where it reads nothing:
+`dstrain-collect`). Neither grows with the samples.
+
 ```
 {text}
 ```

@@ -7,13 +7,16 @@ that went through it.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import time
 
 import numpy as np
 import torch
 
 _CHUNK_BYTES = 2**20
 _ALIGNMENT = 64
+_TRIM_SECONDS = 1.0
 
 
 class Arena:
@@ -54,6 +57,21 @@ class Scratch:
         if self._memory is None or len(self._memory) < size:
             self._memory = _memory(size)
         return torch.frombuffer(self._memory, dtype=dtype, count=count).reshape(shape)
+
+
+class Heap:
+    """Gives the gaps in the heap back to the system now and then, where the C library can."""
+
+    def __init__(self) -> None:
+        """Nothing given back yet."""
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+        self._last = time.monotonic()
+
+    def give_back(self) -> None:
+        """Do it, unless that was a moment ago."""
+        if self._trim is not None and time.monotonic() - self._last > _TRIM_SECONDS:
+            self._trim(0)
+            self._last = time.monotonic()
 
 
 def _memory(num_bytes: int) -> mmap.mmap:

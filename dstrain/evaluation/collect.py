@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dstrain.core.errors import DataError, Problem
+from dstrain.evaluation.arena import Heap
 from dstrain.evaluation.columns import Columns, join, to_array
 from dstrain.evaluation.loop import EvalBatch, Prediction
 from dstrain.evaluation.nested import Layout, take_apart
@@ -89,6 +90,7 @@ class Collector:
         self._columns: Columns | None = None
         self._objects: dict[int, list[list[Any]]] = {}  # of some leaves, batch by batch
         self._failure: Exception | None = None
+        self._heap = Heap()
 
     def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
         """Take what one forward pass gave; nothing after ``fail``.
@@ -202,6 +204,7 @@ class Collector:
             joined.append(self._store(index, blocks))
         if self._transport.is_main:
             self._end_batch(joined, is_last=batch.is_last)
+        self._heap.give_back()
 
     def _take_apart(
         self, batch: EvalBatch, prediction: Prediction
