@@ -17,6 +17,7 @@ import torch
 _CHUNK_BYTES = 2**20
 _ALIGNMENT = 64
 _TRIM_SECONDS = 1.0
+_TRIM_SHARE = 0.02  # of the time that may go into it, where the heap is large
 
 
 class Arena:
@@ -65,13 +66,16 @@ class Heap:
     def __init__(self) -> None:
         """Nothing given back yet."""
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-        self._last = time.monotonic()
+        self._due = time.monotonic() + _TRIM_SECONDS
 
     def give_back(self) -> None:
         """Do it, unless that was a moment ago."""
-        if self._trim is not None and time.monotonic() - self._last > _TRIM_SECONDS:
-            self._trim(0)
-            self._last = time.monotonic()
+        started = time.monotonic()
+        if self._trim is None or started < self._due:
+            return
+        self._trim(0)
+        now = time.monotonic()
+        self._due = now + max(_TRIM_SECONDS, (now - started) / _TRIM_SHARE)
 
 
 def _memory(num_bytes: int) -> mmap.mmap:
