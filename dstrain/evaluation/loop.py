@@ -127,10 +127,9 @@ def evaluate_batches(
             try:
                 prediction = predict(batch.inputs)
             except Exception as error:
-                if collective or keep is None:
-                    raise
-                keep.abort(error)
-                failure = error
+                if keep is not None and not collective:
+                    keep.abort(error)
+                raise
         if failure is None and prediction is not None:
             try:
                 prediction = finish(prediction)

@@ -32,7 +32,7 @@ def guard_partitioned(model: Any) -> None:
 
 
 def _with_whole(owner: torch.nn.Module, name: str, remedy: str, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("state_dict") is None and is_in_parts(owner):
+    if kwargs.get("state_dict") is None and _is_in_parts(owner):
         raise ModelError(
             Problem(
                 f"{name}() of a model that is partitioned over the ranks (ZeRO stage 3)",
@@ -44,6 +44,6 @@ def _with_whole(owner: torch.nn.Module, name: str, remedy: str, *args: Any, **kw
     return method(owner, *args, **kwargs)
 
 
-def is_in_parts(module: torch.nn.Module) -> bool:
+def _is_in_parts(module: torch.nn.Module) -> bool:
     """Whether a parameter is partitioned, and not gathered at this moment."""
     return any(p.numel() != full_numel(p) for p in module.parameters())

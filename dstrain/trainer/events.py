@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstrain.reporting import progress_callback, set_tensorboard_folder, tracker_callbacks
+from dstrain.trainer.preemption import EvaluationStopped
 
 if TYPE_CHECKING:
     from dstrain.trainer.trainer import Trainer
@@ -84,9 +85,8 @@ class Events:
             tracker.on_log = functools.partial(hold, tracker)
         try:
             yield
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                held.clear()
+        except EvaluationStopped:
+            held.clear()
             raise
         finally:
             for tracker in trackers:

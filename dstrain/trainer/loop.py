@@ -226,7 +226,7 @@ class TrainLoop:
             last = index == len(counts) - 1
             loss = self._forward_backward(micro_batch, count, last=last)
             if count:  # the mean over no target is no number, whatever its weight
-                losses.append(loss.detach())
+                losses.append(loss.detach().clone())  # a CUDA graph writes the next into its place
             tokens += 0 if micro_batch.masked else self.count_tokens(micro_batch.inputs)
             if not last:
                 self.hooks.event("on_substep_end")

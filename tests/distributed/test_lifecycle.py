@@ -117,6 +117,28 @@ def test_a_users_own_optimizer_and_schedule_run(stage: int, tmp_path: Path) -> N
 
 
 @pytest.mark.ranks(2)
+def test_a_loss_whose_memory_is_used_again_is_logged_as_it_was(tmp_path: Path) -> None:
+    """As a CUDA graph does (torch_compile_mode="reduce-overhead"): losses are read steps later."""
+    logged = []
+    for again in (False, True):
+        trainer = make_trainer(
+            tmp_path / str(again), gradient_accumulation_steps=2, train=32, logging_steps=2
+        )
+        step, place = trainer.training_step, torch.zeros(())
+
+        def in_one_place(*args: Any, step: Any = step, place: Any = place, **kwargs: Any) -> Any:
+            return place.copy_(step(*args, **kwargs))
+
+        if again:
+            trainer.training_step = in_one_place
+        trainer.train()
+        trainer.close()
+        logged.append(losses(trainer))
+    assert len(set(logged[0])) == len(logged[0]) > 1
+    assert logged[1] == logged[0]
+
+
+@pytest.mark.ranks(2)
 def test_a_plain_module_trains_and_evaluates(tmp_path: Path) -> None:
     """Any module that returns a tuple with its loss works; float labels count by samples."""
     from dstrain import Trainer, TrainingArguments

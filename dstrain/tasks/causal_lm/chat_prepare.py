@@ -26,11 +26,10 @@ from dstrain.tasks.causal_lm.chat import DEFAULT_TEMPLATE, ChatEncoder, pack, sh
 from dstrain.tasks.causal_lm.conversations import STREAM_TRIED_ROWS, LeftOut, messages_of
 from dstrain.tasks.causal_lm.sources import Documents
 from dstrain.tasks.common.cache import fingerprint_tokenizer
+from dstrain.tasks.common.rows import STREAMED_TOGETHER
 
 PACKED_TOGETHER = 1000
 """Conversations that share blocks; more would leave less room empty, and take longer to place."""
-STREAMED_TOGETHER = 32
-"""Conversations of a stream that are tokenised at once: little, so that the first come soon."""
 _VERSION = 1  # of the samples; raise it when the same input gives others
 
 _logger = get_logger(__name__)

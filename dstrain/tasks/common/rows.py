@@ -21,6 +21,8 @@ from dstrain.tasks.common.origin import (
 
 STREAM_VALIDATION_DOCUMENTS = 1000
 """Documents held out from a stream; a stream of less than twice as many gives up its percentage."""
+STREAMED_TOGETHER = 32
+"""Rows of a stream that are tokenised at once: few, so that the first samples come soon."""
 
 
 def load_rows(

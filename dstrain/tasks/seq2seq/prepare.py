@@ -20,11 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.tasks.common.cache import fingerprint_tokenizer
+from dstrain.tasks.common.rows import STREAMED_TOGETHER
 from dstrain.tasks.seq2seq.arguments import DataArguments
 from dstrain.tasks.seq2seq.sources import Pairs
 
-STREAMED_TOGETHER = 32
-"""Pairs of a stream that are tokenised at once: little, so that the first ones come soon."""
 _VERSION = 1  # of the encoded pairs; raise it when the same input gives others
 
 _logger = get_logger(__name__)
