@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,21 +100,21 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class PendingSum:
-    """The sum of a number over all ranks, on its way while other work goes on."""
+    """The sum of numbers over all ranks, on its way while other work goes on."""
 
-    def __init__(self, number: float, *, device: Any) -> None:
-        """Start adding ``number`` up; a collective of all ranks."""
+    def __init__(self, number: float | Sequence[float], *, device: Any) -> None:
+        """Start adding up, several numbers each by itself; a collective of all ranks."""
         self._sum: Any = number
         self._work: Any = None
         if is_distributed():
             import torch
             import torch.distributed as dist
 
-            self._sum = torch.full((), float(number), device=device)
+            self._sum = torch.tensor(number, dtype=torch.float32, device=device)
             self._work = dist.all_reduce(self._sum, async_op=True)
 
     def get(self) -> Any:
-        """The sum: ``number`` itself on one rank, else a float32 tensor of shape ().
+        """The sum: what was given on one rank, else a float32 tensor of shape () or (numbers,).
 
         On a GPU its stream waits for it and the host does not.
         """

@@ -26,21 +26,25 @@ from dstrain.data.loader import (
     source_state,
     windows,
 )
+from dstrain.data.loss_rule import IGNORED, Denominator, LossRule
+from dstrain.data.loss_targets import LossTargets, no_targets
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.resumable import Resumable
-from dstrain.data.targets import IGNORED, Targets, TokenCount, batch_size, input_tokens, to_device
+from dstrain.data.targets import TokenCount, batch_size, input_tokens, to_device
 from dstrain.data.together import in_step
 
 __all__ = [
     "AheadHooks",
     "Collator",
+    "Denominator",
     "EpochOrder",
     "IGNORED",
     "LoaderOptions",
+    "LossRule",
+    "LossTargets",
     "MicroBatch",
     "RankBatchSampler",
     "Resumable",
-    "Targets",
     "TokenCount",
     "Topology",
     "Window",
@@ -58,6 +62,7 @@ __all__ = [
     "keep_source_states",
     "label_columns",
     "micro_steps",
+    "no_targets",
     "num_samples",
     "returns_loss",
     "sample_lengths",

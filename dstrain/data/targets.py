@@ -1,76 +1,15 @@
-"""How many targets a micro-batch has: the weight of its mean loss in the global mean."""
+"""What is in a batch: its tensors, samples and tokens; and its way to the device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dstrain.core.adapters import inner_model
 from dstrain.core.log import get_logger
 
 logger = get_logger(__name__)
-
-IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Counts the targets that a model's mean loss is taken over.
-
-    Attributes:
-        labels: batch keys that are labels.
-        shifted: whether the model predicts token t from tokens before t, so that the first label
-            of a sequence is no target (causal language models).
-    """
-
-    labels: tuple[str, ...]
-    shifted: bool
-
-    @staticmethod
-    def of(module: torch.nn.Module, labels: list[str]) -> Targets:
-        """The rule for a model: transformers marks the loss of its causal models."""
-        module = inner_model(module)
-        config = getattr(module, "config", None)
-        causal = getattr(module, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
-        return Targets(tuple(labels), causal and not getattr(config, "is_encoder_decoder", False))
-
-    def count(self, inputs: Any) -> int:
-        """Targets in a batch that is still in host memory, so that nothing waits for a device.
-
-        Integer labels count where they are not -100; float labels and batches without labels count
-        by samples.
-        """
-        labels = self._labels(inputs)
-        if labels is None or labels.is_floating_point() or labels.dim() == 0:
-            return batch_size(inputs)
-        if self.shifted and "shift_labels" not in inputs and labels.dim() > 1:
-            labels = labels[..., 1:]
-        return int((labels != IGNORED).sum())
-
-    def without_ignored(self, inputs: Any) -> Any:
-        """The batch with valid labels everywhere, for one that carries no weight.
-
-        The mean over no target is 0/0, and NaN times a weight of 0 stays NaN.
-        """
-        if not isinstance(inputs, Mapping):
-            return inputs
-        changed = dict(inputs)
-        for name in (*self.labels, "shift_labels"):
-            labels = changed.get(name)
-            if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-                changed[name] = labels.masked_fill(labels == IGNORED, 0)
-        return changed
-
-    def _labels(self, inputs: Any) -> torch.Tensor | None:
-        if not isinstance(inputs, Mapping):
-            return None
-        for name in ("shift_labels", *self.labels):
-            if isinstance(inputs.get(name), torch.Tensor):
-                return inputs[name]
-        return None
 
 
 def tensors(inputs: Any) -> list[torch.Tensor]:

@@ -21,13 +21,11 @@ class EvalBatch:
 
     Attributes:
         inputs: the batch.
-        num_targets: targets that its mean loss is taken over; 0 for a stand-in.
         num_samples: samples; 0 for a stand-in.
         is_last: whether it is the last of all ranks.
     """
 
     inputs: Any
-    num_targets: int
     num_samples: int
     is_last: bool = False
 
@@ -37,7 +35,8 @@ class Prediction:
     """What one forward pass gave, on any device and nested in any way.
 
     Attributes:
-        loss: mean loss over the targets of the batch, or None.
+        loss: mean loss over the targets of the batch, of one element or of one for each part of
+            the loss; or None.
         predictions: the model's outputs.
         labels: the batch's labels.
         inputs: the batch's main input, where metrics want it.
@@ -54,8 +53,9 @@ class LossTotals:
     """Sums over the whole evaluation set, equal on all ranks.
 
     Attributes:
-        loss: mean loss per target; None when a batch had no loss.
-        num_targets: targets over all ranks.
+        loss: mean loss per target; None when a batch had no loss, or no batch had a target.
+        num_targets: targets over all ranks, of all parts of the loss.
+        has_loss: whether every batch had a loss.
         num_samples: samples over all ranks.
         num_steps: forward passes of this rank.
     """
@@ -64,6 +64,7 @@ class LossTotals:
     num_targets: int
     num_samples: int
     num_steps: int
+    has_loss: bool
 
 
 class Keeper(Protocol):
@@ -89,8 +90,10 @@ class Keeper(Protocol):
 def evaluate_batches(
     batches: Iterable[EvalBatch],
     predict: Callable[[Any], Prediction],
+    count: Callable[[EvalBatch], tuple[int, ...]],
     *,
     device: Any,
+    is_sum: Callable[[], bool] = lambda: False,
     finish: Callable[[Prediction], Prediction] = lambda prediction: prediction,
     keep: Keeper | None = None,
     collective: bool = False,
@@ -110,7 +113,10 @@ def evaluate_batches(
     Args:
         batches: this rank's batches.
         predict: the forward pass.
+        count: targets of a batch, for each part of its loss. Asked after ``meet``: what a target
+            is may come of the first forward pass.
         device: where to add up.
+        is_sum: whether losses are no means but sums, asked at the end.
         finish: what is done to a prediction before it is kept, by this rank alone.
         keep: takes each batch, stand-ins included, and what came of it.
         collective: ranks meet inside of ``predict``. An error there is raised at once, on its rank
@@ -118,8 +124,8 @@ def evaluate_batches(
         on_step: called after each batch.
         meet: called after that on every rank, whatever has failed; ranks may meet in it.
     """
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    num_targets = num_samples = num_steps = without_loss = 0
+    sums = _PartSums(device)
+    num_samples = num_steps = without_loss = 0
     failure: Exception | None = None
     for batch in batches:
         prediction: Prediction | None = None
@@ -136,13 +142,10 @@ def evaluate_batches(
             except Exception as error:
                 failure = _noted(error, keep)
         if failure is not None or prediction is None:
-            prediction = None
-        elif prediction.loss is None:
-            without_loss += bool(batch.num_samples)
-        elif batch.num_targets:  # the mean over no target is no number, whatever its weight
-            loss = torch.as_tensor(prediction.loss, dtype=torch.float64, device=device)
-            loss_sum += loss.detach().mean() * batch.num_targets
-        num_targets += batch.num_targets
+            prediction = loss = None
+        else:
+            loss = prediction.loss
+            without_loss += bool(batch.num_samples) and loss is None
         num_samples += batch.num_samples
         num_steps += 1
         if keep is not None:
@@ -154,16 +157,46 @@ def evaluate_batches(
             except Exception as error:
                 failure = _noted(error, keep)
         meet()
+        if batch.num_samples and loss is not None:
+            sums.add(loss, count(batch))
     failed = failure is not None  # after what was sent last
-    counts = torch.tensor(
-        [num_targets, num_samples, without_loss, failed], dtype=torch.float64, device=device
-    )
-    totals = sum_over_ranks(torch.cat([loss_sum.reshape(1), counts])).tolist()
-    total_loss, targets, samples, missing, num_failed = totals
+    counts = torch.tensor([num_samples, without_loss, failed], dtype=torch.float64, device=device)
+    samples, missing, num_failed, *parts = sum_over_ranks(torch.cat([counts, sums.all()])).tolist()
     if num_failed:
         raise_together(failure)
-    mean = total_loss / targets if targets and not missing else None
-    return LossTotals(mean, int(targets), int(samples), num_steps)
+    losses, targets = parts[:_MOST_PARTS], parts[_MOST_PARTS:]
+    mean: float | None = None
+    if any(targets) and not missing:
+        pairs = zip(losses, targets, strict=True)
+        mean = sum(loss / (1 if is_sum() else number) for loss, number in pairs if number)
+    return LossTotals(mean, int(sum(targets)), int(samples), num_steps, not missing)
+
+
+_MOST_PARTS = 2
+"""Parts that a loss has at most: as many numbers go over ranks, also from one that saw none."""
+
+
+class _PartSums:
+    """Adds up losses x targets, and targets, for each part of the loss."""
+
+    def __init__(self, device: Any) -> None:
+        self._losses = torch.zeros(_MOST_PARTS, dtype=torch.float64, device=device)
+        self._targets = [0] * _MOST_PARTS
+
+    def add(self, loss: Any, counts: tuple[int, ...]) -> None:
+        """Add a batch's loss; nothing waits for the device."""
+        parts = torch.as_tensor(loss, dtype=torch.float64, device=self._losses.device).detach()
+        if len(counts) == 1:
+            parts = parts.mean().reshape(1)
+        for index, (part, number) in enumerate(zip(parts, counts, strict=True)):
+            if number:  # the mean over no target is no number, whatever its weight
+                self._losses[index] += part * number
+                self._targets[index] += number
+
+    def all(self) -> torch.Tensor:
+        """Return the sums of losses, then those of targets: (2 x parts,)."""
+        targets = torch.tensor(self._targets, dtype=torch.float64, device=self._losses.device)
+        return torch.cat([self._losses, targets])
 
 
 def _noted(error: Exception, keep: Keeper | None) -> Exception:

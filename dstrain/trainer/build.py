@@ -29,7 +29,8 @@ from dstrain.core.seeds import make_deterministic
 from dstrain.data import (
     Collator,
     LoaderOptions,
-    Targets,
+    LossRule,
+    LossTargets,
     TokenCount,
     Topology,
     build_loader,
@@ -118,9 +119,13 @@ def default_collator(processing_class: Any) -> Collator:
     return collate
 
 
-def targets_of(module: torch.nn.Module, args: TrainingArguments) -> Targets:
-    """How targets of this model are counted."""
-    return Targets.of(module, label_columns(module, args.label_names))
+def targets_of(
+    module: torch.nn.Module, args: TrainingArguments, rule: LossRule | None = None
+) -> LossTargets:
+    """Begin to find out what the loss of this model is a mean over; ``rule`` where it is known."""
+    compiled = args.torch_compile or hasattr(module, "_orig_mod")  # what torch.compile returns
+    labels = label_columns(module, args.label_names)
+    return LossTargets(module, labels, rule=rule, watch=not compiled)
 
 
 def prepare_dataset(

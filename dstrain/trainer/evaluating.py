@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dstrain.core.errors import ConfigError, DataError, Problem
+from dstrain.core.log import get_logger
 from dstrain.core.seeds import random_state, set_random_state
 from dstrain.data import batch_size, in_step, returns_loss, set_epoch, to_device
 from dstrain.engine import device_name
@@ -33,6 +34,8 @@ from dstrain.trainer.eval_format import full_eval_format, in_format
 from dstrain.trainer.eval_loaders import EvalLoaderHooks
 from dstrain.trainer.outputs import logits_of, loss_of
 from dstrain.trainer.preemption import EvaluationStopped, Preemption
+
+logger = get_logger(__name__)
 
 _EVALUATION, _PREDICTION = "Evaluation", "Prediction"
 _MEGABYTE = 2**20
@@ -64,6 +67,9 @@ class EvaluationHooks(EvalLoaderHooks):
     compute_loss_context_manager: Any
     log: Any
     _prepare_inputs: Any
+    _parts_of: Any
+    _watches: bool = False
+    _summed: Any
     _report_trial: Any
     _follow_metric: Any
     _memory: Any
@@ -204,6 +210,7 @@ class EvaluationHooks(EvalLoaderHooks):
         with contextlib.ExitStack() as stack:
             model = stack.enter_context(self._model_for_evaluation(generates=not loss_only))
             model.eval()
+            self._watches = True
             set_epoch(dataloader, 0)
             collector, batch_metric = None, None if loss_only else self._batch_metric()
             if not loss_only:
@@ -213,16 +220,25 @@ class EvaluationHooks(EvalLoaderHooks):
             totals = evaluate_batches(
                 self._eval_batches(dataloader),
                 lambda inputs: self._predict_batch(model, inputs, loss_only, ignore_keys),
+                lambda batch: self.targets.counts(batch.inputs, batch.num_samples),
                 device=device_name(),
+                is_sum=lambda: self.targets.rule.is_sum,
                 finish=self._reduced,
                 keep=collector,
                 collective=self.resolved.stage == 3,
                 on_step=lambda: self.events("on_prediction_step", eval_dataloader=dataloader),
-                meet=lambda: self._heed_signals(collector),
+                meet=lambda: self._meet(collector),
             )
             if totals.num_samples == 0:
                 raise DataError(
                     Problem("the evaluation data gave no sample", "at least one is needed")
+                )
+            if totals.has_loss and totals.loss is None and self.ranks.is_main:
+                logger.warning(
+                    "no %s_loss: the %d samples have no target; the loss is %s",
+                    metric_key_prefix,
+                    totals.num_samples,
+                    self.targets.rule,
                 )
             collected = Collected() if collector is None else collector.finish()
             metrics: dict[str, Any] = {}
@@ -259,16 +275,17 @@ class EvaluationHooks(EvalLoaderHooks):
         names = self.label_names
         given = inputs if isinstance(inputs, Mapping) else {}
         has_labels = bool(names) and all(given.get(name) is not None for name in names)
-        count = self.targets.count(inputs)
+        counts = self.targets.counts(inputs)
         # Not in the model's format: labels in 16 bits would be others than those of the data.
         labels = [to_device(given[n], device_name(), float_dtype=None) for n in names * has_labels]
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if has_labels or (not names and self._computes_loss(given)):
                 loss, outputs = self.compute_loss(
-                    model, inputs, return_outputs=True, num_items_in_batch=max(1, count)
+                    model, inputs, return_outputs=True, num_items_in_batch=max(1, *counts)
                 )
-                loss = loss.detach().mean()
+                parts, loss = self._parts_of(loss), loss.detach().mean()
+                self._summed = (loss, parts)  # for whoever is given this loss
             else:
                 outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
                 loss = loss_of(outputs, only_scalar=True)
@@ -323,6 +340,17 @@ class EvaluationHooks(EvalLoaderHooks):
             give_back()
 
         return undo
+
+    def _watching(self, inputs: Any) -> contextlib.AbstractContextManager[list[Any]]:
+        """Watch the first forward pass of an evaluation for what its loss is a mean over."""
+        return self.targets.watching(inputs) if self._watches else contextlib.nullcontext([])
+
+    def _meet(self, collector: Collector | None) -> None:
+        """Agree with the other ranks after a batch: on what a target is, and on signals."""
+        if self._watches:
+            self._watches = False
+            self.targets.settle(self.ranks, final=False)
+        self._heed_signals(collector)
 
     def _heed_signals(self, collector: Collector | None) -> None:
         """End the evaluation where a signal ends the training that it is of."""
@@ -408,9 +436,13 @@ class EvaluationHooks(EvalLoaderHooks):
         main = getattr(self.model, "main_input_name", "input_ids")
         wants_inputs = not loss_only and "inputs" in self.args.include_for_metrics
         kept = inputs.get(main) if wants_inputs and isinstance(inputs, Mapping) else None
-        loss, logits, labels = self.prediction_step(
-            model, inputs, loss_only, ignore_keys=ignore_keys
-        )
+        with self._watching(inputs) as seen:
+            loss, logits, labels = self.prediction_step(
+                model, inputs, loss_only, ignore_keys=ignore_keys
+            )
+            seen.append(loss)
+        if loss is not None:
+            loss = self._parts_of(torch.as_tensor(loss))
         return Prediction(loss) if loss_only else Prediction(loss, logits, labels, kept)
 
     def _reduced(self, prediction: Prediction) -> Prediction:
@@ -423,8 +455,7 @@ class EvaluationHooks(EvalLoaderHooks):
     def _eval_batches(self, loader: Any) -> Iterator[EvalBatch]:
         for micro_batch, is_last in in_step(loader, device=device_name()):
             masked, inputs = micro_batch.masked, micro_batch.inputs
-            targets = 0 if masked else self.targets.count(inputs)
-            yield EvalBatch(inputs, targets, 0 if masked else batch_size(inputs), is_last)
+            yield EvalBatch(inputs, 0 if masked else batch_size(inputs), is_last)
 
     def _computes_loss(self, inputs: Mapping[str, Any]) -> bool:
         """Whether there is a loss although the model takes no labels."""

@@ -12,17 +12,18 @@ import torch
 from dstrain.core.errors import DataError, Problem, TrainingError
 from dstrain.core.log import get_logger
 from dstrain.core.progress import Progress
-from dstrain.core.ranks import PendingSum, Ranks, gather_objects
+from dstrain.core.ranks import Ranks, gather_objects
 from dstrain.core.seeds import random_state
 from dstrain.data import (
     AheadHooks,
+    LossTargets,
     MicroBatch,
-    Targets,
     TokenCount,
     Window,
     fetches_ahead,
     is_ours,
     keep_source_states,
+    no_targets,
     set_epoch,
     source_state,
     windows,
@@ -32,8 +33,12 @@ from dstrain.trainer.meters import Reading, TrainMeter
 from dstrain.trainer.plan import Hooks, MicroStep, RunPlan
 from dstrain.trainer.position import Due, Position, Resumption
 from dstrain.trainer.preemption import EvaluationStopped, Preemption
+from dstrain.trainer.window_weights import WindowWeights
 
 logger = get_logger(__name__)
+
+_MOST_EMPTY = 3
+"""Global batches without a target with which a run may begin."""
 
 
 @dataclass
@@ -47,7 +52,7 @@ class TrainLoop:
     plan: RunPlan
     engine: Engine
     loader: Any
-    targets: Targets
+    targets: LossTargets
     ranks: Ranks
     hooks: Hooks
     state: Any
@@ -69,6 +74,8 @@ class TrainLoop:
     _saved_step: int = -1
     _last: tuple[StepOutcome, float] | None = None
     _random_ahead: dict[str, Any] | None = None
+    _has_seen_targets: bool = False
+    _steps_without_targets: int = 0
 
     def run(self) -> None:
         """Train until max_steps or until a callback stops the run."""
@@ -215,21 +222,22 @@ class TrainLoop:
     def _train_step(self, window: Window) -> tuple[StepOutcome, float]:
         """One optimizer step over a window of micro-batches."""
         self.hooks.event("on_step_begin")
-        counts = [0 if m.masked else self.targets.count(m.inputs) for m in window.micro_batches]
-        self.micro_step.total = total = PendingSum(sum(counts), device=device_name())
+        self.micro_step.weights = weights = WindowWeights(
+            self.targets, window.micro_batches, self.ranks, device=device_name()
+        )
         losses: list[torch.Tensor] = []
         tokens = 0
         self.computing = True
-        for index, (micro_batch, count) in enumerate(
-            zip(window.micro_batches, counts, strict=True)
-        ):
-            last = index == len(counts) - 1
-            loss = self._forward_backward(micro_batch, count, last=last)
-            if count:  # the mean over no target is no number, whatever its weight
-                losses.append(loss.detach().clone())  # a CUDA graph writes the next into its place
+        for index, micro_batch in enumerate(window.micro_batches):
+            last = index == len(window.micro_batches) - 1
+            loss = self._forward_backward(micro_batch, index, last=last)
+            losses.append(loss.detach().clone())  # a CUDA graph writes the next into its place
             tokens += 0 if micro_batch.masked else self.count_tokens(micro_batch.inputs)
             if not last:
                 self.hooks.event("on_substep_end")
+        self.micro_step.weights = None
+        if not self._has_seen_targets:
+            self._look_for_targets(window, weights)
         if self.agree is not None:
             self.agree()
         self.computing = False
@@ -242,8 +250,8 @@ class TrainLoop:
         self.samples_seen += window.num_samples
         self._meter.add(
             losses,
-            [count for count in counts if count],
-            total.get(),
+            weights.counts,
+            weights.totals,
             step=self.progress.step,
             num_tokens=tokens,
         )
@@ -266,15 +274,37 @@ class TrainLoop:
         elif self.ranks.is_main:
             logger.warning("%s", what)
 
-    def _forward_backward(self, micro_batch: MicroBatch, count: int, *, last: bool) -> torch.Tensor:
-        """Run one micro-batch; returns its mean loss."""
-        inputs = micro_batch.inputs if count else self.targets.without_ignored(micro_batch.inputs)
-        self.micro_step.scaled_count = count * self.ranks.world_size
-        self.micro_step.last = last
-        loss = self.hooks.training_step(self.engine.model, inputs, max(1, count))
+    def _forward_backward(self, micro_batch: MicroBatch, index: int, *, last: bool) -> torch.Tensor:
+        """Run one micro-batch; returns its mean loss, or the parts of one that has several."""
+        step, inputs = self.micro_step, micro_batch.inputs
+        counts = (0,) if micro_batch.masked else self.targets.counts(inputs)
+        if not any(counts):
+            inputs = self.targets.without_ignored(inputs)
+        step.index, step.last, step.parts = index, last, None
+        loss = self.hooks.training_step(self.engine.model, inputs, max(1, *counts))
         if not micro_batch.masked:
             self.hooks.count_flos(inputs)
-        return loss
+        return loss if step.parts is None else step.parts
+
+    def _look_for_targets(self, window: Window, weights: WindowWeights) -> None:
+        """Stop a run whose first global batches have no target: nothing would be learned.
+
+        Waits for the device, in each step until there is a target: in a sound run the first alone.
+
+        Raises:
+            DataError: on all ranks alike.
+        """
+        totals = weights.totals
+        found = bool(totals.sum()) if isinstance(totals, torch.Tensor) else bool(totals)
+        self._has_seen_targets = found
+        self._steps_without_targets += 1
+        step = self.progress.step + 1
+        if not found and (
+            self._steps_without_targets >= _MOST_EMPTY or step >= self.plan.max_steps
+        ):
+            raise no_targets(
+                window.micro_batches[0].inputs, self.targets, num_steps=self._steps_without_targets
+            )
 
     def _react(
         self, event: str, outcome: StepOutcome, learning_rate: float, *, epoch_is_over: bool

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,15 +45,29 @@ class _Window:
 
     Attributes:
         step: of the run.
-        losses: mean losses of this rank's micro-batches, each of one element.
-        counts: their targets.
-        total: targets of the window over all ranks; a tensor where it is still on the device.
+        losses: of this rank's micro-batches, with one element for each part of the loss.
+        counts: the targets of each part.
+        totals: those of the window over all ranks; a tensor where they are still on the device.
     """
 
     step: int
     losses: list[torch.Tensor]
-    counts: list[int]
-    total: torch.Tensor | float
+    counts: list[tuple[int, ...]]
+    totals: torch.Tensor | float
+
+    def share(self, numbers: Iterator[float]) -> float:
+        """Add up this rank's share of the global batch's loss.
+
+        Args:
+            numbers: the elements of all losses, then of the totals.
+        """
+        losses = [[next(numbers) for _ in counts] for counts in self.counts]
+        share = 0.0
+        for part, counts in enumerate(zip(*self.counts, strict=True)):
+            # A micro-batch without a target has no loss: its mean is no number. Nor has a window.
+            summed = sum(x[part] * n for x, n in zip(losses, counts, strict=True) if n)
+            share += summed / max(1.0, next(numbers))
+        return share
 
 
 class TrainMeter:
@@ -77,8 +92,8 @@ class TrainMeter:
     def add(
         self,
         losses: list[torch.Tensor],
-        counts: list[int],
-        total: torch.Tensor | float,
+        counts: list[tuple[int, ...]],
+        totals: torch.Tensor | float,
         *,
         step: int,
         num_tokens: int,
@@ -86,13 +101,14 @@ class TrainMeter:
         """Add a step: the mean losses of this rank's micro-batches, and what they weigh.
 
         Args:
-            losses: one element each; not read here.
-            counts: targets of each.
-            total: targets of the whole window over all ranks; the weights are counts / total.
+            losses: of one element, or of one for each part of the loss; not read here.
+            counts: targets of each part of each loss.
+            totals: targets of the whole window over all ranks, of each part; the weights are
+                counts / totals.
             step: of the run.
             num_tokens: input tokens of this rank.
         """
-        self._windows.append(_Window(step, losses, counts, total))
+        self._windows.append(_Window(step, losses, counts, totals))
         self._steps += 1
         self._tokens += num_tokens
         if len(self._windows) >= _MOST_WINDOWS:
@@ -101,11 +117,9 @@ class TrainMeter:
     def _fold(self) -> None:
         """Read what has been added and add it up; waits for the device."""
         windows, self._windows = self._windows, []
-        numbers = _read([part for window in windows for part in (*window.losses, window.total)])
+        numbers = _read([part for window in windows for part in (*window.losses, window.totals)])
         for window in windows:
-            losses = [next(numbers) for _ in window.losses]
-            total = max(1.0, next(numbers))  # a window without any target has no loss
-            share = sum(x * n for x, n in zip(losses, window.counts, strict=True)) / total
+            share = window.share(numbers)
             finite = math.isfinite(share)
             if not finite and self._bad < 0:
                 self._bad = window.step
@@ -171,19 +185,19 @@ class TrainMeter:
 
 
 def _read(parts: list[torch.Tensor | float]) -> Iterator[float]:
-    """The numbers of tensors of one element and of numbers, in order; one wait for each dtype."""
-    numbers: list[float] = [float("nan")] * len(parts)
-    places: dict[Any, list[int]] = {}
+    """The elements of tensors, and numbers, in order; one wait for each dtype."""
+    read: list[list[float]] = [[] for _ in parts]
+    alike: dict[Any, list[tuple[int, torch.Tensor]]] = {}
     for place, part in enumerate(parts):
         if isinstance(part, torch.Tensor):
-            places.setdefault((part.dtype, part.device), []).append(place)
+            alike.setdefault((part.dtype, part.device), []).append((place, part.reshape(-1)))
         else:
-            numbers[place] = part
-    for same in places.values():
-        stacked = torch.stack([parts[place].reshape(()) for place in same])  # type: ignore[union-attr]
-        for place, number in zip(same, stacked.tolist(), strict=True):
-            numbers[place] = number
-    return iter(numbers)
+            read[place] = [part]
+    for same in alike.values():
+        numbers = iter(torch.cat([part for _, part in same]).tolist())
+        for place, part in same:
+            read[place] = [next(numbers) for _ in range(part.numel())]
+    return chain.from_iterable(read)
 
 
 def _merged(states: list[dict[str, float]], filtered: bool, rank: int) -> dict[str, float]:

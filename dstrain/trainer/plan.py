@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from dstrain.core.ranks import PendingSum
 from dstrain.trainer.position import Position
+from dstrain.trainer.window_weights import WindowWeights
 
 
 class Hooks(Protocol):
@@ -81,23 +81,15 @@ class MicroStep:
     """What ``training_step`` needs to know beyond its arguments.
 
     Attributes:
-        scaled_count: the micro-batch's number of targets times the number of ranks.
-        total: targets of the whole window over all ranks, still being added up during forward.
+        weights: of the micro-batches of the window; None outside of a step.
+        index: of the micro-batch in the window.
         last: whether the micro-batch ends the accumulation window.
+        num_samples: samples of the micro-batch, where they are known.
+        parts: the parts of the loss of the micro-batch that was trained last, where it has several.
     """
 
-    scaled_count: int = 1
-    total: PendingSum | None = None
+    weights: WindowWeights | None = None
+    index: int = 0
     last: bool = True
-
-    def weight(self) -> torch.Tensor | float:
-        """Factor of the micro-batch's mean loss in this rank's loss.
-
-        DeepSpeed's mean over ranks is then the mean over all targets of the global batch.
-        """
-        if self.total is None:
-            return 1.0
-        total = self.total.get()
-        # A window without any target has no gradient.
-        at_least_one = total.clamp(min=1.0) if isinstance(total, torch.Tensor) else max(1.0, total)
-        return self.scaled_count / at_least_one
+    num_samples: int | None = None
+    parts: torch.Tensor | None = None

@@ -12,7 +12,8 @@ from dstrain.arguments import TrainingArguments
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
-from dstrain.data import IGNORED, Targets
+from dstrain.data import IGNORED, LossTargets
+from dstrain.trainer.outputs import loss_of
 
 logger = get_logger(__name__)
 
@@ -21,19 +22,16 @@ logger = get_logger(__name__)
 class LabelSmoothing:
     """Mean cross entropy against (1 - share) x the target + share x all classes alike.
 
-    The same as transformers' ``LabelSmoother``, over the same targets: those that ``Targets``
-    counts, so that micro-batches are weighted as ever.
+    The same as transformers' ``LabelSmoother``, over the targets of the model's own loss.
 
     Attributes:
         share: of the probability that is spread.
-        shifted: whether the model predicts token t from tokens before it.
     """
 
     share: float
-    shifted: bool
 
     @staticmethod
-    def of(model: Any, args: TrainingArguments, targets: Targets) -> LabelSmoothing | None:
+    def of(model: Any, args: TrainingArguments) -> LabelSmoothing | None:
         """What the arguments ask for; None for none, and for several labels at once."""
         if not args.label_smoothing_factor:
             return None
@@ -45,15 +43,20 @@ class LabelSmoothing:
                 args.label_smoothing_factor,
             )
             return None
-        return LabelSmoothing(args.label_smoothing_factor, targets.shifted)
+        return LabelSmoothing(args.label_smoothing_factor)
 
-    def __call__(self, model: Any, module: Any, inputs: Any) -> tuple[torch.Tensor, Any]:
+    def __call__(
+        self, model: Any, module: Any, inputs: Any, targets: LossTargets
+    ) -> tuple[torch.Tensor, Any]:
         """Run the model without labels; the smoothed loss and the outputs.
+
+        As long as the targets of its own loss are not known it is given the labels too.
 
         Args:
             model: what to call.
             module: the core model, which knows how to shift labels into a decoder's inputs.
             inputs: the batch; not changed.
+            targets: of the model's own loss.
 
         Raises:
             ModelError: no labels in the batch, or none that are class indices, or no logits.
@@ -61,7 +64,9 @@ class LabelSmoothing:
         if not isinstance(inputs, Mapping) or not isinstance(inputs.get("labels"), torch.Tensor):
             raise self._useless("the batch has no labels")
         given = dict(inputs)
-        labels = given.pop("labels")
+        labels = given["labels"]
+        if targets.settled:
+            del given["labels"]
         if labels.is_floating_point():
             raise self._useless("the labels are no class indices")
         shift = getattr(inner_model(module), "prepare_decoder_input_ids_from_labels", None)
@@ -71,11 +76,15 @@ class LabelSmoothing:
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[0]
         if not isinstance(logits, torch.Tensor):
             raise self._useless("the model returned no logits")
-        if self.shifted and labels.dim() > 1:
-            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        found = targets.so_far(loss_of(outputs), inputs).parts[0].targets(inputs)
+        if found is None:
+            raise self._useless("the model's own loss is no mean over its labels")
+        kept, is_target = found
+        if kept.shape[-1] < labels.shape[-1] and labels.dim() > 1:
+            logits = logits[..., :-1, :]
         loss = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, -2),
-            labels.flatten(),
+            kept.masked_fill(~is_target, IGNORED).flatten(),
             ignore_index=IGNORED,
             label_smoothing=self.share,
         )

@@ -10,9 +10,10 @@ import torch
 
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
-from dstrain.data import to_device
+from dstrain.data import LossTargets, to_device
 from dstrain.engine import device_name
 from dstrain.models import DTYPES
+from dstrain.trainer.loss_terms import LossTerms
 from dstrain.trainer.outputs import loss_of
 
 logger = get_logger(__name__)
@@ -23,12 +24,14 @@ class StepHooks:
 
     model: Any
     resolved: Any
-    targets: Any
+    targets: LossTargets
     compute_loss_func: Callable[..., torch.Tensor] | None
     _engines: Any
     _micro_step: Any
     _format: str
     _smoothing: Any
+    _terms: LossTerms | None = None
+    _summed: tuple[Any, torch.Tensor] | None = None  # a loss, and the terms that it is the sum of
 
     def compute_loss(
         self,
@@ -54,8 +57,13 @@ class StepHooks:
             loss, outputs = self._loss_of_function(model, inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
         if self._smoothing is not None:
-            smoothed, outputs = self._smoothing(model, self.model, inputs)
+            smoothed, outputs = self._smoothing(model, self.model, inputs, self.targets)
             return (smoothed, outputs) if return_outputs else smoothed
+        if self._terms is not None and self._terms.apply_to(inputs):
+            terms, outputs = self._terms(model, inputs)
+            summed = terms.sum()
+            self._summed = summed, terms
+            return (summed, outputs) if return_outputs else summed
         outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
         loss = loss_of(outputs)
         if loss is None:
@@ -75,13 +83,35 @@ class StepHooks:
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its mean loss, detached."""
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
+        step = self._micro_step
+        with (
+            self.compute_loss_context_manager(),
+            self.targets.watching(inputs, step.num_samples) as seen,
+        ):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            seen.append(loss)
         engine = self._engines.training
         assert engine is not None
         # In fp32: a 16-bit loss times the loss scale would overflow before its gradients do.
-        engine.backward(loss.float() * self._micro_step.weight(), last=self._micro_step.last)
+        parts = self._parts_of(loss).float()
+        step.parts = parts.detach() if parts.dim() else None
+        if step.weights is not None:
+            if not any(step.weights.counts[step.index]):
+                parts = parts.nan_to_num()  # the mean over no target: its weight is 0
+            parts = parts * step.weights.of(step.index)
+        engine.backward(parts.sum(), last=step.last)
         return loss.detach()
+
+    def _parts_of(self, loss: torch.Tensor) -> torch.Tensor:
+        """The terms of a loss that ``compute_loss`` has just computed, or the loss itself.
+
+        A loss that an override has changed is none of theirs, and is shared out among the parts.
+        """
+        summed, self._summed = self._summed, None
+        if summed is not None and summed[0] is loss:
+            return summed[1]
+        num_parts = len(self.targets.rule.parts)
+        return loss if num_parts == 1 else (loss / num_parts).expand(num_parts)
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
         """What the loss is computed in: the context of ``autocast_smart_context_manager``."""
@@ -112,7 +142,7 @@ class StepHooks:
             given = {name: value for name, value in inputs.items() if name != "labels"}
             labels = inputs.get("labels")
         if num_items is None:
-            num_items = max(1, self.targets.count(inputs))
+            num_items = max(1, *self.targets.counts(inputs))
         outputs = model(**given) if isinstance(given, Mapping) else model(given)
         loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
         return loss, outputs

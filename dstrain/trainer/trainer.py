@@ -30,6 +30,7 @@ from dstrain.trainer.events import Events
 from dstrain.trainer.features import check_features, training_features
 from dstrain.trainer.fitting import begin_with_found, check_fitting, run_fitting
 from dstrain.trainer.loop import TrainLoop
+from dstrain.trainer.loss_terms import LossTerms
 from dstrain.trainer.model_init import check_source, check_whole, fresh_model, num_arguments
 from dstrain.trainer.old_names import old_resume, one_name
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
@@ -355,8 +356,12 @@ class Trainer(
         """What the trainer must know about its model."""
         check_whole(self.model)
         guard_partitioned(self.model)
-        self.targets = build.targets_of(self.model, self.args)
-        self._smoothing = LabelSmoothing.of(self.model, self.args, self.targets)
+        self._smoothing = LabelSmoothing.of(self.model, self.args)
+        own_loss = self.compute_loss_func is None and self._smoothing is None
+        if own_loss and type(self).compute_loss is Trainer.compute_loss:
+            self._terms = LossTerms.of(self.model)
+        rule = None if self._terms is None else self._terms.rule()
+        self.targets = build.targets_of(self.model, self.args, rule)
 
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
         """Everything before the first step: loader, config, engine, state."""

@@ -38,7 +38,7 @@ def breaking(where: str, keep: Keeper | None, read: list[int]) -> Any:
     def batches() -> Iterator[EvalBatch]:
         for index in range(NUM_BATCHES):
             read.append(index)
-            yield EvalBatch(index, 1, 1, is_last=index == NUM_BATCHES - 1)
+            yield EvalBatch(index, 1, is_last=index == NUM_BATCHES - 1)
 
     def breaks(name: str, at: int) -> None:
         if name == where and at == 1:
@@ -55,6 +55,7 @@ def breaking(where: str, keep: Keeper | None, read: list[int]) -> Any:
     return evaluate_batches(
         batches(),
         predict,
+        lambda batch: (1,),
         device="cpu",
         finish=finish,
         keep=keep,

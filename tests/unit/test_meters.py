@@ -32,7 +32,7 @@ def clock(monkeypatch) -> Clock:
 
 def feed(meter: TrainMeter, losses: Sequence[float], *, first_step: int = 1) -> None:
     for step, loss in enumerate(losses, start=first_step):
-        meter.add([torch.tensor(loss)], [1], 1, step=step, num_tokens=10)
+        meter.add([torch.tensor(loss)], [(1,)], 1, step=step, num_tokens=10)
 
 
 def metered(losses: Sequence[float], *, filter_bad: bool = True) -> TrainMeter:
@@ -76,11 +76,20 @@ def test_micro_batches_weigh_as_much_as_they_have_targets(dtype, total):
     """Of 8 targets over all ranks this one has 3 and 1; the total may still be on the device."""
     meter = TrainMeter("cpu", filter_bad=True)
     losses = [torch.tensor(2.0, dtype=dtype), torch.tensor([4.0], dtype=dtype)]
-    meter.add(losses, [3, 1], total, step=1, num_tokens=10)
-    meter.add([], [], 0, step=2, num_tokens=0)  # a window without any target
+    meter.add(losses, [(3,), (1,)], total, step=1, num_tokens=10)
+    empty = torch.tensor(math.nan)  # of a window without any target
+    meter.add([empty], [(0,)], 0, step=2, num_tokens=0)
     reading = meter.read()
     assert reading.loss_sum == pytest.approx((2 * 3 + 4) / 8)
     assert (reading.num_steps, reading.first_bad_step) == (2, None)
+
+
+def test_each_part_of_a_loss_is_weighted_by_its_own_targets():
+    """A micro-batch with masked tokens and no sentence, and one with neither many nor few."""
+    meter = TrainMeter("cpu", filter_bad=True)
+    losses = [torch.tensor([2.0, math.nan]), torch.tensor([4.0, 1.0])]
+    meter.add(losses, [(3, 0), (1, 2)], torch.tensor([8.0, 4.0]), step=1, num_tokens=10)
+    assert meter.read().loss_sum == pytest.approx((2 * 3 + 4) / 8 + 1 * 2 / 4)
 
 
 def test_sums_do_not_depend_on_when_they_are_read(monkeypatch):

@@ -1,0 +1,220 @@
+"""Reading off a forward pass what its loss is a mean over.
+
+A class name says little about a loss: subclasses, wrappers and losses of the user's own have any
+name, and several models of transformers do not do what theirs suggests. The loss functions of torch
+that a forward pass calls do say it. So the first forward pass of a run is watched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from dstrain.data.loss_rule import IGNORED, SAMPLES, Denominator, LossRule
+from dstrain.data.targets import batch_size
+
+_CLASSES = (functional.cross_entropy, functional.nll_loss)
+_ELEMENTWISE = (
+    functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits,
+    functional.huber_loss,
+    functional.l1_loss,
+    functional.mse_loss,
+    functional.smooth_l1_loss,
+    functional.kl_div,
+)
+_WATCHED = {*_CLASSES, *_ELEMENTWISE, functional.ctc_loss}
+# How far the quotient of a sum and the loss may be from a whole number of targets.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One call of a loss function in a forward pass.
+
+    Attributes:
+        function: of ``torch.nn.functional``.
+        target: what it compares with, in host memory.
+        ignored: the label that it leaves out, if any.
+        reduction: "mean", "sum", "none" or another of torch's.
+        weighted: whether classes or elements have weights.
+        values: what it returned, in host memory, in fp64.
+    """
+
+    function: Callable[..., Any]
+    target: torch.Tensor
+    ignored: int | None
+    reduction: str
+    weighted: bool
+    values: torch.Tensor
+
+    @property
+    def num_targets(self) -> int:
+        """Targets that a mean of this call is divided by."""
+        if self.function is functional.ctc_loss:
+            return self.target.shape[0]
+        if self.ignored is not None:
+            return int((self.target != self.ignored).sum())
+        if self.function in _CLASSES and self.target.dim() > 1:
+            return self.target.numel() // self.target.shape[1]  # probabilities of classes
+        return self.target.numel()
+
+    def num_in_mean(self, loss: float) -> float:
+        """Targets that the loss is divided by, if the loss is made of this call alone."""
+        if self.reduction == "mean":
+            return float(self.num_targets)
+        return float(self.values.sum()) / loss if loss else float("nan")
+
+
+class LossCalls(TorchFunctionMode):
+    """Records the calls of loss functions while it is entered; it changes none."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        super().__init__()
+        self.calls: list[LossCall] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func``, and note it where it is a loss function."""
+        returned = func(*args, **(kwargs or {}))
+        if func in _WATCHED and isinstance(returned, torch.Tensor):
+            self.calls.append(_noted(func, args, kwargs or {}, returned))
+        return returned
+
+
+def _noted(
+    function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], returned: torch.Tensor
+) -> LossCall:
+    given = inspect.signature(function).bind(*args, **kwargs)
+    given.apply_defaults()
+    values = given.arguments
+    is_ctc = function is functional.ctc_loss
+    target = values["target_lengths" if is_ctc else "target"]
+    ignores = "ignore_index" in values and not target.is_floating_point()
+    return LossCall(
+        function=function,
+        target=torch.as_tensor(target).detach().cpu(),
+        ignored=values["ignore_index"] if ignores else None,
+        reduction=values["reduction"],
+        weighted=values.get("weight") is not None,
+        values=returned.detach().double().cpu(),
+    )
+
+
+def explain(
+    calls: Sequence[LossCall], loss: Any, inputs: Any, expected: LossRule, num_samples: int | None
+) -> list[LossRule]:
+    """Find the rules by which the loss of a batch can have come from the calls of its forward pass.
+
+    Args:
+        calls: of the forward pass.
+        loss: what came of it, one element.
+        inputs: the batch that the forward pass was given, on any device.
+        expected: the rule that is tried first.
+        num_samples: samples of the batch, where they are known.
+
+    Returns:
+        all rules that fit, the expected one first if it does, then those whose labels are found
+        again in the calls, and last those that only agree in number; [] where none fits.
+    """
+    value = float(torch.as_tensor(loss).detach().double().mean())
+    calls = _of_the_loss(calls, value)
+    batch = {k: v.cpu() for k, v in _tensors(inputs)}
+    samples = batch_size(inputs) if num_samples is None else num_samples
+    if not calls or any(call.weighted for call in calls):
+        return []
+    if len(calls) == 1 and _is_sum(calls[0], value):
+        return [LossRule(is_sum=True)]
+    ignored = {c.ignored for c in calls} | {IGNORED, None}
+    found, agreeing = [], []
+    for denominator in (*expected.parts[:1], *_denominators(batch, ignored)):
+        if all(_matches(denominator, call, batch, samples, value) for call in calls):
+            found.append(LossRule((denominator,)))
+        elif all(_agrees(denominator, call, batch, samples, value) for call in calls):
+            agreeing.append(LossRule((denominator,)))
+    if all(_is_over_samples(call, samples, value) for call in calls):
+        agreeing.append(LossRule())
+    return list(dict.fromkeys(found + agreeing))
+
+
+def _of_the_loss(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
+    """Leave out calls that only came beside the one that returned the loss.
+
+    Some models return the loss of each head and optimise the first.
+    """
+    alone = [c for c in calls if c.reduction == "mean" and float(c.values) == loss]
+    return alone[:1] if alone else list(calls)
+
+
+def _tensors(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(inputs, Mapping):
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                yield name, value
+
+
+def _is_sum(call: LossCall, loss: float) -> bool:
+    num_summed = call.num_in_mean(loss)
+    summed = call.reduction in ("sum", "none") and abs(num_summed - 1) < _TOLERANCE
+    return summed and call.num_targets > 1
+
+
+def _denominators(
+    batch: Mapping[str, torch.Tensor], ignored: set[int | None]
+) -> Iterator[Denominator]:
+    """All that is tried: label columns first, whole ones before masked ones."""
+    names = sorted(batch, key=lambda name: "label" not in name)
+    masks = [None, *(name for name in batch if "mask" in name)]
+    for mask in masks:
+        for name in names:
+            for shifted in (False, True):
+                for value in sorted(ignored, key=lambda v: (v is None, v)):
+                    if name != mask:
+                        yield Denominator(name, shifted=shifted, ignored=value, mask=mask)
+
+
+def _matches(
+    denominator: Denominator,
+    call: LossCall,
+    batch: Mapping[str, torch.Tensor],
+    samples: int,
+    loss: float,
+) -> bool:
+    """Whether the targets of the call are those of the denominator, one by one and in number."""
+    found = denominator.targets(batch)
+    if found is None or not _agrees(denominator, call, batch, samples, loss):
+        return False
+    wanted = found[0][found[1]].double()
+    target = call.target.flatten()
+    if call.ignored is not None:
+        target = target[target != call.ignored]
+    return target.shape == wanted.shape and bool(torch.equal(target.double(), wanted))
+
+
+def _agrees(
+    denominator: Denominator,
+    call: LossCall,
+    batch: Mapping[str, torch.Tensor],
+    samples: int,
+    loss: float,
+) -> bool:
+    """Whether the call's mean is over as many targets as the denominator counts."""
+    count = denominator.count(batch, samples)
+    return abs(call.num_in_mean(loss) - count) <= _TOLERANCE * count
+
+
+def _is_over_samples(call: LossCall, samples: int, loss: float) -> bool:
+    """Whether the call's mean is over samples, of as many elements each."""
+    if call.reduction == "batchmean" or call.function is functional.ctc_loss:
+        return call.reduction != "sum"
+    if _agrees(SAMPLES, call, {}, samples, loss):
+        return True
+    whole = call.ignored is None or bool((call.target != call.ignored).all())
+    rows = call.target.dim() > 0 and call.target.shape[0] == samples
+    return call.reduction == "mean" and whole and rows

@@ -1,0 +1,169 @@
+"""How the mean losses of micro-batches make up the loss of the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dstrain.core.adapters import inner_model
+from dstrain.data.targets import batch_size
+
+IGNORED = -100
+SHIFTED_LABELS = "shift_labels"
+
+
+@dataclass(frozen=True)
+class Denominator:
+    """Counts what a mean loss is divided by, in a batch that is still in host memory.
+
+    Attributes:
+        column: the batch key of the labels; None counts samples.
+        shifted: whether the model predicts token t from tokens before t, so that the first label
+            of a sequence is no target. A batch that brings ``shift_labels`` is shifted already.
+        ignored: the label that is no target; None: each label is one.
+        mask: the batch key of a mask; only labels where it is not 0 are targets.
+        bound: the batch key whose second dimension bounds labels that are positions in it; those
+            at or beyond the bound are no targets (answers outside of a cut text).
+    """
+
+    column: str | None = None
+    shifted: bool = False
+    ignored: int | None = IGNORED
+    mask: str | None = None
+    bound: str | None = None
+
+    def count(self, inputs: Any, num_samples: int) -> int:
+        """Count in a batch of ``num_samples`` samples; nothing waits for a device."""
+        found = self.targets(inputs)
+        return num_samples if found is None else int(found[1].sum())
+
+    def targets(self, inputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Find the labels of a batch, and which of them are targets.
+
+        Returns:
+            labels and booleans of the same shape, the first label of a sequence cut off where the
+            model shifts them; None where samples are counted: without a column, or where the batch
+            has no such labels, or has floats where a class is what would be ignored.
+        """
+        labels = self._labels(inputs)
+        if labels is None or labels.dim() == 0:
+            return None
+        if self.ignored is not None and labels.is_floating_point():
+            return None
+        shifts = self.shifted and labels.dim() > 1 and SHIFTED_LABELS not in inputs
+        valid = torch.ones_like(labels, dtype=torch.bool)
+        if self.ignored is not None:
+            valid = labels != self.ignored
+        mask = inputs.get(self.mask)
+        if isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
+            valid &= mask != 0
+        limit = inputs.get(self.bound)
+        if isinstance(limit, torch.Tensor) and limit.dim() > 1:
+            valid &= labels < limit.shape[1]
+        return (labels[..., 1:], valid[..., 1:]) if shifts else (labels, valid)
+
+    def without_ignored(self, inputs: Any) -> Any:
+        """Return the batch with valid labels everywhere, for one that carries no weight.
+
+        The mean over no target is 0/0, and NaN times a weight of 0 stays NaN.
+        """
+        if not isinstance(inputs, Mapping) or self.column is None:
+            return inputs
+        changed = dict(inputs)
+        for name in (self.column, SHIFTED_LABELS) if self.ignored is not None else ():
+            labels = changed.get(name)
+            if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+                changed[name] = labels.masked_fill(labels == self.ignored, 0)
+        mask = changed.get(self.mask)
+        if isinstance(mask, torch.Tensor):
+            changed[str(self.mask)] = torch.ones_like(mask)
+        return changed
+
+    def _labels(self, inputs: Any) -> torch.Tensor | None:
+        if self.column is None or not isinstance(inputs, Mapping):
+            return None
+        names = (SHIFTED_LABELS, self.column) if self.shifted else (self.column,)
+        return next((inputs[n] for n in names if isinstance(inputs.get(n), torch.Tensor)), None)
+
+    def __str__(self) -> str:
+        """Name what is counted, for a log line."""
+        if self.column is None:
+            return "samples"
+        after = " after the first of a sequence" if self.shifted else ""
+        but = "" if self.ignored is None else f" that are not {self.ignored}"
+        where = "" if self.mask is None else f", where {self.mask} is not 0"
+        inside = "" if self.bound is None else f", inside of {self.bound}"
+        return f"{self.column}{after}{but}{where}{inside}"
+
+
+SAMPLES = Denominator()
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """What the loss of a micro-batch is: a mean, a sum of means over different targets, or a sum.
+
+    Attributes:
+        parts: the denominator of each mean; most losses have one.
+        is_sum: whether the loss is no mean but a sum over samples: losses are then added up.
+    """
+
+    parts: tuple[Denominator, ...] = (SAMPLES,)
+    is_sum: bool = False
+
+    def counts(self, inputs: Any, num_samples: int | None = None) -> tuple[int, ...]:
+        """Count what each part of the loss of a batch is divided by: its weight.
+
+        Args:
+            inputs: a batch in host memory.
+            num_samples: its samples, where they are known; else the first dimension of a tensor.
+        """
+        if self.is_sum:
+            return (1,)
+        if num_samples is None:
+            num_samples = batch_size(inputs)
+        return tuple(part.count(inputs, num_samples) for part in self.parts)
+
+    def without_ignored(self, inputs: Any) -> Any:
+        """Return the batch with valid labels everywhere, for one that carries no weight."""
+        for part in self.parts:
+            inputs = part.without_ignored(inputs)
+        return inputs
+
+    def __str__(self) -> str:
+        """Name what the loss is taken over, for a log line."""
+        if self.is_sum:
+            return "a sum over samples"
+        return " + ".join(f"a mean over {part}" for part in self.parts)
+
+
+def expected_rule(module: torch.nn.Module, labels: Sequence[str]) -> LossRule:
+    """Guess a model's rule from its class, before its loss has been seen.
+
+    Args:
+        module: the model.
+        labels: its label columns; the first one counts.
+    """
+    if not labels:
+        return LossRule()
+    return LossRule((Denominator(labels[0], shifted=shifts_labels(module)),))
+
+
+def shifts_labels(module: torch.nn.Module) -> bool:
+    """Guess whether a model shifts labels itself: the causal ones of transformers, by ancestry.
+
+    A subclass is named as its author likes, so all its ancestors are asked.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    inner = inner_model(module)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return False
+    names = {kind.__name__ for kind in type(inner).__mro__}
+    loss_type = getattr(inner, "loss_type", None)
+    return loss_type in ("ForCausalLM", "ForConditionalGeneration") or bool(
+        names & {name for name in CAUSAL.values() if isinstance(name, str)}
+    )
