@@ -28,7 +28,8 @@ from dstrain.data.loader import (
 )
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.resumable import Resumable
-from dstrain.data.targets import IGNORED, Targets, TokenCount, batch_size, input_tokens, to_device
+from dstrain.data.samples import batch_size
+from dstrain.data.targets import IGNORED, Targets, TokenCount, input_tokens, to_device
 from dstrain.data.together import in_step
 
 __all__ = [

@@ -41,7 +41,8 @@ class TrainLoop:
     """One run. ``run`` is the loop; everything else is a step of it.
 
     ``agree`` is called when all micro-batches of a step are done, before it changes a weight;
-    ``computing`` is true until then, from the step's first micro-batch.
+    ``computing`` is true until then, from the step's first micro-batch. ``own_samples`` are those
+    that this rank has trained on in this run, whichever loader they came from.
     """
 
     plan: RunPlan
@@ -59,9 +60,9 @@ class TrainLoop:
     skipped_steps: int = 0
     loss_sum: float = 0.0
     samples_seen: int = 0
+    own_samples: int = 0
     resumption: Resumption | None = None
     steps_before: int = 0
-    samples_before: int = 0
     tokens_before: int = 0
     agree: Callable[[], None] | None = None
     computing: bool = False
@@ -116,7 +117,7 @@ class TrainLoop:
         self.progress = position.progress
         self.skipped_steps = position.skipped_steps
         self.loss_sum = position.loss_sum
-        self.samples_seen = self.samples_before = position.samples_seen
+        self.samples_seen = position.samples_seen
         self.steps_before = position.progress.step
         self.tokens_before = self.state.num_input_tokens_seen
         self._last = (
@@ -240,6 +241,7 @@ class TrainLoop:
         self.hooks.event("on_optimizer_step")
         self.progress = self.progress.advance(samples=window.num_samples, tokens=tokens)
         self.samples_seen += window.num_samples
+        self.own_samples += sum(m.num_samples for m in window.micro_batches)
         self._meter.add(
             losses,
             [count for count in counts if count],

@@ -16,7 +16,7 @@ from dstrain.data import (
     label_columns,
     to_device,
 )
-from dstrain.data.targets import tensors
+from dstrain.data.samples import tensors
 from tests.models import RegressionModel, tiny_llama
 
 PLAIN = Targets(("labels",), shifted=False)
@@ -187,9 +187,17 @@ class Pair(NamedTuple):
         (Pair(torch.zeros(3), torch.zeros(3)), 3),
         ([torch.zeros(3)], 3),
         ({"name": "x"}, 1),
+        # Patches of images come before the rows of text (Qwen2-VL).
+        ({"pixel_values": torch.zeros(60, 3), "labels": torch.zeros(10, 4)}, 10),
+        ({"pixel_values": torch.zeros(60, 3), "input_ids": torch.zeros(10, 4)}, 10),
+        ({"x": torch.zeros(8, 2), "class_labels": [torch.zeros(5), torch.zeros(2)]}, 2),
+        # Padding-free: the sequences that begin in the one row.
+        ({"input_ids": TOKENS[:1], "position_ids": torch.tensor([[0, 1, 0]])}, 2),
+        ({"input_ids": TOKENS[:1], "cu_seq_lens_q": torch.tensor([0, 1, 2, 3])}, 3),
+        ({"input_ids": TOKENS, "position_ids": torch.zeros(2, 3)}, 2),
     ],
 )
-def test_batch_size_is_the_first_dimension_of_the_first_tensor(inputs, expected):
+def test_batch_size_of_a_users_own_loader(inputs, expected):
     assert batch_size(inputs) == expected
 
 
