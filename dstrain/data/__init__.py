@@ -30,7 +30,8 @@ from dstrain.data.loss_rule import IGNORED, Denominator, LossRule
 from dstrain.data.loss_targets import LossTargets, no_targets
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.resumable import Resumable
-from dstrain.data.targets import TokenCount, batch_size, input_tokens, to_device
+from dstrain.data.samples import batch_size
+from dstrain.data.targets import TokenCount, input_tokens, to_device
 from dstrain.data.together import in_step
 
 __all__ = [

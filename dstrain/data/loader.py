@@ -15,7 +15,8 @@ from dstrain.core.seeds import derived_seed
 from dstrain.data.dispatch import Dispatched
 from dstrain.data.noise import begin_worker
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
-from dstrain.data.stream import Masked, RankStream, StreamLoader
+from dstrain.data.samples import batch_size
+from dstrain.data.stream import RankStream, StreamLoader
 
 logger = get_logger(__name__)
 
@@ -39,10 +40,21 @@ class LoaderOptions:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Inputs of one forward pass; ``masked`` ones are stand-ins that carry no weight."""
+    """Inputs of one forward pass.
+
+    Attributes:
+        inputs: what the collator made.
+        num_samples: samples of this rank in it: of dstrain's own loaders as many as the collator
+            was given, of a user's own as ``batch_size`` judges by the tensors. 0 for a stand-in.
+    """
 
     inputs: Any
-    masked: bool = False
+    num_samples: int
+
+    @property
+    def masked(self) -> bool:
+        """Whether it is a stand-in, which carries no weight."""
+        return self.num_samples == 0
 
 
 @dataclass(frozen=True)
@@ -244,13 +256,15 @@ def iterate(loader: Any) -> Iterator[tuple[MicroBatch, int]]:
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, RankBatchSampler):
         for step, inputs in enumerate(loader):
-            yield MicroBatch(inputs, sampler.is_masked(step)), sampler.chunk_samples(step)
+            yield MicroBatch(inputs, sampler.share_samples(step)), sampler.chunk_samples(step)
         return
-    dataset = getattr(loader, "dataset", None)
-    chunk = dataset.topology.chunk if isinstance(dataset, RankStream) else 0
+    if isinstance(loader, StreamLoader):
+        stream: Any = loader.dataset
+        for share in loader.shares():
+            yield MicroBatch(share.inputs, share.num_samples), stream.topology.chunk
+        return
     for inputs in loader:
-        masked = isinstance(inputs, Masked)
-        yield MicroBatch(inputs.inputs if masked else inputs, masked), chunk
+        yield MicroBatch(inputs, batch_size(inputs)), 0
 
 
 @dataclass

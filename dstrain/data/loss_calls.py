@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from dstrain.data.loss_rule import IGNORED, SAMPLES, Denominator, LossRule
-from dstrain.data.targets import batch_size
+from dstrain.data.samples import batch_size
 
 _CLASSES = (functional.cross_entropy, functional.nll_loss)
 _ELEMENTWISE = (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dstrain.core.adapters import inner_model
-from dstrain.data.targets import batch_size
+from dstrain.data.samples import batch_size
 
 IGNORED = -100
 SHIFTED_LABELS = "shift_labels"

@@ -101,7 +101,7 @@ class RankBatchSampler:
     """Yields one list of dataset indices per micro-step for this rank (a torch batch sampler).
 
     All ranks yield the same number of lists. A rank whose share of the last chunk is empty yields
-    the chunk's first sample as a stand-in; ``is_masked`` tells so, and it must carry no weight.
+    the chunk's first sample as a stand-in, which must carry no weight.
     """
 
     def __init__(self, order: EpochOrder, topology: Topology, *, drop_last: bool = False) -> None:
@@ -133,9 +133,9 @@ class RankBatchSampler:
         chunk = self.topology.chunk
         return min(chunk, self.remaining - step * chunk)
 
-    def is_masked(self, step: int) -> bool:
-        """Whether this rank has only a stand-in in micro-step ``step``."""
-        return len(self.topology.share(self.chunk_samples(step))) == 0
+    def share_samples(self, step: int) -> int:
+        """Samples of this rank in micro-step ``step``; 0 where it has only a stand-in."""
+        return len(self.topology.share(self.chunk_samples(step)))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Index lists, one per micro-step, each with the seed of its noise."""

@@ -24,14 +24,21 @@ _END = object()
 
 
 @dataclass
-class Masked:
-    """A micro-batch that must carry no weight: this rank had no sample left, others did."""
+class Share:
+    """A rank's part of a micro-step, collated.
+
+    Attributes:
+        inputs: the micro-batch.
+        num_samples: samples that were collated; 0 where this rank had none left and ``inputs`` is a
+            stand-in, which must carry no weight.
+    """
 
     inputs: Any
+    num_samples: int
 
-    def pin_memory(self) -> Masked:
-        """Asked by torch's loader; this batch comes once per epoch, so it is left as it is."""
-        return self
+    def pin_memory(self) -> Share:
+        """Asked by torch's loader."""
+        return Share(pinning.pin_memory(self.inputs), self.num_samples)
 
 
 @dataclass
@@ -39,18 +46,18 @@ class Told:
     """A micro-batch of a loader process, on its way.
 
     Attributes:
-        batch: what the training process is to get.
+        share: what the training process is to get.
         position: samples of the epoch up to its end, over all ranks.
         state: the source's state there, pickled; None where that cannot be.
     """
 
-    batch: Any
+    share: Share
     position: int
     state: bytes | None
 
     def pin_memory(self) -> Told:
         """Asked by torch's loader."""
-        return Told(pinning.pin_memory(self.batch), self.position, self.state)
+        return Told(self.share.pin_memory(), self.position, self.state)
 
 
 @contextlib.contextmanager
@@ -133,10 +140,10 @@ class RankStream(IterableDataset[Any]):
         state = dict(self._states).get(samples)
         return pickle.loads(state) if isinstance(state, bytes) else state
 
-    def note(self, told: Told) -> Any:
+    def note(self, told: Told) -> Share:
         """Keep the state that a loader process sent; returns its micro-batch."""
         self._states.append((told.position, told.state))
-        return told.batch
+        return told.share
 
     def _reader(self) -> Any:
         return self.source if self._resumable is None else self._resumable.source
@@ -150,7 +157,7 @@ class RankStream(IterableDataset[Any]):
             generator.manual_seed(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        """Collated micro-batches; a stand-in at the end is wrapped in ``Masked``."""
+        """Collated micro-batches, each a ``Share`` or a ``Told`` with one."""
         worker = get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch, start = self._position.tolist()
@@ -182,8 +189,8 @@ class RankStream(IterableDataset[Any]):
             if step % turns == turn:
                 share = self.topology.share(len(chunk))
                 mine = [chunk[i] for i in share]
-                batch = self.collate(mine) if mine else Masked(self.collate(chunk[:1]))
-                yield Told(batch, position, _pickled(self._state())) if worker and tells else batch
+                part = Share(self.collate(mine or chunk[:1]), len(mine))
+                yield Told(part, position, _pickled(self._state())) if worker and tells else part
             step += 1
 
     def _state(self) -> dict[str, Any] | None:
@@ -203,10 +210,15 @@ class StreamLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Micro-batches, as without loader processes."""
+        """Micro-batches, as of a loader of a map-style dataset."""
+        for share in self.shares():
+            yield share.inputs
+
+    def shares(self) -> Iterator[Share]:
+        """Micro-batches, each with its number of samples."""
         stream: Any = self.dataset
-        for batch in super().__iter__():
-            yield stream.note(batch) if isinstance(batch, Told) else batch
+        for part in super().__iter__():
+            yield stream.note(part) if isinstance(part, Told) else part
 
 
 def _pickled(state: dict[str, Any] | None) -> bytes | None:

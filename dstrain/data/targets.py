@@ -8,24 +8,9 @@ from typing import Any
 import torch
 
 from dstrain.core.log import get_logger
+from dstrain.data.samples import batch_size
 
 logger = get_logger(__name__)
-
-
-def tensors(inputs: Any) -> list[torch.Tensor]:
-    """All tensors in a batch of any nesting."""
-    if isinstance(inputs, torch.Tensor):
-        return [inputs]
-    if isinstance(inputs, Mapping):
-        inputs = inputs.values()
-    elif not isinstance(inputs, (list, tuple)):
-        return []
-    return [t for part in inputs for t in tensors(part)]
-
-
-def batch_size(inputs: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor that has one."""
-    return next((t.shape[0] for t in tensors(inputs) if t.dim()), 1)
 
 
 def input_tokens(inputs: Any, main_input: str = "input_ids") -> int:

@@ -46,7 +46,7 @@ def in_step(loader: Any, *, device: Any) -> Iterator[tuple[MicroBatch, bool]]:
             present = coming
             coming = next(batches, None)
         else:
-            present = MicroBatch(present.inputs, masked=True)
+            present = MicroBatch(present.inputs, num_samples=0)
         number = _how_many(coming is not None, device)
         yield present, not number
 

@@ -15,7 +15,7 @@ import torch
 from dstrain.core.errors import ConfigError, DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.seeds import random_state, set_random_state
-from dstrain.data import batch_size, in_step, returns_loss, set_epoch, to_device
+from dstrain.data import in_step, returns_loss, set_epoch, to_device
 from dstrain.engine import device_name
 from dstrain.evaluation import (
     BatchMetric,
@@ -454,8 +454,7 @@ class EvaluationHooks(EvalLoaderHooks):
 
     def _eval_batches(self, loader: Any) -> Iterator[EvalBatch]:
         for micro_batch, is_last in in_step(loader, device=device_name()):
-            masked, inputs = micro_batch.masked, micro_batch.inputs
-            yield EvalBatch(inputs, 0 if masked else batch_size(inputs), is_last)
+            yield EvalBatch(micro_batch.inputs, micro_batch.num_samples, is_last)
 
     def _computes_loss(self, inputs: Mapping[str, Any]) -> bool:
         """Whether there is a loss although the model takes no labels."""

@@ -46,7 +46,8 @@ class TrainLoop:
     """One run. ``run`` is the loop; everything else is a step of it.
 
     ``agree`` is called when all micro-batches of a step are done, before it changes a weight;
-    ``computing`` is true until then, from the step's first micro-batch.
+    ``computing`` is true until then, from the step's first micro-batch. ``own_samples`` are those
+    that this rank has trained on in this run, whichever loader they came from.
     """
 
     plan: RunPlan
@@ -64,9 +65,9 @@ class TrainLoop:
     skipped_steps: int = 0
     loss_sum: float = 0.0
     samples_seen: int = 0
+    own_samples: int = 0
     resumption: Resumption | None = None
     steps_before: int = 0
-    samples_before: int = 0
     tokens_before: int = 0
     agree: Callable[[], None] | None = None
     computing: bool = False
@@ -123,7 +124,7 @@ class TrainLoop:
         self.progress = position.progress
         self.skipped_steps = position.skipped_steps
         self.loss_sum = position.loss_sum
-        self.samples_seen = self.samples_before = position.samples_seen
+        self.samples_seen = position.samples_seen
         self.steps_before = position.progress.step
         self.tokens_before = self.state.num_input_tokens_seen
         self._last = (
@@ -248,6 +249,7 @@ class TrainLoop:
         self.hooks.event("on_optimizer_step")
         self.progress = self.progress.advance(samples=window.num_samples, tokens=tokens)
         self.samples_seen += window.num_samples
+        self.own_samples += sum(m.num_samples for m in window.micro_batches)
         self._meter.add(
             losses,
             weights.counts,
@@ -277,10 +279,13 @@ class TrainLoop:
     def _forward_backward(self, micro_batch: MicroBatch, index: int, *, last: bool) -> torch.Tensor:
         """Run one micro-batch; returns its mean loss, or the parts of one that has several."""
         step, inputs = self.micro_step, micro_batch.inputs
-        counts = (0,) if micro_batch.masked else self.targets.counts(inputs)
+        counts: tuple[int, ...] = (0,)
+        if not micro_batch.masked:
+            counts = self.targets.counts(inputs, micro_batch.num_samples)
         if not any(counts):
             inputs = self.targets.without_ignored(inputs)
         step.index, step.last, step.parts = index, last, None
+        step.num_samples = micro_batch.num_samples
         loss = self.hooks.training_step(self.engine.model, inputs, max(1, *counts))
         if not micro_batch.masked:
             self.hooks.count_flos(inputs)

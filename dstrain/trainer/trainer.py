@@ -14,10 +14,10 @@ from dstrain.checkpoint import CheckpointWriter, check_there
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import all_or_none, barrier, require_equal
+from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ranks
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
-from dstrain.engine import Engine, MetricSchedule, device_type
+from dstrain.engine import Engine, MetricSchedule, device_name, device_type
 from dstrain.models import check_writable, guard_partitioned, save_model
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build, compat, saving
@@ -444,11 +444,11 @@ class Trainer(
         """Final metrics, log and events; speeds are those of this run, not of one resumed from."""
         steps = loop.progress.step
         done = loop.steps_before
-        samples = (steps - done) * self.resolved.global_batch_size
+        own_samples = torch.tensor(loop.own_samples, device=device_name())
         metrics = compat.speed_metrics(
             "train",
             started,
-            num_samples=loop.samples_seen - loop.samples_before or samples,
+            num_samples=int(sum_over_ranks(own_samples)),
             num_steps=steps - done,
             num_tokens=self.state.num_input_tokens_seen - loop.tokens_before,
         )

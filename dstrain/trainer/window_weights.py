@@ -75,7 +75,7 @@ class WindowWeights:
         counted = [
             (0,) * len(self._targets.rule.parts)
             if micro_batch.masked
-            else self._targets.counts(micro_batch.inputs)
+            else self._targets.counts(micro_batch.inputs, micro_batch.num_samples)
             for micro_batch in self._micro_batches
         ]
         sums = [sum(parts) for parts in zip(*counted, strict=True)]

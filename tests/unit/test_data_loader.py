@@ -28,7 +28,7 @@ from dstrain.data import (
     set_epoch,
     windows,
 )
-from dstrain.data.stream import Masked, RankStream
+from dstrain.data.stream import RankStream, Share
 
 # Three workers are a test of order, not of speed.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -450,17 +450,50 @@ def test_an_empty_stream_gives_no_window():
     assert list(windows(loaders(Counting(0), 2, 2)[0], 2)) == []
 
 
-def test_a_stand_in_of_a_stream_survives_pinning():
-    """torch's loader replaces what it can pin by a copy; the mark must not get lost."""
-    masked = Masked([1])
-    assert masked.pin_memory() is masked
+def test_a_count_of_samples_survives_pinning():
+    """torch's loader replaces what it can pin by a copy; the count must not get lost."""
+    assert Share(["a"], 0).pin_memory() == Share(["a"], 0)
 
 
 def test_a_rank_stream_can_be_sent_to_a_loader_process():
     """Where processes are spawned and not forked."""
     stream = RankStream(Counting(5), Topology(2), as_list)
     stream.set_epoch(1, start=2)
-    assert list(pickle.loads(pickle.dumps(stream))) == [[102, 103], [104]]
+    shares = list(pickle.loads(pickle.dumps(stream)))
+    assert shares == [Share([102, 103], 2), Share([104], 1)]
+
+
+# --- how many samples a micro-batch holds --------------------------------------------------------
+
+
+def as_one_row(samples: list[int]) -> dict[str, torch.Tensor]:
+    """A padding-free batch: one row, and as many patches as the row has tokens."""
+    return {"pixel_values": torch.zeros(5, 3), "input_ids": torch.tensor([samples])}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("dataset", [list(range(7)), Counting(7)], ids=["map", "stream"])
+def test_a_micro_batch_knows_its_samples_whatever_the_collator_makes_of_them(dataset, num_workers):
+    """No tensor of a padding-free batch, and not the patches of Qwen2-VL, says how many."""
+    for rank, expected in enumerate([[2, 2], [2, 1]]):
+        loader = build_loader(
+            dataset,
+            Topology(2, 2, rank),
+            as_one_row,
+            LoaderOptions(num_workers=num_workers),
+            seed=7,
+            shuffle=False,
+        )
+        found = [micro_batch for micro_batch, _ in iterate(loader)]
+        assert [m.num_samples for m in found] == expected
+        assert [m.inputs["input_ids"].shape[0] for m in found] == [1, 1]
+
+
+def test_whoever_iterates_over_a_streams_loader_gets_plain_micro_batches():
+    """Stand-ins too, as from the loader of a map-style dataset."""
+    (loader, other) = loaders(Counting(3), 1, 2)
+    assert list(loader) == [[0], [2]]
+    assert list(other) == [[1], [2]]
 
 
 # --- columns -------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def used_in_order(ranks: list[RankBatchSampler]) -> list[list[int]]:
             [
                 index
                 for sampler, batch in zip(ranks, of_ranks, strict=True)
-                if not sampler.is_masked(step)
+                if sampler.share_samples(step)
                 for index in batch
             ]
         )
@@ -152,7 +152,7 @@ def test_stand_ins_come_in_the_last_step_only_and_are_of_this_step(size, micro_b
     steps = used_in_order(ranks)
     for sampler in ranks:
         for step, batch in enumerate(sampler):
-            if sampler.is_masked(step):
+            if not sampler.share_samples(step):
                 assert step == len(steps) - 1
                 assert batch == steps[step][:1]
 

@@ -9,18 +9,21 @@ import torch
 from torch import nn
 
 from dstrain.data import (
-    Targets,
+    Denominator,
+    LossRule,
+    LossTargets,
     batch_size,
     forward_columns,
     input_tokens,
     label_columns,
     to_device,
 )
-from dstrain.data.targets import tensors
+from dstrain.data.loss_rule import expected_rule
+from dstrain.data.samples import tensors
 from tests.models import RegressionModel, tiny_llama
 
-PLAIN = Targets(("labels",), shifted=False)
-SHIFTED = Targets(("labels",), shifted=True)
+PLAIN = Denominator("labels")
+SHIFTED = Denominator("labels", shifted=True)
 TOKENS = torch.tensor([[5, 6, 7], [8, 9, 0]])
 IGNORED = -100
 
@@ -41,7 +44,8 @@ IGNORED = -100
     ],
 )
 def test_integer_labels_count_where_they_are_not_ignored(targets, labels, expected):
-    assert targets.count({"labels": torch.tensor(labels)}) == expected
+    batch = {"labels": torch.tensor(labels)}
+    assert targets.count(batch, len(labels)) == expected
 
 
 @pytest.mark.parametrize("targets", [PLAIN, SHIFTED])
@@ -55,7 +59,7 @@ def test_the_count_is_that_of_the_loss(targets):
         kept = labels
     flat = logits.reshape(-1, 11), kept.reshape(-1)
     ratio = nn.functional.cross_entropy(*flat, reduction="sum") / nn.functional.cross_entropy(*flat)
-    assert targets.count({"labels": labels}) == round(ratio.item())
+    assert targets.count({"labels": labels}, 2) == round(ratio.item())
 
 
 def test_the_count_of_a_causal_model_is_that_of_its_own_loss():
@@ -71,16 +75,16 @@ def test_the_count_of_a_causal_model_is_that_of_its_own_loss():
         labels[:, 1:].reshape(-1),
         reduction="sum",
     )
-    targets = Targets.of(model, label_columns(model, None))
-    count = targets.count({"input_ids": inputs, "labels": labels})
+    targets = LossTargets(model, label_columns(model, None))
+    (count,) = targets.counts({"input_ids": inputs, "labels": labels})
     assert count * output.loss.item() == pytest.approx(sums.item(), rel=1e-5)
 
 
 def test_shift_labels_are_shifted_already_and_come_first():
     """Sequence-parallel collators pass them; each of their positions is a target."""
     shifted = torch.tensor([[6, 7, -100]])
-    assert SHIFTED.count({"labels": TOKENS, "shift_labels": shifted}) == 2
-    assert SHIFTED.count({"shift_labels": shifted}) == 2
+    assert SHIFTED.count({"labels": TOKENS, "shift_labels": shifted}, 1) == 2
+    assert SHIFTED.count({"shift_labels": shifted}, 1) == 2
 
 
 @pytest.mark.parametrize(
@@ -97,14 +101,29 @@ def test_shift_labels_are_shifted_already_and_come_first():
     ids=["float", "float_matrix", "none", "null", "scalar", "tuple", "tensor"],
 )
 def test_without_integer_labels_samples_are_counted(inputs):
-    assert PLAIN.count(inputs) == 4
+    assert LossRule((PLAIN,)).counts(inputs) == (4,)
 
 
-def test_the_first_label_present_counts():
-    """Question answering has two label keys, with one loss per sample that averages both."""
-    targets = Targets(("start_positions", "end_positions"), shifted=False)
-    labels = torch.tensor([1, 2, 3])
-    assert targets.count({"start_positions": labels, "end_positions": labels}) == 3
+def test_positions_count_where_they_lie_inside_of_the_input():
+    """An answer that was cut off is no target of its own head, and may be one of the other."""
+    rule = LossRule(
+        tuple(
+            Denominator(name, ignored=None, bound="input_ids")
+            for name in ("start_positions", "end_positions")
+        )
+    )
+    batch = {
+        "input_ids": TOKENS,
+        "start_positions": torch.tensor([1, 2]),
+        "end_positions": torch.tensor([2, 3]),  # of three tokens
+    }
+    assert rule.counts(batch) == (2, 1)
+
+
+def test_a_mask_says_where_labels_are_targets():
+    batch = {"labels": TOKENS, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    assert Denominator("labels", ignored=None, mask="attention_mask").count(batch, 2) == 3
+    assert Denominator("labels", shifted=True, mask="attention_mask").count(batch, 2) == 1
 
 
 @pytest.mark.parametrize(
@@ -123,11 +142,24 @@ def test_the_rule_follows_the_loss_that_transformers_gives_a_model(
     module = nn.Linear(1, 1)
     module.loss_type = loss_type
     module.config = type("Config", (), {"is_encoder_decoder": is_encoder_decoder})()
-    assert Targets.of(module, ["labels"]) == Targets(("labels",), shifted)
+    assert expected_rule(module, ["labels"]) == LossRule((Denominator("labels", shifted=shifted),))
 
 
 def test_a_plain_module_is_not_shifted():
-    assert not Targets.of(nn.Linear(1, 1), ["labels"]).shifted
+    assert not expected_rule(nn.Linear(1, 1), ["labels"]).parts[0].shifted
+
+
+def test_a_subclass_is_guessed_by_its_ancestors():
+    """transformers goes by the name of the class itself, which an author chooses freely."""
+    from tests.models import tiny_llama
+
+    llama = tiny_llama()
+
+    class Mine(type(llama)):  # type: ignore[misc]
+        """A causal language model under another name."""
+
+    llama.__class__, llama.loss_type = Mine, None
+    assert expected_rule(llama, ["labels"]).parts[0].shifted
 
 
 # --- neutralising --------------------------------------------------------------------------------
@@ -187,9 +219,17 @@ class Pair(NamedTuple):
         (Pair(torch.zeros(3), torch.zeros(3)), 3),
         ([torch.zeros(3)], 3),
         ({"name": "x"}, 1),
+        # Patches of images come before the rows of text (Qwen2-VL).
+        ({"pixel_values": torch.zeros(60, 3), "labels": torch.zeros(10, 4)}, 10),
+        ({"pixel_values": torch.zeros(60, 3), "input_ids": torch.zeros(10, 4)}, 10),
+        ({"x": torch.zeros(8, 2), "class_labels": [torch.zeros(5), torch.zeros(2)]}, 2),
+        # Padding-free: the sequences that begin in the one row.
+        ({"input_ids": TOKENS[:1], "position_ids": torch.tensor([[0, 1, 0]])}, 2),
+        ({"input_ids": TOKENS[:1], "cu_seq_lens_q": torch.tensor([0, 1, 2, 3])}, 3),
+        ({"input_ids": TOKENS, "position_ids": torch.zeros(2, 3)}, 2),
     ],
 )
-def test_batch_size_is_the_first_dimension_of_the_first_tensor(inputs, expected):
+def test_batch_size_of_a_users_own_loader(inputs, expected):
     assert batch_size(inputs) == expected
 
 

@@ -1,0 +1,51 @@
+"""How many samples a batch holds, where the loader that made it cannot tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_SAMPLES_FIRST = ("input_ids", "inputs_embeds", "attention_mask")
+
+
+def tensors(inputs: Any) -> list[torch.Tensor]:
+    """All tensors in a batch of any nesting."""
+    if isinstance(inputs, torch.Tensor):
+        return [inputs]
+    if isinstance(inputs, Mapping):
+        inputs = inputs.values()
+    elif not isinstance(inputs, (list, tuple)):
+        return []
+    return [t for part in inputs for t in tensors(part)]
+
+
+def batch_size(inputs: Any) -> int:
+    """Samples in a batch that a user's own loader made, judged by its tensors.
+
+    A label column has an entry per sample; then come the model's usual text inputs, and last the
+    first tensor of any kind, which may hold something else (Qwen2-VL's ``pixel_values`` are
+    patches). A padding-free batch is one row with as many samples as sequences begin in it.
+    """
+    if isinstance(inputs, Mapping):
+        if (sequences := _sequences_of_one_row(inputs)) is not None:
+            return sequences
+        names = [n for n in inputs if isinstance(n, str) and "label" in n]
+        for name in (*names, *_SAMPLES_FIRST):
+            value = inputs.get(name)
+            if isinstance(value, torch.Tensor) and value.dim():
+                return value.shape[0]
+            if isinstance(value, (list, tuple)) and value:
+                return len(value)
+    return next((t.shape[0] for t in tensors(inputs) if t.dim()), 1)
+
+
+def _sequences_of_one_row(inputs: Mapping[str, Any]) -> int | None:
+    """Sequences in a padding-free batch of one row; None for any other batch."""
+    limits, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
+    if isinstance(limits, torch.Tensor) and limits.dim() == 1:
+        return max(1, limits.numel() - 1)
+    if isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[0] == 1:
+        return max(1, int((positions == 0).sum()))
+    return None
