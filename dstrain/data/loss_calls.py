@@ -108,7 +108,13 @@ def _noted(
 
 
 def explain(
-    calls: Sequence[LossCall], loss: Any, inputs: Any, expected: LossRule, num_samples: int | None
+    calls: Sequence[LossCall],
+    loss: Any,
+    inputs: Any,
+    *,
+    expected: LossRule,
+    labels: Sequence[str],
+    num_samples: int | None,
 ) -> list[LossRule]:
     """Find the rules by which the loss of a batch can have come from the calls of its forward pass.
 
@@ -117,6 +123,8 @@ def explain(
         loss: what came of it, one element.
         inputs: the batch that the forward pass was given, on any device.
         expected: the rule that is tried first.
+        labels: the label columns. One without a single label in this batch may hold the targets of
+            a part of the loss that is not seen now, so nothing explains the loss then.
         num_samples: samples of the batch, where they are known.
 
     Returns:
@@ -129,8 +137,13 @@ def explain(
     samples = batch_size(inputs) if num_samples is None else num_samples
     if not calls or any(call.weighted for call in calls):
         return []
+    if any(call.function is functional.ctc_loss for call in calls):
+        # Its mean is over samples, of each sample's mean over its own labels.
+        return [LossRule(is_sum=calls[0].reduction == "sum")] if len(calls) == 1 else []
     if len(calls) == 1 and _is_sum(calls[0], value):
         return [LossRule(is_sum=True)]
+    if any(bool((batch[name] == IGNORED).all()) for name in labels if name in batch):
+        return []
     ignored = {c.ignored for c in calls} | {IGNORED, None}
     found, agreeing = [], []
     for denominator in (*expected.parts[:1], *_denominators(batch, ignored)):
@@ -186,15 +199,23 @@ def _matches(
     samples: int,
     loss: float,
 ) -> bool:
-    """Whether the targets of the call are those of the denominator, one by one and in number."""
+    """Whether the targets of the call are those of the denominator, one by one and in number.
+
+    Each may come several times over: a model may predict a token from several places.
+    """
     found = denominator.targets(batch)
-    if found is None or not _agrees(denominator, call, batch, samples, loss):
+    if found is None:
         return False
     wanted = found[0][found[1]].double()
     target = call.target.flatten()
     if call.ignored is not None:
         target = target[target != call.ignored]
-    return target.shape == wanted.shape and bool(torch.equal(target.double(), wanted))
+    times = target.numel() // max(1, wanted.numel())
+    if target.numel() != times * wanted.numel():
+        return False
+    num_in_mean = call.num_in_mean(loss) / max(1, times)
+    agree = abs(num_in_mean - wanted.numel()) <= _TOLERANCE * wanted.numel()
+    return agree and bool(torch.equal(target.double(), wanted.repeat(times)))
 
 
 def _agrees(
@@ -211,8 +232,8 @@ def _agrees(
 
 def _is_over_samples(call: LossCall, samples: int, loss: float) -> bool:
     """Whether the call's mean is over samples, of as many elements each."""
-    if call.reduction == "batchmean" or call.function is functional.ctc_loss:
-        return call.reduction != "sum"
+    if call.reduction == "batchmean":
+        return True
     if _agrees(SAMPLES, call, {}, samples, loss):
         return True
     whole = call.ignored is None or bool((call.target != call.ignored).all())

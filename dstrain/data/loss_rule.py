@@ -73,10 +73,12 @@ class Denominator:
         if not isinstance(inputs, Mapping) or self.column is None:
             return inputs
         changed = dict(inputs)
-        for name in (self.column, SHIFTED_LABELS) if self.ignored is not None else ():
+        for name in (self.column, SHIFTED_LABELS):
             labels = changed.get(name)
-            if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-                changed[name] = labels.masked_fill(labels == self.ignored, 0)
+            if self.ignored is None or not isinstance(labels, torch.Tensor):
+                continue
+            if not labels.is_floating_point():
+                changed[name] = labels.masked_fill(labels.eq(self.ignored), 0)
         mask = changed.get(self.mask)
         if isinstance(mask, torch.Tensor):
             changed[str(self.mask)] = torch.ones_like(mask)

@@ -12,7 +12,7 @@ from dstrain.core.adapters import inner_model
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, gather_objects
-from dstrain.data.loss_calls import LossCalls, explain
+from dstrain.data.loss_calls import LossCall, LossCalls, explain
 from dstrain.data.loss_rule import IGNORED, Denominator, LossRule, expected_rule
 
 logger = get_logger(__name__)
@@ -88,7 +88,7 @@ class LossTargets:
         """
         if self._calls is None or loss is None:
             return self.rule
-        fitting = explain(self._calls.calls, loss, inputs, self.rule, None)
+        fitting = self._explain(self._calls.calls, loss, inputs, None)
         return fitting[0] if fitting else self.rule
 
     @contextlib.contextmanager
@@ -110,7 +110,7 @@ class LossTargets:
             yield loss
         calls, self._calls = self._calls.calls, None
         if loss and loss[0] is not None and calls:
-            self._fitting = explain(calls, loss[0], inputs, self.rule, num_samples)
+            self._fitting = self._explain(calls, loss[0], inputs, num_samples)
 
     def settle(self, ranks: Ranks, *, final: bool) -> None:
         """Agree on the rule with all ranks, by what each has seen; a collective.
@@ -140,6 +140,18 @@ class LossTargets:
         self.rule, self.is_exact = fitting[0], True
         if ranks.is_main:
             logger.info("the loss of %s is %s", self._model, self.rule)
+
+    def _explain(
+        self, calls: Sequence[LossCall], loss: Any, inputs: Any, num_samples: int | None
+    ) -> list[LossRule]:
+        return explain(
+            calls,
+            loss,
+            inputs,
+            expected=self.rule,
+            labels=self.labels,
+            num_samples=num_samples,
+        )
 
     def _has_no_label(self, inputs: Any) -> bool:
         """Whether a batch has label columns, and not a single label in them."""
