@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def explain(
         again in the calls, and last those that only agree in number; [] where none fits.
     """
     value = float(torch.as_tensor(loss).detach().double().mean())
-    calls = _of_the_loss(calls, value)
+    calls = _joined(_of_the_loss(calls, value))
     batch = {k: v.cpu() for k, v in _tensors(inputs)}
     samples = batch_size(inputs) if num_samples is None else num_samples
     if not calls or any(call.weighted for call in calls):
@@ -163,6 +163,17 @@ def _of_the_loss(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
     """
     alone = [c for c in calls if c.reduction == "mean" and float(c.values) == loss]
     return alone[:1] if alone else list(calls)
+
+
+def _joined(calls: list[LossCall]) -> list[LossCall]:
+    """Make one call of those that each sum up a piece of the batch."""
+    kinds = {(call.function, call.ignored, call.weighted) for call in calls}
+    summed = all(c.reduction in ("sum", "none") and c.target.dim() < 2 for c in calls)
+    if len(calls) < 2 or len(kinds) > 1 or not summed:
+        return calls
+    target = torch.cat([call.target.flatten() for call in calls])
+    values = torch.stack([call.values.sum() for call in calls])
+    return [replace(calls[0], target=target, reduction="sum", values=values)]
 
 
 def _tensors(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.core.ranks import Ranks
-from dstrain.data import Targets, forward_columns, label_columns
+from dstrain.data import forward_columns, label_columns
+from dstrain.data.loss_rule import expected_rule
 from dstrain.models import save_model
 from tests.models import RegressionModel, tiny_llama
 
@@ -63,6 +64,6 @@ def test_columns_and_targets_are_those_of_the_model_below() -> None:
     assert type(inner_model(adapted)) is type(plain)
     assert forward_columns(adapted) == forward_columns(plain)
     assert label_columns(adapted, None) == label_columns(plain, None) == ["labels"]
-    assert Targets.of(adapted, ["labels"]) == Targets.of(plain, ["labels"])
+    assert expected_rule(adapted, ["labels"]) == expected_rule(plain, ["labels"])
     module = peft.get_peft_model(RegressionModel(), peft.LoraConfig(target_modules=["hidden"]))
     assert forward_columns(module) == ["x", "labels"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dstrain import TrainingArguments
 from dstrain.core.errors import ConfigError, DataError, ModelError
-from dstrain.data import EpochOrder, Targets, TokenCount, sample_lengths
+from dstrain.data import Denominator, EpochOrder, LossRule, LossTargets, TokenCount, sample_lengths
 from dstrain.engine import MetricSchedule, is_out_of_memory
 from dstrain.engine.metric_schedule import guarded
 from dstrain.reporting.memory import MemoryMetrics
@@ -107,6 +107,11 @@ def test_tokens_with_and_without_padding(caplog: pytest.LogCaptureFixture):
 # --- smoothing -----------------------------------------------------------------------------------
 
 
+def known_targets(*, shifted: bool) -> LossTargets:
+    rule = LossRule((Denominator("labels", shifted=shifted),))
+    return LossTargets(torch.nn.Linear(1, 1), ["labels"], rule=rule)
+
+
 @pytest.mark.parametrize("shifted", [False, True])
 def test_the_smoothed_loss_is_that_of_transformers(shifted: bool):
     from transformers.trainer_pt_utils import LabelSmoother
@@ -122,24 +127,25 @@ def test_the_smoothed_loss_is_that_of_transformers(shifted: bool):
         seen.append(set(given))
         return {"logits": logits}
 
-    loss, _ = LabelSmoothing(0.3, shifted)(model, None, inputs)
+    targets = known_targets(shifted=shifted)
+    loss, _ = LabelSmoothing(0.3)(model, None, inputs, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert seen == [{"input_ids"}]
     assert set(inputs) == {"input_ids", "labels"}, "the batch is as it was"
 
 
 def test_smoothing_says_what_it_cannot_do(caplog: pytest.LogCaptureFixture):
-    smooth = LabelSmoothing(0.1, shifted=False)
+    smooth, targets = LabelSmoothing(0.1), known_targets(shifted=False)
     for inputs, text in (
         ({"x": torch.ones(2)}, "no labels"),
         ({"labels": torch.ones(2)}, "no class indices"),
         ({"labels": torch.ones(2, dtype=torch.long)}, "no logits"),
     ):
         with pytest.raises(ModelError, match=text):
-            smooth(lambda **kwargs: {}, None, inputs)
+            smooth(lambda **kwargs: {}, None, inputs, targets)
     model = tiny_llama(problem_type="multi_label_classification")
     args = TrainingArguments(label_smoothing_factor=0.1)
-    assert LabelSmoothing.of(model, args, Targets(("labels",), shifted=False)) is None
+    assert LabelSmoothing.of(model, args) is None
 
 
 # --- what a model or machine cannot do -----------------------------------------------------------

@@ -1,0 +1,254 @@
+"""What a loss is a mean over, read off a forward pass: the weight of a micro-batch."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dstrain.data import Denominator, LossRule, LossTargets, label_columns
+from dstrain.trainer.loss_terms import LossTerms
+from dstrain.trainer.outputs import loss_of
+from tests.families.zoo import FAMILIES
+
+MAIN: Any = SimpleNamespace(is_main=True)
+SAMPLES = 8
+
+# Rows of these depend on the others of their batch (batch norm, a contrast), or their loss is
+# divided by what no column says: no weight makes them equal. They go by samples, and it is said.
+BY_SAMPLES = {"resnet", "segformer", "vit_masked", "clip", "siglip", "two_heads"}
+
+
+class Reader:
+    """Reads a family's rule off its first batch, as the trainer does."""
+
+    def __init__(self, name: str) -> None:
+        family = FAMILIES[name]
+        self.model = family.build().train()
+        self.samples, self.collate = family.samples(SAMPLES), family.collate
+        self.terms = LossTerms.of(self.model)
+        self.targets = LossTargets(
+            self.model,
+            label_columns(self.model, family.labels),
+            rule=None if self.terms is None else self.terms.rule(),
+        )
+        self.parts([0, 1, 2])
+        self.targets.settle(MAIN, final=True)
+
+    def parts(self, rows: list[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """The parts of the loss of some samples, and what they weigh."""
+        batch = self.collate([self.samples[row] for row in rows])
+        if self.terms is not None:
+            loss, _ = self.terms(self.model, batch)
+        else:
+            with self.targets.watching(batch, len(rows)) as seen:
+                loss = loss_of(self.model(**batch))
+                seen.append(loss)
+        return loss.reshape(-1), self.targets.counts(batch, len(rows))
+
+    def gradient(self, parts: torch.Tensor) -> torch.Tensor:
+        """Gradients of each part: (parts, numbers of the model)."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        rows = []
+        for part in parts:
+            grads = torch.autograd.grad(part, trained, allow_unused=True, retain_graph=True)
+            zeros = (torch.zeros_like(p) for p in trained)
+            flat = [(z if g is None else g).flatten() for g, z in zip(grads, zeros, strict=True)]
+            rows.append(torch.cat(flat))
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - BY_SAMPLES))
+def test_the_weighted_mean_of_two_halves_is_the_whole(name: str):
+    """For losses and gradients, of halves of any size with ragged targets."""
+    reader = Reader(name)
+    for seed in range(2):
+        rows = list(range(SAMPLES))
+        random.Random(seed).shuffle(rows)
+        cut = 3 - seed
+        loss, gradient = torch.zeros(()), torch.zeros(())
+        wholes, totals = reader.parts(rows)
+        for half in (rows[:cut], rows[cut:]):
+            parts, counts = reader.parts(half)
+            weights = [
+                1.0 if reader.targets.rule.is_sum else n / max(1, total)
+                for n, total in zip(counts, totals, strict=True)
+            ]
+            kept = [index for index, weight in enumerate(weights) if weight]
+            gradients = reader.gradient(parts)
+            for index in kept:
+                loss = loss + weights[index] * parts[index].detach()
+                gradient = gradient + weights[index] * gradients[index]
+        whole = reader.gradient(wholes).sum(0)
+        assert loss.item() == pytest.approx(wholes.sum().item(), rel=3e-6)
+        assert torch.linalg.norm(gradient - whole) < 1e-5 * torch.linalg.norm(whole)
+
+
+@pytest.mark.parametrize("name", sorted(n for n in FAMILIES if LossTerms.of(FAMILIES[n].build())))
+def test_the_terms_of_a_loss_add_up_to_the_models_own(name: str):
+    family = FAMILIES[name]
+    model, rows = family.build().eval(), family.samples(SAMPLES)
+    terms, batch = LossTerms.of(model), family.collate(rows)
+    assert terms is not None
+    with torch.no_grad():
+        parts, outputs = terms(model, batch)
+        own = loss_of(model(**batch))
+    assert parts.sum().item() == pytest.approx(own.item(), rel=1e-6)
+    assert "loss" not in outputs or outputs["loss"] is None
+    assert len(terms.rule().counts(batch)) == len(parts)
+
+
+def test_models_whose_rule_cannot_be_read_are_named_once(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, logger="dstrain"):
+        reader = Reader("two_heads")
+        reader.targets.settle(MAIN, final=True)
+    assert reader.targets.rule == LossRule()
+    assert not reader.targets.is_exact
+    (record,) = caplog.records
+    assert "TwoHeads" in record.message
+    assert "weighted by their samples" in record.message
+
+
+# --- losses of the user's own --------------------------------------------------------------------
+
+
+class Scores(nn.Module):
+    """Scores of classes; a test says what its loss is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 15)
+
+
+LABELS = torch.tensor([[3, -100, 4, 5, 1], [1, 2, -100, -100, -100], [7, 7, 2, -100, 9]])
+IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0], [9, 10, 11, 12, 13]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+
+
+def read(loss: Any, batch: Mapping[str, Any] | None = None, labels: Any = ("labels",)) -> Any:
+    """The rule that is read off one loss function of (scores, batch)."""
+    model = Scores()
+    batch = {"input_ids": IDS, "labels": LABELS, "attention_mask": MASK} if batch is None else batch
+    targets = LossTargets(model, labels)
+    with targets.watching(batch) as seen:
+        seen.append(loss(model.table(batch["input_ids"]), batch))
+    targets.settle(MAIN, final=True)
+    return targets.rule if targets.is_exact else None
+
+
+def flat_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), **kwargs)
+
+
+def pieces(scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """A loss computed row by row, to save memory."""
+    rows = zip(scores, batch["labels"], strict=True)
+    total = sum(flat_cross_entropy(s, t, reduction="sum") for s, t in rows)
+    return total / (batch["labels"] != -100).sum()
+
+
+def masked_mean(scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    each = flat_cross_entropy(scores, batch["labels"], reduction="none")
+    return each.sum() / (batch["labels"] != -100).sum()
+
+
+def shifted(scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    return flat_cross_entropy(scores[:, :-1], batch["labels"][:, 1:])
+
+
+def per_row(scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """A mean over rows of means over their targets: no single count weights it."""
+    rows = zip(scores, batch["labels"], strict=True)
+    return torch.stack([functional.cross_entropy(s, t) for s, t in rows]).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (lambda s, b: flat_cross_entropy(s, b["labels"]), Denominator("labels")),
+        (shifted, Denominator("labels", shifted=True)),
+        (masked_mean, Denominator("labels")),
+        (pieces, Denominator("labels")),
+        (
+            lambda s, b: flat_cross_entropy(s[:, :-1], b["input_ids"][:, 1:], ignore_index=0),
+            Denominator("input_ids", shifted=True, ignored=0),
+        ),
+        (
+            lambda s, b: flat_cross_entropy(
+                s[b["attention_mask"] == 1], b["input_ids"][b["attention_mask"] == 1]
+            ),
+            Denominator("input_ids", mask="attention_mask"),
+        ),
+        (lambda s, b: flat_cross_entropy(s, b["labels"]) + s.pow(2).mean(), Denominator("labels")),
+    ],
+    ids=["plain", "shifted", "unreduced", "in_pieces", "own_padding", "masked", "with_penalty"],
+)
+def test_the_loss_of_a_plain_module_is_read(loss: Any, expected: Denominator):
+    assert read(loss) == LossRule((expected,))
+
+
+def test_a_sum_is_a_sum():
+    assert read(lambda s, b: flat_cross_entropy(s, b["labels"], reduction="sum")).is_sum
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        per_row,
+        lambda s, b: s.pow(2).mean(),
+        lambda s, b: flat_cross_entropy(s, b["labels"], weight=torch.rand(15)),
+        lambda s, b: flat_cross_entropy(s, b["labels"]) + functional.mse_loss(s, s * 0),
+    ],
+    ids=["means_of_rows", "no_loss_function", "class_weights", "two_losses"],
+)
+def test_a_loss_that_no_count_explains_goes_by_samples(loss: Any):
+    assert read(loss) is None
+
+
+def test_a_second_label_column_without_labels_leaves_the_rule_open():
+    """The first batch shows one head alone; the other would never train."""
+    empty = torch.full((3,), -100)
+    batch = {"input_ids": IDS, "labels_a": torch.tensor([1, 2, 3]), "labels_b": empty}
+
+    def loss(scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+        return functional.cross_entropy(scores[:, 0], batch["labels_a"])
+
+    assert read(loss, batch, labels=("labels_a", "labels_b")) is None
+    used = {**batch, "labels_b": torch.tensor([4, 5, 6])}
+    assert read(loss, used, labels=("labels_a", "labels_b")) == LossRule((Denominator("labels_a"),))
+
+
+def test_by_samples_a_batch_is_empty_only_without_any_label():
+    targets = LossTargets(Scores(), ["labels_a", "labels_b"])
+    with targets.watching({}) as seen:
+        seen.append(torch.ones(()))
+    targets.settle(MAIN, final=True)
+    empty, some = torch.full((3,), -100), torch.tensor([1, -100, -100])
+    assert targets.counts({"labels_a": empty, "labels_b": some}, 3) == (3,)
+    assert targets.counts({"labels_a": empty, "labels_b": empty}, 3) == (0,)
+    filled = targets.without_ignored({"labels_a": empty, "labels_b": empty})
+    assert filled["labels_a"].eq(0).all()
+    assert filled["labels_b"].eq(0).all()
+
+
+def test_watching_changes_no_value_and_ends():
+    model = Scores()
+    logits = model.table(IDS)
+    expected = flat_cross_entropy(logits, LABELS)
+    targets = LossTargets(model, ["labels"])
+    with targets.watching({"labels": LABELS}) as seen:
+        loss = flat_cross_entropy(logits, LABELS)
+        seen.append(loss)
+    assert torch.equal(loss, expected)
+    assert loss.requires_grad
+    targets.settle(MAIN, final=True)
+    with targets.watching({"labels": LABELS}) as unseen:
+        flat_cross_entropy(logits, LABELS)
+    assert unseen == []
