@@ -5,6 +5,7 @@ from dstrain.data.columns import (
     keep_columns,
     label_columns,
     returns_loss,
+    takes_target_count,
 )
 from dstrain.data.lengths import sample_lengths
 from dstrain.data.loader import (
@@ -69,6 +70,7 @@ __all__ = [
     "sample_lengths",
     "set_epoch",
     "source_state",
+    "takes_target_count",
     "to_device",
     "windows",
 ]

@@ -22,13 +22,22 @@ def forward_columns(module: torch.nn.Module) -> list[str] | None:
 
 
 def label_columns(module: torch.nn.Module, given: Sequence[str] | None) -> list[str]:
-    """The label names given by the user, or those in the signature of ``forward``."""
+    """Return the label names given by the user, or those in the signature of ``forward``.
+
+    A ``forward`` that names no argument (a wrapper's ``**kwargs``) is taken to pass labels on.
+    """
     if given is not None:
         return list(given)
-    names = [n for n in forward_columns(module) or [] if "label" in n]
+    columns = forward_columns(module)
+    names = ["labels"] if columns is None else [n for n in columns if "label" in n]
     if "QuestionAnswering" in type(inner_model(module)).__name__:
         names += ["start_positions", "end_positions"]
     return names
+
+
+def takes_target_count(module: torch.nn.Module) -> bool:
+    """Whether ``forward`` names ``num_items_in_batch``, to divide a summed loss by it."""
+    return "num_items_in_batch" in (forward_columns(module) or [])
 
 
 def returns_loss(module: torch.nn.Module) -> bool:

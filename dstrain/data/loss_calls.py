@@ -8,6 +8,7 @@ that a forward pass calls do say it. So the first forward pass of a run is watch
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,7 +116,7 @@ def explain(
     expected: LossRule,
     labels: Sequence[str],
     num_samples: int | None,
-) -> list[LossRule]:
+) -> dict[LossRule, int]:
     """Find the rules by which the loss of a batch can have come from the calls of its forward pass.
 
     Args:
@@ -128,32 +129,34 @@ def explain(
         num_samples: samples of the batch, where they are known.
 
     Returns:
-        all rules that fit, the expected one first if it does, then those whose labels are found
-        again in the calls, and last those that only agree in number; [] where none fits.
+        all rules that fit, the expected one first if it does, and how loosely each fits: 0 where
+        the calls were given its labels at the same places, 1 where in the same order, 2 where as
+        many. Empty where none fits.
     """
     value = float(torch.as_tensor(loss).detach().double().mean())
     calls = _joined(_of_the_loss(calls, value))
     batch = {k: v.cpu() for k, v in _tensors(inputs)}
     samples = batch_size(inputs) if num_samples is None else num_samples
     if not calls or any(call.weighted for call in calls):
-        return []
+        return {}
     if any(call.function is functional.ctc_loss for call in calls):
         # Its mean is over samples, of each sample's mean over its own labels.
-        return [LossRule(is_sum=calls[0].reduction == "sum")] if len(calls) == 1 else []
+        return {LossRule(is_sum=calls[0].reduction == "sum"): 0} if len(calls) == 1 else {}
     if len(calls) == 1 and _is_sum(calls[0], value):
-        return [LossRule(is_sum=True)]
+        return {LossRule(is_sum=True): 0}
     if any(bool((batch[name] == IGNORED).all()) for name in labels if name in batch):
-        return []
+        return {}
     ignored = {c.ignored for c in calls} | {IGNORED, None}
-    found, agreeing = [], []
-    for denominator in (*expected.parts[:1], *_denominators(batch, ignored)):
-        if all(_matches(denominator, call, batch, samples, value) for call in calls):
-            found.append(LossRule((denominator,)))
-        elif all(_agrees(denominator, call, batch, samples, value) for call in calls):
-            agreeing.append(LossRule((denominator,)))
+    tried = list(dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored)]))
+    fitting: dict[LossRule, int] = {}
+    for denominator in tried:
+        for looseness, fits in enumerate((_is_at_the_same_places, _is_in_the_same_order, _agrees)):
+            if all(fits(denominator, call, batch, samples, value) for call in calls):
+                fitting[LossRule((denominator,))] = looseness
+                break
     if all(_is_over_samples(call, samples, value) for call in calls):
-        agreeing.append(LossRule())
-    return list(dict.fromkeys(found + agreeing))
+        fitting.setdefault(LossRule(), 2)
+    return fitting
 
 
 def _of_the_loss(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
@@ -203,7 +206,31 @@ def _denominators(
                         yield Denominator(name, shifted=shifted, ignored=value, mask=mask)
 
 
-def _matches(
+def _is_at_the_same_places(
+    denominator: Denominator,
+    call: LossCall,
+    batch: Mapping[str, torch.Tensor],
+    samples: int,
+    loss: float,
+) -> bool:
+    """Whether the call was given the labels of the denominator place by place, ignored ones too.
+
+    This alone tells labels that the model shifts from others where the first one of each sequence
+    is ignored. A model that shifts cuts the last place off, or puts an ignored label there.
+    """
+    found = denominator.targets(batch)
+    if found is None or not _agrees(denominator, call, batch, samples, loss):
+        return False
+    labels = found[0].double().masked_fill(~found[1], math.inf)
+    target = call.target.flatten().double()
+    if call.ignored is not None:
+        target = target.masked_fill(target == call.ignored, math.inf)
+    ends = torch.nn.functional.pad(labels, (0, 1), value=math.inf)
+    candidates = (labels, ends) if denominator.shifted else (labels,)
+    return any(torch.equal(target, candidate.flatten()) for candidate in candidates)
+
+
+def _is_in_the_same_order(
     denominator: Denominator,
     call: LossCall,
     batch: Mapping[str, torch.Tensor],

@@ -38,6 +38,7 @@ class LossTargets:
         *,
         rule: LossRule | None = None,
         watch: bool = True,
+        is_told: bool = False,
     ) -> None:
         """Guess the rule from the model's class.
 
@@ -46,6 +47,8 @@ class LossTargets:
             labels: batch keys that are labels.
             rule: the rule, where it is known for certain.
             watch: whether forward passes may be watched (a compiled one may not).
+            is_told: whether whoever computes the loss is told the count, to divide by it. The guess
+                then holds where nothing else is seen: it is what the loss was divided by.
         """
         from transformers import PreTrainedModel
 
@@ -53,9 +56,11 @@ class LossTargets:
         self.rule = rule or expected_rule(module, labels)
         self.settled = self.is_exact = rule is not None
         self._model = type(inner_model(module)).__name__
-        self._is_known_class = isinstance(inner_model(module), PreTrainedModel) and bool(labels)
+        known = isinstance(inner_model(module), PreTrainedModel) and bool(labels)
+        self._may_guess = known or is_told
+        self._is_told = is_told
         self._watches = watch
-        self._fitting: list[LossRule] | None = None
+        self._fitting: dict[LossRule, int] | None = None
         self._calls: LossCalls | None = None
 
     def counts(self, inputs: Any, num_samples: int | None = None) -> tuple[int, ...]:
@@ -89,7 +94,7 @@ class LossTargets:
         if self._calls is None or loss is None:
             return self.rule
         fitting = self._explain(self._calls.calls, loss, inputs, None)
-        return fitting[0] if fitting else self.rule
+        return min(fitting, key=lambda rule: fitting[rule], default=self.rule)
 
     @contextlib.contextmanager
     def watching(self, inputs: Any, num_samples: int | None = None) -> Iterator[list[Any]]:
@@ -128,22 +133,27 @@ class LossTargets:
             return
         self.settled = True
         if not seen:
-            if self._is_known_class:
+            if self._may_guess:
                 self.is_exact = True
             else:
                 self._go_by_samples(ranks, "calls none of torch's loss functions")
             return
         fitting = [rule for rule in seen[0] if all(rule in rules for rules in seen)]
+        if not fitting and self._is_told:
+            self.is_exact = True
+            return
         if not fitting:
             self._go_by_samples(ranks, "is no mean over labels of the batch, or several at once")
             return
-        self.rule, self.is_exact = fitting[0], True
+        # The first of those that fit best: on one rank alone several may.
+        self.rule = min(fitting, key=lambda rule: sum(rules[rule] for rules in seen))
+        self.is_exact = True
         if ranks.is_main:
             logger.info("the loss of %s is %s", self._model, self.rule)
 
     def _explain(
         self, calls: Sequence[LossCall], loss: Any, inputs: Any, num_samples: int | None
-    ) -> list[LossRule]:
+    ) -> dict[LossRule, int]:
         return explain(
             calls,
             loss,

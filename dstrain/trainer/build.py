@@ -120,12 +120,23 @@ def default_collator(processing_class: Any) -> Collator:
 
 
 def targets_of(
-    module: torch.nn.Module, args: TrainingArguments, rule: LossRule | None = None
+    module: torch.nn.Module,
+    args: TrainingArguments,
+    *,
+    rule: LossRule | None = None,
+    is_told: bool = False,
 ) -> LossTargets:
-    """Begin to find out what the loss of this model is a mean over; ``rule`` where it is known."""
+    """Begin to find out what the loss of this model is a mean over.
+
+    Args:
+        module: the model.
+        args: the user's arguments.
+        rule: where it is known.
+        is_told: whether whoever computes the loss is told the count of targets.
+    """
     compiled = args.torch_compile or hasattr(module, "_orig_mod")  # what torch.compile returns
     labels = label_columns(module, args.label_names)
-    return LossTargets(module, labels, rule=rule, watch=not compiled)
+    return LossTargets(module, labels, rule=rule, watch=not compiled, is_told=is_told)
 
 
 def prepare_dataset(

@@ -15,7 +15,7 @@ import torch
 from dstrain.core.errors import ConfigError, DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.seeds import random_state, set_random_state
-from dstrain.data import in_step, returns_loss, set_epoch, to_device
+from dstrain.data import forward_columns, in_step, returns_loss, set_epoch, to_device
 from dstrain.engine import device_name
 from dstrain.evaluation import (
     BatchMetric,
@@ -272,8 +272,10 @@ class EvaluationHooks(EvalLoaderHooks):
             ignore_keys: outputs that are no predictions; None takes those that the model's config
                 names.
         """
-        names = self.label_names
         given = inputs if isinstance(inputs, Mapping) else {}
+        names = self.label_names
+        if forward_columns(self.model) is None:  # it may take labels, or none
+            names = [name for name in names if name in given]
         has_labels = bool(names) and all(given.get(name) is not None for name in names)
         counts = self.targets.counts(inputs)
         # Not in the model's format: labels in 16 bits would be others than those of the data.

@@ -25,6 +25,7 @@ class StepHooks:
     model: Any
     resolved: Any
     targets: LossTargets
+    model_accepts_loss_kwargs: bool
     compute_loss_func: Callable[..., torch.Tensor] | None
     _engines: Any
     _micro_step: Any
@@ -45,7 +46,8 @@ class StepHooks:
         The loop weights it by its number of targets, so the optimised loss is the mean over all
         targets of the global batch. An override (or ``compute_loss_func``) may use
         ``num_items_in_batch``, the targets of *this* micro-batch: dividing a summed loss by it
-        gives the same mean.
+        gives the same mean. It is passed on to a model whose ``forward`` names it, unless
+        ``model_accepts_loss_kwargs`` is set to false.
 
         Returns:
             the loss, or (loss, outputs).
@@ -64,7 +66,13 @@ class StepHooks:
             summed = terms.sum()
             self._summed = summed, terms
             return (summed, outputs) if return_outputs else summed
-        outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        if isinstance(inputs, Mapping):
+            counts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            outputs = model(
+                **inputs, **({"num_items_in_batch": num_items_in_batch} if counts else {})
+            )
+        else:
+            outputs = model(inputs)
         loss = loss_of(outputs)
         if loss is None:
             given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__

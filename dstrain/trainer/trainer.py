@@ -17,6 +17,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ranks
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
+from dstrain.data import takes_target_count
 from dstrain.engine import Engine, MetricSchedule, device_name, device_type
 from dstrain.models import check_writable, guard_partitioned, save_model
 from dstrain.reporting.memory import MemoryMetrics
@@ -69,6 +70,7 @@ class Trainer(
         lr_scheduler: the schedule in use, or None before training.
         is_in_train: whether ``train`` is running.
         is_model_parallel: False: a model is not spread over devices layer by layer here.
+        model_accepts_loss_kwargs: whether ``forward`` is given ``num_items_in_batch``.
         place_model_on_device: False: the engine places the model.
         preempted: whether a signal ended the last ``train`` early (``preemption``).
         sequence_length: tokens of one sample, where a subclass knows them (None: unknown); for
@@ -356,12 +358,14 @@ class Trainer(
         """What the trainer must know about its model."""
         check_whole(self.model)
         guard_partitioned(self.model)
+        self.model_accepts_loss_kwargs = takes_target_count(self.model)
         self._smoothing = LabelSmoothing.of(self.model, self.args)
         own_loss = self.compute_loss_func is None and self._smoothing is None
         if own_loss and type(self).compute_loss is Trainer.compute_loss:
             self._terms = LossTerms.of(self.model)
         rule = None if self._terms is None else self._terms.rule()
-        self.targets = build.targets_of(self.model, self.args, rule)
+        is_told = self.compute_loss_func is not None or self.model_accepts_loss_kwargs
+        self.targets = build.targets_of(self.model, self.args, rule=rule, is_told=is_told)
 
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
         """Everything before the first step: loader, config, engine, state."""

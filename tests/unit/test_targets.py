@@ -318,7 +318,7 @@ def test_label_columns_are_found_by_name():
     assert label_columns(RegressionModel(), None) == ["labels"]
     assert label_columns(TwoLabels(), None) == ["label_ids", "next_sentence_label"]
     assert label_columns(ForQuestionAnswering(), None) == ["start_positions", "end_positions"]
-    assert label_columns(TakesAnything(), None) == []
+    assert label_columns(TakesAnything(), None) == ["labels"]
 
 
 def test_label_columns_given_by_the_user_are_taken_even_when_empty():
