@@ -116,7 +116,7 @@ def explain(
     expected: LossRule,
     labels: Sequence[str],
     num_samples: int | None,
-) -> dict[LossRule, int]:
+) -> dict[LossRule, int] | None:
     """Find the rules by which the loss of a batch can have come from the calls of its forward pass.
 
     Args:
@@ -124,19 +124,21 @@ def explain(
         loss: what came of it, one element.
         inputs: the batch that the forward pass was given, on any device.
         expected: the rule that is tried first.
-        labels: the label columns. One without a single label in this batch may hold the targets of
-            a part of the loss that is not seen now, so nothing explains the loss then.
+        labels: the label columns.
         num_samples: samples of the batch, where they are known.
 
     Returns:
         all rules that fit, the expected one first if it does, and how loosely each fits: 0 where
         the calls were given its labels at the same places, 1 where in the same order, 2 where as
-        many. Empty where none fits.
+        many. Empty where none fits. None where the batch cannot tell: a column without a single
+        label may hold the targets of a part of the loss that is not seen now.
     """
     value = float(torch.as_tensor(loss).detach().double().mean())
     calls = _joined(_of_the_loss(calls, value))
     batch = {k: v.cpu() for k, v in _tensors(inputs)}
     samples = batch_size(inputs) if num_samples is None else num_samples
+    if any(bool((batch[name] == IGNORED).all()) for name in labels if name in batch):
+        return None
     if not calls or any(call.weighted for call in calls):
         return {}
     if any(call.function is functional.ctc_loss for call in calls):
@@ -144,8 +146,6 @@ def explain(
         return {LossRule(is_sum=calls[0].reduction == "sum"): 0} if len(calls) == 1 else {}
     if len(calls) == 1 and _is_sum(calls[0], value):
         return {LossRule(is_sum=True): 0}
-    if any(bool((batch[name] == IGNORED).all()) for name in labels if name in batch):
-        return {}
     ignored = {c.ignored for c in calls} | {IGNORED, None}
     tried = list(dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored)]))
     fitting: dict[LossRule, int] = {}

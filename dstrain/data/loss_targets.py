@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,22 @@ from dstrain.data.loss_rule import IGNORED, Denominator, LossRule, expected_rule
 logger = get_logger(__name__)
 
 _MOST_SHOWN = 24  # of the elements of a row
+_MOST_UNCLEAR = 8  # optimizer steps after which a rule is settled that none of them made clear
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a rank has seen in the forward pass that it watched last.
+
+    Attributes:
+        loss: whether there was a loss.
+        calls: whether it came of torch's loss functions.
+        fitting: the rules that explain it, and how loosely; None where the batch cannot tell.
+    """
+
+    loss: bool = False
+    calls: bool = False
+    fitting: dict[LossRule, int] | None = None
 
 
 class LossTargets:
@@ -60,7 +77,8 @@ class LossTargets:
         self._may_guess = known or is_told
         self._is_told = is_told
         self._watches = watch
-        self._fitting: dict[LossRule, int] | None = None
+        self._seen = _Seen()
+        self._num_unclear = 0
         self._calls: LossCalls | None = None
 
     def counts(self, inputs: Any, num_samples: int | None = None) -> tuple[int, ...]:
@@ -93,7 +111,7 @@ class LossTargets:
         """
         if self._calls is None or loss is None:
             return self.rule
-        fitting = self._explain(self._calls.calls, loss, inputs, None)
+        fitting = self._explain(self._calls.calls, loss, inputs, None) or {}
         return min(fitting, key=lambda rule: fitting[rule], default=self.rule)
 
     @contextlib.contextmanager
@@ -114,46 +132,53 @@ class LossTargets:
         with LossCalls() as self._calls:
             yield loss
         calls, self._calls = self._calls.calls, None
-        if loss and loss[0] is not None and calls:
-            self._fitting = self._explain(calls, loss[0], inputs, num_samples)
+        if loss and loss[0] is not None:
+            fitting = self._explain(calls, loss[0], inputs, num_samples) if calls else None
+            self._seen = _Seen(True, bool(calls), fitting)
 
     def settle(self, ranks: Ranks, *, final: bool) -> None:
         """Agree on the rule with all ranks, by what each has seen; a collective.
 
-        A rank that has seen nothing (it had no sample) goes by what the others have seen.
+        A rank that has seen nothing (it had no sample) goes by what the others have seen. Where
+        batches were unclear to all of them, the rule stays a guess until later ones are clear.
 
         Args:
             ranks: this process among the others.
-            final: whether to go by the guess where no rank has seen anything.
+            final: whether to go by the guess where no rank has seen a loss.
         """
         if self.settled:
             return
-        seen = [rules for rules in gather_objects(self._fitting) if rules is not None]
-        if not seen and not final:
-            return
-        self.settled = True
-        if not seen:
-            if self._may_guess:
-                self.is_exact = True
-            else:
-                self._go_by_samples(ranks, "calls none of torch's loss functions")
-            return
-        fitting = [rule for rule in seen[0] if all(rule in rules for rules in seen)]
-        if not fitting and self._is_told:
-            self.is_exact = True
-            return
-        if not fitting:
+        seen = gather_objects(self._seen)
+        clear = [s.fitting for s in seen if s.fitting is not None]
+        if clear:
+            self._choose(ranks, clear)
+        elif any(s.calls for s in seen):
+            self._num_unclear += 1
+            if final and self._num_unclear >= _MOST_UNCLEAR:
+                self._choose(ranks, [])
+        elif final or any(s.loss for s in seen):
+            self._keep_guess(ranks, "calls none of torch's loss functions")
+
+    def _choose(self, ranks: Ranks, seen: list[dict[LossRule, int]]) -> None:
+        """Take the first of the rules that fit best on all ranks: on one alone several may."""
+        fitting = [rule for rule in (seen or [{}])[0] if all(rule in rules for rules in seen)]
+        if not fitting and not self._is_told:
             self._go_by_samples(ranks, "is no mean over labels of the batch, or several at once")
             return
-        # The first of those that fit best: on one rank alone several may.
-        self.rule = min(fitting, key=lambda rule: sum(rules[rule] for rules in seen))
-        self.is_exact = True
+        self.rule = min(fitting, key=lambda r: sum(rules[r] for rules in seen), default=self.rule)
+        self.settled = self.is_exact = True
         if ranks.is_main:
             logger.info("the loss of %s is %s", self._model, self.rule)
 
+    def _keep_guess(self, ranks: Ranks, why_not: str) -> None:
+        if self._may_guess:
+            self.settled = self.is_exact = True
+        else:
+            self._go_by_samples(ranks, why_not)
+
     def _explain(
         self, calls: Sequence[LossCall], loss: Any, inputs: Any, num_samples: int | None
-    ) -> dict[LossRule, int]:
+    ) -> dict[LossRule, int] | None:
         return explain(
             calls,
             loss,
@@ -172,7 +197,7 @@ class LossTargets:
         return bool(classes) and all(bool((labels == IGNORED).all()) for labels in classes)
 
     def _go_by_samples(self, ranks: Ranks, why: str) -> None:
-        self.rule = LossRule()
+        self.rule, self.settled = LossRule(), True
         if ranks.is_main:
             logger.warning(
                 "the loss of %s %s: micro-batches are weighted by their samples, so how a global "

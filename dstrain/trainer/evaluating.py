@@ -39,6 +39,7 @@ logger = get_logger(__name__)
 
 _EVALUATION, _PREDICTION = "Evaluation", "Prediction"
 _MEGABYTE = 2**20
+_MOST_WATCHED = 8  # forward passes of an evaluation, where the first have no loss or no target
 
 
 class EvaluationHooks(EvalLoaderHooks):
@@ -68,7 +69,7 @@ class EvaluationHooks(EvalLoaderHooks):
     log: Any
     _prepare_inputs: Any
     _parts_of: Any
-    _watches: bool = False
+    _num_watched: int = 0
     _summed: Any
     _report_trial: Any
     _follow_metric: Any
@@ -210,7 +211,7 @@ class EvaluationHooks(EvalLoaderHooks):
         with contextlib.ExitStack() as stack:
             model = stack.enter_context(self._model_for_evaluation(generates=not loss_only))
             model.eval()
-            self._watches = True
+            self._num_watched = 0
             set_epoch(dataloader, 0)
             collector, batch_metric = None, None if loss_only else self._batch_metric()
             if not loss_only:
@@ -344,13 +345,14 @@ class EvaluationHooks(EvalLoaderHooks):
         return undo
 
     def _watching(self, inputs: Any) -> contextlib.AbstractContextManager[list[Any]]:
-        """Watch the first forward pass of an evaluation for what its loss is a mean over."""
-        return self.targets.watching(inputs) if self._watches else contextlib.nullcontext([])
+        """Watch an evaluation's first forward passes for what its loss is a mean over."""
+        watches = self._num_watched < _MOST_WATCHED
+        return self.targets.watching(inputs) if watches else contextlib.nullcontext([])
 
     def _meet(self, collector: Collector | None) -> None:
         """Agree with the other ranks after a batch: on what a target is, and on signals."""
-        if self._watches:
-            self._watches = False
+        if self._num_watched < _MOST_WATCHED:
+            self._num_watched += 1
             self.targets.settle(self.ranks, final=False)
         self._heed_signals(collector)
 

@@ -15,7 +15,7 @@ class WindowWeights:
     """Weighs the micro-batches of one rank by their targets among those of the global batch.
 
     Targets are counted before the first forward pass, and added up over ranks while it runs. Only
-    in the first window of a run are they counted after it: what a target is, is read off it.
+    at the begin of a run are they counted after it: what a target is, is read off it.
     """
 
     def __init__(

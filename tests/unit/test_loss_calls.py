@@ -108,6 +108,8 @@ def test_the_terms_of_a_loss_add_up_to_the_models_own(name: str):
 def test_models_whose_rule_cannot_be_read_are_named_once(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, logger="dstrain"):
         reader = Reader("two_heads")
+        assert not reader.targets.settled, "its first samples have labels for one head alone"
+        reader.parts(list(range(SAMPLES)))
         reader.targets.settle(MAIN, final=True)
     assert reader.targets.rule == LossRule()
     assert not reader.targets.is_exact
