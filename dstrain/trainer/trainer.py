@@ -33,13 +33,14 @@ from dstrain.trainer.loop import TrainLoop
 from dstrain.trainer.model_init import check_source, check_whole, fresh_model, num_arguments
 from dstrain.trainer.old_names import old_resume, one_name
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
-from dstrain.trainer.overrides import refuse_unheard
+from dstrain.trainer.overrides import refuse_misfits
 from dstrain.trainer.plan import MicroStep, RunPlan
 from dstrain.trainer.position import Position
 from dstrain.trainer.preemption import Preemption
 from dstrain.trainer.publishing import HubHooks
 from dstrain.trainer.reports import ReportHooks
 from dstrain.trainer.search import SearchHooks
+from dstrain.trainer.signatures import Functions, serve_loss_function
 from dstrain.trainer.smoothing import LabelSmoothing
 from dstrain.trainer.stepping import StepHooks
 
@@ -129,7 +130,15 @@ class Trainer(
         self._memory = MemoryMetrics(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
         self.ranks = build.start_run(self.args)
-        refuse_unheard(type(self), unnamed)
+        functions = Functions(
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            data_collator=data_collator,
+            callbacks=callbacks or (),
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        refuse_misfits(self, unnamed, functions)
         check_source(model, model_init, optimizers)
         processing_class = one_name(processing_class, tokenizer)
         if eval_dataset is None and (self.args.eval_strategy != "no" or self.args.eval_on_start):
@@ -148,7 +157,7 @@ class Trainer(
         seed_everything(self.args.seed)
         self.model_init = model_init
         self.model = self._fresh_model(None) if model is None else model
-        self.compute_loss_func = compute_loss_func
+        self.compute_loss_func = serve_loss_function(compute_loss_func)
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.processing_class = processing_class
@@ -207,6 +216,7 @@ class Trainer(
                 ``SystemExit``.
         """
         resume_from_checkpoint = old_resume(resume_from_checkpoint, kwargs)
+        refuse_misfits(self)  # a method may have been put in the place of another since
         self.ignore_keys_for_eval = ignore_keys_for_eval
         self._take_up_trial(trial)
         if self.model_init is not None:
