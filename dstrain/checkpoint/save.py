@@ -17,7 +17,7 @@ from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest, write_manif
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.staging import Staging, new_staging
 from dstrain.checkpoint.versions import versions
-from dstrain.core.errors import CheckpointError, DstrainError, Problem
+from dstrain.core.errors import CheckpointError, DstrainError, ModelError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
@@ -234,7 +234,7 @@ class CheckpointWriter:
         if not policy.only_model and policy.layout == DEEPSPEED:
             assert folder is not None
             save_native(engine, folder, native.tag_of(record.step))
-        failure: OSError | None = None
+        failure: OSError | ModelError | None = None
         if sharers.is_main:
             buffers = content.buffers(engine.module)
             if copies is not None:
@@ -246,7 +246,7 @@ class CheckpointWriter:
                     save_configs(engine.module, staging.path)
                 if record.write_processor is not None and staging.path is not None:
                     record.write_processor(staging.path)
-            except OSError as error:
+            except (OSError, ModelError) as error:
                 failure = error
 
         def write() -> dict[str, FileRecord]:

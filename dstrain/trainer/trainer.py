@@ -29,6 +29,7 @@ from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
 from dstrain.trainer.features import check_features, training_features
 from dstrain.trainer.fitting import begin_with_found, check_fitting, run_fitting
+from dstrain.trainer.generation import check_generation_config
 from dstrain.trainer.loop import TrainLoop
 from dstrain.trainer.model_init import check_source, check_whole, fresh_model, num_arguments
 from dstrain.trainer.old_names import old_resume, one_name
@@ -217,6 +218,7 @@ class Trainer(
         """
         resume_from_checkpoint = old_resume(resume_from_checkpoint, kwargs)
         refuse_misfits(self)  # a method may have been put in the place of another since
+        self._check_generation_config()
         self.ignore_keys_for_eval = ignore_keys_for_eval
         self._take_up_trial(trial)
         if self.model_init is not None:
@@ -365,8 +367,13 @@ class Trainer(
         """What the trainer must know about its model."""
         check_whole(self.model)
         guard_partitioned(self.model)
+        self._check_generation_config()
         self.targets = build.targets_of(self.model, self.args)
         self._smoothing = LabelSmoothing.of(self.model, self.args, self.targets)
+
+    def _check_generation_config(self) -> None:
+        if getattr(self.args, "generation_config", None) is None:  # which takes its place
+            check_generation_config(self.model)
 
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
         """Everything before the first step: loader, config, engine, state."""
