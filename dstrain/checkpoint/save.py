@@ -17,11 +17,12 @@ from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest, write_manif
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.staging import Staging, new_staging
 from dstrain.checkpoint.versions import versions
-from dstrain.core.errors import CheckpointError, DstrainError, Problem
+from dstrain.core.errors import CheckpointError, DstrainError, ModelError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import PATIENCE, Ranks, all_or_none, gather_objects, is_distributed
+from dstrain.core.records import described, unrecordable
 from dstrain.engine import Engine, optimized_names, read_progress, save_native
 from dstrain.models import (
     HostCopies,
@@ -156,11 +157,14 @@ class CheckpointWriter:
         self.failed.add(step)
         self._report(failures, step)
         if self._policy.stop_on_failure:
+            # What is no fault of the disk says its own remedy.
+            mended = all("fix: " in failure for failure in failures)
+            disk = "" if mended else "free space or repair the disk, then "
             raise CheckpointError(
                 Problem(
                     "a checkpoint could not be written",
                     "\n".join(failures),
-                    "free space or repair the disk, then resume from the last checkpoint; "
+                    f"{disk}resume from the last checkpoint; "
                     "save_failure='continue' would train on",
                 )
             )
@@ -230,7 +234,7 @@ class CheckpointWriter:
         if not policy.only_model and policy.layout == DEEPSPEED:
             assert folder is not None
             save_native(engine, folder, native.tag_of(record.step))
-        failure: OSError | None = None
+        failure: OSError | ModelError | None = None
         if sharers.is_main:
             buffers = content.buffers(engine.module)
             if copies is not None:
@@ -242,7 +246,7 @@ class CheckpointWriter:
                     save_configs(engine.module, staging.path)
                 if record.write_processor is not None and staging.path is not None:
                     record.write_processor(staging.path)
-            except OSError as error:
+            except (OSError, ModelError) as error:
                 failure = error
 
         def write() -> dict[str, FileRecord]:
@@ -273,7 +277,7 @@ class CheckpointWriter:
                         file = path / content.BUFFERS
                         records[content.BUFFERS] = write_tensor_file(file, buffers)
                 for name, document in record.documents.items():
-                    records[name] = write_json(path / name, document)
+                    records[name] = _write_document(path / name, document)
             return records
 
         manifest = Manifest(
@@ -363,6 +367,25 @@ class CheckpointWriter:
             except Exception as error:  # the other ranks wait for this one
                 failure = f"rank {self._ranks.rank}: the commit failed: {error}"
         return [f for f in gather_objects(failure, group=self._group) if f is not None]
+
+
+def _write_document(path: Path, document: Any) -> FileRecord:
+    """Write a document of the trainer's.
+
+    Raises:
+        CheckpointError: it holds what JSON does not know; a callback can put anything there.
+    """
+    try:
+        return write_json(path, document)
+    except (TypeError, ValueError) as error:
+        place, value = next(unrecordable(document, finite=True), ("", error))
+        raise CheckpointError(
+            Problem(
+                f"{path.name}: {place} is {described(value)}",
+                "JSON cannot hold it; log() refuses such figures, so a callback has put it there",
+                "put a number there: float(value)",
+            )
+        ) from error
 
 
 def _files_in(staging: Path) -> list[str]:

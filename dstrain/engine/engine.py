@@ -12,6 +12,7 @@ from dstrain.config import ResolvedConfig
 from dstrain.engine.leaf import check_leaf_modules
 from dstrain.engine.metric_schedule import guarded
 from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
+from dstrain.engine.progress_state import read_begun
 from dstrain.engine.quiet import quiet
 from dstrain.engine.stage_zero import repair_if_needed
 from dstrain.engine.zero import ZeroThreeMark, forget_process_wide_settings
@@ -93,6 +94,8 @@ class Engine:
         self._norm_by_hand = resolved.stage == 0 and resolved.precision == "fp32"
         self._mark = ZeroThreeMark(resolved)
         self._repair = repair_if_needed(self.optimizer) if trains else None
+        # What arguments said, to be told from what training makes of it.
+        self.begun = read_begun(self) if trains else None
 
     @property
     def model(self) -> Any:

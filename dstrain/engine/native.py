@@ -37,7 +37,8 @@ def load_native(engine: Engine, folder: Path, tag: str) -> None:
         CheckpointError: DeepSpeed does not find it.
     """
     with quiet():
-        path, _ = engine.model.load_checkpoint(str(folder), tag=tag)
+        # The schedule's state is in run.json, and may be of another kind than this run's.
+        path, _ = engine.model.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(Problem(f"DeepSpeed finds no checkpoint {tag!r} in {folder}"))
 

@@ -154,8 +154,18 @@ def same_for_all(saved: list[dict[str, Any]]) -> bool:
     return all(values == saved[0] for values in saved[1:])
 
 
-def set_group_values(optimizer: Any, saved: list[dict[str, Any]]) -> None:
+def set_group_values(
+    optimizer: Any,
+    saved: list[dict[str, Any]],
+    *,
+    instead: list[dict[str, Any]] | None = None,
+) -> None:
     """Put back what ``group_values`` gave; what all saved groups share fits any number of them.
+
+    Args:
+        optimizer: whose groups.
+        saved: values of the groups.
+        instead: for each group of the optimizer, values that count more than saved ones.
 
     Raises:
         CheckpointError: another number of groups, and the saved ones are not alike.
@@ -177,8 +187,9 @@ def set_group_values(optimizer: Any, saved: list[dict[str, Any]]) -> None:
                 "use the optimizer and the decay rule of the run that wrote it",
             )
         )
-    for group, values in zip(groups, saved, strict=True):
-        for key, value in values.items():
+    better = instead or [{}] * len(groups)
+    for group, values, own in zip(groups, saved, better, strict=True):
+        for key, value in {**values, **own}.items():
             present = group.get(key)
             if isinstance(present, torch.Tensor):
                 present.fill_(value)

@@ -7,14 +7,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.log import get_logger
 from dstrain.engine.optimizer_state import group_values, same_for_all, set_group_values
+from dstrain.engine.schedule_state import (
+    STEERED,
+    last_rates,
+    schedule_state,
+    steps_done,
+    take_up_schedule,
+    unchanged_in_training,
+)
 
 if TYPE_CHECKING:
     from dstrain.engine.engine import Engine
 
+logger = get_logger(__name__)
+
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 # Of DeepSpeed's DynamicLossScaler, and of LossScaleConfig at stage 0, which lacks the last.
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def read_begun(engine: Engine) -> dict[str, Any]:
+    """What a run's arguments say of schedule and parameter groups; before the first step."""
+    return {
+        "schedule": schedule_state(_schedule(engine)),
+        "groups": group_values(_basic(engine.optimizer)),
+    }
 
 
 def read_progress(engine: Engine) -> dict[str, Any]:
@@ -23,7 +42,16 @@ def read_progress(engine: Engine) -> dict[str, Any]:
     Raises:
         CheckpointError: a schedule without ``state_dict``.
     """
-    scaler = _scaler(engine)
+    scaler, schedule = _scaler(engine), _schedule(engine)
+    state = schedule_state(schedule)
+    if schedule is not None and state is None:
+        raise CheckpointError(
+            Problem(
+                f"the learning-rate schedule, a {type(schedule).__name__}, has no state_dict",
+                "a run that resumes could not go on with its rates",
+                "give it state_dict and load_state_dict",
+            )
+        )
     return {
         "counters": {name: getattr(engine.model, name) for name in _COUNTERS},
         "loss_scale": None
@@ -31,7 +59,9 @@ def read_progress(engine: Engine) -> dict[str, Any]:
         else {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)},
         "optimizer": type(_basic(engine.optimizer)).__name__,
         "groups": group_values(_basic(engine.optimizer)),
-        "schedule": _schedule(engine).state_dict() if _schedule(engine) is not None else None,
+        "schedule": state,
+        "rates": last_rates(schedule),
+        "begun": engine.begun,
     }
 
 
@@ -39,7 +69,9 @@ def write_progress(engine: Engine, saved: dict[str, Any]) -> None:
     """Put back what ``read_progress`` gave.
 
     The loss scale is left alone unless both runs use fp16; a scaler without hysteresis (stage 0)
-    and one with it (the other stages) take from each other what both have.
+    and one with it (the other stages) take from each other what both have. Of schedule and
+    parameter groups comes back what training has made of them: where an argument of this run is
+    another one, it counts.
 
     Raises:
         CheckpointError: other parameter groups, or a schedule where there was none.
@@ -60,18 +92,81 @@ def write_progress(engine: Engine, saved: dict[str, Any]) -> None:
                 "use the schedule of the run that wrote it",
             )
         )
-    if schedule is not None:
-        count = len(_basic(engine.optimizer).param_groups)
-        schedule.load_state_dict(_for_groups(saved["schedule"], saved["groups"], count))
-    set_group_values(_basic(engine.optimizer), saved["groups"])
+    optimizer = _basic(engine.optimizer)
+    assert engine.begun is not None, "of an engine that trains"
+    # Where DeepSpeed's own layout was read, the groups are those of the checkpoint.
+    fresh = [{k: v for k, v in g.items() if k in STEERED} for g in engine.begun["groups"]]
+    set_group_values(optimizer, fresh)
+    placed = () if schedule is None else _take_up(schedule, optimizer.param_groups, saved, engine)
+    instead = _values_of_this_run(optimizer.param_groups, placed, saved, engine)
+    set_group_values(optimizer, saved["groups"], instead=instead)
 
 
-def _for_groups(state: dict[str, Any], saved: list[dict[str, Any]], count: int) -> dict[str, Any]:
+def _take_up(
+    schedule: Any, groups: list[dict[str, Any]], saved: dict[str, Any], engine: Engine
+) -> tuple[str, ...]:
+    """Put the schedule where the saved run stood; the entries of groups that are this run's."""
+    count = len(groups)
+    begun = saved.get("begun")  # older checkpoints and imported ones have none
+    if begun is not None:
+        begun = {**begun, "schedule": _for_groups(begun["schedule"], begun["groups"], count)}
+    rates = saved.get("rates") or [group["lr"] for group in saved["groups"]]
+    rates = _for_groups({"rates": rates}, saved["groups"], count)["rates"]
+    placed = take_up_schedule(
+        schedule,
+        groups,
+        {"state": _for_groups(saved["schedule"], saved["groups"], count), "rates": rates},
+        begun=begun,
+        fresh=engine.begun or {},
+        num_steps=steps_done(saved),
+    )
+    if "lr" in placed:
+        logger.warning(
+            "this run's schedule of learning rates is not the checkpoint's: the rate of the next "
+            "step is %g, the checkpoint's schedule had %g",
+            groups[0]["lr"],
+            rates[0],
+        )
+    return placed
+
+
+def _values_of_this_run(
+    groups: list[dict[str, Any]], placed: tuple[str, ...], saved: dict[str, Any], engine: Engine
+) -> list[dict[str, Any]]:
+    """What parameter groups keep: what the schedule has set, and changed arguments.
+
+    A saved value that is what it was before the first step was an argument; a rate that a schedule
+    steers is not, even where it is back at its beginning.
+    """
+    count = len(groups)
+    there, begun = (
+        _aligned(values, count)
+        for values in (saved["groups"], (saved.get("begun") or {}).get("groups"))
+    )
+    found = [{name: group[name] for name in placed if name in group} for group in groups]
+    if there is None or begun is None or engine.begun is None:
+        return found
+    steered = () if saved["schedule"] is None else ("lr",)
+    for own, values, before, now in zip(found, there, begun, engine.begun["groups"], strict=True):
+        for name in values.keys() & before.keys() & now.keys() - {*placed, *steered}:
+            if unchanged_in_training(values[name], before[name]):
+                own[name] = now[name]
+    return found
+
+
+def _aligned(values: list[dict[str, Any]] | None, count: int) -> list[dict[str, Any]] | None:
+    """Values of ``count`` groups, where they are that many or all alike; else None."""
+    if values and len(values) != count and same_for_all(values):
+        return values[:1] * count
+    return values if values is not None and len(values) == count else None
+
+
+def _for_groups(state: Any, saved: list[dict[str, Any]], count: int) -> Any:
     """A schedule's state for another number of parameter groups, where the saved ones were alike.
 
     torch keeps a rate per group in lists, and a list too short would leave groups without one.
     """
-    if len(saved) == count or not saved or not same_for_all(saved):
+    if state is None or len(saved) == count or not saved or not same_for_all(saved):
         return state
     fitted = dict(state)
     for key, value in state.items():

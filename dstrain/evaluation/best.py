@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dstrain.core.errors import ConfigError, Problem
 
@@ -34,6 +35,22 @@ class BestRule:
                 f"it has {', '.join(sorted(known)) or 'no metric at all'}",
                 "name one of these, or return it from compute_metrics; of a dict of evaluation "
                 "sets, name the set too: eval_NAME_loss",
+            )
+        )
+
+    def number(self, value: Any) -> float:
+        """The value of the metric as a number.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if isinstance(value, (int, float)):
+            return float(value)
+        raise ConfigError(
+            Problem(
+                f"metric_for_best_model={self.metric!r}: the evaluation gave {value!r}",
+                "models are compared by a number",
+                "name a metric that is one",
             )
         )
 

@@ -9,8 +9,8 @@ from transformers import EvalPrediction
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
+from dstrain.core.records import plain_numbers
 from dstrain.evaluation.collect import Collected
-from dstrain.evaluation.nested import plain_numbers
 from dstrain.evaluation.pages import pages_given_back
 from dstrain.evaluation.transport import Transport
 

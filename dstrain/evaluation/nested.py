@@ -91,14 +91,3 @@ def _is_tensors(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(_is_tensors(v) for v in value)
     return value is None or isinstance(value, (torch.Tensor, np.ndarray, np.generic, int, float))
-
-
-def plain_numbers(value: Any) -> Any:
-    """The value with Python's numbers instead of numpy's and of tensors of one element."""
-    if isinstance(value, Mapping):
-        return {k: plain_numbers(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(plain_numbers(v) for v in value)
-    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
-        return value.item()
-    return value

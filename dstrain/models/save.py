@@ -291,7 +291,12 @@ def _save_configs(module: Any, target: Path) -> None:
     saved.dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
     saved.save_pretrained(target)
     if getattr(module, "generation_config", None) is not None and module.can_generate():
-        module.generation_config.save_pretrained(target)
+        try:
+            module.generation_config.save_pretrained(target)
+        except ValueError as error:  # changed since the Trainer looked at it
+            raise ModelError(
+                Problem("model.generation_config cannot be saved", str(error), "mend these values")
+            ) from error
 
 
 def needs_conversion(module: torch.nn.Module) -> bool:

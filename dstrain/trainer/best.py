@@ -62,7 +62,7 @@ class BestModel:
         value, known = gather_objects((metrics.get(self.rule.key), list(metrics)))[0]
         if value is None:
             raise self.rule.missing(known)
-        state, value = self._trainer.state, float(value)
+        state, value = self._trainer.state, self.rule.number(value)
         self._latest = state.global_step, value
         if not self.rule.is_better(value, state.best_metric):
             return False

@@ -1,5 +1,7 @@
 """Semi-private parts of transformers that this room uses, in one place."""
 
+from typing import Any
+
 from transformers.debug_utils import DebugUnderflowOverflow
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_callback import ExportableState
@@ -27,9 +29,21 @@ __all__ = [
     "default_hp_space_optuna",
     "default_hp_space_ray",
     "default_hp_space_wandb",
+    "is_as_loaded",
     "log_metrics",
     "logging",
+    "mark_as_loaded",
     "metrics_format",
     "save_metrics",
     "speed_metrics",
 ]
+
+
+def is_as_loaded(config: Any) -> bool:
+    """Whether a generation config is what it was loaded as, by ``save_pretrained``'s own rule."""
+    return getattr(config, "_original_object_hash", None) == hash(config)
+
+
+def mark_as_loaded(config: Any) -> None:
+    """Let a generation config count as loaded like this."""
+    config._original_object_hash = hash(config)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstrain.reporting import progress_callback, set_tensorboard_folder, tracker_callbacks
+from dstrain.trainer.freezing import LOOKS_AFTER, FreezeWatch
 from dstrain.trainer.preemption import EvaluationStopped
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Events:
 
         args, ranks = trainer.args, trainer.ranks
         self._trainer = trainer
+        self._freezing: FreezeWatch | None = None
         if args.run_name is None:
             args.run_name = args.output_dir
         trackers = tracker_callbacks(args.report_to)
@@ -61,6 +63,8 @@ class Events:
         extra = (kwargs.pop(positional),) if positional else ()
         self.control = event(trainer.args, trainer.state, self.control, *extra, **kwargs)
         trainer.control = self.control
+        if self._freezing is not None and name in LOOKS_AFTER:
+            self._freezing.look()
         return self.control
 
     @contextlib.contextmanager
@@ -143,6 +147,8 @@ class Events:
                 callback.save_model = lambda folder: trainer.save_model(folder, _internal_call=True)
         control = self.control
         control.should_training_stop = control.should_epoch_stop = False
+        if trainer.ranks.is_main:
+            self._freezing = FreezeWatch(trainer.model, trainer.get_optimizer_group)
         self.hold(loader)
 
     def hold(self, loader: Any) -> None:
@@ -152,3 +158,5 @@ class Events:
         self.handler.optimizer = trainer.optimizer
         self.handler.lr_scheduler = trainer.lr_scheduler
         self.handler.train_dataloader = loader
+        if loader is None:
+            self._freezing = None

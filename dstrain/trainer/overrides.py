@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.errors import Problem, raise_problems
+from dstrain.trainer.signatures import Functions, misfits_of, serve_overrides
 
 # Semi-private methods of transformers' Trainer -> what to override instead. Every documented one is
 # called, or runs what it says.
@@ -40,15 +41,15 @@ _ELSEWHERE = {
 }
 
 
-def refuse_unheard(cls: type, unnamed: tuple[Any, ...]) -> None:
-    """Refuse what would be a silent difference from what was written.
+def unheard(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
+    """What would be a silent difference from what was written.
 
     Args:
         cls: the user's class.
         unnamed: arguments of the constructor beyond those that all releases have in one order.
 
-    Raises:
-        ConfigError: naming every override that nothing calls, and what to override instead.
+    Returns:
+        a problem for every override that nothing calls, with what to override instead.
     """
     problems = [
         Problem(
@@ -57,7 +58,7 @@ def refuse_unheard(cls: type, unnamed: tuple[Any, ...]) -> None:
             "write compute_metrics=..., callbacks=... and so on",
         )
     ] * bool(unnamed)
-    problems += [
+    return problems + [
         Problem(
             f"{cls.__name__} overrides {name}",
             "dstrain has its own way of doing this and does not call it",
@@ -66,5 +67,26 @@ def refuse_unheard(cls: type, unnamed: tuple[Any, ...]) -> None:
         for name, instead in _ELSEWHERE.items()
         if hasattr(cls, name)
     ]
-    if problems:
-        raise ConfigError(problems)
+
+
+def refuse_misfits(
+    trainer: Any, unnamed: tuple[Any, ...] = (), functions: Functions | None = None
+) -> None:
+    """Refuse overrides and functions that nothing calls, or that cannot be called as they are.
+
+    Older overrides that can be called without the arguments they do not know will be.
+
+    Args:
+        trainer: with its arguments.
+        unnamed: arguments of its constructor beyond those that all releases have in one order.
+        functions: what was passed to its constructor; None where that has been looked at.
+
+    Raises:
+        ConfigError: listing all of it.
+    """
+    problems = unheard(type(trainer), unnamed)
+    metrics = trainer.compute_metrics if functions is None else functions.compute_metrics
+    wants_predictions = metrics is not None and not trainer.args.prediction_loss_only
+    problems += serve_overrides(trainer, wants_predictions=wants_predictions)
+    problems += [] if functions is None else misfits_of(functions)
+    raise_problems(problems)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
+from dstrain.core.errors import raise_problems
 from dstrain.core.log import get_logger
+from dstrain.core.records import recordable, unrecordable
 from dstrain.reporting import save_loss_curve
 from dstrain.trainer import compat
+from dstrain.trainer.signatures import callback_misfits
 
 logger = get_logger(__name__)
 
@@ -34,7 +36,11 @@ class ReportHooks:
         Args:
             logs: figures by name.
             start_time: when training began; adds the runtime since then.
+
+        Raises:
+            DataError: a figure is an array, or something else that no record can hold.
         """
+        logs.update(recordable(logs))
         if self.state.epoch is not None:
             logs["epoch"] = round(self.state.epoch, 4)
         if self.args.counts_tokens != "no":
@@ -42,7 +48,7 @@ class ReportHooks:
         if start_time is not None:
             logs |= compat.speed_metrics("train", start_time)
         # A record must stay valid JSON, which knows no NaN: such a figure is left out of it.
-        finite = {k: v for k, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
+        finite = {k: v for k, v in logs.items() if not any(unrecordable(v, finite=True))}
         self.state.log_history.append({**finite, "step": self.state.global_step})
         self.events("on_log", logs=dict(logs))  # transformers' printer takes total_flos out of it
 
@@ -72,7 +78,12 @@ class ReportHooks:
             save_loss_curve(self.state.log_history, folder / "loss_curve.png")
 
     def add_callback(self, callback: Any) -> None:
-        """Add a ``TrainerCallback`` class or instance."""
+        """Add a ``TrainerCallback`` class or instance.
+
+        Raises:
+            ConfigError: one of its methods cannot take what events pass.
+        """
+        raise_problems(callback_misfits(callback))
         self.events.handler.add_callback(callback)
 
     def pop_callback(self, callback: Any) -> Any:

@@ -16,6 +16,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, gather_objects
 from dstrain.data import to_device
 from dstrain.engine import bytes_to_gather, device_name, free_memory_bytes, kept_whole
+from dstrain.trainer.generation import why_not_saved
 from dstrain.trainer.trainer import Trainer
 
 logger = get_logger(__name__)
@@ -94,12 +95,10 @@ class Seq2SeqTrainer(Trainer):
                         "give a file or folder that save_pretrained wrote, or a model's name",
                     )
                 ) from error
-        try:
-            config.validate(strict=True)  # else saving the model would fail, after training
-        except ValueError as error:
+        if (why := why_not_saved(config)) is not None:  # with the model, after training
             raise ConfigError(
-                Problem("generation_config contradicts itself", str(error), "mend these values")
-            ) from error
+                Problem("generation_config contradicts itself", str(why), "mend these values")
+            )
         return config
 
     def evaluate(

@@ -30,18 +30,20 @@ from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
 from dstrain.trainer.features import check_features, training_features
 from dstrain.trainer.fitting import begin_with_found, check_fitting, run_fitting
+from dstrain.trainer.generation import check_generation_config
 from dstrain.trainer.loop import TrainLoop
 from dstrain.trainer.loss_terms import LossTerms
 from dstrain.trainer.model_init import check_source, check_whole, fresh_model, num_arguments
 from dstrain.trainer.old_names import old_resume, one_name
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
-from dstrain.trainer.overrides import refuse_unheard
+from dstrain.trainer.overrides import refuse_misfits
 from dstrain.trainer.plan import MicroStep, RunPlan
 from dstrain.trainer.position import Position
 from dstrain.trainer.preemption import Preemption
 from dstrain.trainer.publishing import HubHooks
 from dstrain.trainer.reports import ReportHooks
 from dstrain.trainer.search import SearchHooks
+from dstrain.trainer.signatures import Functions, serve_loss_function
 from dstrain.trainer.smoothing import LabelSmoothing
 from dstrain.trainer.stepping import StepHooks
 
@@ -132,7 +134,15 @@ class Trainer(
         self._memory = MemoryMetrics(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
         self.ranks = build.start_run(self.args)
-        refuse_unheard(type(self), unnamed)
+        functions = Functions(
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            data_collator=data_collator,
+            callbacks=callbacks or (),
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        refuse_misfits(self, unnamed, functions)
         check_source(model, model_init, optimizers)
         processing_class = one_name(processing_class, tokenizer)
         if eval_dataset is None and (self.args.eval_strategy != "no" or self.args.eval_on_start):
@@ -151,7 +161,7 @@ class Trainer(
         seed_everything(self.args.seed)
         self.model_init = model_init
         self.model = self._fresh_model(None) if model is None else model
-        self.compute_loss_func = compute_loss_func
+        self.compute_loss_func = serve_loss_function(compute_loss_func)
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.processing_class = processing_class
@@ -210,6 +220,8 @@ class Trainer(
                 ``SystemExit``.
         """
         resume_from_checkpoint = old_resume(resume_from_checkpoint, kwargs)
+        refuse_misfits(self)  # a method may have been put in the place of another since
+        self._check_generation_config()
         self.ignore_keys_for_eval = ignore_keys_for_eval
         self._take_up_trial(trial)
         if self.model_init is not None:
@@ -358,14 +370,20 @@ class Trainer(
         """What the trainer must know about its model."""
         check_whole(self.model)
         guard_partitioned(self.model)
+        self._check_generation_config()
         self.model_accepts_loss_kwargs = takes_target_count(self.model)
         self._smoothing = LabelSmoothing.of(self.model, self.args)
+        self._terms = None
         own_loss = self.compute_loss_func is None and self._smoothing is None
         if own_loss and type(self).compute_loss is Trainer.compute_loss:
             self._terms = LossTerms.of(self.model)
         rule = None if self._terms is None else self._terms.rule()
         is_told = self.compute_loss_func is not None or self.model_accepts_loss_kwargs
         self.targets = build.targets_of(self.model, self.args, rule=rule, is_told=is_told)
+
+    def _check_generation_config(self) -> None:
+        if getattr(self.args, "generation_config", None) is None:  # which takes its place
+            check_generation_config(self.model)
 
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
         """Everything before the first step: loader, config, engine, state."""

@@ -13,8 +13,9 @@ import torch
 from transformers import BatchEncoding
 
 from dstrain.core.errors import DataError
+from dstrain.core.records import plain_numbers
 from dstrain.evaluation.columns import Columns, join
-from dstrain.evaluation.nested import plain_numbers, take_apart
+from dstrain.evaluation.nested import take_apart
 from dstrain.evaluation.pages import pages_given_back
 
 

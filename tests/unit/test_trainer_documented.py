@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 import dstrain
-from dstrain.core.errors import ConfigError
-from dstrain.trainer.overrides import _ELSEWHERE, refuse_unheard
+from dstrain.trainer.overrides import _ELSEWHERE, unheard
 
 REFERENCE = (
     Path(__file__).resolve().parents[3]
@@ -94,18 +93,17 @@ def test_the_constructor_takes_what_is_documented(cls):
 def test_an_override_that_nothing_calls_is_refused(name):
     """A subclass written for transformers must not be ignored in part."""
     own = type("Own", (dstrain.Trainer,), {name: lambda self: None})
-    with pytest.raises(ConfigError, match=rf"Own overrides {name}\b"):
-        refuse_unheard(own, ())
+    assert [problem.what for problem in unheard(own)] == [f"Own overrides {name}"]
 
 
 def test_no_method_of_ours_is_among_the_refused():
-    refuse_unheard(dstrain.Trainer, ())
+    assert unheard(dstrain.Trainer) == []
 
 
 def test_arguments_by_position_that_releases_order_differently_are_refused():
     """The eighth is compute_metrics in some releases and compute_loss_func in others."""
-    with pytest.raises(ConfigError, match="1 arguments of Trainer by position, after model_init"):
-        refuse_unheard(dstrain.Trainer, (print,))
+    (problem,) = unheard(dstrain.Trainer, (print,))
+    assert problem.what == "1 arguments of Trainer by position, after model_init"
 
 
 def test_the_data_file_is_what_the_reference_document_says():

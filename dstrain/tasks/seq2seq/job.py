@@ -33,6 +33,7 @@ from dstrain.tasks.seq2seq.prepare import EncodedPairs, check_tokenizer, prepare
 from dstrain.tasks.seq2seq.sources import Pairs, load_pairs
 from dstrain.tasks.seq2seq.trainer import PairsTrainer
 from dstrain.trainer.build import start_run
+from dstrain.trainer.generation import changing
 
 logger = get_logger(__name__)
 
@@ -68,7 +69,8 @@ def run(
         ranks=ranks,
     )
     # Also for whoever loads the saved model: else transformers' 20 tokens would cut its texts.
-    model.generation_config.max_length = data_args.max_target_length + 1  # and the start token
+    with changing(model.generation_config):
+        model.generation_config.max_length = data_args.max_target_length + 1  # and the start token
     trainer = PairsTrainer(
         model,
         args,

@@ -1,0 +1,57 @@
+"""Generation configs: those that could not be saved with the model are found before training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from dstrain.core.adapters import has_adapters
+from dstrain.core.errors import ConfigError, Problem
+from dstrain.trainer import compat
+
+
+def check_generation_config(model: Any) -> None:
+    """Refuse a model whose generation config its first save would fail of.
+
+    transformers saves back what it has loaded, whatever that says, and refuses what was changed
+    since and contradicts itself.
+
+    Raises:
+        ConfigError: listing the fields.
+    """
+    config = getattr(model, "generation_config", None)
+    generates = getattr(model, "can_generate", lambda: False)
+    if config is None or has_adapters(model) or not generates():
+        return
+    if (error := why_not_saved(config)) is not None:
+        raise ConfigError(
+            Problem(
+                "model.generation_config contradicts itself",
+                f"{error}\nsaving the model would fail of it, after training",
+                "before the Trainer is made, set do_sample=True where it is to sample (num_beams "
+                "above 1 for beams), or the fields that are named to None",
+            )
+        )
+
+
+def why_not_saved(config: Any) -> ValueError | None:
+    """What ``save_pretrained`` of a generation config would raise; None where it works."""
+    try:
+        config.validate(strict=not compat.is_as_loaded(config))
+    except ValueError as error:
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def changing(config: Any) -> Iterator[None]:
+    """Change a generation config on dstrain's own account.
+
+    One that was as published counts as published afterwards: else what it said from the beginning
+    would keep it from being saved.
+    """
+    as_loaded = compat.is_as_loaded(config)
+    yield
+    if as_loaded:
+        compat.mark_as_loaded(config)
