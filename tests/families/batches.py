@@ -139,6 +139,14 @@ def spans(n: int) -> list[Sample]:
     return rows
 
 
+def cut_spans(n: int) -> list[Sample]:
+    """As `spans`, but of some rows only the last position is outside: two counts, not one."""
+    rows = spans(n)
+    for row in rows[::4]:
+        row["end_positions"] = torch.tensor(OUTSIDE)
+    return rows
+
+
 def choices(n: int) -> list[Sample]:
     """Two texts each, and which is right: input_ids [2, length]."""
     first, second = tokens(n, seed=6), tokens(n, seed=7)
@@ -187,9 +195,9 @@ def images(n: int, size: int = 32) -> list[Sample]:
     return [{"pixel_values": torch.randn(3, size, size, generator=draw)} for _ in range(n)]
 
 
-def image_classes(n: int) -> list[Sample]:
+def image_classes(n: int, size: int = 32) -> list[Sample]:
     """Pixels, and one of three classes."""
-    return [row | {"labels": torch.tensor(i % NUM_LABELS)} for i, row in enumerate(images(n))]
+    return [row | {"labels": torch.tensor(i % NUM_LABELS)} for i, row in enumerate(images(n, size))]
 
 
 def segments(n: int, void: int = 255) -> list[Sample]:
@@ -197,7 +205,7 @@ def segments(n: int, void: int = 255) -> list[Sample]:
     draw, rows = _draw(10), images(n)
     for i, row in enumerate(rows):
         labels = torch.randint(0, NUM_LABELS, (32, 32), generator=draw)
-        labels[: 4 * (i % 5)] = void
+        labels[i % 3 : i % 3 + 4 * (i % 5), 3 * (i % 4) :] = void
         row["labels"] = torch.full_like(labels, void) if i % 8 == 5 else labels
     return rows
 
@@ -282,12 +290,16 @@ def either_head(n: int, width: int = 8) -> list[Sample]:
 def pictured(
     n: int, image_token: int, num_tokens: int, *, before: int = 1, after: tuple[int, ...] = ()
 ) -> list[Sample]:
-    """A text after an image: input_ids start with the image's tokens, whose labels do not count."""
+    """A text after an image: input_ids start with the image's tokens, whose labels do not count.
+
+    The first token of all is a label, which counts only where the model does not shift.
+    """
     rows = []
     for row in causal(n):
         head = [1] * before + [image_token] * num_tokens + list(after)
         size = len(head)
         ones, none = torch.ones(size, dtype=torch.long), torch.full((size,), IGNORED)
+        none[0] = head[0]
         rows.append(
             {
                 "input_ids": torch.cat([torch.tensor(head), row["input_ids"]]),

@@ -66,7 +66,7 @@ IMAGES = [
     _of(
         "resnet",
         "ResNetForImageClassification",
-        batches.image_classes,
+        lambda n: batches.image_classes(n, 64),  # a last map of 1 x 1 would need two rows
         "samples",
         coupled=BATCH_NORM,
         num_labels=3,
@@ -185,8 +185,24 @@ def patches(n: int) -> list[Sample]:
 
 
 def _pictured(
-    name: str, class_name: str, num_tokens: int, *, types: bool = False, **overrides: Any
+    name: str,
+    class_name: str,
+    num_tokens: int,
+    *,
+    types: bool = False,
+    several: bool = False,
+    **overrides: Any,
 ) -> Family:
+    """A text after one image.
+
+    Args:
+        name: of the family.
+        class_name: in transformers.
+        num_tokens: tokens that the image stands for.
+        types: whether the model reads which tokens are an image's.
+        several: whether it reads a list of images for each text.
+        overrides: of the config.
+    """
     model_class = getattr(transformers, class_name)
 
     def samples(n: int) -> list[Sample]:
@@ -197,6 +213,8 @@ def _pictured(
         rows = batches.pictured(n, token, num_tokens)
         if types:
             rows = [row | {"token_type_ids": (row["input_ids"] == token).long()} for row in rows]
+        if several:
+            rows = [row | {"pixel_values": row["pixel_values"][None]} for row in rows]
         return rows
 
     return Family(name, lambda: build(model_class, **overrides), samples, "shifted")
@@ -206,6 +224,8 @@ BOTH = [
     _pictured("llava", "LlavaForConditionalGeneration", 16),
     _pictured("paligemma", "PaliGemmaForConditionalGeneration", 16, types=True),
     _pictured("gemma3", "Gemma3ForConditionalGeneration", 4, types=True, mm_tokens_per_image=4),
+    _pictured("idefics2", "Idefics2ForConditionalGeneration", 4, several=True),
+    _pictured("idefics3", "Idefics3ForConditionalGeneration", 4, several=True),
     Family(
         "qwen2_vl",
         lambda: build(transformers.Qwen2VLForConditionalGeneration),

@@ -1,8 +1,8 @@
 """The families of models that the loss, saved weights and parity are shown with, by name.
 
-Left out, as they do not build in transformers 5.23 with what is installed here: idefics2 and
-idefics3 build, but read images that only their own processor makes; LayoutLMv2 needs detectron2,
-Gemma3n and FastVLM need timm. For those of the Auto mappings see `tiny.DOES_NOT_BUILD`.
+Left out, as they do not build in transformers 5.23 with what is installed here: LayoutLMv2
+needs detectron2, DiNAT natten, Gemma3n and FastVLM timm. For those of the Auto mappings see
+`tiny.DOES_NOT_BUILD`.
 """
 
 from __future__ import annotations
