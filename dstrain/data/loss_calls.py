@@ -33,6 +33,7 @@ _ELEMENTWISE = (
 _WATCHED = {*_CLASSES, *_ELEMENTWISE, functional.ctc_loss}
 # How far the quotient of a sum and the loss may be from a whole number of targets.
 _TOLERANCE = 1e-3
+_AS_MANY = 2  # how loosely a rule fits that agrees in number alone
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,20 @@ def explain(
     if len(calls) == 1 and _is_sum(calls[0], value):
         return {LossRule(is_sum=True): 0}
     ignored = {c.ignored for c in calls} | {IGNORED, None}
-    tried = list(dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored)]))
-    fitting: dict[LossRule, int] = {}
-    for denominator in tried:
-        for looseness, fits in enumerate((_is_at_the_same_places, _is_in_the_same_order, _agrees)):
-            if all(fits(denominator, call, batch, samples, value) for call in calls):
-                fitting[LossRule((denominator,))] = looseness
-                break
+    tried = dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored)])
+    fits = [
+        {d: how for d in tried if (how := _looseness(d, call, batch, samples, value)) is not None}
+        for call in calls
+    ]
+    # A call whose labels are found is not about others that are as many.
+    fits = [_found(ways) or ways for ways in fits]
+    fitting = {
+        LossRule((denominator,)): max(ways[denominator] for ways in fits)
+        for denominator in tried
+        if all(denominator in ways for ways in fits)
+    }
     if all(_is_over_samples(call, samples, value) for call in calls):
-        fitting.setdefault(LossRule(), 2)
+        fitting.setdefault(LossRule(), _AS_MANY)
     return fitting
 
 
@@ -204,6 +210,25 @@ def _denominators(
                 for value in sorted(ignored, key=lambda v: (v is None, v)):
                     if name != mask:
                         yield Denominator(name, shifted=shifted, ignored=value, mask=mask)
+
+
+def _found(ways: dict[Denominator, int]) -> dict[Denominator, int]:
+    """Keep the denominators whose labels a call was given."""
+    return {denominator: how for denominator, how in ways.items() if how < _AS_MANY}
+
+
+def _looseness(
+    denominator: Denominator,
+    call: LossCall,
+    batch: Mapping[str, torch.Tensor],
+    samples: int,
+    loss: float,
+) -> int | None:
+    """Return how loosely a denominator explains a call, as in ``explain``; None: not at all."""
+    for looseness, fits in enumerate((_is_at_the_same_places, _is_in_the_same_order, _agrees)):
+        if fits(denominator, call, batch, samples, loss):
+            return looseness
+    return None
 
 
 def _is_at_the_same_places(

@@ -254,3 +254,18 @@ def test_watching_changes_no_value_and_ends():
     with targets.watching({"labels": LABELS}) as unseen:
         flat_cross_entropy(logits, LABELS)
     assert unseen == []
+
+
+def test_heads_of_as_many_labels_are_not_taken_for_one():
+    """Each of two rows has the label of another head: both means are over one target."""
+    batch = {
+        "input_ids": IDS[:2],
+        "labels_a": torch.tensor([3, -100]),
+        "labels_b": torch.tensor([-100, 4]),
+    }
+
+    def loss(scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+        heads = (batch["labels_a"], batch["labels_b"])
+        return sum(functional.cross_entropy(scores[:, 0], labels) for labels in heads)
+
+    assert read(loss, batch, labels=("labels_a", "labels_b")) is None
