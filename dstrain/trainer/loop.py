@@ -28,6 +28,7 @@ from dstrain.data import (
     windows,
 )
 from dstrain.engine import Engine, StepOutcome, device_name, empty_cache
+from dstrain.trainer.cache import KeyValueCache
 from dstrain.trainer.meters import Reading, TrainMeter
 from dstrain.trainer.plan import Hooks, MicroStep, RunPlan
 from dstrain.trainer.position import Due, Position, Resumption
@@ -55,6 +56,7 @@ class TrainLoop:
     control: Any
     micro_step: MicroStep
     preemption: Preemption
+    cache: KeyValueCache
     count_tokens: TokenCount = field(default_factory=TokenCount)
     progress: Progress = field(default_factory=Progress)
     skipped_steps: int = 0
@@ -273,7 +275,8 @@ class TrainLoop:
         inputs = micro_batch.inputs if count else self.targets.without_ignored(micro_batch.inputs)
         self.micro_step.scaled_count = count * self.ranks.world_size
         self.micro_step.last = last
-        loss = self.hooks.training_step(self.engine.model, inputs, max(1, count))
+        with self.cache.off():
+            loss = self.hooks.training_step(self.engine.model, inputs, max(1, count))
         if not micro_batch.masked:
             self.hooks.count_flos(inputs)
         return loss
