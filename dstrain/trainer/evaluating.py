@@ -30,6 +30,7 @@ from dstrain.evaluation import (
     with_prefix,
 )
 from dstrain.trainer import build, compat
+from dstrain.trainer.cache import KeyValueCache
 from dstrain.trainer.eval_format import full_eval_format, in_format
 from dstrain.trainer.eval_loaders import EvalLoaderHooks
 from dstrain.trainer.outputs import logits_of, loss_of
@@ -115,14 +116,15 @@ class EvaluationHooks(EvalLoaderHooks):
         build.check_shared_out(loader, self.ranks, method="get_eval_dataloader")
         self._memory.start("eval")
         started = time.time()
-        output = self.prediction_loop(
-            loader,
-            description=_EVALUATION,
-            # Without metrics nobody would look at predictions.
-            prediction_loss_only=True if self.compute_metrics is None else None,
-            ignore_keys=ignore_keys,
-            metric_key_prefix=metric_key_prefix,
-        )
+        with KeyValueCache(self.model).off():  # for loops of a subclass, too
+            output = self.prediction_loop(
+                loader,
+                description=_EVALUATION,
+                # Without metrics nobody would look at predictions.
+                prediction_loss_only=True if self.compute_metrics is None else None,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+            )
         metrics = self._with_speed(output, started, metric_key_prefix)
         self.log(metrics)
         self.events("on_evaluate", metrics=metrics)
@@ -152,12 +154,13 @@ class EvaluationHooks(EvalLoaderHooks):
         build.check_shared_out(loader, self.ranks, method="get_test_dataloader")
         self._memory.start("test")
         started = time.time()
-        output = self.prediction_loop(
-            loader,
-            description=_PREDICTION,
-            ignore_keys=ignore_keys,
-            metric_key_prefix=metric_key_prefix,
-        )
+        with KeyValueCache(self.model).off():
+            output = self.prediction_loop(
+                loader,
+                description=_PREDICTION,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+            )
         metrics = self._with_speed(output, started, metric_key_prefix)
         self.events("on_predict", metrics=metrics)
         metrics |= self._memory.stop("test")
@@ -209,6 +212,7 @@ class EvaluationHooks(EvalLoaderHooks):
         if loss_only is None:
             loss_only = self.args.prediction_loss_only
         with contextlib.ExitStack() as stack:
+            stack.enter_context(KeyValueCache(self.model).off())
             model = stack.enter_context(self._model_for_evaluation(generates=not loss_only))
             model.eval()
             self._num_watched = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -102,19 +101,7 @@ def _checkpointing(model: Any, args: TrainingArguments) -> Iterator[None]:
             if frozen:
                 needs_grad = embeddings.register_forward_hook(lambda m, i, o: o.requires_grad_())
                 undo.callback(needs_grad.remove)
-        if "use_cache" in inspect.signature(inner_model(model).forward).parameters:
-            hook = model.register_forward_pre_hook(_without_cache, with_kwargs=True)
-            undo.callback(hook.remove)
         yield
-
-
-def _without_cache(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A layer that is run twice would put its keys and values into the cache twice."""
-    if not module.training or "use_cache" in kwargs:
-        return None
-    return args, {**kwargs, "use_cache": False}
 
 
 # --- noise on embeddings -------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from dstrain.data import (
     windows,
 )
 from dstrain.engine import Engine, StepOutcome, device_name, empty_cache
+from dstrain.trainer.cache import KeyValueCache
 from dstrain.trainer.meters import Reading, TrainMeter
 from dstrain.trainer.plan import Hooks, MicroStep, RunPlan
 from dstrain.trainer.position import Due, Position, Resumption
@@ -60,6 +61,7 @@ class TrainLoop:
     control: Any
     micro_step: MicroStep
     preemption: Preemption
+    cache: KeyValueCache
     count_tokens: TokenCount = field(default_factory=TokenCount)
     progress: Progress = field(default_factory=Progress)
     skipped_steps: int = 0
@@ -286,7 +288,8 @@ class TrainLoop:
             inputs = self.targets.without_ignored(inputs)
         step.index, step.last, step.parts = index, last, None
         step.num_samples = micro_batch.num_samples
-        loss = self.hooks.training_step(self.engine.model, inputs, max(1, *counts))
+        with self.cache.off():
+            loss = self.hooks.training_step(self.engine.model, inputs, max(1, *counts))
         if not micro_batch.masked:
             self.hooks.count_flos(inputs)
         return loss if step.parts is None else step.parts

@@ -12,6 +12,7 @@ import torch
 from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import CheckpointWriter, check_there
 from dstrain.config import ResolvedConfig
+from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ranks
@@ -24,6 +25,7 @@ from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build, compat, saving
 from dstrain.trainer.adapter_hooks import AdapterHooks
 from dstrain.trainer.best import BestModel
+from dstrain.trainer.cache import KeyValueCache
 from dstrain.trainer.counting import CountHooks, count_whole_parameters
 from dstrain.trainer.engines import EngineKeeper
 from dstrain.trainer.evaluating import EvaluationHooks
@@ -43,6 +45,7 @@ from dstrain.trainer.preemption import Preemption
 from dstrain.trainer.publishing import HubHooks
 from dstrain.trainer.reports import ReportHooks
 from dstrain.trainer.search import SearchHooks
+from dstrain.trainer.separation import flattened, mixes_sequences
 from dstrain.trainer.signatures import Functions, serve_loss_function
 from dstrain.trainer.smoothing import LabelSmoothing
 from dstrain.trainer.stepping import StepHooks
@@ -411,6 +414,7 @@ class Trainer(
         engine = self._engines.train(lambda: self._build_engine(max_steps))
         self.optimizer, self.lr_scheduler = engine.optimizer, engine.scheduler
         count_whole_parameters(self.model)
+        self._warn_of_mixing(engine.model)
         self.events.begin_run(loader, max_steps=max_steps, steps_per_epoch=per_epoch)
         self.best = BestModel(self)
         seed_rank(self.args.seed, step=0, rank=self.ranks.rank)
@@ -437,9 +441,24 @@ class Trainer(
             control=self.control,
             micro_step=self._micro_step,
             preemption=self._preemption,
+            cache=KeyValueCache(self.model),
             count_tokens=build.token_count(self.model, self.args, self.processing_class),
             resumption=resumption,
         )
+
+    def _warn_of_mixing(self, model: Any) -> None:
+        """Say so where padding-free batches are for a model that cannot keep sequences apart."""
+        batch_of = flattened(self.data_collator)
+        if batch_of is None:
+            return
+        mixes = mixes_sequences(model, self.model, batch_of, self._prepare_inputs)
+        if mixes and self.ranks.is_main:
+            logger.warning(
+                "%s lets the sequences that %s puts into one row see each other: it does not heed "
+                "their position_ids. To train on each alone, use a collator that pads",
+                type(inner_model(self.model)).__name__,
+                type(self.data_collator).__name__,
+            )
 
     def _resolve(self, max_steps: int | None) -> ResolvedConfig:
         return build.resolve_config(

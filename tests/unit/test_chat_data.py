@@ -25,6 +25,7 @@ from dstrain.tasks.causal_lm.chat import (
     DEFAULT_TEMPLATE,
     ChatEncoder,
     collate_conversations,
+    joined,
     pack,
 )
 from dstrain.tasks.causal_lm.chat_prepare import prepare_chat, set_template
@@ -213,14 +214,7 @@ def conversations(tokenizer, count=7):
 
 
 def packed_samples(found, block_size):
-    return [
-        {
-            "input_ids": [t for ids, _ in block for t in ids],
-            "labels": [t for _, labels in block for t in labels],
-            "position_ids": [p for ids, _ in block for p in range(len(ids))],
-        }
-        for block in pack(found, block_size)
-    ]
+    return [joined(block) for block in pack(found, block_size)]
 
 
 def test_packed_blocks_hold_every_conversation_whole_and_once(tokenizer):
@@ -251,6 +245,7 @@ def test_packed_conversations_have_the_loss_and_gradient_of_each_alone(tokenizer
     """Catches attention from one to another, wrong positions and labels across the edges."""
     found = conversations(tokenizer)
     model = build(vocab_size=len(tokenizer)).double().eval()
+    model.config.use_cache = False  # as the trainer has it
     alone = sum(
         total_loss(model, collate_conversations([{"input_ids": ids, "labels": labels}]))
         for ids, labels in found

@@ -166,16 +166,26 @@ def pack(
     return blocks
 
 
+def joined(block: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
+    """The sample that a block is: its conversations one after the other, each from position 0."""
+    return {
+        "input_ids": [token for ids, _ in block for token in ids],
+        "labels": [label for _, labels in block for label in labels],
+        "position_ids": [place for ids, _ in block for place in range(len(ids))],
+    }
+
+
 def collate_conversations(
     samples: Sequence[dict[str, Any]], *, pad_token_id: int = 0
-) -> dict[str, Any]:
+) -> dict[str, torch.Tensor]:
     """A batch of samples, padded on the right to the longest of them.
 
     Returns:
         ``input_ids`` and ``labels``, int64 of shape (batch, length), labels -100 on padding. With
         packed samples also ``position_ids`` of that shape, which begin again at 0 with each
         conversation and with the padding: from them, and only without an ``attention_mask`` and
-        without a cache, transformers lets no conversation attend to another. Else, where something
+        without a cache, transformers lets no conversation attend to another (the trainer turns the
+        cache off). Else, where something
         was padded, ``attention_mask``.
     """
     length = max(len(sample["input_ids"]) for sample in samples)
@@ -186,7 +196,7 @@ def collate_conversations(
             row[: len(sample[name])] = sample[name]
         return torch.from_numpy(rows)
 
-    batch: dict[str, Any] = {
+    batch = {
         "input_ids": padded("input_ids", pad_token_id),
         "labels": padded("labels", IGNORED),
     }
@@ -195,7 +205,7 @@ def collate_conversations(
     if "position_ids" in samples[0]:
         positions = padded("position_ids", 0)
         beyond = torch.from_numpy(np.maximum(places - lengths, 0))  # 0, 1, ... in the padding
-        return batch | {"position_ids": positions + beyond, "use_cache": False}
+        return batch | {"position_ids": positions + beyond}
     if (lengths < length).any():
         batch["attention_mask"] = torch.from_numpy((places < lengths).astype(np.int64))
     return batch

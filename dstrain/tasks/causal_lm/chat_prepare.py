@@ -22,7 +22,7 @@ from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks
 from dstrain.tasks.causal_lm.arguments import DataArguments
-from dstrain.tasks.causal_lm.chat import DEFAULT_TEMPLATE, ChatEncoder, pack, shorten
+from dstrain.tasks.causal_lm.chat import DEFAULT_TEMPLATE, ChatEncoder, joined, pack, shorten
 from dstrain.tasks.causal_lm.conversations import STREAM_TRIED_ROWS, LeftOut, messages_of
 from dstrain.tasks.causal_lm.sources import Documents
 from dstrain.tasks.common.cache import fingerprint_tokenizer
@@ -244,12 +244,9 @@ def _encode_streamed(
 
 def _pack(rows: dict[str, list[list[int]]], *, block_size: int) -> dict[str, list[Any]]:
     conversations = list(zip(rows["input_ids"], rows["labels"], strict=True))
-    blocks = pack(conversations, block_size)
-    return {
-        "input_ids": [[token for ids, _ in block for token in ids] for block in blocks],
-        "labels": [[label for _, labels in block for label in labels] for block in blocks],
-        "position_ids": [[p for ids, _ in block for p in range(len(ids))] for block in blocks],
-    }
+    samples = [joined(block) for block in pack(conversations, block_size)]
+    names = ("input_ids", "labels", "position_ids")
+    return {name: [sample[name] for sample in samples] for name in names}
 
 
 def _hash(facts: list[Any]) -> str:

@@ -80,6 +80,8 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
         tokens_per_byte=data.tokens_per_byte,
         sequence_length=data_args.block_size,
     )
+    if data_args.packing:
+        trainer.refuse_mixing()
     train_and_report(
         trainer,
         figures=("loss", "perplexity", "bits_per_byte"),
@@ -126,7 +128,7 @@ def _check_block_size(data_args: DataArguments, config: Any) -> None:
 
 
 def _check_packing(model: Any) -> None:
-    """Refuse to pack for a model that could not keep conversations apart.
+    """Refuse to pack for a model that cannot even be told where conversations begin.
 
     Raises:
         ConfigError: its ``forward`` takes no ``position_ids``.

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from dstrain.core.adapters import inner_model
+from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.ranks import gather_objects
+from dstrain.tasks.causal_lm.chat import joined
 from dstrain.trainer import Trainer
+from dstrain.trainer.build import eval_batch_size
+from dstrain.trainer.separation import mixes_sequences
 
 
 class CausalLMTrainer(Trainer):
@@ -29,6 +36,32 @@ class CausalLMTrainer(Trainer):
         self.tokens_per_byte = tokens_per_byte
         self.sequence_length = sequence_length
         super().__init__(*args, **kwargs)
+
+    def refuse_mixing(self) -> None:
+        """Refuse to pack for a model that does not keep conversations apart; tried, on all ranks.
+
+        Raises:
+            ConfigError: a conversation would see those before it in its sample.
+        """
+        # Some attention kernels heed positions in a batch of one row only.
+        most = max(self.resolved.micro_batch_size, eval_batch_size(self.args, self.ranks))
+        rows = min(2, most)
+
+        def batch_of(conversations: Sequence[list[int]]) -> Any:
+            sample = joined([(tokens, tokens) for tokens in conversations])
+            return self.data_collator([sample] * rows)
+
+        model = self._engines.forward_model(self.model, self.resolved)
+        mixes = mixes_sequences(model, self.model, batch_of, self._prepare_inputs)
+        if any(gather_objects(mixes)):
+            raise ConfigError(
+                Problem(
+                    f"packing=True with {type(inner_model(self.model)).__name__}",
+                    "this model lets a conversation see those before it in its sample, although "
+                    "its position_ids begin anew",
+                    "drop --packing",
+                )
+            )
 
     def derived_metrics(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
         """Perplexity, and bits per byte, which tokenizers of any vocabulary can be compared by.
