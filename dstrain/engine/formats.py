@@ -4,9 +4,9 @@ What DeepSpeed 0.19.8 does, measured on two ranks: in a 16-bit run it casts ever
 bf16, fp32 or fp64 to the format of the run, also those that a transformers model keeps in fp32
 (``engine.py:_cast_module_mixed_precision``). In an fp32 run it leaves parameters as they are, but
 stages 1 and 2 join trained ones into one tensor, which gives all of them the widest format; stage 3
-fails on two formats; master weights are fp32 also for fp64; and gradients of fp64 or complex numbers
-cannot be reduced at stage 0. Frozen parameters may have any format, and no elements, but stage 3
-cannot gather ones without elements, nor formats that the back end does not send.
+fails on two formats; master weights are fp32 also for fp64; and gradients of fp64 or complex
+numbers cannot be reduced at stage 0. Frozen parameters may have any format, and no elements, but
+stage 3 cannot gather ones without elements, nor formats that the back end does not send.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ STEPS, SAVED_AT = 6, 3
 TABLE: dict[Place, list[Place]] = {
     Place(3, 3): [Place(0, 1), Place(1, 2), Place(2, 1, "optimizer"), Place(3, 2, "all")],
     Place(0, 2): [Place(3, 3), Place(2, 2), Place(0, 1)],
-    Place(2, 2, "", "bf16"): [Place(3, 1, "", "bf16"), Place(0, 2, "", "bf16"), Place(1, 3, "", "bf16")],
+    Place(2, 2, "", "bf16"): [
+        Place(3, 1, "", "bf16"), Place(0, 2, "", "bf16"), Place(1, 3, "", "bf16"),
+    ],
     Place(1, 2, "", "fp16"): [Place(3, 3, "", "fp16"), Place(0, 1, "", "fp16")],
     Place(1, 3): [Place(0, 2)],
 }  # fmt: skip
