@@ -10,7 +10,7 @@ import torch
 from dstrain.checkpoint.folders import STATE
 from dstrain.core.ranks import Ranks
 from dstrain.engine import Engine, Region, full_shape, read_scalars, regions, share
-from dstrain.models import HostCopies, Stored
+from dstrain.models import DTYPES, HostCopies, Stored
 
 BUFFERS = f"{STATE}/buffers.safetensors"
 RUN = f"{STATE}/run.json"
@@ -75,6 +75,13 @@ def own_slices(engine: Engine, ranks: Ranks) -> Slices:
 def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by name."""
     return {name: full_shape(p) for name, p in engine.module.named_parameters()}
+
+
+def formats(engine: Engine) -> dict[str, str]:
+    """Format of every parameter that the model has in another one than the run's, by name."""
+    run = DTYPES[engine.resolved.precision]
+    named = engine.module.named_parameters()
+    return {name: str(p.dtype).removeprefix("torch.") for name, p in named if p.dtype != run}
 
 
 def buffers(module: torch.nn.Module) -> list[Stored]:

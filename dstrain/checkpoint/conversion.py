@@ -88,8 +88,10 @@ def _write_parameter(
     if Path(name).name != name:
         raise CheckpointError(Problem(f"a parameter is called {name!r}", "that is no file name"))
     folder, kinds = zero / name, set()
+    # DeepSpeed cuts it along a dimension even where there is one piece, so it must have one.
+    shape = manifest.parameters[name] or (1,)
     for key in index.keys_of(name):
-        stored = assembled(index, key, name, manifest.parameters[name], torch.float32)
+        stored = assembled(index, key, name, shape, torch.float32)
         _save({"param": stored.load(), "cat_dim": 0}, folder / _file(key))
         on_tensor(stored.name, stored.num_bytes)
         kinds.add(key)
@@ -113,7 +115,8 @@ def _optimizer_state(
     groups = [dict(group) for group in engine["groups"]]
     # Stage 3 gives what stands in the first group to all groups, so only what they share may.
     shared = {k: v for k, v in groups[0].items() if all(g.get(k) == v for g in groups)}
-    steps = [index.scalars[n]["step"] for n in manifest.optimized if "step" in index.scalars[n]]
+    numbers = [index.scalars.get(name, {}) for name in manifest.optimized]
+    steps = [found["step"] for found in numbers if "step" in found]
     return {
         "ds_version": versions().get("deepspeed", "0.19.8"),
         "param_groups": groups + [shared] * (_MOST_GROUPS - len(groups)),

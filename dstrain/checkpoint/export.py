@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint import content, folders
-from dstrain.checkpoint.load import Piece, SliceIndex, opened, read_index
+from dstrain.checkpoint.load import Piece, SliceIndex, opened, read_index, read_run
 from dstrain.checkpoint.manifest import NAME, Manifest, read_manifest
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import write_json
@@ -71,30 +71,44 @@ def export(
     if wanted is None:
         raise CheckpointError(Problem(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}"))
     folders.check_new(out)
-    tensors = _tensors(folder, manifest, wanted)
+    tensors = _tensors(folder, manifest, wanted, as_trained=dtype is None)
     out.mkdir(parents=True, exist_ok=True)
     _write(tensors, out, shard_bytes, on_tensor)
     for path in sorted(folder.iterdir()):
         kept = path.is_file() and path.suffix != ".safetensors" and path.name != _INDEX
         if kept and path.name not in _TRAINING_FILES and not path.name.startswith("."):
             shutil.copyfile(path, out / path.name)
-    _correct_config(out, wanted)
+    first = tensors[0].dtype if tensors else wanted
+    _correct_config(out, first if dtype is None and first.is_floating_point else wanted)
     return len(tensors)
 
 
-def _tensors(folder: Path, manifest: Manifest, dtype: torch.dtype) -> list[Stored]:
-    """All tensors of the model under their saved names, read when they are written."""
+def _tensors(
+    folder: Path, manifest: Manifest, dtype: torch.dtype, *, as_trained: bool
+) -> list[Stored]:
+    """All tensors of the model under their saved names, read when they are written.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        dtype: of floating-point weights.
+        as_trained: but those that the model had in another format keep that.
+    """
     stored = _stored_names(folder) if manifest.has_weights else {}
     persistent = _file_names(folder / content.BUFFERS) if manifest.has_slices else set()
     slices = manifest.has_slices or not stored  # where there is neither, reading them says so
     if not slices or (stored and set(stored) != {*manifest.parameters, *persistent}):
         # No slices; or an architecture that is stored in another layout than it is trained in.
-        return [_from_file(folder / file, name, dtype) for name, file in sorted(stored.items())]
+        given = None if as_trained else dtype
+        return [_from_file(folder / file, name, given) for name, file in sorted(stored.items())]
     index = read_index(folder, manifest)
-    tensors = [
-        assembled(index, MASTER if (MASTER, name) in index.pieces else WEIGHT, name, shape, dtype)
-        for name, shape in manifest.parameters.items()
-    ]
+    formats = read_run(folder).get("formats", {})
+    tensors = []
+    for name, shape in manifest.parameters.items():
+        key = MASTER if (MASTER, name) in index.pieces else WEIGHT
+        own = getattr(torch, formats[name]) if name in formats else dtype
+        keeps = as_trained or not own.is_floating_point
+        tensors.append(assembled(index, key, name, shape, own if keeps else dtype))
     path = folder / content.BUFFERS
     return tensors + [_from_file(path, name, None) for name in sorted(persistent)]
 
@@ -103,7 +117,7 @@ def assembled(
     index: SliceIndex, key: str, name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Stored:
     """A whole tensor out of its pieces, read when it is written."""
-    pieces = index.pieces[key, name]
+    pieces = index.pieces.get((key, name), [])  # none of a parameter without elements
 
     def load() -> torch.Tensor:
         whole = torch.empty(torch.Size(shape).numel(), dtype=dtype)

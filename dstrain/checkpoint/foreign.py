@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class Partition:
         *,
         group: Mapping[str, Any],
         offset: int,
+        moments: Collection[str] = (),
     ) -> None:
         """A run of a trained parameter.
 
@@ -46,6 +47,7 @@ class Partition:
             state: of the optimizer, for the flat tensor that has the run.
             group: the parameter group, which has the step count where the state has none.
             offset: where the run begins in that flat tensor.
+            moments: keys whose tensors of shape () are the values of a parameter of shape ().
 
         Raises:
             CheckpointError: state that cannot be taken apart.
@@ -70,7 +72,7 @@ class Partition:
                     Stored.of(f"{key}/{name}", flat.narrow(0, offset, numel).detach())
                 )
             elif isinstance(value, torch.Tensor):
-                if value.numel() == numel == 1 and value.dim():
+                if value.numel() == numel == 1 and (value.dim() or key in moments):
                     self.tensors.append(Stored.of(f"{key}/{name}", value.reshape(-1).detach()))
                 else:
                     numbers[key] = value.item()
@@ -148,6 +150,26 @@ def engine_record(
         "groups": [changing_values(group) for group in groups],
         "schedule": schedule,
     }
+
+
+def moments_of(states: Iterable[tuple[tuple[int, ...], Mapping[str, Any]]]) -> frozenset[str]:
+    """Keys of an optimizer's state that have a value for each element of a parameter.
+
+    Only parameters with dimensions tell them from single numbers; without any, all but the step
+    count are taken for such.
+
+    Args:
+        states: (shape, state) of each parameter that has a state of its own.
+    """
+    states = list(states)
+    telling = [state for shape, state in states if shape]
+    if telling:
+        return frozenset(k for state in telling for k, v in state.items() if _has_dimensions(v))
+    return frozenset(key for _, state in states for key in state) - {"step"}
+
+
+def _has_dimensions(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def match_groups(

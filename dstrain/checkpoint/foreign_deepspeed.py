@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 
-from dstrain.checkpoint.foreign import Foreign, Partition, engine_record, match_groups
+from dstrain.checkpoint.foreign import (
+    Foreign,
+    Partition,
+    engine_record,
+    match_groups,
+    moments_of,
+)
 from dstrain.checkpoint.pickles import load_pickle
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.models import Stored
@@ -192,13 +198,19 @@ def _stage_zero(model: Mapping[str, Any], decayed: list[str] | None) -> Foreign:
         named = _match_flat(saved["fp32_groups_flat"], shapes, decayed)
     else:
         named = match_groups(base["param_groups"], shapes, decayed)
+    flat = "fp32_groups_flat" in saved
+    moments: frozenset[str] = frozenset()
+    if not flat:
+        states = [base["state"].get(n, {}) for g in base["param_groups"] for n in g["params"]]
+        members = [shapes[name] for names in named for name in names]
+        moments = moments_of(zip(members, states, strict=True))
     partition = Partition()
     for index, names in enumerate(named):
         group = base["param_groups"][index]
         offset = 0
         for place, name in enumerate(names):
             numel = math.prod(shapes[name])
-            if "fp32_groups_flat" in saved:
+            if flat:
                 values = saved["fp32_groups_flat"][index].view(-1).narrow(0, offset, numel)
                 state, at = base["state"].get(group["params"][0], {}), offset
             else:
@@ -206,7 +218,9 @@ def _stage_zero(model: Mapping[str, Any], decayed: list[str] | None) -> Foreign:
                 values = weights[name] if masters is None else masters[index][place]
                 state, at = base["state"].get(group["params"][place], {}), 0
             _check_same(name, values, weights[name])
-            partition.add(name, 0, values.reshape(-1), state, group=group, offset=at)
+            own = () if shapes[name] else moments
+            values = values.reshape(-1)
+            partition.add(name, 0, values, state, group=group, offset=at, moments=own)
             offset += numel
     scale = {name: saved[name] for name in _SCALE if name in saved}
     return _foreign(

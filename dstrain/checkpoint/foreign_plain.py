@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from dstrain.checkpoint.foreign import Foreign, Partition, engine_record, match_groups
+from dstrain.checkpoint.foreign import (
+    Foreign,
+    Partition,
+    engine_record,
+    match_groups,
+    moments_of,
+)
 from dstrain.checkpoint.load import opened
 from dstrain.checkpoint.pickles import load_pickle
 from dstrain.core.errors import CheckpointError, Problem
@@ -39,14 +45,19 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Foreign:
     optimizer = load_pickle(folder / OPTIMIZER)
     groups = match_groups(optimizer["param_groups"], model.parameters, model.decayed)
     partition = Partition()
+    states = {
+        name: optimizer["state"].get(number, {})
+        for group, members in zip(optimizer["param_groups"], groups, strict=True)
+        for number, name in zip(group["params"], members, strict=True)
+    }
+    moments = moments_of((model.parameters[name], held) for name, held in states.items())
     for group, members in zip(optimizer["param_groups"], groups, strict=True):
-        for number, name in zip(group["params"], members, strict=True):
-            shape = model.parameters[name]
+        for name in members:
+            shape, held = model.parameters[name], states[name]
             values = _value(weights, name, shape, folder)
-            partition.add(
-                name, 0, values, optimizer["state"].get(number, {}), group=group, offset=0
-            )
-            _check_shapes(name, shape, optimizer["state"].get(number, {}))
+            own = () if shape else moments
+            partition.add(name, 0, values, held, group=group, offset=0, moments=own)
+            _check_shapes(name, shape, held)
     step = int(state["global_step"])
     schedule = load_pickle(folder / SCHEDULE) if (folder / SCHEDULE).exists() else None
     return Foreign(

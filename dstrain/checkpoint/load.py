@@ -248,6 +248,8 @@ def misfits(
                 )
             )
     changed = sorted(set(optimized_names(engine)) ^ set(manifest.optimized))
+    # Whether DeepSpeed counts one without elements as trained depends on the stage.
+    changed = [name for name in changed if torch.Size(here.get(name, ())).numel()]
     if changed and not problems:
         problems.append(
             Problem(

@@ -219,7 +219,12 @@ class CheckpointWriter:
                 slices = content.own_slices(engine, sharers)
             own = encode(record.own, where="this rank's state")
             shared = encode(
-                {"engine": read_progress(engine), **record.shared}, where="the run's state"
+                {
+                    "engine": read_progress(engine),
+                    "formats": content.formats(engine),
+                    **record.shared,
+                },
+                where="the run's state",
             )
         weights = folder = None
         if policy.with_weights and copies is not None:

@@ -2,6 +2,7 @@
 
 from dstrain.engine.carry import Carried, carry, let_go, put_down
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
+from dstrain.engine.formats import check_formats, formats_remark
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
 from dstrain.engine.leaf import expert_blocks
 from dstrain.engine.machine import free_memory_bytes, least, read_machine
@@ -13,6 +14,7 @@ from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, sli
 from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
 from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
 from dstrain.engine.regroup import Regroup, is_out_of_memory
+from dstrain.engine.scalars import scalars_as_bytes
 from dstrain.engine.startup import (
     check_precision,
     device_name,
@@ -46,6 +48,7 @@ __all__ = [
     "build_ops",
     "bytes_to_gather",
     "carry",
+    "check_formats",
     "check_own",
     "begin_load",
     "changing_values",
@@ -57,6 +60,7 @@ __all__ = [
     "empty_cache",
     "expert_blocks",
     "finish_load",
+    "formats_remark",
     "free_memory_bytes",
     "full_numel",
     "full_shape",
@@ -80,6 +84,7 @@ __all__ = [
     "read_scalars",
     "regions",
     "save_native",
+    "scalars_as_bytes",
     "share",
     "shut_down",
     "slices_remark",

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from dstrain.config import ResolvedConfig
+from dstrain.engine.formats import check_formats
 from dstrain.engine.leaf import check_leaf_modules
 from dstrain.engine.metric_schedule import guarded
 from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
 from dstrain.engine.progress_state import read_begun
 from dstrain.engine.quiet import quiet
+from dstrain.engine.scalars import clip_scalars_too, scalars_as_bytes
 from dstrain.engine.stage_zero import repair_if_needed
-from dstrain.engine.zero import ZeroThreeMark, forget_process_wide_settings
+from dstrain.engine.zero import ZeroThreeMark, forget_process_wide_settings, has_scalars
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
@@ -66,6 +68,7 @@ class Engine:
         import deepspeed
 
         check_leaf_modules(module, resolved)
+        check_formats(module, resolved, trains=trains)
         config = resolved.to_deepspeed()
         if "activation_checkpointing" in config:
             # DeepSpeed reads this block only when it is asked to, and not while it builds.
@@ -80,7 +83,8 @@ class Engine:
             keep_adagrad(optimizer)
         if resolved.has_scheduler:
             scheduler = None
-        with quiet(), adagrad_stays():
+        scalars = has_scalars(module.parameters())
+        with quiet(), adagrad_stays(), scalars_as_bytes(wanted=scalars):
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
                 model=module,
                 model_parameters=groups if optimizer is None else None,
@@ -92,6 +96,8 @@ class Engine:
         self.resolved = resolved
         # With plain fp32 and stage 0 DeepSpeed keeps no norm, so it is computed on request.
         self._norm_by_hand = resolved.stage == 0 and resolved.precision == "fp32"
+        if self._norm_by_hand and scalars:
+            clip_scalars_too(self._engine)
         self._mark = ZeroThreeMark(resolved)
         self._repair = repair_if_needed(self.optimizer) if trains else None
         # What arguments said, to be told from what training makes of it.

@@ -48,7 +48,7 @@ def read_scalars(held: Iterable[Region]) -> dict[str, dict[str, Any]]:
         numbers = {}
         for key, value in region.state.items():
             if isinstance(value, torch.Tensor):
-                if is_scalar(key, value, region.holder):
+                if region.is_number(key):
                     numbers[key] = value.item()
             elif isinstance(value, _NUMBERS):
                 numbers[key] = value

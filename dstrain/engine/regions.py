@@ -91,7 +91,7 @@ class Region:
                         "only; or use another optimizer",
                     )
                 )
-            if not isinstance(value, torch.Tensor) or is_scalar(key, value, self.holder):
+            if not isinstance(value, torch.Tensor) or self.is_number(key):
                 continue
             if value.shape != self.holder.shape:
                 raise CheckpointError(
@@ -105,6 +105,21 @@ class Region:
                 )
             keys.append(key)
         return keys
+
+    def is_number(self, key: str) -> bool:
+        """Whether a tensor of the state is a single number, such as a step count.
+
+        A parameter of shape () that has a holder of its own (stage 0) has moments of shape () too:
+        there other parameters tell, whose moments have dimensions and whose numbers have none.
+        """
+        value = self.state[key]
+        if key == "step" or value.dim() or self.holder.dim():
+            return is_scalar(key, value, self.holder)
+        for holder, state in self.optimizer.state.items():
+            other = state.get(key) if isinstance(holder, torch.Tensor) and holder.dim() else None
+            if isinstance(other, torch.Tensor):
+                return is_scalar(key, other, holder)
+        return False
 
     def read(self, key: str) -> torch.Tensor:
         """Values of the region, 1-D, on their device; a view wherever memory is contiguous."""
@@ -126,7 +141,7 @@ class Region:
 
 
 def is_scalar(key: str, value: torch.Tensor, holder: torch.Tensor) -> bool:
-    """Whether a tensor of an optimizer's state is a single number, such as a step count."""
+    """Whether a tensor in the state of a holder with dimensions is a single number."""
     if key == "step":
         return value.numel() == 1
     return value.dim() == 0 and holder.dim() > 0

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from dstrain.config import ModelFacts, ResolvedConfig
+from dstrain.engine.scalars import scalars_as_bytes
 
 
 def is_partitioned(parameter: Any) -> bool:
@@ -19,6 +20,11 @@ def is_partitioned(parameter: Any) -> bool:
 def full_shape(parameter: Any) -> tuple[int, ...]:
     """The shape of the whole parameter; a partitioned one reports (0,) itself."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+
+
+def has_scalars(parameters: Iterable[Any]) -> bool:
+    """Whether a parameter, whole or partitioned, has the shape ()."""
+    return any(full_shape(parameter) == () for parameter in parameters)
 
 
 def own_partition(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -65,7 +71,16 @@ def gathered(
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(split, modifier_rank=write_from):
+    whole = deepspeed.zero.GatheredParameters(split, modifier_rank=write_from)
+    sends_scalars = write_from is not None and has_scalars(split)
+
+    def leave(*error: Any) -> Any:
+        with scalars_as_bytes(wanted=sends_scalars):
+            return whole.__exit__(*error)
+
+    with contextlib.ExitStack() as stack:
+        whole.__enter__()
+        stack.push(leave)
         yield
 
 

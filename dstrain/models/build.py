@@ -10,7 +10,7 @@ import torch
 
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ModelError, Problem, nearest
-from dstrain.engine import ZeroThreeMark
+from dstrain.engine import ZeroThreeMark, scalars_as_bytes
 from dstrain.models.compat import StrictDataclassError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -99,7 +99,8 @@ def load_seq2seq(folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
 def _build(auto: Any, config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
     mark = ZeroThreeMark(resolved)
     try:
-        return auto.from_config(config, dtype=DTYPES[resolved.precision])
+        with scalars_as_bytes(wanted=resolved.stage == 3):
+            return auto.from_config(config, dtype=DTYPES[resolved.precision])
     finally:
         mark.close()
 
@@ -108,7 +109,8 @@ def _load(auto: Any, folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
     check_model_folder(folder)
     mark = ZeroThreeMark(resolved)
     try:
-        return auto.from_pretrained(folder, dtype=DTYPES[resolved.precision])
+        with scalars_as_bytes(wanted=resolved.stage == 3):
+            return auto.from_pretrained(folder, dtype=DTYPES[resolved.precision])
     except (OSError, ValueError) as error:
         raise ModelError(
             Problem(f"model_name_or_path={folder!r} cannot be loaded", str(error).strip())

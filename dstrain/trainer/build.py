@@ -45,16 +45,19 @@ from dstrain.engine import (
     Engine,
     ZeroThreeMark,
     build_ops,
+    check_formats,
     check_own,
     check_precision,
     device_type,
     expert_blocks,
+    formats_remark,
     is_partitioned,
     least,
     optimizer_class,
     parameter_groups,
     prepare_nvme,
     read_machine,
+    scalars_as_bytes,
     slices_remark,
     start,
 )
@@ -308,9 +311,11 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
     with ``zero_stage="auto"``, which cannot be decided before there is a model: say 3.
     """
     ranks = start_run(args)
-    mark = ZeroThreeMark(resolve_config(args, ranks))
+    resolved = resolve_config(args, ranks)
+    mark = ZeroThreeMark(resolved)
     try:
-        yield
+        with scalars_as_bytes(wanted=resolved.stage == 3):
+            yield
     finally:
         mark.close()
 
@@ -387,6 +392,17 @@ def check_passed(
         if optimizers[0] is not None or cls_and_kwargs is not None:
             value = getattr(args, name)
             logger.warning("%s=%r is without effect: your own optimizer runs", name, value)
+
+
+def check_formats_of(module: torch.nn.Module, resolved: ResolvedConfig, ranks: Ranks) -> None:
+    """Refuse parameters in formats that would be lost, and say what becomes of unusual ones.
+
+    Raises:
+        ModelError: listing them.
+    """
+    check_formats(module, resolved)
+    if ranks.is_main and (remark := formats_remark(module, resolved)):
+        logger.warning("%s", remark)
 
 
 def training_engine(

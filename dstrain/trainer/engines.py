@@ -61,8 +61,10 @@ class EngineKeeper:
 def _placed(module: torch.nn.Module, resolved: ResolvedConfig) -> torch.nn.Module:
     dtype, device = DTYPES[resolved.precision], device_name()
     module.to(device)
+    if resolved.precision == "fp32":
+        return module  # trained in the formats that it has
     for parameter in module.parameters():
         # Buffers stay as they are: rotary frequencies in 16 bits would be wrong.
-        if parameter.is_floating_point() and parameter.dtype != dtype:
+        if parameter.dtype in DTYPES.values() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     return module

@@ -178,6 +178,7 @@ class Trainer(
         check_features(self.model, self.args, device=device_type())
         # Before the model is touched: a config that cannot be used must not cost a model load.
         self.resolved: ResolvedConfig = self._resolve(None)
+        build.check_formats_of(self.model, self.resolved, self.ranks)
         check_fitting(self.args, self.resolved)
         build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
         self._check_evaluation()

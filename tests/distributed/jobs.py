@@ -28,7 +28,8 @@ def train(folder: Path, resume: Any = False, **settings: Any) -> None:
     from tests.distributed.runs import history, losses, make_trainer, whole_weights
     from tests.models import tiny_llama
 
-    model = tiny_llama(**settings.pop("model", {}))
+    build = settings.pop("build", tiny_llama)
+    model = build(**settings.pop("model", {}))
     trainer = make_trainer(folder, model=model, evaluation=0, **settings)
     trainer.train(resume)
     digest = xxhash.xxh3_64()
@@ -150,6 +151,30 @@ def topologies(folder: Path) -> dict[str, Any]:
         start = str(folder / str(number) / f"checkpoint-{SAVED_AT}")
         for place in places:
             run(place, resumed_name(saved, place), start)
+    return found
+
+
+def scalars(folder: Path) -> dict[str, Any]:
+    """The same of ``test_scalars_elsewhere``, whose model has parameters of shape ()."""
+    from tests.distributed.test_scalars_elsewhere import OPTIMIZERS, SAVED_AT, STEPS, TABLE, name_of
+    from tests.scaled import scaled_llama
+
+    found: dict[str, Any] = {}
+    for saved, places in TABLE.items():
+        start: Any = False
+        for place in (saved, *places):
+            settings = {
+                "train": 6 * STEPS, "save_strategy": "steps", "save_steps": SAVED_AT,
+                "learning_rate": 1e-2, "optim": OPTIMIZERS[saved], **place.settings,
+            }  # fmt: skip
+            name = name_of(saved, place)
+            Ranks(
+                place.ranks,
+                lambda: train(folder / name, start, build=scaled_llama, **settings),  # noqa: B023
+                folder / f"log-{name}",
+            ).wait(90)
+            found[name] = outcome_of(folder / name)["losses"]
+            start = start or str(folder / name / f"checkpoint-{SAVED_AT}")
     return found
 
 
