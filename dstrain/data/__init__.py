@@ -28,6 +28,7 @@ from dstrain.data.loader import (
 )
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.resumable import Resumable
+from dstrain.data.settle import num_shares, settle, take_over
 from dstrain.data.targets import IGNORED, Targets, TokenCount, batch_size, input_tokens, to_device
 from dstrain.data.together import in_step
 
@@ -59,10 +60,13 @@ __all__ = [
     "label_columns",
     "micro_steps",
     "num_samples",
+    "num_shares",
     "returns_loss",
     "sample_lengths",
     "set_epoch",
+    "settle",
     "source_state",
+    "take_over",
     "to_device",
     "windows",
 ]
