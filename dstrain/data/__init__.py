@@ -32,6 +32,7 @@ from dstrain.data.loss_targets import LossTargets, no_targets
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.resumable import Resumable
 from dstrain.data.samples import batch_size
+from dstrain.data.settle import num_shares, settle, take_over
 from dstrain.data.targets import TokenCount, input_tokens, to_device
 from dstrain.data.together import in_step
 
@@ -66,11 +67,14 @@ __all__ = [
     "micro_steps",
     "no_targets",
     "num_samples",
+    "num_shares",
     "returns_loss",
     "sample_lengths",
     "set_epoch",
+    "settle",
     "source_state",
     "takes_target_count",
+    "take_over",
     "to_device",
     "windows",
 ]

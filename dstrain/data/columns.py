@@ -92,3 +92,8 @@ class _ColumnFilter:
             if columns and not samples[0]:
                 raise _none_left(columns, self._keep, self._description)
         return self._collate(samples)
+
+
+def used_columns(collate: Any) -> tuple[str, ...] | None:
+    """The keys of dict samples that a collator of ``keep_columns`` leaves; None where all stay."""
+    return collate._keep if isinstance(collate, _ColumnFilter) else None

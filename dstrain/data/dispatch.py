@@ -40,6 +40,10 @@ class Dispatched(IterableDataset[Any]):
 
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
+    def __len__(self) -> int:
+        """What the source says, which on other ranks than the main one is another's."""
+        return len(self._source)  # type: ignore[arg-type]
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the source, in whichever way it can be told."""
         generator = getattr(self._source, "generator", None)

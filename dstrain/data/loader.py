@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
+from dstrain.core.ranks import is_distributed
 from dstrain.core.seeds import derived_seed
 from dstrain.data.dispatch import Dispatched
+from dstrain.data.lockstep import LocalSteps, OwnSteps, SameSteps
 from dstrain.data.noise import begin_worker
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.samples import batch_size
-from dstrain.data.stream import RankStream, StreamLoader
+from dstrain.data.stream import RankStream, StreamLoader, share_of
 
 logger = get_logger(__name__)
 
@@ -93,6 +96,7 @@ def build_loader(
 
     A map-style dataset is read through ``RankBatchSampler``; a stream through ``RankStream`` in the
     stream's own order. ``lengths`` of a map-style dataset put similar samples beside each other.
+    Nothing is read, and no other rank is asked: ``settle`` does that, before a loader is used.
 
     Raises:
         DataError: a dataset with no samples, or one that cannot be dispatched.
@@ -100,6 +104,8 @@ def build_loader(
     if options.dispatch:
         if not is_stream(dataset):
             raise _cannot_dispatch("a dataset with a length, of which every rank reads its own")
+        if share_of(dataset) is not None:
+            raise _cannot_dispatch("split_dataset_by_node: the main rank would read its part alone")
         if options.num_workers:
             raise _cannot_dispatch("dataloader_num_workers above 0: ranks must read in step")
         main = topology.rank == 0
@@ -129,12 +135,6 @@ def build_loader(
                 workers,
             )
             workers = limit
-        if topology.world_size > 8 and topology.rank == 0:
-            logger.warning(
-                "every one of the %d ranks reads the whole stream and keeps its share; for large "
-                "worlds prepare the data first (without streaming)",
-                topology.world_size,
-            )
         stream = RankStream(dataset, topology, collate, drop_last=options.drop_last)
         stream.noise_seed = seed
         if workers and options.persistent_workers:
@@ -180,13 +180,17 @@ def end_processes(loader: Any) -> None:
 
 
 def micro_steps(loader: Any) -> int | None:
-    """Micro-steps of a whole epoch, or None for a stream without a length."""
+    """Micro-steps of a whole epoch, or None for a stream without a length.
+
+    That of a stream is what it says (``__len__``); where ranks have parts of their own, the longest
+    counts.
+    """
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, RankBatchSampler):
         whole = RankBatchSampler(sampler.order, sampler.topology, drop_last=sampler.drop_last)
         return len(whole)
-    if isinstance(getattr(loader, "dataset", None), RankStream):
-        return None
+    if isinstance(stream := getattr(loader, "dataset", None), RankStream):
+        return stream.num_steps()
     try:
         return len(loader)
     except TypeError:
@@ -197,6 +201,8 @@ def num_samples(loader: Any) -> int | None:
     """Samples of the dataset behind a loader, of all ranks; None where it has no length."""
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, RankStream):
+        if dataset.split:
+            return None if None in dataset.lengths else sum(map(int, dataset.lengths))
         dataset = dataset.source
     # torch's own IterableDataset has no length; wrappers of one (a shard) keep it in `dataset`.
     for found in (dataset, getattr(dataset, "dataset", None)):
@@ -240,8 +246,8 @@ def keep_source_states(loader: Any) -> None:
 def source_state(loader: Any, samples: int) -> dict[str, Any] | None:
     """State of the stream behind a loader after ``samples`` samples of the epoch, of all ranks.
 
-    It is the same whatever the topology, and whoever reads. None where the dataset is no stream, or
-    cannot tell its position exactly.
+    It is the same whatever the topology, and whoever reads, but where each rank has a part of its
+    own. None where the dataset is no stream, or cannot tell its position exactly.
     """
     stream = getattr(loader, "dataset", None)
     return stream.state_at(samples) if isinstance(stream, RankStream) else None
@@ -260,8 +266,11 @@ def iterate(loader: Any) -> Iterator[tuple[MicroBatch, int]]:
         return
     if isinstance(loader, StreamLoader):
         stream: Any = loader.dataset
+        watch = stream.watch_length()
         for share in loader.shares():
+            watch.count()
             yield MicroBatch(share.inputs, share.num_samples), stream.topology.chunk
+        watch.end()
         return
     for inputs in loader:
         yield MicroBatch(inputs, batch_size(inputs)), 0
@@ -308,12 +317,53 @@ def windows(
     if not fetches_ahead(loader):
         yield from _counted_windows(steps, len(loader.batch_sampler) - skip, accumulation)
         return
+    in_step = _in_step(loader, steps)
+    try:
+        yield from _windows_ahead(in_step, accumulation, ahead or AheadHooks())
+    finally:
+        in_step.close()
+
+
+def _in_step(loader: Any, steps: Iterator[tuple[MicroBatch, int]]) -> LocalSteps:
+    """Micro-batches of a loader that fetches ahead, in step with the other ranks."""
+    stream = getattr(loader, "dataset", None)
+    if not is_distributed():
+        return LocalSteps(steps)
+    if not isinstance(stream, RankStream):
+        if micro_steps(loader) is not None:
+            return LocalSteps(steps)  # a length, which is the same on all ranks
+        return OwnSteps(steps, masked=stand_in_for, stand_in=lambda: None, num_samples=0)
+    if isinstance(stream.source, Dispatched):
+        return LocalSteps(steps)  # the main rank says where it ends
+    if not stream.split:
+        return SameSteps(steps)
+
+    def stand_in() -> MicroBatch | None:
+        inputs = stream.stand_in()
+        return None if inputs is None else MicroBatch(inputs, num_samples=0)
+
+    return OwnSteps(
+        steps,
+        masked=stand_in_for,
+        stand_in=stand_in,
+        num_samples=stream.topology.chunk,
+        drop_last=stream.drop_last,
+    )
+
+
+def stand_in_for(micro_batch: MicroBatch) -> MicroBatch:
+    """A micro-batch without weight; whoever takes entries out of one leaves them in the other."""
+    inputs = micro_batch.inputs
+    return MicroBatch(copy.copy(inputs) if isinstance(inputs, Mapping) else inputs, num_samples=0)
+
+
+def _windows_ahead(steps: LocalSteps, accumulation: int, hooks: AheadHooks) -> Iterator[Window]:
+    """Windows of an epoch whose length is not known: it ends where nothing more can be fetched."""
     batch: list[MicroBatch] = []
     samples = 0
-    hooks = ahead or AheadHooks()
     if hooks.before_first is not None:
         hooks.before_first()
-    coming = next(steps, None)
+    coming = steps.fetch()
     if hooks.after_first is not None:
         hooks.after_first()
     while coming is not None:
@@ -322,10 +372,13 @@ def windows(
         samples += count
         if hooks.before is not None and len(batch) == accumulation:
             hooks.before()
-        coming = next(steps, None)
+        coming = steps.fetch()
         if len(batch) == accumulation or coming is None:
+            if len(batch) < accumulation:
+                steps.check_end()  # the window of another rank would be longer
             yield Window(tuple(batch), samples, ends_epoch=coming is None)
             batch, samples = [], 0
+    steps.check_end()
 
 
 def _counted_windows(

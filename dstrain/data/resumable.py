@@ -79,11 +79,14 @@ class Resumable:
 def _steps(dataset: Any) -> str | None:
     """How a ``datasets.IterableDataset`` is made; None where its state would not be exact."""
     formatting = getattr(dataset, "_formatting", None)
-    if getattr(dataset, "_distributed", None) is not None:
-        return None  # each rank's own part, in which the position of another says nothing
     if formatting is not None and formatting.is_table:
         return None
-    return _steps_of(getattr(dataset, "_ex_iterable", None))
+    steps = _steps_of(getattr(dataset, "_ex_iterable", None))
+    part = getattr(dataset, "_distributed", None)
+    if part is None or steps is None:
+        return steps
+    # A rank's own part, in which the position of another says nothing.
+    return f"{steps}, part {part.rank} of {part.world_size} by {part.strategy}"
 
 
 def _steps_of(step: Any) -> str | None:
@@ -123,6 +126,7 @@ def _own(dataset: Any) -> Any:
         info=dataset._info.copy(),
         split=dataset._split,
         formatting=dataset._formatting,
+        distributed=dataset._distributed,
         token_per_repo_id=dataset._token_per_repo_id,
     )
     own.set_epoch(dataset.epoch)

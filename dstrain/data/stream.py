@@ -1,4 +1,8 @@
-"""Streams: every rank reads the same stream and keeps its own share, so topology never matters."""
+"""Streams: every rank reads the same stream and keeps its own share, so topology never matters.
+
+A stream that the user has split by rank is the exception: each rank uses all that its own part
+gives, so the order of samples follows from that split.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -15,9 +19,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import pin_memory as pinning
 from torch.utils.data._utils import worker as worker_module
 
+from dstrain.core.log import get_logger
+from dstrain.core.seeds import random_state, set_random_state
 from dstrain.data.noise import Noise
 from dstrain.data.order import Topology
 from dstrain.data.resumable import Resumable
+
+logger = get_logger(__name__)
 
 _UNTOLD = -1
 _END = object()
@@ -88,13 +96,22 @@ def _whole(source: Iterable[Any]) -> Iterator[Any]:
 
 
 class RankStream(IterableDataset[Any]):
-    """Micro-batches of one rank from a stream that all ranks read alike.
+    """Micro-batches of one rank, from a stream that all ranks read alike or from a part of its own.
 
     With several loader processes each reads the whole stream and takes every n-th micro-batch;
     torch's loader asks them in turn, so the order is that of one process.
 
     A stream that can tell its position is begun there after a resume; of any other, the samples
     that were used are read again and dropped.
+
+    Positions are in samples over all ranks. Where each rank has a part of its own they count every
+    micro-batch as full and the same on all ranks, so that a rank's own position follows from them.
+
+    Attributes:
+        split: whether each rank's source is a part of its own.
+        is_settled: whether that is known, and not only assumed.
+        lengths: what sources say of their length: that of this rank, or, once all ranks have told
+            each other, those of all that are read.
     """
 
     def __init__(
@@ -110,6 +127,14 @@ class RankStream(IterableDataset[Any]):
         self.topology = topology
         self.collate = collate
         self.drop_last = drop_last
+        share = share_of(source)
+        self.split = share is not None and share[1] == topology.world_size
+        self.is_settled = False
+        self.lengths = [length_of(source)]
+        self._watch: LengthWatch | None = None
+        self._first: list[Any] = []  # of an iteration that has begun, in the epoch _first_epoch
+        self._iteration: Iterator[Any] | None = None
+        self._first_epoch = _UNTOLD
         self._position = torch.tensor([_UNTOLD, 0])  # epoch and start
         self.noise_seed = 0  # of loader processes; the loader's builder sets it
         self.keeps_states = False  # where a checkpoint may want to know the source's position
@@ -117,6 +142,75 @@ class RankStream(IterableDataset[Any]):
         self._begin: tuple[int, int, dict[str, Any]] | None = None  # epoch, start, source's state
         # Of the last micro-batches: the loop is one or two behind what it was given.
         self._states: deque[tuple[int, dict[str, Any] | bytes | None]] = deque(maxlen=4)
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of this rank's source that a micro-step takes."""
+        return self.topology.micro_batch if self.split else self.topology.chunk
+
+    @property
+    def num_readers(self) -> int:
+        """Ranks whose samples the positions of this one's source are counted with."""
+        return self.topology.world_size if self.split else 1
+
+    def num_steps(self) -> int | None:
+        """Micro-steps of an epoch, by what sources say of their length; None where one does not."""
+        lengths = [length for length in self.lengths if length is not None]
+        if len(lengths) < len(self.lengths):
+            return None
+        if self.drop_last:  # the first rank without a full micro-batch ends the epoch
+            return min(length // self.step_samples for length in lengths)
+        return max(-(-length // self.step_samples) for length in lengths)
+
+    def watch_length(self) -> LengthWatch:
+        """Counts the micro-steps of the epoch that is about to be read, against what was told."""
+        own = self.lengths[self.topology.rank if len(self.lengths) > 1 else 0]
+        size, start = self.step_samples, int(self._position[1]) // self.num_readers
+        left = 0 if own is None else max(0, own - start)
+        if self._watch is None:
+            tells = own is not None and (self.split or self.topology.rank == 0)
+            self._watch = LengthWatch(type(self.source).__name__, length=own or 0, tells=tells)
+        self._watch.begin(left // size if self.drop_last else -(-left // size))
+        return self._watch
+
+    def look(self, *, epoch: int, at_most: int) -> list[Any] | None:
+        """The first samples of an epoch; reading it goes on after them, unless ``forget_look``.
+
+        None where they cannot be read a second time, because the source has a single iteration.
+        """
+        if self._iteration is not None and self.is_iterator:
+            return None  # asked for another iteration it may begin anew, or go on
+        self._tell_source(epoch)
+        iteration = iter(self._reader())
+        if iteration is self._iteration:
+            return None
+        self._iteration, self._first_epoch = iteration, epoch
+        self._first = list(islice(iteration, at_most))
+        return self._first
+
+    @property
+    def is_iterator(self) -> bool:
+        """Whether the source is its own iterator, so that what is read of it is gone."""
+        return hasattr(self._reader(), "__next__")
+
+    def forget_look(self) -> None:
+        """Begin anew where that can be: another iteration, which can be in another process."""
+        if self._iteration is None or self.is_iterator:
+            return
+        if iter(self._reader()) is not self._iteration:
+            self._iteration, self._first = None, []
+
+    def stand_in(self) -> Any:
+        """Inputs that carry no weight, for a rank that has used up its part; None of an empty one.
+
+        Read from the beginning of the source.
+        """
+        state = random_state()
+        try:
+            first = list(islice(self._reader(), 1))
+            return self.collate(first) if first else None
+        finally:
+            set_random_state(state)
 
     def share_position(self) -> None:
         """Let loader processes that outlive an epoch see what ``set_epoch`` says of the next."""
@@ -130,7 +224,8 @@ class RankStream(IterableDataset[Any]):
         self._position.copy_(torch.tensor([epoch, start]))
         self._begin = (epoch, start, state) if start and state is not None else None
         self._states.clear()
-        self._tell_source(epoch)
+        if self._iteration is None or epoch != self._first_epoch:  # else it knows, and has begun
+            self._tell_source(epoch)
 
     def state_at(self, samples: int) -> dict[str, Any] | None:
         """The source's state after ``samples`` samples of the epoch; None where it is not known.
@@ -164,7 +259,9 @@ class RankStream(IterableDataset[Any]):
         if worker and epoch != _UNTOLD:
             self._tell_source(epoch)
         begun = self._load(epoch, start)
-        samples = _whole(self._reader()) if worker else iter(self._reader())
+        samples = self._samples(epoch, begins_inside=begun, in_worker=worker is not None)
+        size = self.step_samples
+        start //= self.num_readers  # of this rank's source, as all positions here
         position = start if begun else 0
         tells = self.keeps_states and self._resumable is not None
         step = 0
@@ -173,25 +270,37 @@ class RankStream(IterableDataset[Any]):
             if worker:  # also for what is left out: the source may draw random numbers too
                 Noise(self.noise_seed, epoch, self.topology.rank, position).sow()
             used = max(0, start - position)
-            chunk = list(islice(samples, min(used, self.topology.chunk) or self.topology.chunk))
+            chunk = list(islice(samples, min(used, size) or size))
             if begun and self._resumable is not None:
                 self._resumable.begun()
                 begun = False
             position += len(chunk)
             if not chunk:
                 return
+            told = (position if not self.split else -(-position // size) * size) * self.num_readers
             if tells and not worker:
-                self._states.append((position, self._state()))
+                self._states.append((told, self._state()))
             if used:
                 continue
-            if self.drop_last and len(chunk) < self.topology.chunk:
+            if self.drop_last and len(chunk) < size:
                 return
             if step % turns == turn:
                 share = self.topology.share(len(chunk))
-                mine = [chunk[i] for i in share]
+                mine = chunk if self.split else [chunk[i] for i in share]
                 part = Share(self.collate(mine or chunk[:1]), len(mine))
-                yield Told(part, position, _pickled(self._state())) if worker and tells else part
+                yield Told(part, told, _pickled(self._state())) if worker and tells else part
             step += 1
+
+    def _samples(self, epoch: int, *, begins_inside: bool, in_worker: bool) -> Iterator[Any]:
+        """The samples of an epoch; those that were looked at are not lost."""
+        first, begun, self._first = self._first, self._iteration, []
+        if begun is not None and not in_worker:
+            self._iteration = None
+            if epoch == self._first_epoch and not begins_inside:
+                return chain(first, begun)
+        samples = _whole(self._reader()) if in_worker else iter(self._reader())
+        is_begun = begun is not None and (in_worker or samples is begun)
+        return chain(first, samples) if is_begun else samples
 
     def _state(self) -> dict[str, Any] | None:
         return None if self._resumable is None else self._resumable.state()
@@ -219,6 +328,63 @@ class StreamLoader(DataLoader[Any]):
         stream: Any = self.dataset
         for part in super().__iter__():
             yield stream.note(part) if isinstance(part, Told) else part
+
+
+class LengthWatch:
+    """Warns where a stream gives more or fewer samples than its ``__len__`` says."""
+
+    def __init__(self, name: str, *, length: int, tells: bool) -> None:
+        """Args: name of the stream's class, length that it says, whether to warn at all, once."""
+        self._name, self._length, self._tells = name, length, tells
+        self._left = 0
+
+    def begin(self, num_steps: int) -> None:
+        """Begin an epoch, or go on inside of it: the micro-steps that are still to come."""
+        self._left = num_steps
+
+    def count(self) -> None:
+        """One more micro-step."""
+        self._left -= 1
+        if self._tells and self._left < 0:
+            self._warn(
+                "and gives more: epochs are longer than the schedule was made for, which ends "
+                "after as many steps as its length says, wherever the data is then"
+            )
+
+    def end(self) -> None:
+        """The epoch is over."""
+        if self._tells and self._left > 0:
+            self._warn(
+                "and gives fewer: the run ends after its epochs, in fewer steps than the schedule "
+                "was made for"
+            )
+
+    def _warn(self, what: str) -> None:
+        self._tells = False
+        logger.warning(
+            "%s says that it has %d samples, %s. Mend its __len__, or set max_steps",
+            self._name,
+            self._length,
+            what,
+        )
+
+
+def share_of(source: Any) -> tuple[int, int] | None:
+    """Which part of how many a ``datasets.IterableDataset`` was made by ``split_dataset_by_node``.
+
+    None of a whole one, and of any other source.
+    """
+    found = getattr(source, "_distributed", None)
+    number = getattr(found, "world_size", 1)
+    return (int(found.rank), int(number)) if found is not None and number > 1 else None
+
+
+def length_of(source: Any) -> int | None:
+    """What a source says of its length, if anything."""
+    try:
+        return len(source)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _pickled(state: dict[str, Any] | None) -> bytes | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PendingSum, is_distributed
-from dstrain.data.loader import MicroBatch, iterate
+from dstrain.data.loader import MicroBatch, iterate, stand_in_for
 from dstrain.data.order import RankBatchSampler
 
 
@@ -43,10 +43,10 @@ def in_step(loader: Any, *, device: Any) -> Iterator[tuple[MicroBatch, bool]]:
         )
     while number:
         if coming is not None:
-            present = coming
+            present, spare = coming, stand_in_for(coming)
             coming = next(batches, None)
         else:
-            present = MicroBatch(present.inputs, num_samples=0)
+            present = stand_in_for(spare)
         number = _how_many(coming is not None, device)
         yield present, not number
 

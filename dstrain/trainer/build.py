@@ -40,6 +40,7 @@ from dstrain.data import (
     label_columns,
     micro_steps,
     sample_lengths,
+    settle,
 )
 from dstrain.engine import (
     Engine,
@@ -320,17 +321,31 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
         mark.close()
 
 
-def check_shared_out(loader: Any, ranks: Ranks, *, method: str) -> None:
-    """Refuse a user's own loader that would feed every rank the same samples.
+def check_shared_out(
+    loader: Any, ranks: Ranks, *, method: str, epoch: int = 0, shares: int | None = None
+) -> None:
+    """See to it that every sample is on one rank; a collective of all ranks.
+
+    Args:
+        loader: what the method returned.
+        ranks: this process among the others.
+        method: which made it.
+        epoch: which will be read first.
+        shares: in how many parts the data came when the run was saved, where that is known.
 
     Raises:
         DataError: more than one rank, and a loader that neither dstrain made nor a sampler with
-            ``num_replicas`` shares out.
+            ``num_replicas`` shares out; or data that is not the same on all ranks, and cannot be
+            used as it is.
     """
+    if is_ours(loader):
+        what = "the training data" if "train" in method else "the evaluation data"
+        settle(loader, what=what, epoch=epoch, shares=shares)
+        return
     parts = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
     inner = getattr(parts[2], "sampler", None)
     shared = any(hasattr(part, "num_replicas") for part in (*parts, inner))
-    if ranks.world_size == 1 or is_ours(loader) or shared:
+    if ranks.world_size == 1 or shared:
         return
     raise DataError(
         Problem(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from dstrain.core.errors import DataError, Problem
+from dstrain.core.ranks import all_or_none
 from dstrain.data import end_processes
+from dstrain.trainer import build
 
 
 class EvalLoaderHooks:
     """The methods of transformers' Trainer about the data of an evaluation."""
 
     eval_dataset: Any
+    ranks: Any
     _loader: Any
     _eval_loaders: Mapping[str | None, tuple[Any, Any]] = MappingProxyType({})
 
@@ -57,6 +60,17 @@ class EvalLoaderHooks:
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """This rank's loader of ``predict``."""
         return self._loader(test_dataset, train=False)
+
+    def _agreed_loader(self, make: Callable[[], Any], *, method: str) -> Any:
+        """The loader of an evaluation, once all ranks have one of the same data; a collective.
+
+        Raises:
+            DataError: one has none, or other data; on all ranks.
+        """
+        with all_or_none():
+            loader = make()
+        build.check_shared_out(loader, self.ranks, method=method)
+        return loader
 
     def _release_eval_loaders(self) -> None:
         """End the processes of loaders that were kept."""

@@ -112,8 +112,9 @@ class EvaluationHooks(EvalLoaderHooks):
             for name, part in parts.items():
                 results |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return results
-        loader = self.get_eval_dataloader(eval_dataset)
-        build.check_shared_out(loader, self.ranks, method="get_eval_dataloader")
+        loader = self._agreed_loader(
+            lambda: self.get_eval_dataloader(eval_dataset), method="get_eval_dataloader"
+        )
         self._memory.start("eval")
         started = time.time()
         with KeyValueCache(self.model).off():  # for loops of a subclass, too
@@ -150,8 +151,9 @@ class EvaluationHooks(EvalLoaderHooks):
             them. Shorter rows are padded with -100. Other ranks have arrays of the same kind
             without rows, and the same metrics.
         """
-        loader = self.get_test_dataloader(test_dataset)
-        build.check_shared_out(loader, self.ranks, method="get_test_dataloader")
+        loader = self._agreed_loader(
+            lambda: self.get_test_dataloader(test_dataset), method="get_test_dataloader"
+        )
         self._memory.start("test")
         started = time.time()
         with KeyValueCache(self.model).off():

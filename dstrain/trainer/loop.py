@@ -24,6 +24,7 @@ from dstrain.data import (
     is_ours,
     keep_source_states,
     no_targets,
+    num_shares,
     set_epoch,
     source_state,
     windows,
@@ -119,7 +120,11 @@ class TrainLoop:
         self._note(self._meter.read())
 
     def _is_over(self) -> bool:
-        return self.progress.step >= self.plan.max_steps or self.control.should_training_stop
+        epochs = self.plan.num_epochs
+        over = epochs is not None and self.progress.epoch >= epochs
+        return (
+            over or self.progress.step >= self.plan.max_steps or self.control.should_training_stop
+        )
 
     def _take_up(self, position: Position) -> None:
         """Go on from a checkpoint's position."""
@@ -364,6 +369,7 @@ class TrainLoop:
             meters=gather_objects(self._meter.state()),
             random_ahead=None if ended or epoch_is_over else self._random_ahead,
             source=None if ended or epoch_is_over else self._source(),
+            shares=num_shares(self.loader),
             due=due,
         )
         self.hooks.save_in_training(position)
@@ -480,4 +486,7 @@ class TrainLoop:
             return self.progress.epoch + min(1.0, self.progress.step / self.plan.max_steps)
         if window.ends_epoch:
             return self.progress.epoch + 1.0
-        return self.progress.epoch + self.progress.steps_in_epoch / self.plan.steps_per_epoch
+        # A stream may give more than it says.
+        return self.progress.epoch + min(
+            1.0, self.progress.steps_in_epoch / self.plan.steps_per_epoch
+        )

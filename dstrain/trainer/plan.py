@@ -62,6 +62,8 @@ class RunPlan:
         log_every: steps between logs, 0 when logging goes by other events.
         eval_on_start: evaluate once before the first step.
         saves: whether checkpoints may be written, so that random states must be kept.
+        num_epochs: epochs after which the run ends, however many steps these had; None where steps
+            alone count.
         empty_cache_steps: steps between two clearances of the device's memory cache; 0 for none.
     """
 
@@ -74,6 +76,7 @@ class RunPlan:
     eval_on_start: bool = False
     saves: bool = False
     empty_cache_steps: int = 0
+    num_epochs: int | None = None
 
 
 @dataclass

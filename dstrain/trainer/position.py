@@ -58,7 +58,10 @@ class Position:
         random_ahead: this rank's random state before it fetched the first micro-batch of the next
             window; None where it has fetched none.
         source: state of the stream behind the loader after the epoch's samples so far; None where
-            there is none, and those samples must be read again.
+            there is none, and those samples must be read again. Of this rank's part, where each
+            has one of its own.
+        shares: in how many parts the data came: as many as ranks where the user had split it by
+            rank, else 1; None where a checkpoint does not say.
         due: the evaluation that a signal ended at this very point; None for most positions.
     """
 
@@ -73,17 +76,36 @@ class Position:
     meters: list[dict[str, float]]
     random_ahead: dict[str, Any] | None = None
     source: dict[str, Any] | None = None
+    shares: int | None = None
     due: Due | None = None
 
     def shared(self) -> dict[str, Any]:
         """The part that is the same on all ranks, as plain values."""
         values = asdict(replace(self, random_ahead=None, source=None))
         del values["random_ahead"]
-        return values | {"source": self.source if is_plain(self.source) else None}
+        source = None if self.is_split else self.source
+        return values | {"source": source if is_plain(source) else None}
 
     def own(self) -> dict[str, Any]:
-        """The part of this rank: its random state now, and before what it has fetched."""
-        return {"random": random_state(), "random_ahead": self.random_ahead}
+        """The part of this rank: its random state now, and before what it has fetched.
+
+        And the state of its own part of the data, where it has one.
+        """
+        own: dict[str, Any] = {"random": random_state(), "random_ahead": self.random_ahead}
+        if self.is_split and self.source is not None and is_plain(self.source):
+            own["source"] = self.source
+        return own
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each rank has a part of the data of its own."""
+        return (self.shares or 1) > 1
+
+    @property
+    def is_inside_epoch(self) -> bool:
+        """Whether samples of an epoch are still to come that others of it have been used of."""
+        ends = self.due is not None and self.due.event == "on_epoch_end"
+        return bool(self.progress.samples_in_epoch) and not self.epoch_is_over and not ends
 
     @staticmethod
     def of(shared: dict[str, Any]) -> Position:

@@ -25,10 +25,13 @@ from dstrain.checkpoint import (
     wanted_checkpoint,
 )
 from dstrain.config.explain import as_record
-from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.errors import CheckpointError, DataError, Problem
 from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks
 from dstrain.core.seeds import seed_rank
+from dstrain.data import is_ours, is_stream, num_shares
 from dstrain.engine import Engine
+from dstrain.trainer import build
 from dstrain.trainer.position import Position, Resumption
 
 if TYPE_CHECKING:
@@ -108,6 +111,51 @@ def steps_in_all(start: Start, *, max_steps: int, per_epoch: int | None, batch: 
     return progress.step + max(0, max_steps - done)
 
 
+def check_shares(loader: Any, ranks: Ranks, start: Start | None) -> None:
+    """See to it that every sample is on one rank, and that a run can go on inside of an epoch.
+
+    A collective of all ranks.
+
+    Raises:
+        DataError: the data is not the same on all ranks, and cannot be used as it is; or the order
+            of what was used of an epoch says nothing of what is left, as ranks have other parts.
+    """
+    position = None if start is None else start.position
+    same_ranks = start is not None and start.manifest.world_size == ranks.world_size
+    inside = position is not None and position.is_inside_epoch
+    build.check_shared_out(
+        loader,
+        ranks,
+        method="get_train_dataloader",
+        epoch=0 if position is None else position.progress.epoch,
+        shares=position.shares if inside and same_ranks and position is not None else None,
+    )
+    if start is None or position is None:
+        return
+    there, here = position.shares or 1, num_shares(loader)
+    if there == here:
+        return
+    said = [f"{n} parts, one for each rank" if n > 1 else "whole" for n in (there, here)]
+    what = f"the data came {said[0]} in the checkpoint, and comes {said[1]} in this run"
+    if inside:
+        raise DataError(
+            Problem(
+                what,
+                "what is left of an epoch is another in each part",
+                f"resume on {start.manifest.world_size} ranks with the data split as then; or set "
+                "ignore_data_skip, which begins the epoch anew",
+            )
+        )
+    if ranks.is_main:
+        logger.warning("%s: samples come in another order", what)
+
+
+def num_epochs(loader: Any, args: TrainingArguments, per_epoch: int | None) -> int | None:
+    """Epochs after which a run ends where a stream says its length, which may be wrong."""
+    tells = is_ours(loader) and is_stream(loader.dataset) and per_epoch is not None
+    return math.ceil(args.num_train_epochs) if tells and args.max_steps <= 0 else None
+
+
 def resume(trainer: Trainer, engine: Engine, start: Start) -> Resumption:
     """Load a checkpoint into a fresh engine and the trainer's state; a collective of all ranks.
 
@@ -118,6 +166,8 @@ def resume(trainer: Trainer, engine: Engine, start: Start) -> Resumption:
     with holding(start.folder):
         allowed = _reader(trainer).unpickles
         restored = load_into(engine, start.folder, start.manifest, ranks, unpickles=allowed)
+    if position.is_split and restored.own is not None:
+        position = replace(position, source=restored.own.get("source"))
     _restore_state(trainer, start)
     batch = trainer.resolved.global_batch_size
     if batch != start.global_batch_size:

@@ -396,7 +396,7 @@ class Trainer(
         self.resolved = self._resolve(None)  # arguments may have changed since the last time
         with all_or_none():
             loader = self.get_train_dataloader()
-            build.check_shared_out(loader, self.ranks, method="get_train_dataloader")
+        saving.check_shares(loader, self.ranks, start)
         # Accumulation may come from the user's DeepSpeed config, so it is read after resolving.
         max_steps, per_epoch = build.training_steps(loader, self.args, self.resolved.accumulation)
         require_equal("the length of the training data", (max_steps, per_epoch), DataError)
@@ -429,6 +429,7 @@ class Trainer(
             eval_on_start=self.args.eval_on_start,
             saves=self._writer is not None or self.args.preemption != "ignore",
             empty_cache_steps=self.args.torch_empty_cache_steps or 0,
+            num_epochs=saving.num_epochs(loader, self.args, per_epoch),
             log_every=int(self.state.logging_steps) if self.args.logging_strategy == "steps" else 0,
         )
         return TrainLoop(

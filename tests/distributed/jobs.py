@@ -203,3 +203,33 @@ def streams(folder: Path) -> dict[str, Any]:
         found[name] = {**outcome_of(at), "read": READ.value}
         start = str(folder / "whole" / f"checkpoint-{SAVED_AT}")
     return found
+
+
+# --- data that was split by rank -----------------------------------------------------------------
+
+
+def split(folder: Path) -> dict[str, Any]:
+    """What is said where two ranks' parts were saved, and three ranks' parts go on."""
+    from dstrain.core.errors import DataError
+    from tests.distributed.test_split_data import EVEN, Part, trainer_of
+
+    found: dict[str, Any] = {}
+
+    def run(name: str, resume: Any, **settings: Any) -> None:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        trainer = trainer_of(folder / name, Part(rank, world_size, EVEN), **settings)
+        said = ""
+        try:
+            trainer.train(resume)
+        except DataError as error:
+            said = str(error)
+        if not rank:
+            (folder / f"{name}.txt").write_text(said)
+
+    saving = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6}
+    Ranks(2, lambda: run("two", False, **saving), folder / "log").wait(60)
+    for name, step in (("inside", 6), ("between", 12)):
+        start = str(folder / "two" / f"checkpoint-{step}")
+        Ranks(3, lambda: run(name, start, max_steps=16), folder / "log").wait(60)  # noqa: B023
+        found[name] = (folder / f"{name}.txt").read_text()
+    return found

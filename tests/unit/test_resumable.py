@@ -271,13 +271,63 @@ def test_a_state_of_another_stream_is_left_aside():
     [
         from_shards().with_format("arrow"),
         from_shards().map(later),
-        split_dataset_by_node(from_shards(), rank=0, world_size=2),
         [1, 2],
     ],
-    ids=["tables", "asynchronous", "distributed", "no stream"],
+    ids=["tables", "asynchronous", "no stream"],
 )
 def test_what_cannot_tell_its_position_exactly(dataset):
     assert Resumable.of(dataset) is None
+
+
+PARTS = {
+    "samples": lambda: from_shards().map(lambda row: {"x": row["x"]}),
+    "shards": lambda: from_shards(),
+    "rows of tables": lambda: datasets.Dataset.from_dict(
+        {"x": list(range(45))}
+    ).to_iterable_dataset(num_shards=5),
+    "buffers": lambda: from_shards().shuffle(seed=1, buffer_size=4),
+}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("kind", PARTS)
+def test_parts_of_ranks_begin_where_each_was(kind, world_size):
+    """Split by node, in whichever way: each rank's own state, also with other micro-batches."""
+
+    def part(rank):
+        loader = build_loader(
+            split_dataset_by_node(PARTS[kind](), rank=rank, world_size=world_size),
+            Topology(2, world_size, rank),
+            as_list,
+            SERIAL,
+            seed=7,
+            shuffle=True,
+        )
+        keep_source_states(loader)
+        return loader
+
+    for rank in range(world_size):
+        (whole := part(rank)), set_epoch(whole, 1)
+        steps = list(windows(whole, 1))
+        samples = [s["x"] for w in steps for m in w.micro_batches for s in m.inputs]
+        expected = [row["x"] for row in _of_epoch(whole.dataset.source, 1)]
+        assert samples == expected
+        for done in range(1, len(steps)):
+            (again := part(rank)), set_epoch(again, 1)
+            going = windows(again, 1)
+            for _ in range(done):
+                used = next(going).num_samples
+            position = used * done
+            state = json.loads(json.dumps(encode(source_state(again, position), where="")))
+            later = part(rank)
+            set_epoch(later, 1, start=position, source=decode(state))
+            rest = [s["x"] for w in windows(later, 1) for m in w.micro_batches for s in m.inputs]
+            assert rest == samples[2 * done :]
+
+
+def _of_epoch(source, epoch):
+    source.set_epoch(epoch)
+    return source
 
 
 def test_states_are_kept_for_checkpoints_only():

@@ -1,0 +1,210 @@
+"""Micro-batches of all ranks in step during training: no rank waits for one that has none left.
+
+Where data has no length that all ranks know, one may end before another, and would go to an
+evaluation or the next epoch while the other waits for it in a backward pass. Ranks tell each other
+on their hosts, beside training's own collectives, whether they have one more micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.core.ranks import PATIENCE, gather_objects
+
+Step = tuple[Any, int]  # a micro-batch, and its samples over all ranks
+
+
+class LocalSteps:
+    """Micro-batches of one rank alone, or of data whose length all ranks know."""
+
+    def __init__(self, steps: Iterator[Step]) -> None:
+        """Args: this rank's micro-batches."""
+        self._steps = steps
+
+    def fetch(self) -> Step | None:
+        """The next micro-batch; None at the end."""
+        return next(self._steps, None)
+
+    def check_end(self) -> None:
+        """To be called where a window is shorter than others, and after the last one."""
+
+    def close(self) -> None:
+        """Give back what was taken for this epoch."""
+
+
+class _TogetherSteps(LocalSteps):
+    """Ranks that tell each other, in a process group of their hosts, what each has."""
+
+    def __init__(self, steps: Iterator[Step]) -> None:
+        """Form the group; a collective of all ranks."""
+        import torch.distributed as dist
+
+        super().__init__(steps)
+        self._world_size = dist.get_world_size()
+        self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._failure: Exception | None = None
+
+    def _next(self) -> Step | None:
+        """The next micro-batch; an error of the data is kept until all ranks know of it."""
+        try:
+            return next(self._steps, None)
+        except Exception as error:  # of a dataset of the user's own, anything
+            self._failure = error
+            return None
+
+    def _begin_telling(self, have: bool) -> tuple[Any, torch.Tensor]:
+        """Start adding up how many ranks have one more, and how many have failed."""
+        import torch.distributed as dist
+
+        told = torch.tensor([int(have), int(self._failure is not None)])
+        return dist.all_reduce(told, group=self._group, async_op=True), told
+
+    def _end_telling(self, telling: tuple[Any, torch.Tensor]) -> int:
+        """How many ranks have one more.
+
+        Raises:
+            Exception: on a rank whose data has failed.
+            DataError: on the others.
+        """
+        work, told = telling
+        work.wait()
+        number, num_failed = told.tolist()
+        if num_failed:
+            self._raise_together()
+        return number
+
+    def _raise_together(self) -> None:
+        mine = self._failure
+        said = None if mine is None else f"{type(mine).__name__}: {mine}"
+        every = gather_objects(said, group=self._group)
+        if mine is not None:
+            raise mine
+        rank = next(rank for rank, text in enumerate(every) if text is not None)
+        raise DataError(Problem(f"reading the training data failed on rank {rank}", every[rank]))
+
+    def close(self) -> None:
+        """Give the group back."""
+        import torch.distributed as dist
+
+        with contextlib.suppress(ValueError):  # all groups are gone where ranks meet anew
+            dist.destroy_process_group(self._group)
+
+
+class SameSteps(_TogetherSteps):
+    """Shares of a stream that all ranks read alike: none is waited for, but the end is checked.
+
+    What a rank tells of a micro-batch is looked at when it asks for the one after. So ranks that
+    end at different places find out between two steps, and each raises the same error.
+    """
+
+    def __init__(self, steps: Iterator[Step]) -> None:
+        """Args: this rank's micro-batches, in as many steps as those of the other ranks."""
+        super().__init__(steps)
+        self._telling: tuple[Any, torch.Tensor] | None = None
+
+    def fetch(self) -> Step | None:
+        """The next micro-batch; None at the end, or where reading has failed.
+
+        Raises:
+            DataError: streams do not end together.
+        """
+        self.check_end()
+        step = self._next()
+        self._telling = self._begin_telling(step is not None)
+        return step
+
+    def check_end(self) -> None:
+        """Wait until all ranks have told whether they have the micro-batch fetched last.
+
+        Raises:
+            DataError: only some have; on all ranks.
+        """
+        if self._telling is None:
+            return
+        telling, self._telling = self._telling, None
+        number = self._end_telling(telling)
+        if number not in (0, self._world_size):
+            raise DataError(
+                Problem(
+                    f"the stream ended on {self._world_size - number} of {self._world_size} ranks, "
+                    "and goes on on the others",
+                    "all ranks must read the same samples; the streams began alike, or could not "
+                    "be compared",
+                    "give all ranks the same stream, or split it so that the first samples of each "
+                    "rank are others (split_dataset_by_node); dispatch_batches=True lets one rank "
+                    "read for all",
+                )
+            )
+
+    def close(self) -> None:
+        """Give the group back, once what was told has arrived: every rank has told as much."""
+        if self._telling is not None:
+            self._telling[0].wait()
+        super().close()
+
+
+class OwnSteps(_TogetherSteps):
+    """Parts of data that ranks have of their own, until the last of them ends.
+
+    A rank that has used its part up passes stand-ins that carry no weight.
+    """
+
+    def __init__(
+        self,
+        steps: Iterator[Step],
+        *,
+        masked: Callable[[Any], Any],
+        stand_in: Callable[[], Any | None],
+        num_samples: int,
+        drop_last: bool = False,
+    ) -> None:
+        """Form the group; a collective of all ranks.
+
+        Args:
+            steps: of this rank.
+            masked: makes a micro-batch without weight of another.
+            stand_in: a micro-batch for a rank that had used up its part before; None of an empty
+                part.
+            num_samples: samples over all ranks of a stand-in's micro-step.
+            drop_last: end with the first rank instead.
+        """
+        super().__init__(steps)
+        self._masked, self._stand_in, self._drop_last = masked, stand_in, drop_last
+        self._num_samples = num_samples
+        self._last: Any = None
+
+    def fetch(self) -> Step | None:
+        """The next micro-batch or stand-in; None when no rank has one.
+
+        Raises:
+            DataError: a rank has no sample at all; on all ranks.
+        """
+        is_first = self._last is None
+        step = self._next()
+        number = self._end_telling(self._begin_telling(step is not None))
+        if number == 0 or (self._drop_last and number < self._world_size):
+            return None
+        if step is not None:
+            self._last = self._masked(step[0])  # before anyone changes it
+        if is_first and number < self._world_size:
+            self._find_stand_ins()
+        return (self._masked(self._last), self._num_samples) if step is None else step
+
+    def _find_stand_ins(self) -> None:
+        """At the first step, where some rank has nothing: a stand-in for it."""
+        if self._last is None:
+            self._last = self._stand_in()
+        number = self._end_telling(self._begin_telling(self._last is not None))
+        if number < self._world_size:
+            raise DataError(
+                Problem(
+                    f"only {number} of {self._world_size} ranks have training data",
+                    "a rank without a sample cannot take part in the forward passes of the others",
+                    "give every rank at least one sample, or the same data on all ranks",
+                )
+            )
