@@ -24,7 +24,7 @@ from dstrain.data import (
     source_state,
     windows,
 )
-from dstrain.data.stream import Told
+from dstrain.data.stream import Share, Told
 from dstrain.trainer.position import Position
 
 SERIAL = LoaderOptions()
@@ -186,8 +186,8 @@ def test_what_loader_processes_send_is_pinned():
         def pin_memory(self) -> str:
             return "pinned"
 
-    told = Told({"a": Batch()}, 3, b"state").pin_memory()
-    assert told == Told({"a": "pinned"}, 3, b"state")
+    told = Told(Share({"a": Batch()}, 2), 3, b"state").pin_memory()
+    assert told == Told(Share({"a": "pinned"}, 2), 3, b"state")
 
 
 def test_what_a_loader_process_cannot_send_is_not_known():
