@@ -286,8 +286,12 @@ class TrainLoop:
     def _forward_backward(self, micro_batch: MicroBatch, index: int, *, last: bool) -> torch.Tensor:
         """Run one micro-batch; returns its mean loss, or the parts of one that has several."""
         step, inputs = self.micro_step, micro_batch.inputs
-        counts: tuple[int, ...] = (0,)
-        if not micro_batch.masked:
+        assert step.weights is not None
+        if self.targets.settled:
+            counts = step.weights.counts[index]
+        elif micro_batch.masked:
+            counts = (0,)
+        else:
             counts = self.targets.counts(inputs, micro_batch.num_samples)
         if not any(counts):
             inputs = self.targets.without_ignored(inputs)
