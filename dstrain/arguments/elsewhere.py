@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import no_effect, refused
+from dstrain.arguments.treatment import implemented, no_effect, refused
 
 _NO_FSDP = "ZeRO partitions the model here, not FSDP"
 _ZERO_FOR_FSDP = (
@@ -52,8 +52,13 @@ class ElsewhereArguments:
     )
     ddp_broadcast_buffers: bool | None = arg(
         None,
-        "broadcast_buffers of DistributedDataParallel.",
-        treatment=no_effect(f"{_NO_DDP}, and buffers are broadcast once, at the start"),
+        "Send the main rank's buffers that training changes (running statistics of BatchNorm, "
+        "moving averages) to all ranks, as DistributedDataParallel does. None is yes. False lets "
+        "each rank train and evaluate with its own; saved is the main rank's.",
+        treatment=implemented(
+            "once per optimizer step, after its micro-batches; models whose buffers never change "
+            "pay nothing"
+        ),
     )
     use_mps_device: bool = arg(
         False,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dstrain.checkpoint.folders import STATE
 from dstrain.core.ranks import Ranks
-from dstrain.engine import Engine, Region, full_shape, read_scalars, regions, share
+from dstrain.engine import Engine, Region, Slot, full_shape, read_scalars, regions, share
 from dstrain.models import DTYPES, HostCopies, Stored
 
 BUFFERS = f"{STATE}/buffers.safetensors"
+OTHER_BUFFERS = f"{STATE}/other_buffers.safetensors"
 RUN = f"{STATE}/run.json"
 
 
@@ -24,6 +26,11 @@ def slice_file(rank: int) -> str:
 def rank_file(rank: int) -> str:
     """Path of what else only one rank knows, in JSON."""
     return f"{STATE}/rank-{rank:05d}.json"
+
+
+def buffer_file(rank: int) -> str:
+    """Path of the buffers that a rank has for itself."""
+    return f"{STATE}/rank-{rank:05d}-buffers.safetensors"
 
 
 def is_of_a_rank(name: str) -> bool:
@@ -88,6 +95,24 @@ def buffers(module: torch.nn.Module) -> list[Stored]:
     """The module's persistent buffers."""
     persistent = module.state_dict(keep_vars=True)
     return [Stored.of(n, b) for n, b in module.named_buffers() if n in persistent]
+
+
+def copied(tensors: list[Stored], copies: HostCopies | None, kind: str = "buffer") -> list[Stored]:
+    """The same in host memory of their own, so that training can go on; as is without ``copies``.
+
+    Args:
+        tensors: what to copy.
+        copies: makes the copies.
+        kind: tells them from other tensors of the same names.
+    """
+    if copies is None:
+        return tensors
+    return [Stored.of(s.name, copies.copy(f"{kind}/{s.name}", s.load())) for s in tensors]
+
+
+def in_slots(slots: Sequence[Slot]) -> list[Stored]:
+    """Buffers of a module by their places in it."""
+    return [Stored.of(slot.name, slot.tensor.detach()) for slot in slots]
 
 
 def _stored(region: Region, key: str) -> Stored:

@@ -97,6 +97,7 @@ def bring_in(
         files = _write(found, staging, shared, documents, on_tensor)
         files |= _copy_model_files(source, staging)
         ranks = _copy_random_states(source, staging, len(found.partitions)) if own else {}
+        ranks |= _copy_buffers(source, staging, len(found.partitions)) if own else {}
         manifest = Manifest(
             step=found.step,
             world_size=len(found.partitions),
@@ -283,4 +284,15 @@ def _copy_random_states(source: Path, staging: Path, count: int) -> dict[str, Fi
     for name in names:
         shutil.copyfile(source / name, staging / name)
         files[name] = make_durable(staging / name)
+    return files
+
+
+def _copy_buffers(source: Path, staging: Path, count: int) -> dict[str, FileRecord]:
+    """Buffers of a run of ours that DeepSpeed's files do not have, of as many ranks as come in."""
+    names = [content.OTHER_BUFFERS, *(content.buffer_file(rank) for rank in range(count))]
+    files = {}
+    for name in names:
+        if (source / name).exists():
+            shutil.copyfile(source / name, staging / name)
+            files[name] = make_durable(staging / name)
     return files

@@ -22,6 +22,7 @@ from dstrain.engine import (
     WEIGHT,
     Engine,
     Region,
+    Slot,
     begin_load,
     create_state,
     finish_load,
@@ -29,6 +30,7 @@ from dstrain.engine import (
     optimized_names,
     read_progress,
     regions,
+    slots_of,
     write_progress,
 )
 from dstrain.models import TensorReader
@@ -179,7 +181,7 @@ def load_into(
         )
         check_readable(folder, manifest, reader)
         index = read_index(folder, manifest) if manifest.has_slices else None
-        problems = misfits(engine, folder, manifest, index)
+        problems = misfits(engine, folder, manifest, index, ranks)
         raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
         shared = _read_json(folder / content.RUN)
         own = None
@@ -191,13 +193,17 @@ def load_into(
             _check_optimizer(engine, shared["engine"]["optimizer"])
     if index is None:
         load_native(engine, folder, tag_of(manifest.step))
+        with all_or_none():
+            load_buffers(engine, folder, manifest, ranks)
     else:
-        _load_slices(engine, folder, manifest, index)
+        _load_slices(engine, folder, manifest, index, ranks)
     write_progress(engine, shared.pop("engine"))
     return Restored(shared, own)
 
 
-def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex) -> None:
+def _load_slices(
+    engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex, ranks: Ranks
+) -> None:
     begin_load(engine)
     with all_or_none():
         held = regions(engine)
@@ -206,7 +212,7 @@ def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceI
         if manifest.elsewhere:
             check_here(held, index, folder)
         read_regions(held, index)
-        load_buffers(engine, folder, manifest)
+        load_buffers(engine, folder, manifest, ranks)
     finish_load(engine)
 
 
@@ -224,7 +230,7 @@ def _check_optimizer(engine: Engine, there: str) -> None:
 
 
 def misfits(
-    engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex | None
+    engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex | None, ranks: Ranks
 ) -> list[Problem]:
     """What keeps a checkpoint from being loaded into this engine."""
     here, there = content.parameter_shapes(engine), manifest.parameters
@@ -258,6 +264,7 @@ def misfits(
                 "resume with the same parameters frozen",
             )
         )
+    problems += _misfitting_buffers(engine, folder, manifest, ranks)
     if not problems and index is not None and not manifest.not_in(folder):
         problems = [Problem(line) for line in check_coverage(index, manifest)]
     return problems
@@ -335,15 +342,67 @@ def _by_file(
     return reads
 
 
-def load_buffers(engine: Engine, folder: Path, manifest: Manifest) -> None:
-    """Put the saved buffers into the module; ranks read the same file."""
-    if content.BUFFERS not in manifest.files:
-        return
-    here = {stored.name: stored for stored in content.buffers(engine.module)}
-    with opened(folder / content.BUFFERS) as file, torch.no_grad():
-        for name in file.keys():  # noqa: SIM118 - a file is no dict
-            if name in here:
-                here[name].load().copy_(file.get_tensor(name))
+def load_buffers(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
+    """Put the saved buffers into the module: the main rank's, then what this rank had for itself.
+
+    Another number of ranks takes what the main rank had for itself. Ranks read the same files.
+    """
+    there = {slot.name: slot for slot in slots_of(engine.module)}
+    own = _own_buffers(manifest, ranks)
+    for name in (content.BUFFERS, content.OTHER_BUFFERS, own):
+        if not _has(folder, manifest, name):
+            continue
+        with reading(folder / name) as file:
+            for buffer in file.keys():  # noqa: SIM118 - a file is no dict
+                fits = name == own or buffer not in there
+                if buffer in there and (fits or file.shape(buffer) == _shape(there[buffer])):
+                    there[buffer].put(file.whole(buffer))
+    engine.buffers.begin()
+
+
+def _own_buffers(manifest: Manifest, ranks: Ranks) -> str:
+    """The file of what a rank had for itself: this one, or the main one of other ranks."""
+    same = manifest.world_size == ranks.world_size
+    return content.buffer_file(ranks.rank if same else 0)
+
+
+def _has(folder: Path, manifest: Manifest, name: str) -> bool:
+    """Whether a checkpoint has a file, perhaps one of another machine that was copied here."""
+    listed = name in manifest.files or name in manifest.elsewhere
+    return listed and (folder / name).exists()
+
+
+def _shape(slot: Slot) -> tuple[int, ...]:
+    return tuple(slot.tensor.shape)
+
+
+def _misfitting_buffers(
+    engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks
+) -> list[Problem]:
+    """Buffers of another shape than the model has, unless a rank had that for itself."""
+    there = {slot.name: slot for slot in slots_of(engine.module)}
+    own: set[str] = set()
+    if _has(folder, manifest, _own_buffers(manifest, ranks)):
+        with reading(folder / _own_buffers(manifest, ranks)) as file:
+            own = set(file.keys())
+    problems = []
+    for name in (content.BUFFERS, content.OTHER_BUFFERS):
+        if not _has(folder, manifest, name):
+            continue
+        with reading(folder / name) as file:
+            for buffer in file.keys():  # noqa: SIM118 - a file is no dict
+                if buffer not in there or buffer in own:
+                    continue
+                here, saved = _shape(there[buffer]), file.shape(buffer)
+                if here != saved:
+                    problems.append(
+                        Problem(
+                            f"the buffer {buffer} has shape {here}, in the checkpoint {saved}",
+                            "",
+                            "resume with the same model",
+                        )
+                    )
+    return problems
 
 
 def read_run(folder: Path) -> dict[str, Any]:

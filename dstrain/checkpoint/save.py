@@ -23,7 +23,13 @@ from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import PATIENCE, Ranks, all_or_none, gather_objects, is_distributed
 from dstrain.core.records import described, unrecordable
-from dstrain.engine import Engine, optimized_names, read_progress, save_native
+from dstrain.engine import (
+    Engine,
+    main_ranks_buffers,
+    optimized_names,
+    read_progress,
+    save_native,
+)
 from dstrain.models import (
     HostCopies,
     Stored,
@@ -84,6 +90,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
         self._writing: int | None = None
+        self._warned = False
         self.failed: set[int] = set()
         self._group: Any = None
         if is_distributed():
@@ -214,6 +221,8 @@ class CheckpointWriter:
     ) -> _Job:
         ranks, policy, sharers = self._ranks, self._policy, self._sharers
         slices: content.Slices | None = None
+        engine.buffers.look()
+        self._warn_of_caches(engine)
         with all_or_none():  # before copies, whose end no rank needs to wait for on another
             if not policy.only_model and policy.layout == SLICES:
                 slices = content.own_slices(engine, sharers)
@@ -226,26 +235,27 @@ class CheckpointWriter:
                 },
                 where="the run's state",
             )
+        own_buffers = content.copied(content.in_slots(engine.buffers.own()), copies, "own")
         weights = folder = None
-        if policy.with_weights and copies is not None:
-            weights = hold_shards(engine.module, ranks, copies, groups=self._groups)
-        if copies is None or (policy.with_weights and weights is None):
-            folder = staging.agreed(self._folder_of)  # else in the thread, beside training
-        if folder is not None and policy.with_weights:
-            save_model(engine.module, folder, ranks, on_each_node=policy.on_each_node)
+        buffers: list[Stored] = []
+        with main_ranks_buffers(engine.module, wanted=engine.buffers.differ):
+            if policy.with_weights and copies is not None:
+                weights = hold_shards(engine.module, ranks, copies, groups=self._groups)
+            if copies is None or (policy.with_weights and weights is None):
+                folder = staging.agreed(self._folder_of)  # else in the thread, beside training
+            if folder is not None and policy.with_weights:
+                save_model(engine.module, folder, ranks, on_each_node=policy.on_each_node)
+            if sharers.is_main:
+                buffers = content.copied(content.buffers(engine.module), copies)
+        beside = content.in_slots(engine.buffers.beside_model())
+        other_buffers = content.copied(beside, copies, "other")
         if slices is not None and copies is not None:
             slices = slices.copied(copies)
-        buffers = []
         if not policy.only_model and policy.layout == DEEPSPEED:
             assert folder is not None
             save_native(engine, folder, native.tag_of(record.step))
         failure: OSError | ModelError | None = None
         if sharers.is_main:
-            buffers = content.buffers(engine.module)
-            if copies is not None:
-                buffers = [
-                    Stored.of(b.name, copies.copy(f"buffer/{b.name}", b.load())) for b in buffers
-                ]
             try:
                 if policy.with_weights and staging.path is not None:
                     save_configs(engine.module, staging.path)
@@ -272,6 +282,9 @@ class CheckpointWriter:
             if not policy.only_model:
                 name = content.rank_file(ranks.rank)
                 records[name] = write_bytes(path / name, json.dumps(own).encode())
+                if own_buffers:
+                    name = content.buffer_file(ranks.rank)
+                    records[name] = write_tensor_file(path / name, own_buffers)
             if sharers.is_main:
                 if not policy.only_model:
                     records[content.RUN] = write_json(path / content.RUN, shared)
@@ -281,6 +294,9 @@ class CheckpointWriter:
                     elif buffers:
                         file = path / content.BUFFERS
                         records[content.BUFFERS] = write_tensor_file(file, buffers)
+                    if other_buffers:
+                        file = path / content.OTHER_BUFFERS
+                        records[content.OTHER_BUFFERS] = write_tensor_file(file, other_buffers)
                 for name, document in record.documents.items():
                     records[name] = _write_document(path / name, document)
             return records
@@ -300,6 +316,18 @@ class CheckpointWriter:
             layout=policy.layout,
         )
         return _Job(record, staging, manifest, write)
+
+    def _warn_of_caches(self, engine: Engine) -> None:
+        """Say once which changed buffers a resumed run will not find."""
+        caches = [] if self._policy.only_model else engine.buffers.caches()
+        if caches and self._ranks.is_main and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%d buffers that are in no state_dict were replaced by other tensors (%s): they "
+                "are taken for caches and are not in checkpoints; what must be is changed in place",
+                len(caches),
+                ", ".join(caches[:3]),
+            )
 
     def _finish_in_thread(self, job: _Job) -> None:
         try:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
-from dstrain.checkpoint import content
 from dstrain.checkpoint.load import (
     check_here,
     load_buffers,
@@ -18,13 +15,13 @@ from dstrain.checkpoint.load import (
 )
 from dstrain.checkpoint.manifest import Manifest
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
-from dstrain.core.ranks import all_or_none
-from dstrain.engine import Engine, Region, begin_load, finish_load, regions
+from dstrain.core.ranks import Ranks, all_or_none
+from dstrain.engine import Engine, Region, begin_load, finish_load, regions, slots_of
 
 _INDEX = "model.safetensors.index.json"
 
 
-def load_weights(engine: Engine, folder: Path, manifest: Manifest) -> None:
+def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
     """Put a checkpoint's weights and buffers into an engine; a collective of all ranks.
 
     Optimizer state, schedule, loss scale and counters stay as they are. Master weights come from
@@ -38,7 +35,7 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest) -> None:
     with all_or_none():
         held = regions(engine)
         index = read_index(folder, manifest) if manifest.has_slices else None
-        problems = misfits(engine, folder, manifest, index)
+        problems = misfits(engine, folder, manifest, index, ranks)
         raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
         if index is None:
             _from_model_files(engine, held, folder)
@@ -46,7 +43,7 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest) -> None:
             if manifest.elsewhere:
                 check_here(held, index, folder, values_only=True)
             read_regions(held, index, values_only=True)
-            load_buffers(engine, folder, manifest)
+        load_buffers(engine, folder, manifest, ranks)
     finish_load(engine)
 
 
@@ -73,12 +70,10 @@ def _from_model_files(engine: Engine, held: list[Region], folder: Path) -> None:
         with reading(places[stored_name]) as file:
             values = file.read(stored_name, region.start, region.stop)
         region.write(region.value_key, region.start, values)
-    with torch.no_grad():
-        for buffer in content.buffers(engine.module):
-            if buffer.name in places:
-                with reading(places[buffer.name]) as file:
-                    values = file.read(buffer.name, 0, file.numel(buffer.name))
-                buffer.load().copy_(values.view(buffer.shape))
+    for slot in slots_of(engine.module):
+        if slot.persistent and slot.name in places:
+            with reading(places[slot.name]) as file:
+                slot.put(file.whole(slot.name))
 
 
 def _places(folder: Path) -> dict[str, Path]:

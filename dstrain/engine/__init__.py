@@ -1,5 +1,6 @@
 """The only room that imports deepspeed: start-up, engine, ZeRO contexts."""
 
+from dstrain.engine.buffers import Buffers, Slot, main_ranks_buffers, slots_of
 from dstrain.engine.carry import Carried, carry, let_go, put_down
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.formats import check_formats, formats_remark
@@ -38,11 +39,13 @@ from dstrain.engine.zero import (
 __all__ = [
     "MASTER",
     "WEIGHT",
+    "Buffers",
     "Carried",
     "Engine",
     "MetricSchedule",
     "Region",
     "Regroup",
+    "Slot",
     "StepOutcome",
     "ZeroThreeMark",
     "build_ops",
@@ -71,6 +74,7 @@ __all__ = [
     "kept_whole",
     "least",
     "load_native",
+    "main_ranks_buffers",
     "let_go",
     "model_facts",
     "optimized_names",
@@ -87,6 +91,7 @@ __all__ = [
     "scalars_as_bytes",
     "share",
     "shut_down",
+    "slots_of",
     "slices_remark",
     "start",
     "write_progress",

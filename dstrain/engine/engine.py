@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dstrain.config import ResolvedConfig
+from dstrain.engine.buffers import Buffers
 from dstrain.engine.formats import check_formats
 from dstrain.engine.leaf import check_leaf_modules
 from dstrain.engine.metric_schedule import guarded
@@ -102,11 +103,20 @@ class Engine:
         self._repair = repair_if_needed(self.optimizer) if trains else None
         # What arguments said, to be told from what training makes of it.
         self.begun = read_begun(self) if trains else None
+        # As DistributedDataParallel, which sends them unless it is told not to.
+        sends = resolved.value("ddp_broadcast_buffers") is not False
+        self._buffers = Buffers(module, sends=sends) if trains else None
 
     @property
     def model(self) -> Any:
         """What to call for a forward pass (``DeepSpeedEngine``)."""
         return self._engine
+
+    @property
+    def buffers(self) -> Buffers:
+        """The buffers of the module; of an engine that trains."""
+        assert self._buffers is not None
+        return self._buffers
 
     def compile(self, backend: str, mode: str | None) -> None:
         """Compile the module's forward where it stands: names of its parameters stay the same."""
@@ -121,7 +131,8 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
-        """Clip, update weights and schedule, clear gradients."""
+        """Clip, update weights and schedule, clear gradients; first make buffers agree."""
+        self.buffers.after_micro_batches(self._engine.global_steps + 1)
         norm: torch.Tensor | float | None = None
         if want_norm and self._norm_by_hand:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -167,6 +178,7 @@ class Engine:
         self._mark.close()
         forget_process_wide_settings(self.module, self.resolved)
         self._engine = None
+        self._buffers = None
         self.optimizer = None
         self.scheduler = None
 

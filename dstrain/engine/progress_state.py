@@ -62,11 +62,12 @@ def read_progress(engine: Engine) -> dict[str, Any]:
         "schedule": state,
         "rates": last_rates(schedule),
         "begun": engine.begun,
+        "buffers": engine.buffers.found(),
     }
 
 
 def write_progress(engine: Engine, saved: dict[str, Any]) -> None:
-    """Put back what ``read_progress`` gave.
+    """Put back what ``read_progress`` gave; a collective of all ranks.
 
     The loss scale is left alone unless both runs use fp16; a scaler without hysteresis (stage 0)
     and one with it (the other stages) take from each other what both have. Of schedule and
@@ -78,6 +79,8 @@ def write_progress(engine: Engine, saved: dict[str, Any]) -> None:
     """
     for name, value in saved["counters"].items():
         setattr(engine.model, name, value)
+    if "buffers" in saved:  # not in older checkpoints, nor in imports
+        engine.buffers.take_up(saved["buffers"])
     scaler = _scaler(engine)
     for name, value in (saved["loss_scale"] or {}).items():
         if scaler is not None and hasattr(scaler, name):

@@ -169,6 +169,14 @@ class TensorReader:
         """Elements of a tensor."""
         return math.prod(self._places[name].shape)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._places[name].shape
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A whole tensor, in memory of its own."""
+        return self.read(name, 0, self.numel(name)).view(self.shape(name))
+
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements from ``start`` to ``stop`` of a flattened tensor, in memory of their own.
 

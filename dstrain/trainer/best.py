@@ -137,7 +137,7 @@ class BestModel:
         folder, ranks = Path(state.best_model_checkpoint), self._trainer.ranks
         whole = check_whole(folder, ranks, on_each_node=self._trainer.args.save_on_each_node)
         with holding(folder):
-            load_weights(engine, folder, whole)
+            load_weights(engine, folder, whole, ranks)
         if ranks.is_main:
             logger.info("loaded the best model: %s, %s", folder, state.best_metric)
 

@@ -321,7 +321,11 @@ class EvaluationHooks(EvalLoaderHooks):
         assert self._preemption is not None
         state, undo = random_state(), self._undo_of_evaluation()
         try:
-            with self.events.reports_held(), self._preemption.evaluating():
+            with (
+                self.events.reports_held(),
+                self._preemption.evaluating(),
+                self._engines.training.buffers.undisturbed(),
+            ):
                 metrics = self.evaluate(ignore_keys=self.ignore_keys_for_eval)
         except EvaluationStopped:
             undo()
@@ -401,6 +405,8 @@ class EvaluationHooks(EvalLoaderHooks):
     @contextlib.contextmanager
     def _model_for_evaluation(self, *, generates: bool) -> Iterator[Any]:
         """What runs forward passes, for the time of one evaluation."""
+        if self._engines.training is not None:
+            self._engines.training.buffers.look()  # what began to change since the last look
         model = self._engines.forward_model(self.model, self.resolved)
         # While training runs the engine's format is used, as in transformers.
         wanted = None if self.is_in_train else full_eval_format(self.args, self.resolved)

@@ -84,6 +84,7 @@ def run_fitting(trainer: Trainer, loop: TrainLoop) -> None:
         TrainingError: one sample does not fit, or memory ran out outside of forward and backward.
     """
     run = loop.run
+    loop.engine.buffers.keep()
     while True:
         regroup = Regroup(trainer.ranks, timeout_seconds=trainer.args.ddp_timeout)
         loop.agree = regroup.vote
@@ -126,6 +127,7 @@ def _ran_out(run: Callable[[], None], loop: TrainLoop, regroup: Regroup) -> str:
 
 def _leave_and_meet(trainer: Trainer, loop: TrainLoop, regroup: Regroup) -> Carried:
     """Tear the engine and the process groups down and form new ones; what the engine knew."""
+    loop.engine.buffers.go_back()
     carried = carry(loop.engine)
     if trainer._writer is not None:
         trainer._writer.close()
@@ -162,6 +164,7 @@ def _take_place(
     engine = trainer._engines.train(lambda: trainer._build_engine(loop.plan.max_steps))
     trainer.optimizer, trainer.lr_scheduler = engine.optimizer, engine.scheduler
     put_down(engine, carried)
+    engine.buffers.keep()
     trainer.events.hold(loader)
     if trainer._writer is not None:
         trainer._writer = saving.make_writer(trainer)

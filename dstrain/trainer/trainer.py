@@ -19,7 +19,7 @@ from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ran
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
 from dstrain.data import takes_target_count
-from dstrain.engine import Engine, MetricSchedule, device_name, device_type
+from dstrain.engine import Engine, MetricSchedule, device_name, device_type, main_ranks_buffers
 from dstrain.models import check_writable, guard_partitioned, save_model
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build, compat, saving
@@ -280,7 +280,9 @@ class Trainer(
             _internal_call: do not upload it, whatever ``push_to_hub`` says.
         """
         folder = Path(output_dir or self.args.output_dir)
-        save_model(self.model, folder, self.ranks, on_each_node=self.args.save_on_each_node)
+        apart = self.args.ddp_broadcast_buffers is False
+        with main_ranks_buffers(self.model, wanted=apart):
+            save_model(self.model, folder, self.ranks, on_each_node=self.args.save_on_each_node)
         if self.args.should_save and hasattr(self.processing_class, "save_pretrained"):
             self.processing_class.save_pretrained(folder)
         if self.args.push_to_hub and not _internal_call:

@@ -178,6 +178,54 @@ def scalars(folder: Path) -> dict[str, Any]:
     return found
 
 
+# --- buffers -------------------------------------------------------------------------------------
+
+
+def buffers(folder: Path) -> dict[str, Any]:
+    """Buffers that a checkpoint of two ranks had on the main one, and a resumed run begins with."""
+    from transformers import TrainerCallback
+
+    from tests.distributed.test_buffers import TOPOLOGIES, buffers_of
+    from tests.statistics import Statistics, trainer_of
+
+    class Look(TrainerCallback):
+        def __init__(self, at: Path, event: str) -> None:
+            def look(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                values = {n: b.tolist() for n, b in buffers_of(kwargs["model"]).items()}
+                (at / f"buffers-{os.environ['RANK']}.json").write_text(json.dumps(values))
+
+            setattr(self, event, look)
+
+    def run(at: Path, event: str, resume: Any, **settings: Any) -> None:
+        at.mkdir(parents=True, exist_ok=True)
+        trainer = trainer_of(at, Statistics(), 2, callbacks=[Look(at, event)], **settings)
+        trainer.train(resume)
+
+    found = {}
+    for name, ranks in TOPOLOGIES.items():
+        settings = {"ddp_broadcast_buffers": name != "apart", "max_steps": 4}
+        first, second = folder / f"{name}-first", folder / f"{name}-second"
+        saves = {"save_strategy": "steps", "save_steps": 4}
+        Ranks(
+            2,
+            lambda: run(first, "on_train_end", False, **saves, **settings),  # noqa: B023
+            folder / "log",
+        ).wait(60)
+        settings["max_steps"] = 5
+        start = str(first / "checkpoint-4")
+        Ranks(
+            ranks,
+            lambda: run(second, "on_train_begin", start, **settings),  # noqa: B023
+            folder / "log",
+        ).wait(60)
+        names = [second / f"buffers-{rank}.json" for rank in range(ranks)]
+        found[name] = [
+            json.loads((first / "buffers-0.json").read_text()),
+            [json.loads(path.read_text()) for path in names],
+        ]
+    return found
+
+
 # --- streams -------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from tests.distributed.test_topologies import Place
 from tests.models import RaggedTokens, pad_collate
 from tests.scaled import HEAT, SCALARS, scaled_llama
 
-STEPS, SAVED_AT = 6, 3
+STEPS, SAVED_AT = 6, 4
 TABLE: dict[Place, list[Place]] = {
     Place(3, 3): [Place(0, 1), Place(1, 2), Place(2, 1, "optimizer"), Place(3, 2, "all")],
     Place(0, 2): [Place(3, 3), Place(2, 2), Place(0, 1)],

@@ -1,0 +1,404 @@
+"""Buffers that training changes: which ones they are, and one set of values for all ranks.
+
+DistributedDataParallel sends the main rank's buffers to the other ranks before the first forward
+pass of every global batch. Here that is done at the end of every global batch, so that evaluation,
+saved model and checkpoint find one set of values between two steps; training goes the same course.
+
+Most models have buffers that never change (rotary frequencies, masks, position ids), and pay
+nothing. Which ones change cannot be told from a model, nor from torch alone: kernels of batch
+normalisation and ``buffer.data`` change values without a trace. So their values are looked at, on
+all ranks together, at the end of steps 1, 2, 4, 8 and so on, and before evaluations and
+checkpoints: a change is another tensor, another version or another checksum. What has changed once
+is sent in every step from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import ModelError, Problem
+from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
+
+# Of torch's normalisations with running statistics, whose layers need not all run in each step.
+_STATISTICS = frozenset(["running_mean", "running_var", "num_batches_tracked"])
+_CHUNK_NUMEL = 2**20
+
+_Form = tuple[tuple[int, ...], str] | None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a module holds a buffer; a model may put another tensor there.
+
+    Attributes:
+        name: of the buffer, from the outermost module on.
+        owner: the module that has it.
+        key: its name there.
+        persistent: whether it is in the ``state_dict``.
+    """
+
+    name: str
+    owner: torch.nn.Module
+    key: str
+    persistent: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What is there now."""
+        tensor = self.owner._buffers[self.key]
+        assert tensor is not None
+        return tensor
+
+    @torch.no_grad()
+    def put(self, values: torch.Tensor) -> None:
+        """Set the values, in place where the shape is the same."""
+        present = self.tensor
+        in_place = present.shape == values.shape and not present.is_inference()
+        if in_place and not _overlaps(present):
+            present.detach().copy_(values)
+        else:
+            self.owner._buffers[self.key] = values.to(present.device, present.dtype, copy=True)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A buffer as it was before training."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int | None
+    checksum: int | None
+    form: _Form
+
+
+class Buffers:
+    """The buffers of one module, while an engine trains it.
+
+    A buffer that changes is *state*: it is in checkpoints. What is not state is a cache: a buffer
+    that is in no ``state_dict`` and that the model replaces by another tensor (rotary frequencies
+    for longer sequences). The module computes it anew, and may remember in other attributes what it
+    is for, so it is neither sent nor saved.
+    """
+
+    def __init__(self, module: torch.nn.Module, *, sends: bool) -> None:
+        """Note how all buffers are; a collective of all ranks.
+
+        Args:
+            module: the model, on its device.
+            sends: whether all ranks are to have the main rank's.
+
+        Raises:
+            ModelError: it sends, and ranks have buffers of other names or shapes.
+        """
+        self._module, self._sends = module, sends
+        self._state: set[str] = set()
+        self._varying: set[str] = set()  # state without one shape for all steps and ranks
+        self._sent: tuple[Slot, ...] = ()
+        self._kept: dict[str, torch.Tensor] = {}
+        self._keeps = self._knows = False
+        self._seen: dict[str, _Seen] = {}
+        if sends:
+            begin = [slot for slot in slots_of(module) if slot.persistent]
+            _check_alike(begin)
+            _send(begin)
+        self.begin()
+
+    def begin(self) -> None:
+        """Note how all buffers are now; changes are told from that."""
+        slots = slots_of(self._module)
+        sums = _checksums(slots)
+        self._seen = {
+            slot.name: _Seen(
+                weakref.ref(slot.tensor), _version(slot.tensor), sums.get(slot.name), _form(slot)
+            )
+            for slot in slots
+        }
+
+    def after_micro_batches(self, step: int) -> None:
+        """At the end of a global batch: send what changes; a collective of all ranks.
+
+        Args:
+            step: steps done with this one.
+        """
+        if not self._knows or step & (step - 1) == 0:
+            self.look()
+        else:
+            _send(self._sent)
+        if self._keeps:
+            self._kept = self._copies()
+
+    def look(self) -> None:
+        """Find out which buffers change, and send them; a collective of all ranks.
+
+        Takes one exchange of a few bytes per rank, and one wait for the device where there are
+        floating-point buffers that are not known to change.
+        """
+        self._knows = True
+        slots = slots_of(self._module)
+        new = _union(sorted(slot.name for slot in self._changed(slots)))
+        if new:
+            self._state.update(new)
+            self._settle(slots)
+        _send(self._sent)
+
+    def found(self) -> dict[str, list[str]]:
+        """Names of the state, and of what of it changes its shape; the same on all ranks."""
+        return {"state": sorted(self._state), "varying": sorted(self._varying)}
+
+    def take_up(self, found: Mapping[str, Iterable[str]]) -> None:
+        """Go on with what another engine has found; a collective of all ranks."""
+        self._state.update(found["state"])
+        self._varying.update(found["varying"])
+        self._knows = True
+        self._settle(slots_of(self._module))
+
+    def beside_model(self) -> list[Slot]:
+        """State that is in no ``state_dict`` and that all ranks have alike."""
+        return [slot for slot in self._sent if not slot.persistent]
+
+    def own(self) -> list[Slot]:
+        """State that each rank has for itself."""
+        sent = {slot.name for slot in self._sent}
+        slots = slots_of(self._module)
+        return [slot for slot in slots if slot.name in self._state and slot.name not in sent]
+
+    @property
+    def differ(self) -> bool:
+        """Whether ranks have some of the state for themselves; the same on all ranks."""
+        return len(self._sent) < len(self._state)
+
+    def caches(self) -> list[str]:
+        """Names of floating-point buffers that the model has replaced and that are not saved."""
+        return [
+            slot.name
+            for slot in slots_of(self._module)
+            if not slot.persistent
+            and slot.name not in self._state
+            and slot.tensor.is_floating_point()
+            and self._is_replaced(slot)
+        ]
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Put the state back that forward passes inside change, as those of an evaluation may."""
+        before = {slot.name: slot.tensor for slot in self._slots_of_state()}
+        copies = self._copies()
+        try:
+            yield
+        finally:
+            for slot in self._slots_of_state():
+                if slot.name in copies:
+                    slot.owner._buffers[slot.key] = before[slot.name]
+                    slot.put(copies[slot.name])
+
+    def keep(self) -> None:
+        """From now on hold a copy of the state as it was after the last step, for ``go_back``."""
+        self._keeps = True
+        slots = slots_of(self._module)
+        self._kept = {s.name: s.tensor.clone() for s in slots if _are_statistics(s)}
+
+    def go_back(self) -> None:
+        """Undo what the micro-batches of a step that broke off have done to the state."""
+        for slot in slots_of(self._module):
+            if slot.name in self._kept:
+                slot.put(self._kept[slot.name])
+
+    def _changed(self, slots: Sequence[Slot]) -> Iterator[Slot]:
+        """Slots that are state, and were not known to be."""
+        unknown = [slot for slot in slots if slot.name not in self._state]
+        sums = _checksums(unknown)
+        for slot in unknown:
+            seen, tensor = self._seen.get(slot.name), slot.tensor
+            if seen is None or self._is_replaced(slot):
+                if slot.persistent:
+                    yield slot
+            elif (
+                (slot.owner.training and _are_statistics(slot))
+                or _version(tensor) != seen.version
+                or sums.get(slot.name) != seen.checksum
+            ):
+                yield slot
+
+    def _is_replaced(self, slot: Slot) -> bool:
+        seen = self._seen.get(slot.name)
+        return seen is None or seen.tensor() is not slot.tensor
+
+    def _settle(self, slots: Sequence[Slot]) -> None:
+        """Decide which state is sent: what has had one shape so far, the same on all ranks."""
+        by_name = {slot.name: slot for slot in slots}
+        forms: dict[str, _Form] = {}
+        for name in sorted(self._state - self._varying):
+            slot, seen = by_name.get(name), self._seen.get(name)
+            fits = slot is not None and (seen is None or seen.form == _form(slot))
+            forms[name] = _form(slot) if slot is not None and fits else None
+        if not _same_on_all(forms):
+            for theirs in gather_objects(forms):
+                forms = {n: form if theirs.get(n) == form else None for n, form in forms.items()}
+        self._varying.update(name for name, form in forms.items() if form is None)
+        fixed = [by_name[name] for name, form in forms.items() if form is not None]
+        self._sent = tuple(fixed) if self._sends else ()
+
+    def _slots_of_state(self) -> list[Slot]:
+        return [slot for slot in slots_of(self._module) if slot.name in self._state]
+
+    def _copies(self) -> dict[str, torch.Tensor]:
+        return {slot.name: slot.tensor.detach().clone() for slot in self._slots_of_state()}
+
+
+def slots_of(module: torch.nn.Module) -> list[Slot]:
+    """All buffers of a module, one that stands in two places under its first name."""
+    found: dict[int, Slot] = {}
+    for path, owner in module.named_modules():
+        for key, tensor in owner._buffers.items():
+            if tensor is not None and _is_plain(tensor):
+                name = f"{path}.{key}" if path else key
+                persistent = key not in owner._non_persistent_buffers_set
+                found.setdefault(id(tensor), Slot(name, owner, key, persistent))
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def main_ranks_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterator[None]:
+    """Inside, all ranks have the main rank's persistent buffers; a collective of all ranks.
+
+    For saving a model whose buffers are not the same on all ranks: any rank may write any part.
+
+    Args:
+        module: the model.
+        wanted: False changes nothing.
+    """
+    if not wanted or not is_distributed():
+        yield
+        return
+    slots = [slot for slot in slots_of(module) if slot.persistent]
+    theirs = broadcast_object({slot.name: slot.tensor.detach().cpu() for slot in slots})
+    before = [(slot, slot.tensor) for slot in slots if slot.name in theirs]
+    try:
+        for slot, present in before:
+            slot.owner._buffers[slot.key] = theirs[slot.name].to(present.device)
+        yield
+    finally:
+        for slot, present in before:
+            slot.owner._buffers[slot.key] = present
+
+
+def _check_alike(slots: Sequence[Slot]) -> None:
+    forms = {slot.name: _form(slot) for slot in slots}
+    if _same_on_all(forms):
+        return
+    said = gather_objects(forms)
+    first = said[0]
+    for rank, theirs in enumerate(said):
+        for name in sorted({*first, *theirs}):
+            if first.get(name) != theirs.get(name):
+                raise ModelError(
+                    Problem(
+                        f"the buffer {name} is not the same on rank 0 and rank {rank}",
+                        f"{_said(first.get(name))} and {_said(theirs.get(name))}: ranks cannot "
+                        "send it each other",
+                        "build the model alike on all ranks, or set ddp_broadcast_buffers=False",
+                    )
+                )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it has elements in memory that can be seen as bytes."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized
+    return dense and tensor.device.type != "meta"
+
+
+def _said(form: _Form) -> str:
+    return "none" if form is None else f"{form[1].removeprefix('torch.')} of shape {form[0]}"
+
+
+def _form(slot: Slot) -> _Form:
+    return tuple(slot.tensor.shape), str(slot.tensor.dtype)
+
+
+def _are_statistics(slot: Slot) -> bool:
+    """Whether a normalisation keeps statistics there of what it is given in training."""
+    return bool(getattr(slot.owner, "track_running_stats", False)) and slot.key in _STATISTICS
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether elements share their memory, as after ``expand``."""
+    return any(
+        n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """What torch counts changes in place with; a tensor of inference mode has no count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _same_on_all(value: Any) -> bool:
+    """Whether all ranks have the same value; they tell each other a checksum of it."""
+    if not is_distributed():
+        return True
+    told = hashlib.sha256(repr(value).encode()).hexdigest()
+    return len(set(gather_objects(told))) == 1
+
+
+def _union(names: list[str]) -> list[str]:
+    """What any rank has named; long lists are only exchanged where they differ."""
+    if _same_on_all(names):
+        return names
+    return sorted({name for theirs in gather_objects(names) for name in theirs})
+
+
+@torch.no_grad()
+def _send(slots: Sequence[Slot]) -> None:
+    """Give all ranks the main rank's values, in one broadcast; the host waits for no device."""
+    if not slots or not is_distributed():
+        return
+    import torch.distributed as dist
+
+    from dstrain.engine.startup import device_name
+
+    # The widest first, so that each tensor begins at a multiple of its width.
+    slots = sorted(slots, key=lambda slot: -slot.tensor.dtype.itemsize)
+    parts = [slot.tensor.detach().reshape(-1).view(torch.uint8) for slot in slots]
+    flat = torch.cat([part.to(device_name()) for part in parts])
+    dist.broadcast(flat, src=0)
+    if dist.get_rank() == 0:
+        return
+    start = 0
+    for slot, part in zip(slots, parts, strict=True):
+        values = flat[start : start + part.numel()]
+        slot.put(values.view(slot.tensor.dtype).view(slot.tensor.shape))
+        start += part.numel()
+
+
+def _checksums(slots: Sequence[Slot]) -> Mapping[str, int]:
+    """A checksum of each buffer whose values may change without a trace.
+
+    Integers that are in no ``state_dict`` are left out: they are masks and positions, and large.
+    """
+    chosen = [s for s in slots if s.persistent or s.tensor.is_floating_point()]
+    chosen = [s for s in chosen if s.tensor.numel()]
+    if not chosen:
+        return {}
+    device = chosen[0].tensor.device
+    sums = torch.stack([_checksum(slot.tensor).to(device) for slot in chosen]).tolist()
+    return {slot.name: int(value) for slot, value in zip(chosen, sums, strict=True)}
+
+
+@torch.no_grad()
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """A sum of the bits of all elements, each times a factor of its place; an int64 of shape ()."""
+    flat = tensor.detach().reshape(-1)
+    width = min(4, flat.dtype.itemsize)
+    integers = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[width])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, integers.numel(), _CHUNK_NUMEL):
+        part = integers[start : start + _CHUNK_NUMEL].to(torch.int64)
+        places = torch.arange(start + 1, start + 1 + part.numel(), device=tensor.device)
+        total += ((part + 1) * (places * 0x9E3779B97F4A7C1 + 1)).sum()
+    return total

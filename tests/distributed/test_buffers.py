@@ -1,0 +1,442 @@
+"""Buffers that training changes: one set of values for training, evaluation, saving, resuming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import default_collate
+
+from tests.distributed.forked import run_job
+from tests.distributed.runs import STAGES, history, losses, whole_weights
+from tests.statistics import Statistics, rows, trainer_of
+
+STATE = {
+    "mean", "code", "passing", "count", "average",
+    "norm.running_mean", "norm.running_var", "norm.num_batches_tracked",
+}  # fmt: skip
+
+
+def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: b.detach().clone() for name, b in model.named_buffers()}
+
+
+def on_all_ranks(model: nn.Module) -> list[dict[str, Any]]:
+    from dstrain.core.ranks import gather_objects
+
+    return gather_objects({name: b.tolist() for name, b in model.named_buffers()})
+
+
+def assert_equal(found: Any, expected: Any, *, but: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    assert found.keys() == expected.keys()
+    for name in expected.keys() - but:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def by_ddp(model: nn.Module, order: list[int], rank: int, *, accumulation: int) -> list[float]:
+    """Torch's DistributedDataParallel by hand; the mean loss of every step."""
+    import contextlib
+
+    import torch.distributed as dist
+
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    data, found, micro = rows(24), [], 2 * 2
+    for first in range(0, len(order), micro * accumulation):
+        total = torch.zeros(())
+        for part in range(accumulation):
+            begin = first + part * micro + 2 * rank
+            batch = default_collate([data[k] for k in order[begin : begin + 2]])
+            waits = contextlib.nullcontext() if part == accumulation - 1 else ddp.no_sync()
+            with waits:
+                loss = ddp(**batch)["loss"] / accumulation
+                loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(total)
+        found.append(total.item() / 2)
+    return found
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_training_goes_the_course_of_ddp(
+    stage: int, accumulation: int, tmp_path: Path, rank: int
+) -> None:
+    """With buffers in place of which DDP knows; it does not notice one that was replaced."""
+    from dstrain.data import EpochOrder
+
+    trainer = trainer_of(
+        tmp_path, Statistics(replaces=False), stage, lr_scheduler_type="constant",
+        max_grad_norm=0.0, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    trainer.train()
+    trainer.close()
+    order = EpochOrder(24, seed=42, shuffle=True).indices(0).tolist()
+    twin = Statistics(replaces=False)
+    expected = by_ddp(twin, order, rank, accumulation=accumulation)
+    assert losses(trainer) == pytest.approx(expected, rel=2e-5)
+    theirs = buffers_of(twin)
+    if rank == 0:
+        for name, values in buffers_of(trainer.model).items():
+            assert torch.allclose(values, theirs[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("stage", STAGES)
+def test_evaluation_the_saved_model_and_all_ranks_agree(
+    stage: int, tmp_path: Path, rank: int
+) -> None:
+    """The loss is that of the saved file in plain torch; so is an evaluation in training."""
+    from safetensors.torch import load_file
+
+    trainer = trainer_of(
+        tmp_path, Statistics(), stage, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    one, two = on_all_ranks(trainer.model)
+    one.pop("cache"), two.pop("cache")  # each rank's own
+    assert one == two
+    trainer.save_model(str(tmp_path / "saved"))
+    evaluated = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    passing = {name: getattr(trainer.model, name) for name in ("passing", "count")}
+    trainer.close()
+    batch = default_collate(rows(12, seed=5))
+
+    def alone(file: Path, beside: dict[str, torch.Tensor]) -> float:
+        twin = Statistics()
+        assert not twin.load_state_dict(load_file(file)).missing_keys
+        for name, values in beside.items():
+            setattr(twin, name, values)
+        with torch.no_grad():
+            return twin.eval()(**batch)["loss"].item()
+
+    assert alone(tmp_path / "saved/model.safetensors", passing) == pytest.approx(after, rel=1e-6)
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        beside = load_file(folder / "state/other_buffers.safetensors")
+        assert set(beside) == {"passing", "count"}
+        assert alone(folder / "model.safetensors", beside) == pytest.approx(
+            evaluated[step], rel=1e-6
+        )
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("layout", ["dstrain", "deepspeed"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    stage: int, layout: str, apart: bool, tmp_path: Path, rank: int
+) -> None:
+    """Each rank gets its own buffers back, also those that are in no state_dict."""
+    from dstrain.core.ranks import barrier
+
+    settings: dict[str, Any] = {
+        "save_strategy": "steps", "save_steps": 3, "checkpoint_format": layout,
+        "ddp_broadcast_buffers": False if apart else None, "eval_strategy": "steps",
+        "eval_steps": 1,
+    }  # fmt: skip
+    whole = trainer_of(tmp_path / "whole", Statistics(), stage, **settings)
+    whole.train()
+    weights, buffers = whole_weights(whole), buffers_of(whole.model)
+    one, two = on_all_ranks(whole.model)
+    assert {n for n in STATE if one[n] != two[n]} == (
+        STATE - {"count", "norm.num_batches_tracked"} if apart else set()
+    )
+    whole.close()
+    start = tmp_path / "again/checkpoint-3"
+    if rank == 0:
+        shutil.copytree(tmp_path / "whole/checkpoint-3", start)
+    barrier()
+    assert (start / "state/rank-00001-buffers.safetensors").exists() is apart
+    again = trainer_of(tmp_path / "again", Statistics(), stage, **settings)
+    again.train(True)
+    assert history(again) == history(whole)
+    assert_equal(whole_weights(again), weights)
+    assert_equal(buffers_of(again.model), buffers)
+    again.close()
+
+
+TOPOLOGIES = {"main": 1, "apart": 1, "three": 3}
+
+
+@pytest.mark.slow
+def test_another_topology_gets_the_main_ranks(tmp_path: Path) -> None:
+    """From two ranks to one and three; what ranks had for themselves is the main rank's."""
+    found = run_job("buffers", tmp_path, timeout=240)
+    for name in TOPOLOGIES:
+        saved, begun = found[name]
+        for buffers in begun:
+            for buffer in STATE:
+                assert buffers[buffer] == saved[buffer], (name, buffer)
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_the_saved_model_is_the_main_ranks(tmp_path: Path, rank: int) -> None:
+    """Where each rank has its own: in a checkpoint, by ``save_model``, with and without engine."""
+    from safetensors.torch import load_file
+
+    from dstrain.core.ranks import gather_objects
+
+    trainer = trainer_of(
+        tmp_path, Statistics(), 2, ddp_broadcast_buffers=False, save_strategy="steps", save_steps=6
+    )
+    trainer.train()
+    own = buffers_of(trainer.model)
+    expected = gather_objects(own)[0]
+    trainer.save_model(str(tmp_path / "one"))
+    trainer.close()
+    trainer.save_model(str(tmp_path / "two"))
+    assert_equal(buffers_of(trainer.model), own)
+    for folder in ("one", "two", "checkpoint-6"):
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        for name in ("mean", "norm.running_var", "average"):
+            assert torch.equal(saved[name], expected[name]), (folder, name)
+    assert (rank == 1) is not torch.equal(own["mean"], expected["mean"])
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("apart", [False, True])
+def test_evaluations_do_not_change_training(apart: bool, tmp_path: Path) -> None:
+    """Not even where the model gathers in evaluation mode too."""
+    settings = {"ddp_broadcast_buffers": not apart}
+    without = trainer_of(tmp_path, Statistics(in_evaluation=True), 2, **settings)
+    without.train()
+    weights, buffers = whole_weights(without), buffers_of(without.model)
+    without.close()
+    with_them = trainer_of(
+        tmp_path, Statistics(in_evaluation=True), 2, eval_strategy="steps", eval_steps=1, **settings
+    )
+    with_them.train()
+    assert losses(with_them) == losses(without)
+    assert_equal(whole_weights(with_them), weights)
+    assert_equal(buffers_of(with_them.model), buffers, but={"cache"})
+    with_them.close()
+
+
+class Spy:
+    """Counts the collectives that begin while it watches."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch.distributed as dist
+
+        self.counts: dict[str, int] = {}
+        for name in ("broadcast", "all_gather_object"):
+            monkeypatch.setattr(dist, name, self._counted(name, getattr(dist, name)))
+
+    def _counted(self, name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.counts[name] = self.counts.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("kind", ["llama", "statistics", "apart"])
+def test_what_a_step_costs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing where no buffer changes; one broadcast per step, whatever the micro-batches, else."""
+    from transformers import TrainerCallback
+
+    from tests.distributed.runs import make_trainer
+
+    seen: dict[int, dict[str, int]] = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            spy.counts.clear()
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            seen[state.global_step + 1] = dict(spy.counts)
+
+    settings = {"max_steps": 9, "gradient_accumulation_steps": 2, "preemption": "ignore"}
+    settings |= {"callbacks": [Look()], "logging_steps": 100, "num_train_epochs": 3}
+    if kind == "llama":
+        trainer = make_trainer(tmp_path, train=24, **settings)
+    else:
+        apart = kind == "apart"
+        trainer = trainer_of(tmp_path, Statistics(), 2, ddp_broadcast_buffers=not apart, **settings)
+    spy = Spy(monkeypatch)
+    trainer.train()
+    sends = int(kind == "statistics")
+    assert sorted(seen) == list(range(1, 10))
+    for step, counts in seen.items():
+        looks = step in (1, 2, 4, 8)
+        assert counts.get("broadcast", 0) == sends, step
+        assert (counts.get("all_gather_object", 0) > 0) is looks, step
+    expected = set() if kind == "llama" else STATE
+    assert set(trainer._engines.training.buffers.found()["state"]) == expected
+    trainer.close()
+
+
+class Late(Statistics):
+    """One rank begins to gather in another buffer later on."""
+
+    def __init__(self) -> None:
+        super().__init__(replaces=False)
+        self.register_buffer("late", torch.zeros(2))
+
+    def gather(self, hidden: torch.Tensor) -> None:
+        import torch.distributed as dist
+
+        super().gather(hidden)
+        if self.count >= 3:
+            self.late += 1 + dist.get_rank()
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_a_buffer_that_begins_to_change_later_is_found(tmp_path: Path) -> None:
+    """By the next step that is a power of two, or by an evaluation or a checkpoint before that."""
+    trainer = trainer_of(tmp_path, Late(), 2, max_steps=4)
+    trainer.train()
+    one, two = on_all_ranks(trainer.model)
+    assert one["late"] == two["late"] == [2.0, 2.0]
+    trainer.close()
+    trainer = trainer_of(tmp_path, Late(), 2, max_steps=3)
+    trainer.train()
+    one, two = on_all_ranks(trainer.model)
+    assert (one["late"], two["late"]) == ([1.0, 1.0], [2.0, 2.0])
+    trainer.evaluate()
+    one, two = on_all_ranks(trainer.model)
+    assert one["late"] == two["late"] == [1.0, 1.0]
+    trainer.close()
+
+
+class Growing(Statistics):
+    """Appends to a buffer at every step, on each rank as many elements as it has rows."""
+
+    def __init__(self) -> None:
+        super().__init__(replaces=False)
+        self.register_buffer("memory", torch.zeros(1))
+
+    def gather(self, hidden: torch.Tensor) -> None:
+        super().gather(hidden)
+        self.memory = torch.cat([self.memory, hidden.flatten()[:1]])
+        self.mean += 0.01 * self.memory.sum()
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_buffer_that_changes_its_shape(stage: int, tmp_path: Path) -> None:
+    """Each rank keeps its own, and gets it back with the shape that it had."""
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    whole = trainer_of(tmp_path / "whole", Growing(), stage, **settings)
+    whole.train()
+    weights, buffers = whole_weights(whole), buffers_of(whole.model)
+    one, two = on_all_ranks(whole.model)
+    assert one["memory"] != two["memory"]
+    assert one["mean"] == two["mean"]
+    assert buffers["memory"].shape == (7,)
+    whole.close()
+    again = trainer_of(tmp_path / "again", Growing(), stage, **settings)
+    again.train(str(tmp_path / "whole/checkpoint-3"))
+    assert history(again) == history(whole)
+    assert_equal(whole_weights(again), weights)
+    assert_equal(buffers_of(again.model), buffers)
+    again.close()
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_shapes_that_do_not_fit_are_an_error(tmp_path: Path, rank: int) -> None:
+    """Between the ranks of a run, and between a checkpoint and the model."""
+    from dstrain.core.errors import CheckpointError, ModelError
+
+    def made(size: int) -> nn.Module:
+        model = Statistics(replaces=False)
+        model.register_buffer("table", torch.zeros(size))
+        return model
+
+    with pytest.raises(ModelError, match="table is not the same on rank 0 and rank 1") as caught:
+        trainer_of(tmp_path, made(2 + rank), 2).train()
+    assert "ddp_broadcast_buffers=False" in str(caught.value)
+    trainer = trainer_of(tmp_path, made(2 + rank), 2, ddp_broadcast_buffers=False, max_steps=1)
+    trainer.train()
+    trainer.close()
+    trainer = trainer_of(tmp_path, made(2), 2, save_strategy="steps", save_steps=3)
+    trainer.train()
+    trainer.close()
+    trainer = trainer_of(tmp_path / "again", made(4), 2)
+    with pytest.raises(CheckpointError, match=r"buffer table has shape \(4,\), in .* \(2,\)"):
+        trainer.train(str(tmp_path / "checkpoint-3"))
+    trainer.close()
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_the_best_model_comes_back_with_its_buffers(tmp_path: Path) -> None:
+    """Each rank's own where they differ."""
+    for apart in (False, True):
+        folder = tmp_path / str(apart)
+        kept: dict[int, dict[str, torch.Tensor]] = {}
+
+        from transformers import TrainerCallback
+
+        class Keep(TrainerCallback):
+            def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+                kept[state.global_step] = buffers_of(kw["model"])  # noqa: B023
+
+        trainer = trainer_of(
+            folder, Statistics(replaces=False), 2, learning_rate=0.3, eval_strategy="steps",
+            eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+            callbacks=[Keep()], ddp_broadcast_buffers=not apart,
+        )  # fmt: skip
+        trainer.train()
+        best = trainer.state.best_global_step
+        assert best < 6
+        assert_equal(buffers_of(trainer.model), kept[best])
+        expected = trainer.state.best_metric
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+        trainer.close()
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_older_checkpoints_still_load(tmp_path: Path, rank: int) -> None:
+    """Those before there were files of other buffers: all ranks get the main rank's."""
+    from dstrain.checkpoint import read_manifest
+    from dstrain.checkpoint.manifest import write_manifest
+    from dstrain.core.files import record_of
+    from dstrain.core.ranks import barrier
+
+    trainer = trainer_of(
+        tmp_path, Statistics(), 2, save_strategy="steps", save_steps=3, save_async=False
+    )
+    trainer.train()
+    trainer.close()
+    old = tmp_path / "checkpoint-3"
+    if rank == 0:
+        run = json.loads((old / "state/run.json").read_text())
+        del run["engine"]["buffers"], run["formats"]
+        (old / "state/run.json").write_text(json.dumps(run))
+        (old / "state/other_buffers.safetensors").unlink()
+        manifest = read_manifest(old)
+        files = {n: r for n, r in manifest.files.items() if "other_buffers" not in n}
+        files["state/run.json"] = record_of(old / "state/run.json")
+        write_manifest(old, replace(manifest, files=files))
+    barrier()
+    again = trainer_of(tmp_path / "again", Statistics(), 2)
+    again.train(str(old))
+    assert len(losses(again)) == 6
+    assert set(again._engines.training.buffers.found()["state"]) == STATE
+    again.close()
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_caches_are_said_not_to_be_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rank: int
+) -> None:
+    """Once; buffers that are in no state_dict and are replaced by another tensor."""
+    trainer = trainer_of(tmp_path, Statistics(), 2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    said = [r.message for r in caplog.records if "taken for caches" in r.message]
+    assert len(said) == (rank == 0)
+    assert all("1 buffers that are in no state_dict" in line and "(cache)" in line for line in said)
+    trainer.close()
