@@ -6,6 +6,7 @@ from dstrain.data.columns import (
     label_columns,
     returns_loss,
 )
+from dstrain.data.formats import InputFormats
 from dstrain.data.lengths import sample_lengths
 from dstrain.data.loader import (
     AheadHooks,
@@ -37,6 +38,7 @@ __all__ = [
     "Collator",
     "EpochOrder",
     "IGNORED",
+    "InputFormats",
     "LoaderOptions",
     "MicroBatch",
     "RankBatchSampler",

@@ -10,7 +10,6 @@ import torch
 
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
-from dstrain.data import to_device
 from dstrain.engine import device_name
 from dstrain.models import DTYPES
 from dstrain.trainer.outputs import loss_of
@@ -28,6 +27,7 @@ class StepHooks:
     _engines: Any
     _micro_step: Any
     _format: str
+    _formats: Any
     _smoothing: Any
 
     def compute_loss(
@@ -75,7 +75,7 @@ class StepHooks:
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its mean loss, detached."""
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
+        with self._computing_loss(inputs), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         engine = self._engines.training
         assert engine is not None
@@ -118,4 +118,7 @@ class StepHooks:
         return loss, outputs
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return to_device(inputs, device_name(), float_dtype=DTYPES[self._format])
+        return self._formats(inputs, device_name(), DTYPES[self._format])
+
+    def _computing_loss(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+        return self._formats.computing_loss(inputs, DTYPES[self._format])

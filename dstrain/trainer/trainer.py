@@ -18,6 +18,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ranks
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
+from dstrain.data import InputFormats
 from dstrain.engine import Engine, MetricSchedule, device_name, device_type
 from dstrain.models import check_writable, guard_partitioned, save_model
 from dstrain.reporting.memory import MemoryMetrics
@@ -359,6 +360,7 @@ class Trainer(
         check_whole(self.model)
         guard_partitioned(self.model)
         self.targets = build.targets_of(self.model, self.args)
+        self._formats = InputFormats(self.model, self.targets.labels)
         self._smoothing = LabelSmoothing.of(self.model, self.args, self.targets)
 
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
