@@ -7,6 +7,7 @@ from dstrain.data.columns import (
     returns_loss,
     takes_target_count,
 )
+from dstrain.data.formats import InputFormats
 from dstrain.data.lengths import sample_lengths
 from dstrain.data.loader import (
     AheadHooks,
@@ -42,6 +43,7 @@ __all__ = [
     "Denominator",
     "EpochOrder",
     "IGNORED",
+    "InputFormats",
     "LoaderOptions",
     "LossRule",
     "LossTargets",

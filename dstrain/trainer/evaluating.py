@@ -72,6 +72,7 @@ class EvaluationHooks(EvalLoaderHooks):
     _parts_of: Any
     _num_watched: int = 0
     _summed: Any
+    _computing_loss: Any
     _report_trial: Any
     _follow_metric: Any
     _memory: Any
@@ -288,7 +289,11 @@ class EvaluationHooks(EvalLoaderHooks):
         # Not in the model's format: labels in 16 bits would be others than those of the data.
         labels = [to_device(given[n], device_name(), float_dtype=None) for n in names * has_labels]
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with (
+            torch.no_grad(),
+            self._computing_loss(inputs),
+            self.compute_loss_context_manager(),
+        ):
             if has_labels or (not names and self._computes_loss(given)):
                 loss, outputs = self.compute_loss(
                     model, inputs, return_outputs=True, num_items_in_batch=max(1, *counts)

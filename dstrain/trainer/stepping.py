@@ -10,7 +10,7 @@ import torch
 
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
-from dstrain.data import LossTargets, to_device
+from dstrain.data import LossTargets
 from dstrain.engine import device_name
 from dstrain.models import DTYPES
 from dstrain.trainer.loss_terms import LossTerms
@@ -30,6 +30,7 @@ class StepHooks:
     _engines: Any
     _micro_step: Any
     _format: str
+    _formats: Any
     _smoothing: Any
     _terms: LossTerms | None = None
     _summed: tuple[Any, torch.Tensor] | None = None  # a loss, and the terms that it is the sum of
@@ -93,6 +94,7 @@ class StepHooks:
         inputs = self._prepare_inputs(inputs)
         step = self._micro_step
         with (
+            self._computing_loss(inputs),
             self.compute_loss_context_manager(),
             self.targets.watching(inputs, step.num_samples) as seen,
         ):
@@ -156,4 +158,7 @@ class StepHooks:
         return loss, outputs
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return to_device(inputs, device_name(), float_dtype=DTYPES[self._format])
+        return self._formats(inputs, device_name(), DTYPES[self._format])
+
+    def _computing_loss(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+        return self._formats.computing_loss(inputs, DTYPES[self._format])

@@ -18,7 +18,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ranks
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
-from dstrain.data import takes_target_count
+from dstrain.data import InputFormats, takes_target_count
 from dstrain.engine import Engine, MetricSchedule, device_name, device_type, main_ranks_buffers
 from dstrain.models import check_writable, guard_partitioned, save_model
 from dstrain.reporting.memory import MemoryMetrics
@@ -386,6 +386,7 @@ class Trainer(
         rule = None if self._terms is None else self._terms.rule()
         is_told = self.compute_loss_func is not None or self.model_accepts_loss_kwargs
         self.targets = build.targets_of(self.model, self.args, rule=rule, is_told=is_told)
+        self._formats = InputFormats(self.model, self.targets.labels)
 
     def _check_generation_config(self) -> None:
         if getattr(self.args, "generation_config", None) is None:  # which takes its place
