@@ -1,8 +1,10 @@
 """The only room that imports deepspeed: start-up, engine, ZeRO contexts."""
 
-from dstrain.engine.carry import Carried, carry, let_go, put_down
+from dstrain.engine.alive import engine_on, in_use, let_orphans_go, make_way
+from dstrain.engine.carry import Carried, carry, put_down
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
+from dstrain.engine.in_step import in_step
 from dstrain.engine.leaf import expert_blocks
 from dstrain.engine.machine import free_memory_bytes, least, read_machine
 from dstrain.engine.metric_schedule import MetricSchedule
@@ -12,6 +14,7 @@ from dstrain.engine.optimizer_state import changing_values, create_state, read_s
 from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
 from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
 from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
+from dstrain.engine.registration import StageTold, ZeroThreeMark
 from dstrain.engine.regroup import Regroup, is_out_of_memory
 from dstrain.engine.startup import (
     check_precision,
@@ -21,16 +24,18 @@ from dstrain.engine.startup import (
     shut_down,
     start,
 )
+from dstrain.engine.traces import make_whole
 from dstrain.engine.zero import (
-    ZeroThreeMark,
     bytes_to_gather,
     full_numel,
     full_shape,
     gathered,
     is_partitioned,
+    is_shown_in_parts,
     kept_whole,
     model_facts,
     own_partition,
+    puts_together,
 )
 
 __all__ = [
@@ -41,6 +46,7 @@ __all__ = [
     "MetricSchedule",
     "Region",
     "Regroup",
+    "StageTold",
     "StepOutcome",
     "ZeroThreeMark",
     "build_ops",
@@ -55,19 +61,25 @@ __all__ = [
     "device_name",
     "device_type",
     "empty_cache",
+    "engine_on",
     "expert_blocks",
     "finish_load",
     "free_memory_bytes",
     "full_numel",
     "full_shape",
     "gathered",
+    "in_step",
+    "in_use",
     "inference_engine",
     "is_out_of_memory",
     "is_partitioned",
+    "is_shown_in_parts",
     "kept_whole",
     "least",
     "load_native",
-    "let_go",
+    "let_orphans_go",
+    "make_way",
+    "make_whole",
     "model_facts",
     "optimized_names",
     "optimizer_class",
@@ -75,6 +87,7 @@ __all__ = [
     "parameter_groups",
     "prepare_nvme",
     "put_down",
+    "puts_together",
     "read_machine",
     "read_progress",
     "read_scalars",

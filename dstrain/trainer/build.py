@@ -292,11 +292,8 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
     with ``zero_stage="auto"``, which cannot be decided before there is a model: say 3.
     """
     ranks = start_run(args)
-    mark = ZeroThreeMark(resolve_config(args, ranks))
-    try:
+    with ZeroThreeMark(resolve_config(args, ranks)):
         yield
-    finally:
-        mark.close()
 
 
 def check_shared_out(loader: Any, ranks: Ranks, *, method: str) -> None:

@@ -24,7 +24,7 @@ from dstrain.trainer import build, compat, saving
 from dstrain.trainer.adapter_hooks import AdapterHooks
 from dstrain.trainer.best import BestModel
 from dstrain.trainer.counting import CountHooks, count_whole_parameters
-from dstrain.trainer.engines import EngineKeeper
+from dstrain.trainer.engines import EngineKeeper, check_parts, make_ordinary
 from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
 from dstrain.trainer.features import check_features, training_features
@@ -60,7 +60,7 @@ class Trainer(
 
     Attributes:
         model: the core model, always.
-        model_wrapped: what runs forward passes: the DeepSpeed engine while there is one.
+        model_wrapped: what runs forward passes: the DeepSpeed engine while it is on the model.
         args: the user's arguments.
         state: transformers' ``TrainerState``.
         control: transformers' ``TrainerControl``.
@@ -162,11 +162,12 @@ class Trainer(
         check_features(self.model, self.args, device=device_type())
         # Before the model is touched: a config that cannot be used must not cost a model load.
         self.resolved: ResolvedConfig = self._resolve(None)
+        check_parts(self.model, self.resolved)
         check_fitting(self.args, self.resolved)
         build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
         self._check_evaluation()
         self.is_in_train = self.preempted = False
-        self._engines = EngineKeeper()
+        self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
         self._micro_step = MicroStep()
         self._writer: CheckpointWriter | None = None
         self.events = Events(self, callbacks)
@@ -222,6 +223,7 @@ class Trainer(
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
         self._writer = saving.make_writer(self)
         self._memory.start("train")
+        done = False
         try:
             with training_features(self.model, self.args):
                 start = saving.find_start(self, resume_from_checkpoint)
@@ -240,12 +242,15 @@ class Trainer(
                     saving.check_saved(self, self._writer, loop.steps_before)
                 else:
                     self._finish_publishing()
-                return self._finish_training(loop, started)
+                output = self._finish_training(loop, started)
+            done = True
+            return output
         except TrainingError:
             self.save_state()  # what was logged until then shows what went wrong
             raise
         finally:
             self.is_in_train = False
+            self._engines.settle(done=done)
             self._memory.stop("train")
             if self.hp_search_backend is None:
                 self._leave_trial()  # a search evaluates with its arguments first
@@ -269,25 +274,34 @@ class Trainer(
                 self.save_model(_internal_call=True)  # what is uploaded is the run's own folder
             self._publish_saved()
 
-    def close(self) -> None:
+    def close(self, *, whole: bool | str = False) -> None:
         """Tear down the engine and free its memory; the model keeps its weights.
 
-        ``train`` and ``evaluate`` work afterwards, with a new engine.
+        ``train`` and ``evaluate`` work afterwards, with a new engine. An optimizer of the user's
+        own has the model's parameters again, without state. At ZeRO stage 3 the model stays
+        partitioned, which ordinary torch code cannot use.
+
+        Args:
+            whole: at stage 3 put the weights together, on every rank and its device, or on the
+                device of this name, such as "cpu"; all ranks must call it then. They must fit.
         """
         self.optimizer, self.lr_scheduler = self._own.optimizer, self._own.scheduler
         self.events.hold(None)
         self._engines.close()
+        self._own.give_back()
         self._release_eval_loaders()
+        if whole:
+            make_ordinary(self.model, whole if isinstance(whole, str) else None)
 
     @property
     def model_wrapped(self) -> Any:
-        """The DeepSpeed engine while there is one, else the model."""
+        """The DeepSpeed engine while it is on the model, else the model."""
         engine = self._engines.training
-        return self.model if engine is None else engine.model
+        return self.model if engine is None or engine.rests else engine.model
 
     @property
     def deepspeed(self) -> Any:
-        """The DeepSpeed engine of training, or None."""
+        """The DeepSpeed engine of the training that runs or ran last, or None."""
         engine = self._engines.training
         return None if engine is None else engine.model
 
@@ -354,7 +368,7 @@ class Trainer(
     def _note_model(self) -> None:
         """What the trainer must know about its model."""
         check_whole(self.model)
-        guard_partitioned(self.model)
+        guard_partitioned(self.model, patience_seconds=self.args.ddp_timeout)
         self.targets = build.targets_of(self.model, self.args)
         self._smoothing = LabelSmoothing.of(self.model, self.args, self.targets)
 
@@ -375,6 +389,7 @@ class Trainer(
                 start, max_steps=max_steps, per_epoch=per_epoch, batch=batch
             )
         self.resolved = self._resolve(max_steps)
+        check_parts(self.model, self.resolved)
         if self.ranks.is_main:
             build.record_resolved_config(self.resolved, self.args)
             for warning in self.resolved.warnings:
