@@ -1,10 +1,12 @@
 """The only room that imports deepspeed: start-up, engine, ZeRO contexts."""
 
+from dstrain.engine.alive import engine_on, in_use, let_orphans_go, make_way
 from dstrain.engine.buffers import Buffers, Slot, main_ranks_buffers, slots_of
-from dstrain.engine.carry import Carried, carry, let_go, put_down
+from dstrain.engine.carry import Carried, carry, put_down
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.formats import check_formats, formats_remark
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
+from dstrain.engine.in_step import in_step
 from dstrain.engine.leaf import expert_blocks
 from dstrain.engine.machine import free_memory_bytes, least, read_machine
 from dstrain.engine.metric_schedule import MetricSchedule
@@ -14,6 +16,7 @@ from dstrain.engine.optimizer_state import changing_values, create_state, read_s
 from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
 from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
 from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
+from dstrain.engine.registration import StageTold, ZeroThreeMark
 from dstrain.engine.regroup import Regroup, is_out_of_memory
 from dstrain.engine.scalars import scalars_as_bytes
 from dstrain.engine.startup import (
@@ -24,16 +27,18 @@ from dstrain.engine.startup import (
     shut_down,
     start,
 )
+from dstrain.engine.traces import make_whole
 from dstrain.engine.zero import (
-    ZeroThreeMark,
     bytes_to_gather,
     full_numel,
     full_shape,
     gathered,
     is_partitioned,
+    is_shown_in_parts,
     kept_whole,
     model_facts,
     own_partition,
+    puts_together,
 )
 
 __all__ = [
@@ -46,6 +51,7 @@ __all__ = [
     "Region",
     "Regroup",
     "Slot",
+    "StageTold",
     "StepOutcome",
     "ZeroThreeMark",
     "build_ops",
@@ -61,6 +67,7 @@ __all__ = [
     "device_name",
     "device_type",
     "empty_cache",
+    "engine_on",
     "expert_blocks",
     "finish_load",
     "formats_remark",
@@ -68,14 +75,19 @@ __all__ = [
     "full_numel",
     "full_shape",
     "gathered",
+    "in_step",
+    "in_use",
     "inference_engine",
     "is_out_of_memory",
     "is_partitioned",
+    "is_shown_in_parts",
     "kept_whole",
     "least",
     "load_native",
+    "let_orphans_go",
     "main_ranks_buffers",
-    "let_go",
+    "make_way",
+    "make_whole",
     "model_facts",
     "optimized_names",
     "optimizer_class",
@@ -83,6 +95,7 @@ __all__ = [
     "parameter_groups",
     "prepare_nvme",
     "put_down",
+    "puts_together",
     "read_machine",
     "read_progress",
     "read_scalars",

@@ -54,19 +54,3 @@ def put_down(engine: Engine, carried: Carried) -> None:
                 region.write(key, region.start, values)
     finish_load(engine)
     write_progress(engine, carried.progress)
-
-
-def let_go(module: torch.nn.Module) -> None:
-    """Free what a forward or backward pass that broke off has left on parameters.
-
-    At stage 3 gathered parameters go; the slices that ranks keep are as they were.
-    """
-    parameter: Any
-    for parameter in module.parameters():
-        parameter.grad = None
-        status = getattr(parameter, "ds_status", None)
-        if status is None or getattr(parameter, "ds_persist", False):
-            continue
-        parameter.ds_active_sub_modules.clear()
-        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        parameter.ds_status = type(status).NOT_AVAILABLE

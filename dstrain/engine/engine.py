@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from dstrain.config import ResolvedConfig
+from dstrain.core.errors import Problem, TrainingError
+from dstrain.engine import alive, process_wide
 from dstrain.engine.buffers import Buffers
 from dstrain.engine.formats import check_formats
 from dstrain.engine.leaf import check_leaf_modules
@@ -16,9 +18,11 @@ from dstrain.engine.metric_schedule import guarded
 from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
 from dstrain.engine.progress_state import read_begun
 from dstrain.engine.quiet import quiet
+from dstrain.engine.registration import MemoryEfficientLinear, ToldInForward, undo_patches
 from dstrain.engine.scalars import clip_scalars_too, scalars_as_bytes
 from dstrain.engine.stage_zero import repair_if_needed
-from dstrain.engine.zero import ZeroThreeMark, forget_process_wide_settings, has_scalars
+from dstrain.engine.traces import forget_modules, leaves_of, untie
+from dstrain.engine.zero import has_scalars, is_partitioned, shown_in_parts
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
@@ -43,6 +47,13 @@ class Engine:
     The caller runs ``engine.model(**inputs)`` and ``backward(loss, last=...)`` per micro-batch,
     then ``step()``. Losses are already weighted: DeepSpeed averages gradients over ranks and does
     nothing else to them.
+
+    A module has one engine at a time: building another lets go of the one before.
+
+    Attributes:
+        in_use: whether a training is running, so that the engine cannot be let go.
+        rests: whether the module is free of the engine, which can still be read.
+        owner: leads to what lets go of the engine in good order, as long as that exists; or None.
     """
 
     def __init__(
@@ -70,6 +81,7 @@ class Engine:
 
         check_leaf_modules(module, resolved)
         check_formats(module, resolved, trains=trains)
+        alive.make_way(module)
         config = resolved.to_deepspeed()
         if "activation_checkpointing" in config:
             # DeepSpeed reads this block only when it is asked to, and not while it builds.
@@ -85,27 +97,47 @@ class Engine:
         if resolved.has_scheduler:
             scheduler = None
         scalars = has_scalars(module.parameters())
-        with quiet(), adagrad_stays(), scalars_as_bytes(wanted=scalars):
-            self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
-                model=module,
-                model_parameters=groups if optimizer is None else None,
-                optimizer=factory if optimizer is None else optimizer,
-                lr_scheduler=guarded(scheduler),
-                config=config,
-            )
         self.module = module
         self.resolved = resolved
+        self._leaves = leaves_of(module)
+        self._linear: MemoryEfficientLinear | None = None
+        self._told: ToldInForward | None = None
+        process_wide.take_up(module, resolved)
+        try:
+            with quiet(), adagrad_stays(), scalars_as_bytes(wanted=scalars):
+                self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
+                    model=module,
+                    model_parameters=groups if optimizer is None else None,
+                    optimizer=factory if optimizer is None else optimizer,
+                    lr_scheduler=guarded(scheduler),
+                    config=config,
+                )
+        except BaseException:
+            self._untie()
+            raise
+        forget_modules(module)
+        self._engine.client_lr_scheduler = None  # what made it may hold all of a Trainer
+        process_wide.keep_own_formats(self.optimizer, resolved)
         # With plain fp32 and stage 0 DeepSpeed keeps no norm, so it is computed on request.
         self._norm_by_hand = resolved.stage == 0 and resolved.precision == "fp32"
         if self._norm_by_hand and scalars:
             clip_scalars_too(self._engine)
-        self._mark = ZeroThreeMark(resolved)
         self._repair = repair_if_needed(self.optimizer) if trains else None
         # What arguments said, to be told from what training makes of it.
         self.begun = read_begun(self) if trains else None
         # As DistributedDataParallel, which sends them unless it is told not to.
         sends = resolved.value("ddp_broadcast_buffers") is not False
         self._buffers = Buffers(module, sends=sends) if trains else None
+        self._linear = MemoryEfficientLinear(resolved)
+        if resolved.stage == 3:
+            self._told = ToldInForward(module, resolved)
+            _let_deepspeed_save(self._engine)
+        self._compiled_by: dict[str, Any] | None = None
+        self.in_use = self.rests = False
+        self.owner: Callable[[], Callable[[], None] | None] | None = None
+        # Ours lives as long as DeepSpeed's, which the hooks on a module hold.
+        self._engine.__dict__["engine_of_dstrain"] = self
+        alive.note(self)
 
     @property
     def model(self) -> Any:
@@ -121,6 +153,10 @@ class Engine:
     def compile(self, backend: str, mode: str | None) -> None:
         """Compile the module's forward where it stands: names of its parameters stay the same."""
         kwargs = {} if mode is None else {"mode": mode}
+        self._compiled_by = {"backend": backend, **kwargs}
+        if self._told is not None:  # hooks of the module would be compiled with it
+            self._told.remove()
+            self._told = ToldInForward(self._engine, self.resolved)
         self._engine.compile(backend=backend, compile_kwargs=kwargs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
@@ -159,28 +195,103 @@ class Engine:
             return None
         return float(self.optimizer.loss_scale)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was destroyed; nothing else may be asked of it then."""
+        return self._engine is None
+
+    def rest(self) -> None:
+        """Leave a module that ordinary torch code can use, after a training.
+
+        Optimizer, schedule and counters can still be read. At stage 3 nothing happens: there the
+        hooks put the parameters of each layer together.
+        """
+        self.in_use = False
+        if self.rests or self.resolved.stage == 3:
+            return
+        self._untie()
+        if self._compiled_by is not None:
+            self.module._compiled_call_impl = None  # compiled with this engine's hooks in it
+            self.module.compile(**self._compiled_by)
+        for name in ("forward", "backward", "step"):
+            setattr(self._engine, name, _has_ended)
+        self.rests = True
+
+    def broke_off(self) -> bool:
+        """Whether a forward or backward pass at stage 3 has not come to its end."""
+        if self.resolved.stage != 3:
+            return False
+        parameters: Any = self.module.parameters()
+        return any(
+            p.ds_active_sub_modules or p.ds_status.name == "INFLIGHT"
+            for p in parameters
+            if is_partitioned(p)
+        )
+
+    def hand_over(self) -> None:
+        """Let go of the module for another engine; the owner, if it still exists, is told."""
+        close = None if self.owner is None else self.owner()
+        if close is not None:
+            close()
+        self.destroy()
+
     def destroy(self) -> None:
         """Let go of DeepSpeed's buffers and hooks; the module keeps its weights.
 
-        A partitioned module stays partitioned and can be given to a new engine.
+        A partitioned module stays partitioned and can be given to a new engine. No rank waits for
+        another.
         """
+        if self._engine is None:
+            return
         self._engine.destroy()
-        # DeepSpeed leaves these behind: they would keep the engine with its master weights alive,
-        # and run at every forward pass of the module.
-        for name in ("module_forward_pre_hook", "module_forward_post_hook"):
-            hook = getattr(self._engine, name, None)
-            if hook is not None:
-                hook.remove()
-        for parameter in self.module.parameters():
-            parameter.__dict__.pop("_z3_optimizer", None)
-        if self.module._compiled_call_impl is not None:
-            self.module._compiled_call_impl = None  # compiled with this engine's hooks in it
-        self._mark.close()
-        forget_process_wide_settings(self.module, self.resolved)
+        if not self.rests:
+            self._untie()
+        if self._compiled_by is not None:
+            self.module._compiled_call_impl = None
+        # It would be called again when the engine is collected, and undo ties of the next one.
+        self._engine.destroy = _do_nothing
+        del self._engine.__dict__["engine_of_dstrain"]
+        alive.forget(self)
         self._engine = None
         self._buffers = None
         self.optimizer = None
         self.scheduler = None
+
+    def _untie(self) -> None:
+        """Take all away that DeepSpeed has put on the module and keeps in the process."""
+        if self._told is not None:
+            self._told.remove()
+        if self._linear is not None:
+            self._linear.close()
+        undo_patches()
+        untie(self.module, leaves=self._leaves)
+        forget_modules(self.module)
+        process_wide.forget(self.resolved, others=alive.any_besides(self))
+
+
+def _has_ended(*_: object, **__: object) -> None:
+    raise TrainingError(
+        Problem(
+            "forward(), backward() or step() of an engine whose training has ended",
+            "its model was given back to ordinary torch code",
+            "call trainer.model, or train() of the Trainer",
+        )
+    )
+
+
+def _do_nothing() -> None:
+    """Stand for a method that has done its work."""
+
+
+def _let_deepspeed_save(engine: Any) -> None:
+    """DeepSpeed writes the parts themselves, which nobody else is to take for the weights."""
+    state_dict = engine.module_state_dict
+
+    def module_state_dict(*args: Any, **kwargs: Any) -> Any:
+        with shown_in_parts(engine.module):
+            return state_dict(*args, **kwargs)
+
+    engine.module_state_dict = module_state_dict
 
 
 def inference_engine(module: torch.nn.Module, resolved: ResolvedConfig) -> Engine:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from dstrain.config import ModelFacts, ResolvedConfig
+from dstrain.config import ModelFacts
 from dstrain.engine.scalars import scalars_as_bytes
 
 
@@ -84,62 +84,24 @@ def gathered(
         yield
 
 
-def forget_process_wide_settings(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
-    """Undo what DeepSpeed keeps in its modules beyond the life of an engine.
-
-    Left alone, the next engine of this process would take over the groups of hpZ, whatever its own
-    size is (``stage3.py:__init__``), and the formats of autocast instead of its
-    ``communication_data_type`` (``stage_1_and_2.py:__init__``).
-    """
-    if int(resolved.values.get("zero_optimization.zero_hpz_partition_size", 1)) > 1:
-        from deepspeed.utils import groups
-
-        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    if resolved.values.get("torch_autocast.enabled"):
-        from deepspeed.runtime import torch_autocast
-
-        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-        torch_autocast.TORCH_AUTOCAST_DTYPE = None
-        for parameter in module.parameters():
-            parameter.__dict__.pop(torch_autocast.PARAM_COMM_DTYPE_ATTR_NAME, None)
-    if any(key.startswith("activation_checkpointing.") for key in resolved.values):
-        import deepspeed
-
-        deepspeed.checkpointing.configure(None)  # all at their defaults
+@contextlib.contextmanager
+def shown_in_parts(module: torch.nn.Module) -> Iterator[None]:
+    """Allow ``module.state_dict()`` inside the block although its parameters are partitioned."""
+    vars(module)[_SHOWN] = True
+    try:
+        yield
+    finally:
+        vars(module).pop(_SHOWN, None)
 
 
-class ZeroThreeMark:
-    """Tells transformers that ZeRO stage 3 is on: models are then built partitioned.
+def is_shown_in_parts(module: torch.nn.Module) -> bool:
+    """Whether it is allowed now."""
+    return _SHOWN in vars(module)
 
-    transformers keeps only a weak reference, so this object must live as long as that should hold:
-    while the model is built, and while it generates (ranks must then stay in step). It has the two
-    things that transformers reads, ``config`` and ``is_zero3``; its own class needs accelerate.
-    """
 
-    def __init__(self, resolved: ResolvedConfig) -> None:
-        """Register with transformers when the stage is 3, unregister otherwise."""
-        from dstrain.engine import compat
-
-        self.config: dict[str, Any] = resolved.to_deepspeed()
-        self._stage = resolved.stage
-        self._previous = compat.registered_config()
-        compat.register_config(self if self._stage == 3 else None)
-
-    def is_zero3(self) -> bool:
-        """Asked by transformers when it builds a model."""
-        return self._stage == 3
-
-    def is_zero2(self) -> bool:
-        """Asked by transformers in few places."""
-        return self._stage == 2
-
-    def close(self) -> None:
-        """Put back what was registered before, unless somebody has registered since."""
-        from dstrain.engine import compat
-
-        if compat.registered_config() is (self if self._stage == 3 else None):
-            compat.register_config(self._previous)
-        self._previous = None
+def puts_together(module: torch.nn.Module) -> bool:
+    """Whether an engine of stage 3 gathers the parameters of ``module`` in its forward pass."""
+    return "ds_id" in vars(module)  # parameter_offload.py:_register_deepspeed_module
 
 
 @contextlib.contextmanager
@@ -163,6 +125,7 @@ def kept_whole(module: torch.nn.Module) -> Iterator[None]:
 
 
 _HELD = -1  # no submodule's id
+_SHOWN = "_dstrain_shown_in_parts"
 
 
 def bytes_to_gather(module: torch.nn.Module) -> int:

@@ -11,7 +11,7 @@ from dstrain.models.build import (
     max_length,
     parse_model_config,
 )
-from dstrain.models.guard import guard_partitioned
+from dstrain.models.guard import guard_partitioned, release_guard
 from dstrain.models.held import HeldShards, held_bytes, hold_shards
 from dstrain.models.host_copies import HostCopies
 from dstrain.models.save import check_writable, needs_conversion, save_configs, save_model
@@ -41,6 +41,7 @@ __all__ = [
     "max_length",
     "merge_adapters",
     "parse_model_config",
+    "release_guard",
     "save_configs",
     "save_model",
     "sizes_of_module",

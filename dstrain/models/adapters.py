@@ -19,7 +19,7 @@ import torch
 from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
-from dstrain.engine import gathered
+from dstrain.engine import gathered, kept_whole
 from dstrain.models.tensor_file import Stored, write_tensor_file
 
 WEIGHTS = "adapter_model.safetensors"
@@ -55,23 +55,17 @@ def _held(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:
     """The adapter's tensors in the main rank's memory, under their saved names; {} elsewhere.
 
     Which they are, and what they are called, is peft's to say: it is handed the parameters
-    themselves, partitioned or not. What it computes anew (prompts) it computes from whole ones.
+    themselves, partitioned or not.
     """
     named = model.state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in named.items()}
     chosen: dict[str, str] = {}
     held: dict[str, torch.Tensor] = {}
-    computes = model.peft_config[adapter].is_prompt_learning
-    with gathered(p for p in model.parameters() if computes and p.requires_grad):
-        if ranks.is_main:
-            from peft import get_peft_model_state_dict
-
-            saved = get_peft_model_state_dict(model, state_dict=named, adapter_name=adapter)
-            for key, tensor in saved.items():
-                if id(tensor) in names:
-                    chosen[key] = names[id(tensor)]
-                else:
-                    held[key] = _copied(tensor)
+    for key, tensor in _named_by_peft(model, adapter, named, ranks).items():
+        if id(tensor) in names:
+            chosen[key] = names[id(tensor)]
+        elif ranks.is_main:
+            held[key] = _copied(tensor)
     for key, name in gather_objects(chosen)[0].items():
         tensor = named[name]
         whole = isinstance(tensor, torch.nn.Parameter)
@@ -79,6 +73,44 @@ def _held(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:
             if ranks.is_main:
                 held[key] = _copied(tensor)
     return held
+
+
+def _named_by_peft(
+    model: Any, adapter: str, named: dict[str, Any], ranks: Ranks
+) -> dict[str, torch.Tensor]:
+    """What peft saves of an adapter: parameters, and what it computes of them; on the main rank.
+
+    Prompts come out of a forward pass, which all ranks make together: at stage 3 each gathers, and
+    DeepSpeed compares the modules that ran.
+    """
+    from peft import get_peft_model_state_dict
+
+    if not model.peft_config[adapter].is_prompt_learning:
+        if not ranks.is_main:
+            return {}
+        return dict(get_peft_model_state_dict(model, state_dict=named, adapter_name=adapter))
+    encoder = model.prompt_encoder[adapter]
+    with kept_whole(encoder), _evaluating(encoder), torch.no_grad():
+        saved = get_peft_model_state_dict(
+            model,
+            state_dict=named,
+            adapter_name=adapter,
+            # Whether it was resized may take a look at the hub, which one rank has.
+            save_embedding_layers="auto" if ranks.is_main else False,
+        )
+        return dict(saved)
+
+
+@contextlib.contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Without dropout inside: what is saved must not be drawn, nor training draw others after."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

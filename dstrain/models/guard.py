@@ -1,7 +1,8 @@
-"""Methods of a model that need its parameters whole: refused while these are partitioned.
+"""What a partitioned model cannot do by itself: refused, or done on all ranks together.
 
-A rank has a share of each parameter then, and the parameter itself reads as empty. ``transformers``
-and ``peft`` do not notice: they would save empty tensors, and add nothing to them when they merge.
+A rank has a share of each parameter then, and the parameter itself reads as empty. Neither torch
+nor ``transformers`` nor ``peft`` notices: they would save and copy empty tensors, add nothing to
+them when they merge, and compute with them unless an engine puts them together.
 """
 
 from __future__ import annotations
@@ -14,34 +15,141 @@ import torch
 
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import ModelError, Problem
-from dstrain.engine import full_numel
+from dstrain.core.log import get_logger
+from dstrain.engine import (
+    StageTold,
+    full_numel,
+    in_step,
+    is_partitioned,
+    is_shown_in_parts,
+    puts_together,
+)
 
+logger = get_logger(__name__)
+
+_WHOLE = "trainer.close(whole=True), on all ranks, makes it an ordinary model again"
 _SAVE = "call save_model() of the trainer, on all ranks"
 _MERGE = "call merge_and_unload() of the trainer, on all ranks, and save_model() after it"
+_RUN = f"call evaluate(), predict() or train() of the trainer; {_WHOLE}"
 _MERGING = ("merge_and_unload", "merge_adapter", "unmerge_adapter")
+_UNDO = "_dstrain_guard"
 
 
-def guard_partitioned(model: Any) -> None:
-    """Let the model's own saving and merging raise as long as parameters are partitioned."""
-    guarded = {"save_pretrained": (model, _SAVE)}
-    if has_adapters(model):
-        guarded |= {name: (model.base_model, _MERGE) for name in _MERGING}
-    for name, (owner, remedy) in guarded.items():
+def guard_partitioned(model: Any, *, patience_seconds: float) -> None:
+    """Guard a model as long as its parameters are partitioned; nothing for a whole one.
+
+    Args:
+        model: may be guarded already.
+        patience_seconds: how long a rank that generates waits for the others.
+    """
+    if _UNDO in vars(model) or not any(is_partitioned(p) for p in model.parameters()):
+        return
+    undo: list[Callable[[], object]] = []
+
+    def replace(owner: Any, name: str, by: Callable[..., Any], *arguments: Any) -> None:
         if hasattr(type(owner), name):
-            setattr(owner, name, functools.partial(_with_whole, owner, name, remedy))
+            undo.append(_replace(owner, name, by, *arguments))
+
+    replace(model, "save_pretrained", _if_whole, "save_pretrained()", _SAVE)
+    resize = "resize_token_embeddings"
+    replace(model, resize, _if_whole, f"{resize}()", f"resize it before training; {_WHOLE}")
+    if has_adapters(model):
+        for name in _MERGING:
+            replace(model.base_model, name, _if_whole, f"{name}()", _MERGE)
+        # It reads gradients, which DeepSpeed gathers, where transformers knows of stage 3.
+        replace(model.base_model, "update_and_allocate", _told)
+    for generator in _generators(model):
+        replace(generator, "generate", _on_all_ranks, patience_seconds)
+    replace(model, "__reduce_ex__", _no_copy)
+    undo.append(model.register_forward_pre_hook(_needs_engine).remove)
+    undo.append(model.register_state_dict_pre_hook(_needs_whole_state).remove)
+    vars(model)[_UNDO] = undo
 
 
-def _with_whole(owner: torch.nn.Module, name: str, remedy: str, *args: Any, **kwargs: Any) -> Any:
+def release_guard(model: Any) -> None:
+    """Take the guard of a model away that is whole again."""
+    for step in vars(model).pop(_UNDO, ()):
+        step()
+
+
+def _replace(owner: Any, name: str, by: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
+    """Let a method go through ``by``, also one that a user has set; what is returned undoes it."""
+    own = vars(owner)
+    had, method = name in own, getattr(owner, name)
+    through = functools.partial(by, owner, method, *arguments)
+    setattr(owner, name, through)
+
+    def undo() -> None:
+        if own.get(name) is not through:
+            return  # replaced since
+        if had:
+            own[name] = method
+        else:
+            del own[name]
+
+    return undo
+
+
+def _generators(model: torch.nn.Module) -> list[Any]:
+    from transformers import GenerationMixin
+
+    return [module for module in model.modules() if isinstance(module, GenerationMixin)]
+
+
+# --- what goes through ----------------------------------------------------------------------------
+
+
+def _if_whole(
+    owner: Any, method: Callable[..., Any], what: str, remedy: str, *args: Any, **kwargs: Any
+) -> Any:
     if kwargs.get("state_dict") is None and _is_in_parts(owner):
-        raise ModelError(
-            Problem(
-                f"{name}() of a model that is partitioned over the ranks (ZeRO stage 3)",
-                "this rank has a share of each weight, and the weights themselves read as empty",
-                remedy,
-            )
+        raise _in_parts(what, remedy)
+    return method(*args, **kwargs)
+
+
+def _no_copy(owner: Any, method: Callable[..., Any], *args: Any) -> Any:
+    raise _in_parts("a copy, or torch.save(),", f"{_SAVE}; {_WHOLE}")
+
+
+def _told(owner: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with StageTold(3):
+        return method(*args, **kwargs)
+
+
+def _on_all_ranks(
+    owner: Any, method: Callable[..., Any], patience: float, *args: Any, **kwargs: Any
+) -> Any:
+    """Generate in step: a rank that is done early goes on with the others."""
+    if not puts_together(owner):
+        if _is_in_parts(owner):
+            raise _in_parts("generate()", _RUN)
+        return method(*args, **kwargs)
+    if kwargs.get("synced_gpus") is False:
+        logger.info("generate(synced_gpus=False): ranks keep in step all the same, as they must")
+        kwargs["synced_gpus"] = None
+    with in_step("generate()", patience_seconds=patience):
+        return method(*args, **kwargs)
+
+
+def _needs_engine(module: torch.nn.Module, *_: object) -> None:
+    if not puts_together(module) and _is_in_parts(module):
+        raise _in_parts("a forward pass", _RUN)
+
+
+def _needs_whole_state(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Parameters themselves may be had, to be gathered; empty tensors in their place may not."""
+    if not keep_vars and not is_shown_in_parts(module) and _is_in_parts(module):
+        raise _in_parts("state_dict()", f"{_SAVE}; {_WHOLE}")
+
+
+def _in_parts(what: str, remedy: str) -> ModelError:
+    return ModelError(
+        Problem(
+            f"{what} of a model that is partitioned over the ranks (ZeRO stage 3)",
+            "this rank has a share of each weight, and the weights themselves read as empty",
+            remedy,
         )
-    method: Callable[..., Any] = getattr(type(owner), name)
-    return method(owner, *args, **kwargs)
+    )
 
 
 def _is_in_parts(module: torch.nn.Module) -> bool:

@@ -313,12 +313,8 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
     """
     ranks = start_run(args)
     resolved = resolve_config(args, ranks)
-    mark = ZeroThreeMark(resolved)
-    try:
-        with scalars_as_bytes(wanted=resolved.stage == 3):
-            yield
-    finally:
-        mark.close()
+    with ZeroThreeMark(resolved), scalars_as_bytes(wanted=resolved.stage == 3):
+        yield
 
 
 def check_shared_out(

@@ -2,46 +2,121 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from dstrain.config import ResolvedConfig
-from dstrain.engine import Engine, device_name, inference_engine, is_partitioned
-from dstrain.models import DTYPES
+from dstrain.core.errors import ConfigError, Problem
+from dstrain.engine import (
+    Engine,
+    device_name,
+    device_type,
+    engine_on,
+    in_use,
+    inference_engine,
+    is_partitioned,
+    let_orphans_go,
+    make_way,
+    make_whole,
+)
+from dstrain.models import DTYPES, guard_partitioned, release_guard
 
 
 class EngineKeeper:
     """Owns the engine of one module: train and evaluate work in any order, any number of times."""
 
-    def __init__(self) -> None:
-        """No engine yet."""
-        self.training: Engine | None = None
+    def __init__(self, close: Callable[[], None], *, patience_seconds: float) -> None:
+        """No engine yet.
+
+        Args:
+            close: a method that lets go of the engine in good order; called where another Trainer
+                needs the module.
+            patience_seconds: how long a rank that generates waits for the others at stage 3.
+        """
+        self._close = weakref.WeakMethod(close)
+        self._patience = patience_seconds
+        self._training: Engine | None = None
         self._inference: Engine | None = None
+
+    @property
+    def training(self) -> Engine | None:
+        """The engine of the training that runs or ran last, unless it was let go since."""
+        engine = self._training
+        return None if engine is None or engine.is_gone else engine
 
     def train(self, build: Callable[[], Engine]) -> Engine:
         """Tear down what is alive and build a training engine on the current weights."""
         self._let_go()
-        gc.collect()  # that of another trainer, which nobody holds any more, must be gone too
-        self.training = build()
-        return self.training
+        gc.collect()  # those of other Trainers, which nobody holds any more, must be gone too
+        let_orphans_go()
+        engine = self._training = self._adopted(build())
+        engine.in_use = True
+        return engine
+
+    def settle(self, *, done: bool) -> None:
+        """After a training: leave a module that can be used.
+
+        Args:
+            done: the training came to its end. One that broke off in the middle of a pass cannot go
+                on at stage 3, so its engine is let go.
+        """
+        engine = self.training
+        if engine is None:
+            return
+        engine.rest()
+        close = self._close()
+        if not done and not engine.rests and close is not None:
+            close()
 
     def forward_model(self, module: torch.nn.Module, resolved: ResolvedConfig) -> Any:
         """What to call for a forward pass without training.
 
-        The training engine where there is one. Before training at stage 3 an engine without
-        optimizer, which gathers partitioned parameters; below stage 3 the module itself, on the
-        device and in the format that training would give it.
+        The engine that is alive on the module, whoever trains with it. Before training at stage 3
+        an engine without optimizer, which gathers partitioned parameters; below stage 3 the module
+        itself, on the device and in the format that training gives it.
         """
-        if self.training is not None:
-            return self.training.model
-        if resolved.stage == 3 or any(is_partitioned(p) for p in module.parameters()):
-            if self._inference is None:
-                self._inference = inference_engine(module, resolved)
+        alive = engine_on(module)
+        if alive is not None:
+            return alive.model
+        if resolved.stage == 3:
+            self._inference = self._adopted(inference_engine(module, resolved))
             return self._inference.model
-        return _placed(module, resolved)
+        if not in_use(module):  # by a training of another module with the same parameters
+            _place(module, resolved)
+        return module
+
+    def precision(self, module: torch.nn.Module, resolved: ResolvedConfig) -> str:
+        """The format that ``forward_model`` computes in."""
+        alive = engine_on(module)
+        return (resolved if alive is None else alive.resolved).precision
+
+    def autocast(
+        self, module: torch.nn.Module, resolved: ResolvedConfig
+    ) -> contextlib.AbstractContextManager[Any]:
+        """What the engine would compute in, where none is alive and the config autocasts."""
+        autocasts = resolved.values.get("torch_autocast.enabled") and engine_on(module) is None
+        if not autocasts:
+            return contextlib.nullcontext()
+        return torch.autocast(device_type(), dtype=DTYPES[resolved.compute_format])
+
+    @contextlib.contextmanager
+    def passes(self, module: torch.nn.Module) -> Iterator[None]:
+        """Run forward passes; an engine in which one breaks off at stage 3 is let go.
+
+        While training runs that is left to its end.
+        """
+        try:
+            yield
+        except BaseException:
+            engine = engine_on(module)
+            if engine is not None and not engine.in_use and engine.broke_off():
+                engine.hand_over()
+            raise
 
     def close(self) -> None:
         """Tear down every engine; the module keeps its weights."""
@@ -49,22 +124,58 @@ class EngineKeeper:
             # Engines hold reference cycles with hooks: their buffers are free only after this.
             gc.collect()
 
+    def _adopted(self, engine: Engine) -> Engine:
+        engine.owner = self._close
+        guard_partitioned(engine.module, patience_seconds=self._patience)
+        return engine
+
     def _let_go(self) -> bool:
         """Whether there was an engine, none of which is alive now."""
-        alive = [e for e in (self.training, self._inference) if e is not None]
+        alive = [e for e in (self._training, self._inference) if e is not None and not e.is_gone]
         for engine in alive:
             engine.destroy()
-        self.training = self._inference = None
+        self._training = self._inference = None
         return bool(alive)
 
 
-def _placed(module: torch.nn.Module, resolved: ResolvedConfig) -> torch.nn.Module:
+def check_parts(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
+    """Refuse a partitioned model where it would have to be whole.
+
+    Raises:
+        ConfigError: the stage is not 3.
+    """
+    if resolved.stage != 3 and any(is_partitioned(p) for p in module.parameters()):
+        raise ConfigError(
+            Problem(
+                f"zero_stage={resolved.stage} with a model that is partitioned over the ranks",
+                "it was built in dstrain.partitioned(args), or trained at stage 3",
+                "set zero_stage to 3, or call close(whole=True) of the Trainer that trained it",
+            )
+        )
+
+
+def make_ordinary(module: torch.nn.Module, device: str | None) -> None:
+    """Make a partitioned model whole on every rank; a collective.
+
+    Args:
+        module: the model; engines on it are let go.
+        device: where its weights are put; None leaves them on the device of training.
+
+    Raises:
+        TrainingError: a training with it is running.
+    """
+    make_way(module)
+    make_whole(module, device_name() if device is None else device)
+    release_guard(module)
+    vars(module).pop("num_parameters", None)  # count_whole_parameters
+
+
+def _place(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
     dtype, device = DTYPES[resolved.precision], device_name()
     module.to(device)
     if resolved.precision == "fp32":
-        return module  # trained in the formats that it has
+        return  # trained in the formats that it has
     for parameter in module.parameters():
         # Buffers stay as they are: rotary frequencies in 16 bits would be wrong.
         if parameter.dtype in DTYPES.values() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
-    return module

@@ -415,20 +415,21 @@ class EvaluationHooks(EvalLoaderHooks):
         model = self._engines.forward_model(self.model, self.resolved)
         # While training runs the engine's format is used, as in transformers.
         wanted = None if self.is_in_train else full_eval_format(self.args, self.resolved)
-        if wanted is None:
-            yield model
-            return
-        self._eval_format = wanted
-        try:
-            with in_format(self.model, wanted):
-                yield self.model
-        finally:
-            self._eval_format = None
+        with self._engines.passes(self.model):
+            if wanted is None:
+                yield model
+                return
+            self._eval_format = wanted
+            try:
+                with in_format(self.model, wanted):
+                    yield self.model
+            finally:
+                self._eval_format = None
 
     @property
     def _format(self) -> str:
         """The format of what goes into the model."""
-        return self._eval_format or str(self.resolved.precision)
+        return self._eval_format or self._engines.precision(self.model, self.resolved)
 
     def _batch_metric(self) -> BatchMetric | None:
         wanted = self.args.batch_eval_metrics and self.compute_metrics is not None

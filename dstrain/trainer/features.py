@@ -91,10 +91,14 @@ def _checkpointing(model: Any, args: TrainingArguments) -> Iterator[None]:
     inner = inner_model(model)  # the second name is the old one, which warns where there are both
     was_on = getattr(inner, "is_activation_checkpointing", None)
     was_on = getattr(inner, "is_gradient_checkpointing", False) if was_on is None else was_on
+    had_hooks = bool(getattr(inner, "_require_grads_hooks", None))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     with contextlib.ExitStack() as undo:
         if not was_on:
             undo.callback(model.gradient_checkpointing_disable)
+        if not had_hooks and hasattr(inner, "disable_input_require_grads"):
+            # transformers leaves these on the embeddings: local functions, which cannot be pickled.
+            undo.callback(inner.disable_input_require_grads)
         embeddings = _embeddings(model)
         if (kwargs or {}).get("use_reentrant") and embeddings is not None:
             frozen = not any(p.requires_grad for p in embeddings.parameters())

@@ -12,7 +12,7 @@ from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_probl
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import require_equal
 from dstrain.data import take_over
-from dstrain.engine import Carried, Regroup, carry, is_out_of_memory, let_go, put_down
+from dstrain.engine import Carried, Regroup, carry, is_out_of_memory, put_down
 from dstrain.trainer import saving
 from dstrain.trainer.loop import TrainLoop
 
@@ -134,7 +134,6 @@ def _leave_and_meet(trainer: Trainer, loop: TrainLoop, regroup: Regroup) -> Carr
     regroup.leave()
     regroup.meet(trainer.model)
     trainer.close()  # it asks for its rank
-    let_go(trainer.model)
     loop.preemption.renew()
     require_equal("the number of optimizer steps done", loop.progress.step, TrainingError)
     return carried

@@ -149,6 +149,17 @@ class OwnObjects:
         if trainer.lr_scheduler not in (None, used[1], self.scheduler):
             self.scheduler = trainer.lr_scheduler
 
+    def give_back(self) -> None:
+        """Give the user's own optimizer the model's parameters again, without state.
+
+        DeepSpeed puts flat tensors in their place, which are of no use without its engine.
+        """
+        if self.optimizer is None:
+            return
+        self.optimizer.state.clear()
+        for group, params in zip(self.optimizer.param_groups, self._parameters, strict=True):
+            group["params"] = params
+
     def for_run(self, num_training_steps: int) -> tuple[Any, Any]:
         """Optimizer (None: the config's) and schedule, or a function that makes it, for an engine.
 
@@ -156,11 +167,7 @@ class OwnObjects:
             ConfigError: an override made no optimizer.
         """
         trainer = self._trainer
-        if self.optimizer is not None:
-            # DeepSpeed puts flat tensors in their place: another engine needs the parameters again.
-            self.optimizer.state.clear()
-            for group, params in zip(self.optimizer.param_groups, self._parameters, strict=True):
-                group["params"] = params
+        self.give_back()
         if _overrides(trainer, "create_optimizer_and_scheduler"):
             trainer.create_optimizer_and_scheduler(num_training_steps)
         elif self.makes_optimizer and self.optimizer is None:

@@ -132,12 +132,12 @@ class StepHooks:
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
     ) -> contextlib.AbstractContextManager[Any]:
-        """No context: the engine computes in the format of the config, and autocasts if it says so.
+        """No context where an engine runs the model, which autocasts itself if the config says so.
 
         Args:
             cache_enabled: for drop-in use.
         """
-        return contextlib.nullcontext()
+        return self._engines.autocast(self.model, self.resolved)
 
     def _loss_of_function(self, model: Any, inputs: Any, num_items: Any) -> tuple[Any, Any]:
         """The loss that the user's function makes of outputs and labels; the model sees no labels.

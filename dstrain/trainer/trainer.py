@@ -27,7 +27,7 @@ from dstrain.trainer.adapter_hooks import AdapterHooks
 from dstrain.trainer.best import BestModel
 from dstrain.trainer.cache import KeyValueCache
 from dstrain.trainer.counting import CountHooks, count_whole_parameters
-from dstrain.trainer.engines import EngineKeeper
+from dstrain.trainer.engines import EngineKeeper, check_parts, make_ordinary
 from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
 from dstrain.trainer.features import check_features, training_features
@@ -67,7 +67,7 @@ class Trainer(
 
     Attributes:
         model: the core model, always.
-        model_wrapped: what runs forward passes: the DeepSpeed engine while there is one.
+        model_wrapped: what runs forward passes: the DeepSpeed engine while it is on the model.
         args: the user's arguments.
         state: transformers' ``TrainerState``.
         control: transformers' ``TrainerControl``.
@@ -178,12 +178,13 @@ class Trainer(
         check_features(self.model, self.args, device=device_type())
         # Before the model is touched: a config that cannot be used must not cost a model load.
         self.resolved: ResolvedConfig = self._resolve(None)
+        check_parts(self.model, self.resolved)
         build.check_formats_of(self.model, self.resolved, self.ranks)
         check_fitting(self.args, self.resolved)
         build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
         self._check_evaluation()
         self.is_in_train = self.preempted = False
-        self._engines = EngineKeeper()
+        self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
         self._micro_step = MicroStep()
         self._writer: CheckpointWriter | None = None
         self.events = Events(self, callbacks)
@@ -241,6 +242,7 @@ class Trainer(
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
         self._writer = saving.make_writer(self)
         self._memory.start("train")
+        done = False
         try:
             with training_features(self.model, self.args):
                 start = saving.find_start(self, resume_from_checkpoint)
@@ -259,12 +261,15 @@ class Trainer(
                     saving.check_saved(self, self._writer, loop.steps_before)
                 else:
                     self._finish_publishing()
-                return self._finish_training(loop, started)
+                output = self._finish_training(loop, started)
+            done = True
+            return output
         except TrainingError:
             self.save_state()  # what was logged until then shows what went wrong
             raise
         finally:
             self.is_in_train = False
+            self._engines.settle(done=done)
             self._memory.stop("train")
             if self.hp_search_backend is None:
                 self._leave_trial()  # a search evaluates with its arguments first
@@ -290,25 +295,34 @@ class Trainer(
                 self.save_model(_internal_call=True)  # what is uploaded is the run's own folder
             self._publish_saved()
 
-    def close(self) -> None:
+    def close(self, *, whole: bool | str = False) -> None:
         """Tear down the engine and free its memory; the model keeps its weights.
 
-        ``train`` and ``evaluate`` work afterwards, with a new engine.
+        ``train`` and ``evaluate`` work afterwards, with a new engine. An optimizer of the user's
+        own has the model's parameters again, without state. At ZeRO stage 3 the model stays
+        partitioned, which ordinary torch code cannot use.
+
+        Args:
+            whole: at stage 3 put the weights together, on every rank and its device, or on the
+                device of this name, such as "cpu"; all ranks must call it then. They must fit.
         """
         self.optimizer, self.lr_scheduler = self._own.optimizer, self._own.scheduler
         self.events.hold(None)
         self._engines.close()
+        self._own.give_back()
         self._release_eval_loaders()
+        if whole:
+            make_ordinary(self.model, whole if isinstance(whole, str) else None)
 
     @property
     def model_wrapped(self) -> Any:
-        """The DeepSpeed engine while there is one, else the model."""
+        """The DeepSpeed engine while it is on the model, else the model."""
         engine = self._engines.training
-        return self.model if engine is None else engine.model
+        return self.model if engine is None or engine.rests else engine.model
 
     @property
     def deepspeed(self) -> Any:
-        """The DeepSpeed engine of training, or None."""
+        """The DeepSpeed engine of the training that runs or ran last, or None."""
         engine = self._engines.training
         return None if engine is None else engine.model
 
@@ -375,7 +389,7 @@ class Trainer(
     def _note_model(self) -> None:
         """What the trainer must know about its model."""
         check_whole(self.model)
-        guard_partitioned(self.model)
+        guard_partitioned(self.model, patience_seconds=self.args.ddp_timeout)
         self._check_generation_config()
         self.model_accepts_loss_kwargs = takes_target_count(self.model)
         self._smoothing = LabelSmoothing.of(self.model, self.args)
@@ -409,6 +423,7 @@ class Trainer(
                 start, max_steps=max_steps, per_epoch=per_epoch, batch=batch
             )
         self.resolved = self._resolve(max_steps)
+        check_parts(self.model, self.resolved)
         if self.ranks.is_main:
             build.record_resolved_config(self.resolved, self.args)
             for warning in self.resolved.warnings:

@@ -13,10 +13,10 @@ from tests.models import RaggedTokens, pad_collate, tiny_llama
 
 
 def _run(folder: Path, **arguments: Any) -> Any:
-    """A trainer after a short run, closed."""
+    """A trainer after a short run, closed; its model is an ordinary one."""
     trainer = make_trainer(folder, **{"max_steps": 3, "evaluation": 0, **arguments})
     trainer.train()
-    trainer.close()
+    trainer.close(whole=True)
     return trainer
 
 
@@ -62,7 +62,7 @@ def test_a_compiled_model_trains_alike_and_is_saved_under_its_names(tmp_path: Pa
     assert model._compiled_call_impl is not None
     assert losses(trainer) == pytest.approx(plain, rel=1e-5)
     trainer.save_model(str(tmp_path / "saved"))
-    trainer.close()
+    trainer.close(whole=True)
     assert model._compiled_call_impl is None
     assert list(model.state_dict()) == names
     from transformers import AutoModelForCausalLM

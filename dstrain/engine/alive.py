@@ -1,0 +1,83 @@
+"""Which engines there are on a module: two at once would tear at the same parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from dstrain.core.errors import Problem, TrainingError
+
+if TYPE_CHECKING:
+    from dstrain.engine.engine import Engine
+
+# Weak: DeepSpeed's engine holds ours, so an engine is in here as long as a hook leads to it. A
+# module cannot say itself, for one engine may be on a part of another's module.
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def note(engine: Engine) -> None:
+    """Keep track of a new engine."""
+    _ENGINES.add(engine)
+
+
+def forget(engine: Engine) -> None:
+    """The engine has been destroyed."""
+    _ENGINES.discard(engine)
+
+
+def any_besides(engine: Engine) -> bool:
+    """Whether another engine is on some module."""
+    return any(other is not engine and not other.rests for other in _ENGINES)
+
+
+def engine_on(module: torch.nn.Module) -> Engine | None:
+    """The engine that forward passes of ``module`` go through, whoever built it."""
+    found = (e for e in _ENGINES if e.module is module and not e.rests)
+    return next(found, None)
+
+
+def in_use(module: torch.nn.Module) -> bool:
+    """Whether a training is running that changes parameters of ``module``."""
+    return any(engine.in_use for engine in _sharing(module))
+
+
+def let_orphans_go() -> None:
+    """Destroy engines whose owners are gone; to be called on all ranks at the same point.
+
+    They are not collected by themselves: torch's hooks on gradients hide from the collector that
+    parameters and optimizer hold each other.
+    """
+    for engine in list(_ENGINES):
+        if engine.owner is not None and engine.owner() is None:
+            engine.destroy()
+
+
+def make_way(module: torch.nn.Module) -> None:
+    """Let all engines go that hold parameters of ``module``; whoever owns one is told.
+
+    Raises:
+        TrainingError: one of them is in the middle of a training.
+    """
+    others = list(_sharing(module))
+    if any(engine.in_use for engine in others):
+        raise TrainingError(
+            Problem(
+                f"a new engine on {type(module).__name__} while another one trains it",
+                "two trainings would change the same parameters",
+                "wait for the first train() to end, or give this Trainer a copy of the model made "
+                "before it",
+            )
+        )
+    for engine in others:
+        engine.hand_over()
+
+
+def _sharing(module: torch.nn.Module) -> Iterator[Engine]:
+    """Engines on a module with a parameter of this one; grows with engines x parameters."""
+    own = set(map(id, module.parameters()))
+    for engine in list(_ENGINES):
+        if any(id(parameter) in own for parameter in engine.module.parameters()):
+            yield engine

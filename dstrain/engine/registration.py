@@ -1,0 +1,194 @@
+"""What transformers is told while models are partitioned, what torch is, and that both end."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dstrain.config import ResolvedConfig
+from dstrain.engine import compat
+
+
+class StageTold:
+    """A DeepSpeed config that transformers knows of, from its construction to ``close``.
+
+    At stage 3 transformers builds models partitioned, generates in step on all ranks, and runs on
+    each rank the layers that chance would skip there. It keeps only a weak reference, so this
+    object must be held meanwhile. It has the things that transformers reads; transformers' own
+    class for them needs accelerate.
+    """
+
+    def __init__(self, stage: int, config: Callable[[], dict[str, Any]] = dict) -> None:
+        """Register when the stage is 3, unregister otherwise.
+
+        Args:
+            stage: of ZeRO.
+            config: makes the DeepSpeed config; needed where models are built.
+        """
+        self._stage, self._make_config = stage, config
+        self._previous = compat.registered_config()
+        compat.register_config(self if stage == 3 else None)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The DeepSpeed config that partitioned models are built by."""
+        return self._make_config()
+
+    def is_zero3(self) -> bool:
+        """Asked by transformers when it builds a model, generates, and in some layers."""
+        return self._stage == 3
+
+    def is_zero2(self) -> bool:
+        """Asked by transformers in few places."""
+        return self._stage == 2
+
+    def close(self) -> None:
+        """Put back what was registered before, unless a user has registered a config since."""
+        present = compat.registered_config()
+        # One inside of this one, which an interrupt kept from closing, ends with it.
+        if present is None or isinstance(present, StageTold):
+            compat.register_config(self._previous)
+        self._previous = None
+
+    def __enter__(self) -> StageTold:
+        """Itself: registered already."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close it."""
+        self.close()
+
+
+class ZeroThreeMark(StageTold):
+    """Lets transformers build models by a resolved config; to be closed when they are built."""
+
+    def __init__(self, resolved: ResolvedConfig) -> None:
+        """Register with transformers when the stage is 3, unregister otherwise."""
+        super().__init__(resolved.stage, resolved.to_deepspeed)
+
+    def close(self) -> None:
+        """As there, and undo what DeepSpeed would leave changed in torch."""
+        super().close()
+        undo_patches()
+
+
+class ToldInForward:
+    """Registers with transformers during every forward pass of a partitioned module.
+
+    LayerDrop (Wav2Vec2 and its kind) must run a layer on all ranks or on none, and AdaLoRA gathers
+    parameters for its regularisation; both ask transformers. No model is built in there.
+    """
+
+    def __init__(self, module: torch.nn.Module, resolved: ResolvedConfig) -> None:
+        """Hook ``module``: a model, or the engine around it."""
+        self._resolved = resolved
+        self._told: list[StageTold] = []
+        self._hooks = (
+            module.register_forward_pre_hook(self._begin, prepend=True),
+            module.register_forward_hook(self._end, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Take the hooks away, and end what an interrupt kept from ending."""
+        for hook in self._hooks:
+            hook.remove()
+        while self._told:
+            self._end()
+
+    def _begin(self, *_: object) -> None:
+        self._told.append(StageTold(3, self._resolved.to_deepspeed))
+
+    def _end(self, *_: object) -> None:
+        if self._told:
+            self._told.pop().close()
+
+
+# --- torch.nn.functional.linear ------------------------------------------------------------------
+
+
+class MemoryEfficientLinear:
+    """Lets linear layers with partitioned weights keep no gathered weight for the backward pass.
+
+    DeepSpeed puts a function of its own in the place of ``torch.nn.functional.linear``, for all
+    models and the rest of the process. Here it is used as long as an engine lives, and only where a
+    weight is partitioned.
+    """
+
+    def __init__(self, resolved: ResolvedConfig) -> None:
+        """Begin, where the stage is 3 and the config does not turn it off."""
+        wanted = resolved.values.get("zero_optimization.memory_efficient_linear", True)
+        undo_patches()
+        present: Any = torch.nn.functional.linear
+        self._end: Callable[[], object] = _nothing
+        if resolved.stage != 3 or not wanted or _is_deepspeeds(present):
+            return
+        if not hasattr(present, "num_engines"):
+            present = torch.nn.functional.linear = _by_weight(present)
+        present.num_engines += 1
+        # Also where an engine is collected that nobody has destroyed.
+        self._end = weakref.finalize(self, _needed_no_more, present)
+
+    def close(self) -> None:
+        """Put torch's function back once no engine needs the other one; nothing a second time."""
+        self._end()
+
+
+def _nothing() -> None:
+    """End nothing."""
+
+
+def _needed_no_more(function: Any) -> None:
+    plain = function.__wrapped__
+    function.num_engines -= 1
+    if not function.num_engines and torch.nn.functional.linear is function:
+        torch.nn.functional.linear = plain
+
+
+def _by_weight(plain: Any) -> Any:
+    """``torch.nn.functional.linear`` that looks at the weight."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+        if hasattr(weight, "ds_tensor"):
+            return zero3_linear_wrap(input, weight, bias)
+        return plain(input, weight, bias)
+
+    function: Any = linear
+    function.__wrapped__ = plain
+    function.num_engines = 0
+    return function
+
+
+def _is_deepspeeds(function: Any) -> bool:
+    """Whether it is DeepSpeed's for quantised weights, which must stay."""
+    return str(getattr(function, "__module__", "")).startswith("deepspeed.")
+
+
+# --- what zero.Init leaves ------------------------------------------------------------------------
+
+
+def undo_patches() -> None:
+    """Undo what zero.Init leaves in torch after its block; nothing while such a block is open.
+
+    Beside ``linear`` these are names under which it keeps what it replaces for a while, and
+    ``Module.__init_subclass__``, which would hide that of a class beside Module in a list of bases
+    (``partition_parameters.py:unpatch_init_and_builtins``). After a block the time grows with the
+    number of module classes in the process.
+    """
+    partitioning: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if partitioning is None or partitioning.zero_init_context:
+        return
+    if torch.nn.functional.linear is partitioning.zero3_linear_wrap:
+        kept = partitioning.InsertPostInitMethodToModuleSubClasses.linear_bk
+        torch.nn.functional.linear = kept
+    kinds: Any = torch.nn.Module
+    if "_old_init_subclass" not in vars(kinds):
+        return
+    del kinds._old_init_subclass, kinds._old_apply, kinds.__init_subclass__
+    for cls in partitioning.get_all_subclasses(kinds):
+        if "_old_init" in vars(cls):
+            del cls._old_init
