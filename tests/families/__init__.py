@@ -1,0 +1,1 @@
+"""Tiny models of many families, and small ragged batches for them."""
