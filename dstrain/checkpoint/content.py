@@ -14,6 +14,7 @@ from dstrain.models import HostCopies, Stored
 
 BUFFERS = f"{STATE}/buffers.safetensors"
 RUN = f"{STATE}/run.json"
+LAYOUT = f"{STATE}/layout.json"
 
 
 def slice_file(rank: int) -> str:

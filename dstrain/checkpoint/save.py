@@ -28,6 +28,7 @@ from dstrain.models import (
     Stored,
     held_bytes,
     hold_shards,
+    record_layout,
     save_configs,
     save_model,
     write_tensor_file,
@@ -231,7 +232,9 @@ class CheckpointWriter:
             assert folder is not None
             save_native(engine, folder, native.tag_of(record.step))
         failure: OSError | None = None
+        layout = None
         if sharers.is_main:
+            layout = record_layout(engine.module)
             buffers = content.buffers(engine.module)
             if copies is not None:
                 buffers = [
@@ -266,6 +269,8 @@ class CheckpointWriter:
             if sharers.is_main:
                 if not policy.only_model:
                     records[content.RUN] = write_json(path / content.RUN, shared)
+                    if layout is not None:
+                        records[content.LAYOUT] = write_json(path / content.LAYOUT, layout)
                     if slices is None:
                         latest = native.tag_of(record.step).encode()
                         records[native.LATEST] = write_bytes(path / native.LATEST, latest)
