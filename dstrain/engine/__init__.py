@@ -10,6 +10,13 @@ from dstrain.engine.native import load_native, save_native
 from dstrain.engine.nvme import prepare_nvme
 from dstrain.engine.optimizer_state import changing_values, create_state, read_scalars
 from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
+from dstrain.engine.partition import (
+    Partitioner,
+    built_whole,
+    is_whole,
+    stand_in,
+    with_full_shapes,
+)
 from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
 from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
 from dstrain.engine.regroup import Regroup, is_out_of_memory
@@ -39,11 +46,13 @@ __all__ = [
     "Carried",
     "Engine",
     "MetricSchedule",
+    "Partitioner",
     "Region",
     "Regroup",
     "StepOutcome",
     "ZeroThreeMark",
     "build_ops",
+    "built_whole",
     "bytes_to_gather",
     "carry",
     "check_own",
@@ -64,6 +73,7 @@ __all__ = [
     "inference_engine",
     "is_out_of_memory",
     "is_partitioned",
+    "is_whole",
     "kept_whole",
     "least",
     "load_native",
@@ -83,6 +93,8 @@ __all__ = [
     "share",
     "shut_down",
     "slices_remark",
+    "stand_in",
     "start",
+    "with_full_shapes",
     "write_progress",
 ]

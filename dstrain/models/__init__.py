@@ -16,6 +16,7 @@ from dstrain.models.held import HeldShards, held_bytes, hold_shards
 from dstrain.models.host_copies import HostCopies
 from dstrain.models.layout import Entry, Group, groups_of
 from dstrain.models.layout_record import RecordedLayout, record_layout, recorded_layout
+from dstrain.models.partitioned import building_partitioned
 from dstrain.models.save import check_writable, save_configs, save_model
 from dstrain.models.shards import Portion
 from dstrain.models.sizes import count_causal_lm, count_seq2seq, sizes_of_module
@@ -34,6 +35,7 @@ __all__ = [
     "Stored",
     "TensorReader",
     "build_causal_lm",
+    "building_partitioned",
     "build_seq2seq",
     "check_model_folder",
     "check_writable",

@@ -42,7 +42,6 @@ from dstrain.data import (
 )
 from dstrain.engine import (
     Engine,
-    ZeroThreeMark,
     build_ops,
     check_own,
     check_precision,
@@ -57,7 +56,7 @@ from dstrain.engine import (
     slices_remark,
     start,
 )
-from dstrain.models import sizes_of_module
+from dstrain.models import building_partitioned, sizes_of_module
 
 logger = get_logger(__name__)
 
@@ -292,11 +291,8 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
     with ``zero_stage="auto"``, which cannot be decided before there is a model: say 3.
     """
     ranks = start_run(args)
-    mark = ZeroThreeMark(resolve_config(args, ranks))
-    try:
+    with building_partitioned(resolve_config(args, ranks)):
         yield
-    finally:
-        mark.close()
 
 
 def check_shared_out(loader: Any, ranks: Ranks, *, method: str) -> None:
