@@ -16,6 +16,7 @@ from dstrain.models import DTYPES, HostCopies, Stored
 BUFFERS = f"{STATE}/buffers.safetensors"
 OTHER_BUFFERS = f"{STATE}/other_buffers.safetensors"
 RUN = f"{STATE}/run.json"
+LAYOUT = f"{STATE}/layout.json"
 
 
 def slice_file(rank: int) -> str:

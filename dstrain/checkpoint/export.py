@@ -1,14 +1,17 @@
-"""A checkpoint as a plain Hugging Face folder, made by one process without the model's code.
+"""A checkpoint as a plain Hugging Face folder, made by one process without the model's own code.
 
 Weights come from the master weights, so they can have more digits than the model trained with.
-Memory holds one tensor at a time.
+Memory holds one tensor at a time, or what transformers merges or splits for its files. Only where
+it lays a model out otherwise than it trains it is transformers itself needed.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,17 @@ import torch
 from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.load import Piece, SliceIndex, opened, read_index, read_run
 from dstrain.checkpoint.manifest import NAME, Manifest, read_manifest
-from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.errors import CheckpointError, ModelError, Problem
 from dstrain.core.files import write_json
 from dstrain.engine import MASTER, WEIGHT
-from dstrain.models import Stored, write_tensor_file
+from dstrain.models import (
+    Entry,
+    Portion,
+    RecordedLayout,
+    Stored,
+    recorded_layout,
+    write_tensor_file,
+)
 
 DTYPES = {
     "fp32": torch.float32,
@@ -95,22 +105,83 @@ def _tensors(
         as_trained: but those that the model had in another format keep that.
     """
     stored = _stored_names(folder) if manifest.has_weights else {}
-    persistent = _file_names(folder / content.BUFFERS) if manifest.has_slices else set()
-    slices = manifest.has_slices or not stored  # where there is neither, reading them says so
-    if not slices or (stored and set(stored) != {*manifest.parameters, *persistent}):
-        # No slices; or an architecture that is stored in another layout than it is trained in.
-        given = None if as_trained else dtype
-        return [_from_file(folder / file, name, given) for name, file in sorted(stored.items())]
-    index = read_index(folder, manifest)
+    given = None if as_trained else dtype
+    files = [_from_file(folder / file, name, given) for name, file in sorted(stored.items())]
+    if stored and not manifest.has_slices:
+        return files
+    index = read_index(folder, manifest)  # where there are no files either, this says so
+    persistent = _file_names(folder / content.BUFFERS)
+    record = _layout_record(folder)
     formats = read_run(folder).get("formats", {})
-    tensors = []
-    for name, shape in manifest.parameters.items():
-        key = MASTER if (MASTER, name) in index.pieces else WEIGHT
+
+    def format_of(name: str) -> torch.dtype:
         own = getattr(torch, formats[name]) if name in formats else dtype
-        keeps = as_trained or not own.is_floating_point
-        tensors.append(assembled(index, key, name, shape, own if keeps else dtype))
+        return own if as_trained or not own.is_floating_point else dtype
+
+    if stored and record is None:  # as it is trained, or an older checkpoint, which does not say
+        if set(stored) != {*manifest.parameters, *persistent}:
+            return files
+    elif stored and dtype == DTYPES[manifest.precision]:
+        return files
+    else:
+        try:
+            layout = recorded_layout(folder, record, manifest.parameters)
+            return _converted(folder, layout, manifest, index, dtype, format_of)
+        except ModelError:
+            if stored:
+                return files
+    tensors = [
+        _master(index, name, shape, format_of(name)) for name, shape in manifest.parameters.items()
+    ]
     path = folder / content.BUFFERS
     return tensors + [_from_file(path, name, None) for name in sorted(persistent)]
+
+
+def _layout_record(folder: Path) -> list[dict[str, Any]] | None:
+    path = folder / content.LAYOUT
+    if not path.exists():
+        return None
+    record: list[dict[str, Any]] = json.loads(path.read_bytes())
+    return record
+
+
+def _converted(
+    folder: Path,
+    layout: RecordedLayout,
+    manifest: Manifest,
+    index: SliceIndex,
+    dtype: torch.dtype,
+    format_of: Callable[[str], torch.dtype],
+) -> list[Stored]:
+    """The tensors as ``save_pretrained`` lays them out, each group made when it is written."""
+
+    def load(entry: Entry) -> torch.Tensor:
+        name = layout.first_names.get(entry.name, entry.name)
+        if name in manifest.parameters:
+            return _master(index, name, manifest.parameters[name], format_of(name)).load()
+        return _from_file(buffers, name, dtype).load()
+
+    buffers = folder / content.BUFFERS
+    tensors: list[Stored] = []
+    for group in layout.groups:
+        if group.is_as_trained and not isinstance(group.entries[0].tensor, torch.nn.Parameter):
+            found = _from_file(buffers, group.entries[0].name, None)
+            tensors.append(replace(found, name=group.saved[0].name))
+            continue
+        first = layout.first_names.get(group.entries[0].name, group.entries[0].name)
+        own = format_of(first) if group.is_as_trained else dtype
+        saved = tuple(replace(saved, dtype=own) for saved in group.saved)
+        tensors += Portion(group, saved).stored(partial(_all_of, load, group.entries))
+    return tensors
+
+
+def _all_of(load: Callable[[Entry], torch.Tensor], entries: Iterable[Entry]) -> list[torch.Tensor]:
+    return [load(entry) for entry in entries]
+
+
+def _master(index: SliceIndex, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
+    key = MASTER if (MASTER, name) in index.pieces else WEIGHT
+    return assembled(index, key, name, shape, dtype)
 
 
 def assembled(

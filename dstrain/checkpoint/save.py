@@ -35,6 +35,7 @@ from dstrain.models import (
     Stored,
     held_bytes,
     hold_shards,
+    record_layout,
     save_configs,
     save_model,
     write_tensor_file,
@@ -255,7 +256,9 @@ class CheckpointWriter:
             assert folder is not None
             save_native(engine, folder, native.tag_of(record.step))
         failure: OSError | ModelError | None = None
+        layout = None
         if sharers.is_main:
+            layout = record_layout(engine.module)
             try:
                 if policy.with_weights and staging.path is not None:
                     save_configs(engine.module, staging.path)
@@ -288,6 +291,8 @@ class CheckpointWriter:
             if sharers.is_main:
                 if not policy.only_model:
                     records[content.RUN] = write_json(path / content.RUN, shared)
+                    if layout is not None:
+                        records[content.LAYOUT] = write_json(path / content.LAYOUT, layout)
                     if slices is None:
                         latest = native.tag_of(record.step).encode()
                         records[native.LATEST] = write_bytes(path / native.LATEST, latest)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from dstrain.checkpoint.load import (
     check_here,
     load_buffers,
@@ -16,7 +18,8 @@ from dstrain.checkpoint.load import (
 from dstrain.checkpoint.manifest import Manifest
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks, all_or_none
-from dstrain.engine import Engine, Region, begin_load, finish_load, regions, slots_of
+from dstrain.engine import Engine, Region, Slot, begin_load, finish_load, regions, slots_of
+from dstrain.models import Group, groups_of
 
 _INDEX = "model.safetensors.index.json"
 
@@ -49,31 +52,62 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
 
 def _from_model_files(engine: Engine, held: list[Region], folder: Path) -> None:
     places = _places(folder)
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    stored_as = {
-        names[0]: next((n for n in names if n in places), None) for names in aliases.values()
-    }
-    missing = sorted(name for name, stored in stored_as.items() if stored is None)
-    if missing:
+    groups = groups_of(engine.module)
+    absent = sorted(s.name for group in groups for s in group.saved if s.name not in places)
+    if absent:
         raise CheckpointError(
             Problem(
-                f"{folder} has no weights of {missing[0]}",
-                f"{len(missing)} parameters are in none of its model files",
+                f"{folder} has no {absent[0]}",
+                f"{len(absent)} tensors of the model are in none of its model files",
                 "choose another checkpoint",
             )
         )
+    parameters = dict(engine.module.named_parameters())
+    of_parameter: dict[int, list[Region]] = {}
     for region in held:
-        stored_name = stored_as[region.name]
-        assert stored_name is not None
-        with reading(places[stored_name]) as file:
-            values = file.read(stored_name, region.start, region.stop)
-        region.write(region.value_key, region.start, values)
-    for slot in slots_of(engine.module):
-        if slot.persistent and slot.name in places:
-            with reading(places[slot.name]) as file:
-                slot.put(file.whole(slot.name))
+        of_parameter.setdefault(id(parameters[region.name]), []).append(region)
+    slots = {id(slot.tensor): slot for slot in slots_of(engine.module)}
+    with torch.no_grad():
+        for group in groups:
+            _read_group(group, places, of_parameter, slots)
+
+
+def _read_group(
+    group: Group,
+    places: dict[str, Path],
+    of_parameter: dict[int, list[Region]],
+    slots: dict[int, Slot],
+) -> None:
+    """Read what this rank has of a group: runs of a tensor, or all of a group that is converted."""
+    wanted = [of_parameter.get(id(entry.tensor), []) for entry in group.entries]
+    buffers = [e for e in group.entries if not isinstance(e.tensor, torch.nn.Parameter)]
+    if not any(wanted) and not buffers:
+        return
+    if group.is_as_trained and not buffers:
+        name = group.saved[0].name
+        with reading(places[name]) as file:
+            for region in wanted[0]:
+                values = file.read(name, region.start, region.stop)
+                region.write(region.value_key, region.start, values)
+        return
+    if group.is_as_trained:
+        name = group.saved[0].name
+        with reading(places[name]) as file:
+            slots[id(buffers[0].tensor)].put(file.whole(name))
+        return
+    tensors = {}
+    for saved in group.saved:
+        with reading(places[saved.name]) as file:
+            values = file.read(saved.name, 0, file.numel(saved.name))
+        tensors[saved.name] = values.view(saved.shape)
+    for entry, regions_of_it, whole in zip(
+        group.entries, wanted, group.restore(tensors), strict=True
+    ):
+        if entry in buffers:
+            slots[id(entry.tensor)].put(whole)
+        for region in regions_of_it:
+            values = whole.reshape(-1)[region.start : region.stop]
+            region.write(region.value_key, region.start, values)
 
 
 def _places(folder: Path) -> dict[str, Path]:

@@ -14,6 +14,13 @@ from dstrain.engine.native import load_native, save_native
 from dstrain.engine.nvme import prepare_nvme
 from dstrain.engine.optimizer_state import changing_values, create_state, read_scalars
 from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
+from dstrain.engine.partition import (
+    Partitioner,
+    built_whole,
+    is_whole,
+    stand_in,
+    with_full_shapes,
+)
 from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
 from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
 from dstrain.engine.registration import StageTold, ZeroThreeMark
@@ -48,6 +55,7 @@ __all__ = [
     "Carried",
     "Engine",
     "MetricSchedule",
+    "Partitioner",
     "Region",
     "Regroup",
     "Slot",
@@ -55,6 +63,7 @@ __all__ = [
     "StepOutcome",
     "ZeroThreeMark",
     "build_ops",
+    "built_whole",
     "bytes_to_gather",
     "carry",
     "check_formats",
@@ -81,6 +90,7 @@ __all__ = [
     "is_out_of_memory",
     "is_partitioned",
     "is_shown_in_parts",
+    "is_whole",
     "kept_whole",
     "least",
     "load_native",
@@ -106,6 +116,8 @@ __all__ = [
     "shut_down",
     "slots_of",
     "slices_remark",
+    "stand_in",
     "start",
+    "with_full_shapes",
     "write_progress",
 ]

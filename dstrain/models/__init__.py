@@ -14,33 +14,44 @@ from dstrain.models.build import (
 from dstrain.models.guard import guard_partitioned, release_guard
 from dstrain.models.held import HeldShards, held_bytes, hold_shards
 from dstrain.models.host_copies import HostCopies
-from dstrain.models.save import check_writable, needs_conversion, save_configs, save_model
+from dstrain.models.layout import Entry, Group, groups_of
+from dstrain.models.layout_record import RecordedLayout, record_layout, recorded_layout
+from dstrain.models.partitioned import building_partitioned
+from dstrain.models.save import check_writable, save_configs, save_model
+from dstrain.models.shards import Portion
 from dstrain.models.sizes import count_causal_lm, count_seq2seq, sizes_of_module
 from dstrain.models.skeleton import Skeleton, skeleton_of
 from dstrain.models.tensor_file import Stored, TensorReader, write_tensor_file
 
 __all__ = [
     "DTYPES",
+    "Entry",
+    "Group",
     "HeldShards",
     "HostCopies",
+    "Portion",
+    "RecordedLayout",
     "Skeleton",
     "Stored",
     "TensorReader",
     "build_causal_lm",
+    "building_partitioned",
     "build_seq2seq",
     "check_model_folder",
     "check_writable",
     "count_causal_lm",
     "count_seq2seq",
+    "groups_of",
     "guard_partitioned",
     "held_bytes",
     "hold_shards",
-    "needs_conversion",
     "load_causal_lm",
     "load_seq2seq",
     "max_length",
     "merge_adapters",
     "parse_model_config",
+    "record_layout",
+    "recorded_layout",
     "release_guard",
     "save_configs",
     "save_model",

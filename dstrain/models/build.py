@@ -10,8 +10,8 @@ import torch
 
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ModelError, Problem, nearest
-from dstrain.engine import ZeroThreeMark, scalars_as_bytes
 from dstrain.models.compat import StrictDataclassError
+from dstrain.models.partitioned import building_partitioned
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -97,26 +97,21 @@ def load_seq2seq(folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
 
 
 def _build(auto: Any, config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
-    mark = ZeroThreeMark(resolved)
-    try:
-        with scalars_as_bytes(wanted=resolved.stage == 3):
-            return auto.from_config(config, dtype=DTYPES[resolved.precision])
-    finally:
-        mark.close()
+    with building_partitioned(resolved):
+        return auto.from_config(config, dtype=DTYPES[resolved.precision])
 
 
 def _load(auto: Any, folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
     check_model_folder(folder)
-    mark = ZeroThreeMark(resolved)
     try:
-        with scalars_as_bytes(wanted=resolved.stage == 3):
+        with building_partitioned(resolved):
             return auto.from_pretrained(folder, dtype=DTYPES[resolved.precision])
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ModelError(
             Problem(f"model_name_or_path={folder!r} cannot be loaded", str(error).strip())
         ) from error
-    finally:
-        mark.close()
 
 
 def check_model_folder(folder: str) -> None:

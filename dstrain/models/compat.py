@@ -2,23 +2,149 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers import core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    dot_natural_key,
+)
 
-__all__ = ["PrefixChange", "StrictDataclassError", "save_conversions"]
+__all__ = [
+    "PrefixChange",
+    "StrictDataclassError",
+    "WeightConverter",
+    "WeightRenaming",
+    "apply_converters",
+    "apply_renamings",
+    "described",
+    "dot_natural_key",
+    "get_model_conversion_mapping",
+    "given_patterns",
+    "in_context_of_zero",
+    "marked_as_used",
+    "tied_weight_keys",
+    "with_loading_steps",
+]
+
+# Materialise tensors of a checkpoint when they are used: in threads, all of them would be read and
+# converted beside each other.
+_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
-def save_conversions(module: Any) -> list[Any]:
-    """What ``save_pretrained`` would do to the layout of this model's weights.
+def described(conversion: Any) -> dict[str, Any]:
+    """What tells a conversion of transformers from others, as plain values.
 
-    The rule of ``revert_weight_conversion``: the conversions of loading, or, for a model built from
-    a config, the architecture's own without changes of prefix.
+    Its patterns as it uses them: those it was made from are changed when it is reverted.
     """
-    conversions = getattr(module, "_weight_conversions", None)
-    if conversions is None:
-        mapping = get_model_conversion_mapping(module, add_legacy=False)
-        conversions = [c for c in mapping if not isinstance(c, PrefixChange)]
-    return list(conversions)
+    return {
+        "kind": type(conversion).__name__,
+        "sources": list(conversion.source_patterns),
+        "targets": list(conversion.target_patterns),
+        "scope": conversion.scope_prefix,
+        "base": conversion.base_model_prefix,
+    }
+
+
+def given_patterns(conversion: Any) -> dict[str, list[str]]:
+    """What makes another conversion that is reverted to the same one."""
+    return {
+        "source_patterns": list(conversion._original_source_patterns),
+        "target_patterns": list(conversion._original_target_patterns),
+    }
+
+
+def marked_as_used(conversion: Any) -> Any:
+    """The conversion as if a checkpoint had been loaded with it."""
+    conversion._was_used = True
+    return conversion
+
+
+def tied_weight_keys(module: Any) -> list[str]:
+    """Patterns of the names that saving leaves out where a weight has several."""
+    from transformers import modeling_utils
+
+    keys: list[str] = modeling_utils._get_tied_weight_keys(module)
+    return keys
+
+
+@contextlib.contextmanager
+def with_loading_steps(steps: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Replace steps of loading and building models inside, and read tensors one at a time.
+
+    Args:
+        steps: name -> what to call in its place, with the original before the arguments. The steps:
+            ``from_pretrained`` and ``_from_config`` (which also get the class),
+            ``_load_pretrained_model``, ``_finalize_model_loading``, ``set_param_for_module``,
+            ``initialize_weights`` and ``_initialize_weights`` (of a module; both also get the
+            model).
+    """
+    from transformers import PreTrainedModel
+
+    kinds: dict[str, Any] = {
+        "from_pretrained": classmethod,
+        "_from_config": classmethod,
+        "initialize_weights": lambda function: function,
+        "_initialize_weights": lambda function: function,
+    }
+    with contextlib.ExitStack() as replaced:
+        for name, step in steps.items():
+            owner: Any = PreTrainedModel
+            wrap: Any = kinds.get(name, staticmethod)
+            if name == "set_param_for_module":
+                owner, wrap = core_model_loading, lambda function: function
+            before = vars(owner)[name]
+            function = getattr(before, "__func__", before)
+            function = getattr(function, "in_place_of", function)  # a block inside of another
+            setattr(owner, name, wrap(_in_place_of(function, step)))
+            replaced.callback(setattr, owner, name, before)
+        environment = os.environ.get(_ONE_BY_ONE)
+        os.environ[_ONE_BY_ONE] = "1"
+        replaced.callback(_set_environment, _ONE_BY_ONE, environment)
+        yield
+
+
+def _in_place_of(original: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return step(original, *args, **kwargs)
+
+    replacement.in_place_of = original  # type: ignore[attr-defined]
+    return replacement
+
+
+@contextlib.contextmanager
+def in_context_of_zero(initialize: Callable[..., Any]) -> Iterator[None]:
+    """Build inside without a context of DeepSpeed of transformers' own, although stage 3 is on.
+
+    Args:
+        initialize: called in the place of each of torch's functions that fill a tensor with first
+            values, with the function before its arguments.
+    """
+    from transformers import initialization, modeling_utils
+
+    functions: dict[str, Any] = initialization.TORCH_INIT_FUNCTIONS
+    before = dict(functions)
+    try:
+        for name, function in before.items():
+            functions[name] = functools.partial(initialize, function)
+        with initialization.guard_torch_init_functions(), modeling_utils.set_zero3_state():
+            yield
+    finally:
+        functions.update(before)
+
+
+def _set_environment(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

@@ -2,7 +2,8 @@
 
 A rank has a share of each parameter then, and the parameter itself reads as empty. Neither torch
 nor ``transformers`` nor ``peft`` notices: they would save and copy empty tensors, add nothing to
-them when they merge, and compute with them unless an engine puts them together.
+them when they merge, resize what no engine knows of, and compute with them unless an engine puts
+them together.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
 from dstrain.engine import (
+    Partitioner,
     StageTold,
     full_numel,
     in_step,
@@ -24,6 +26,7 @@ from dstrain.engine import (
     is_shown_in_parts,
     puts_together,
 )
+from dstrain.models.resize import resize_partitioned
 
 logger = get_logger(__name__)
 
@@ -31,19 +34,32 @@ _WHOLE = "trainer.close(whole=True), on all ranks, makes it an ordinary model ag
 _SAVE = "call save_model() of the trainer, on all ranks"
 _MERGE = "call merge_and_unload() of the trainer, on all ranks, and save_model() after it"
 _RUN = f"call evaluate(), predict() or train() of the trainer; {_WHOLE}"
+_RESIZE = (
+    "call it on all ranks inside `with dstrain.partitioned(args):`, right after the model is built "
+    "or loaded there"
+)
 _MERGING = ("merge_and_unload", "merge_adapter", "unmerge_adapter")
 _UNDO = "_dstrain_guard"
+_PATIENCE_SECONDS = 1800.0  # as ddp_timeout, where there are no arguments yet
 
 
-def guard_partitioned(model: Any, *, patience_seconds: float) -> None:
+def guard_partitioned(
+    model: Any,
+    *,
+    patience_seconds: float = _PATIENCE_SECONDS,
+    open_partitioner: Callable[[], Partitioner | None] = lambda: None,
+) -> None:
     """Guard a model as long as its parameters are partitioned; nothing for a whole one.
 
     Args:
-        model: may be guarded already.
+        model: may be guarded already: then this guard takes the place of that one.
         patience_seconds: how long a rank that generates waits for the others.
+        open_partitioner: returns what takes resized weights apart, as long as resizing is allowed:
+            inside of the ``partitioned(args)`` in which the model was made.
     """
-    if _UNDO in vars(model) or not any(is_partitioned(p) for p in model.parameters()):
+    if not any(is_partitioned(p) for p in model.parameters()):
         return
+    release_guard(model)
     undo: list[Callable[[], object]] = []
 
     def replace(owner: Any, name: str, by: Callable[..., Any], *arguments: Any) -> None:
@@ -51,8 +67,7 @@ def guard_partitioned(model: Any, *, patience_seconds: float) -> None:
             undo.append(_replace(owner, name, by, *arguments))
 
     replace(model, "save_pretrained", _if_whole, "save_pretrained()", _SAVE)
-    resize = "resize_token_embeddings"
-    replace(model, resize, _if_whole, f"{resize}()", f"resize it before training; {_WHOLE}")
+    replace(model, "resize_token_embeddings", _resized, open_partitioner)
     if has_adapters(model):
         for name in _MERGING:
             replace(model.base_model, name, _if_whole, f"{name}()", _MERGE)
@@ -105,6 +120,25 @@ def _if_whole(
     if kwargs.get("state_dict") is None and _is_in_parts(owner):
         raise _in_parts(what, remedy)
     return method(*args, **kwargs)
+
+
+def _resized(
+    owner: Any,
+    method: Callable[..., Any],
+    open_partitioner: Callable[[], Partitioner | None],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not any(is_partitioned(p) for p in owner.parameters()):
+        return method(*args, **kwargs)
+    partitioner = open_partitioner()
+    if partitioner is None:
+        raise _in_parts("resize_token_embeddings()", f"{_RESIZE}; {_WHOLE}")
+
+    def resize(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return resize_partitioned(owner, resize, *args, partitioner=partitioner, **kwargs)
 
 
 def _no_copy(owner: Any, method: Callable[..., Any], *args: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ from dstrain.core.files import FileRecord, write_json
 from dstrain.core.ranks import Ranks
 from dstrain.engine import full_numel, full_shape, gathered, is_partitioned, own_partition
 from dstrain.models.host_copies import HostCopies
-from dstrain.models.save import (
-    INDEX,
+from dstrain.models.layout import Entry, groups_of
+from dstrain.models.save import INDEX
+from dstrain.models.shards import (
     SHARD_BYTES,
-    Entry,
-    entries_of,
-    gather_groups,
-    needs_conversion,
+    Portion,
+    gather_batches,
+    index_of,
+    parameters_of,
     plan_shards,
     shard_names,
 )
-from dstrain.models.tensor_file import Stored, write_tensor_file
+from dstrain.models.tensor_file import write_tensor_file
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -37,8 +39,8 @@ class _Share:
     """This rank's part of a partitioned parameter.
 
     Attributes:
-        shard: index of the shard that the parameter belongs to.
-        name: of the parameter.
+        shard: index of a shard that the parameter is needed for.
+        name: of the parameter in the model.
         shape: of the whole parameter.
         values: 1-D, padded, as long on every rank.
     """
@@ -54,29 +56,32 @@ class HeldShards:
     """A model's weights in host memory, each rank holding what it needs to write its shards.
 
     Attributes:
-        shards: this rank's shards: file name -> tensors.
-        index: content of the index of several shards; None for a single one.
+        plan: what is in each shard.
+        whole: whole tensors of the model that this rank writes: (index of shard, name) -> tensor.
         shares: this rank's parts of partitioned parameters, in the same order on all ranks; their
             writers have not got them yet.
-        names: file names of all shards.
         rank: this rank.
         groups: the ranks that write into one folder, for each folder: all shards go into each, and
             shard k is written by rank k of the group (counted around).
     """
 
-    shards: dict[str, list[Stored]]
-    index: dict[str, Any] | None
+    plan: tuple[tuple[Portion, ...], ...]
+    whole: dict[tuple[int, str], torch.Tensor]
     shares: tuple[_Share, ...]
-    names: tuple[str, ...]
     rank: int
     groups: Groups
+
+    @property
+    def own(self) -> list[int]:
+        """The shards that this rank writes."""
+        return _own(len(self.plan), self.rank, self.groups)
 
     def exchanged(self, group: Any) -> HeldShards:
         """Give every share to the rank that writes it; a collective of all ranks in ``group``.
 
         It takes no part in training's communication, so a thread can do it beside training.
         """
-        shards = {name: list(tensors) for name, tensors in self.shards.items()}
+        whole_tensors = dict(self.whole)
         for message in _messages(self.shares):
             data, parts = torch.cat([_as_bytes(s.values) for s in message]), None
             for group_of_writers in self.groups:
@@ -88,10 +93,9 @@ class HeldShards:
                 if parts is not None:
                     whole = torch.cat([part[start : start + size] for part in parts])
                     values = whole.view(share.values.dtype)[: torch.Size(share.shape).numel()]
-                    tensors = shards.setdefault(self.names[share.shard], [])
-                    tensors.append(Stored.of(share.name, values.view(share.shape)))
+                    whole_tensors[share.shard, share.name] = values.view(share.shape)
                 start += size
-        return replace(self, shards=shards, shares=())
+        return replace(self, whole=whole_tensors, shares=())
 
     def _gather(self, data: torch.Tensor, writer: int, group: Any) -> list[torch.Tensor] | None:
         import torch.distributed as dist
@@ -108,12 +112,21 @@ class HeldShards:
             OSError: the disk is full, the folder is gone, and so on.
         """
         assert not self.shares
+        names = shard_names(len(self.plan))
         records = {}
-        for name, shard in self.shards.items():
-            records[name] = write_tensor_file(folder / name, shard, {"format": "pt"})
-        if with_index and self.index is not None:
-            records[INDEX] = write_json(folder / INDEX, self.index)
+        for number in self.own:
+            tensors = []
+            for portion in self.plan[number]:
+                tensors += portion.stored(partial(self._picked, number, portion))
+            records[names[number]] = write_tensor_file(
+                folder / names[number], tensors, {"format": "pt"}
+            )
+        if with_index and len(names) > 1:
+            records[INDEX] = write_json(folder / INDEX, index_of(self.plan, names))
         return records
+
+    def _picked(self, number: int, portion: Portion) -> list[torch.Tensor]:
+        return [self.whole[number, entry.name] for entry in portion.entries]
 
 
 def hold_shards(
@@ -137,46 +150,44 @@ def hold_shards(
         shard_bytes: the largest shard; a larger tensor has one of its own.
 
     Returns:
-        None for architectures whose layout is converted on saving, and for PEFT models, of which
-        little is saved: only ``save_model`` does that.
+        None for PEFT models, of which little is saved: only ``save_model`` does that.
     """
-    if has_adapters(module) or needs_conversion(module):
+    if has_adapters(module):
         return None
     groups = groups or (tuple(range(ranks.world_size)),)
-    beside = next(group for group in groups if ranks.rank in group)
-    entries = entries_of(module)
-    shards = plan_shards(entries, shard_bytes)
-    names = shard_names(len(shards))
-    mine: dict[str, list[Stored]] = {}
+    plan = plan_shards(groups_of(module), shard_bytes)
+    own = set(_own(len(plan), ranks.rank, groups))
+    copied: dict[str, torch.Tensor] = {}
+
+    def copy(entry: Entry, values: torch.Tensor) -> torch.Tensor:
+        # A group that is larger than a shard is needed for several of them.
+        if entry.name not in copied:
+            copied[entry.name] = copies.copy(f"model/{entry.name}", values)
+        return copied[entry.name]
+
+    whole: dict[tuple[int, str], torch.Tensor] = {}
     shares: list[_Share] = []
-    for number, (shard, name) in enumerate(zip(shards, names, strict=True)):
-        own = beside[number % len(beside)] == ranks.rank
-        whole = []
-        for entry in shard:
+    for number, shard in enumerate(plan):
+        entries = []
+        for entry in (entry for portion in shard for entry in portion.entries):
             share = own_partition(entry.tensor) if is_partitioned(entry.tensor) else None
             if share is None:
-                whole.append(entry)
+                entries.append(entry)
             else:
-                values = copies.copy(_key(entry), share)
+                values = copy(entry, share)
                 shares.append(_Share(number, entry.name, full_shape(entry.tensor), values))
-        for group in gather_groups(whole):
-            with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
-                if own:
-                    held = [Stored.of(e.name, copies.copy(_key(e), e.tensor)) for e in group]
-                    mine.setdefault(name, []).extend(held)
+        for batch in gather_batches(entries):
+            with gathered(parameters_of(batch)):
+                if number in own:
+                    whole |= {(number, e.name): copy(e, e.tensor) for e in batch}
                     copies.wait()  # what was gathered is freed now
-    index = {
-        "metadata": {"total_size": sum(e.num_bytes for e in entries)},
-        "weight_map": {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard},
-    }
-    return HeldShards(
-        mine,
-        index if len(names) > 1 else None,
-        tuple(shares),
-        tuple(names),
-        ranks.rank,
-        groups,
-    )
+    return HeldShards(tuple(map(tuple, plan)), whole, tuple(shares), ranks.rank, groups)
+
+
+def _own(count: int, rank: int, groups: Groups) -> list[int]:
+    """The shards that a rank writes, of that many."""
+    beside = next(group for group in groups if rank in group)
+    return [number for number in range(count) if beside[number % len(beside)] == rank]
 
 
 def held_bytes(module: torch.nn.Module, ranks: Ranks, *, num_writers: int | None = None) -> int:
@@ -190,9 +201,10 @@ def held_bytes(module: torch.nn.Module, ranks: Ranks, *, num_writers: int | None
     if has_adapters(module):
         return 0
     num_writers = num_writers or ranks.world_size
-    shards = plan_shards(entries_of(module), SHARD_BYTES)
-    sizes = [sum(e.num_bytes for e in shard) for shard in shards]
-    shares = sum(_share_bytes(e, ranks.world_size) for shard in shards for e in shard)
+    plan = plan_shards(groups_of(module), SHARD_BYTES)
+    sizes = [sum(portion.num_bytes for portion in shard) for shard in plan]
+    entries = (entry for shard in plan for portion in shard for entry in portion.entries)
+    shares = sum(_share_bytes(entry, ranks.world_size) for entry in entries)
     return shares + max(sum(sizes[k::num_writers]) for k in range(num_writers))
 
 
@@ -200,10 +212,6 @@ def _share_bytes(entry: Entry, world_size: int) -> int:
     if not is_partitioned(entry.tensor):
         return 0
     return -(-full_numel(entry.tensor) // world_size) * entry.tensor.element_size()
-
-
-def _key(entry: Entry) -> str:
-    return f"model/{entry.name}"
 
 
 def _messages(shares: tuple[_Share, ...]) -> Iterator[list[_Share]]:

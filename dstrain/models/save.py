@@ -11,9 +11,8 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,22 @@ import torch
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
-from dstrain.engine import full_numel, gathered, is_partitioned
+from dstrain.engine import gathered
 from dstrain.models.adapters import save_adapters
+from dstrain.models.layout import Entry, groups_of
+from dstrain.models.shards import (
+    SHARD_BYTES,
+    Portion,
+    gather_batches,
+    index_of,
+    parameters_of,
+    plan_shards,
+    shard_names,
+)
+from dstrain.models.tensor_file import Stored, write_tensor_file
 
-SHARD_BYTES = 5 * 10**9
-# Gathering parameters one by one would pay a latency for each; a group stays small beside a shard.
-GATHER_BYTES = 256 * 2**20
 INDEX = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the saved model under its saved name."""
-
-    name: str
-    tensor: torch.Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return full_numel(self.tensor) * self.tensor.element_size()
 
 
 def save_model(
@@ -76,11 +70,7 @@ def save_model(
     if has_adapters(module):
         save_adapters(module, target, ranks)
         return
-    if needs_conversion(module):
-        _save_converted(module, target, ranks, shard_bytes)
-        return
-    entries = entries_of(module)
-    shards = plan_shards(entries, shard_bytes)
+    shards = plan_shards(groups_of(module), shard_bytes)
     names = shard_names(len(shards))
     writers = list(range(ranks.world_size)) if on_each_node else _writers(target, ranks)
     mine = [i for i in range(len(shards)) if writers[i % len(writers)] == ranks.rank]
@@ -89,11 +79,10 @@ def save_model(
         _write_shards(shards, names, target, frozenset(mine))
     with all_or_none():
         if ranks.is_main:
-            weight_map = {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard}
             try:
                 for name in names:
                     os.replace(_partial(target, name), target / name)
-                _finish(target, weight_map, sum(e.num_bytes for e in entries), names)
+                _finish(target, index_of(shards, names), names)
                 _save_configs(module, target)
             except OSError as error:
                 raise _unwritable(target, error) from error
@@ -161,47 +150,10 @@ def _unwritable(target: Path, error: OSError) -> ModelError:
     )
 
 
-def entries_of(module: torch.nn.Module) -> list[Entry]:
-    """Parameters and persistent buffers in module order, each shared tensor under one name."""
-    tied_away = set(getattr(module, "all_tied_weights_keys", None) or ())
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, torch.Tensor] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        tensors[id(parameter)] = parameter
-    entries = []
-    for key, aliases in names.items():
-        kept = next((n for n in aliases if n not in tied_away), aliases[0])
-        entries.append(Entry(kept, tensors[key]))
-    persistent = module.state_dict(keep_vars=True)
-    entries += [Entry(n, b) for n, b in module.named_buffers() if n in persistent]
-    return entries
-
-
-def plan_shards(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
-    """Fill shards in order; a tensor larger than a shard has one of its own."""
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        if shards[-1] and filled + entry.num_bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += entry.num_bytes
-    return shards
-
-
-def shard_names(count: int) -> list[str]:
-    """File names of that many shards."""
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
 def _write_shards(
-    shards: list[list[Entry]], names: list[str], target: Path, own: frozenset[int]
+    shards: list[list[Portion]], names: list[str], target: Path, own: frozenset[int]
 ) -> None:
-    """Gather every parameter once; write the shards ``own`` in a thread while the next fills."""
+    """Gather what each shard needs; write the shards ``own`` in a thread while the next fills."""
     failure: BaseException | None = None
     mode = 0o666 & ~_umask()
     with ThreadPoolExecutor(max_workers=1) as writer:
@@ -210,13 +162,16 @@ def _write_shards(
             mine = index in own
             if mine and pending is not None:
                 failure = failure or pending.exception()
-            held: dict[str, torch.Tensor] = {}
-            for group in gather_groups(shard):
-                with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
+            whole: dict[str, torch.Tensor] = {}
+            entries = [entry for portion in shard for entry in portion.entries]
+            for batch in gather_batches(entries):
+                with gathered(parameters_of(batch)):
                     if mine:
-                        for e in group:
-                            held[e.name] = copied(e)
+                        whole |= {e.name: copied(e) for e in batch}
             if mine:
+                held: list[Stored] = []
+                for portion in shard:
+                    held += portion.stored(partial(_picked, whole, portion))
                 pending = writer.submit(_write_file, held, _partial(target, name), mode)
         if pending is not None:
             failure = failure or pending.exception()
@@ -226,18 +181,9 @@ def _write_shards(
         raise failure
 
 
-def gather_groups(shard: list[Entry]) -> Iterator[list[Entry]]:
-    """Neighbours that are gathered together."""
-    group: list[Entry] = []
-    size = 0
-    for entry in shard:
-        if group and is_partitioned(entry.tensor) and size + entry.num_bytes > GATHER_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(entry)
-        size += entry.num_bytes if is_partitioned(entry.tensor) else 0
-    if group:
-        yield group
+def _picked(whole: dict[str, torch.Tensor], portion: Portion) -> list[torch.Tensor]:
+    """The tensors that a portion is made of, which nothing else in its shard needs."""
+    return [whole.pop(entry.name) for entry in portion.entries]
 
 
 def _partial(target: Path, name: str) -> Path:
@@ -245,12 +191,10 @@ def _partial(target: Path, name: str) -> Path:
     return target / f".{name}.partial"
 
 
-def _write_file(tensors: dict[str, torch.Tensor], path: Path, mode: int) -> None:
-    from safetensors.torch import save_file
-
+def _write_file(tensors: list[Stored], path: Path, mode: int) -> None:
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(mode)  # safetensors makes files that only their owner can read
+        write_tensor_file(path, tensors, {"format": "pt"})
+        path.chmod(mode)
     except Exception as error:
         path.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -265,16 +209,14 @@ def _umask() -> int:
     return mask
 
 
-def _finish(target: Path, weight_map: dict[str, str], total_bytes: int, names: list[str]) -> None:
+def _finish(target: Path, content: dict[str, Any], names: list[str]) -> None:
     """Write the index of several shards, then remove weight files of an earlier save."""
     keep = set(names)
     if len(names) > 1:
-        index = INDEX
-        partial = _partial(target, index)
-        content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        os.replace(partial, target / index)
-        keep.add(index)
+        unfinished = _partial(target, INDEX)
+        unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        os.replace(unfinished, target / INDEX)
+        keep.add(INDEX)
     for path in target.iterdir():
         if _WEIGHT_FILE.fullmatch(path.name) and path.name not in keep:
             path.unlink()
@@ -297,32 +239,3 @@ def _save_configs(module: Any, target: Path) -> None:
             raise ModelError(
                 Problem("model.generation_config cannot be saved", str(error), "mend these values")
             ) from error
-
-
-def needs_conversion(module: torch.nn.Module) -> bool:
-    """Whether transformers stores this architecture in another layout than it trains it in."""
-    if not hasattr(module, "save_pretrained"):
-        return False
-    from dstrain.models.compat import save_conversions
-
-    return bool(save_conversions(module))
-
-
-def _save_converted(module: Any, target: Path, ranks: Ranks, shard_bytes: int) -> None:
-    """The path of architectures whose layout is converted (merged experts and the like).
-
-    The conversion is transformers' own and needs tensors together, so rank 0 holds the whole model
-    in host memory here.
-    """
-    held: dict[str, torch.Tensor] = {}
-    for group in gather_groups(entries_of(module)):
-        with gathered(e.tensor for e in group if isinstance(e.tensor, torch.nn.Parameter)):
-            if ranks.is_main:
-                for e in group:
-                    held[e.name] = copied(e)
-    with all_or_none():
-        if ranks.is_main:
-            try:
-                module.save_pretrained(target, state_dict=held, max_shard_size=shard_bytes)
-            except OSError as error:
-                raise _unwritable(target, error) from error

@@ -31,7 +31,30 @@ class Skeleton:
 
 
 def skeleton_of(folder: Path) -> Skeleton:
-    """Build the model of ``config.json`` without memory for its weights.
+    """What the ``config.json`` of a folder says; no code of the folder is executed.
+
+    Raises:
+        ModelError: no config, or an architecture that transformers does not have.
+    """
+    module = module_without_memory(folder)
+    first = {id(p): n for n, p in module.named_parameters()}
+    tied = {
+        n: first[id(p)]
+        for n, p in module.named_parameters(remove_duplicate=False)
+        if first[id(p)] != n
+    }
+    persistent = module.state_dict(keep_vars=True)
+    decayed = set(decay_parameter_names(module))
+    return Skeleton(
+        {n: tuple(p.shape) for n, p in module.named_parameters()},
+        tied,
+        tuple(n for n, _ in module.named_buffers() if n in persistent),
+        [n for n, _ in module.named_parameters() if n in decayed],
+    )
+
+
+def module_without_memory(folder: Path) -> Any:
+    """Build the model of ``config.json`` on the meta device, by the class that it names.
 
     No code of the folder is executed: only classes of transformers are known.
 
@@ -52,18 +75,4 @@ def skeleton_of(folder: Path) -> Skeleton:
     if not isinstance(architecture, type) or not issubclass(architecture, torch.nn.Module):
         raise ModelError(Problem(f"{path} names {name!r}", "transformers has no such model"))
     with torch.device("meta"):
-        module: Any = architecture(transformers.AutoConfig.from_pretrained(folder))
-    first = {id(p): n for n, p in module.named_parameters()}
-    tied = {
-        n: first[id(p)]
-        for n, p in module.named_parameters(remove_duplicate=False)
-        if first[id(p)] != n
-    }
-    persistent = module.state_dict(keep_vars=True)
-    decayed = set(decay_parameter_names(module))
-    return Skeleton(
-        {n: tuple(p.shape) for n, p in module.named_parameters()},
-        tied,
-        tuple(n for n, _ in module.named_buffers() if n in persistent),
-        [n for n, _ in module.named_parameters() if n in decayed],
-    )
+        return architecture(transformers.AutoConfig.from_pretrained(folder))

@@ -12,7 +12,6 @@ from dstrain.core.errors import CheckpointError, ConfigError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import gather_objects
 from dstrain.evaluation import BestRule
-from dstrain.models import needs_conversion
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -48,7 +47,7 @@ class BestModel:
         state = trainer.state
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if args.load_best_model_at_end:
-            _check_loadable(trainer.model, args)
+            _check_loadable(args)
 
     def judge(self, metrics: Mapping[str, Any]) -> bool:
         """Note an evaluation; whether it is the best so far. A collective of all ranks.
@@ -167,22 +166,15 @@ class BestModel:
             logger.warning("%s", message)
 
 
-def _check_loadable(module: Any, args: TrainingArguments) -> None:
-    """Without slices of master weights the weights come back from the Hugging Face files alone."""
-    native = args.checkpoint_format == "deepspeed"
-    if not (native or args.save_only_model):
-        return
-    given = "checkpoint_format='deepspeed'" if native else "save_only_model=True"
-    if needs_conversion(module):
-        why = f"{type(module).__name__} is stored in another layout than it is trained in"
-    elif native and not args.save_weights_with_checkpoint:
-        why = "save_weights_with_checkpoint=False leaves the model out of them"
-    else:
+def _check_loadable(args: TrainingArguments) -> None:
+    """DeepSpeed's own layout has no slices: the weights come back from the model files alone."""
+    if args.checkpoint_format != "deepspeed" or args.save_weights_with_checkpoint:
         return
     raise ConfigError(
         Problem(
-            f"load_best_model_at_end=True with {given}",
-            f"the best weights would have to come back from the checkpoints' model files; {why}",
-            f"leave {given.partition('=')[0]} out",
+            "load_best_model_at_end=True with checkpoint_format='deepspeed'",
+            "the best weights would have to come back from the checkpoints' model files; "
+            "save_weights_with_checkpoint=False leaves the model out of them",
+            "leave checkpoint_format out",
         )
     )

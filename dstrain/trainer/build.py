@@ -44,7 +44,6 @@ from dstrain.data import (
 )
 from dstrain.engine import (
     Engine,
-    ZeroThreeMark,
     build_ops,
     check_formats,
     check_own,
@@ -58,11 +57,10 @@ from dstrain.engine import (
     parameter_groups,
     prepare_nvme,
     read_machine,
-    scalars_as_bytes,
     slices_remark,
     start,
 )
-from dstrain.models import sizes_of_module
+from dstrain.models import building_partitioned, sizes_of_module
 
 logger = get_logger(__name__)
 
@@ -312,8 +310,7 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
     with ``zero_stage="auto"``, which cannot be decided before there is a model: say 3.
     """
     ranks = start_run(args)
-    resolved = resolve_config(args, ranks)
-    with ZeroThreeMark(resolved), scalars_as_bytes(wanted=resolved.stage == 3):
+    with building_partitioned(resolve_config(args, ranks)):
         yield
 
 

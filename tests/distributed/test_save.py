@@ -76,7 +76,7 @@ def test_weights_held_for_a_thread_are_those_of_the_moment(tmp_path: Path, rank:
     held = hold_shards(trainer.model, trainer.ranks, HostCopies(), shard_bytes=50_000)
     assert held is not None
     assert len(held.shares) == len(expected)
-    assert not held.shards
+    assert not held.whole
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.ds_tensor.fill_(9.0)

@@ -51,14 +51,20 @@ class OwnLoss(nn.Module):
         self.head = nn.Linear(width, vocab)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
-        logits = self.head(self.mix(self.embed(input_ids))[0])
+        return self.scored(input_ids, labels, None)
+
+    def scored(self, input_ids: Tensor, labels: Tensor | None, count: Tensor | int | None) -> Any:
+        """Scores, and the sum of the losses divided by ``count``, or by their own number."""
+        scores = logits = self.head(self.mix(self.embed(input_ids))[0])
         if labels is None:
             return {"logits": logits}
-        scores = logits
         if self.shifted:
             scores, labels = scores[:, :-1], labels[:, 1:]
-        loss = functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
-        return {"loss": loss, "logits": logits}
+        scores, labels = scores.flatten(0, 1), labels.flatten()
+        if count is None:
+            return {"loss": functional.cross_entropy(scores, labels), "logits": logits}
+        total = functional.cross_entropy(scores, labels, reduction="sum")
+        return {"loss": total / count, "logits": logits}
 
 
 class CountedLoss(OwnLoss):
@@ -70,14 +76,7 @@ class CountedLoss(OwnLoss):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        logits = self.head(self.mix(self.embed(input_ids))[0])
-        if labels is None:
-            return {"logits": logits}
-        scores, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        if num_items_in_batch is None:
-            return {"loss": functional.cross_entropy(scores, labels), "logits": logits}
-        total = functional.cross_entropy(scores, labels, reduction="sum")
-        return {"loss": total / num_items_in_batch, "logits": logits}
+        return self.scored(input_ids, labels, num_items_in_batch)
 
 
 class TwoHeads(nn.Module):
@@ -165,6 +164,12 @@ FAMILIES = [
     ),
     Family(
         "counted_loss",
+        lambda: seeded(lambda: CountedLoss(shifted=False)),
+        batches.causal_unmasked,
+        "targets",
+    ),
+    Family(
+        "counted_loss_shifted",
         lambda: seeded(lambda: CountedLoss(shifted=True)),
         batches.causal_unmasked,
         "shifted",

@@ -1,0 +1,272 @@
+"""What a model's saved files hold: which of its tensors, under which names, in which layout.
+
+transformers stores some architectures otherwise than it trains them: under other names, or with
+weights merged, split or transposed. The rules are its own (``revert_weight_conversion``); here they
+are applied to groups of tensors that belong together, most of them of a single tensor, so that
+nobody needs the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dstrain.engine import full_numel, full_shape
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the model under its name there."""
+
+    name: str
+    tensor: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return full_numel(self.tensor) * self.tensor.element_size()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One tensor of the saved model, under its name in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of the model that are saved together.
+
+    Attributes:
+        entries: of the model.
+        saved: what becomes of them in the file.
+    """
+
+    entries: tuple[Entry, ...]
+    saved: tuple[Saved, ...]
+    _conversion: _Conversion | None = field(default=None, repr=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensors of the model."""
+        return sum(entry.num_bytes for entry in self.entries)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes in the file."""
+        return sum(saved.num_bytes for saved in self.saved)
+
+    def convert(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The saved tensors by name, of whole tensors in the order of ``entries``.
+
+        They may share memory with ``tensors`` and with each other.
+        """
+        if self._conversion is None:
+            return {self.saved[0].name: tensors[0]}
+        converted = self._conversion.save(tensors).values()
+        return {saved.name: t for saved, t in zip(self.saved, converted, strict=True)}
+
+    @property
+    def is_as_trained(self) -> bool:
+        """Whether the file has the model's one tensor as it is, but for its name."""
+        return self._conversion is None
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The model's tensors in the order of ``entries``, of the saved ones by name."""
+        if self._conversion is None:
+            return [tensors[self.saved[0].name]]
+        return self._conversion.load([tensors[saved.name] for saved in self.saved])
+
+
+def groups_of(module: torch.nn.Module) -> list[Group]:
+    """Everything that is saved of a module; the work is one step per parameter.
+
+    Names, shapes and formats are those of ``save_pretrained`` of the whole model.
+    """
+    entries, conversions = entries_of(module), save_conversions(module)
+    if not conversions:
+        return [_as_it_is(entry, entry.name) for entry in entries]
+    from dstrain.models.compat import WeightConverter, WeightRenaming
+
+    pairs = [(conversion, conversion.reverse_transform()) for conversion in conversions[::-1]]
+    renamings = [saving for _, saving in pairs if isinstance(saving, WeightRenaming)]
+    converters = [pair for pair in pairs if isinstance(pair[1], WeightConverter)]
+    return _grouped(entries, module, renamings, converters)
+
+
+def entries_of(module: torch.nn.Module) -> list[Entry]:
+    """Parameters and persistent buffers, each shared tensor under one name."""
+    unsaved = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
+    aliases: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor) and name not in unsaved:
+            aliases.setdefault(id(tensor), []).append(name)
+            tensors[id(tensor)] = tensor
+    dropped = _dropped_aliases(module) if any(len(a) > 1 for a in aliases.values()) else None
+    return [Entry(_kept(names, dropped), tensors[key]) for key, names in aliases.items()]
+
+
+def _kept(names: list[str], dropped: Any) -> str:
+    """The one of several names that ``save_pretrained`` keeps."""
+    if len(names) == 1 or dropped is None:
+        return names[0]
+    return next((n for n in names if not dropped(n)), sorted(names)[-1])
+
+
+def _dropped_aliases(module: Any) -> Any:
+    """What tells whether a name is left out where a tensor has others."""
+    if not hasattr(module, "save_pretrained"):
+        return None
+    import re
+
+    from dstrain.models.compat import tied_weight_keys
+
+    patterns = [re.compile(key) for key in tied_weight_keys(module)]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+def save_conversions(module: Any) -> list[Any]:
+    """The conversions of loading that saving reverts, in the order of loading; [] without any.
+
+    The rule of ``revert_weight_conversion``: those that loading this model has used, or, for one
+    that was built from a config, all of its architecture but changes of prefix.
+    """
+    if not hasattr(module, "save_pretrained"):
+        return []
+    from transformers import PreTrainedModel
+
+    from dstrain.models.compat import PrefixChange, get_model_conversion_mapping
+
+    if not isinstance(module, PreTrainedModel):
+        return []
+    conversions = getattr(module, "_weight_conversions", None)
+    if conversions is None:
+        mapping = get_model_conversion_mapping(module, add_legacy=False)
+        return [c for c in mapping if not isinstance(c, PrefixChange)]
+    # transformers' own loader of stage 3 keeps those that matched nothing as well. Reverted, a
+    # change of prefix among them would add one that the checkpoint did not have.
+    return [c for c in conversions if c.was_used()]
+
+
+def _grouped(
+    entries: list[Entry], module: Any, renamings: list[Any], converters: list[tuple[Any, Any]]
+) -> list[Group]:
+    """Put together what one use of a converter takes; the rest is only renamed.
+
+    Args:
+        entries: all of the model.
+        module: the model.
+        renamings: of saving.
+        converters: each as it loads and as it saves.
+    """
+    from dstrain.models.compat import apply_converters, apply_renamings, dot_natural_key
+
+    by_pattern = {pattern: pair for pair in converters for pattern in pair[1].source_patterns}
+    saving = [converter for _, converter in converters]
+    groups: dict[str, Group] = {}
+    uses: dict[str, list[tuple[str, Entry]]] = {}
+    for entry in sorted(entries, key=lambda e: dot_natural_key(e.name)):
+        key, pattern = apply_converters(entry.name, saving)
+        if pattern is not None:
+            uses.setdefault(key, []).append((pattern, entry))
+        else:
+            name = apply_renamings(entry.name, renamings)
+            groups.setdefault(name, _as_it_is(entry, name))
+    for key, members in uses.items():
+        patterns = tuple(pattern for pattern, _ in members)
+        group = tuple(entry for _, entry in members)
+        names = tuple(entry.name for entry in group)
+        conversion = _Conversion(key, *by_pattern[patterns[0]], patterns, names, module)
+        outcome = conversion.save([_without_memory(entry.tensor) for entry in group])
+        saved = tuple(
+            Saved(apply_renamings(name, renamings), tuple(t.shape), t.dtype)
+            for name, t in outcome.items()
+        )
+        groups[key] = Group(group, saved, conversion)
+    return list(groups.values())
+
+
+def _as_it_is(entry: Entry, name: str) -> Group:
+    shape = full_shape(entry.tensor)
+    return Group((entry,), (Saved(name, shape, entry.tensor.dtype),))
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """One use of a converter of transformers.
+
+    Attributes:
+        key: the name by which transformers knows this use.
+        loading: the converter as it loads.
+        saving: the converter as it saves.
+        patterns: of saving, the one that each tensor matches.
+        names: of the tensors in the model.
+        module: the model, whose config and shapes operations look at.
+    """
+
+    key: str
+    loading: Any
+    saving: Any
+    patterns: tuple[str, ...]
+    names: tuple[str, ...]
+    module: Any = field(repr=False)
+
+    def save(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is saved, always in the same order, under the names that renamings begin with."""
+        found = zip(self.patterns, self.names, tensors, strict=True)
+        return self._run(self.saving, self.key, list(found))
+
+    def load(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The model's tensors, of those that ``save`` gives, in its order."""
+        from dstrain.models.compat import dot_natural_key
+
+        shapes = _Shapes(self.module)
+        names = self.save([shapes.get_parameter(name) for name in self.names])
+        found, key = [], ""
+        pairs = zip(names, tensors, strict=True)
+        for name, tensor in sorted(pairs, key=lambda pair: dot_natural_key(pair[0])):
+            key, pattern = self.loading.rename_source_key(name)
+            found.append((pattern, name, tensor))
+        made = self._run(self.loading, key, found)
+        return [made[name] for name in self.names]
+
+    def _run(
+        self, converter: Any, key: str, found: list[tuple[str, str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        converter = copy.deepcopy(converter)  # it collects tensors
+        for pattern, name, tensor in found:
+            converter.add_tensor(key, name, pattern, tensor)
+        made: dict[str, Any] = converter.convert(
+            key, model=_Shapes(self.module), config=self.module.config
+        )
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+
+class _Shapes:
+    """A model for operations that ask for the shape of a parameter: a partitioned one is empty."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return _without_memory(self._module.get_parameter(name))

@@ -1,0 +1,128 @@
+"""How a model is laid out in files, written down, so that it is known where the model is not.
+
+Which conversions saving reverts depends on how the model came to be: one that was loaded goes back
+to the names that it was loaded from. A checkpoint says it, for an export from its slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import ModelError, Problem
+from dstrain.models.layout import Group, groups_of, save_conversions
+from dstrain.models.skeleton import module_without_memory
+
+
+def record_layout(module: Any) -> list[dict[str, Any]] | None:
+    """The conversions that saving this model reverts, as plain values.
+
+    Returns:
+        None where there is nothing to say: neither this model nor its architecture has any.
+    """
+    from dstrain.models.compat import described, given_patterns
+
+    conversions = save_conversions(module)
+    record = [{**described(c), "given": given_patterns(c)} for c in conversions]
+    return record if record or _known_conversions(module) else None
+
+
+@dataclass(frozen=True)
+class RecordedLayout:
+    """What is saved of a model that is not there.
+
+    Attributes:
+        groups: as of the model; their tensors have shapes and no values.
+        first_names: every name of a parameter -> its first one.
+    """
+
+    groups: list[Group]
+    first_names: dict[str, str]
+
+
+def recorded_layout(
+    folder: Path, record: list[dict[str, Any]] | None, parameters: Mapping[str, tuple[int, ...]]
+) -> RecordedLayout:
+    """The layout of a model that the ``config.json`` of a folder describes.
+
+    Args:
+        folder: has the config.
+        record: what ``record_layout`` gave; None takes the model for one built from its config.
+        parameters: shapes of the model's parameters by their first names.
+
+    Raises:
+        ModelError: transformers does not have this architecture, or not this conversion of it; or
+            the model had other parameters than its config says.
+    """
+    module = module_without_memory(folder)
+    _untie(module, parameters)
+    here = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    if here != dict(parameters):
+        odd = sorted({n for n, _ in here.items() ^ parameters.items()})
+        raise ModelError(
+            Problem(
+                f"{odd[0]} is not as {folder / 'config.json'} says",
+                f"{len(odd)} parameters of the model had other names or shapes",
+            )
+        )
+    if record is not None:
+        module._weight_conversions = _chosen(module, record, folder)
+    first = {id(p): name for name, p in module.named_parameters()}
+    names = module.named_parameters(remove_duplicate=False)
+    return RecordedLayout(groups_of(module), {name: first[id(p)] for name, p in names})
+
+
+def _untie(module: torch.nn.Module, parameters: Mapping[str, Any]) -> None:
+    """Give parameters of their own to names that had them, although the config ties them."""
+    first = {id(p): name for name, p in module.named_parameters()}
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if name in parameters and first[id(parameter)] != name:
+            path, _, attribute = name.rpartition(".")
+            own = torch.nn.Parameter(torch.empty_like(parameter))
+            setattr(module.get_submodule(path), attribute, own)
+
+
+def _chosen(module: Any, record: list[dict[str, Any]], folder: Path) -> list[Any]:
+    """The conversions of this version of transformers that a record names."""
+    from dstrain.models.compat import (
+        WeightRenaming,
+        described,
+        get_model_conversion_mapping,
+        marked_as_used,
+    )
+
+    known = get_model_conversion_mapping(module)
+    chosen = []
+    for wanted in record:
+        given = wanted["given"]
+        found = next((c for c in known if {**described(c), "given": given} == wanted), None)
+        if found is None and wanted["kind"] == WeightRenaming.__name__:
+            found = WeightRenaming(**given)  # of the user's key_mapping
+        if found is None:
+            raise ModelError(
+                Problem(
+                    f"{folder} was saved with the conversion of {wanted['sources']} to "
+                    f"{wanted['targets']}",
+                    "this version of transformers does not have it",
+                    "use the version that stands in the manifest",
+                )
+            )
+        chosen.append(marked_as_used(found))
+    return chosen
+
+
+def _known_conversions(module: Any) -> list[Any]:
+    if not hasattr(module, "save_pretrained"):
+        return []
+    from transformers import PreTrainedModel
+
+    from dstrain.models.compat import get_model_conversion_mapping
+
+    if not isinstance(module, PreTrainedModel):
+        return []
+    known: list[Any] = get_model_conversion_mapping(module, add_legacy=False)
+    return known

@@ -1,0 +1,262 @@
+"""Building and loading models of transformers partitioned, so that none stands whole on a rank.
+
+Both are done by the code with which transformers builds and loads whole models, so that weights,
+names and what is initialised are the same; parameters are taken apart on the way.
+
+A model that is loaded is built without memory and filled tensor by tensor, and a parameter is taken
+apart as soon as it has its values. Each rank reads the checkpoint itself: only its share of a
+tensor that is stored as it is trained, and one group at a time of weights that are merged or
+reordered. A model that is built is taken apart module by module; each is gathered once more when
+transformers initialises it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from dstrain.config import ResolvedConfig
+from dstrain.core.errors import ModelError, Problem
+from dstrain.core.ranks import gather_objects, require_equal
+from dstrain.engine import (
+    Partitioner,
+    ZeroThreeMark,
+    built_whole,
+    gathered,
+    is_partitioned,
+    is_whole,
+    scalars_as_bytes,
+    stand_in,
+    with_full_shapes,
+)
+from dstrain.models import compat
+from dstrain.models.guard import guard_partitioned
+
+
+@contextlib.contextmanager
+def building_partitioned(resolved: ResolvedConfig) -> Iterator[None]:
+    """Let transformers build and load partitioned models inside where the stage is 3."""
+    with ZeroThreeMark(resolved) as mark, scalars_as_bytes(wanted=resolved.stage == 3):
+        if resolved.stage != 3:
+            yield
+            return
+        loader = _Loader(Partitioner(mark.config))
+        steps = {
+            "from_pretrained": loader.from_pretrained,
+            "_from_config": loader.from_config,
+            "_load_pretrained_model": loader.load,
+            "_finalize_model_loading": loader.finalize,
+            "set_param_for_module": loader.set_parameter,
+            "initialize_weights": loader.initialize,
+            "_initialize_weights": loader.initialize_module,
+        }
+        try:
+            with compat.with_loading_steps(steps):
+                yield
+        finally:
+            loader.is_open = False
+
+
+class _Loader:
+    """The steps that differ where a model is partitioned; of one model at a time."""
+
+    def __init__(self, partitioner: Partitioner) -> None:
+        """Nothing is being loaded."""
+        self.is_open = True  # until the block ends
+        self._partitioner = partitioner
+        self._depth = 0
+        self._builds = False
+        self._met = False
+        self._whole_modules: set[str] = set()
+        self._lacking: set[str] = set()
+        self._loaded: set[int] = set()
+
+    def open_partitioner(self) -> Partitioner | None:
+        """What takes resized weights apart; None once the block has ended."""
+        return self._partitioner if self.is_open else None
+
+    def from_config(self, original: Callable[..., Any], cls: Any, *args: Any, **kw: Any) -> Any:
+        """Build with each module taken apart; a collective of all ranks."""
+        if self._depth:  # a part of a model that is being built
+            return original(cls, *args, **kw)
+        self._loaded, self._lacking = set(), set()
+        self._depth, self._builds = 1, True
+        try:
+            with compat.in_context_of_zero(_filled), self._partitioner.building():
+                model = original(cls, *args, **kw)
+        finally:
+            self._depth, self._builds = 0, False
+        self._lacking = {name for name, _ in model.named_buffers()}
+        self._split_rest(model)
+        guard_partitioned(model, open_partitioner=self.open_partitioner)
+        return model
+
+    def initialize(self, original: Callable[..., Any], model: Any) -> None:
+        """Initialise all modules of a model."""
+        shapes = with_full_shapes(model.parameters()) if self._builds else contextlib.nullcontext()
+        with shapes:
+            original(model)
+
+    def initialize_module(
+        self, original: Callable[..., Any], model: Any, module: torch.nn.Module, *args: Any
+    ) -> None:
+        """Initialise a module, whose parameters are whole meanwhile; a collective of all ranks.
+
+        Random numbers are those that the main rank draws.
+        """
+        if not self._builds or getattr(module, "_is_hf_initialized", False):
+            original(model, module, *args)
+            return
+        near = _parameters_near(module)
+        with gathered(near, write_from=0), built_whole():  # some gather by themselves at stage 3
+            original(model, module, *args)
+        for parameter in near:
+            stand_in(parameter)
+
+    def from_pretrained(self, original: Callable[..., Any], cls: Any, *args: Any, **kw: Any) -> Any:
+        """Load with each parameter taken apart; a collective of all ranks.
+
+        Raises:
+            ModelError: another rank could not load it, or the arguments place it on devices.
+        """
+        if self._depth:  # a part of a model that is being built
+            return original(cls, *args, **kw)
+        _check_placement(kw)
+        self._met, self._lacking, self._loaded = False, set(), set()
+        self._depth += 1
+        try:
+            with built_whole():
+                loaded = original(cls, *args, **kw)
+        except Exception as error:
+            if not self._met:  # the others are there, or on their way
+                self._meet(error)
+            raise
+        finally:
+            self._depth -= 1
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        self._split_rest(model)
+        guard_partitioned(model, open_partitioner=self.open_partitioner)
+        return loaded
+
+    def load(self, original: Callable[..., Any], model: Any, *args: Any, **kw: Any) -> Any:
+        """Read the checkpoint; no rank waits for another."""
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self._whole_modules = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
+        return original(model, *args, **kw)
+
+    def set_parameter(
+        self, original: Callable[..., Any], model: Any, name: str, *args: Any, **kw: Any
+    ) -> None:
+        """Put a parameter of the checkpoint into the model, and keep this rank's share of it.
+
+        Weights that may be tied stay whole until they are: transformers compares them then, and
+        pads the bias beside them.
+        """
+        original(model, name, *args, **kw)
+        if not self._depth:
+            return
+        path, _, attribute = name.rpartition(".")
+        parameter = getattr(model.get_submodule(path), attribute, None)
+        if isinstance(parameter, torch.nn.Parameter) and parameter.device.type != "meta":
+            self._loaded.add(id(parameter))
+            if path not in self._whole_modules:
+                self._partitioner.split(parameter)
+
+    def finalize(
+        self, original: Callable[..., Any], model: Any, load_config: Any, info: Any
+    ) -> Any:
+        """Initialise what the checkpoint lacks, and tie; a collective of all ranks."""
+        if not self._depth:
+            return original(model, load_config, info)
+        self._met = True
+        self._meet(None)
+        self._lacking = set(info.missing_and_mismatched())
+        digest = hashlib.sha256("\n".join(sorted(self._lacking)).encode()).hexdigest()
+        require_equal("what the model's checkpoint lacks", digest, ModelError)
+        # transformers goes through all modules for it, and some look at their other weights.
+        near = _beside(model, self._lacking)
+        with gathered(near), with_full_shapes(model.parameters()):
+            return original(model, load_config, info)
+
+    def _meet(self, error: Exception | None) -> None:
+        """Learn whether all ranks have read the checkpoint; a collective.
+
+        Raises:
+            ModelError: another rank could not.
+        """
+        told = None if error is None else f"{type(error).__name__}: {error}"
+        said = gather_objects((told, self._partitioner.next_number))
+        # A rank that failed has numbered fewer parameters than the others.
+        self._partitioner.next_number = max(number for _, number in said)
+        for rank, (failure, _) in enumerate(said):
+            if failure is not None and error is None:
+                raise ModelError(Problem(f"the model cannot be loaded on rank {rank}", failure))
+
+    def _split_rest(self, model: torch.nn.Module) -> None:
+        """Take apart what is still whole, and put buffers where this rank computes.
+
+        What the checkpoint lacked gets the main rank's values: others may have drawn other ones.
+        """
+        for parameter in model.parameters():
+            if id(parameter) in self._loaded:
+                self._partitioner.split(parameter)
+            else:
+                self._partitioner.split_as_on_main([parameter])
+        for name, buffer in model.named_buffers():
+            if name in self._lacking and buffer.is_floating_point():
+                self._partitioner.send_from_main(buffer)
+            else:
+                buffer.data = buffer.data.to(self._partitioner.device)
+
+
+def _check_placement(arguments: dict[str, Any]) -> None:
+    if arguments.get("device_map") is None:
+        return
+    raise ModelError(
+        Problem(
+            f"from_pretrained(device_map={arguments['device_map']!r}) at ZeRO stage 3",
+            "each rank keeps a share of every weight, on the device that it drives",
+            "leave device_map out",
+        )
+    )
+
+
+def _beside(model: torch.nn.Module, lacking: set[str]) -> list[torch.nn.Parameter]:
+    """Partitioned parameters that the initialisation of lacking ones may look at.
+
+    Those near the modules with a lacking one, and near the modules around these.
+    """
+    paths = {name.rpartition(".")[0] for name in lacking}
+    paths |= {path.rpartition(".")[0] for path in paths}
+    found: dict[int, torch.nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if name in paths:
+            found |= {id(p): p for p in _parameters_near(module)}
+    return list(found.values())
+
+
+def _filled(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Fill a tensor with first values, a partitioned one as the main rank does it; a collective."""
+    if not isinstance(tensor, torch.nn.Parameter) or is_whole(tensor):
+        return fill(tensor, *args, **kwargs)
+    stands_in = tensor.numel() > 0
+    with gathered([tensor], write_from=0):
+        fill(tensor, *args, **kwargs)
+    if stands_in:
+        stand_in(tensor)
+    return tensor
+
+
+def _parameters_near(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Partitioned parameters that initialising a module may look at, of itself and its children."""
+    found: dict[int, torch.nn.Parameter] = {}
+    for part in (module, *module.children()):
+        computed = getattr(part, "parametrizations", None)
+        owners = [part] if computed is None else [part, *computed.modules()]
+        for owner in owners:
+            found |= {id(p): p for p in owner.parameters(recurse=False) if is_partitioned(p)}
+    return list(found.values())
