@@ -33,6 +33,7 @@ from dstrain.data import is_ours, is_stream, num_shares
 from dstrain.engine import Engine
 from dstrain.trainer import build
 from dstrain.trainer.position import Position, Resumption
+from dstrain.trainer.processors import processor_writer
 
 if TYPE_CHECKING:
     from dstrain.trainer.trainer import Trainer
@@ -271,7 +272,6 @@ def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: P
     writer.wait()  # a checkpoint that failed in the background is not the best one
     folder = place(Path(trainer.args.output_dir), trainer.state.global_step)
     trainer.best.note_save(folder, failed=writer.failed)
-    processor = trainer.processing_class
     best = trainer.state.best_model_checkpoint
     record = RunRecord(
         step=trainer.state.global_step,
@@ -285,9 +285,7 @@ def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: P
             "resolved_config.json": as_record(trainer.resolved, trainer.args),
             "training_arguments.json": json.loads(trainer.args.to_json_string()),
         },
-        write_processor=processor.save_pretrained
-        if hasattr(processor, "save_pretrained")
-        else None,
+        write_processor=processor_writer(trainer.processing_class, trainer.data_collator),
         metrics=_last_metrics(trainer.state),
         best=None if best is None else Path(best),
         after_commit=trainer.checkpoint_upload(),

@@ -42,6 +42,7 @@ from dstrain.trainer.overrides import refuse_misfits
 from dstrain.trainer.plan import MicroStep, RunPlan
 from dstrain.trainer.position import Position
 from dstrain.trainer.preemption import Preemption
+from dstrain.trainer.processors import align_special_tokens, processor_writer
 from dstrain.trainer.publishing import HubHooks
 from dstrain.trainer.reports import ReportHooks
 from dstrain.trainer.search import SearchHooks
@@ -288,8 +289,9 @@ class Trainer(
         apart = self.args.ddp_broadcast_buffers is False
         with main_ranks_buffers(self.model, wanted=apart):
             save_model(self.model, folder, self.ranks, on_each_node=self.args.save_on_each_node)
-        if self.args.should_save and hasattr(self.processing_class, "save_pretrained"):
-            self.processing_class.save_pretrained(folder)
+        write = processor_writer(self.processing_class, self.data_collator)
+        if self.args.should_save and write is not None:
+            write(folder)
         if self.args.push_to_hub and not _internal_call:
             if folder != Path(self.args.output_dir):
                 self.save_model(_internal_call=True)  # what is uploaded is the run's own folder
@@ -409,6 +411,7 @@ class Trainer(
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
         """Everything before the first step: loader, config, engine, state."""
         assert self._preemption is not None
+        self._align_special_tokens()
         self._own.notice()
         self.resolved = self._resolve(None)  # arguments may have changed since the last time
         with all_or_none():
@@ -465,6 +468,16 @@ class Trainer(
             count_tokens=build.token_count(self.model, self.args, self.processing_class),
             resumption=resumption,
         )
+
+    def _align_special_tokens(self) -> None:
+        """Before training, so that generating in its evaluations stops where the tokenizer says."""
+        changed = align_special_tokens(self.model, self.processing_class)
+        if changed and self.ranks.is_main:
+            logger.warning(
+                "the model's special tokens were not those of the tokenizer; now they are, and are "
+                "saved so: %s",
+                ", ".join(f"{name}={token}" for name, token in changed.items()),
+            )
 
     def _warn_of_mixing(self, model: Any) -> None:
         """Say so where padding-free batches are for a model that cannot keep sequences apart."""

@@ -71,6 +71,15 @@ class ChatEncoder:
         """Token ids of a conversation that waits for an answer, as ``__call__`` trains it."""
         return self._ids(self._render(messages, "the conversation", asks=True))
 
+    def end_of_answer(self) -> int | None:
+        """The special token by which the template ends an answer; None where it is plain text."""
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        _, labels = self(asked)
+        special = set(self._tokenizer.all_special_ids) | {
+            token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special
+        }
+        return next((token for token in reversed(labels) if token in special), None)
+
     def answer_spans(
         self, messages: list[dict[str, str]], place: str = "a conversation"
     ) -> tuple[str, list[tuple[int, int]]]:

@@ -38,6 +38,7 @@ from dstrain.tasks.common.job import (
     train_and_report,
 )
 from dstrain.trainer.build import start_run
+from dstrain.trainer.processors import stop_at
 
 logger = get_logger(__name__)
 
@@ -82,6 +83,8 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
     )
     if data_args.packing:
         trainer.refuse_mixing()
+    if data_args.is_chat:
+        _stop_at_answers(model, data)
     train_and_report(
         trainer,
         figures=("loss", "perplexity", "bits_per_byte"),
@@ -141,6 +144,14 @@ def _check_packing(model: Any) -> None:
                 "drop --packing",
             )
         )
+
+
+def _stop_at_answers(model: Any, data: PreparedData) -> None:
+    """Let generation stop where the template ends an answer, which may be no EOS token."""
+    token = ChatEncoder(data.tokenizer).end_of_answer()
+    if token is not None and stop_at(model, token):
+        text = data.tokenizer.decode([token])
+        logger.info("generation stops at %s (%d) too, which ends an answer", text, token)
 
 
 def _shown(trainer: CausalLMTrainer, data: PreparedData, model_args: ModelArguments) -> str:

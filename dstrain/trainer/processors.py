@@ -1,0 +1,92 @@
+"""Tokenizer and processor of a run: what is saved with its model, and special tokens of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.core.log import get_logger
+
+logger = get_logger(__name__)
+
+# A processor holds a tokenizer, so it comes first; the others write files of their own.
+_OF_A_COLLATOR = ("processor", "tokenizer", "feature_extractor", "image_processor")
+_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
+
+
+def processor_writer(processing_class: Any, collate: Any) -> Callable[[Path], None] | None:
+    """What writes tokenizer or processor into a model's folder; None where there is none.
+
+    Without a ``processing_class`` those that the data collator works with are written, or the saved
+    model could not be used.
+    """
+    found = [processing_class]
+    if processing_class is None:
+        found = [getattr(collate, name, None) for name in _OF_A_COLLATOR]
+    writable = [part for part in found if hasattr(part, "save_pretrained")]
+    if not writable:
+        return None
+
+    def write(folder: Path) -> None:
+        for part in reversed(writable):  # what comes first has the last word
+            part.save_pretrained(folder)
+
+    return write
+
+
+def align_special_tokens(module: torch.nn.Module, processing_class: Any) -> dict[str, int]:
+    """Give a model's configs the end, start and pad tokens of its tokenizer, as transformers does.
+
+    A tokenizer may end a turn with another token than the model it came with. Then generation must
+    stop there. A token that the tokenizer does not have changes nothing, and where a config names
+    several end tokens, or is one of generation, the others stay.
+
+    Returns:
+        what changed, by name.
+    """
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    config = getattr(module, "config", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return {}
+    if not isinstance(config, PreTrainedConfig):
+        return {}
+    try:
+        text = config.get_text_config()
+    except ValueError:  # several text parts (MusicGen): the tokenizer's tokens are not its outputs'
+        return {}
+    generation = getattr(module, "generation_config", None)
+    changed = {}
+    for name in _TOKENS:
+        token = getattr(tokenizer, name)
+        if token is None:
+            continue
+        several = name == "eos_token_id"
+        set_in = [_set(text, name, token, adds=False)]
+        if generation is not None:
+            set_in.append(_set(generation, name, token, adds=several))
+        if any(set_in):
+            changed[name] = token
+    return changed
+
+
+def stop_at(module: Any, token: int) -> bool:
+    """Let generation stop at a token, beside those at which it stops; whether it did not."""
+    generation = getattr(module, "generation_config", None)
+    return generation is not None and _set(generation, "eos_token_id", token, adds=True)
+
+
+def _set(config: Any, name: str, token: int, *, adds: bool) -> bool:
+    """Make ``token`` the value, or the first of several; whether it was none of them."""
+    value = getattr(config, name, None)
+    known = value if isinstance(value, (list, tuple)) else [value]
+    if token in known:
+        return False
+    keeps = adds or (isinstance(value, (list, tuple)) and name == "eos_token_id")
+    others = [other for other in known if other is not None]
+    setattr(config, name, [token, *others] if keeps and others else token)
+    return True
