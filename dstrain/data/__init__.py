@@ -4,6 +4,7 @@ from dstrain.data.columns import (
     forward_columns,
     keep_columns,
     label_columns,
+    needs_target_count,
     returns_loss,
     takes_target_count,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "keep_source_states",
     "label_columns",
     "micro_steps",
+    "needs_target_count",
     "no_targets",
     "num_samples",
     "num_shares",

@@ -40,6 +40,13 @@ def takes_target_count(module: torch.nn.Module) -> bool:
     return "num_items_in_batch" in (forward_columns(module) or [])
 
 
+def needs_target_count(module: torch.nn.Module) -> bool:
+    """Whether ``forward`` cannot do without ``num_items_in_batch``."""
+    parameters = inspect.signature(inner_model(module).forward).parameters
+    given = parameters.get("num_items_in_batch")
+    return given is not None and given.default is inspect.Parameter.empty
+
+
 def returns_loss(module: torch.nn.Module) -> bool:
     """Whether the model returns a loss without labels, as those do that contrast their inputs."""
     parameter = inspect.signature(module.forward).parameters.get("return_loss")

@@ -145,8 +145,13 @@ def explain(
     if any(call.function is functional.ctc_loss for call in calls):
         # Its mean is over samples, of each sample's mean over its own labels.
         return {LossRule(is_sum=calls[0].reduction == "sum"): 0} if len(calls) == 1 else {}
-    if len(calls) == 1 and _is_sum(calls[0], value):
-        return {LossRule(is_sum=True): 0}
+    fitting: dict[LossRule, int] = {}
+    # The sum over a single target is its mean too: where another rank has more, it can tell.
+    may_be_sum = len(calls) == 1 and _is_sum(calls[0], value)
+    if may_be_sum:
+        fitting[LossRule(is_sum=True)] = 0
+        if calls[0].num_targets > 1:
+            return fitting
     ignored = {c.ignored for c in calls} | {IGNORED, None}
     tried = dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored)])
     fits = [
@@ -155,11 +160,10 @@ def explain(
     ]
     # A call whose labels are found is not about others that are as many.
     fits = [_found(ways) or ways for ways in fits]
-    fitting = {
-        LossRule((denominator,)): max(ways[denominator] for ways in fits)
-        for denominator in tried
-        if all(denominator in ways for ways in fits)
-    }
+    for denominator in tried:
+        if all(denominator in ways for ways in fits):
+            loosest = max(ways[denominator] for ways in fits)
+            fitting[LossRule((denominator,))] = _AS_MANY if may_be_sum else loosest
     if all(_is_over_samples(call, samples, value) for call in calls):
         fitting.setdefault(LossRule(), _AS_MANY)
     return fitting
@@ -193,9 +197,8 @@ def _tensors(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _is_sum(call: LossCall, loss: float) -> bool:
-    num_summed = call.num_in_mean(loss)
-    summed = call.reduction in ("sum", "none") and abs(num_summed - 1) < _TOLERANCE
-    return summed and call.num_targets > 1
+    sums = call.reduction == "sum" or (call.reduction == "none" and call.num_targets > 1)
+    return sums and abs(call.num_in_mean(loss) - 1) < _TOLERANCE
 
 
 def _denominators(

@@ -10,7 +10,7 @@ import torch
 
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
-from dstrain.data import LossTargets
+from dstrain.data import LossTargets, needs_target_count
 from dstrain.engine import device_name
 from dstrain.models import DTYPES
 from dstrain.trainer.loss_terms import LossTerms
@@ -68,10 +68,12 @@ class StepHooks:
             self._summed = summed, terms
             return (summed, outputs) if return_outputs else summed
         if isinstance(inputs, Mapping):
-            counts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            outputs = model(
-                **inputs, **({"num_items_in_batch": num_items_in_batch} if counts else {})
-            )
+            given = dict(inputs)
+            # What it averages over by itself tells what to count; so it is not told at first.
+            knows = self.targets.settled or needs_target_count(self.model)
+            if self.model_accepts_loss_kwargs and num_items_in_batch is not None and knows:
+                given["num_items_in_batch"] = num_items_in_batch
+            outputs = model(**given)
         else:
             outputs = model(inputs)
         loss = loss_of(outputs)

@@ -272,7 +272,8 @@ def test_a_model_that_takes_the_count_is_given_it(accepts: bool, tmp_path: Path)
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=accumulation,
         )
-        assert all((count is not None) == accepts for count in model.counts)
+        told = [count is not None for count in model.counts]
+        assert told == [accepts and index > 0 for index in range(len(told))]
         found.append((*first_figures(trainer), trainer.evaluate()["eval_loss"]))
         trainer.close()
     assert found[1:] == [pytest.approx(found[0], rel=1e-5)] * 2
