@@ -33,8 +33,8 @@ def keep_own_formats(optimizer: Any, resolved: ResolvedConfig) -> None:
 
     It would ask at each gradient whether any engine autocasts (``base_optimizer.py``).
     """
-    if not hasattr(optimizer, "get_param_comm_dtype"):
-        return
+    if not hasattr(optimizer, "communication_data_type"):
+        return  # as BF16_Optimizer, which does not ask
     from deepspeed.runtime.torch_autocast import get_comm_dtype
 
     common = optimizer.communication_data_type

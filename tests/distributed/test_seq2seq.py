@@ -64,7 +64,6 @@ def test_tokens_are_those_of_each_sample_alone(
 ) -> None:
     """Unequal counts, rows of unequal length, beams, several rows per sample; around training."""
     data = _samples(5)
-    # Before there is a trainer: at stage 3 transformers lets all models generate in step.
     expected = _expected(data)
     expected_beams = _expected(data[:3], num_beams=2, num_return_sequences=2)
     trainer = _trainer(tmp_path, data, stage=stage, generation_gather_weights=gather)

@@ -23,7 +23,7 @@ def run(
     settings = {"max_steps": STEPS, "train": 24, "evaluation": 0, **arguments}
     trainer = make_trainer(folder, **settings)
     trainer.train()
-    look(trainer.model_wrapped)
+    look(trainer.deepspeed)
     trainer.close()
     return losses(trainer)
 
