@@ -126,19 +126,31 @@ def _curve(history: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _arguments(trainer: Any) -> list[list[str]]:
+    """What the run used: where the DeepSpeed config or an object of the user decides, its value."""
     args, resolved = trainer.args, trainer.resolved
+    own, schedule = trainer._own, args.lr_scheduler_type
+    optimizer = resolved.values.get("optimizer.type", args.optim)
+    rate = resolved.value("learning_rate")
+    if own.has_optimizer and trainer.optimizer is not None:
+        optimizer = type(trainer.optimizer).__name__
+        rate = trainer.optimizer.defaults.get("lr", rate)
+    if resolved.has_scheduler:
+        schedule = resolved.values["scheduler.type"]
+    if own.has_scheduler and trainer.lr_scheduler is not None:
+        schedule = type(trainer.lr_scheduler).__name__
     rows = {
         "ranks": trainer.ranks.world_size,
         "global batch size": resolved.global_batch_size,
         "ZeRO stage": resolved.stage,
         "precision": resolved.precision,
-        "learning_rate": args.learning_rate,
-        "lr_scheduler_type": args.lr_scheduler_type,
-        "optimizer": resolved.values.get("optimizer.type", args.optim),
+        "learning_rate": rate,
+        "lr_scheduler_type": schedule,
+        "optimizer": optimizer,
         "steps": trainer.state.global_step,
     }
-    values = args.to_dict()
-    rows |= {n: values[n] for n in sorted(args.changed_fields() - _LEFT_OUT - set(rows))}
+    values = args.to_dict() | dict(resolved.adopted)
+    shown = (args.changed_fields() | set(resolved.adopted)) - _LEFT_OUT - set(rows)
+    rows |= {name: values[name] for name in sorted(shown)}
     return [[name, f"`{getattr(value, 'value', value)}`"] for name, value in rows.items()]
 
 

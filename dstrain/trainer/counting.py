@@ -26,6 +26,7 @@ class CountHooks:
     args: Any
     model: Any
     state: Any
+    resolved: Any
     current_flos: float = 0.0
     _counted: tuple[Any, int] | None = None
 
@@ -72,7 +73,7 @@ class CountHooks:
         found = num_samples(dataloader)
         if found is not None:
             return found
-        return len(dataloader) * self.args.per_device_train_batch_size
+        return len(dataloader) * self.resolved.micro_batch_size
 
     @staticmethod
     def num_tokens(train_dl: Any, max_steps: int | None = None) -> int:

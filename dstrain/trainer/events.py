@@ -139,7 +139,9 @@ class Events:
         state.max_steps = max_steps
         state.num_input_tokens_seen = 0
         state.total_flos = trainer.current_flos = 0.0
-        state.train_batch_size = args.per_device_train_batch_size
+        # In the unit of the argument, with the value that runs: the DeepSpeed config may decide it.
+        each = trainer.ranks.world_size if args.splits_batches else 1
+        state.train_batch_size = trainer.resolved.micro_batch_size * each
         state.num_train_epochs = -(-max_steps // steps_per_epoch) if steps_per_epoch else 1
         state.compute_steps(args, max_steps)
         for callback in self.handler.callbacks:
