@@ -121,9 +121,10 @@ def _parts(value: Any, place: str) -> Iterator[tuple[str, Part]]:
     if isinstance(value, Mapping):
         for name, part in value.items():
             yield from _parts(part, f"{place}, {name}")
-    elif isinstance(value, (str, type(None), bool, int)):
-        is_text = isinstance(value, str)
-        yield place, ("text", _hash(value.encode())) if is_text else ("exact", value)
+    elif isinstance(value, str):
+        yield place, ("text", _hash(value.encode()))
+    elif isinstance(value, (type(None), bool, int)):
+        yield place, ("exact", value)
     elif isinstance(value, float):
         yield place, ("rough", [value])
     elif isinstance(value, (bytes, bytearray, memoryview)):

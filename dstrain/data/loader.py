@@ -202,7 +202,8 @@ def num_samples(loader: Any) -> int | None:
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, RankStream):
         if dataset.split:
-            return None if None in dataset.lengths else sum(map(int, dataset.lengths))
+            lengths = [length for length in dataset.lengths if length is not None]
+            return sum(lengths) if len(lengths) == len(dataset.lengths) else None
         dataset = dataset.source
     # torch's own IterableDataset has no length; wrappers of one (a shard) keep it in `dataset`.
     for found in (dataset, getattr(dataset, "dataset", None)):

@@ -84,8 +84,8 @@ class _TogetherSteps(LocalSteps):
         every = gather_objects(said, group=self._group)
         if mine is not None:
             raise mine
-        rank = next(rank for rank, text in enumerate(every) if text is not None)
-        raise DataError(Problem(f"reading the training data failed on rank {rank}", every[rank]))
+        rank, text = next((rank, text) for rank, text in enumerate(every) if text is not None)
+        raise DataError(Problem(f"reading the training data failed on rank {rank}", text))
 
     def close(self) -> None:
         """Give the group back."""

@@ -45,7 +45,7 @@ class _Facts:
     fingerprint: str | None
 
 
-def settle(loader: Any, *, what: str, epoch: int = 0, shares: int | None = None) -> None:
+def settle(loader: Any, *, what: str, epoch: int = 0, known_whole: bool = False) -> None:
     """Find out, together with the other ranks, whose samples a loader gives; a collective.
 
     At most three samples of a dataset with a length and eight of a stream are read, which an epoch
@@ -56,8 +56,8 @@ def settle(loader: Any, *, what: str, epoch: int = 0, shares: int | None = None)
         loader: of ``build_loader``.
         what: the data, for messages.
         epoch: which will be read first.
-        shares: the number of parts that the data came in when the run was saved, where a checkpoint
-            says so for these ranks; then nothing is read.
+        known_whole: a checkpoint of several ranks has the state of one stream for all; then nothing
+            is read, as filling the buffer of a shuffle for that would cost many samples.
 
     Raises:
         DataError: ranks have different data that cannot be used as it is; on all ranks.
@@ -70,7 +70,7 @@ def settle(loader: Any, *, what: str, epoch: int = 0, shares: int | None = None)
         if not is_distributed():
             _check_shares([share_of(stream.source)], what)
             return
-        _settle_stream(loader, stream, what=what, epoch=epoch, shares=shares)
+        _settle_stream(loader, stream, what=what, epoch=epoch, known_whole=known_whole)
     elif is_distributed() and isinstance(getattr(loader, "batch_sampler", None), RankBatchSampler):
         _settle_dataset(loader, what=what)
 
@@ -89,7 +89,7 @@ def num_shares(loader: Any) -> int:
 
 
 def _settle_stream(
-    loader: Any, stream: RankStream, *, what: str, epoch: int, shares: int | None
+    loader: Any, stream: RankStream, *, what: str, epoch: int, known_whole: bool
 ) -> None:
     dispatched = isinstance(stream.source, Dispatched)
     kind = "dispatched stream" if dispatched else "stream"
@@ -103,8 +103,8 @@ def _settle_stream(
     if any(told):
         _check_shares(told, what)
         found, why = APART, "split_dataset_by_node"
-    elif shares is not None:
-        found, why = (APART if shares > 1 else ALIKE), "as the checkpoint says"
+    elif known_whole:
+        found, why = ALIKE, ""
     else:
         found, why = _compare(stream, loader, epoch=epoch)
     stream.split = found == APART
@@ -124,9 +124,9 @@ def _settle_stream(
 
 
 def _compare(stream: RankStream, loader: Any, *, epoch: int) -> tuple[str, str]:
-    columns = used_columns(stream.collate)
     # In another process such a source would go on after what was read here.
     unseen = stream.is_iterator and loader.num_workers
+    goes_on = not loader.num_workers
 
     def read(again: bool) -> list[Any] | None:
         nonlocal goes_on
@@ -136,8 +136,7 @@ def _compare(stream: RankStream, loader: Any, *, epoch: int) -> tuple[str, str]:
         at_most = MOST_SAMPLES if again else min(MOST_SAMPLES, stream.topology.chunk)
         return None if unseen else stream.look(epoch=epoch, at_most=at_most)
 
-    goes_on = not loader.num_workers
-    found = verdict(read, columns)
+    found = verdict(read, used_columns(stream.collate))
     if not goes_on:
         stream.forget_look()
     return found

@@ -294,9 +294,12 @@ class RankStream(IterableDataset[Any]):
     def _samples(self, epoch: int, *, begins_inside: bool, in_worker: bool) -> Iterator[Any]:
         """The samples of an epoch; those that were looked at are not lost."""
         first, begun, self._first = self._first, self._iteration, []
+        if begins_inside:
+            self._iteration = None
+            return _whole(self._reader()) if in_worker else iter(self._reader())
         if begun is not None and not in_worker:
             self._iteration = None
-            if epoch == self._first_epoch and not begins_inside:
+            if epoch == self._first_epoch:
                 return chain(first, begun)
         samples = _whole(self._reader()) if in_worker else iter(self._reader())
         is_begun = begun is not None and (in_worker or samples is begun)

@@ -315,7 +315,7 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
 
 
 def check_shared_out(
-    loader: Any, ranks: Ranks, *, method: str, epoch: int = 0, shares: int | None = None
+    loader: Any, ranks: Ranks, *, method: str, epoch: int = 0, known_whole: bool = False
 ) -> None:
     """See to it that every sample is on one rank; a collective of all ranks.
 
@@ -324,7 +324,7 @@ def check_shared_out(
         ranks: this process among the others.
         method: which made it.
         epoch: which will be read first.
-        shares: in how many parts the data came when the run was saved, where that is known.
+        known_whole: a checkpoint of several ranks says that all read one stream.
 
     Raises:
         DataError: more than one rank, and a loader that neither dstrain made nor a sampler with
@@ -333,7 +333,7 @@ def check_shared_out(
     """
     if is_ours(loader):
         what = "the training data" if "train" in method else "the evaluation data"
-        settle(loader, what=what, epoch=epoch, shares=shares)
+        settle(loader, what=what, epoch=epoch, known_whole=known_whole)
         return
     parts = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
     inner = getattr(parts[2], "sampler", None)

@@ -121,24 +121,27 @@ def check_shares(loader: Any, ranks: Ranks, start: Start | None) -> None:
         DataError: the data is not the same on all ranks, and cannot be used as it is; or the order
             of what was used of an epoch says nothing of what is left, as ranks have other parts.
     """
-    position = None if start is None else start.position
-    same_ranks = start is not None and start.manifest.world_size == ranks.world_size
-    inside = position is not None and position.is_inside_epoch
+    method = "get_train_dataloader"
+    if start is None:
+        build.check_shared_out(loader, ranks, method=method)
+        return
+    position = start.position
     build.check_shared_out(
         loader,
         ranks,
-        method="get_train_dataloader",
-        epoch=0 if position is None else position.progress.epoch,
-        shares=position.shares if inside and same_ranks and position is not None else None,
+        method=method,
+        epoch=position.progress.epoch + position.epoch_is_over,
+        known_whole=position.is_inside_epoch
+        and position.shares == 1
+        and position.source is not None
+        and start.manifest.world_size > 1,  # one rank alone cannot tell
     )
-    if start is None or position is None:
-        return
     there, here = position.shares or 1, num_shares(loader)
     if there == here:
         return
     said = [f"{n} parts, one for each rank" if n > 1 else "whole" for n in (there, here)]
     what = f"the data came {said[0]} in the checkpoint, and comes {said[1]} in this run"
-    if inside:
+    if position.is_inside_epoch:
         raise DataError(
             Problem(
                 what,

@@ -530,7 +530,7 @@ def test_a_part_goes_on_where_its_rank_was(
     """Bit for bit at the same ranks, also where one of them has none left."""
     size = 21 if at in (3, 15) else UNEVEN  # at 11 of 11 and 10, or 12 of 12 and 11 steps
     settings: dict[str, Any] = {
-        "max_steps": 24, "save_strategy": "steps", "save_steps": at, "save_total_limit": 1,
+        "max_steps": 24, "save_strategy": "steps", "save_steps": at,
         "dataloader_num_workers": num_workers,
     }  # fmt: skip
     whole = trainer_of(tmp_path, kind(rank, 2, size), **settings)
@@ -538,13 +538,13 @@ def test_a_part_goes_on_where_its_rank_was(
     settings["save_strategy"] = "no"
     Telling.reads = 0
     again = trainer_of(tmp_path / "again", kind(rank, 2, size), **settings)
-    again.train(str(tmp_path / f"checkpoint-{24 // at * at}"))
+    again.train(str(tmp_path / f"checkpoint-{at}"))
     ours, theirs = whole_weights(again), whole_weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert losses(again) == losses(whole)
-    left = 24 - 24 // at * at
-    if kind is Telling and not num_workers and at == 15:
-        assert Telling.reads <= left + 1, "nothing is read that was used"
+    if kind is Telling and not num_workers and at == 3:
+        # 8 or 7 of this epoch, 11 or 10 of the next, 2 and one fetched ahead; and to compare.
+        assert Telling.reads == (20 if rank else 22) + (2 + 8 + 8)
 
 
 @pytest.mark.ranks(2)
