@@ -68,12 +68,12 @@ class StepHooks:
             self._summed = summed, terms
             return (summed, outputs) if return_outputs else summed
         if isinstance(inputs, Mapping):
-            given = dict(inputs)
+            passed = dict(inputs)
             # What it averages over by itself tells what to count; so it is not told at first.
             knows = self.targets.settled or needs_target_count(self.model)
             if self.model_accepts_loss_kwargs and num_items_in_batch is not None and knows:
-                given["num_items_in_batch"] = num_items_in_batch
-            outputs = model(**given)
+                passed["num_items_in_batch"] = num_items_in_batch
+            outputs = model(**passed)
         else:
             outputs = model(inputs)
         loss = loss_of(outputs)
