@@ -440,3 +440,33 @@ def test_caches_are_said_not_to_be_saved(
     assert len(said) == (rank == 0)
     assert all("1 buffers that are in no state_dict" in line and "(cache)" in line for line in said)
     trainer.close()
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_step_that_ran_out_of_memory_leaves_no_trace(
+    step: int, tmp_path: Path, rank: int
+) -> None:
+    """Its micro-batches had changed statistics, and are run again with smaller ones."""
+    short: dict[str, Any] = {"failures": 0}
+
+    def check(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        late = module.training and short["trainer"].state.global_step >= step
+        if rank == 1 and late and output.shape[0] > 2:
+            short["failures"] += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Pretended.")
+
+    settings = {"max_grad_norm": 0.0, "per_device_train_batch_size": 4, "max_steps": 3}
+    model = Statistics(replaces=False)
+    model.last.register_forward_hook(check)
+    trainer = trainer_of(tmp_path, model, 2, auto_find_batch_size=True, **settings)
+    short["trainer"] = trainer
+    trainer.train()
+    assert short["failures"] == rank
+    # Two micro-batches per step from the one on that broke off, and none of that one.
+    assert model.norm.num_batches_tracked.item() == step + 2 * (3 - step)
+    one, two = on_all_ranks(model)
+    assert {name: one[name] for name in STATE - {"average"}} == {
+        name: two[name] for name in STATE - {"average"}
+    }
+    trainer.close()

@@ -306,3 +306,36 @@ def test_deepspeed_still_needs_help(tmp_path: Path) -> None:
     scalar.grad = torch.tensor(3.0)
     with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
         clip_grad_norm_([scalar], 1.0)
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_clip(tmp_path: Path) -> None:
+    """Its own ``logit_scale``, at every stage; SigLIP's has the shape (1,)."""
+    from safetensors.torch import load_file
+
+    from dstrain import Trainer, TrainingArguments
+    from tests.families.zoo import FAMILIES
+
+    family = FAMILIES["clip"]
+    before: Any = family.build()
+    scalars = {n: p.item() for n, p in before.named_parameters() if p.dim() == 0}
+    assert list(scalars) == ["logit_scale"]
+    found = []
+    for stage in STAGES:
+        args = TrainingArguments(
+            str(tmp_path / str(stage)), zero_stage=str(stage), per_device_train_batch_size=2,
+            max_steps=2, learning_rate=1e-2, report_to="none", disable_tqdm=True,
+            remove_unused_columns=False, save_strategy="no",
+        )  # fmt: skip
+        trainer = Trainer(
+            family.build(), args, data_collator=family.collate, train_dataset=family.samples(8)
+        )
+        trainer.train()
+        trainer.save_model()
+        trainer.close()
+        saved = load_file(tmp_path / str(stage) / "model.safetensors")
+        assert all(saved[n].shape == () for n in scalars)
+        found.append([saved[n].item() for n in scalars])
+        assert all(a != b for a, b in zip(found[-1], scalars.values(), strict=True))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
