@@ -95,7 +95,11 @@ def export(
 def _tensors(folder: Path, manifest: Manifest, dtype: torch.dtype) -> list[Stored]:
     """All tensors of the model under their saved names, read when they are written."""
     stored = _stored_names(folder) if manifest.has_weights else {}
-    files = [_from_file(folder / file, name, dtype) for name, file in sorted(stored.items())]
+    as_stored = dtype == DTYPES[manifest.precision]  # buffers have formats of their own there
+    files = [
+        _from_file(folder / file, name, None if as_stored else dtype)
+        for name, file in sorted(stored.items())
+    ]
     if stored and not manifest.has_slices:
         return files
     index = read_index(folder, manifest)  # where there are no files either, this says so
@@ -104,7 +108,7 @@ def _tensors(folder: Path, manifest: Manifest, dtype: torch.dtype) -> list[Store
     if stored and record is None:  # as it is trained, or an older checkpoint, which does not say
         if set(stored) != {*manifest.parameters, *persistent}:
             return files
-    elif stored and dtype == DTYPES[manifest.precision]:
+    elif stored and as_stored:
         return files
     else:
         try:
