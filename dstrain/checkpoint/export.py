@@ -105,8 +105,11 @@ def _tensors(
         as_trained: but those that the model had in another format keep that.
     """
     stored = _stored_names(folder) if manifest.has_weights else {}
-    given = None if as_trained else dtype
-    files = [_from_file(folder / file, name, given) for name, file in sorted(stored.items())]
+    as_stored = dtype == DTYPES[manifest.precision]  # buffers have formats of their own there
+    files = [
+        _from_file(folder / file, name, None if as_stored else dtype)
+        for name, file in sorted(stored.items())
+    ]
     if stored and not manifest.has_slices:
         return files
     index = read_index(folder, manifest)  # where there are no files either, this says so
@@ -121,7 +124,7 @@ def _tensors(
     if stored and record is None:  # as it is trained, or an older checkpoint, which does not say
         if set(stored) != {*manifest.parameters, *persistent}:
             return files
-    elif stored and dtype == DTYPES[manifest.precision]:
+    elif stored and as_stored:
         return files
     else:
         try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dstrain.core.adapters import inner_model
+from dstrain.data.compat import causal_lm_names
 from dstrain.data.samples import batch_size
 
 IGNORED = -100
@@ -159,13 +160,10 @@ def shifts_labels(module: torch.nn.Module) -> bool:
 
     A subclass is named as its author likes, so all its ancestors are asked.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
     inner = inner_model(module)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return False
     names = {kind.__name__ for kind in type(inner).__mro__}
     loss_type = getattr(inner, "loss_type", None)
-    return loss_type in ("ForCausalLM", "ForConditionalGeneration") or bool(
-        names & {name for name in CAUSAL.values() if isinstance(name, str)}
-    )
+    causal = ("ForCausalLM", "ForConditionalGeneration")
+    return loss_type in causal or not names.isdisjoint(causal_lm_names())

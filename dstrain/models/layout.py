@@ -58,16 +58,6 @@ class Group:
     saved: tuple[Saved, ...]
     _conversion: _Conversion | None = field(default=None, repr=False)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the whole tensors of the model."""
-        return sum(entry.num_bytes for entry in self.entries)
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes in the file."""
-        return sum(saved.num_bytes for saved in self.saved)
-
     def convert(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The saved tensors by name, of whole tensors in the order of ``entries``.
 

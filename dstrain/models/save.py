@@ -230,7 +230,8 @@ def _save_configs(module: Any, target: Path) -> None:
         return
     saved: Any = copy.deepcopy(config)
     saved.architectures = [type(module).__name__]
-    saved.dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+    formats = (p.dtype for p in module.parameters() if p.is_floating_point())
+    saved.dtype = str(next(formats, torch.float32)).removeprefix("torch.")
     saved.save_pretrained(target)
     if getattr(module, "generation_config", None) is not None and module.can_generate():
         try:

@@ -325,3 +325,10 @@ def test_label_columns_given_by_the_user_are_taken_even_when_empty():
     """``label_names=[]`` says that there are none; it must not mean "find them"."""
     assert label_columns(RegressionModel(), ["x"]) == ["x"]
     assert label_columns(RegressionModel(), []) == []
+
+
+def test_transformers_names_its_causal_models():
+    """By name only: importing all of them would take minutes."""
+    from dstrain.data.compat import causal_lm_names
+
+    assert {"GPT2LMHeadModel", "LlamaForCausalLM", "CTRLLMHeadModel"} <= causal_lm_names()
