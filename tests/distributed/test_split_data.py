@@ -97,7 +97,7 @@ def recording() -> Any:
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             numbers = inputs.pop("numbers").tolist()
-            if float(self._micro_step.weight()):
+            if self._micro_step.num_samples:  # 0: a stand-in
                 self.trained[-1].append(numbers)
             return super().training_step(model, inputs, num_items_in_batch)
 
