@@ -56,7 +56,7 @@ def looked_at(samples: Sequence[Any], columns: Sequence[str] | None = None) -> L
 
 
 def verdict(read: Read, columns: Sequence[str] | None = None) -> tuple[str, str]:
-    """Whether ranks read the same data, and what tells; a collective of all ranks.
+    """Return whether ranks read the same data, and what tells; a collective of all ranks.
 
     One gather of a digest; only where digests differ are samples read again, twice, and looks
     gathered.
@@ -171,20 +171,20 @@ def _of_array(array: np.ndarray) -> Part:
 
 
 def _same(one: list[Part | None], other: list[Part | None] | None) -> bool:
-    """Whether a field is the same in all samples of two readings."""
+    """Return whether a field is the same in all samples of two readings."""
     if other is None or len(one) != len(other):
         return False
     return all(_close(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _differ_mostly(one: list[Part | None], other: list[Part | None]) -> bool:
-    """Whether a field differs in more than half of the samples: rare noise does not."""
+    """Return whether a field differs in more than half of the samples: rare noise does not."""
     pairs = list(zip_longest(one, other))
     return 2 * sum(not _close(a, b) for a, b in pairs) > len(pairs)
 
 
 def _close(one: Part | None, other: Part | None) -> bool:
-    """Whether two looks at a part show the same."""
+    """Return whether two looks at a part show the same."""
     if one is None or other is None:
         return one is other
     if one[0] != other[0]:

@@ -36,12 +36,12 @@ def label_columns(module: torch.nn.Module, given: Sequence[str] | None) -> list[
 
 
 def takes_target_count(module: torch.nn.Module) -> bool:
-    """Whether ``forward`` names ``num_items_in_batch``, to divide a summed loss by it."""
+    """Return whether ``forward`` names ``num_items_in_batch``, to divide a summed loss by it."""
     return "num_items_in_batch" in (forward_columns(module) or [])
 
 
 def needs_target_count(module: torch.nn.Module) -> bool:
-    """Whether ``forward`` cannot do without ``num_items_in_batch``."""
+    """Return whether ``forward`` cannot do without ``num_items_in_batch``."""
     parameters = inspect.signature(inner_model(module).forward).parameters
     given = parameters.get("num_items_in_batch")
     return given is not None and given.default is inspect.Parameter.empty

@@ -56,7 +56,7 @@ class MicroBatch:
 
     @property
     def masked(self) -> bool:
-        """Whether it is a stand-in, which carries no weight."""
+        """Return whether it is a stand-in, which carries no weight."""
         return self.num_samples == 0
 
 

@@ -291,13 +291,13 @@ def _agrees(
     samples: int,
     loss: float,
 ) -> bool:
-    """Whether the call's mean is over as many targets as the denominator counts."""
+    """Return whether the call's mean is over as many targets as the denominator counts."""
     count = denominator.count(batch, samples)
     return abs(call.num_in_mean(loss) - count) <= _TOLERANCE * count
 
 
 def _is_over_samples(call: LossCall, samples: int, loss: float) -> bool:
-    """Whether the call's mean is over samples, of as many elements each."""
+    """Return whether the call's mean is over samples, of as many elements each."""
     if call.reduction == "batchmean":
         return True
     if _agrees(SAMPLES, call, {}, samples, loss):

@@ -189,7 +189,7 @@ class LossTargets:
         )
 
     def _has_no_label(self, inputs: Any) -> bool:
-        """Whether a batch has label columns, and not a single label in them."""
+        """Return whether a batch has label columns, and not a single label in them."""
         if not isinstance(inputs, Mapping):
             return False
         found = [inputs[name] for name in self.labels if isinstance(inputs.get(name), torch.Tensor)]

@@ -190,7 +190,7 @@ class RankStream(IterableDataset[Any]):
 
     @property
     def is_iterator(self) -> bool:
-        """Whether the source is its own iterator, so that what is read of it is gone."""
+        """Return whether the source is its own iterator, so that what is read of it is gone."""
         return hasattr(self._reader(), "__next__")
 
     def forget_look(self) -> None:

@@ -29,7 +29,7 @@ def forget(engine: Engine) -> None:
 
 
 def any_besides(engine: Engine) -> bool:
-    """Whether another engine is on some module."""
+    """Return whether another engine is on some module."""
     return any(other is not engine and not other.rests for other in _ENGINES)
 
 
@@ -40,7 +40,7 @@ def engine_on(module: torch.nn.Module) -> Engine | None:
 
 
 def in_use(module: torch.nn.Module) -> bool:
-    """Whether a training is running that changes parameters of ``module``."""
+    """Return whether a training is running that changes parameters of ``module``."""
     return any(engine.in_use for engine in _sharing(module))
 
 

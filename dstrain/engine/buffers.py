@@ -170,7 +170,7 @@ class Buffers:
 
     @property
     def differ(self) -> bool:
-        """Whether ranks have some of the state for themselves; the same on all ranks."""
+        """Return whether ranks have some of the state for themselves; the same on all ranks."""
         return len(self._sent) < len(self._state)
 
     def caches(self) -> list[str]:
@@ -308,7 +308,7 @@ def _check_alike(slots: Sequence[Slot]) -> None:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it has elements in memory that can be seen as bytes."""
+    """Return whether it has elements in memory that can be seen as bytes."""
     dense = tensor.layout == torch.strided and not tensor.is_quantized
     return dense and tensor.device.type != "meta"
 
@@ -322,12 +322,12 @@ def _form(slot: Slot) -> _Form:
 
 
 def _are_statistics(slot: Slot) -> bool:
-    """Whether a normalisation keeps statistics there of what it is given in training."""
+    """Return whether a normalisation keeps statistics there of what it is given in training."""
     return bool(getattr(slot.owner, "track_running_stats", False)) and slot.key in _STATISTICS
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
-    """Whether elements share their memory, as after ``expand``."""
+    """Return whether elements share their memory, as after ``expand``."""
     return any(
         n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -339,7 +339,7 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 def _same_on_all(value: Any) -> bool:
-    """Whether all ranks have the same value; they tell each other a checksum of it."""
+    """Return whether all ranks have the same value; they tell each other a checksum of it."""
     if not is_distributed():
         return True
     told = hashlib.sha256(repr(value).encode()).hexdigest()

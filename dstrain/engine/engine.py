@@ -197,7 +197,7 @@ class Engine:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it was destroyed; nothing else may be asked of it then."""
+        """Return whether it was destroyed; nothing else may be asked of it then."""
         return self._engine is None
 
     def rest(self) -> None:
@@ -218,7 +218,7 @@ class Engine:
         self.rests = True
 
     def broke_off(self) -> bool:
-        """Whether a forward or backward pass at stage 3 has not come to its end."""
+        """Return whether a forward or backward pass at stage 3 has not come to its end."""
         if self.resolved.stage != 3:
             return False
         parameters: Any = self.module.parameters()

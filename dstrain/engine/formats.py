@@ -198,7 +198,7 @@ def _kept_in_fp32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str]
 
 
 def _strict(module: torch.nn.Module) -> bool:
-    """Whether bf16 would be refused as well."""
+    """Return whether bf16 would be refused as well."""
     keeps = _kept_in_fp32(module, torch.bfloat16)
     return any(keeps(name) for name, _ in module.named_parameters())
 

@@ -124,7 +124,7 @@ def with_full_shapes(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]
 
 
 def is_whole(parameter: Any) -> bool:
-    """Whether this rank has all values of a parameter at this moment."""
+    """Return whether this rank has all values of a parameter at this moment."""
     return not is_partitioned(parameter) or parameter.ds_status.name == "AVAILABLE"
 
 

@@ -107,7 +107,7 @@ class Region:
         return keys
 
     def is_number(self, key: str) -> bool:
-        """Whether a tensor of the state is a single number, such as a step count.
+        """Return whether a tensor of the state is a single number, such as a step count.
 
         A parameter of shape () that has a holder of its own (stage 0) has moments of shape () too:
         there other parameters tell, whose moments have dimensions and whose numbers have none.
@@ -141,7 +141,7 @@ class Region:
 
 
 def is_scalar(key: str, value: torch.Tensor, holder: torch.Tensor) -> bool:
-    """Whether a tensor in the state of a holder with dimensions is a single number."""
+    """Return whether a tensor in the state of a holder with dimensions is a single number."""
     if key == "step":
         return value.numel() == 1
     return value.dim() == 0 and holder.dim() > 0

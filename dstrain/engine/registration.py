@@ -164,7 +164,7 @@ def _by_weight(plain: Any) -> Any:
 
 
 def _is_deepspeeds(function: Any) -> bool:
-    """Whether it is DeepSpeed's for quantised weights, which must stay."""
+    """Return whether it is DeepSpeed's for quantised weights, which must stay."""
     return str(getattr(function, "__module__", "")).startswith("deepspeed.")
 
 

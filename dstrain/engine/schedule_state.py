@@ -100,7 +100,7 @@ def steps_done(saved: Mapping[str, Any]) -> int:
 
 
 def unchanged_in_training(saved: Any, begun: Any) -> bool:
-    """Whether a saved value is what it was before the first step: what an argument said."""
+    """Return whether a saved value is what it was before the first step: what an argument said."""
     return _plain(saved) == _plain(begun)
 
 
@@ -201,7 +201,7 @@ def _step_through(schedule: Any, num_steps: int) -> None:
 
 
 def _arguments_changed(state: Any, before: Any, fresh: Any) -> bool:
-    """Whether a part of the state that training leaves alone is another one in this run."""
+    """Return whether a part of the state that training leaves alone is another one in this run."""
     if before is None:
         return False
     saved, begun, now = (dict(_leaves(part)) for part in (state, before, fresh))

@@ -23,7 +23,7 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def has_scalars(parameters: Iterable[Any]) -> bool:
-    """Whether a parameter, whole or partitioned, has the shape ()."""
+    """Return whether a parameter, whole or partitioned, has the shape ()."""
     return any(full_shape(parameter) == () for parameter in parameters)
 
 
@@ -95,7 +95,7 @@ def shown_in_parts(module: torch.nn.Module) -> Iterator[None]:
 
 
 def is_shown_in_parts(module: torch.nn.Module) -> bool:
-    """Whether it is allowed now."""
+    """Return whether it is allowed now."""
     return _SHOWN in vars(module)
 
 

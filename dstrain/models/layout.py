@@ -70,7 +70,7 @@ class Group:
 
     @property
     def is_as_trained(self) -> bool:
-        """Whether the file has the model's one tensor as it is, but for its name."""
+        """Return whether the file has the model's one tensor as it is, but for its name."""
         return self._conversion is None
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

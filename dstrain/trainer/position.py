@@ -98,7 +98,7 @@ class Position:
 
     @property
     def is_split(self) -> bool:
-        """Whether each rank has a part of the data of its own."""
+        """Return whether each rank has a part of the data of its own."""
         return (self.shares or 1) > 1
 
     @property

@@ -28,7 +28,7 @@ class Call:
     named: tuple[str, ...] = ()
 
     def fits(self, signature: inspect.Signature) -> bool:
-        """Whether a callable of this signature takes it."""
+        """Return whether a callable of this signature takes it."""
         try:
             signature.bind(*[None] * self.positional, **dict.fromkeys(self.named))
         except TypeError:
@@ -91,7 +91,7 @@ class Served:
         self._defaults = {p.name: defaults[p.name] for p in required if p.name in defaults}
 
     def knows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call is one of the method that was overridden."""
+        """Return whether a call is one of the method that was overridden."""
         try:
             self._base.bind(*args, **kwargs)
         except TypeError:
