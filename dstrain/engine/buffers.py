@@ -7,7 +7,7 @@ saved model and checkpoint find one set of values between two steps; training go
 Most models have buffers that never change (rotary frequencies, masks, position ids), and pay
 nothing. Which ones change cannot be told from a model, nor from torch alone: kernels of batch
 normalisation and ``buffer.data`` change values without a trace. So their values are looked at, on
-all ranks together, at the end of steps 1, 2, 4, 8 and so on, and before evaluations and
+all ranks together, at the end of the first step, and before evaluations and
 checkpoints: a change is another tensor, another version or another checksum. What has changed once
 is sent in every step from then on.
 """
@@ -120,13 +120,13 @@ class Buffers:
             for slot in slots
         }
 
-    def after_micro_batches(self, step: int) -> None:
-        """At the end of a global batch: send what changes; a collective of all ranks.
+    def after_micro_batches(self) -> None:
+        """Send what changes, at the end of a global batch; a collective of all ranks.
 
-        Args:
-            step: steps done with this one.
+        What changes is found out at the first step, which waits for the device anyway, and again
+        before evaluations and checkpoints.
         """
-        if not self._knows or step & (step - 1) == 0:
+        if not self._knows:
             self.look()
         else:
             _send(self._sent)

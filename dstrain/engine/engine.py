@@ -168,7 +168,7 @@ class Engine:
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
         """Clip, update weights and schedule, clear gradients; first make buffers agree."""
-        self.buffers.after_micro_batches(self._engine.global_steps + 1)
+        self.buffers.after_micro_batches()
         norm: torch.Tensor | float | None = None
         if want_norm and self._norm_by_hand:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]

@@ -78,6 +78,24 @@ def tied_weight_keys(module: Any) -> list[str]:
     return keys
 
 
+LOADING_STEPS = (
+    "from_pretrained",
+    "_from_config",
+    "_load_pretrained_model",
+    "_finalize_model_loading",
+    "set_param_for_module",
+    "initialize_weights",
+    "_initialize_weights",
+)
+
+
+def has_loading_steps() -> bool:
+    """Return whether steps are replaced at this moment, by ``with_loading_steps``."""
+    from transformers import PreTrainedModel
+
+    return hasattr(PreTrainedModel.from_pretrained, "in_place_of")
+
+
 @contextlib.contextmanager
 def with_loading_steps(steps: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Replace steps of loading and building models inside, and read tensors one at a time.
@@ -108,6 +126,9 @@ def with_loading_steps(steps: Mapping[str, Callable[..., Any]]) -> Iterator[None
             function = getattr(function, "in_place_of", function)  # a block inside of another
             setattr(owner, name, wrap(_in_place_of(function, step)))
             replaced.callback(setattr, owner, name, before)
+        if not steps:
+            yield
+            return
         environment = os.environ.get(_ONE_BY_ONE)
         os.environ[_ONE_BY_ONE] = "1"
         replaced.callback(_set_environment, _ONE_BY_ONE, environment)

@@ -39,10 +39,15 @@ from dstrain.models.guard import guard_partitioned
 
 @contextlib.contextmanager
 def building_partitioned(resolved: ResolvedConfig) -> Iterator[None]:
-    """Let transformers build and load partitioned models inside where the stage is 3."""
+    """Let transformers build and load partitioned models inside where the stage is 3.
+
+    At another stage models are whole inside, also in a block of stage 3 around this one.
+    """
     with ZeroThreeMark(resolved) as mark, scalars_as_bytes(wanted=resolved.stage == 3):
         if resolved.stage != 3:
-            yield
+            steps = dict.fromkeys(compat.LOADING_STEPS, _as_it_is)
+            with compat.with_loading_steps(steps if compat.has_loading_steps() else {}):
+                yield
             return
         loader = _Loader(Partitioner(mark.config))
         steps = {
@@ -59,6 +64,10 @@ def building_partitioned(resolved: ResolvedConfig) -> Iterator[None]:
                 yield
         finally:
             loader.is_open = False
+
+
+def _as_it_is(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
 
 
 class _Loader:

@@ -271,7 +271,7 @@ def test_what_a_step_costs(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
     sends = int(kind == "statistics")
     assert sorted(seen) == list(range(1, 10))
     for step, counts in seen.items():
-        looks = step in (1, 2, 4, 8)
+        looks = step == 1
         assert counts.get("broadcast", 0) == sends, step
         assert (counts.get("all_gather_object", 0) > 0) is looks, step
     expected = set() if kind == "llama" else STATE
@@ -296,12 +296,7 @@ class Late(Statistics):
 
 @pytest.mark.ranks(2, timeout=240)
 def test_a_buffer_that_begins_to_change_later_is_found(tmp_path: Path) -> None:
-    """By the next step that is a power of two, or by an evaluation or a checkpoint before that."""
-    trainer = trainer_of(tmp_path, Late(), 2, max_steps=4)
-    trainer.train()
-    one, two = on_all_ranks(trainer.model)
-    assert one["late"] == two["late"] == [2.0, 2.0]
-    trainer.close()
+    """By the next evaluation or checkpoint."""
     trainer = trainer_of(tmp_path, Late(), 2, max_steps=3)
     trainer.train()
     one, two = on_all_ranks(trainer.model)

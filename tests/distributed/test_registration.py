@@ -298,6 +298,7 @@ def test_building_partitioned_leaves_torch_as_it_was(tmp_path: Path) -> None:
     from dstrain import TrainingArguments
     from tests.distributed.test_ordinary import globals_of_torch
 
+    LlamaForCausalLM(tiny_llama_config(**SMALL))  # transformers adds to torch at its first model
     before = globals_of_torch()
     with dstrain.partitioned(TrainingArguments(str(tmp_path), zero_stage="3")):
         LlamaForCausalLM._from_config(tiny_llama_config(**SMALL))
