@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
 from dstrain.trainer.features import check_features, training_features
 from dstrain.trainer.fitting import begin_with_found, check_fitting, run_fitting
-from dstrain.trainer.generation import check_generation_config
+from dstrain.trainer.generation import changing, check_generation_config
 from dstrain.trainer.loop import TrainLoop
 from dstrain.trainer.loss_terms import LossTerms
 from dstrain.trainer.model_init import check_source, check_whole, fresh_model, num_arguments
@@ -471,7 +472,9 @@ class Trainer(
 
     def _align_special_tokens(self) -> None:
         """Before training, so that generating in its evaluations stops where the tokenizer says."""
-        changed = align_special_tokens(self.model, self.processing_class)
+        generation = getattr(self.model, "generation_config", None)
+        with contextlib.nullcontext() if generation is None else changing(generation):
+            changed = align_special_tokens(self.model, self.processing_class)
         if changed and self.ranks.is_main:
             logger.warning(
                 "the model's special tokens were not those of the tokenizer; now they are, and are "
