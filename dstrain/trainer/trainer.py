@@ -141,7 +141,8 @@ class Trainer(
         self.ranks = build.start_run(self.args)
         functions = Functions(
             compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
+            # One that is called with batches takes another argument: ``_check_evaluation``.
+            compute_metrics=None if self.args.batch_eval_metrics else compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             data_collator=data_collator,
             callbacks=callbacks or (),

@@ -183,7 +183,7 @@ def test_weights_come_back_from_model_files_in_another_layout(
     trainer.args.max_steps = 4
     trainer.train()
     assert differences(trained_to, whole_state(model))
-    load_weights(trainer._engines.training, folder, read_manifest(folder))
+    load_weights(trainer._engines.training, folder, read_manifest(folder), trainer.ranks)
     assert differences(trained_to, whole_state(model)) == []
     trainer.close()
 
