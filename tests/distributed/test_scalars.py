@@ -223,7 +223,7 @@ def test_with_adapters_around_it(stage: int, tmp_path: Path) -> None:
 @pytest.mark.ranks(2, timeout=240)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeeds_functions_of_a_parameter(stage: int, tmp_path: Path) -> None:
-    """Master weights and optimizer state have the shape (); so does a gradient."""
+    """Master weights and optimizer state have the shape (); so does a gradient. While it trains."""
     from deepspeed.utils import (
         safe_get_full_fp32_param,
         safe_get_full_grad,
@@ -232,21 +232,29 @@ def test_deepspeeds_functions_of_a_parameter(stage: int, tmp_path: Path) -> None
     )
     from transformers import TrainerCallback
 
-    seen = []
+    seen: list[Any] = []
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.append(safe_get_full_grad(kwargs["model"].scale))
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step < 2:
+                return
+            scale = kwargs["model"].scale
+            found = [
+                safe_get_full_fp32_param(scale),
+                safe_get_full_optimizer_state(scale, "exp_avg"),
+            ]
+            assert found[0].item() == whole_weights(trainer)["scale"].item()
+            seen.extend(found)
+            if stage < 3:  # at stage 3 it needs at least one element per rank of any parameter
+                safe_set_full_fp32_param(scale, torch.tensor(0.5))
+                assert safe_get_full_fp32_param(scale).item() == 0.5
+
     trainer = make(tmp_path, stage, callbacks=[Look], max_steps=2)
     trainer.train()
-    scale = trainer.model.scale
-    found = [safe_get_full_fp32_param(scale), safe_get_full_optimizer_state(scale, "exp_avg")]
-    assert [value.shape for value in (*found, *seen)] == [()] * 4
-    assert found[0].item() == whole_weights(trainer)["scale"].item()
-    if stage < 3:  # at stage 3 it needs at least one element per rank of any parameter
-        safe_set_full_fp32_param(scale, torch.tensor(0.5))
-        assert safe_get_full_fp32_param(scale).item() == 0.5
+    assert [value.shape for value in seen] == [()] * 4
     trainer.close()
 
 
