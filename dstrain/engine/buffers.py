@@ -155,7 +155,7 @@ class Buffers:
         """Go on with what another engine has found; a collective of all ranks."""
         self._state.update(found["state"])
         self._varying.update(found["varying"])
-        self._knows = True
+        self._knows = bool(self._state)  # an engine may end before its first look
         self._settle(slots_of(self._module))
 
     def beside_model(self) -> list[Slot]:
