@@ -88,7 +88,8 @@ def test_the_weighted_mean_of_two_halves_is_the_whole(name: str):
                 gradient = gradient + weights[index] * gradients[index]
         whole = reader.gradient(wholes).sum(0)
         assert loss.item() == pytest.approx(wholes.sum().item(), rel=3e-6)
-        assert torch.linalg.norm(gradient - whole) < 1e-5 * torch.linalg.norm(whole)
+        # Rounding is below 2e-5 at any number of threads; a wrong weight is off by 4e-3 at least.
+        assert torch.linalg.norm(gradient - whole) < 1e-4 * torch.linalg.norm(whole)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in FAMILIES if LossTerms.of(FAMILIES[n].build())))
