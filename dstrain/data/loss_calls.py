@@ -38,7 +38,7 @@ _AS_MANY = 2  # how loosely a rule fits that agrees in number alone
 
 @dataclass(frozen=True)
 class LossCall:
-    """One call of a loss function in a forward pass.
+    """Records one call of a loss function in a forward pass.
 
     Attributes:
         function: of ``torch.nn.functional``.
@@ -241,7 +241,7 @@ def _is_at_the_same_places(
     samples: int,
     loss: float,
 ) -> bool:
-    """Whether the call was given the labels of the denominator place by place, ignored ones too.
+    """Compare the call with the labels of the denominator place by place, ignored ones too.
 
     This alone tells labels that the model shifts from others where the first one of each sequence
     is ignored. A model that shifts cuts the last place off, or puts an ignored label there.
@@ -265,7 +265,7 @@ def _is_in_the_same_order(
     samples: int,
     loss: float,
 ) -> bool:
-    """Whether the targets of the call are those of the denominator, one by one and in number.
+    """Compare the targets of the call with those of the denominator, in order and in number.
 
     Each may come several times over: a model may predict a token from several places.
     """

@@ -1,4 +1,4 @@
-"""How the mean losses of micro-batches make up the loss of the global batch."""
+"""Rules by which the losses of micro-batches make up the loss of the global batch."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ SAMPLES = Denominator()
 
 @dataclass(frozen=True)
 class LossRule:
-    """What the loss of a micro-batch is: a mean, a sum of means over different targets, or a sum.
+    """Describes a loss: a mean, a sum of means over different targets, or a sum over samples.
 
     Attributes:
         parts: the denominator of each mean; most losses have one.
