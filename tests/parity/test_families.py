@@ -34,6 +34,7 @@ MICRO_BATCHES = (4, 2, 1)  # with 1, 2 and 4 of them for a rank in a step
 # micro-batches are weighed before a stage comes into play, and each stage adds gradients its own
 # way, with one micro-batch as with four. With all nine the file takes twice the time.
 RUNS = ((2, 4), (2, 2), (2, 1), (0, 1), (3, 1))
+EXPORTED_STAGE = 3  # whose checkpoint is exported as well
 
 # The weight of a micro-batch's own mean, for the families whose rows cannot be told apart: they are
 # seen only together (a contrast, the statistics of a batch), or what the loss is divided by is in
@@ -148,7 +149,8 @@ def _trainer(folder: Path, family: Family, *, stage: int, micro_batch: int) -> A
         max_grad_norm=CLIP,
         label_names=list(family.labels) if family.labels else None,
         remove_unused_columns=False,
-        save_strategy="no",
+        save_strategy="steps" if stage == EXPORTED_STAGE else "no",
+        save_steps=1,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
@@ -197,6 +199,8 @@ def test_two_ranks_equal_plain_torch(name: str, tmp_path: Path, rank: int) -> No
     """Catches a wrong count of targets, a dropped batch, lost gradients, wrong keys or values."""
     from transformers import PreTrainedModel
 
+    from dstrain.checkpoint import export
+
     family, wrong = FAMILIES[name], []
     for stage, micro_batch in RUNS:
         where = f"stage {stage}, micro-batch {micro_batch}"
@@ -212,14 +216,19 @@ def test_two_ranks_equal_plain_torch(name: str, tmp_path: Path, rank: int) -> No
         if isinstance(expected.model, PreTrainedModel) and micro_batch == 1:
             trainer.save_model(str(folder / "saved"))
             if rank == 0:
+                saved = ["saved"]
+                if stage == EXPORTED_STAGE:
+                    export(folder / "checkpoint-1", folder / "exported")
+                    saved.append("exported")
                 expected.model.save_pretrained(folder / "right")
                 # Each rank has its own running statistics of a batch; those of one process are
                 # another sequence.
                 own = (
                     {n for n, _ in expected.model.named_parameters()} if name in WEIGHTED else None
                 )
-                found = _differences(folder / "saved", folder / "right", parameters=own)
-                wrong += [f"{where}, {difference}" for difference in found]
+                for way in saved:
+                    found = _differences(folder / way, folder / "right", parameters=own)
+                    wrong += [f"{where}, {way}: {difference}" for difference in found]
         trainer.close()
     assert not wrong, "\n".join(wrong)
 
