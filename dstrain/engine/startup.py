@@ -7,6 +7,8 @@ import contextlib
 import io
 import os
 import socket
+import threading
+import time
 import warnings
 from datetime import timedelta
 
@@ -15,6 +17,9 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, launched_ranks
 
 logger = get_logger(__name__)
+
+_SHUT_DOWN_SECONDS = 10.0
+_LET_GO_SECONDS = 0.1
 
 
 def start(
@@ -64,6 +69,7 @@ def start(
         if ranks.is_local_main and not (folder / library / f"{library}.so").exists():
             logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
         atexit.register(_forget_shared_memory)
+    atexit.register(_let_collectives_end if started else _shut_down_in_time)
     else:
         if ranks.local_rank >= accelerator.device_count():
             raise ConfigError(
@@ -150,6 +156,33 @@ def shut_down() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _shut_down_in_time() -> None:
+    """Take the process group down while Python can still run, for scripts that do not do it.
+
+    A worker thread of gloo lets go of the tensors of a collective a moment after the ranks have
+    gone on, and needs Python for that. If Python is ending by then, it stops the thread inside of
+    C++ code, which aborts the process: a run that ended well would have the status -6. Taking the
+    group down waits for these threads. They may be waiting for a rank that has failed, so there is
+    a limit.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    try:
+        ending = threading.Thread(target=shut_down, daemon=True)
+        ending.start()
+    except RuntimeError:  # newer Pythons start no thread any more
+        _let_collectives_end()
+    else:
+        ending.join(_SHUT_DOWN_SECONDS)
+
+
+def _let_collectives_end() -> None:
+    """Let the threads described above run, where the process group belongs to the user."""
+    time.sleep(_LET_GO_SECONDS)
 
 
 def _forget_shared_memory() -> None:
