@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from dstrain.engine.progress_state import read_begun
 from dstrain.engine.quiet import quiet
 from dstrain.engine.registration import MemoryEfficientLinear, ToldInForward, undo_patches
 from dstrain.engine.scalars import clip_scalars_too, scalars_as_bytes
+from dstrain.engine.sequence import gradient_sequence
 from dstrain.engine.stage_zero import repair_if_needed
 from dstrain.engine.traces import forget_modules, leaves_of, untie
 from dstrain.engine.zero import has_scalars, is_partitioned, shown_in_parts
@@ -123,6 +125,7 @@ class Engine:
         if self._norm_by_hand and scalars:
             clip_scalars_too(self._engine)
         self._repair = repair_if_needed(self.optimizer) if trains else None
+        self._sequence = gradient_sequence(self.optimizer, module) if trains else None
         # What arguments said, to be told from what training makes of it.
         self.begun = read_begun(self) if trains else None
         # As DistributedDataParallel, which sends them unless it is told not to.
@@ -164,7 +167,8 @@ class Engine:
         if self._repair is not None:
             loss = self._repair.scale(loss)
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        with contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss):
+            self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
         """Clip, update weights and schedule, clear gradients; first make buffers agree."""
@@ -252,7 +256,10 @@ class Engine:
         self._engine.destroy = _do_nothing
         del self._engine.__dict__["engine_of_dstrain"]
         alive.forget(self)
+        if self._sequence is not None:
+            self._sequence.close()
         self._engine = None
+        self._sequence = None
         self._buffers = None
         self.optimizer = None
         self.scheduler = None
