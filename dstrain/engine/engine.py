@@ -15,6 +15,7 @@ from dstrain.engine import alive, process_wide
 from dstrain.engine.buffers import Buffers
 from dstrain.engine.formats import check_formats
 from dstrain.engine.leaf import check_leaf_modules
+from dstrain.engine.lockstep import Lockstep
 from dstrain.engine.metric_schedule import guarded
 from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
 from dstrain.engine.progress_state import read_begun
@@ -104,6 +105,7 @@ class Engine:
         self._leaves = leaves_of(module)
         self._linear: MemoryEfficientLinear | None = None
         self._told: ToldInForward | None = None
+        self._lockstep: Lockstep | None = None
         process_wide.take_up(module, resolved)
         try:
             with quiet(), adagrad_stays(), scalars_as_bytes(wanted=scalars):
@@ -135,6 +137,10 @@ class Engine:
         if resolved.stage == 3:
             self._told = ToldInForward(module, resolved)
             _let_deepspeed_save(self._engine)
+            patience = float(resolved.value("ddp_timeout"))
+            self._lockstep = Lockstep(self.optimizer, module, patience_seconds=patience)
+            if self._sequence is not None:
+                self._sequence.before_end = self._lockstep.end_of_backward
         self._compiled_by: dict[str, Any] | None = None
         self.in_use = self.rests = False
         self.owner: Callable[[], Callable[[], None] | None] | None = None
@@ -160,6 +166,8 @@ class Engine:
         if self._told is not None:  # hooks of the module would be compiled with it
             self._told.remove()
             self._told = ToldInForward(self._engine, self.resolved)
+        if self._lockstep is not None:
+            self._lockstep.close()
         self._engine.compile(backend=backend, compile_kwargs=kwargs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
@@ -167,8 +175,14 @@ class Engine:
         if self._repair is not None:
             loss = self._repair.scale(loss)
         self._engine.set_gradient_accumulation_boundary(last)
-        with contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss):
-            self._engine.backward(loss, scale_wrt_gas=False)
+        order = contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss)
+        with order:
+            try:
+                self._engine.backward(loss, scale_wrt_gas=False)
+            except RuntimeError as error:
+                if self._lockstep is not None:
+                    self._lockstep.explain(error)
+                raise
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
         """Clip, update weights and schedule, clear gradients; first make buffers agree."""
@@ -268,6 +282,8 @@ class Engine:
         """Take all away that DeepSpeed has put on the module and keeps in the process."""
         if self._told is not None:
             self._told.remove()
+        if self._lockstep is not None:
+            self._lockstep.close()
         if self._linear is not None:
             self._linear.close()
         undo_patches()

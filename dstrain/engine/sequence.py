@@ -21,7 +21,7 @@ without this.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +71,9 @@ class GradientSequence:
 
     Per gradient it takes one look-up and one comparison. The parameters that wait keep their
     gradients meanwhile, as torch's backward pass leaves them.
+
+    Attributes:
+        before_end: called at the end of every backward pass, before what is left is handed on.
     """
 
     def __init__(self, optimizer: Any, module: torch.nn.Module, names: tuple[str, ...]) -> None:
@@ -88,6 +91,7 @@ class GradientSequence:
         self._end_pass = optimizer.overlapping_partition_gradients_reduce_epilogue
         optimizer.reduce_ready_partitions_and_remove_grads = self._arrive
         optimizer.overlapping_partition_gradients_reduce_epilogue = self._end
+        self.before_end: Callable[[], None] = _do_nothing
         self._has_order = self._knows = False
         self._graph: int | None = None  # of the backward pass that runs
         self._is_nested = False  # whether gradients come from backward passes inside of one
@@ -194,6 +198,7 @@ class GradientSequence:
 
     def _end(self) -> None:
         """Hand on what is left, zeros where no gradient has come, and end the pass."""
+        self.before_end()
         with torch.no_grad():
             for position in range(self._next, len(self._members)):
                 self._hand(position)
@@ -226,6 +231,8 @@ class GradientSequence:
         parameter = self._members[position][0]
         if self._comes_otherwise(parameter):
             return False
+        if not parameter.requires_grad:  # frozen since the engine was built
+            return True
         with torch.enable_grad():
             node = torch.autograd.graph._get_grad_fn_or_grad_acc(parameter)
         return not torch._C._will_engine_execute_node(node)  # type: ignore[attr-defined]
@@ -314,6 +321,10 @@ class _OfStage3(GradientSequence):
     def _comes_otherwise(self, parameter: Any) -> bool:
         """Of a leaf module all come together, when the module's backward pass has ended."""
         return hasattr(parameter, "ds_z3_leaf_module")
+
+
+def _do_nothing() -> None:
+    """Do nothing before the end."""
 
 
 def _wait_for(stream: Any, parameter: Any) -> None:
