@@ -11,10 +11,12 @@ import torch
 
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import Problem, TrainingError
+from dstrain.core.ranks import is_distributed
 from dstrain.engine import alive, process_wide
 from dstrain.engine.buffers import Buffers
 from dstrain.engine.formats import check_formats
-from dstrain.engine.leaf import check_leaf_modules
+from dstrain.engine.layerdrop import check_layerdrop
+from dstrain.engine.leaf import check_leaf_modules, leaf_classes
 from dstrain.engine.lockstep import Lockstep
 from dstrain.engine.metric_schedule import guarded
 from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
@@ -83,6 +85,8 @@ class Engine:
         import deepspeed
 
         check_leaf_modules(module, resolved)
+        if trains and resolved.stage == 3 and is_distributed():
+            check_layerdrop(module, leaves=leaf_classes(resolved))
         check_formats(module, resolved, trains=trains)
         alive.make_way(module)
         config = resolved.to_deepspeed()
@@ -175,7 +179,9 @@ class Engine:
         if self._repair is not None:
             loss = self._repair.scale(loss)
         self._engine.set_gradient_accumulation_boundary(last)
-        order = contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss)
+        order = (
+            contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss)
+        )
         with order:
             try:
                 self._engine.backward(loss, scale_wrt_gas=False)

@@ -40,6 +40,12 @@ def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def leaf_classes(resolved: ResolvedConfig) -> tuple[str, ...]:
+    """The names of classes that a config makes leaves, with or without their package."""
+    names = resolved.values.get(CLASSES_KEY) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def check_leaf_modules(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
     """Refuse names of leaf classes that stand for no module; DeepSpeed would only log it.
 

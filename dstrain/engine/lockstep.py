@@ -43,8 +43,8 @@ class Lockstep:
             optimizer: DeepSpeed's for stage 3, or what stands for it in an engine that only runs
                 forward.
             module: the model.
-            patience_seconds: how long a rank that leaves the recorded order waits for the others
-                to do the same.
+            patience_seconds: of the collectives of other ranks. A rank that leaves the recorded
+                order waits half as long for them to do the same.
         """
         import torch.distributed as dist
 
@@ -52,7 +52,7 @@ class Lockstep:
         self._coordinator: Any = None
         if not is_distributed():
             return
-        self._patience = min(patience_seconds, _PATIENCE_SECONDS)
+        self._patience = min(patience_seconds / 2, _PATIENCE_SECONDS)
         offload = getattr(optimizer, "parameter_offload", optimizer)
         coordinator = self._coordinator = offload.get_param_coordinator()
         _check(coordinator)

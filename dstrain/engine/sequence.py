@@ -30,7 +30,7 @@ from dstrain.core.errors import Problem, TrainingError
 from dstrain.core.ranks import broadcast_object
 from dstrain.engine.arrival import arrival_order
 
-# What is used of DeepSpeed 0.19.8's ZeRO optimizers beside public settings: stages 1 and 2, stage 3.
+# What is used of DeepSpeed 0.19.8's ZeRO optimizers, of stages 1 and 2 and of stage 3.
 _OF_BOTH = (
     "reduce_ready_partitions_and_remove_grads",  # one gradient into its bucket
     "overlapping_partition_gradients_reduce_epilogue",  # the last bucket, at the end of a pass
@@ -235,7 +235,7 @@ class GradientSequence:
             return True
         with torch.enable_grad():
             node = torch.autograd.graph._get_grad_fn_or_grad_acc(parameter)
-        return not torch._C._will_engine_execute_node(node)  # type: ignore[attr-defined]
+        return not torch._C._will_engine_execute_node(node)
 
     def _is_late(self, position: int) -> None:
         """Raise where zeros have been handed on for a parameter whose gradient now comes."""
@@ -246,7 +246,7 @@ class GradientSequence:
             Problem(
                 f"the gradient of {name} came from a backward pass inside the backward pass",
                 "the passes before had none such (re-entrant checkpointing was turned on during "
-                "training, or this part of the model alone uses it), so that it was taken for unused",
+                "training, or this part of the model alone uses it): it was taken for unused",
                 'pass gradient_checkpointing_kwargs={"use_reentrant": False}',
             )
         )
@@ -309,14 +309,9 @@ class _OfStage3(GradientSequence):
             return
         # The whole gradient of a parameter of which this rank may hold a share: torch compares
         # shapes only when a gradient is set.
-        gradient = torch.zeros_like(parameter)
-        gradient.data = torch.zeros(
-            parameter.ds_shape, dtype=parameter.dtype, device=parameter.device
-        )
-        parameter.grad = gradient if gradient.shape == parameter.shape else None
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.data = gradient.data
+        parameter.grad = torch.zeros_like(parameter)
+        if parameter.shape != parameter.ds_shape:
+            parameter.grad.data = parameter.grad.new_zeros(parameter.ds_shape)
 
     def _comes_otherwise(self, parameter: Any) -> bool:
         """Of a leaf module all come together, when the module's backward pass has ended."""

@@ -161,6 +161,70 @@ def test_16_bit_formats_train_as_plain_torch(stage: int, tmp_path: Path) -> None
         check(tmp_path, {"zero_stage": str(stage), **arguments}, rel=0.03)
 
 
+class Checkpointed(Routed):
+    """Blocks are computed again in the backward pass; the body is used twice, and its weight too.
+
+    Attributes:
+        reentrant: whether that is done by a backward pass inside the backward pass, per block.
+    """
+
+    reentrant = (False, False, False)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = nn.Linear(WIDTH, WIDTH)
+        self.twin.weight = self.body.weight
+
+    def forward(self, x: torch.Tensor, route: torch.Tensor, labels: torch.Tensor) -> Any:
+        from torch.utils.checkpoint import checkpoint
+
+        hidden = torch.tanh(self.body(x))
+        blocks, head = ROUTES[int(route)]
+        for number in blocks:
+            step = checkpoint(self.block[number], hidden, use_reentrant=self.reentrant[number])
+            hidden = hidden + step
+        if blocks:
+            hidden = self.twin(self.body(hidden))
+        return {"loss": functional.mse_loss(self.head[head](hidden).squeeze(-1), labels)}
+
+
+class Reentrant(Checkpointed):
+    reentrant = (True, True, True)
+
+
+class Mixed(Checkpointed):
+    reentrant = (True, False, True)
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("model", [Checkpointed, Reentrant, Mixed])
+def test_checkpointed_and_tied_parts_train_as_plain_torch(
+    model: type[nn.Module], tmp_path: Path
+) -> None:
+    for stage in ("1", "2"):
+        for options in ({"overlap_comm": True}, zero(reduce_bucket_size=100)):
+            check(tmp_path, {"zero_stage": stage, **options}, model=model)
+
+
+@pytest.mark.ranks(1)
+def test_a_part_that_becomes_reentrant_is_told(tmp_path: Path) -> None:
+    """Its gradient has been taken for a missing one, as torch does not know of the inner pass."""
+    from dstrain.core.errors import TrainingError
+
+    class Late(Checkpointed):
+        calls = 0
+
+        def forward(self, x: torch.Tensor, route: torch.Tensor, labels: torch.Tensor) -> Any:
+            self.calls += 1
+            self.reentrant = (self.calls > 2, False, False)
+            return super().forward(x, torch.tensor([1 if self.calls < 3 else 0]), labels)
+
+    trainer = trainer_of(tmp_path, Late(), zero_stage="2")
+    with pytest.raises(TrainingError, match=r"block\.0\.2\.\w+ came.*\n.*\n.*use_reentrant"):
+        trainer.train()
+    trainer.close()
+
+
 class Leaf(Routed):
     """The parts that samples choose from stand in a module of their own, which all run."""
 
@@ -294,3 +358,61 @@ def test_an_order_that_changes_on_all_ranks_alike_trains_on(tmp_path: Path) -> N
     assert found == [pytest.approx(step, rel=1e-4) for step in steps(whole)]
     whole.close()
     assert len(found) == 12
+
+
+def test_a_rank_that_leaves_the_recorded_order_later_is_told(tmp_path: Path) -> None:
+    """After steps that were alike; the rank that waits for it says the same."""
+    from tests.distributed.forked import run_job
+
+    for said in run_job("part", tmp_path, timeout=100)["said"]:
+        assert "3 steps, then: rank 1 came to block.2 (Sequential), and other ranks did" in said
+        assert "leaf_modules" in said
+
+
+# --- LayerDrop ------------------------------------------------------------------------------------
+
+
+def layer_dropping_bart(**settings: float) -> nn.Module:
+    from transformers import BartConfig, BartForSequenceClassification
+
+    torch.manual_seed(0)
+    return BartForSequenceClassification(
+        BartConfig(
+            vocab_size=32, d_model=16, encoder_layers=3, decoder_layers=3, encoder_ffn_dim=16,
+            decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
+            max_position_embeddings=16, dropout=0.0, num_labels=2, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, **settings,
+        )
+    )  # fmt: skip
+
+
+def drop_layers(folder: Path, stage: int) -> list[tuple[float, float]]:
+    from dstrain import Trainer, TrainingArguments
+
+    rows = [{"input_ids": [3 + n, 5, 7 + n, 2], "labels": n % 2} for n in range(16)]
+    args = TrainingArguments(
+        str(folder), zero_stage=str(stage), per_device_train_batch_size=1, max_steps=6,
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_accumulation_steps=2, learning_rate=1e-2,
+    )  # fmt: skip
+    model = layer_dropping_bart(encoder_layerdrop=0.5, decoder_layerdrop=0.5)
+    trainer = Trainer(model, args, train_dataset=rows)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return steps(trainer)
+
+
+@pytest.mark.ranks(2)
+def test_layerdrop_trains_below_stage_3_and_is_refused_there(tmp_path: Path) -> None:
+    """Ranks skip different layers; all stages draw alike."""
+    from dstrain.core.errors import ModelError
+
+    whole = drop_layers(tmp_path, 0)
+    for stage in (1, 2):
+        assert drop_layers(tmp_path, stage) == [pytest.approx(s, rel=1e-4) for s in whole]
+    with pytest.raises(ModelError) as told:
+        drop_layers(tmp_path, 3)
+    assert "set config.encoder_layerdrop=0.0" in str(told.value)
+    assert "set config.decoder_layerdrop=0.0" in str(told.value)
