@@ -28,7 +28,8 @@ logger = get_logger(__name__)
 _STEP = "_PartitionedParameterCoordinator__step_id"
 _ORDER = "_PartitionedParameterCoordinator__submodule_order"
 _END_OF_FORWARD, _END_OF_BACKWARD, _FIRST_MODULE = 0, 1, 2
-_REMIND_SECONDS, _PATIENCE_SECONDS = 30.0, 300.0
+# Ranks meet in the gathers of a pass, so that none is far behind but for reading its data.
+_REMIND_SECONDS, _PATIENCE_SECONDS = 10.0, 60.0
 # A model whose order of modules varies on all ranks alike is looked at that often.
 _MOST_CHANGES = 16
 
@@ -44,7 +45,7 @@ class Lockstep:
                 forward.
             module: the model.
             patience_seconds: of the collectives of other ranks. A rank that leaves the recorded
-                order waits half as long for them to do the same.
+                order waits half as long for them to do the same, a minute at most.
         """
         import torch.distributed as dist
 
