@@ -46,6 +46,19 @@ def leaf_classes(resolved: ResolvedConfig) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def leaf_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str | None:
+    """Say which blocks of experts are gathered whole without the user having asked for it."""
+    if resolved.stage != 3 or resolved.value("leaf_modules") is not None:
+        return None
+    chosen = set(leaf_classes(resolved)) & set(expert_blocks(module))
+    if not chosen:
+        return None
+    return (
+        f"{', '.join(sorted(name.rpartition('.')[2] for name in chosen))}: gathered whole at stage "
+        "3, because ranks run different experts (leaf_modules names other blocks)"
+    )
+
+
 def check_leaf_modules(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
     """Refuse names of leaf classes that stand for no module; DeepSpeed would only log it.
 

@@ -12,6 +12,7 @@ the recorded order, so that a step costs nothing.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from typing import Any
@@ -70,11 +71,17 @@ class Lockstep:
             dist.distributed_c10d._get_default_store(),
         )
         self._changes = 0
+        self._has_told = False
 
     def close(self) -> None:
-        """Watch no more, and give DeepSpeed its functions back."""
+        """Watch no more, and give DeepSpeed its functions back; no rank waits for another."""
+        import torch.distributed as dist
+
         if self._coordinator is None:
             return
+        if not self._has_told:  # else others may still be reading from this rank
+            with contextlib.suppress(ValueError):  # all groups have been given up
+                dist.destroy_process_group(self._group)
         self._hook.remove()
         for name in ("trace_prologue", "fetch_sub_module"):
             vars(self._coordinator).pop(name, None)
@@ -175,6 +182,7 @@ class Lockstep:
             raise self._differs(codes)
 
     def _differs(self, codes: dict[int, int]) -> ModelError:
+        self._has_told = True
         first = min(codes)
         other = next((rank for rank in codes if codes[rank] != codes[first]), None)
         what = f"rank {first} came to {self._where(codes[first])}"

@@ -60,13 +60,15 @@ def data() -> list[dict[str, torch.Tensor]]:
 def trainer_of(folder: Path, model: nn.Module, **arguments: Any) -> Any:
     from dstrain import Trainer, TrainingArguments
 
+    evaluation = arguments.pop("evaluation", None)
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 1, "num_train_epochs": 1, "learning_rate": RATE,
         "weight_decay": DECAY, "lr_scheduler_type": "constant", "max_grad_norm": CLIP,
         "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
         "remove_unused_columns": False, **arguments,
     }  # fmt: skip
-    return Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=data())
+    args = TrainingArguments(str(folder), **settings)
+    return Trainer(model, args, train_dataset=data(), eval_dataset=evaluation)
 
 
 def global_batches(size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -273,6 +275,31 @@ def test_a_leaf_trains_as_plain_torch_at_stage_3(accumulation: int, tmp_path: Pa
     for options in AT_3.values():
         arguments = {"gradient_accumulation_steps": accumulation, "leaf_modules": ["Choice"]}
         check(tmp_path, {"zero_stage": "3", **arguments, **options}, model=Leaf)
+
+
+@pytest.mark.ranks(2)
+def test_a_leaf_is_evaluated_and_saved(tmp_path: Path, rank: int) -> None:
+    """While and after it trains; the loss is that of the saved file in plain torch."""
+    from safetensors.torch import load_file
+
+    trainer = trainer_of(
+        tmp_path, Leaf(), zero_stage="3", leaf_modules=["Choice"], max_steps=4, eval_steps=2,
+        eval_strategy="steps", per_device_eval_batch_size=1, evaluation=data()[:7],
+        **AT_3["nothing kept"],
+    )  # fmt: skip
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(tmp_path / "saved"))
+    during = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    trainer.close()
+    assert len(during) == 3
+    assert during[1:] == [pytest.approx(loss, rel=1e-6)] * 2
+    if rank == 0:
+        twin = Leaf()
+        twin.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"))
+        rows = [{k: v[None] for k, v in row.items()} for row in data()[:7]]
+        expected = sum(twin(**row)["loss"].item() for row in rows) / len(rows)
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.ranks(1, timeout=240)
