@@ -176,7 +176,9 @@ class GradientSequence:
             return  # a tile of a computation in tiles: the last one brings the sum
         position = self._position[id(parameter)]
         if position < self._next:
-            self._is_late(position)
+            self._refuse_late(position)
+            self._hand_on(parameter, *group)  # twice in one pass: DeepSpeed has its own error
+            return
         self._here[position] = 1
         if self._graph is not None and torch._C._current_graph_task_id() != self._graph:
             self._is_nested = True
@@ -237,10 +239,10 @@ class GradientSequence:
             node = torch.autograd.graph._get_grad_fn_or_grad_acc(parameter)
         return not torch._C._will_engine_execute_node(node)
 
-    def _is_late(self, position: int) -> None:
+    def _refuse_late(self, position: int) -> None:
         """Raise where zeros have been handed on for a parameter whose gradient now comes."""
         if position not in self._filled:
-            return  # twice in one pass; DeepSpeed has its own error
+            return
         name = self._names.get(id(self._members[position][0]), "a parameter outside the model")
         raise TrainingError(
             Problem(

@@ -427,8 +427,8 @@ def training_engine(
     check_own(optimizer, scheduler, resolved)
     if remark := slices_remark(optimizer, resolved):
         logger.warning("%s", remark)
-    if launched_ranks().is_main and (remark := leaf_remark(module, resolved)):
-        logger.warning("%s", remark)
+    if launched_ranks().is_main and (blocks := leaf_remark(module, resolved)):
+        logger.warning("%s", blocks)
     build_ops(resolved)
     if optimizer is None:
         decay = float(resolved.values.get("optimizer.params.weight_decay", 0.0))

@@ -227,6 +227,31 @@ def test_a_part_that_becomes_reentrant_is_told(tmp_path: Path) -> None:
     trainer.close()
 
 
+@pytest.mark.ranks(1)
+def test_a_part_that_is_computed_again_twice_is_refused_by_deepspeed_as_ever(
+    tmp_path: Path,
+) -> None:
+    """Its gradient comes twice in one pass; the second part is not dropped without a word."""
+
+    class Twice(Routed):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.unused, self.block[1:], self.head[0]
+
+        def forward(self, x: torch.Tensor, route: torch.Tensor, labels: torch.Tensor) -> Any:
+            from torch.utils.checkpoint import checkpoint
+
+            hidden = torch.tanh(self.body(x))
+            for _ in range(2):
+                hidden = checkpoint(self.block[0], hidden, use_reentrant=True)
+            return {"loss": functional.mse_loss(self.head[0](hidden).squeeze(-1), labels)}
+
+    trainer = trainer_of(tmp_path, Twice(), zero_stage="2")
+    with pytest.raises(AssertionError, match="already been reduced"):
+        trainer.train()
+    trainer.close()
+
+
 class Leaf(Routed):
     """The parts that samples choose from stand in a module of their own, which all run."""
 
