@@ -7,7 +7,7 @@ from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.formats import check_formats, formats_remark
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
 from dstrain.engine.in_step import in_step
-from dstrain.engine.leaf import expert_blocks
+from dstrain.engine.leaf import expert_blocks, leaf_remark
 from dstrain.engine.machine import free_memory_bytes, least, read_machine
 from dstrain.engine.metric_schedule import MetricSchedule
 from dstrain.engine.native import load_native, save_native
@@ -92,6 +92,7 @@ __all__ = [
     "is_shown_in_parts",
     "is_whole",
     "kept_whole",
+    "leaf_remark",
     "least",
     "load_native",
     "let_orphans_go",

@@ -24,7 +24,7 @@ from dstrain.core import log
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, gather_objects, require_equal
+from dstrain.core.ranks import Ranks, all_or_none, gather_objects, launched_ranks, require_equal
 from dstrain.core.seeds import make_deterministic
 from dstrain.data import (
     Collator,
@@ -52,6 +52,7 @@ from dstrain.engine import (
     expert_blocks,
     formats_remark,
     is_partitioned,
+    leaf_remark,
     least,
     optimizer_class,
     parameter_groups,
@@ -426,6 +427,8 @@ def training_engine(
     check_own(optimizer, scheduler, resolved)
     if remark := slices_remark(optimizer, resolved):
         logger.warning("%s", remark)
+    if launched_ranks().is_main and (blocks := leaf_remark(module, resolved)):
+        logger.warning("%s", blocks)
     build_ops(resolved)
     if optimizer is None:
         decay = float(resolved.values.get("optimizer.params.weight_decay", 0.0))
