@@ -127,6 +127,7 @@ def targets_of(
     args: TrainingArguments,
     *,
     rule: LossRule | None = None,
+    own_loss: bool = True,
     is_told: bool = False,
 ) -> LossTargets:
     """Begin to find out what the loss of this model is a mean over.
@@ -135,11 +136,14 @@ def targets_of(
         module: the model.
         args: the user's arguments.
         rule: where it is known.
-        is_told: whether whoever computes the loss is told the count of targets.
+        own_loss: whether the loss is the model's own, not one of the user's.
+        is_told: whether the model or the user's loss function takes the count of targets.
     """
     compiled = args.torch_compile or hasattr(module, "_orig_mod")  # what torch.compile returns
     labels = label_columns(module, args.label_names)
-    return LossTargets(module, labels, rule=rule, watch=not compiled, is_told=is_told)
+    return LossTargets(
+        module, labels, rule=rule, watch=not compiled, own_loss=own_loss, is_told=is_told
+    )
 
 
 def prepare_dataset(

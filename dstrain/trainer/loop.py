@@ -296,9 +296,11 @@ class TrainLoop:
         if not any(counts):
             inputs = self.targets.without_ignored(inputs)
         step.index, step.last, step.parts = index, last, None
-        step.num_samples = micro_batch.num_samples
+        step.num_samples, step.inputs = micro_batch.num_samples, inputs
+        told = self.targets.told(inputs, micro_batch.num_samples)
         with self.cache.off():
-            loss = self.hooks.training_step(self.engine.model, inputs, max(1, *counts))
+            loss = self.hooks.training_step(self.engine.model, inputs, told)
+        step.inputs = None
         if not micro_batch.masked:
             self.hooks.count_flos(inputs)
         return loss if step.parts is None else step.parts
