@@ -49,6 +49,7 @@ class LossCall:
         weighted: whether classes or elements have weights.
         values: what it returned, in host memory, in fp64.
         columns: the batch keys that the target was made from, by whatever functions of torch.
+        returned: what it returned, detached.
     """
 
     function: Callable[..., Any]
@@ -58,6 +59,7 @@ class LossCall:
     weighted: bool
     values: torch.Tensor
     columns: frozenset[str] = frozenset()
+    returned: torch.Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -180,6 +182,7 @@ def _noted(
         reduction=values["reduction"],
         weighted=values.get("weight") is not None,
         values=returned.detach().double().cpu(),
+        returned=returned.detach(),
     )
 
 
@@ -243,7 +246,7 @@ def explain(
         return Explanation({rule: 0}, certain=rule) if len(calls) == 1 else NOTHING
     fitting: dict[LossRule, int] = {}
     may_be_sum = len(calls) == 1 and _is_sum(calls[0], value)
-    if may_be_sum and calls[0].num_targets > 1:
+    if may_be_sum and (calls[0].num_targets > 1 or _is_untouched(calls[0], loss)):
         return Explanation({LossRule(is_sum=True): 0}, certain=LossRule(is_sum=True))
     ignored = {c.ignored for c in calls} | {IGNORED, None}
     tried = dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored)])
@@ -310,6 +313,15 @@ def tensors_of(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor):
                 yield name, value
+
+
+def _is_untouched(call: LossCall, loss: Any) -> bool:
+    """Return whether the loss is what the call returned, and so no quotient by one target.
+
+    At stage 3 it is another tensor in the same memory.
+    """
+    memory = None if call.returned is None else call.returned.data_ptr()
+    return isinstance(loss, torch.Tensor) and memory == loss.data_ptr()
 
 
 def _is_sum(call: LossCall, loss: float) -> bool:

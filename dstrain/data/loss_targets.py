@@ -90,7 +90,9 @@ class LossTargets:
         """
         self.labels = tuple(labels)
         self._guess = expected_rule(module, labels)
-        self.rule = rule or self._guess
+        # Of several columns any may be what a loss is about, and the next batch may be without it.
+        self._while_open = self._guess if len(self.labels) < 2 else LossRule()
+        self.rule = rule or self._while_open
         self.settled = self.is_exact = rule is not None
         self._model = type(inner_model(module)).__name__
         known = own_loss and bool(labels) and _runs_code_of(module, _OWN_CODE)
@@ -240,11 +242,12 @@ class LossTargets:
         self._candidates = left
         self._ratios += [r for s in seen for r in s.ratios if r is not None]
         certain = [s.certain for s in seen if s.certain in left]
-        self.rule = certain[0] if certain else min(left, key=lambda rule: left[rule])
         is_clear = bool(certain) or len(left) == 1
+        best = certain[0] if certain else min(left, key=lambda rule: left[rule])
+        self.rule = best if is_clear or len(self.labels) < 2 else self._while_open
         factor_is_clear = not self._has_factor() or len(self._ratios) > 1
         if (is_clear and factor_is_clear) or self._num_open >= _MOST_OPEN:
-            self._choose(ranks, self.rule, among=() if is_clear else tuple(left))
+            self._choose(ranks, best, among=() if is_clear else tuple(left))
 
     def _choose(self, ranks: Ranks, rule: LossRule, *, among: Sequence[LossRule] = ()) -> None:
         self.rule = rule
@@ -273,6 +276,7 @@ class LossTargets:
 
     def _keep_guess(self, ranks: Ranks, why_not: str) -> None:
         if self._may_guess:
+            self.rule = self._guess
             self.settled = self.is_exact = True
         else:
             self._go_by_samples(ranks, why_not)
@@ -284,7 +288,7 @@ class LossTargets:
             calls,
             loss,
             inputs,
-            expected=self.rule,
+            expected=self._guess if self.rule == LossRule() else self.rule,
             labels=self.labels,
             num_samples=num_samples,
         )

@@ -301,7 +301,8 @@ class EvaluationHooks(EvalLoaderHooks):
                 loss, outputs = self.compute_loss(
                     model, inputs, return_outputs=True, num_items_in_batch=told
                 )
-                parts, loss = self._parts_of(loss), loss.detach().mean()
+                parts, loss = self._parts_of(loss), loss.detach()
+                loss = loss.mean() if loss.dim() else loss  # as it is: watched for what it is
                 self._summed = (loss, parts)  # for whoever is given this loss
             else:
                 outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
