@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from dstrain.core.errors import CheckpointError, Problem
 from dstrain.engine.metric_schedule import MetricSchedule
 
 Groups = Sequence[dict[str, Any]]
@@ -31,6 +32,8 @@ STEERED = (
     "max_momentum",
 )
 """What schedules write into parameter groups."""
+# Steps of a schedule for each of the engine's.
+_MOST_STEPS_AHEAD = 10_000
 _RATE = ("lr",)
 _RATE_AND_MOMENTUM = ("lr", "betas", "momentum")
 
@@ -89,14 +92,38 @@ def take_up_schedule(
 
 
 def steps_done(saved: Mapping[str, Any]) -> int:
-    """Steps that changed the weights in the saved run, by its schedule or its counters."""
-    state = saved["schedule"] or {}
+    """Steps that changed the weights in the saved run, by its schedule or its counters.
+
+    Raises:
+        CheckpointError: the schedule says what cannot be.
+    """
+    state, counters = saved["schedule"] or {}, saved["counters"]
     if "last_batch_iteration" in state:  # DeepSpeed's: -1 before the first step
-        return int(state["last_batch_iteration"]) + 1
-    if "last_epoch" in state and not _follows_metric(state):
-        return int(state["last_epoch"])
-    counters = saved["counters"]
-    return int(counters["global_steps"]) - int(counters["skipped_steps"])
+        done = _step_count(state["last_batch_iteration"], first=-1) + 1
+    elif "last_epoch" in state and not _follows_metric(state):
+        done = max(0, _step_count(state["last_epoch"], first=-1))
+    else:
+        done = int(counters["global_steps"]) - int(counters["skipped_steps"])
+    # A schedule may be stepped by others than the engine, but not without end.
+    if not 0 <= done <= _MOST_STEPS_AHEAD * (int(counters["global_steps"]) + 1):
+        raise CheckpointError(
+            Problem(
+                f"the learning-rate schedule in the checkpoint has taken {done} steps",
+                f"the run had done {counters['global_steps']}, "
+                f"{counters['skipped_steps']} of them without a change",
+                "use another checkpoint",
+            )
+        )
+    return done
+
+
+def _step_count(value: Any, *, first: int) -> int:
+    """A schedule's count of its steps, from ``first`` on."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= first:
+        raise CheckpointError(
+            Problem(f"the learning-rate schedule in the checkpoint is at step {value!r}")
+        )
+    return int(value)
 
 
 def unchanged_in_training(saved: Any, begun: Any) -> bool:

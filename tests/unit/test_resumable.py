@@ -361,7 +361,8 @@ def test_a_dispatched_stream_that_was_sent_further_than_used_does_not_know():
 
 
 def position(source: dict[str, Any] | None) -> Position:
-    return Position(Progress(), False, True, None, 0.1, 0, 0.0, 0, [], source=source)
+    meter = {"loss": 0.0, "finite": 0.0, "bad": -1.0, "steps": 0, "tokens": 0, "seconds": 0.0}
+    return Position(Progress(), False, True, None, 0.1, 0, 0.0, 0, [meter], source=source)
 
 
 def test_the_state_is_part_of_the_position_where_it_can_be_written():
