@@ -19,7 +19,6 @@ from dstrain.core.documents import (
     Count,
     FileName,
     Flag,
-    Real,
     Shape,
     Text,
     loaded,
@@ -52,7 +51,8 @@ class Manifest:
         created: time of the commit, ISO 8601, UTC.
         parameters: name -> shape, of every parameter.
         optimized: names of the parameters that have master weights and optimizer state.
-        metrics: of the last evaluation before it, empty where there was none.
+        metrics: of the last evaluation before it, empty where there was none; what a user's
+            function gave, so most are numbers.
         versions: of dstrain and the libraries that it stands on.
         files: path relative to the folder -> size and checksum, of every file but the manifest.
         elsewhere: likewise, of the files of ranks that have another machine's disk; they may be
@@ -69,11 +69,17 @@ class Manifest:
     created: Text
     parameters: Mapping[Text, Shape]
     optimized: tuple[Text, ...]
-    metrics: Mapping[Text, Real] = field(default_factory=dict)
+    metrics: Mapping[Text, Any] = field(default_factory=dict)
     versions: Mapping[Text, Text] = field(default_factory=dict)
     files: Mapping[FileName, FileRecord] = field(default_factory=dict)
     layout: Layout = SLICES
     elsewhere: Mapping[FileName, FileRecord] = field(default_factory=dict)
+
+    def figure(self, name: str) -> float | None:
+        """A metric that is a number; None where there is none of that name, or it is none."""
+        value = self.metrics.get(name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return value if is_number else None
 
     def not_in(self, folder: Path) -> list[str]:
         """The files on other machines' disks that are not in this folder either."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dstrain.core.documents import Count, Flag, Number, Plain, Text, read_document
 
@@ -25,7 +26,8 @@ class TrainerStateRecord:
         best_metric: of the best evaluation.
         best_global_step: of the best evaluation.
         best_model_checkpoint: folder of the best checkpoint, as it was called then.
-        stateful_callbacks: class of a callback -> its state, or those of several.
+        stateful_callbacks: class of a callback -> its state, or those of several; their content is
+            for the callbacks to judge.
         train_batch_size: of transformers; samples per step and process.
     """
 
@@ -37,7 +39,7 @@ class TrainerStateRecord:
     best_metric: Number | None = None
     best_global_step: Count | None = None
     best_model_checkpoint: Text | None = None
-    stateful_callbacks: Mapping[Text, Plain | list[Plain]] | None = None
+    stateful_callbacks: Mapping[Text, Any] | None = None
     train_batch_size: Count | None = None
 
 

@@ -37,7 +37,8 @@ def ls(options: Namespace) -> int:
                 (str(checkpoint.step), "?", "damaged", "", "", str(error.problems[0].why), "")
             )
             continue
-        metrics = " ".join(f"{k}={v:.4g}" for k, v in manifest.metrics.items() if "loss" in k)
+        figures = {k: manifest.figure(k) for k in manifest.metrics if "loss" in k}
+        metrics = " ".join(f"{k}={v:.4g}" for k, v in figures.items() if v is not None)
         rows.append(
             (
                 str(manifest.step),

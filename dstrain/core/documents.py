@@ -80,17 +80,28 @@ def parsed(data: bytes) -> Any:
         value = json.loads(data)
     except RecursionError:
         raise ValueError(_too_deep()) from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """See to it that a reader will take what is about to be written, or has been read.
+
+    Raises:
+        ValueError: it is nested too deep.
+    """
     level = [value]
     for _ in range(MOST_LEVELS):
         level = [part for outer in level for part in _parts(outer)]
         if not level:
-            return value
+            return
     raise ValueError(_too_deep())
 
 
 def _parts(value: Any) -> Any:
-    found = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return (part for part in found if isinstance(part, (dict, list)))
+    found = value.values() if isinstance(value, dict) else value
+    found = found if isinstance(value, (dict, list, tuple)) else ()
+    return (part for part in found if isinstance(part, (dict, list, tuple)))
 
 
 def _too_deep() -> str:

@@ -100,10 +100,8 @@ def check_random_state(state: Any) -> None:
             raise ValueError("a position or a number in it is out of range")
         np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), position, *rest))
         torch.Generator().set_state(state["torch"])
-        device = _device_module()
-        if device is not None and "device" in state:
-            kind = torch.accelerator.current_accelerator()
-            torch.Generator(device=kind).set_state(state["device"])
+        if torch.cuda.is_available() and "device" in state:
+            torch.Generator(device="cuda").set_state(state["device"])
     except (
         *(KeyError, TypeError, ValueError, RuntimeError, AttributeError),
         *(IndexError, OverflowError),

@@ -153,7 +153,7 @@ class BestModel:
         value = None
         if self._trainer.ranks.is_main:
             try:
-                value = read_manifest(folder).metrics.get(self.rule.key)
+                value = read_manifest(folder).figure(self.rule.key)
             except CheckpointError:
                 value = None
         return gather_objects(value)[0]

@@ -95,8 +95,9 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
     if chosen is None:
         return None
     folder, manifest = chosen
-    check_readable(folder, manifest, _reader(trainer))
-    start = _read_start(folder, manifest, trainer.ranks)
+    with all_or_none():
+        check_readable(folder, manifest, _reader(trainer))
+        start = _read_start(folder, manifest, trainer.ranks)
     if trainer.args.ignore_data_skip:
         position = start.position
         progress = replace(position.progress, samples_in_epoch=0, steps_in_epoch=0)

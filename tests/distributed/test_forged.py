@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,21 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from tests.distributed.runs import make_trainer
-from tests.unit.test_checkpoint_doors import NAME, OWN, RUN, STATE, forge, relist, with_pickle
+from tests.unit.test_checkpoint_doors import (
+    NAME,
+    OWN,
+    RUN,
+    STATE,
+    forge,
+    mutated,
+    relist,
+    with_pickle,
+)
 
 SETTINGS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "train": 16, "max_steps": 4}
+
+
+RESUMES = 60
 
 
 class Counting(TrainerCallback, ExportableState):
@@ -174,3 +187,40 @@ def test_a_folder_of_the_users_own_is_never_removed(
     assert train(tmp_path / "run", str(kept), save_steps=3, max_steps=6) == (6, "")
     assert kept.is_dir()
     assert mine.read_text() == "mine"
+
+
+def spoilt(run: Path, kept: Path, seed: int) -> None:
+    """Forge one document of the newest checkpoint, with right checksums."""
+    folder = run / "checkpoint-4"
+    for path in run.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    shutil.copytree(kept, folder)
+    draw = random.Random(seed)
+    name = draw.choice([RUN, RUN, RUN, OWN, STATE])
+    forge(folder, name, lambda document: mutated(document, draw))
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2, timeout=580)
+def test_a_run_that_takes_up_what_was_forged_trains_or_ends_with_one_error(
+    tmp_path: Path, rank: int
+) -> None:
+    """Behind the door: schedules, groups, meters, random states and callbacks of a real run."""
+    from dstrain.core.ranks import gather_objects
+
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    train(run)
+    on_main(rank, lambda: shutil.copytree(run / "checkpoint-4", kept))
+    trained = 0
+    for seed in range(RESUMES):
+        on_main(rank, lambda seed=seed: spoilt(run, kept, seed))
+        restores = {"restore_callback_states_from_checkpoint": True}
+        try:
+            outcome = train(run, True, max_steps=5, save_strategy="no", **restores)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}") from error
+        assert outcome[1] or outcome[0] >= 5, (seed, outcome)
+        trained += not outcome[1]
+        assert len(set(gather_objects(outcome))) == 1, seed
+    assert 0 < trained < RESUMES

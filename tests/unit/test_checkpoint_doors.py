@@ -18,7 +18,16 @@ from typing import Any
 import pytest
 import torch
 
-from dstrain.checkpoint import choose, compare, convert, export, folders, read_manifest, verify
+from dstrain.checkpoint import (
+    bring_in,
+    choose,
+    compare,
+    convert,
+    export,
+    folders,
+    read_manifest,
+    verify,
+)
 from dstrain.checkpoint.codec import decode, encode
 from dstrain.checkpoint.content import BUFFERS, LAYOUT, RUN, rank_file, slice_file
 from dstrain.checkpoint.manifest import NAME, Manifest, _checksum, write_manifest
@@ -161,7 +170,7 @@ def test_the_whole_one_is_good(folder: Path, tmp_path: Path) -> None:
         ("precision", "bf16\n"), ("resumable", 1), ("has_weights", "no"), ("created", 3),
         ("parameters", {"w": [-1, 2]}), ("parameters", {"w": "60"}), ("parameters", {"w": None}),
         ("parameters", {"w": [2**40, 2**40]}), ("parameters", []), ("optimized", ["other"]),
-        ("optimized", "w"), ("metrics", {"a": "1"}), ("metrics", {"a": True}),
+        ("optimized", "w"), ("metrics", 3), ("metrics", [1]),
         ("versions", {"a": 1}),
         ("files", []), ("files", {"x": 3}), ("files", {"x": {"size": 1}}),
         ("files", {"x": {"size": -1, "checksum": "xxh3:" + "0" * 16}}),
@@ -244,6 +253,17 @@ def test_what_is_written_is_never_too_deep_to_be_read():
     assert decode(parsed(json.dumps({"x": [encode(value, where="")]}).encode()))["x"] == [value]
 
 
+def test_metrics_are_whatever_a_users_function_gave(tmp_path):
+    """Text and lists are allowed in logs, and must not make a checkpoint unreadable."""
+    folder = whole(tmp_path)
+    given = {"eval_loss": 1.5, "eval_each": [1, {"a": 2}], "eval_note": "x", "eval_good": True}
+    manifest = dataclasses.replace(read_manifest(folder), metrics=given)
+    write_manifest(folder, manifest)
+    read = read_manifest(folder)
+    assert read.metrics == given
+    assert [read.figure(name) for name in (*given, "none")] == [1.5, None, None, None, None]
+
+
 # --- pickles -------------------------------------------------------------------------------------
 
 
@@ -294,6 +314,19 @@ def test_only_the_users_word_lets_deepspeed_unpickle(folder, tmp_path):
     with pytest.raises(CheckpointError):
         unpickling(folder, sliced, trusted)
     assert not (tmp_path / "marker").exists()
+
+
+def test_an_import_verifies_what_has_checksums_and_executes_nothing(folder, tmp_path):
+    with_pickle(folder, tmp_path / "marker", "deepspeed")
+    (folder / "latest").write_text("global_step4")
+    relist(folder, "latest")
+    with pytest.raises(CheckpointError, match="is not loaded|cannot be read"):
+        bring_in(folder, tmp_path / "out")
+    path = folder / "global_step4/mp_rank_00_model_states.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="does not have its checksum"):
+        bring_in(folder, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
 def test_leave_to_unpickle_is_made_in_one_place():
