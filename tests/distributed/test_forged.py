@@ -18,8 +18,10 @@ from tests.unit.test_checkpoint_doors import (
     NAME,
     OWN,
     RUN,
+    SLICES,
     STATE,
     forge,
+    forge_header,
     mutated,
     relist,
     with_pickle,
@@ -43,12 +45,12 @@ class Counting(TrainerCallback, ExportableState):
 
 def train(folder: Path, resume: Any = None, **settings: Any) -> tuple[int, str]:
     """Train; the last step, and what was wrong."""
-    from dstrain.core.errors import CheckpointError
+    from dstrain.core.errors import DstrainError
 
     trainer = make_trainer(folder, callbacks=[Counting()], **{**SETTINGS, **settings})
     try:
         trainer.train(resume)
-    except CheckpointError as error:
+    except DstrainError as error:  # a loss that was forged to NaN is a TrainingError
         assert len(error.problems) == 1  # noqa: PT017
         return trainer.state.global_step, str(error)
     finally:
@@ -197,8 +199,11 @@ def spoilt(run: Path, kept: Path, seed: int) -> None:
             shutil.rmtree(path)
     shutil.copytree(kept, folder)
     draw = random.Random(seed)
-    name = draw.choice([RUN, RUN, RUN, OWN, STATE])
-    forge(folder, name, lambda document: mutated(document, draw))
+    name = draw.choice([RUN, RUN, RUN, OWN, STATE, SLICES])
+    if name == SLICES:
+        forge_header(folder, name, draw)
+    else:
+        forge(folder, name, lambda document: mutated(document, draw))
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from dstrain.checkpoint.codec import decode, encode
 from dstrain.checkpoint.content import BUFFERS, LAYOUT, RUN, rank_file, slice_file
 from dstrain.checkpoint.manifest import NAME, Manifest, _checksum, write_manifest
 from dstrain.checkpoint.native import Reader, check_readable, unpickling
+from dstrain.checkpoint.weights import _places
 from dstrain.core.documents import MOST_LEVELS, parsed
 from dstrain.core.errors import CheckpointError
 from dstrain.core.files import record_of, write_json
@@ -490,6 +491,24 @@ def test_what_has_no_manifest_is_skipped_with_its_reason(folder, caplog):
         choose(True, folder.parent, Ranks())
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weight_map": {"w": "../outside.safetensors"}}, {"weight_map": {"w": "/etc/passwd"}},
+        {"weight_map": {"w": "not-listed.safetensors"}}, {"weight_map": ["w"]},
+        {"weight_map": None}, {}, [],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_an_index_of_weights_names_files_of_the_checkpoint_alone(folder, content):
+    """The best model is loaded by it where there are no slices."""
+    index = "model.safetensors.index.json"
+    (folder / index).write_text(json.dumps(content))
+    relist(folder, index)
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read"):
+        _places(folder, read_manifest(folder))
+
+
 # --- fuzz ----------------------------------------------------------------------------------------
 
 
@@ -548,6 +567,23 @@ def mutated(document: Any, draw: random.Random) -> Any:
     return document
 
 
+def forge_header(folder: Path, name: str, draw: random.Random) -> None:
+    """Change the header of a file of tensors, or its metadata, with right checksums."""
+    content = (folder / name).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    metadata = header.get("__metadata__")
+    if metadata and draw.random() < 0.4:
+        key = draw.choice(list(metadata))
+        metadata[key] = json.dumps(mutated(json.loads(metadata[key]), draw))
+    else:
+        header = mutated(header, draw)
+    text = json.dumps(header).encode()
+    size = length if draw.random() < 0.1 else len(text)
+    (folder / name).write_bytes(struct.pack("<Q", size) + text + content[8 + length :])
+    relist(folder, name)
+
+
 def spoil(folder: Path, draw: random.Random) -> str:
     """Damage or forge one thing of a checkpoint; most of it with right checksums."""
     kind = draw.random()
@@ -557,19 +593,7 @@ def spoil(folder: Path, draw: random.Random) -> str:
         return name
     if kind < 0.9:
         name = draw.choice([SLICES, BUFFERS])
-        content = (folder / name).read_bytes()
-        (length,) = struct.unpack("<Q", content[:8])
-        header = json.loads(content[8 : 8 + length])
-        metadata = header.get("__metadata__")
-        if metadata and draw.random() < 0.4:
-            key = draw.choice(list(metadata))
-            metadata[key] = json.dumps(mutated(json.loads(metadata[key]), draw))
-        else:
-            header = mutated(header, draw)
-        text = json.dumps(header).encode()
-        size = length if draw.random() < 0.1 else len(text)
-        (folder / name).write_bytes(struct.pack("<Q", size) + text + content[8 + length :])
-        relist(folder, name)
+        forge_header(folder, name, draw)
         return name
     name = draw.choice([*DOCUMENTS, SLICES, BUFFERS])
     content = bytearray((folder / name).read_bytes())
