@@ -189,14 +189,7 @@ def set_group_values(
             len(groups),
         )
         saved = [saved[0]] * len(groups)
-    if len(groups) != len(saved):
-        raise CheckpointError(
-            Problem(
-                f"the checkpoint has {len(saved)} parameter groups, this run {len(groups)}",
-                "their learning rates and step counts cannot be told apart",
-                "use the optimizer and the decay rule of the run that wrote it",
-            )
-        )
+    check_number_of_groups(len(groups), saved)
     better = instead or [{}] * len(groups)
     for group, values, own in zip(groups, saved, better, strict=True):
         for key, value in {**values, **own}.items():
@@ -214,6 +207,23 @@ def set_group_values(
                 present.fill_(value)
             else:
                 group[key] = tuple(value) if isinstance(present, tuple) else value
+
+
+def check_number_of_groups(count: int, saved: list[dict[str, Any]]) -> None:
+    """See to it that saved groups are as many as this run has, or alike.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if count == len(saved) or (saved and same_for_all(saved)):
+        return
+    raise CheckpointError(
+        Problem(
+            f"the checkpoint has {len(saved)} parameter groups, this run {count}",
+            "their learning rates and step counts cannot be told apart",
+            "use the optimizer and the decay rule of the run that wrote it",
+        )
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,12 @@ import torch
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none
-from dstrain.engine.optimizer_state import group_values, same_for_all, set_group_values
+from dstrain.engine.optimizer_state import (
+    check_number_of_groups,
+    group_values,
+    same_for_all,
+    set_group_values,
+)
 from dstrain.engine.schedule_state import (
     STEERED,
     last_rates,
@@ -104,6 +109,7 @@ def _write_groups(engine: Engine, saved: dict[str, Any]) -> None:
             )
         )
     optimizer = _basic(engine.optimizer)
+    check_number_of_groups(len(optimizer.param_groups), saved["groups"])
     assert engine.begun is not None, "of an engine that trains"
     # Where DeepSpeed's own layout was read, the groups are those of the checkpoint.
     fresh = [{k: v for k, v in g.items() if k in STEERED} for g in engine.begun["groups"]]

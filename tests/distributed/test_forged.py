@@ -118,6 +118,16 @@ def of_schedule(run: Any) -> Any:
     return run
 
 
+def of_method_of_schedule(run: Any) -> Any:
+    run["engine"]["schedule"] = {**run["engine"]["schedule"], "step": 3}
+    return run
+
+
+def of_count(run: Any) -> Any:
+    run["engine"]["schedule"] = {**run["engine"]["schedule"], "_step_count": []}
+    return run
+
+
 def of_groups(run: Any) -> Any:
     run["engine"]["groups"] = [{**g, "betas": 3} for g in run["engine"]["groups"]]
     return run
@@ -144,6 +154,8 @@ def of_method(state: Any) -> Any:
     [
         (RUN, of_schedule, "the learning-rate schedule"),
         (RUN, of_steps, "the learning-rate schedule"),
+        (RUN, of_method_of_schedule, "step is no part of the state"),
+        (RUN, of_count, r"_step_count is []"),
         (RUN, of_groups, "betas=3"),
         (STATE, of_callback, "the callback Counting"),
         (STATE, of_method, "on_step_end is no attribute"),
