@@ -17,6 +17,7 @@ from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest, write_manif
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.staging import Staging, new_staging
 from dstrain.checkpoint.versions import versions
+from dstrain.core.documents import check_depth
 from dstrain.core.errors import CheckpointError, DstrainError, ModelError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
@@ -413,6 +414,12 @@ def _write_document(path: Path, document: Any) -> FileRecord:
     Raises:
         CheckpointError: it holds what JSON does not know; a callback can put anything there.
     """
+    try:
+        check_depth(document)
+    except ValueError as error:
+        raise CheckpointError(
+            Problem(f"{path.name}: {error}", "a callback's state or a log is so", "flatten it")
+        ) from error
     try:
         return write_json(path, document)
     except (TypeError, ValueError) as error:
