@@ -16,6 +16,7 @@ from dstrain.checkpoint.native import Reader, unpickling
 from dstrain.checkpoint.run_files import read_own, read_run
 from dstrain.core.documents import Count, Number, Text, parsed, typed, unreadable
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
+from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.engine import (
     MASTER,
@@ -25,6 +26,7 @@ from dstrain.engine import (
     Slot,
     begin_load,
     create_state,
+    fill_empty,
     finish_load,
     load_native,
     optimized_names,
@@ -37,6 +39,8 @@ from dstrain.models import TensorReader
 
 _Spans: Any = Mapping[Text, tuple[Count, Count]]
 _Scalars: Any = Mapping[Text, Mapping[Text, Number]]
+logger = get_logger(__name__)
+
 # Slices are read in pieces of this many elements: what loading takes beyond the engine itself.
 _CHUNK_NUMEL = 8 * 2**20
 
@@ -375,14 +379,19 @@ def load_buffers(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
     """
     there = {slot.name: slot for slot in slots_of(engine.module)}
     own = _own_buffers(manifest, ranks)
+    lost: list[str] = []
     for name in (content.BUFFERS, content.OTHER_BUFFERS, own):
         if not _has(folder, manifest, name):
             continue
         with reading(folder / name) as file:
             for buffer in file.keys():  # noqa: SIM118 - a file is no dict
-                fits = name == own or buffer not in there
-                if buffer in there and (fits or file.shape(buffer) == _shape(there[buffer])):
+                if buffer not in there:
+                    placed = fill_empty(engine.module, buffer, file.whole(buffer))
+                    lost += [] if placed or buffer in lost else [buffer]
+                elif name == own or file.shape(buffer) == _shape(there[buffer]):
                     there[buffer].put(file.whole(buffer))
+    if lost and ranks.is_main:
+        logger.warning("%s has buffers that this model has no place for: %s", folder, lost[:5])
     engine.buffers.begin()
 
 

@@ -1,7 +1,7 @@
 """The only room that imports deepspeed: start-up, engine, ZeRO contexts."""
 
 from dstrain.engine.alive import engine_on, in_use, let_orphans_go, make_way
-from dstrain.engine.buffers import Buffers, Slot, main_ranks_buffers, slots_of
+from dstrain.engine.buffers import Buffers, Slot, fill_empty, main_ranks_buffers, slots_of
 from dstrain.engine.carry import Carried, carry, put_down
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.formats import check_formats, formats_remark
@@ -119,6 +119,7 @@ __all__ = [
     "share",
     "shut_down",
     "slots_of",
+    "fill_empty",
     "slices_remark",
     "stand_in",
     "start",
