@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint import content
+from dstrain.checkpoint.extra_state import put_extra_states
 from dstrain.checkpoint.manifest import DEEPSPEED, Manifest
 from dstrain.checkpoint.native import Reader, unpickling
 from dstrain.checkpoint.run_files import read_own, read_run
@@ -375,6 +376,8 @@ def _by_file(
 def load_buffers(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
     """Put the saved buffers into the module: the main rank's, then what this rank had for itself.
 
+    And the extra state of modules, which all ranks get as the main rank had it.
+
     Another number of ranks takes what the main rank had for itself. Ranks read the same files.
     """
     there = {slot.name: slot for slot in slots_of(engine.module)}
@@ -390,6 +393,8 @@ def load_buffers(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
                     lost += [] if placed or buffer in lost else [buffer]
                 elif name == own or file.shape(buffer) == _shape(there[buffer]):
                     there[buffer].put(file.whole(buffer))
+    if manifest.has(content.RUN):
+        put_extra_states(engine.module, read_run(folder).get("extra_states", {}))
     if lost and ranks.is_main:
         logger.warning("%s has buffers that this model has no place for: %s", folder, lost[:5])
     engine.buffers.begin()

@@ -33,6 +33,7 @@ class RunDocument:
         global_batch_size: samples per step.
         position: where the run stands, in the trainer's terms.
         formats: of parameters in another format than the run's.
+        extra_states: of modules, by their paths, as the main rank had them.
     """
 
     engine: EngineRecord
@@ -41,6 +42,7 @@ class RunDocument:
     formats: Mapping[Text, Annotated[str, Strict(), AfterValidator(_format)]] = field(
         default_factory=dict
     )
+    extra_states: Mapping[Annotated[str, Strict()], Plain] = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dstrain.checkpoint import content, folders, native
 from dstrain.checkpoint.codec import encode
+from dstrain.checkpoint.extra_state import extra_states
 from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest, write_manifest
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.staging import Staging, new_staging
@@ -92,7 +93,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
         self._writing: int | None = None
-        self._warned = False
+        self._warned = self._said_lost = False
         self.failed: set[int] = set()
         self._group: Any = None
         if is_distributed():
@@ -225,6 +226,8 @@ class CheckpointWriter:
         slices: content.Slices | None = None
         engine.buffers.look()
         self._warn_of_caches(engine)
+        extra, lost = extra_states(engine.module)
+        self._warn_of_lost(lost)
         with all_or_none():  # before copies, whose end no rank needs to wait for on another
             if not policy.only_model and policy.layout == SLICES:
                 slices = content.own_slices(engine, sharers)
@@ -233,6 +236,7 @@ class CheckpointWriter:
                 {
                     "engine": read_progress(engine),
                     "formats": content.formats(engine),
+                    "extra_states": extra,
                     **record.shared,
                 },
                 where="the run's state",
@@ -333,6 +337,17 @@ class CheckpointWriter:
                 "are taken for caches and are not in checkpoints; what must be is changed in place",
                 len(caches),
                 ", ".join(caches[:3]),
+            )
+
+    def _warn_of_lost(self, lost: list[str]) -> None:
+        """Say once which extra states a resumed run will not find."""
+        if lost and self._ranks.is_main and not self._policy.only_model and not self._said_lost:
+            self._said_lost = True
+            logger.warning(
+                "the extra state of %d modules (%s) is not in checkpoints, which hold plain values "
+                "and tensors only: let get_extra_state return such",
+                len(lost),
+                ", ".join(path or "the model" for path in lost[:3]),
             )
 
     def _finish_in_thread(self, job: _Job) -> None:

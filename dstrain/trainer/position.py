@@ -132,8 +132,7 @@ class Position:
     @property
     def is_inside_epoch(self) -> bool:
         """Whether samples of an epoch are still to come that others of it have been used of."""
-        ends = self.due is not None and self.due.event == "on_epoch_end"
-        return bool(self.progress.samples_in_epoch) and not self.epoch_is_over and not ends
+        return bool(self.progress.samples_in_epoch) and not self.epoch_is_over
 
     @staticmethod
     def of(shared: dict[str, Any]) -> Position:

@@ -28,6 +28,27 @@ class Averages(nn.Module):
         return nn.functional.cross_entropy(logits, labels), logits
 
 
+class Counting(nn.Module):
+    """Scales by the number of its training passes, which it keeps as extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.passes = 0
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Any:
+        self.passes += self.training
+        logits = self.head(torch.tanh(self.inner(x)) * (1 + 0.1 * self.passes))
+        return nn.functional.cross_entropy(logits, labels), logits
+
+    def get_extra_state(self) -> Any:
+        return {"passes": self.passes, "history": [torch.tensor(self.passes)]}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.passes = state["passes"]
+
+
 def rows() -> list[dict[str, torch.Tensor]]:
     torch.manual_seed(1)
     return [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(16)]
@@ -35,8 +56,9 @@ def rows() -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_a_buffer_that_the_first_forward_pass_makes_is_restored(stage: str, tmp_path: Path) -> None:
-    """Registered as None in a fresh model, so that no buffer of it has the name."""
+@pytest.mark.parametrize("kind", [Averages, Counting])
+def test_state_beside_parameters_is_restored(kind: Any, stage: str, tmp_path: Path) -> None:
+    """A buffer that is None in a fresh model, and what a module keeps outside of buffers."""
     from dstrain import Trainer, TrainingArguments
 
     def losses(resume: str | None) -> list[float]:
@@ -52,7 +74,7 @@ def test_a_buffer_that_the_first_forward_pass_makes_is_restored(stage: str, tmp_
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = Trainer(Averages(), args, train_dataset=rows())
+        trainer = Trainer(kind(), args, train_dataset=rows())
         trainer.train(resume_from_checkpoint=resume)
         history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         trainer.close()
