@@ -43,7 +43,10 @@ class ElsewhereArguments:
     ddp_find_unused_parameters: bool | None = arg(
         None,
         "find_unused_parameters of DistributedDataParallel.",
-        treatment=no_effect(f"{_NO_DDP}, and parameters without gradient do no harm"),
+        treatment=no_effect(
+            f"{_NO_DDP}; a parameter that has no gradient on some ranks, or on none, counts as one "
+            "whose gradient is zero. At stage 3 ranks must run the same modules (leaf_modules)"
+        ),
     )
     ddp_bucket_cap_mb: int | None = arg(
         None,

@@ -12,14 +12,20 @@ from dstrain.checkpoint.find import (
     verify,
     wanted_checkpoint,
 )
-from dstrain.checkpoint.folders import Found, committed, holding, place
+from dstrain.checkpoint.folders import Found, committed, holding, named, place, step_of
 from dstrain.checkpoint.importing import Imported, bring_in
-from dstrain.checkpoint.load import Restored, load_into, read_run
+from dstrain.checkpoint.load import Restored, load_into
 from dstrain.checkpoint.manifest import Manifest, extra_files, read_manifest
 from dstrain.checkpoint.native import Reader, check_readable
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.prune import Pruning, best_of, prune
+from dstrain.checkpoint.run_files import read_own, read_run
 from dstrain.checkpoint.save import CheckpointWriter
+from dstrain.checkpoint.trainer_state import (
+    TrainerStateRecord,
+    read_arguments,
+    read_trainer_state,
+)
 from dstrain.checkpoint.weights import load_weights
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "Reader",
     "Restored",
     "RunRecord",
+    "TrainerStateRecord",
     "best_of",
     "bring_in",
     "check_readable",
@@ -50,10 +57,15 @@ __all__ = [
     "is_plain",
     "load_into",
     "load_weights",
+    "named",
     "place",
     "prune",
+    "read_arguments",
     "read_manifest",
+    "read_own",
     "read_run",
+    "read_trainer_state",
+    "step_of",
     "verify",
     "wanted_checkpoint",
 ]

@@ -9,11 +9,15 @@ from __future__ import annotations
 import base64
 import collections
 import math
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, with_config
 
+from dstrain.core.documents import MOST_LEVELS, Number, Shape, Text, typed
 from dstrain.core.errors import CheckpointError, Problem
 
 _DTYPES = {
@@ -31,18 +35,36 @@ _DTYPES = {
         torch.bool,
     )
 }
+_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+# What a document has around a value: a reader refuses what is nested deeper than that.
+_LEVELS_AROUND = 20
 
 
-def encode(value: Any, *, where: str) -> Any:
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class _TensorForm:
+    """A tensor in JSON: its format, and its elements as base64."""
+
+    dtype: Text
+    shape: Shape
+    data: Text
+
+
+def encode(value: Any, *, where: str, levels: int = 0) -> Any:
     """The JSON form of a value made of plain Python types, tensors and numpy numbers.
 
     Args:
         value: what to write.
         where: its name, for the message.
+        levels: of JSON that are around it.
 
     Raises:
-        CheckpointError: a value of another type, with its place.
+        CheckpointError: a value of another type, or one nested too deep; with its place.
     """
+    if levels > MOST_LEVELS - _LEVELS_AROUND:
+        raise CheckpointError(
+            Problem(f"{where[:200]}... is nested too deep", "no reader would take it")
+        )
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -50,10 +72,10 @@ def encode(value: Any, *, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        items = [encode(v, where=f"{where}[{i}]") for i, v in enumerate(value)]
+        items = [encode(v, where=f"{where}[{i}]", levels=levels + 2) for i, v in enumerate(value)]
         return items if isinstance(value, list) else {"__tuple__": items}
     if isinstance(value, dict):
-        return _encode_dict(value, where)
+        return _encode_dict(value, where, levels + 1)
     if isinstance(value, bytes):
         return {"__bytes__": base64.b64encode(value).decode()}
     if isinstance(value, np.ndarray):
@@ -78,37 +100,90 @@ def is_plain(value: Any) -> bool:
     return True
 
 
-def decode(value: Any) -> Any:
-    """The value that ``encode`` was given."""
+def decode(value: Any, where: str = "") -> Any:
+    """The value that ``encode`` was given.
+
+    Args:
+        value: from JSON of limited depth (``documents.parsed``).
+        where: its place, for the message.
+
+    Raises:
+        ValueError: a form that ``encode`` does not write, with its place.
+    """
     if isinstance(value, list):
-        return [decode(v) for v in value]
+        return [decode(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
         ((kind, content),) = value.items()
-        if kind == "__float__":
-            return float(content)
-        if kind == "__tuple__":
-            return tuple(decode(v) for v in content)
-        if kind == "__bytes__":
-            return base64.b64decode(content)
-        if kind == "__tensor__":
-            return _decode_tensor(content)
-        if kind == "__dict__":
-            return {_hashable(decode(k)): decode(v) for k, v in content}
-        if kind == "__counter__":
-            return collections.Counter({_hashable(decode(k)): v for k, v in content})
-    return {k: decode(v) for k, v in value.items()}
+        if kind in _FORMS:
+            try:
+                return _FORMS[kind](content, where)
+            except (TypeError, ValueError, KeyError) as error:
+                if isinstance(error, _FormError):
+                    raise
+                why = f"no {kind}: {error}" if str(error) else f"no {kind}"
+                raise _FormError(f"{where or 'the value'} is {why}") from error
+    return {k: decode(v, f"{where}.{k}" if where else k) for k, v in value.items()}
 
 
-def _encode_dict(value: dict[Any, Any], where: str) -> Any:
+class _FormError(ValueError):
+    """A form that ``encode`` does not write; it says where."""
+
+
+def _decode_float(content: Any, where: str) -> float:
+    return _FLOATS[typed(content, str)]
+
+
+def _decode_tuple(content: Any, where: str) -> tuple[Any, ...]:
+    return tuple(decode(v, f"{where}[{i}]") for i, v in enumerate(_list(content)))
+
+
+def _decode_bytes(content: Any, where: str) -> bytes:
+    return base64.b64decode(typed(content, str), validate=True)
+
+
+def _decode_pairs(content: Any, where: str) -> dict[Any, Any]:
+    pairs = {}
+    for key, value in (_pair(pair) for pair in _list(content)):
+        found = _hashable(decode(key, where))
+        pairs[found] = decode(value, f"{where}[{found!r}]"[:_LONGEST_PLACE])
+    return pairs
+
+
+def _decode_counter(content: Any, where: str) -> collections.Counter[Any]:
+    pairs = _decode_pairs(content, where)
+    return collections.Counter({key: typed(value, _NUMBER) for key, value in pairs.items()})
+
+
+def _list(content: Any) -> list[Any]:
+    if not isinstance(content, list):
+        raise ValueError("it has no list in it")
+    return content
+
+
+def _pair(content: Any) -> tuple[Any, Any]:
+    if not isinstance(content, list) or len(content) != 2:
+        raise ValueError("it has something else in it than pairs")
+    return content[0], content[1]
+
+
+def _encode_dict(value: dict[Any, Any], where: str, levels: int) -> Any:
     if isinstance(value, collections.Counter):
-        return {"__counter__": [[encode(k, where=where), v] for k, v in value.items()]}
+        pairs = [
+            [encode(k, where=where, levels=levels + 2), encode(v, where=where)]
+            for k, v in value.items()
+        ]
+        return {"__counter__": pairs}
     if all(isinstance(k, str) and not k.startswith("__") for k in value):
-        return {k: encode(v, where=f"{where}.{k}") for k, v in value.items()}
+        return {k: encode(v, where=f"{where}.{k}", levels=levels) for k, v in value.items()}
     return {
         "__dict__": [
-            [encode(k, where=where), encode(v, where=f"{where}[{k!r}]")] for k, v in value.items()
+            [
+                encode(k, where=where, levels=levels + 2),
+                encode(v, where=f"{where}[{k!r}]", levels=levels + 2),
+            ]
+            for k, v in value.items()
         ]
     }
 
@@ -125,13 +200,31 @@ def _encode_tensor(value: torch.Tensor) -> Any:
     }
 
 
-def _decode_tensor(content: dict[str, Any]) -> torch.Tensor:
-    dtype, shape = _DTYPES[content["dtype"]], content["shape"]
-    data = bytearray(base64.b64decode(content["data"]))
+def _decode_tensor(content: Any, where: str) -> torch.Tensor:
+    form = typed(content, _TensorForm)
+    if form.dtype not in _DTYPES:
+        raise ValueError(f"there is no format {form.dtype[:_LONGEST_PLACE]!r}")
+    dtype, data = _DTYPES[form.dtype], bytearray(base64.b64decode(form.data, validate=True))
+    if len(data) != math.prod(form.shape) * dtype.itemsize:
+        raise ValueError(f"{len(data)} bytes do not make a tensor of shape {form.shape}")
     if not data:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(shape)
+        return torch.empty(form.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(form.shape)
 
 
-def _hashable(key: Any) -> Any:
-    return tuple(key) if isinstance(key, list) else key
+def _hashable(key: Any) -> Hashable:
+    key = tuple(key) if isinstance(key, list) else key
+    hash(key)  # TypeError where it cannot be a key
+    return key
+
+
+_LONGEST_PLACE = 200
+_NUMBER: Any = Number
+_FORMS = {
+    "__float__": _decode_float,
+    "__tuple__": _decode_tuple,
+    "__bytes__": _decode_bytes,
+    "__tensor__": _decode_tensor,
+    "__dict__": _decode_pairs,
+    "__counter__": _decode_counter,
+}

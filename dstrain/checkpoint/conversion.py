@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint import content, folders
-from dstrain.checkpoint.export import assembled
-from dstrain.checkpoint.load import SliceIndex, read_index, read_run
-from dstrain.checkpoint.manifest import Manifest, read_manifest
+from dstrain.checkpoint.export import assembled, slice_files
+from dstrain.checkpoint.load import SliceIndex, check_coverage, read_index
+from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
+from dstrain.checkpoint.run_files import read_run
 from dstrain.checkpoint.versions import versions
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import make_durable, write_bytes
@@ -46,22 +47,34 @@ class Converted:
 
 
 def convert(
-    folder: Path, out: Path, *, on_tensor: Callable[[str, int], object] = lambda name, size: None
+    folder: Path,
+    out: Path,
+    *,
+    on_tensor: Callable[[str, int], object] = lambda name, size: None,
+    on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> Converted:
     """Write a checkpoint in DeepSpeed's universal format.
+
+    The files that it reads are verified before, so nothing is made of a damaged checkpoint.
 
     Args:
         folder: a committed checkpoint.
         out: a folder to make.
         on_tensor: called with name and bytes of each tensor that is written.
+        on_file: called with the bytes of each file that has been verified.
 
     Raises:
         CheckpointError: it has no slices, is damaged, or ``out`` has files in it.
     """
     manifest = read_manifest(folder)
-    index = read_index(folder, manifest)
-    engine = read_run(folder)["engine"]
     folders.check_new(out)
+    if manifest.has_slices:
+        names = [*slice_files(folder, manifest), content.RUN]
+        require_files(folder, manifest, names, on_file=on_file)
+    index = read_index(folder, manifest)  # which says where there are no slices
+    if missing := check_coverage(index, manifest):
+        raise CheckpointError(Problem(f"{folder} is damaged", "\n".join(missing)))
+    engine = read_run(folder)["engine"]
     kinds: set[str] = set()
     with folders.made_whole(out) as staging:
         tag = f"global_step{manifest.step}_universal"
@@ -112,7 +125,7 @@ def _step(number: Any) -> Any:
 def _optimizer_state(
     engine: Mapping[str, Any], index: SliceIndex, manifest: Manifest
 ) -> dict[str, Any]:
-    groups = [dict(group) for group in engine["groups"]]
+    groups = [dict(group) for group in engine["groups"]] or [{}]
     # Stage 3 gives what stands in the first group to all groups, so only what they share may.
     shared = {k: v for k, v in groups[0].items() if all(g.get(k) == v for g in groups)}
     numbers = [index.scalars.get(name, {}) for name in manifest.optimized]

@@ -7,19 +7,21 @@ piece, so memory holds a few megabytes of each whatever the size of the checkpoi
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstrain.checkpoint import content
-from dstrain.checkpoint.load import Piece, SliceIndex, read_index, read_run, reading
-from dstrain.checkpoint.manifest import Manifest, read_manifest
+from dstrain.checkpoint.export import slice_files
+from dstrain.checkpoint.load import Piece, SliceIndex, read_index, reading
+from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
+from dstrain.checkpoint.run_files import read_run
 from dstrain.config import difference as configs
+from dstrain.core.documents import Plain, Text, read_document
 from dstrain.models import TensorReader
 
 _CHUNK_NUMEL = 2**20
@@ -27,6 +29,26 @@ _MOST_FILES = 64
 _IN_MANIFEST = ("step", "world_size", "stage", "precision", "resumable", "has_weights", "layout")
 # What a clock says, or where it was said.
 _NOT_COMPARED = ("position.meters",)
+
+
+@dataclass(frozen=True)
+class _Reason:
+    """Why a key of a DeepSpeed config is as it is."""
+
+    detail: Text
+
+
+@dataclass(frozen=True)
+class _ConfigRecord:
+    """What a comparison reads of ``resolved_config.json``."""
+
+    deepspeed: Plain | None = None
+    provenance: Mapping[Text, _Reason] | None = None
+    arguments: Plain | None = None
+    set_arguments: list[Text] | None = None
+    adopted_from_config: Plain | None = None
+    facts: Plain | None = None
+    versions: Mapping[Text, Text] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,20 +90,28 @@ class Comparison:
 
 
 def compare(
-    first: Path, second: Path, *, on_tensor: Callable[[str], object] = lambda name: None
+    first: Path,
+    second: Path,
+    *,
+    on_tensor: Callable[[str], object] = lambda name: None,
+    on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> Comparison:
-    """Compare two committed checkpoints.
+    """Compare two committed checkpoints, whose files are verified before.
 
     Args:
         first: a checkpoint.
         second: another.
         on_tensor: called with the name of each tensor that has been compared.
+        on_file: called with the bytes of each file that has been verified.
 
     Raises:
         CheckpointError: one of them is no checkpoint, or is damaged.
     """
     manifests = read_manifest(first), read_manifest(second)
-    values = [*_manifest_values(*manifests), *_config_values(first, second)]
+    sliced = all(m.has_slices for m in manifests)
+    for folder, manifest in zip((first, second), manifests, strict=True):
+        require_files(folder, manifest, _read_files(folder, manifest, sliced), on_file=on_file)
+    values = [*_manifest_values(*manifests), *_config_values(first, second, manifests)]
     pairs: list[tuple[str, str, list[Piece], list[Piece], int]] = []
     if all(m.resumable for m in manifests):
         values += _run_values(first, second)
@@ -100,6 +130,17 @@ def compare(
     return Comparison(tuple(values), tuple(tensors), len(pairs))
 
 
+def _read_files(folder: Path, manifest: Manifest, sliced: bool) -> list[str]:
+    """The files of one of two checkpoints that a comparison reads, by slices or without."""
+    names = [n for n in (configs.RECORD_FILE, content.RUN, content.BUFFERS) if n in manifest.files]
+    return names + (slice_files(folder, manifest) if sliced else _weight_files(manifest))
+
+
+def _weight_files(manifest: Manifest) -> list[str]:
+    """The model's weights as Hugging Face files."""
+    return [n for n in manifest.files if n.startswith("model") and n.endswith(".safetensors")]
+
+
 def _manifest_values(first: Manifest, second: Manifest) -> Iterator[tuple[str, str, Any, Any]]:
     for name in _IN_MANIFEST:
         if getattr(first, name) != getattr(second, name):
@@ -114,10 +155,14 @@ def _lists(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[int]]:
     return {name: list(shape) for name, shape in shapes.items()}
 
 
-def _config_values(first: Path, second: Path) -> Iterator[tuple[str, str, Any, Any]]:
-    records = [_json(folder / configs.RECORD_FILE) for folder in (first, second)]
-    if all("provenance" in record for record in records):
-        for found in configs.differences(*records):
+def _config_values(
+    first: Path, second: Path, manifests: tuple[Manifest, Manifest]
+) -> Iterator[tuple[str, str, Any, Any]]:
+    if not all(configs.RECORD_FILE in m.files for m in manifests):
+        return
+    records = [read_document(f / configs.RECORD_FILE, _ConfigRecord) for f in (first, second)]
+    if all(r.deepspeed is not None and r.provenance is not None for r in records):
+        for found in configs.differences(*map(asdict, records)):
             ours, theirs = found.this, found.other  # whose value is None where it is not there
             yield configs.TITLES[found.kind], found.name, ours.value, theirs.value
 
@@ -156,12 +201,11 @@ def _file_pairs(
     values: list[tuple[str, str, Any, Any]],
 ) -> Iterator[tuple[str, str, list[Piece], list[Piece], int]]:
     """Tensors of whole files: buffers, and the model's weights where slices do not have them."""
-    kinds = [("buffer", [_whole(f, [content.BUFFERS]) for f in (first, second)])]
+    sides = list(zip((first, second), manifests, strict=True))
+    buffers = [_whole(f, [n for n in m.files if n == content.BUFFERS]) for f, m in sides]
+    kinds = [("buffer", buffers)]
     if not all(m.has_slices for m in manifests):
-        weights = [
-            [n for n in m.files if n.startswith("model") and n.endswith(".safetensors")]
-            for m in manifests
-        ]
+        weights = [_weight_files(m) for m in manifests]
         kinds.append(
             ("model", [_whole(f, w) for f, w in zip((first, second), weights, strict=True)])
         )
@@ -178,10 +222,9 @@ def _whole(folder: Path, files: list[str]) -> dict[str, Piece]:
     """The tensors of some files of a checkpoint, each as one piece."""
     found = {}
     for path in (folder / file for file in sorted(files)):
-        if path.exists():
-            with reading(path) as file:
-                for name in file.keys():  # noqa: SIM118 - a file is no dict
-                    found[name] = Piece(0, file.numel(name), path)
+        with reading(path) as file:
+            for name in file.keys():  # noqa: SIM118 - a file is no dict
+                found[name] = Piece(0, file.numel(name), path)
     return found
 
 
@@ -259,12 +302,3 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         return
     for name, part in items:
         yield from _flat(f"{path}.{name}" if path else str(name), part)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON file of a checkpoint, which it may lack."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

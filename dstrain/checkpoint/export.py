@@ -7,10 +7,10 @@ it lays a model out otherwise than it trains it is transformers itself needed.
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,17 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint import content, folders
-from dstrain.checkpoint.load import Piece, SliceIndex, opened, read_index, read_run
-from dstrain.checkpoint.manifest import NAME, Manifest, read_manifest
+from dstrain.checkpoint.load import (
+    Piece,
+    SliceIndex,
+    check_coverage,
+    opened,
+    read_index,
+    reading,
+)
+from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
+from dstrain.checkpoint.run_files import read_run
+from dstrain.core.documents import Plain, Text, read_document
 from dstrain.core.errors import CheckpointError, ModelError, Problem
 from dstrain.core.files import write_json
 from dstrain.engine import MASTER, WEIGHT
@@ -43,7 +52,9 @@ DTYPES = {
 # What peft puts before the names of the model below.
 _OF_PEFT = "base_model."
 SHARD_BYTES = 5 * 10**9
-_TRAINING_FILES = {NAME, "trainer_state.json", "training_arguments.json", "resolved_config.json"}
+_TRAINING_FILES = {"trainer_state.json", "training_arguments.json", "resolved_config.json"}
+_WEIGHTS = re.compile(r"model[^/]*\.safetensors")
+_Object: Any = Plain
 _INDEX = "model.safetensors.index.json"
 
 
@@ -54,8 +65,11 @@ def export(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_tensor: Callable[[str, int], None] = lambda name, num_bytes: None,
+    on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> int:
     """Write the model of a checkpoint to ``out``; how many tensors it has.
+
+    The files that it reads are verified before, so nothing is made of a damaged checkpoint.
 
     Args:
         folder: a committed checkpoint.
@@ -63,6 +77,7 @@ def export(
         dtype: of floating-point weights; None takes the format that the model was trained in.
         shard_bytes: the largest shard; a larger tensor has one of its own.
         on_tensor: called with the name and bytes of each tensor once it is written.
+        on_file: called with the bytes of each file that has been verified.
 
     Raises:
         CheckpointError: the checkpoint is damaged, ``out`` has files in it, or an unknown dtype; or
@@ -81,58 +96,113 @@ def export(
     if wanted is None:
         raise CheckpointError(Problem(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}"))
     folders.check_new(out)
-    tensors = _tensors(folder, manifest, wanted, as_trained=dtype is None)
-    out.mkdir(parents=True, exist_ok=True)
-    _write(tensors, out, shard_bytes, on_tensor)
-    for path in sorted(folder.iterdir()):
-        kept = path.is_file() and path.suffix != ".safetensors" and path.name != _INDEX
-        if kept and path.name not in _TRAINING_FILES and not path.name.startswith("."):
-            shutil.copyfile(path, out / path.name)
+    source = _Source(folder, manifest, on_file)
+    copied = [name for name in sorted(manifest.files) if _is_copied(name)]
+    source.verify(copied)
+    tensors = _tensors(source, wanted, as_trained=dtype is None)
     first = tensors[0].dtype if tensors else wanted
-    _correct_config(out, first if dtype is None and first.is_floating_point else wanted)
+    with folders.made_whole(out) as staging:
+        _write(tensors, staging, shard_bytes, on_tensor)
+        for name in copied:
+            shutil.copyfile(folder / name, staging / name)
+        _correct_config(staging, first if dtype is None and first.is_floating_point else wanted)
     return len(tensors)
 
 
-def _tensors(
-    folder: Path, manifest: Manifest, dtype: torch.dtype, *, as_trained: bool
-) -> list[Stored]:
+def _is_copied(name: str) -> bool:
+    """Whether an export has a file as it is: configs and what a tokenizer or processor has."""
+    is_tensors = name.endswith(".safetensors") or name == _INDEX
+    inside = "/" in name or name.startswith(".")
+    return not (is_tensors or inside or name in _TRAINING_FILES)
+
+
+class _Source:
+    """A checkpoint whose files are verified before they are read, each once."""
+
+    def __init__(self, folder: Path, manifest: Manifest, on_file: Callable[[int], object]) -> None:
+        self.folder, self.manifest, self._on_file = folder, manifest, on_file
+        self._verified: set[str] = set()
+
+    def verify(self, names: Iterable[str]) -> None:
+        """See to it that files are as they were written.
+
+        Raises:
+            CheckpointError: naming those that are not.
+        """
+        wanted = set(names) - self._verified
+        require_files(self.folder, self.manifest, wanted, on_file=self._on_file)
+        self._verified |= wanted
+
+    def path(self, name: str) -> Path:
+        """A verified file."""
+        self.verify([name])
+        return self.folder / name
+
+    def slices(self) -> SliceIndex:
+        """Where the slices are, once their files are verified; see ``read_index``."""
+        self.verify(slice_files(self.folder, self.manifest))
+        return read_index(self.folder, self.manifest)
+
+
+def slice_files(folder: Path, manifest: Manifest) -> list[str]:
+    """The files of slices of a checkpoint that are in its folder; none where it has no slices."""
+    if not manifest.has_slices:
+        return []
+    absent = set(manifest.not_in(folder))
+    every = map(content.slice_file, range(manifest.world_size))
+    return [name for name in every if manifest.has(name) and name not in absent]
+
+
+def _tensors(source: _Source, dtype: torch.dtype, *, as_trained: bool) -> list[Stored]:
     """All tensors of the model under their saved names, read when they are written.
 
     Args:
-        folder: the checkpoint.
-        manifest: its manifest.
+        source: the checkpoint.
         dtype: of floating-point weights.
         as_trained: but those that the model had in another format keep that.
+
+    Raises:
+        CheckpointError: what it would read is damaged, or misses a part of the model.
     """
-    stored = _stored_names(folder) if manifest.has_weights else {}
+    folder, manifest = source.folder, source.manifest
+    # Only names are looked at here: what is not read need not be verified.
+    stored = _stored_names(folder, manifest) if manifest.has_weights else {}
     as_stored = dtype == DTYPES[manifest.precision]  # buffers have formats of their own there
-    files = [
-        _from_file(folder / file, name, None if as_stored else dtype)
-        for name, file in sorted(stored.items())
-    ]
+
+    def files() -> list[Stored]:
+        source.verify(stored.values())
+        return [
+            _from_file(folder / file, name, None if as_stored else dtype)
+            for name, file in sorted(stored.items())
+        ]
+
     if stored and not manifest.has_slices:
-        return files
-    index = read_index(folder, manifest)  # where there are no files either, this says so
-    persistent = _file_names(folder / content.BUFFERS)
-    record = _layout_record(folder)
+        return files()
+    record = _layout_record(source)
+    has_buffers = manifest.has(content.BUFFERS)
+    persistent = _file_names(source.path(content.BUFFERS)) if has_buffers else set()
+    if stored and record is None:  # as it is trained, or an older checkpoint, which does not say
+        if set(stored) != {*manifest.parameters, *persistent}:
+            return files()
+    elif stored and as_stored:
+        return files()
+    index = source.slices()  # where there are no files either, this says so
+    if missing := check_coverage(index, manifest):
+        raise CheckpointError(Problem(f"{folder} is damaged", "\n".join(missing)))
+    source.verify([content.RUN])
     formats = read_run(folder).get("formats", {})
 
     def format_of(name: str) -> torch.dtype:
         own = getattr(torch, formats[name]) if name in formats else dtype
         return own if as_trained or not own.is_floating_point else dtype
 
-    if stored and record is None:  # as it is trained, or an older checkpoint, which does not say
-        if set(stored) != {*manifest.parameters, *persistent}:
-            return files
-    elif stored and as_stored:
-        return files
-    else:
+    if not stored or record is not None:
         try:
             layout = recorded_layout(folder, record, manifest.parameters)
             return _converted(folder, layout, manifest, index, dtype, format_of)
         except ModelError:
             if stored:
-                return files
+                return files()
     tensors = [
         _master(index, name, shape, format_of(name)) for name, shape in manifest.parameters.items()
     ]
@@ -140,12 +210,34 @@ def _tensors(
     return tensors + [_from_file(path, name, None) for name in sorted(persistent)]
 
 
-def _layout_record(folder: Path) -> list[dict[str, Any]] | None:
-    path = folder / content.LAYOUT
-    if not path.exists():
+@dataclass(frozen=True)
+class _Patterns:
+    """What makes a conversion of transformers."""
+
+    source_patterns: list[Text]
+    target_patterns: list[Text]
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A conversion of transformers that saving reverts."""
+
+    kind: Text
+    sources: list[Text]
+    targets: list[Text]
+    scope: Text | None
+    base: Text | None
+    given: _Patterns
+
+
+_Conversions: Any = list[_Conversion]
+
+
+def _layout_record(source: _Source) -> list[dict[str, Any]] | None:
+    if not source.manifest.has(content.LAYOUT):
         return None
-    record: list[dict[str, Any]] = json.loads(path.read_bytes())
-    return record
+    record: list[_Conversion] = read_document(source.path(content.LAYOUT), _Conversions)
+    return [asdict(conversion) for conversion in record]
 
 
 def _converted(
@@ -222,18 +314,16 @@ def _from_file(path: Path, name: str, dtype: torch.dtype | None) -> Stored:
     return Stored(name, shape, stored, load)
 
 
-def _stored_names(folder: Path) -> dict[str, str]:
+def _stored_names(folder: Path, manifest: Manifest) -> dict[str, str]:
     """Tensors in the checkpoint's Hugging Face files -> the file that has them."""
     names: dict[str, str] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        names |= dict.fromkeys(_file_names(path), path.name)
+    for file in sorted(name for name in manifest.files if _WEIGHTS.fullmatch(name)):
+        names |= dict.fromkeys(_file_names(folder / file), file)
     return names
 
 
 def _file_names(path: Path) -> set[str]:
-    if not path.exists():
-        return set()
-    with opened(path) as file:
+    with reading(path) as file:
         return set(file.keys())
 
 
@@ -272,6 +362,5 @@ def _correct_config(out: Path, dtype: torch.dtype) -> None:
     path = out / "config.json"
     if not path.exists():
         return
-    config: dict[str, Any] = json.loads(path.read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    config: Mapping[str, Any] = read_document(path, _Object)
+    write_json(path, {**config, "dtype": str(dtype).removeprefix("torch.")})

@@ -8,6 +8,9 @@ from pathlib import Path
 from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.load import check_coverage, read_index
 from dstrain.checkpoint.manifest import Manifest, check_files, extra_files, read_manifest
+from dstrain.checkpoint.run_files import read_run
+from dstrain.checkpoint.trainer_state import STATE as TRAINER_STATE
+from dstrain.checkpoint.trainer_state import read_trainer_state
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, gather_objects
@@ -17,8 +20,17 @@ logger = get_logger(__name__)
 AUTO = "auto"
 
 
+Look = Callable[[Path, Manifest], object]
+"""Reads what a run needs of a checkpoint, and raises a ``CheckpointError`` where it cannot."""
+
+
 def choose(
-    wanted: str | bool, output_dir: Path, ranks: Ranks, *, on_each_node: bool = False
+    wanted: str | bool,
+    output_dir: Path,
+    ranks: Ranks,
+    *,
+    on_each_node: bool = False,
+    look: Look = lambda folder, manifest: None,
 ) -> tuple[Path, Manifest] | None:
     """The checkpoint to resume from, the same on all ranks, which share the work of verifying it.
 
@@ -29,6 +41,8 @@ def choose(
         ranks: facts of this process.
         on_each_node: whether each machine has the folder on a disk of its own; a checkpoint counts
             only where every machine has its part of it.
+        look: what the run reads of a checkpoint beside what this room knows of: on every rank, once
+            its files have been verified.
 
     Returns:
         folder and manifest; None only for "auto".
@@ -38,35 +52,43 @@ def choose(
     """
     if wanted is not True and wanted != AUTO:
         folder = Path(str(wanted)).expanduser()
-        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node)
+        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, look=look)
         if manifest is None:
             raise _unusable(folder, problems, output_dir)
         return folder, manifest
-    candidates = _candidates(output_dir, on_each_node=on_each_node)
+    candidates, others = _candidates(output_dir, on_each_node=on_each_node)
     skipped = []
     for folder in candidates:
-        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node)
+        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, look=look)
         if manifest is not None:
             return folder, manifest
         skipped.append(f"{folder.name}: {'; '.join(problems)}")
         if ranks.is_main:
             logger.warning("%s is skipped: %s", folder, "; ".join(problems))
-    if wanted == AUTO and not candidates:
+    if wanted == AUTO and not others:
         if ranks.is_main:
             logger.info("no checkpoint in %s: training starts afresh", output_dir)
         return None
     raise _none_to_resume(output_dir, skipped)
 
 
-def _candidates(output_dir: Path, *, on_each_node: bool) -> list[Path]:
-    """The checkpoints of a run, newest first, the same on all ranks; those of any machine."""
+def _candidates(output_dir: Path, *, on_each_node: bool) -> tuple[list[Path], bool]:
+    """The checkpoints of a run, newest first, the same on all ranks; those of any machine.
+
+    Returns:
+        Everything with a checkpoint's name, so that each that is none is skipped with its reason;
+        and whether any of them has a manifest.
+    """
+    manifests = {found.folder for found in folders.committed(output_dir)}
     said = gather_objects(
-        [(found.step, str(found.folder)) for found in folders.committed(output_dir)]
+        [(f.step, str(f.folder), f.folder in manifests) for f in folders.named(output_dir)]
     )
+    said = said if on_each_node else said[:1]
+    steps = {step for found in said for step, _, _ in found}
+    any_committed = any(whole for found in said for _, _, whole in found)
     if not on_each_node:
-        return [Path(name) for _, name in reversed(said[0])]
-    steps = sorted({step for found in said for step, _ in found}, reverse=True)
-    return [folders.place(output_dir, step) for step in steps]
+        return [Path(name) for _, name, _ in reversed(said[0])], any_committed
+    return [folders.place(output_dir, s) for s in sorted(steps, reverse=True)], any_committed
 
 
 def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
@@ -88,7 +110,13 @@ def check_there(given: str | bool | None, output_dir: Path) -> None:
         return
     if wanted is True:
         if not folders.committed(output_dir):
-            raise _none_to_resume(output_dir, [])
+            skipped = []
+            for found in folders.named(output_dir):
+                try:
+                    read_manifest(found.folder)
+                except CheckpointError as error:
+                    skipped += [f"{found.folder.name}: {line}" for line in _lines(error)]
+            raise _none_to_resume(output_dir, skipped)
         return
     folder = Path(str(wanted)).expanduser()
     try:
@@ -115,9 +143,30 @@ def verify(
     """
     manifest = read_manifest(folder)
     problems = check_files(folder, manifest, share=share, on_file=on_file)
-    if not problems and manifest.has_slices and not manifest.not_in(folder):
-        problems = check_coverage(read_index(folder, manifest), manifest)
+    if not problems:
+        try:
+            problems = _faults_within(folder, manifest)
+        except CheckpointError as error:
+            problems = _lines(error)
     return manifest, problems
+
+
+def _faults_within(folder: Path, manifest: Manifest) -> list[str]:
+    """What whole files say that cannot be: documents of the run, and the headers of its slices.
+
+    Raises:
+        CheckpointError: they cannot be read as what they must be.
+    """
+    if manifest.resumable:
+        if content.RUN not in manifest.files:
+            return [f"{content.RUN} is not listed in its manifest"]
+        read_run(folder)
+    if TRAINER_STATE in manifest.files:
+        read_trainer_state(folder)
+    if not manifest.has_slices:
+        return []
+    index = read_index(folder, manifest)
+    return [] if manifest.not_in(folder) else check_coverage(index, manifest)
 
 
 def check_whole(folder: Path, ranks: Ranks, *, on_each_node: bool = False) -> Manifest:
@@ -140,7 +189,12 @@ def check_whole(folder: Path, ranks: Ranks, *, on_each_node: bool = False) -> Ma
 
 
 def _verified(
-    folder: Path, ranks: Ranks, *, on_each_node: bool, model_alone: bool = False
+    folder: Path,
+    ranks: Ranks,
+    *,
+    on_each_node: bool,
+    model_alone: bool = False,
+    look: Look = lambda folder, manifest: None,
 ) -> tuple[Manifest | None, list[str]]:
     """The manifest where all ranks together found nothing wrong, and what they found.
 
@@ -149,6 +203,7 @@ def _verified(
         ranks: facts of this process.
         on_each_node: whether each machine reads a folder of its own.
         model_alone: whether it will do without optimizer state.
+        look: as for ``choose``; not asked of what is damaged.
     """
     manifest = None
     readers = ranks.on_machine() if on_each_node else ranks
@@ -158,6 +213,8 @@ def _verified(
             problems.append("it holds the model alone (save_only_model=True)")
         elif ranks.is_main and (extra := extra_files(folder, manifest)):
             logger.warning("%s has files that are no part of it: %s", folder, ", ".join(extra))
+        if not problems:
+            look(folder, manifest)
     except CheckpointError as error:
         problems = _lines(error)
     if on_each_node:

@@ -2,6 +2,9 @@
 
 A checkpoint is written under a hidden name of its own and gets its place by renaming, after its
 manifest is on the disk. Whatever is killed when: `checkpoint-N` is a whole checkpoint or absent.
+
+A run's folder is the user's. What is removed, renamed or replaced in it is what dstrain has made: a
+hidden folder of its own naming, or a folder that `manifest.is_ours`. Links are the user's.
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from dstrain.core.log import get_logger
 
 logger = get_logger(__name__)
 
-_NAME = re.compile(r"checkpoint-(\d+)$")
-_STAGED = re.compile(r"\.checkpoint-\d+\.(writing|replaced|removing)-[0-9a-f]{8}$")
-_REPLACED = re.compile(r"\.checkpoint-(\d+)\.replaced-[0-9a-f]{8}$")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})")
+_STAGED = re.compile(r"\.checkpoint-[0-9]+\.(writing|replaced|removing)-[0-9a-f]{8}")
+_REPLACED = re.compile(r"\.checkpoint-([0-9]+)\.replaced-[0-9a-f]{8}")
 STATE = "state"
 LOCK = ".lock"
 RUN_LOCK = ".dstrain-run.lock"
@@ -34,7 +37,7 @@ _SHARED = "; if it is this one on another machine, they share the disk: leave sa
 
 @dataclass(frozen=True)
 class Found:
-    """A committed checkpoint: its folder and the step in its name."""
+    """A checkpoint: its folder and the step in its name."""
 
     step: int
     folder: Path
@@ -45,15 +48,31 @@ def place(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step}"
 
 
-def committed(output_dir: Path) -> list[Found]:
-    """The committed checkpoints of a run, oldest step first; by number, as times can lie."""
+def step_of(name: str) -> int | None:
+    """The step in a checkpoint's name as ``place`` writes it; None of any other name."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
+def named(output_dir: Path) -> list[Found]:
+    """Folders that have a checkpoint's name, whatever is in them, lowest step first."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in output_dir.iterdir():
-            match = _NAME.match(path.name)
-            if match and (path / manifests.NAME).is_file():
-                found.append(Found(int(match[1]), path))
+            step = step_of(path.name)
+            if step is not None and path.is_dir():
+                found.append(Found(step, path))
     return sorted(found, key=lambda f: f.step)
+
+
+def committed(output_dir: Path) -> list[Found]:
+    """The committed checkpoints of a run, oldest step first; by number, as times can lie."""
+    return [f for f in named(output_dir) if (f.folder / manifests.NAME).is_file()]
+
+
+def owned(output_dir: Path) -> list[Found]:
+    """Those of the committed that dstrain may remove: what links lead to is left alone."""
+    return [f for f in committed(output_dir) if manifests.is_ours(f.folder)]
 
 
 def new_staging(output_dir: Path, step: int) -> Path:
@@ -110,10 +129,12 @@ def commit(staging: Path, output_dir: Path, step: int) -> Path:
     """Give a written folder, manifest included, its place.
 
     A checkpoint of the same step from an earlier run is replaced; until the new one is in place
-    the old one stays under a name that ``recover`` knows.
+    the old one stays under a name that ``recover`` knows. Anything else at that place is not
+    dstrain's to remove: the new checkpoint then stays beside it.
 
     Raises:
         OSError: renaming failed.
+        CheckpointError: the place is taken; with the name that the checkpoint has instead.
     """
     target = place(output_dir, step)
     (staging / LOCK).unlink(missing_ok=True)
@@ -123,7 +144,9 @@ def commit(staging: Path, output_dir: Path, step: int) -> Path:
         sync_folder(staging / STATE)
     sync_folder(staging)
     old = None
-    if target.exists():
+    if os.path.lexists(target):
+        if not manifests.is_ours(target):
+            raise _taken(target, _kept_beside(staging, target))
         old = output_dir / f".checkpoint-{step}.replaced-{uuid.uuid4().hex[:8]}"
         os.rename(target, old)
     os.rename(staging, target)
@@ -131,6 +154,34 @@ def commit(staging: Path, output_dir: Path, step: int) -> Path:
     if old is not None:
         _remove(old)
     return target
+
+
+def _kept_beside(staging: Path, target: Path) -> Path:
+    """Give a finished checkpoint a name that nothing of ours removes."""
+    kept = target.parent / f"{target.name}.kept-{uuid.uuid4().hex[:8]}"
+    os.rename(staging, kept)
+    sync_folder(kept.parent)
+    return kept
+
+
+def _taken(target: Path, kept: Path) -> CheckpointError:
+    return CheckpointError(
+        Problem(
+            f"{target} is no checkpoint of dstrain's, and is left as it is",
+            f"{_what_is_at(target)}; the checkpoint of this step is whole, in {kept}",
+            f"move {target} away; {kept} can be resumed from by its name, or renamed to "
+            f"{target.name}",
+        )
+    )
+
+
+def _what_is_at(path: Path) -> str:
+    if path.is_symlink():
+        return "it is a symbolic link"
+    if not path.is_dir():
+        return "it is a file"
+    has = (path / manifests.NAME).exists()
+    return f"it has {'another program' + chr(39) + 's' if has else 'no'} {manifests.NAME}"
 
 
 def check_new(folder: Path) -> None:
@@ -152,9 +203,12 @@ def made_whole(out: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
+    out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
+    # A folder that something else holds on to (a mount, a shell that is in it) is filled in place.
+    stays = out.exists() and (os.path.ismount(out) or out == Path.cwd())
     # Of a checkpoint-N it has the name by which a run knows what a killed writer has left.
-    staging = out.parent / f".{out.name}.writing-{uuid.uuid4().hex[:8]}"
+    staging = (out if stays else out.parent) / f".{out.name}.writing-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     with contextlib.ExitStack() as stack:
         stack.callback(discard_if_there, staging)
@@ -163,10 +217,18 @@ def made_whole(out: Path) -> Iterator[Path]:
         (staging / LOCK).unlink(missing_ok=True)
         for folder, _, _ in os.walk(staging, topdown=False):
             sync_folder(Path(folder))
-        if out.exists():
-            out.rmdir()  # it is empty
-        os.rename(staging, out)
-        sync_folder(out.parent)
+        if stays:
+            _move_content(staging, out)
+        else:
+            os.rename(staging, out)  # over an empty folder; the system refuses one with content
+        sync_folder(out if stays else out.parent)
+
+
+def _move_content(staging: Path, out: Path) -> None:
+    """Move what is in a folder into the one around it, a manifest last."""
+    for path in sorted(staging.iterdir(), key=lambda p: p.name == manifests.NAME):
+        os.rename(path, out / path.name)
+    staging.rmdir()
 
 
 @contextlib.contextmanager
@@ -208,22 +270,35 @@ def discard_if_there(staging: Path) -> None:
 def recover(output_dir: Path) -> None:
     """Clear up after killed runs: put back what was being replaced, remove what was unfinished.
 
-    Folders that a living process writes are left alone.
+    Folders that a living process writes are left alone. So is what has a checkpoint's name and is
+    none of dstrain's, which is said: no checkpoint of that step can be saved there.
     """
     if not output_dir.is_dir():
         return
     for path in sorted(output_dir.iterdir()):
-        replaced = _REPLACED.match(path.name)
-        if replaced and not place(output_dir, int(replaced[1])).exists():
+        replaced = _REPLACED.fullmatch(path.name)
+        if replaced and not os.path.lexists(place(output_dir, int(replaced[1]))):
             try:
                 os.rename(path, place(output_dir, int(replaced[1])))
             except OSError as error:
                 logger.warning("%s could not be put back: %s", path, error)
             else:
                 logger.warning("%s is put back: its replacement was never finished", path)
-        elif _STAGED.match(path.name) and not _is_held(path, if_unknown=True):
+        elif _is_leftover(path) and not _is_held(path, if_unknown=True):
             logger.warning("%s is removed: a run was killed while it worked on it", path)
             _remove(path)
+        elif step_of(path.name) is not None and not manifests.is_ours(path):
+            logger.warning(
+                "%s is no checkpoint of dstrain's (%s): it is left as it is, and a checkpoint of "
+                "that step would be kept beside it",
+                path,
+                _what_is_at(path),
+            )
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a killed run left a folder; or an older dstrain a link, which it had renamed."""
+    return bool(_STAGED.fullmatch(path.name)) and (path.is_dir() or path.is_symlink())
 
 
 def rotate(output_dir: Path, *, limit: int | None, keep: list[Path]) -> list[Path]:
@@ -244,8 +319,11 @@ def rotate(output_dir: Path, *, limit: int | None, keep: list[Path]) -> list[Pat
 
 
 def surplus(output_dir: Path, *, limit: int, keep: list[Path]) -> list[Found]:
-    """The oldest committed checkpoints beyond ``limit``; never the newest or one in ``keep``."""
-    found = committed(output_dir)
+    """The oldest committed checkpoints beyond ``limit``; never the newest or one in ``keep``.
+
+    Only folders that dstrain has made count: a link takes no room here, and is never removed.
+    """
+    found = owned(output_dir)
     protected = {path.resolve() for path in keep}
     removable = [f for f in found[:-1] if f.folder.resolve() not in protected]
     return removable[: max(0, len(found) - limit)]
@@ -263,6 +341,9 @@ def remove(checkpoint: Found) -> bool:
         False where the system refused, which is logged.
     """
     folder = checkpoint.folder
+    if not manifests.is_ours(folder):
+        logger.warning("%s is left as it is: it is no checkpoint of dstrain's", folder)
+        return False
     hidden = folder.parent / f".checkpoint-{checkpoint.step}.removing-{uuid.uuid4().hex[:8]}"
     try:
         os.rename(folder, hidden)
@@ -274,7 +355,11 @@ def remove(checkpoint: Found) -> bool:
 
 
 def _remove(folder: Path) -> None:
+    """Remove a folder that has a hidden name of ours; of a link only itself."""
     try:
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
     except OSError as error:
         logger.warning("%s could not be removed whole: %s", folder, error)

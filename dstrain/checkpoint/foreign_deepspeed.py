@@ -42,8 +42,8 @@ def tag_folder(folder: Path) -> Path | None:
     latest = folder / "latest"
     if not latest.is_file():
         return None
-    tag = latest.read_text(encoding="utf-8").strip()
-    if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if tag in ("", "..") or Path(tag).name != tag or not (folder / tag).is_dir():
         raise CheckpointError(
             Problem(
                 f"{latest} names {tag!r}, which is no folder beside it",

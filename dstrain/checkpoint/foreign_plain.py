@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,8 @@ from dstrain.checkpoint.foreign import (
 )
 from dstrain.checkpoint.load import opened
 from dstrain.checkpoint.pickles import load_pickle
+from dstrain.checkpoint.trainer_state import STATE, TrainerStateRecord
+from dstrain.core.documents import Plain, read_document
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.models import Stored, skeleton_of
 
@@ -58,6 +59,8 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Foreign:
             own = () if shape else moments
             partition.add(name, 0, values, held, group=group, offset=0, moments=own)
             _check_shapes(name, shape, held)
+    if state.get("global_step") is None:
+        raise CheckpointError(Problem(f"{folder / STATE} does not say its global_step"))
     step = int(state["global_step"])
     schedule = load_pickle(folder / SCHEDULE) if (folder / SCHEDULE).exists() else None
     return Foreign(
@@ -141,11 +144,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    path = folder / "trainer_state.json"
+    path = folder / STATE
     if not path.exists():
         return {}
-    try:
-        state: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(Problem(f"{path} cannot be read", str(error))) from error
+    state: dict[str, Any] = dict(read_document(path, _Object))
+    read_document(path, TrainerStateRecord)
     return state
+
+
+_Object: Any = Plain

@@ -21,9 +21,18 @@ from dstrain.checkpoint.foreign import Foreign
 from dstrain.checkpoint.foreign_deepspeed import read_deepspeed, tag_folder
 from dstrain.checkpoint.foreign_plain import OPTIMIZER, SCHEDULE, read_plain, read_state
 from dstrain.checkpoint.load import check_coverage, read_index
-from dstrain.checkpoint.manifest import DEEPSPEED, NAME, Manifest, read_manifest, write_manifest
+from dstrain.checkpoint.manifest import (
+    DEEPSPEED,
+    NAME,
+    Manifest,
+    read_manifest,
+    require_files,
+    write_manifest,
+)
 from dstrain.checkpoint.pickles import load_pickle
+from dstrain.checkpoint.run_files import read_run
 from dstrain.checkpoint.versions import versions
+from dstrain.core.documents import loaded, parsed
 from dstrain.core.errors import CheckpointError, DstrainError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_json
 from dstrain.models import Stored, skeleton_of, write_tensor_file
@@ -59,6 +68,7 @@ def bring_in(
     samples_per_epoch: int | None = None,
     global_batch_size: int | None = None,
     on_tensor: Callable[[str, int], object] = lambda name, num_bytes: None,
+    on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> Imported:
     """Make a dstrain checkpoint ``out`` of what ``source`` holds.
 
@@ -71,12 +81,15 @@ def bring_in(
             an epoch the run was.
         global_batch_size: samples per optimizer step, where ``source`` does not say.
         on_tensor: called with name and bytes of each tensor that is written.
+        on_file: called with the bytes of each file that has been verified, where ``source`` has
+            checksums.
 
     Raises:
         CheckpointError: nothing that can be brought in, or only by executing it.
         ModelError: its ``config.json`` does not say what the model is.
     """
     folders.check_new(out)
+    _check_own(source, on_file)
     state = read_state(source)
     found = _read(source, state)
     own = _own_record(source)
@@ -119,13 +132,25 @@ def bring_in(
     return Imported(found.kind, found.step, len(found.parameters), (*found.remarks, *remarks))
 
 
-def _read(source: Path, state: Mapping[str, Any]) -> Foreign:
-    if not source.is_dir():
-        raise CheckpointError(Problem(f"{str(source)!r} is no folder"))
-    if (source / NAME).exists() and read_manifest(source).layout != DEEPSPEED:
+def _check_own(source: Path, on_file: Callable[[int], object]) -> None:
+    """Of a checkpoint of ours only DeepSpeed's layout is brought in, once it is verified.
+
+    Raises:
+        CheckpointError: it is of slices, or damaged.
+    """
+    if not (source / NAME).exists():
+        return
+    manifest = read_manifest(source)
+    if manifest.layout != DEEPSPEED:
         raise CheckpointError(
             Problem(f"{source} is a dstrain checkpoint already", "", "resume from it as it is")
         )
+    require_files(source, manifest, list(manifest.files), on_file=on_file)
+
+
+def _read(source: Path, state: Mapping[str, Any]) -> Foreign:
+    if not source.is_dir():
+        raise CheckpointError(Problem(f"{str(source)!r} is no folder"))
     folder = tag_folder(source)
     if folder is not None:
         decayed = None
@@ -139,10 +164,7 @@ def _read(source: Path, state: Mapping[str, Any]) -> Foreign:
         return found
     if (source / OPTIMIZER).exists() and state:
         return read_plain(source, state)
-    inside = sorted(
-        (p for p in source.glob("checkpoint-*") if p.is_dir()),
-        key=lambda p: int(p.name.rpartition("-")[2]) if p.name.rpartition("-")[2].isdigit() else -1,
-    )
+    inside = [found.folder for found in folders.named(source)]
     raise CheckpointError(
         Problem(
             f"nothing in {str(source)!r} can be brought in",
@@ -227,7 +249,11 @@ def _loss_sum(state: Mapping[str, Any]) -> float:
 def _own_record(source: Path) -> dict[str, Any] | None:
     """``run.json`` of a checkpoint of ours in DeepSpeed's layout, in its JSON form."""
     path = source / content.RUN
-    return json.loads(path.read_bytes()) if (source / NAME).exists() and path.exists() else None
+    if not (source / NAME).exists() or not path.exists():
+        return None
+    read_run(source)
+    values: dict[str, Any] = parsed(loaded(path))
+    return values
 
 
 def _write(

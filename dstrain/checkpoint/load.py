@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,13 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint import content
-from dstrain.checkpoint.codec import decode
-from dstrain.checkpoint.manifest import Manifest
-from dstrain.checkpoint.native import Reader, check_readable, tag_of
+from dstrain.checkpoint.extra_state import put_extra_states
+from dstrain.checkpoint.manifest import DEEPSPEED, Manifest
+from dstrain.checkpoint.native import Reader, unpickling
+from dstrain.checkpoint.run_files import read_own, read_run
+from dstrain.core.documents import Count, Number, Text, parsed, typed, unreadable
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
+from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.engine import (
     MASTER,
@@ -25,6 +27,7 @@ from dstrain.engine import (
     Slot,
     begin_load,
     create_state,
+    fill_empty,
     finish_load,
     load_native,
     optimized_names,
@@ -34,6 +37,10 @@ from dstrain.engine import (
     write_progress,
 )
 from dstrain.models import TensorReader
+
+_Spans: Any = Mapping[Text, tuple[Count, Count]]
+_Scalars: Any = Mapping[Text, Mapping[Text, Number]]
+logger = get_logger(__name__)
 
 # Slices are read in pieces of this many elements: what loading takes beyond the engine itself.
 _CHUNK_NUMEL = 8 * 2**20
@@ -116,29 +123,53 @@ def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
     scalars: dict[str, dict[str, Any]] = {}
     absent = set(manifest.not_in(folder))
     for rank in range(manifest.world_size):
-        if content.slice_file(rank) in absent:
+        file_name = content.slice_file(rank)
+        if file_name in absent:
             continue
-        path = folder / content.slice_file(rank)
+        path = folder / file_name
+        if not manifest.has(file_name):
+            raise unreadable(path, ValueError("the manifest does not list it"))
         with reading(path) as file:
             sizes = {name: file.numel(name) for name in file.keys()}  # noqa: SIM118
-            spans, numbers_of = (_mapping(path, file.metadata, k) for k in ("spans", "scalars"))
+            spans = _mapping(file.metadata, "spans", _Spans)
+            numbers_of = _mapping(file.metadata, "scalars", _Scalars)
+            _check_spans(spans, sizes, manifest)
         for name, numbers in numbers_of.items():
             held = scalars.setdefault(name, {})
             for key, value in numbers.items():
                 held[key] = max(held.get(key, value), value)
-        for tensor, size in sizes.items():
+        for tensor in sizes:
             key, _, name = tensor.partition("/")
-            start, numel = spans.get(name, (0, -1))
-            if size != numel:
-                raise CheckpointError(
-                    Problem(f"{path} has {size} elements of {tensor}, its spans say {numel}")
-                )
-            pieces.setdefault((key, name), []).append(Piece(start, numel, path))
+            pieces.setdefault((key, name), []).append(Piece(spans[name][0], spans[name][1], path))
             if key not in (MASTER, WEIGHT):
                 scalars.setdefault(name, {})
     for found in pieces.values():
         found.sort(key=lambda piece: piece.start)
     return SliceIndex(pieces, scalars)
+
+
+def _check_spans(
+    spans: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], manifest: Manifest
+) -> None:
+    """What a file of slices says of itself must fit its tensors, and the parameters.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for name, (start, numel) in spans.items():
+        if name not in manifest.parameters:
+            raise ValueError(f"{name} is none of the checkpoint's parameters")
+        whole = torch.Size(manifest.parameters[name]).numel()
+        if start + numel > whole:
+            raise ValueError(
+                f"it has elements {start} to {start + numel} of {name}, which has {whole}"
+            )
+    for tensor, size in sizes.items():
+        _, _, name = tensor.partition("/")
+        if name not in spans:
+            raise ValueError(f"its spans do not name {tensor}")
+        if size != spans[name][1]:
+            raise ValueError(f"it has {size} elements of {tensor}, its spans say {spans[name][1]}")
 
 
 def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
@@ -175,27 +206,27 @@ def load_into(
     Raises:
         CheckpointError: it does not fit the model or the optimizer; the weights are as they were.
     """
+    native, index = None, None
     with all_or_none():
-        reader = Reader(
-            unpickles, ranks.world_size, engine.resolved.stage, engine.resolved.precision
-        )
-        check_readable(folder, manifest, reader)
-        index = read_index(folder, manifest) if manifest.has_slices else None
+        if manifest.layout == DEEPSPEED:
+            reader = Reader(
+                unpickles, ranks.world_size, engine.resolved.stage, engine.resolved.precision
+            )
+            native = unpickling(folder, manifest, reader)
+        else:
+            index = read_index(folder, manifest)
         problems = misfits(engine, folder, manifest, index, ranks)
         raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
-        shared = _read_json(folder / content.RUN)
-        own = None
-        name = content.rank_file(ranks.rank)
-        written = name in manifest.files or name in manifest.elsewhere
-        if manifest.world_size == ranks.world_size and written:
-            own = _read_json(folder / name)
-        if index is None:
+        shared = read_run(folder)
+        own = read_own(folder, manifest, ranks)
+        if native is not None:
             _check_optimizer(engine, shared["engine"]["optimizer"])
-    if index is None:
-        load_native(engine, folder, tag_of(manifest.step))
+    if native is not None:
+        load_native(engine, native)
         with all_or_none():
             load_buffers(engine, folder, manifest, ranks)
     else:
+        assert index is not None
         _load_slices(engine, folder, manifest, index, ranks)
     write_progress(engine, shared.pop("engine"))
     return Restored(shared, own)
@@ -345,18 +376,27 @@ def _by_file(
 def load_buffers(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
     """Put the saved buffers into the module: the main rank's, then what this rank had for itself.
 
+    And the extra state of modules, which all ranks get as the main rank had it.
+
     Another number of ranks takes what the main rank had for itself. Ranks read the same files.
     """
     there = {slot.name: slot for slot in slots_of(engine.module)}
     own = _own_buffers(manifest, ranks)
+    lost: list[str] = []
     for name in (content.BUFFERS, content.OTHER_BUFFERS, own):
         if not _has(folder, manifest, name):
             continue
         with reading(folder / name) as file:
             for buffer in file.keys():  # noqa: SIM118 - a file is no dict
-                fits = name == own or buffer not in there
-                if buffer in there and (fits or file.shape(buffer) == _shape(there[buffer])):
+                if buffer not in there:
+                    placed = fill_empty(engine.module, buffer, file.whole(buffer))
+                    lost += [] if placed or buffer in lost else [buffer]
+                elif name == own or file.shape(buffer) == _shape(there[buffer]):
                     there[buffer].put(file.whole(buffer))
+    if manifest.has(content.RUN):
+        put_extra_states(engine.module, read_run(folder).get("extra_states", {}))
+    if lost and ranks.is_main:
+        logger.warning("%s has buffers that this model has no place for: %s", folder, lost[:5])
     engine.buffers.begin()
 
 
@@ -368,8 +408,7 @@ def _own_buffers(manifest: Manifest, ranks: Ranks) -> str:
 
 def _has(folder: Path, manifest: Manifest, name: str) -> bool:
     """Whether a checkpoint has a file, perhaps one of another machine that was copied here."""
-    listed = name in manifest.files or name in manifest.elsewhere
-    return listed and (folder / name).exists()
+    return manifest.has(name) and (folder / name).exists()
 
 
 def _shape(slot: Slot) -> tuple[int, ...]:
@@ -405,24 +444,6 @@ def _misfitting_buffers(
     return problems
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """``RunRecord.shared`` and the engine's progress, before there is an engine.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    return _read_json(folder / content.RUN)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return decode(json.loads(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            Problem(f"{path} cannot be read", str(error), "use another checkpoint")
-        ) from error
-
-
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[TensorReader]:
     """An open file of slices.
@@ -434,16 +455,21 @@ def reading(path: Path) -> Iterator[TensorReader]:
         with TensorReader(path) as file:
             yield file
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            Problem(f"{path} cannot be read", str(error), "use another checkpoint")
-        ) from error
+        raise unreadable(path, error) from error
 
 
-def _mapping(path: Path, metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    found = json.loads(metadata.get(name, "null"))
-    if not isinstance(found, dict):
-        raise CheckpointError(Problem(f"{path} does not say its {name}", "it is no file of slices"))
-    return found
+def _mapping(metadata: Mapping[str, str], name: str, kind: Any) -> Any:
+    """What the metadata of a file of slices says.
+
+    Raises:
+        ValueError: it does not say it as it must.
+    """
+    if name not in metadata:
+        raise ValueError(f"it does not say its {name}: it is no file of slices")
+    try:
+        return typed(parsed(metadata[name].encode()), kind)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def opened(path: Path) -> Any:
@@ -457,6 +483,4 @@ def opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            Problem(f"{path} cannot be read", str(error), "use another checkpoint")
-        ) from error
+        raise unreadable(path, error) from error

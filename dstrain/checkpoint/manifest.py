@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import xxhash
+from annotated_types import Le
+from pydantic import ConfigDict, StringConstraints, with_config
 
+from dstrain.core.documents import (
+    AtLeastOne,
+    Count,
+    FileName,
+    Flag,
+    Shape,
+    Text,
+    loaded,
+    parsed,
+    typed,
+)
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import FileRecord, record_of, sync_folder, write_bytes
 
 NAME = "manifest.json"
-SLICES = "slices"
-DEEPSPEED = "deepspeed"
+SLICES: Literal["slices"] = "slices"
+DEEPSPEED: Literal["deepspeed"] = "deepspeed"
+Layout = Literal["slices", "deepspeed"]
 FORMAT = "dstrain checkpoint"
 VERSION = 1
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Manifest:
     """What one checkpoint holds.
@@ -35,7 +51,8 @@ class Manifest:
         created: time of the commit, ISO 8601, UTC.
         parameters: name -> shape, of every parameter.
         optimized: names of the parameters that have master weights and optimizer state.
-        metrics: of the last evaluation before it, empty where there was none.
+        metrics: of the last evaluation before it, empty where there was none; what a user's
+            function gave, so most are numbers.
         versions: of dstrain and the libraries that it stands on.
         files: path relative to the folder -> size and checksum, of every file but the manifest.
         elsewhere: likewise, of the files of ranks that have another machine's disk; they may be
@@ -43,24 +60,34 @@ class Manifest:
         layout: of what a resume needs: "slices" by parameter name, or "deepspeed"'s own files.
     """
 
-    step: int
-    world_size: int
-    stage: int
-    precision: str
-    resumable: bool
-    has_weights: bool
-    created: str
-    parameters: Mapping[str, tuple[int, ...]]
-    optimized: tuple[str, ...]
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, FileRecord] = field(default_factory=dict)
-    layout: str = SLICES
-    elsewhere: Mapping[str, FileRecord] = field(default_factory=dict)
+    step: Count
+    world_size: AtLeastOne
+    stage: Annotated[Count, Le(3)]
+    precision: Annotated[str, StringConstraints(strict=True, pattern="^(fp32|bf16|fp16)$")]
+    resumable: Flag
+    has_weights: Flag
+    created: Text
+    parameters: Mapping[Text, Shape]
+    optimized: tuple[Text, ...]
+    metrics: Mapping[Text, Any] = field(default_factory=dict)
+    versions: Mapping[Text, Text] = field(default_factory=dict)
+    files: Mapping[FileName, FileRecord] = field(default_factory=dict)
+    layout: Layout = SLICES
+    elsewhere: Mapping[FileName, FileRecord] = field(default_factory=dict)
+
+    def figure(self, name: str) -> float | None:
+        """A metric that is a number; None where there is none of that name, or it is none."""
+        value = self.metrics.get(name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return value if is_number else None
 
     def not_in(self, folder: Path) -> list[str]:
         """The files on other machines' disks that are not in this folder either."""
         return [name for name in self.elsewhere if not (folder / name).exists()]
+
+    def has(self, name: str) -> bool:
+        """Whether a file is part of the checkpoint: no other file in its folder is read."""
+        return name in self.files or name in self.elsewhere
 
     @property
     def has_slices(self) -> bool:
@@ -95,8 +122,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / NAME
     try:
-        body = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+        body = parsed(loaded(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             Problem(
                 f"{folder} is no dstrain checkpoint",
@@ -109,7 +136,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise _damaged(path, f"it does not say {FORMAT!r}")
     version = body.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or version < 1:
+        raise _damaged(path, "its version is no positive number")
+    if version > VERSION:
         raise CheckpointError(
             Problem(
                 f"{path} has version {version}",
@@ -119,16 +148,49 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if body.pop("checksum", None) != _checksum(body):
         raise _damaged(path, "its content does not have the checksum that stands in it")
-    names = [*body["files"], *body.get("elsewhere", {})]
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
-        raise _damaged(path, "it lists files outside of its folder")
-    for key in ("format", "version"):
-        body.pop(key)
-    for key in ("files", "elsewhere"):
-        body[key] = {name: FileRecord(**record) for name, record in body.get(key, {}).items()}
-    body["parameters"] = {n: tuple(shape) for n, shape in body["parameters"].items()}
-    body["optimized"] = tuple(body["optimized"])
-    return Manifest(**body)
+    try:
+        manifest = typed(
+            {k: v for k, v in body.items() if k not in ("format", "version")}, Manifest
+        )
+        _check_consistent(manifest)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    return manifest
+
+
+def _check_consistent(manifest: Manifest) -> None:
+    """What fields say of each other.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if unknown := sorted(set(manifest.optimized) - set(manifest.parameters)):
+        raise ValueError(f"optimized: {unknown[0]!r} is none of its parameters")
+    if NAME in manifest.files or NAME in manifest.elsewhere:
+        raise ValueError("files: it lists itself")
+    if both := sorted(set(manifest.files) & set(manifest.elsewhere)):
+        raise ValueError(f"elsewhere: {both[0]!r} is among its own files too")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether dstrain has written a folder as a checkpoint, whole or damaged since.
+
+    Nothing else is ever removed, renamed or replaced: not a link, which somebody has made, nor
+    a folder without a manifest, nor one with another program's.
+    """
+    path = folder / NAME
+    try:
+        if not stat.S_ISDIR(os.lstat(folder).st_mode) or not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
+        begin = loaded(path, 4096)
+    except OSError:
+        return False
+    # A manifest that has lost its text is known by what stands beside it in every checkpoint.
+    return FORMAT.encode() in begin or _has_our_files(folder)
+
+
+def _has_our_files(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("state/run.json", "trainer_state.json"))
 
 
 def check_files(
@@ -136,6 +198,7 @@ def check_files(
     manifest: Manifest,
     *,
     share: tuple[int, int] = (0, 1),
+    only: Collection[str] | None = None,
     on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> list[str]:
     """What is wrong with the files of a checkpoint, a line each; empty when nothing is.
@@ -144,26 +207,66 @@ def check_files(
         folder: the checkpoint.
         manifest: its manifest.
         share: (k, n) looks at every n-th file from the k-th on, so that ranks share the work.
+        only: look at these files alone.
         on_file: called with the bytes of each file that has been looked at.
     """
     found = []
     absent = manifest.not_in(folder)
     copied = {name: r for name, r in manifest.elsewhere.items() if name not in absent}
     records = {**manifest.files, **copied}
+    if only is not None:
+        records = {name: record for name, record in records.items() if name in only}
     for name, expected in sorted(records.items())[share[0] :: share[1]]:
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != expected.size:
-                found.append(f"{name} has {size} bytes instead of {expected.size}")
-            elif record_of(path) != expected:
-                found.append(f"{name} does not have its checksum: its content has changed")
-        except FileNotFoundError:
-            found.append(f"{name} is missing")
-        except OSError as error:
-            found.append(f"{name} cannot be read: {error.strerror or error}")
+        if problem := _fault_of(folder, name, expected):
+            found.append(problem)
         on_file(expected.size)
     return found
+
+
+def require_files(
+    folder: Path,
+    manifest: Manifest,
+    names: Collection[str],
+    *,
+    on_file: Callable[[int], object] = lambda num_bytes: None,
+) -> None:
+    """See to it that files which are about to be read are as they were written.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        names: of the files, by their path in the folder.
+        on_file: as for ``check_files``.
+
+    Raises:
+        CheckpointError: naming each that is not, or that the manifest does not list.
+    """
+    problems = [f"{n} is not listed in {NAME}" for n in sorted(names) if not manifest.has(n)]
+    problems += check_files(folder, manifest, only=names, on_file=on_file)
+    if problems:
+        raise CheckpointError(
+            Problem(f"{folder} is damaged", "\n".join(problems), "use another checkpoint")
+        )
+
+
+def _fault_of(folder: Path, name: str, expected: FileRecord) -> str | None:
+    """What is wrong with one file; None where nothing is."""
+    path = folder / name
+    try:
+        about = path.stat()
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{name} leads outside of the checkpoint, by a symbolic link"
+        if not stat.S_ISREG(about.st_mode):
+            return f"{name} is no file"
+        if about.st_size != expected.size:
+            return f"{name} has {about.st_size} bytes instead of {expected.size}"
+        if record_of(path) != expected:
+            return f"{name} does not have its checksum: its content has changed"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, RuntimeError) as error:  # the latter of a circle of links, up to Python 3.12
+        return f"{name} cannot be read: {getattr(error, 'strerror', None) or error}"
+    return None
 
 
 def extra_files(folder: Path, manifest: Manifest) -> list[str]:

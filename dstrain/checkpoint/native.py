@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dstrain.checkpoint.manifest import DEEPSPEED, Manifest
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
+from dstrain.engine import Unpickling
 
 LATEST = "latest"
 
@@ -39,8 +40,17 @@ def check_readable(folder: Path, manifest: Manifest, reader: Reader) -> None:
     Raises:
         CheckpointError: with every reason; never for a checkpoint of slices.
     """
-    if manifest.layout != DEEPSPEED:
-        return
+    if manifest.layout == DEEPSPEED:
+        unpickling(folder, manifest, reader)
+
+
+def unpickling(folder: Path, manifest: Manifest, reader: Reader) -> Unpickling:
+    """Allow DeepSpeed's loader, which executes pickles, to read a checkpoint.
+
+    Raises:
+        CheckpointError: the user did not choose it, or it could not read this one; with every
+            reason.
+    """
     convert = f"make it one of any topology: dstrain checkpoint import {folder} OUT"
     if not reader.unpickles:
         raise CheckpointError(
@@ -63,4 +73,18 @@ def check_readable(folder: Path, manifest: Manifest, reader: Reader) -> None:
         )
         if there != here
     ]
+    tag = tag_of(manifest.step)
+    if manifest.layout != DEEPSPEED or not manifest.resumable:
+        problems.append(Problem(f"{folder} does not hold what DeepSpeed resumes from"))
+    # DeepSpeed reads what it finds there; what the manifest does not list has no checksum.
+    there = sorted(str(p.relative_to(folder)) for p in (folder / tag).rglob("*") if not p.is_dir())
+    if unknown := [name for name in there if not manifest.has(name)]:
+        problems.append(
+            Problem(
+                f"{folder} has a file that is no part of it: {unknown[0]}",
+                "DeepSpeed would read it",
+                "remove it, or use another checkpoint",
+            )
+        )
     raise_problems(problems, error=CheckpointError)
+    return Unpickling(folder, tag)

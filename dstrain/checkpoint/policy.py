@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dstrain.checkpoint.manifest import SLICES
+from dstrain.checkpoint.manifest import SLICES, Layout
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Policy:
     asynchronous: bool | None = None
     on_each_node: bool = False
     stop_on_failure: bool = True
-    layout: str = SLICES
+    layout: Layout = SLICES
 
 
 @dataclass(frozen=True)

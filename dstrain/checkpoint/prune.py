@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dstrain.checkpoint import folders
 from dstrain.checkpoint.find import verify
+from dstrain.checkpoint.trainer_state import read_trainer_state
 from dstrain.core.errors import CheckpointError, Problem
 
 
@@ -35,8 +35,9 @@ def prune(
 ) -> Pruning:
     """Remove the oldest checkpoints of a run until ``keep`` are left.
 
-    The newest, the best and those that a process reads stay whatever ``keep`` is. Nothing is
-    removed unless the newest verifies: it may be all that is left afterwards.
+    The newest, the best and those that a process reads stay whatever ``keep`` is; and so does what
+    dstrain has not made, such as links, which do not count. Nothing is removed unless the newest
+    verifies: it may be all that is left afterwards.
 
     Args:
         output_dir: a run's folder.
@@ -55,11 +56,13 @@ def prune(
             Problem(f"there is no checkpoint in {str(output_dir)!r}", "", "name a run's output_dir")
         )
     best = best_of(output_dir)
+    owned = folders.owned(output_dir)
     surplus = folders.surplus(output_dir, limit=keep, keep=[] if best is None else [best])
     if surplus:
-        _check_newest(found[-1], on_file)
+        _check_newest(owned[-1], on_file)
     removed = []
-    kept = {f.folder: "" for f in found}
+    ours = {f.folder for f in owned}
+    kept = {f.folder: "" if f.folder in ours else "dstrain has not made it" for f in found}
     for old in surplus:
         if folders.is_read(old.folder):
             kept[old.folder] = "a process is reading it"
@@ -68,9 +71,10 @@ def prune(
             del kept[old.folder]
         else:
             kept[old.folder] = "it could not be removed"
-    kept[found[-1].folder] = "newest"
-    if best in kept:
-        kept[best] = "best" if best != found[-1].folder else "newest and best"
+    for newest in owned[-1:]:
+        kept[newest.folder] = "newest" if best != newest.folder else "newest and best"
+    if best is not None and kept.get(best) == "":
+        kept[best] = "best"
     stay = tuple((f, kept[f.folder]) for f in found if f.folder in kept)
     return Pruning(tuple(removed), stay)
 
@@ -78,9 +82,8 @@ def prune(
 def best_of(output_dir: Path) -> Path | None:
     """The run's best checkpoint by the records of the newest that says so."""
     for checkpoint in reversed(folders.committed(output_dir)):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads((checkpoint.folder / "trainer_state.json").read_bytes())
-            best = state["best_model_checkpoint"]
+        with contextlib.suppress(CheckpointError):
+            best = read_trainer_state(checkpoint.folder).best_model_checkpoint
             return None if best is None else output_dir / Path(best).name
     return None
 

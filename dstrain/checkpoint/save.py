@@ -13,10 +13,12 @@ from typing import Any
 
 from dstrain.checkpoint import content, folders, native
 from dstrain.checkpoint.codec import encode
+from dstrain.checkpoint.extra_state import extra_states
 from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest, write_manifest
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.staging import Staging, new_staging
 from dstrain.checkpoint.versions import versions
+from dstrain.core.documents import check_depth
 from dstrain.core.errors import CheckpointError, DstrainError, ModelError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
@@ -91,7 +93,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
         self._writing: int | None = None
-        self._warned = False
+        self._warned = self._said_lost = False
         self.failed: set[int] = set()
         self._group: Any = None
         if is_distributed():
@@ -224,6 +226,8 @@ class CheckpointWriter:
         slices: content.Slices | None = None
         engine.buffers.look()
         self._warn_of_caches(engine)
+        extra, lost = extra_states(engine.module)
+        self._warn_of_lost(lost)
         with all_or_none():  # before copies, whose end no rank needs to wait for on another
             if not policy.only_model and policy.layout == SLICES:
                 slices = content.own_slices(engine, sharers)
@@ -232,6 +236,7 @@ class CheckpointWriter:
                 {
                     "engine": read_progress(engine),
                     "formats": content.formats(engine),
+                    "extra_states": extra,
                     **record.shared,
                 },
                 where="the run's state",
@@ -334,6 +339,17 @@ class CheckpointWriter:
                 ", ".join(caches[:3]),
             )
 
+    def _warn_of_lost(self, lost: list[str]) -> None:
+        """Say once which extra states a resumed run will not find."""
+        if lost and self._ranks.is_main and not self._policy.only_model and not self._said_lost:
+            self._said_lost = True
+            logger.warning(
+                "the extra state of %d modules (%s) is not in checkpoints, which hold plain values "
+                "and tensors only: let get_extra_state return such",
+                len(lost),
+                ", ".join(path or "the model" for path in lost[:3]),
+            )
+
     def _finish_in_thread(self, job: _Job) -> None:
         try:
             self._failures = self._finish(job)
@@ -413,6 +429,12 @@ def _write_document(path: Path, document: Any) -> FileRecord:
     Raises:
         CheckpointError: it holds what JSON does not know; a callback can put anything there.
     """
+    try:
+        check_depth(document)
+    except ValueError as error:
+        raise CheckpointError(
+            Problem(f"{path.name}: {error}", "a callback's state or a log is so", "flatten it")
+        ) from error
     try:
         return write_json(path, document)
     except (TypeError, ValueError) as error:

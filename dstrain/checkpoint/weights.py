@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from dstrain.checkpoint.load import (
     reading,
 )
 from dstrain.checkpoint.manifest import Manifest
+from dstrain.core.documents import FileName, Text, read_document, unreadable
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.engine import Engine, Region, Slot, begin_load, finish_load, regions, slots_of
@@ -41,7 +43,7 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
         problems = misfits(engine, folder, manifest, index, ranks)
         raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
         if index is None:
-            _from_model_files(engine, held, folder)
+            _from_model_files(engine, held, folder, manifest)
         else:
             if manifest.elsewhere:
                 check_here(held, index, folder, values_only=True)
@@ -50,8 +52,8 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
     finish_load(engine)
 
 
-def _from_model_files(engine: Engine, held: list[Region], folder: Path) -> None:
-    places = _places(folder)
+def _from_model_files(engine: Engine, held: list[Region], folder: Path, manifest: Manifest) -> None:
+    places = _places(folder, manifest)
     groups = groups_of(engine.module)
     absent = sorted(s.name for group in groups for s in group.saved if s.name not in places)
     if absent:
@@ -110,11 +112,24 @@ def _read_group(
             region.write(region.value_key, region.start, values)
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    """File of every tensor of a Hugging Face folder."""
-    if (folder / _INDEX).is_file():
-        content_of_index = json.loads((folder / _INDEX).read_text())
-        return {name: folder / file for name, file in content_of_index["weight_map"].items()}
+@dataclass(frozen=True)
+class _ShardIndex:
+    """``model.safetensors.index.json``: which tensor is in which file."""
+
+    weight_map: Mapping[Text, FileName]
+
+
+def _places(folder: Path, manifest: Manifest) -> dict[str, Path]:
+    """File of every tensor of a checkpoint's model, as far as the checkpoint lists it.
+
+    Raises:
+        CheckpointError: the index is damaged, or names a file that is no part of the checkpoint.
+    """
+    if manifest.has(_INDEX):
+        files = read_document(folder / _INDEX, _ShardIndex).weight_map
+        if unknown := sorted(f for f in files.values() if not manifest.has(f)):
+            raise unreadable(folder / _INDEX, ValueError(f"{unknown[0]} is no part of it"))
+        return {name: folder / file for name, file in files.items()}
     path = folder / "model.safetensors"
     with reading(path) as file:
         return dict.fromkeys(file.keys(), path)

@@ -24,7 +24,7 @@ _WIDEST = 60
 
 def ls(options: Namespace) -> int:
     """List the checkpoints of a run."""
-    from dstrain.checkpoint import best_of, committed, read_manifest
+    from dstrain.checkpoint import best_of, committed, named, read_manifest
 
     rows = [("step", "size", "state", "ranks", "stage", "metrics", "")]
     found = committed(options.dir)
@@ -37,7 +37,8 @@ def ls(options: Namespace) -> int:
                 (str(checkpoint.step), "?", "damaged", "", "", str(error.problems[0].why), "")
             )
             continue
-        metrics = " ".join(f"{k}={v:.4g}" for k, v in manifest.metrics.items() if "loss" in k)
+        figures = {k: manifest.figure(k) for k in manifest.metrics if "loss" in k}
+        metrics = " ".join(f"{k}={v:.4g}" for k, v in figures.items() if v is not None)
         rows.append(
             (
                 str(manifest.step),
@@ -49,7 +50,7 @@ def ls(options: Namespace) -> int:
                 "best" if best == checkpoint.folder else "",
             )
         )
-    unfinished = sorted(p.name for p in options.dir.glob("checkpoint-*") if _is_unfinished(p))
+    unfinished = [f.folder.name for f in named(options.dir) if _is_unfinished(f.folder)]
     if len(rows) > 1:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         for row in rows:
@@ -62,7 +63,7 @@ def ls(options: Namespace) -> int:
 
 
 def _is_unfinished(path: Path) -> bool:
-    return path.is_dir() and not (path / "manifest.json").exists()
+    return not (path / "manifest.json").exists()
 
 
 def verify(options: Namespace) -> int:
@@ -102,8 +103,11 @@ def diff(options: Namespace) -> int:
     from dstrain.checkpoint import compare
 
     first, second = (checkpoints(folder)[-1] for folder in (options.first, options.second))
-    with tqdm(unit=" tensors", desc="diff", disable=quiet()) as bar:
-        found = compare(first, second, on_tensor=lambda name: bar.update())
+    with (
+        tqdm(unit="B", unit_scale=True, desc="verify", disable=quiet()) as verified,
+        tqdm(unit=" tensors", desc="diff", disable=quiet()) as bar,
+    ):
+        found = compare(first, second, on_tensor=lambda name: bar.update(), on_file=verified.update)
     print(f"A  {first}\nB  {second}")
     title = None
     for group, name, a, b in found.values:

@@ -16,13 +16,17 @@ def export(options: Namespace) -> int:
 
     (folder,) = checkpoints(options.dir)[-1:]
     total = len(read_manifest(folder).parameters)
-    with tqdm(total=total, unit=" tensors", desc="export", disable=quiet()) as bar:
+    with (
+        tqdm(unit="B", unit_scale=True, desc="verify", disable=quiet()) as verified,
+        tqdm(total=total, unit=" tensors", desc="export", disable=quiet()) as bar,
+    ):
         count = checkpoint.export(
             folder,
             options.out,
             dtype=options.dtype,
             shard_bytes=options.max_shard_bytes,
             on_tensor=lambda name, num_bytes: bar.update(),
+            on_file=verified.update,
         )
     print(f"{count} tensors of {folder} are in {options.out}")
     return 0
@@ -35,9 +39,15 @@ def convert(options: Namespace) -> int:
     from dstrain import checkpoint
 
     (folder,) = checkpoints(options.dir)[-1:]
-    with tqdm(unit="B", unit_scale=True, desc="convert", disable=quiet()) as bar:
+    with (
+        tqdm(unit="B", unit_scale=True, desc="verify", disable=quiet()) as verified,
+        tqdm(unit="B", unit_scale=True, desc="convert", disable=quiet()) as bar,
+    ):
         done = checkpoint.convert(
-            folder, options.out, on_tensor=lambda name, num_bytes: bar.update(num_bytes)
+            folder,
+            options.out,
+            on_tensor=lambda name, num_bytes: bar.update(num_bytes),
+            on_file=verified.update,
         )
     print(f"{options.out}: step {done.step}, {done.num_parameters} parameters, of {folder}")
     for remark in done.remarks:

@@ -117,6 +117,8 @@ def read_record(given: str) -> dict[str, Any] | None:
     Raises:
         ConfigError: a folder without a record, or a file that cannot be read.
     """
+    from dstrain.core.documents import parsed
+
     path = Path(given).expanduser()
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -135,7 +137,7 @@ def read_record(given: str) -> dict[str, Any] | None:
     elif not is_file:
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(Problem(f"--diff {given}", f"cannot be read: {error}")) from error
     if not isinstance(content, dict) or not {"deepspeed", "provenance"} <= set(content):

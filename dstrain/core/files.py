@@ -6,9 +6,12 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import xxhash
+from pydantic import StringConstraints
+
+from dstrain.core.documents import Count
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -22,8 +25,8 @@ class FileRecord:
         checksum: "xxh3:" and the 64-bit XXH3 hash of the content in hexadecimal.
     """
 
-    size: int
-    checksum: str
+    size: Count
+    checksum: Annotated[str, StringConstraints(strict=True, pattern="^xxh3:[0-9a-f]{16}$")]
 
 
 class DurableFile:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dstrain.core.documents import Count
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -17,11 +19,11 @@ class Progress:
         num_input_tokens: input tokens (padding included) this rank has trained on.
     """
 
-    step: int = 0
-    epoch: int = 0
-    steps_in_epoch: int = 0
-    samples_in_epoch: int = 0
-    num_input_tokens: int = 0
+    step: Count = 0
+    epoch: Count = 0
+    steps_in_epoch: Count = 0
+    samples_in_epoch: Count = 0
+    num_input_tokens: Count = 0
 
     def advance(self, *, samples: int, tokens: int) -> Progress:
         """The position after one more optimizer step."""

@@ -82,6 +82,33 @@ def set_random_state(state: dict[str, Any]) -> None:
         device.set_rng_state(state["device"])
 
 
+def check_random_state(state: Any) -> None:
+    """See to it that ``set_random_state`` can put a state back, by trying it on other generators.
+
+    Raises:
+        ValueError: it is no state of these generators.
+    """
+    import numpy as np
+    import torch
+
+    try:
+        _, numbers, following = state["python"]
+        random.Random().setstate(state["python"])
+        name, keys, position, *rest = state["numpy"]
+        # numpy takes any position, and would read beyond the state's end.
+        if not 0 <= position <= keys.numel() or not isinstance(following, (float, type(None))):
+            raise ValueError("a position or a number in it is out of range")
+        np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), position, *rest))
+        torch.Generator().set_state(state["torch"])
+        if torch.cuda.is_available() and "device" in state:
+            torch.Generator(device="cuda").set_state(state["device"])
+    except (
+        *(KeyError, TypeError, ValueError, RuntimeError, AttributeError),
+        *(IndexError, OverflowError),
+    ) as error:
+        raise ValueError(f"it is no random state: {type(error).__name__}: {error}") from error
+
+
 def _device_module() -> Any:
     """The torch module of the accelerator in use (torch.cuda and the like), None on the CPU."""
     import torch

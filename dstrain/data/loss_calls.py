@@ -34,6 +34,7 @@ _WATCHED = {*_CLASSES, *_ELEMENTWISE, functional.ctc_loss}
 # How far the quotient of a sum and the loss may be from a whole number of targets.
 _TOLERANCE = 1e-3
 _AS_MANY = 2  # how loosely a rule fits that agrees in number alone
+_AMBIGUOUS_SUM = 3  # of a sum over one target, which is its mean as well
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class LossCall:
         reduction: "mean", "sum", "none" or another of torch's.
         weighted: whether classes or elements have weights.
         values: what it returned, in host memory, in fp64.
+        columns: the batch keys that the target was made from, by whatever functions of torch.
+        returned: what it returned, detached.
     """
 
     function: Callable[..., Any]
@@ -55,6 +58,8 @@ class LossCall:
     reduction: str
     weighted: bool
     values: torch.Tensor
+    columns: frozenset[str] = frozenset()
+    returned: torch.Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -67,27 +72,98 @@ class LossCall:
             return self.target.numel() // self.target.shape[1]  # probabilities of classes
         return self.target.numel()
 
-    def num_in_mean(self, loss: float) -> float:
-        """Targets that the loss is divided by, if the loss is made of this call alone."""
+    def num_in_mean(self, loss: float, valid: torch.Tensor | None = None) -> float:
+        """Targets that the loss is divided by, if the loss is made of this call alone.
+
+        Args:
+            loss: of the batch.
+            valid: which elements of the call count, where others are left out after it.
+        """
         if self.reduction == "mean":
             return float(self.num_targets)
-        return float(self.values.sum()) / loss if loss else float("nan")
+        values = self.values
+        if valid is not None and self.reduction == "none" and valid.numel() == values.numel():
+            values = values.flatten()[valid.flatten()]
+        return float(values.sum()) / loss if loss else float("nan")
+
+
+class ToldCount(int):
+    """A count that is passed to code of the user's, so that one can see whether that uses it."""
 
 
 class LossCalls(TorchFunctionMode):
-    """Records the calls of loss functions while it is entered; it changes none."""
+    """Records the calls of loss functions while it is entered; it changes none.
 
-    def __init__(self) -> None:
-        """Nothing seen yet."""
+    Attributes:
+        calls: of loss functions, in order.
+        used_count: whether some function of torch was given a ``ToldCount``, such as a division.
+    """
+
+    def __init__(self, columns: Mapping[str, torch.Tensor]) -> None:
+        """Nothing seen yet.
+
+        Args:
+            columns: the tensors of the batch that the forward pass is given, by their keys.
+        """
         super().__init__()
         self.calls: list[LossCall] = []
+        self.used_count = False
+        # Held as long as this: the number of a tensor that is gone may be another one's.
+        self._origins: dict[int, tuple[torch.Tensor, frozenset[str]]] = {
+            id(tensor): (tensor, frozenset([name])) for name, tensor in columns.items()
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func``, and note it where it is a loss function."""
-        returned = func(*args, **(kwargs or {}))
+        """Call ``func``, note it where it is a loss function, and what its result is made from."""
+        kwargs = kwargs or {}
+        returned = func(*args, **kwargs)
+        tensors = list(_within((args, kwargs), self._heed))
+        columns = frozenset().union(*(self._columns_of(tensor) for tensor in tensors))
         if func in _WATCHED and isinstance(returned, torch.Tensor):
-            self.calls.append(_noted(func, args, kwargs or {}, returned))
+            self.calls.append(self._noted(func, args, kwargs, returned))
+        if columns:
+            name = getattr(func, "__name__", "")
+            in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+            # What has been through the model's parameters is no target, and would only be held.
+            made = [t for t in _within(returned, None) if not t.requires_grad]
+            for tensor in [*made, *tensors[:1]] if in_place else made:
+                self._origins[id(tensor)] = (tensor, columns | self._columns_of(tensor))
         return returned
+
+    def _heed(self, value: Any) -> None:
+        self.used_count = self.used_count or isinstance(value, ToldCount)
+
+    def _columns_of(self, tensor: torch.Tensor) -> frozenset[str]:
+        return self._origins.get(id(tensor), (None, frozenset[str]()))[1]
+
+    def _noted(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Mapping[str, Any],
+        returned: torch.Tensor,
+    ) -> LossCall:
+        call = _noted(function, args, kwargs, returned)
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        target = given["target_lengths" if function is functional.ctc_loss else "target"]
+        columns = frozenset[str]()
+        if isinstance(target, torch.Tensor):
+            columns = self._columns_of(target)
+        return replace(call, columns=columns)
+
+
+def _within(value: Any, heed: Callable[[Any], None] | None) -> Iterator[torch.Tensor]:
+    """The tensors in the arguments or the result of a function; ``heed`` gets everything else."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _within(part, heed)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _within(part, heed)
+    elif heed is not None:
+        heed(value)
 
 
 def _noted(
@@ -106,7 +182,31 @@ def _noted(
         reduction=values["reduction"],
         weighted=values.get("weight") is not None,
         values=returned.detach().double().cpu(),
+        returned=returned.detach(),
     )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How the loss of a batch can have come about.
+
+    Attributes:
+        rules: all that fit, the expected one first if it does, and how loosely each fits: 0 where
+            the calls were given its labels at the same places, 1 where in the same order, 2 where
+            as many. Empty where none fits.
+        certain: the rule that is the right one, where the calls themselves took the mean over
+            targets that are known; where a mean was taken afterwards, by a division, another one
+            may only have the same number of targets in this batch.
+        ratio: the loss by the mean, where one call made it. Another number than 1 is a factor or a
+            sign of other terms; which of them, another batch tells.
+    """
+
+    rules: dict[LossRule, int]
+    certain: LossRule | None = None
+    ratio: float | None = None
+
+
+NOTHING = Explanation({})
 
 
 def explain(
@@ -117,41 +217,37 @@ def explain(
     expected: LossRule,
     labels: Sequence[str],
     num_samples: int | None,
-) -> dict[LossRule, int] | None:
+) -> Explanation | None:
     """Find the rules by which the loss of a batch can have come from the calls of its forward pass.
 
     Args:
         calls: of the forward pass.
         loss: what came of it, one element.
-        inputs: the batch that the forward pass was given, on any device.
+        inputs: the batch as the loader gave it: that is where targets will be counted.
         expected: the rule that is tried first.
         labels: the label columns.
         num_samples: samples of the batch, where they are known.
 
     Returns:
-        all rules that fit, the expected one first if it does, and how loosely each fits: 0 where
-        the calls were given its labels at the same places, 1 where in the same order, 2 where as
-        many. Empty where none fits. None where the batch cannot tell: a column without a single
-        label may hold the targets of a part of the loss that is not seen now.
+        an explanation; None where the batch cannot tell: a column without a single label may hold
+        the targets of a part of the loss that is not seen now.
     """
     value = float(torch.as_tensor(loss).detach().double().mean())
     calls = _joined(_of_the_loss(calls, value))
-    batch = {k: v.cpu() for k, v in _tensors(inputs)}
+    batch = {k: v.cpu() for k, v in tensors_of(inputs)}
     samples = batch_size(inputs) if num_samples is None else num_samples
     if any(bool((batch[name] == IGNORED).all()) for name in labels if name in batch):
         return None
-    if not calls or any(call.weighted for call in calls):
-        return {}
+    if not calls or any(call.weighted and call.reduction == "mean" for call in calls):
+        return NOTHING
     if any(call.function is functional.ctc_loss for call in calls):
         # Its mean is over samples, of each sample's mean over its own labels.
-        return {LossRule(is_sum=calls[0].reduction == "sum"): 0} if len(calls) == 1 else {}
+        rule = LossRule(is_sum=calls[0].reduction == "sum")
+        return Explanation({rule: 0}, certain=rule) if len(calls) == 1 else NOTHING
     fitting: dict[LossRule, int] = {}
-    # The sum over a single target is its mean too: where another rank has more, it can tell.
     may_be_sum = len(calls) == 1 and _is_sum(calls[0], value)
-    if may_be_sum:
-        fitting[LossRule(is_sum=True)] = 0
-        if calls[0].num_targets > 1:
-            return fitting
+    if may_be_sum and (calls[0].num_targets > 1 or _is_untouched(calls[0], loss)):
+        return Explanation({LossRule(is_sum=True): 0}, certain=LossRule(is_sum=True))
     ignored = {c.ignored for c in calls} | {IGNORED, None}
     tried = dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored)])
     fits = [
@@ -162,11 +258,33 @@ def explain(
     fits = [_found(ways) or ways for ways in fits]
     for denominator in tried:
         if all(denominator in ways for ways in fits):
-            loosest = max(ways[denominator] for ways in fits)
-            fitting[LossRule((denominator,))] = _AS_MANY if may_be_sum else loosest
+            fitting[LossRule((denominator,))] = max(ways[denominator] for ways in fits)
     if all(_is_over_samples(call, samples, value) for call in calls):
         fitting.setdefault(LossRule(), _AS_MANY)
-    return fitting
+    if may_be_sum:  # the sum over a single target is its mean too; a later batch has more
+        fitting[LossRule(is_sum=True)] = _AMBIGUOUS_SUM
+    certain = [r for r, how in fitting.items() if not how and _is_certain(r.parts[0], calls)]
+    ratio = _ratio(calls[0], value) if len(calls) == 1 else None
+    return Explanation(fitting, certain=certain[0] if certain else None, ratio=ratio)
+
+
+def _is_certain(denominator: Denominator, calls: Sequence[LossCall]) -> bool:
+    """Return whether the calls themselves took their means over the targets of this denominator.
+
+    That the labels are at the same places is not enough: a mask that was used as well, or a
+    division that came afterwards, may leave others out in another batch.
+    """
+    columns = {denominator.column, denominator.mask} - {None}
+    return all(
+        call.reduction == "mean" and call.columns == columns and call.ignored == denominator.ignored
+        for call in calls
+    )
+
+
+def _ratio(call: LossCall, loss: float) -> float | None:
+    """The loss by the mean that a call took; None where the call took none."""
+    mean = float(call.values.mean())
+    return loss / mean if call.reduction == "mean" and mean else None
 
 
 def _of_the_loss(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
@@ -189,11 +307,21 @@ def _joined(calls: list[LossCall]) -> list[LossCall]:
     return [replace(calls[0], target=target, reduction="sum", values=values)]
 
 
-def _tensors(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_of(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The columns of a batch that are tensors, by name."""
     if isinstance(inputs, Mapping):
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor):
                 yield name, value
+
+
+def _is_untouched(call: LossCall, loss: Any) -> bool:
+    """Return whether the loss is what the call returned, and so no quotient by one target.
+
+    At stage 3 it is another tensor in the same memory.
+    """
+    memory = None if call.returned is None else call.returned.data_ptr()
+    return isinstance(loss, torch.Tensor) and memory == loss.data_ptr()
 
 
 def _is_sum(call: LossCall, loss: float) -> bool:
@@ -291,14 +419,24 @@ def _agrees(
     samples: int,
     loss: float,
 ) -> bool:
-    """Return whether the call's mean is over as many targets as the denominator counts."""
-    count = denominator.count(batch, samples)
-    return abs(call.num_in_mean(loss) - count) <= _TOLERANCE * count
+    """Return whether the call's mean is over as many targets as the denominator counts.
+
+    Of targets that no column of the batch has gone into (a contrast numbers its own samples) the
+    number tells nothing: each one may depend on all samples.
+    """
+    if not call.columns:
+        return False
+    found = denominator.targets(batch)
+    count = samples if found is None else int(found[1].sum())
+    valid = None if found is None else found[1]
+    return abs(call.num_in_mean(loss, valid) - count) <= _TOLERANCE * count
 
 
 def _is_over_samples(call: LossCall, samples: int, loss: float) -> bool:
     """Return whether the call's mean is over samples, of as many elements each."""
-    if call.reduction == "batchmean":
+    if not call.columns:
+        return False
+    if call.reduction == "batchmean" or (samples == 1 and call.reduction in ("none", "sum")):
         return True
     if _agrees(SAMPLES, call, {}, samples, loss):
         return True

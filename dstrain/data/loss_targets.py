@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,32 +14,50 @@ from dstrain.core.adapters import inner_model
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, gather_objects
-from dstrain.data.loss_calls import LossCall, LossCalls, explain
+from dstrain.data.loss_calls import (
+    Explanation,
+    LossCall,
+    LossCalls,
+    ToldCount,
+    explain,
+    tensors_of,
+)
 from dstrain.data.loss_rule import IGNORED, Denominator, LossRule, expected_rule
 
 logger = get_logger(__name__)
 
 _MOST_SHOWN = 24  # of the elements of a row
-_MOST_UNCLEAR = 8  # optimizer steps after which a rule is settled that none of them made clear
+_MOST_OPEN = 8  # optimizer steps after which a rule is settled that none of them made clear
+_SAME_RATIO = 1e-5
+_OWN_CODE = ("transformers.", "liger_kernel.")  # whose losses are what the class says
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a rank has seen in the forward pass that it watched last.
+    """What a rank has seen in the forward passes that it watched since ranks agreed last.
 
     Attributes:
         loss: whether there was a loss.
         calls: whether it came of torch's loss functions.
-        fitting: the rules that explain it, and how loosely; None where the batch cannot tell.
+        used_count: whether the count that the user's code is told was used.
+        rules: those that explain every loss, and how loosely; None where no batch could tell.
+        certain: a rule that needs no other batch.
+        ratios: of losses to the means that torch's functions took.
     """
 
     loss: bool = False
     calls: bool = False
-    fitting: dict[LossRule, int] | None = None
+    used_count: bool = False
+    rules: dict[LossRule, int] | None = None
+    certain: LossRule | None = None
+    ratios: tuple[float | None, ...] = ()
 
 
 class LossTargets:
     """Knows what a model's loss is a mean over, and so what a micro-batch weighs.
+
+    The first forward passes are watched until one rule is left that explains them. Most often that
+    is the first pass alone; in up to eight steps, several rules may have the same counts.
 
     Attributes:
         labels: batch keys that are labels.
@@ -55,6 +74,7 @@ class LossTargets:
         *,
         rule: LossRule | None = None,
         watch: bool = True,
+        own_loss: bool = True,
         is_told: bool = False,
     ) -> None:
         """Guess the rule from the model's class.
@@ -64,22 +84,37 @@ class LossTargets:
             labels: batch keys that are labels.
             rule: the rule, where it is known for certain.
             watch: whether forward passes may be watched (a compiled one may not).
-            is_told: whether whoever computes the loss is told the count, to divide by it. The guess
-                then holds where nothing else is seen: it is what the loss was divided by.
+            own_loss: whether the loss is the one that the model returns, not one of the user's.
+            is_told: whether the model or the user's function takes the count, to divide by it. What
+                cannot be watched is believed to do so.
         """
-        from transformers import PreTrainedModel
-
         self.labels = tuple(labels)
-        self.rule = rule or expected_rule(module, labels)
+        self._guess = expected_rule(module, labels)
+        # Of several columns any may be what a loss is about, and the next batch may be without it.
+        self._while_open = self._guess if len(self.labels) < 2 else LossRule()
+        self.rule = rule or self._while_open
         self.settled = self.is_exact = rule is not None
         self._model = type(inner_model(module)).__name__
-        known = isinstance(inner_model(module), PreTrainedModel) and bool(labels)
-        self._may_guess = known or is_told
-        self._is_told = is_told
+        known = own_loss and bool(labels) and _runs_code_of(module, _OWN_CODE)
+        self._may_guess = known or (is_told and not watch)
         self._watches = watch
         self._seen = _Seen()
-        self._num_unclear = 0
-        self._calls: LossCalls | None = None
+        self._candidates: dict[LossRule, int] | None = None
+        self._ratios: list[float] = []
+        self._num_open = 0
+        self._watched: tuple[LossCalls, dict[str, torch.Tensor]] | None = None
+        self._said: set[str] = set()
+
+    def for_evaluation(self) -> LossTargets:
+        """Make one for evaluations: their losses are watched for themselves.
+
+        A batch of another size may hide what a loss is a mean over, and a model may compute another
+        loss there. What was found for training is preferred where it fits.
+        """
+        other = copy.copy(self)
+        other._seen, other._watched = _Seen(), None
+        other._candidates, other._ratios, other._num_open = None, [], 0
+        return other
 
     def counts(self, inputs: Any, num_samples: int | None = None) -> tuple[int, ...]:
         """Count what each part of a batch's loss is divided by; see ``LossRule.counts``.
@@ -89,10 +124,20 @@ class LossTargets:
         """
         counts = self.rule.counts(inputs, num_samples)
         if self.is_exact:
+            self._check_columns(inputs)
             return counts
         if self._has_no_label(inputs):
             return (0,)
         return counts if any(counts) else LossRule().counts(inputs, num_samples)
+
+    def told(self, inputs: Any, num_samples: int | None = None) -> ToldCount:
+        """Count the labels of a batch, for code that divides its loss by them (at least 1).
+
+        These are labels in the whole run, also where losses are weighted by samples.
+        """
+        has_labels = self.rule.parts[0].column is not None and not self.rule.is_sum
+        rule = self.rule if has_labels else self._guess
+        return ToldCount(max(1, *rule.counts(inputs, num_samples)))
 
     def without_ignored(self, inputs: Any) -> Any:
         """Return the batch with valid labels everywhere, for one that carries no weight."""
@@ -102,25 +147,29 @@ class LossTargets:
             inputs = Denominator(name).without_ignored(inputs)
         return inputs
 
-    def so_far(self, loss: Any, inputs: Any) -> LossRule:
+    def so_far(self, loss: Any) -> LossRule:
         """Return the rule as this rank sees it, inside of ``watching``.
 
         Args:
             loss: what came of the forward pass up to here.
-            inputs: the batch that it was given.
         """
-        if self._calls is None or loss is None:
+        if self._watched is None or loss is None:
             return self.rule
-        fitting = self._explain(self._calls.calls, loss, inputs, None) or {}
-        return min(fitting, key=lambda rule: fitting[rule], default=self.rule)
+        calls, batch = self._watched
+        found = self._explain(calls.calls, loss, batch, None)
+        rules = {} if found is None else found.rules
+        return min(rules, key=lambda rule: rules[rule], default=self.rule)
 
     @contextlib.contextmanager
-    def watching(self, inputs: Any, num_samples: int | None = None) -> Iterator[list[Any]]:
+    def watching(
+        self, inputs: Any, num_samples: int | None = None, *, given: Any = None
+    ) -> Iterator[list[Any]]:
         """Watch the forward pass inside the block, unless the rule is settled.
 
         Args:
-            inputs: the batch that it is given.
+            inputs: the batch as the loader gave it. What the block changes in it is no matter.
             num_samples: its samples, where they are known.
+            given: the batch that the forward pass is given, where it is another one.
 
         Yields:
             a list for the loss that came of the forward pass; left empty, nothing is learned.
@@ -128,19 +177,29 @@ class LossTargets:
         loss: list[Any] = []
         if self.settled or not self._watches:
             yield loss
+            self._note_loss(loss)
             return
-        with LossCalls() as self._calls:
-            yield loss
-        calls, self._calls = self._calls.calls, None
-        if loss and loss[0] is not None:
-            fitting = self._explain(calls, loss[0], inputs, num_samples) if calls else None
-            self._seen = _Seen(True, bool(calls), fitting)
+        batch = {name: tensor.clone() for name, tensor in tensors_of(inputs)}
+        calls = LossCalls(dict(tensors_of(inputs if given is None else given)))
+        self._watched = calls, batch
+        try:
+            with calls:
+                yield loss
+        finally:
+            self._watched = None
+        if loss and isinstance(loss[0], torch.Tensor):
+            found = self._explain(calls.calls, loss[0], batch, num_samples) if calls.calls else None
+            self._seen = _together(self._seen, calls, found)
+
+    def _note_loss(self, loss: list[Any]) -> None:
+        if not self.settled and loss and loss[0] is not None:
+            self._seen = replace(self._seen, loss=True)
 
     def settle(self, ranks: Ranks, *, final: bool) -> None:
         """Agree on the rule with all ranks, by what each has seen; a collective.
 
-        A rank that has seen nothing (it had no sample) goes by what the others have seen. Where
-        batches were unclear to all of them, the rule stays a guess until later ones are clear.
+        A rank that has seen nothing (it had no sample) goes by what the others have seen. As long
+        as several rules explain all batches the best of them counts, and later ones are watched.
 
         Args:
             ranks: this process among the others.
@@ -148,45 +207,111 @@ class LossTargets:
         """
         if self.settled:
             return
-        seen = gather_objects(self._seen)
-        clear = [s.fitting for s in seen if s.fitting is not None]
+        seen, self._seen = gather_objects(self._seen), _Seen()
+        clear = [s for s in seen if s.rules is not None]
+        used_count = any(s.used_count for s in seen)
         if clear:
-            self._choose(ranks, clear)
+            self._narrow(ranks, clear, used_count=used_count)
+        elif used_count:
+            self._choose(ranks, self._guess)
         elif any(s.calls for s in seen):
-            self._num_unclear += 1
-            if final and self._num_unclear >= _MOST_UNCLEAR:
-                self._choose(ranks, [])
+            self._num_open += 1
+            if final and self._num_open >= _MOST_OPEN:
+                self._go_by_samples(ranks, "could not be told from the first batches")
         elif final or any(s.loss for s in seen):
             self._keep_guess(ranks, "calls none of torch's loss functions")
 
-    def _choose(self, ranks: Ranks, seen: list[dict[LossRule, int]]) -> None:
-        """Take the first of the rules that fit best on all ranks: on one alone several may."""
-        fitting = [rule for rule in (seen or [{}])[0] if all(rule in rules for rules in seen)]
-        if not fitting and not self._is_told:
-            self._go_by_samples(ranks, "is no mean over labels of the batch, or several at once")
+    def _narrow(self, ranks: Ranks, seen: list[_Seen], *, used_count: bool) -> None:
+        """Keep the rules that explain what all ranks have seen, and settle where it is clear."""
+        self._num_open += 1
+        explained = [s.rules or {} for s in seen]
+        if self._candidates is not None:
+            explained.insert(0, self._candidates)
+        left = {
+            rule: sum(rules[rule] for rules in explained)
+            for rule in explained[0]
+            if all(rule in rules for rules in explained)
+        }
+        if used_count and (not left or self._guess in left):
+            self._choose(ranks, self._guess)
             return
-        self.rule = min(fitting, key=lambda r: sum(rules[r] for rules in seen), default=self.rule)
+        if not left:
+            why = "is no mean over labels of the batch, or several at once"
+            self._go_by_samples(ranks, why)
+            return
+        self._candidates = left
+        self._ratios += [r for s in seen for r in s.ratios if r is not None]
+        certain = [s.certain for s in seen if s.certain in left]
+        is_clear = bool(certain) or len(left) == 1
+        best = certain[0] if certain else min(left, key=lambda rule: left[rule])
+        self.rule = best if is_clear or len(self.labels) < 2 else self._while_open
+        factor_is_clear = not self._has_factor() or len(self._ratios) > 1
+        if (is_clear and factor_is_clear) or self._num_open >= _MOST_OPEN:
+            self._choose(ranks, best, among=() if is_clear else tuple(left))
+
+    def _choose(self, ranks: Ranks, rule: LossRule, *, among: Sequence[LossRule] = ()) -> None:
+        self.rule = rule
         self.settled = self.is_exact = True
-        if ranks.is_main:
-            logger.info("the loss of %s is %s", self._model, self.rule)
+        others = [str(other) for other in among if other != rule]
+        if not ranks.is_main or not self._is_new(f"is {rule}"):
+            return
+        logger.info("the loss of %s is %s", self._model, rule)
+        if others:
+            logger.info("the first batches cannot tell it from %s", ", or ".join(others[:3]))
+        if self._has_factor() and not self._is_constant():
+            logger.warning(
+                "the loss of %s has other terms beside %s: they are weighted as it is, so how a "
+                "global batch is split may change loss and gradients",
+                self._model,
+                rule,
+            )
+
+    def _has_factor(self) -> bool:
+        return any(abs(ratio - 1) > _SAME_RATIO for ratio in self._ratios)
+
+    def _is_constant(self) -> bool:
+        """Return whether losses are one multiple of the means that torch's functions took."""
+        largest = max(map(abs, self._ratios))
+        return max(self._ratios) - min(self._ratios) <= _SAME_RATIO * largest
 
     def _keep_guess(self, ranks: Ranks, why_not: str) -> None:
         if self._may_guess:
+            self.rule = self._guess
             self.settled = self.is_exact = True
         else:
             self._go_by_samples(ranks, why_not)
 
     def _explain(
         self, calls: Sequence[LossCall], loss: Any, inputs: Any, num_samples: int | None
-    ) -> dict[LossRule, int] | None:
+    ) -> Explanation | None:
         return explain(
             calls,
             loss,
             inputs,
-            expected=self.rule,
+            expected=self._guess if self.rule == LossRule() else self.rule,
             labels=self.labels,
             num_samples=num_samples,
         )
+
+    def _is_new(self, what: str) -> bool:
+        """Return whether this is said for the first time, in training or in an evaluation."""
+        new = what not in self._said
+        self._said.add(what)
+        return new
+
+    def _check_columns(self, inputs: Any) -> None:
+        """Say once that a batch lacks the labels that are counted: its samples are counted."""
+        for part in self.rule.parts:
+            if part.column is None or not isinstance(inputs, Mapping) or part.column in inputs:
+                continue
+            if part.column not in self._said:
+                self._said.add(part.column)
+                logger.warning(
+                    "a batch has no %s, which the loss is a mean over: it is weighted by its "
+                    "samples (%s)",
+                    part.column,
+                    ", ".join(map(str, inputs)),
+                )
 
     def _has_no_label(self, inputs: Any) -> bool:
         """Return whether a batch has label columns, and not a single label in them."""
@@ -198,13 +323,37 @@ class LossTargets:
 
     def _go_by_samples(self, ranks: Ranks, why: str) -> None:
         self.rule, self.settled = LossRule(), True
-        if ranks.is_main:
+        if ranks.is_main and self._is_new(why):
             logger.warning(
                 "the loss of %s %s: micro-batches are weighted by their samples, so how a global "
                 "batch is split may change loss and gradients",
                 self._model,
                 why,
             )
+
+
+def _together(seen: _Seen, calls: LossCalls, found: Explanation | None) -> _Seen:
+    """Add one forward pass with a loss to what a rank has seen."""
+    seen = replace(
+        seen,
+        loss=True,
+        calls=seen.calls or bool(calls.calls),
+        used_count=seen.used_count or calls.used_count,
+    )
+    if found is None:
+        return seen
+    rules = found.rules
+    if seen.rules is not None:
+        both = seen.rules.keys() & rules.keys()
+        rules = {r: max(how, rules[r]) for r, how in seen.rules.items() if r in both}
+    ratios = (*seen.ratios, found.ratio)
+    return replace(seen, rules=rules, certain=seen.certain or found.certain, ratios=ratios)
+
+
+def _runs_code_of(module: torch.nn.Module, packages: tuple[str, ...]) -> bool:
+    """Return whether the forward function of a model belongs to one of these packages."""
+    forward = getattr(inner_model(module), "forward", None)
+    return str(getattr(forward, "__module__", None)).startswith(packages)
 
 
 def no_targets(inputs: Any, targets: LossTargets, *, num_steps: int) -> DataError:

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from dstrain.core.errors import CheckpointError, Problem
+
 # Steps of a ``datasets.IterableDataset`` whose state says all there is to say; for the buffer of a
 # shuffle one of our own takes its place. Not among them is what formats whole tables.
 _EXACT = frozenset(
@@ -65,10 +67,25 @@ class Resumable:
         return None if state is None else {"kind": self._kind, "state": copy.deepcopy(state)}
 
     def load(self, state: dict[str, Any]) -> bool:
-        """Let the next iteration begin at ``state``; false where that is of another stream."""
-        if state["kind"] != self._kind:
+        """Let the next iteration begin at ``state``; false where that is of another stream.
+
+        Raises:
+            CheckpointError: the stream cannot take up that state.
+        """
+        if state.get("kind") != self._kind:
             return False
-        return self.source.load_state_dict(copy.deepcopy(state["state"])) is not False
+        try:
+            return self.source.load_state_dict(copy.deepcopy(state.get("state"))) is not False
+        except Exception as error:  # of the stream's own, which can be any class of a user's
+            raise CheckpointError(
+                Problem(
+                    f"the training data, a {type(self.source).__name__}, cannot take up its state "
+                    "in the checkpoint",
+                    f"{type(error).__name__}: {error}",
+                    "resume with the data of the run that wrote it, or set ignore_data_skip, "
+                    "which begins the epoch anew",
+                )
+            ) from error
 
     def begun(self) -> None:
         """To be called after the first sample: iterations after this one begin at the beginning."""

@@ -1,16 +1,16 @@
 """The only room that imports deepspeed: start-up, engine, ZeRO contexts."""
 
 from dstrain.engine.alive import engine_on, in_use, let_orphans_go, make_way
-from dstrain.engine.buffers import Buffers, Slot, main_ranks_buffers, slots_of
+from dstrain.engine.buffers import Buffers, Slot, fill_empty, main_ranks_buffers, slots_of
 from dstrain.engine.carry import Carried, carry, put_down
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.formats import check_formats, formats_remark
 from dstrain.engine.groups import decay_parameter_names, parameter_groups
 from dstrain.engine.in_step import in_step
-from dstrain.engine.leaf import expert_blocks
+from dstrain.engine.leaf import expert_blocks, leaf_remark
 from dstrain.engine.machine import free_memory_bytes, least, read_machine
 from dstrain.engine.metric_schedule import MetricSchedule
-from dstrain.engine.native import load_native, save_native
+from dstrain.engine.native import Unpickling, load_native, save_native
 from dstrain.engine.nvme import prepare_nvme
 from dstrain.engine.optimizer_state import changing_values, create_state, read_scalars
 from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
@@ -21,6 +21,7 @@ from dstrain.engine.partition import (
     stand_in,
     with_full_shapes,
 )
+from dstrain.engine.progress_record import EngineRecord
 from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
 from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
 from dstrain.engine.registration import StageTold, ZeroThreeMark
@@ -54,6 +55,7 @@ __all__ = [
     "Buffers",
     "Carried",
     "Engine",
+    "EngineRecord",
     "MetricSchedule",
     "Partitioner",
     "Region",
@@ -61,6 +63,7 @@ __all__ = [
     "Slot",
     "StageTold",
     "StepOutcome",
+    "Unpickling",
     "ZeroThreeMark",
     "build_ops",
     "built_whole",
@@ -92,6 +95,7 @@ __all__ = [
     "is_shown_in_parts",
     "is_whole",
     "kept_whole",
+    "leaf_remark",
     "least",
     "load_native",
     "let_orphans_go",
@@ -115,6 +119,7 @@ __all__ = [
     "share",
     "shut_down",
     "slots_of",
+    "fill_empty",
     "slices_remark",
     "stand_in",
     "start",

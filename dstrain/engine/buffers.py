@@ -263,6 +263,27 @@ def slots_of(module: torch.nn.Module) -> list[Slot]:
     return list(found.values())
 
 
+def fill_empty(module: torch.nn.Module, name: str, values: torch.Tensor) -> bool:
+    """Put values where a module has registered a buffer that it makes in its first forward pass.
+
+    Args:
+        module: the model.
+        name: of the buffer, from the outermost module on.
+        values: what it was when it was saved.
+
+    Returns:
+        False where the module has no such place, or a tensor in it.
+    """
+    from dstrain.engine.startup import device_name
+
+    path, _, key = name.rpartition(".")
+    owner = dict(module.named_modules()).get(path)
+    if owner is None or key not in owner._buffers or owner._buffers[key] is not None:
+        return False
+    owner._buffers[key] = values.to(device_name(), copy=True)
+    return True
+
+
 @contextlib.contextmanager
 def main_ranks_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterator[None]:
     """Inside, all ranks have the main rank's persistent buffers; a collective of all ranks.

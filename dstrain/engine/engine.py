@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +11,20 @@ import torch
 
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import Problem, TrainingError
+from dstrain.core.ranks import is_distributed
 from dstrain.engine import alive, process_wide
 from dstrain.engine.buffers import Buffers
 from dstrain.engine.formats import check_formats
-from dstrain.engine.leaf import check_leaf_modules
+from dstrain.engine.layerdrop import check_layerdrop
+from dstrain.engine.leaf import check_leaf_modules, leaf_classes
+from dstrain.engine.lockstep import Lockstep
 from dstrain.engine.metric_schedule import guarded
 from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
 from dstrain.engine.progress_state import read_begun
 from dstrain.engine.quiet import quiet
 from dstrain.engine.registration import MemoryEfficientLinear, ToldInForward, undo_patches
 from dstrain.engine.scalars import clip_scalars_too, scalars_as_bytes
+from dstrain.engine.sequence import gradient_sequence
 from dstrain.engine.stage_zero import repair_if_needed
 from dstrain.engine.traces import forget_modules, leaves_of, untie
 from dstrain.engine.zero import has_scalars, is_partitioned, shown_in_parts
@@ -80,6 +85,8 @@ class Engine:
         import deepspeed
 
         check_leaf_modules(module, resolved)
+        if trains and resolved.stage == 3 and is_distributed():
+            check_layerdrop(module, leaves=leaf_classes(resolved))
         check_formats(module, resolved, trains=trains)
         alive.make_way(module)
         config = resolved.to_deepspeed()
@@ -102,6 +109,7 @@ class Engine:
         self._leaves = leaves_of(module)
         self._linear: MemoryEfficientLinear | None = None
         self._told: ToldInForward | None = None
+        self._lockstep: Lockstep | None = None
         process_wide.take_up(module, resolved)
         try:
             with quiet(), adagrad_stays(), scalars_as_bytes(wanted=scalars):
@@ -123,6 +131,7 @@ class Engine:
         if self._norm_by_hand and scalars:
             clip_scalars_too(self._engine)
         self._repair = repair_if_needed(self.optimizer) if trains else None
+        self._sequence = gradient_sequence(self.optimizer, module) if trains else None
         # What arguments said, to be told from what training makes of it.
         self.begun = read_begun(self) if trains else None
         # As DistributedDataParallel, which sends them unless it is told not to.
@@ -132,6 +141,10 @@ class Engine:
         if resolved.stage == 3:
             self._told = ToldInForward(module, resolved)
             _let_deepspeed_save(self._engine)
+            patience = float(resolved.value("ddp_timeout"))
+            self._lockstep = Lockstep(self.optimizer, module, patience_seconds=patience)
+            if self._sequence is not None:
+                self._sequence.before_end = self._lockstep.end_of_backward
         self._compiled_by: dict[str, Any] | None = None
         self.in_use = self.rests = False
         self.owner: Callable[[], Callable[[], None] | None] | None = None
@@ -157,6 +170,8 @@ class Engine:
         if self._told is not None:  # hooks of the module would be compiled with it
             self._told.remove()
             self._told = ToldInForward(self._engine, self.resolved)
+        if self._lockstep is not None:
+            self._lockstep.close()
         self._engine.compile(backend=backend, compile_kwargs=kwargs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
@@ -164,7 +179,16 @@ class Engine:
         if self._repair is not None:
             loss = self._repair.scale(loss)
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        order = (
+            contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss)
+        )
+        with order:
+            try:
+                self._engine.backward(loss, scale_wrt_gas=False)
+            except RuntimeError as error:
+                if self._lockstep is not None:
+                    self._lockstep.explain(error)
+                raise
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
         """Clip, update weights and schedule, clear gradients; first make buffers agree."""
@@ -252,7 +276,10 @@ class Engine:
         self._engine.destroy = _do_nothing
         del self._engine.__dict__["engine_of_dstrain"]
         alive.forget(self)
+        if self._sequence is not None:
+            self._sequence.close()
         self._engine = None
+        self._sequence = None
         self._buffers = None
         self.optimizer = None
         self.scheduler = None
@@ -261,6 +288,8 @@ class Engine:
         """Take all away that DeepSpeed has put on the module and keeps in the process."""
         if self._told is not None:
             self._told.remove()
+        if self._lockstep is not None:
+            self._lockstep.close()
         if self._linear is not None:
             self._linear.close()
         undo_patches()

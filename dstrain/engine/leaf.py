@@ -40,6 +40,25 @@ def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def leaf_classes(resolved: ResolvedConfig) -> tuple[str, ...]:
+    """The names of classes that a config makes leaves, with or without their package."""
+    names = resolved.values.get(CLASSES_KEY) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def leaf_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str | None:
+    """Say which blocks of experts are gathered whole without the user having asked for it."""
+    if resolved.stage != 3 or resolved.value("leaf_modules") is not None:
+        return None
+    chosen = set(leaf_classes(resolved)) & set(expert_blocks(module))
+    if not chosen:
+        return None
+    return (
+        f"{', '.join(sorted(name.rpartition('.')[2] for name in chosen))}: gathered whole at stage "
+        "3, because ranks run different experts (leaf_modules names other blocks)"
+    )
+
+
 def check_leaf_modules(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
     """Refuse names of leaf classes that stand for no module; DeepSpeed would only log it.
 

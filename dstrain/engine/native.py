@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +31,32 @@ def save_native(engine: Engine, folder: Path, tag: str) -> None:
             raise ModelError(Problem(f"DeepSpeed could not write into {folder / tag}", reason))
 
 
-def load_native(engine: Engine, folder: Path, tag: str) -> None:
-    """Load ``folder/tag`` into a fresh engine; a collective of all ranks. It unpickles.
+@dataclass(frozen=True)
+class Unpickling:
+    """The word that DeepSpeed may execute what is in the pickles of a folder.
+
+    Made in one place, ``dstrain.checkpoint.native.unpickling``, which asks whether the user gave
+    it: nothing else can call ``load_native``.
+
+    Attributes:
+        folder: the checkpoint.
+        tag: the folder in it that has the pickles.
+    """
+
+    folder: Path
+    tag: str
+
+
+def load_native(engine: Engine, allowed: Unpickling) -> None:
+    """Load DeepSpeed's files into a fresh engine; a collective of all ranks. It unpickles.
 
     Raises:
-        CheckpointError: DeepSpeed does not find it.
+        CheckpointError: DeepSpeed does not find them.
     """
+    folder, tag = str(allowed.folder), allowed.tag
     with quiet():
         # The schedule's state is in run.json, and may be of another kind than this run's.
-        path, _ = engine.model.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        path, _ = engine.model.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(Problem(f"DeepSpeed finds no checkpoint {tag!r} in {folder}"))
 

@@ -15,7 +15,7 @@ logger = get_logger(__name__)
 
 _PROBE_NUMEL = 4
 # Hyper-parameters that nothing changes during training: the arguments of the run decide them.
-_STATIC = frozenset(
+STATIC = frozenset(
     [
         "params",
         "weight_decay",
@@ -96,10 +96,20 @@ def create_state(held: Iterable[Region], saved: Mapping[str, Mapping[str, Any]])
             state.update(_fresh_state(region))
         for key, value in numbers.items():
             present = state.get(key)
-            if isinstance(present, torch.Tensor):
-                present.fill_(value)
-            elif key in state:
-                state[key] = type(present)(value) if isinstance(present, _NUMBERS) else value
+            try:
+                if isinstance(present, torch.Tensor):
+                    present.fill_(value)
+                elif key in state:
+                    state[key] = type(present)(value) if isinstance(present, _NUMBERS) else value
+            except (ValueError, OverflowError, RuntimeError) as error:
+                raise CheckpointError(
+                    Problem(
+                        f"the checkpoint has {key}={value} in the optimizer's state of "
+                        f"{region.name}",
+                        f"{type(region.optimizer).__name__} cannot have that: {error}",
+                        "use another checkpoint",
+                    )
+                ) from error
 
 
 def _fresh_state(region: Region) -> dict[str, Any]:
@@ -145,7 +155,7 @@ def group_values(optimizer: Any) -> list[dict[str, Any]]:
 def changing_values(group: Mapping[str, Any]) -> dict[str, Any]:
     """What changes during training in a parameter group."""
     return {
-        key: _plain(value) for key, value in group.items() if key not in _STATIC and _fits(value)
+        key: _plain(value) for key, value in group.items() if key not in STATIC and _fits(value)
     }
 
 
@@ -179,26 +189,58 @@ def set_group_values(
             len(groups),
         )
         saved = [saved[0]] * len(groups)
-    if len(groups) != len(saved):
-        raise CheckpointError(
-            Problem(
-                f"the checkpoint has {len(saved)} parameter groups, this run {len(groups)}",
-                "their learning rates and step counts cannot be told apart",
-                "use the optimizer and the decay rule of the run that wrote it",
-            )
-        )
+    check_number_of_groups(len(groups), saved)
     better = instead or [{}] * len(groups)
     for group, values, own in zip(groups, saved, better, strict=True):
         for key, value in {**values, **own}.items():
             present = group.get(key)
+            if key in group and not _alike(_plain(present), value):
+                raise CheckpointError(
+                    Problem(
+                        f"the checkpoint has {key}={value!r} for a parameter group of "
+                        f"{type(optimizer).__name__}",
+                        f"this run has {_plain(present)!r} there, a value of another kind",
+                        "use the optimizer of the run that wrote it",
+                    )
+                )
             if isinstance(present, torch.Tensor):
                 present.fill_(value)
             else:
                 group[key] = tuple(value) if isinstance(present, tuple) else value
 
 
+def check_number_of_groups(count: int, saved: list[dict[str, Any]]) -> None:
+    """See to it that saved groups are as many as this run has, or alike.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if count == len(saved) or (saved and same_for_all(saved)):
+        return
+    raise CheckpointError(
+        Problem(
+            f"the checkpoint has {len(saved)} parameter groups, this run {count}",
+            "their learning rates and step counts cannot be told apart",
+            "use the optimizer and the decay rule of the run that wrote it",
+        )
+    )
+
+
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
+    fits = isinstance(value, torch.Tensor) and value.numel() == 1
+    return value.item() if fits else value
+
+
+def _alike(here: Any, there: Any) -> bool:
+    """Whether one value of a parameter group can stand for the other: numbers, or as many of them.
+
+    What was None may have got a value, and a value of no known kind says nothing.
+    """
+    if isinstance(here, _NUMBERS):
+        return isinstance(there, _NUMBERS)
+    if isinstance(here, (tuple, list)):
+        return isinstance(there, (tuple, list)) and len(here) == len(there)
+    return not isinstance(here, str) or isinstance(there, str)
 
 
 def _fits(value: Any) -> bool:

@@ -8,7 +8,13 @@ import torch
 
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
-from dstrain.engine.optimizer_state import group_values, same_for_all, set_group_values
+from dstrain.core.ranks import all_or_none
+from dstrain.engine.optimizer_state import (
+    check_number_of_groups,
+    group_values,
+    same_for_all,
+    set_group_values,
+)
 from dstrain.engine.schedule_state import (
     STEERED,
     last_rates,
@@ -67,7 +73,7 @@ def read_progress(engine: Engine) -> dict[str, Any]:
 
 
 def write_progress(engine: Engine, saved: dict[str, Any]) -> None:
-    """Put back what ``read_progress`` gave; a collective of all ranks.
+    """Put back what ``read_progress`` gave, an ``EngineRecord``; a collective of all ranks.
 
     The loss scale is left alone unless both runs use fp16; a scaler without hysteresis (stage 0)
     and one with it (the other stages) take from each other what both have. Of schedule and
@@ -75,16 +81,23 @@ def write_progress(engine: Engine, saved: dict[str, Any]) -> None:
     another one, it counts.
 
     Raises:
-        CheckpointError: other parameter groups, or a schedule where there was none.
+        CheckpointError: other parameter groups, a schedule where there was none, or a state that
+            this run's schedule cannot take up; raised on every rank.
     """
-    for name, value in saved["counters"].items():
-        setattr(engine.model, name, value)
-    if "buffers" in saved:  # not in older checkpoints, nor in imports
+    for name in _COUNTERS:
+        setattr(engine.model, name, saved["counters"][name])
+    if saved.get("buffers") is not None:  # not in older checkpoints, nor in imports
         engine.buffers.take_up(saved["buffers"])
-    scaler = _scaler(engine)
-    for name, value in (saved["loss_scale"] or {}).items():
-        if scaler is not None and hasattr(scaler, name):
-            setattr(scaler, name, value)
+    scaler, scale = _scaler(engine), saved["loss_scale"] or {}
+    for name in _SCALE:
+        if scaler is not None and hasattr(scaler, name) and scale.get(name) is not None:
+            setattr(scaler, name, scale[name])
+    with all_or_none():
+        _write_groups(engine, saved)
+
+
+def _write_groups(engine: Engine, saved: dict[str, Any]) -> None:
+    """Put back parameter groups and schedule."""
     schedule = _schedule(engine)
     if (schedule is None) != (saved["schedule"] is None):
         there, here = ("a", "none") if schedule is None else ("no", "one")
@@ -96,6 +109,7 @@ def write_progress(engine: Engine, saved: dict[str, Any]) -> None:
             )
         )
     optimizer = _basic(engine.optimizer)
+    check_number_of_groups(len(optimizer.param_groups), saved["groups"])
     assert engine.begun is not None, "of an engine that trains"
     # Where DeepSpeed's own layout was read, the groups are those of the checkpoint.
     fresh = [{k: v for k, v in g.items() if k in STEERED} for g in engine.begun["groups"]]
@@ -111,18 +125,30 @@ def _take_up(
     """Put the schedule where the saved run stood; the entries of groups that are this run's."""
     count = len(groups)
     begun = saved.get("begun")  # older checkpoints and imported ones have none
-    if begun is not None:
+    if begun is not None and begun["schedule"] is not None:
         begun = {**begun, "schedule": _for_groups(begun["schedule"], begun["groups"], count)}
     rates = saved.get("rates") or [group["lr"] for group in saved["groups"]]
     rates = _for_groups({"rates": rates}, saved["groups"], count)["rates"]
-    placed = take_up_schedule(
-        schedule,
-        groups,
-        {"state": _for_groups(saved["schedule"], saved["groups"], count), "rates": rates},
-        begun=begun,
-        fresh=engine.begun or {},
-        num_steps=steps_done(saved),
-    )
+    try:
+        placed = take_up_schedule(
+            schedule,
+            groups,
+            {"state": _for_groups(saved["schedule"], saved["groups"], count), "rates": rates},
+            begun=begun,
+            fresh=engine.begun or {},
+            num_steps=steps_done(saved),
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # of the schedule's own, which can be any class of a user's
+        raise CheckpointError(
+            Problem(
+                f"the learning-rate schedule, a {type(schedule).__name__}, cannot take up the "
+                "state in the checkpoint",
+                f"{type(error).__name__}: {error}",
+                "use the schedule of the run that wrote it, or another checkpoint",
+            )
+        ) from error
     if "lr" in placed:
         logger.warning(
             "this run's schedule of learning rates is not the checkpoint's: the rate of the next "

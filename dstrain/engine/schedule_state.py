@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from dstrain.core.errors import CheckpointError, Problem
 from dstrain.engine.metric_schedule import MetricSchedule
 
 Groups = Sequence[dict[str, Any]]
@@ -31,6 +32,10 @@ STEERED = (
     "max_momentum",
 )
 """What schedules write into parameter groups."""
+# What torch's schedules all compute with.
+_OF_ALL_SCHEDULES = frozenset(["_step_count", "last_epoch", "base_lrs", "_last_lr"])
+# Steps of a schedule for each of the engine's.
+_MOST_STEPS_AHEAD = 10_000
 _RATE = ("lr",)
 _RATE_AND_MOMENTUM = ("lr", "betas", "momentum")
 
@@ -74,6 +79,9 @@ def take_up_schedule(
         put back.
     """
     state, before = saved["state"], None if begun is None else begun["schedule"]
+    inner = schedule.schedule if isinstance(schedule, MetricSchedule) else schedule
+    if isinstance(inner, LRScheduler):
+        _check_attributes(inner, state)
     if isinstance(schedule, MetricSchedule):
         return _take_up_metric_schedule(schedule, groups, state, begun, fresh)
     if type(schedule) is LambdaLR:
@@ -88,15 +96,80 @@ def take_up_schedule(
     return STEERED
 
 
+def _check_attributes(schedule: LRScheduler, state: Any) -> None:
+    """See to it that a state fits one of torch's schedules, which take anything as attributes.
+
+    Raises:
+        ValueError: it would replace a method, or a value by one of another kind.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"its state is a {type(state).__name__}")
+    here = schedule.state_dict()
+    for name, value in state.items():
+        own = callable(getattr(type(schedule), str(name), None))
+        if own or name == "optimizer" or str(name).startswith("__"):
+            raise ValueError(f"{name} is no part of the state of a {type(schedule).__name__}")
+        if name in here and not _same_kind(here[name], value, strict=name in _OF_ALL_SCHEDULES):
+            raise ValueError(f"{name} is {value!r}, where this run's has {here[name]!r}")
+
+
+def _same_kind(here: Any, there: Any, *, strict: bool) -> bool:
+    """Return whether one value of a schedule's state can stand for the other.
+
+    Args:
+        here: of this run.
+        there: of the checkpoint.
+        strict: None stands for no value, and lists have as many.
+    """
+    here, there = _plain(here), _plain(there)
+    if here is None or (there is None and not strict):
+        return True
+    if isinstance(here, (int, float)):
+        return isinstance(there, (int, float))
+    if isinstance(here, (list, tuple)):
+        return (
+            isinstance(there, (list, tuple))
+            and (not strict or len(here) == len(there))
+            and all(_same_kind(a, b, strict=strict) for a, b in zip(here, there, strict=False))
+        )
+    if isinstance(here, Mapping):
+        return isinstance(there, Mapping)
+    return not isinstance(here, str) or isinstance(there, str)
+
+
 def steps_done(saved: Mapping[str, Any]) -> int:
-    """Steps that changed the weights in the saved run, by its schedule or its counters."""
-    state = saved["schedule"] or {}
+    """Steps that changed the weights in the saved run, by its schedule or its counters.
+
+    Raises:
+        CheckpointError: the schedule says what cannot be.
+    """
+    state, counters = saved["schedule"] or {}, saved["counters"]
     if "last_batch_iteration" in state:  # DeepSpeed's: -1 before the first step
-        return int(state["last_batch_iteration"]) + 1
-    if "last_epoch" in state and not _follows_metric(state):
-        return int(state["last_epoch"])
-    counters = saved["counters"]
-    return int(counters["global_steps"]) - int(counters["skipped_steps"])
+        done = _step_count(state["last_batch_iteration"], first=-1) + 1
+    elif "last_epoch" in state and not _follows_metric(state):
+        done = max(0, _step_count(state["last_epoch"], first=-1))
+    else:
+        done = int(counters["global_steps"]) - int(counters["skipped_steps"])
+    # A schedule may be stepped by others than the engine, but not without end.
+    if not 0 <= done <= _MOST_STEPS_AHEAD * (int(counters["global_steps"]) + 1):
+        raise CheckpointError(
+            Problem(
+                f"the learning-rate schedule in the checkpoint has taken {done} steps",
+                f"the run had done {counters['global_steps']}, "
+                f"{counters['skipped_steps']} of them without a change",
+                "use another checkpoint",
+            )
+        )
+    return done
+
+
+def _step_count(value: Any, *, first: int) -> int:
+    """A schedule's count of its steps, from ``first`` on."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= first:
+        raise CheckpointError(
+            Problem(f"the learning-rate schedule in the checkpoint is at step {value!r}")
+        )
+    return int(value)
 
 
 def unchanged_in_training(saved: Any, begun: Any) -> bool:

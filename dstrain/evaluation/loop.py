@@ -94,6 +94,7 @@ def evaluate_batches(
     *,
     device: Any,
     is_sum: Callable[[], bool] = lambda: False,
+    can_count: Callable[[], bool] = lambda: True,
     finish: Callable[[Prediction], Prediction] = lambda prediction: prediction,
     keep: Keeper | None = None,
     collective: bool = False,
@@ -117,6 +118,8 @@ def evaluate_batches(
             is may come of the first forward pass.
         device: where to add up.
         is_sum: whether losses are no means but sums, asked at the end.
+        can_count: whether ``count`` is final; until then the batches are held, and counted at the
+            end at the latest.
         finish: what is done to a prediction before it is kept, by this rank alone.
         keep: takes each batch, stand-ins included, and what came of it.
         collective: ranks meet inside of ``predict``. An error there is raised at once, on its rank
@@ -127,6 +130,7 @@ def evaluate_batches(
     sums = _PartSums(device)
     num_samples = num_steps = without_loss = 0
     failure: Exception | None = None
+    uncounted: list[tuple[Any, EvalBatch]] = []
     for batch in batches:
         prediction: Prediction | None = None
         if failure is None or collective:
@@ -158,7 +162,10 @@ def evaluate_batches(
                 failure = _noted(error, keep)
         meet()
         if batch.num_samples and loss is not None:
-            sums.add(loss, count(batch))
+            uncounted.append((loss, batch))
+        if can_count():
+            sums.add_all(uncounted, count)
+    sums.add_all(uncounted, count)
     failed = failure is not None  # after what was sent last
     counts = torch.tensor([num_samples, without_loss, failed], dtype=torch.float64, device=device)
     samples, missing, num_failed, *parts = sum_over_ranks(torch.cat([counts, sums.all()])).tolist()
@@ -182,6 +189,16 @@ class _PartSums:
     def __init__(self, device: Any) -> None:
         self._losses = torch.zeros(_MOST_PARTS, dtype=torch.float64, device=device)
         self._targets = [0] * _MOST_PARTS
+
+    def add_all(
+        self,
+        losses: list[tuple[Any, EvalBatch]],
+        count: Callable[[EvalBatch], tuple[int, ...]],
+    ) -> None:
+        """Add the losses of batches, and empty the list."""
+        for loss, batch in losses:
+            self.add(loss, count(batch))
+        losses.clear()
 
     def add(self, loss: Any, counts: tuple[int, ...]) -> None:
         """Add a batch's loss; nothing waits for the device."""

@@ -11,14 +11,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, with_config
 
+from dstrain.core.documents import Count, Shape, Text, parsed, typed
 from dstrain.core.files import DurableFile, FileRecord
 
 _DTYPES = {
@@ -118,6 +121,20 @@ def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes
     return struct.pack("<Q", len(text)) + text
 
 
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class _Entry:
+    """What a header says of one tensor."""
+
+    dtype: Text
+    shape: Shape
+    data_offsets: tuple[Count, Count]
+
+
+_Entries: Any = Mapping[Text, _Entry]
+_Metadata: Any = Mapping[Text, Text]
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a tensor lies in a file, from its first byte on."""
@@ -138,8 +155,10 @@ class TensorReader:
             OSError: it cannot be opened.
             ValueError: it is no safetensors file, or a part of it is missing.
         """
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise ValueError("it is no file")
             self._places, self.metadata = self._read_header()
         except BaseException:
             self.close()
@@ -203,16 +222,17 @@ class TensorReader:
         (length,) = struct.unpack("<Q", os.pread(self._file, 8, 0).ljust(8, b"\xff"))
         if length > min(size, _LONGEST_HEADER):
             raise ValueError("it has no header")
-        content = json.loads(os.pread(self._file, length, 8))
-        metadata = content.pop("__metadata__", {})
+        content = parsed(os.pread(self._file, length, 8))
+        if not isinstance(content, dict):
+            raise ValueError("its header is no object")
+        metadata = typed(content.pop("__metadata__", {}), _Metadata)
         places = {}
-        for name, entry in content.items():
-            low, high = entry["data_offsets"]
-            place = _Place(
-                _BY_NAME[entry["dtype"]], tuple(entry["shape"]), 8 + length + low, 8 + length + high
-            )
-            whole = math.prod(place.shape) * place.dtype.itemsize == high - low
-            if not whole or low < 0 or place.stop > size:
+        for name, entry in typed(content, _Entries).items():
+            if entry.dtype not in _BY_NAME:
+                raise ValueError(f"{name}: there is no format {entry.dtype!r}")
+            low, high = (8 + length + offset for offset in entry.data_offsets)
+            place = _Place(_BY_NAME[entry.dtype], entry.shape, low, high)
+            if math.prod(place.shape) * place.dtype.itemsize != high - low or high > size:
                 raise ValueError(f"{name} does not lie whole in it")
             places[name] = place
-        return places, metadata
+        return places, dict(metadata)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import check_whole, holding, load_weights, read_manifest
+from dstrain.checkpoint import (
+    check_whole,
+    holding,
+    load_weights,
+    read_arguments,
+    read_manifest,
+    step_of,
+)
 from dstrain.core.errors import CheckpointError, ConfigError, Problem
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import gather_objects
+from dstrain.core.ranks import from_main, gather_objects
 from dstrain.evaluation import BestRule
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from dstrain.checkpoint import TrainerStateRecord
     from dstrain.engine import Engine
     from dstrain.trainer.trainer import Trainer
 
@@ -91,27 +98,27 @@ class BestModel:
         folder = None if best is None else str(self._folders[best])
         self._trainer.state.best_model_checkpoint = folder
 
-    def take_up(self, saved: Mapping[str, Any], start: Path) -> None:
+    def take_up(self, saved: TrainerStateRecord, start: Path) -> None:
         """Go on from the state in a checkpoint.
 
         Args:
-            saved: its ``TrainerState`` as plain values.
+            saved: what it says of the ``TrainerState``.
             start: the checkpoint; a run whose folders were moved has its best one beside it.
         """
-        if self.rule is None or saved.get("best_metric") is None:
+        if self.rule is None or saved.best_metric is None:
             return
         if self._rule_of(start) != self.rule:
             self._warn("best_metric starts anew: the saved run chose its best model by another one")
             return
         state = self._trainer.state
-        state.best_metric = saved["best_metric"]
-        state.best_global_step = saved.get("best_global_step")
-        if saved.get("best_model_checkpoint") is None:
+        state.best_metric = saved.best_metric
+        state.best_global_step = saved.best_global_step
+        if saved.best_model_checkpoint is None:
             return
-        named = Path(saved["best_model_checkpoint"])
+        named = Path(saved.best_model_checkpoint)
         for folder in (named, start.parent / named.name):
-            if (value := self._value_in(folder)) is not None:
-                step = int(folder.name.rpartition("-")[2])
+            step = step_of(folder.name)
+            if step is not None and (value := self._value_in(folder)) is not None:
                 self._saved[step], self._folders[step] = value, folder
                 state.best_model_checkpoint = str(folder)
                 return
@@ -146,20 +153,18 @@ class BestModel:
         value = None
         if self._trainer.ranks.is_main:
             try:
-                value = read_manifest(folder).metrics.get(self.rule.key)
+                value = read_manifest(folder).figure(self.rule.key)
             except CheckpointError:
                 value = None
         return gather_objects(value)[0]
 
     def _rule_of(self, start: Path) -> BestRule | None:
         """By what the saved run chose its best model; one that does not say it, as this one."""
-        path, rule = start / "training_arguments.json", self.rule
-        if self._trainer.ranks.is_main and path.exists():
-            saved, rule = json.loads(path.read_text()), None
-            if saved.get("metric_for_best_model") is not None:
-                metric, greater = saved["metric_for_best_model"], saved.get("greater_is_better")
-                rule = BestRule(metric, bool(greater))
-        return gather_objects(rule)[0]
+        saved = from_main(self._trainer.ranks, lambda: read_arguments(start))
+        if saved is None:
+            return self.rule
+        metric = saved.metric_for_best_model
+        return None if metric is None else BestRule(metric, bool(saved.greater_is_better))
 
     def _warn(self, message: str) -> None:
         if self._trainer.ranks.is_main:

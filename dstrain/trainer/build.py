@@ -24,7 +24,7 @@ from dstrain.core import log
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, gather_objects, require_equal
+from dstrain.core.ranks import Ranks, all_or_none, gather_objects, launched_ranks, require_equal
 from dstrain.core.seeds import make_deterministic
 from dstrain.data import (
     Collator,
@@ -52,6 +52,7 @@ from dstrain.engine import (
     expert_blocks,
     formats_remark,
     is_partitioned,
+    leaf_remark,
     least,
     optimizer_class,
     parameter_groups,
@@ -126,6 +127,7 @@ def targets_of(
     args: TrainingArguments,
     *,
     rule: LossRule | None = None,
+    own_loss: bool = True,
     is_told: bool = False,
 ) -> LossTargets:
     """Begin to find out what the loss of this model is a mean over.
@@ -134,11 +136,14 @@ def targets_of(
         module: the model.
         args: the user's arguments.
         rule: where it is known.
-        is_told: whether whoever computes the loss is told the count of targets.
+        own_loss: whether the loss is the model's own, not one of the user's.
+        is_told: whether the model or the user's loss function takes the count of targets.
     """
     compiled = args.torch_compile or hasattr(module, "_orig_mod")  # what torch.compile returns
     labels = label_columns(module, args.label_names)
-    return LossTargets(module, labels, rule=rule, watch=not compiled, is_told=is_told)
+    return LossTargets(
+        module, labels, rule=rule, watch=not compiled, own_loss=own_loss, is_told=is_told
+    )
 
 
 def prepare_dataset(
@@ -426,6 +431,8 @@ def training_engine(
     check_own(optimizer, scheduler, resolved)
     if remark := slices_remark(optimizer, resolved):
         logger.warning("%s", remark)
+    if launched_ranks().is_main and (blocks := leaf_remark(module, resolved)):
+        logger.warning("%s", blocks)
     build_ops(resolved)
     if optimizer is None:
         decay = float(resolved.values.get("optimizer.params.weight_decay", 0.0))

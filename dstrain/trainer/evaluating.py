@@ -60,6 +60,7 @@ class EvaluationHooks(EvalLoaderHooks):
     resolved: Any
     ranks: Any
     targets: Any
+    _eval_targets: tuple[Any, Any] | None = None  # those of training, and made from them
     events: Any
     is_in_train: bool
     ignore_keys_for_eval: list[str] | None = None
@@ -216,6 +217,7 @@ class EvaluationHooks(EvalLoaderHooks):
             loss_only = self.args.prediction_loss_only
         with contextlib.ExitStack() as stack:
             stack.enter_context(KeyValueCache(self.model).off())
+            stack.enter_context(self._targets_of_evaluation())
             model = stack.enter_context(self._model_for_evaluation(generates=not loss_only))
             model.eval()
             self._num_watched = 0
@@ -231,6 +233,7 @@ class EvaluationHooks(EvalLoaderHooks):
                 lambda batch: self.targets.counts(batch.inputs, batch.num_samples),
                 device=device_name(),
                 is_sum=lambda: self.targets.rule.is_sum,
+                can_count=lambda: self.targets.settled,
                 finish=self._reduced,
                 keep=collector,
                 collective=self.resolved.stage == 3,
@@ -285,7 +288,7 @@ class EvaluationHooks(EvalLoaderHooks):
         if forward_columns(self.model) is None:  # it may take labels, or none
             names = [name for name in names if name in given]
         has_labels = bool(names) and all(given.get(name) is not None for name in names)
-        counts = self.targets.counts(inputs)
+        told = self.targets.told(inputs)
         # Not in the model's format: labels in 16 bits would be others than those of the data.
         labels = [to_device(given[n], device_name(), float_dtype=None) for n in names * has_labels]
         inputs = self._prepare_inputs(inputs)
@@ -296,9 +299,10 @@ class EvaluationHooks(EvalLoaderHooks):
         ):
             if has_labels or (not names and self._computes_loss(given)):
                 loss, outputs = self.compute_loss(
-                    model, inputs, return_outputs=True, num_items_in_batch=max(1, *counts)
+                    model, inputs, return_outputs=True, num_items_in_batch=told
                 )
-                parts, loss = self._parts_of(loss), loss.detach().mean()
+                parts, loss = self._parts_of(loss), loss.detach()
+                loss = loss.mean() if loss.dim() else loss  # as it is: watched for what it is
                 self._summed = (loss, parts)  # for whoever is given this loss
             else:
                 outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
@@ -358,6 +362,18 @@ class EvaluationHooks(EvalLoaderHooks):
             give_back()
 
         return undo
+
+    @contextlib.contextmanager
+    def _targets_of_evaluation(self) -> Iterator[None]:
+        """Count the targets of evaluations inside, by what their own losses are means over."""
+        training = self.targets
+        if self._eval_targets is None or self._eval_targets[0] is not training:
+            self._eval_targets = training, training.for_evaluation()
+        self.targets = self._eval_targets[1]
+        try:
+            yield
+        finally:
+            self.targets = training
 
     def _watching(self, inputs: Any) -> contextlib.AbstractContextManager[list[Any]]:
         """Watch an evaluation's first forward passes for what its loss is a mean over."""

@@ -55,7 +55,7 @@ def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:
 def begin_with_found(trainer: Trainer, start: saving.Start | None) -> None:
     """Take the micro-batch that the run of a checkpoint had found, and need not find it again."""
     args = trainer.args
-    found = None if start is None else start.state.get("train_batch_size")
+    found = None if start is None else start.state.train_batch_size
     if not args.auto_find_batch_size or not found or found >= args.per_device_train_batch_size:
         return
     total = args.per_device_train_batch_size * args.gradient_accumulation_steps

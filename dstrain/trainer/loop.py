@@ -79,6 +79,7 @@ class TrainLoop:
     _last: tuple[StepOutcome, float] | None = None
     _random_ahead: dict[str, Any] | None = None
     _has_seen_targets: bool = False
+    _is_cut: bool = False  # whether the run ends inside of its last epoch, which may go on later
     _steps_without_targets: int = 0
 
     def run(self) -> None:
@@ -154,19 +155,22 @@ class TrainLoop:
             self._evaluate_and_save(due.event, *self._last, epoch_is_over=over)
             if self.preempted:
                 return
-            if at_end:
+            if at_end and ends_epoch:
                 self.resumption = None
                 self.progress = self.progress.next_epoch()
+            if at_end:
                 return
-            ends_epoch |= self._is_over() or self.control.should_epoch_stop
-        if ends_epoch:
+            ends_epoch |= self.control.should_epoch_stop
+            self._is_cut = self._is_over() and not ends_epoch
+        if ends_epoch or self._is_cut:
             self._end_resumed_epoch()
 
     def _end_resumed_epoch(self) -> None:
         """Do what was still to be done when the checkpoint was saved at an epoch's last step."""
         assert self._last is not None and self.resumption is not None  # noqa: PT018
         self.resumption.restore_random()
-        self.resumption = None
+        if not self._is_cut:
+            self.resumption = None
         self._react("on_epoch_end", *self._last, epoch_is_over=False)
         if not self.preempted:
             self.progress = self.progress.next_epoch()
@@ -189,6 +193,7 @@ class TrainLoop:
                 self._end_early(epoch_is_over=window.ends_epoch)
                 return
             if self._is_over() or self.control.should_epoch_stop:
+                self._is_cut = not (window.ends_epoch or self.control.should_epoch_stop)
                 break
         if self.progress.step == before.step and not before.steps_in_epoch:
             raise DataError(Problem("the training data ended without a single sample"))
@@ -296,9 +301,11 @@ class TrainLoop:
         if not any(counts):
             inputs = self.targets.without_ignored(inputs)
         step.index, step.last, step.parts = index, last, None
-        step.num_samples = micro_batch.num_samples
+        step.num_samples, step.inputs = micro_batch.num_samples, inputs
+        told = self.targets.told(inputs, micro_batch.num_samples)
         with self.cache.off():
-            loss = self.hooks.training_step(self.engine.model, inputs, max(1, *counts))
+            loss = self.hooks.training_step(self.engine.model, inputs, told)
+        step.inputs = None
         if not micro_batch.masked:
             self.hooks.count_flos(inputs)
         return loss if step.parts is None else step.parts
@@ -359,7 +366,7 @@ class TrainLoop:
         """Save a checkpoint, which is no training time."""
         started = time.perf_counter()
         self.hooks.store_flos()
-        ended = event == "on_epoch_end" and due is None
+        ended = event == "on_epoch_end" and due is None and not self._is_cut
         norm = outcome.grad_norm
         position = Position(
             progress=self.progress.next_epoch() if ended else self.progress,
@@ -402,7 +409,7 @@ class TrainLoop:
         due.give_to(self.control)
         if step not in (self._saved_step, self.steps_before):
             assert self._last is not None
-            over = epoch_is_over or due.event == "on_epoch_end"
+            over = epoch_is_over or (due.event == "on_epoch_end" and not self._is_cut)
             self._save(due.event, *self._last, epoch_is_over=over, due=due)
         self._note_preempted()
 

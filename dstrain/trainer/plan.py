@@ -88,6 +88,7 @@ class MicroStep:
         index: of the micro-batch in the window.
         last: whether the micro-batch ends the accumulation window.
         num_samples: samples of the micro-batch, where they are known.
+        inputs: the micro-batch as the loader gave it, in which targets are counted.
         parts: the parts of the loss of the micro-batch that was trained last, where it has several.
     """
 
@@ -95,4 +96,5 @@ class MicroStep:
     index: int = 0
     last: bool = True
     num_samples: int | None = None
+    inputs: Any = None
     parts: torch.Tensor | None = None

@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import MinLen
+from pydantic import AfterValidator, AllowInfNan, ConfigDict, with_config
 
 from dstrain.checkpoint import is_plain
+from dstrain.core.documents import AtLeastOne, Count, Flag, Number, Plain, Real, Text, typed
 from dstrain.core.progress import Progress
-from dstrain.core.seeds import random_state, set_random_state
+from dstrain.core.seeds import check_random_state, random_state, set_random_state
 
 
+@dataclass(frozen=True)
+class _MeterRecord:
+    """What the meter of a rank has added since it was last read."""
+
+    loss: Real
+    finite: Annotated[Real, AllowInfNan(False)]
+    bad: Annotated[Real, AllowInfNan(False)]
+    steps: Count
+    tokens: Count
+    seconds: Real
+
+
+def _check_meter(values: dict[str, Any]) -> dict[str, Any]:
+    typed(values, _MeterRecord)
+    return values
+
+
+def _check_random(state: Plain) -> Plain:
+    check_random_state(state)
+    return state
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Due:
     """An evaluation that was not finished, and what was to be done at that point of the run.
@@ -21,13 +48,13 @@ class Due:
         stops_epoch: whether a callback had ended the epoch.
     """
 
-    event: str
-    saves: bool
-    stops_training: bool
-    stops_epoch: bool
+    event: Literal["on_step_end", "on_epoch_end"]
+    saves: Flag
+    stops_training: Flag
+    stops_epoch: Flag
 
     @staticmethod
-    def of(event: str, control: Any) -> Due:
+    def of(event: Any, control: Any) -> Due:
         """What callbacks have decided in ``event``, before the evaluation."""
         return Due(
             event, control.should_save, control.should_training_stop, control.should_epoch_stop
@@ -41,6 +68,7 @@ class Due:
         control.should_epoch_stop = self.stops_epoch
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Position:
     """What the loop must know to go on as if it had never stopped.
@@ -66,17 +94,17 @@ class Position:
     """
 
     progress: Progress
-    epoch_is_over: bool
-    applied: bool
-    grad_norm: float | None
-    learning_rate: float
-    skipped_steps: int
-    loss_sum: float
-    samples_seen: int
-    meters: list[dict[str, float]]
+    epoch_is_over: Flag
+    applied: Flag
+    grad_norm: Number | None
+    learning_rate: Number
+    skipped_steps: Count
+    loss_sum: Number
+    samples_seen: Count
+    meters: Annotated[list[Annotated[dict[str, Any], AfterValidator(_check_meter)]], MinLen(1)]
     random_ahead: dict[str, Any] | None = None
-    source: dict[str, Any] | None = None
-    shares: int | None = None
+    source: dict[Text, Any] | None = None
+    shares: AtLeastOne | None = None
     due: Due | None = None
 
     def shared(self) -> dict[str, Any]:
@@ -104,20 +132,25 @@ class Position:
     @property
     def is_inside_epoch(self) -> bool:
         """Whether samples of an epoch are still to come that others of it have been used of."""
-        ends = self.due is not None and self.due.event == "on_epoch_end"
-        return bool(self.progress.samples_in_epoch) and not self.epoch_is_over and not ends
+        return bool(self.progress.samples_in_epoch) and not self.epoch_is_over
 
     @staticmethod
     def of(shared: dict[str, Any]) -> Position:
-        """The position that ``shared`` came from."""
-        due = shared.get("due")  # older checkpoints have none
-        return Position(
-            **{
-                **shared,
-                "progress": Progress(**shared["progress"]),
-                "due": None if due is None else Due(**due),
-            }
-        )
+        """The position that ``shared`` came from.
+
+        Raises:
+            ValueError: naming what in it is none of a position.
+        """
+        return typed({**shared, "random_ahead": None}, Position)
+
+
+@dataclass(frozen=True)
+class OwnRecord:
+    """What a rank has for itself in a checkpoint: the values of ``Position.own``."""
+
+    random: Annotated[Plain, AfterValidator(_check_random)]
+    random_ahead: Annotated[Plain, AfterValidator(_check_random)] | None = None
+    source: Plain | None = None
 
 
 @dataclass(frozen=True)

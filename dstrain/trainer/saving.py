@@ -16,26 +16,33 @@ from dstrain.checkpoint import (
     Policy,
     Reader,
     RunRecord,
+    TrainerStateRecord,
     check_readable,
     choose,
     holding,
     load_into,
     place,
+    read_arguments,
+    read_own,
     read_run,
+    read_trainer_state,
     wanted_checkpoint,
 )
 from dstrain.config.explain import as_record
+from dstrain.core.documents import typed
 from dstrain.core.errors import CheckpointError, DataError, Problem
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks
+from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.core.seeds import seed_rank
 from dstrain.data import is_ours, is_stream, num_shares
 from dstrain.engine import Engine
 from dstrain.trainer import build
-from dstrain.trainer.position import Position, Resumption
+from dstrain.trainer.position import OwnRecord, Position, Resumption
 from dstrain.trainer.processors import processor_writer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dstrain.trainer.trainer import Trainer
 
 logger = get_logger(__name__)
@@ -50,14 +57,14 @@ class Start:
         manifest: its manifest.
         position: where the saved run stood.
         global_batch_size: samples per optimizer step of the saved run.
-        state: the saved ``TrainerState``, as plain values.
+        state: what it says of the ``TrainerState``.
     """
 
     folder: Path
     manifest: Manifest
     position: Position
     global_batch_size: int
-    state: dict[str, Any]
+    state: TrainerStateRecord
 
 
 def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
@@ -74,23 +81,52 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
     wanted = wanted_checkpoint(wanted)
     if wanted is None:
         return None
+
+    def look(folder: Path, manifest: Manifest) -> None:
+        _read_start(folder, manifest, trainer.ranks)
+
     chosen = choose(
         wanted,
         Path(trainer.args.output_dir),
         trainer.ranks,
         on_each_node=trainer.args.save_on_each_node,
+        look=look,
     )
     if chosen is None:
         return None
     folder, manifest = chosen
-    check_readable(folder, manifest, _reader(trainer))
-    run = read_run(folder)
-    position = Position.of(run["position"])
+    with all_or_none():
+        check_readable(folder, manifest, _reader(trainer))
+        start = _read_start(folder, manifest, trainer.ranks)
     if trainer.args.ignore_data_skip:
-        start = replace(position.progress, samples_in_epoch=0, steps_in_epoch=0)
-        position = replace(position, progress=start)
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return Start(folder, manifest, position, int(run["global_batch_size"]), state)
+        position = start.position
+        progress = replace(position.progress, samples_in_epoch=0, steps_in_epoch=0)
+        start = replace(start, position=replace(position, progress=progress))
+    return start
+
+
+def _read_start(folder: Path, manifest: Manifest, ranks: Ranks) -> Start:
+    """Read what a run goes on from beside tensors, and look at what it will read later.
+
+    Raises:
+        CheckpointError: a document is not what it must be.
+    """
+    run, own = read_run(folder), read_own(folder, manifest, ranks)
+    try:
+        position = Position.of(run["position"])
+        if own is not None:
+            typed(own, OwnRecord)
+    except ValueError as error:
+        raise CheckpointError(
+            Problem(
+                f"the state of the run in {folder} cannot be read",
+                str(error),
+                "use another checkpoint",
+            )
+        ) from error
+    read_arguments(folder)
+    state = read_trainer_state(folder)
+    return Start(folder, manifest, position, run["global_batch_size"], state)
 
 
 def _reader(trainer: Trainer) -> Reader:
@@ -206,14 +242,16 @@ def _restore_state(trainer: Trainer, start: Start) -> None:
         "total_flos",
         "log_history",
     ):
-        if name in saved:
-            setattr(state, name, saved[name])
+        value = getattr(saved, name)
+        if value is not None:
+            setattr(state, name, value)
     trainer.best.take_up(saved, start.folder)
     if trainer.args.restore_callback_states_from_checkpoint:
-        _restore_callbacks(trainer, saved.get("stateful_callbacks") or {})
+        with all_or_none():
+            _restore_callbacks(trainer, saved.stateful_callbacks or {})
 
 
-def _restore_callbacks(trainer: Trainer, saved: dict[str, Any]) -> None:
+def _restore_callbacks(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     """Give callbacks of the same class their saved state; say which saved ones are not here."""
     callbacks = trainer.events.handler.callbacks
     for kind, states in saved.items():
@@ -221,12 +259,35 @@ def _restore_callbacks(trainer: Trainer, saved: dict[str, Any]) -> None:
             continue  # what it tells the loop to do is decided anew
         places = [i for i, c in enumerate(callbacks) if type(c).__name__ == kind]
         for index, state in zip(places, states if isinstance(states, list) else [states]):  # noqa: B905
-            restored = type(callbacks[index])(**state.get("args", {}))
-            for name, value in state.get("attributes", {}).items():
-                setattr(restored, name, value)
-            callbacks[index] = restored
+            callbacks[index] = _restored(callbacks[index], state)
         if not places and trainer.ranks.is_main:
             logger.warning("the checkpoint has the state of a %s, which this run has not", kind)
+
+
+def _restored(callback: Any, state: Mapping[str, Any]) -> Any:
+    """A callback of the same class with a saved state, as transformers' ``ExportableState`` does.
+
+    Raises:
+        CheckpointError: the class cannot take up that state.
+    """
+    kind = type(callback)
+    try:
+        restored = kind(**state.get("args", {}))
+        for name, value in state.get("attributes", {}).items():
+            # A state holds what an object has for itself, never what its class does.
+            if name.startswith("__") or callable(getattr(kind, name, None)):
+                raise ValueError(f"{name} is no attribute that a state can set")
+            setattr(restored, name, value)
+    except Exception as error:  # of the callback's own, which can be any class of a user's
+        raise CheckpointError(
+            Problem(
+                f"the callback {kind.__name__} cannot take up its state in the checkpoint",
+                f"{type(error).__name__}: {error}",
+                "resume with the callback of the run that wrote it, or leave "
+                "restore_callback_states_from_checkpoint out",
+            )
+        ) from error
+    return restored
 
 
 def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter | None:

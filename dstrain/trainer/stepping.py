@@ -93,12 +93,13 @@ class StepHooks:
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its mean loss, detached."""
-        inputs = self._prepare_inputs(inputs)
         step = self._micro_step
+        loaded = inputs if step.inputs is None else step.inputs
+        inputs = self._prepare_inputs(inputs)
         with (
             self._computing_loss(inputs),
             self.compute_loss_context_manager(),
-            self.targets.watching(inputs, step.num_samples) as seen,
+            self.targets.watching(loaded, step.num_samples, given=inputs) as seen,
         ):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             seen.append(loss)
@@ -154,7 +155,7 @@ class StepHooks:
             given = {name: value for name, value in inputs.items() if name != "labels"}
             labels = inputs.get("labels")
         if num_items is None:
-            num_items = max(1, *self.targets.counts(inputs))
+            num_items = self.targets.told(inputs)
         outputs = model(**given) if isinstance(given, Mapping) else model(given)
         loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
         return loss, outputs

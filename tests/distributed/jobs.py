@@ -281,3 +281,26 @@ def split(folder: Path) -> dict[str, Any]:
         Ranks(3, lambda: run(name, start, max_steps=16), folder / "log").wait(60)  # noqa: B023
         found[name] = (folder / f"{name}.txt").read_text()
     return found
+
+
+# --- ranks that part at stage 3 -------------------------------------------------------------------
+
+
+def part(folder: Path) -> dict[str, Any]:
+    """Train steps that are alike, and one in which rank 1 runs another block; what ranks say."""
+
+    def rank() -> None:
+        from dstrain.core.errors import ModelError
+        from tests.distributed.test_missing_gradients import Told, trainer_of
+
+        routes = ((4, 4), (4, 4), (4, 4), (4, 2))
+        trainer = trainer_of(folder / "run", Told(*routes), zero_stage="3", ddp_timeout=4)
+        try:
+            trainer.train()
+        except ModelError as error:
+            said = f"{trainer.state.global_step} steps, then: {error}"
+            (folder / f"rank-{os.environ['RANK']}").write_text(said)
+            time.sleep(1)  # the main rank holds the store
+
+    Ranks(2, rank, folder / "log").wait(60)
+    return {"said": [(folder / f"rank-{rank}").read_text() for rank in range(2)]}

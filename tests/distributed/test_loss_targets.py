@@ -280,8 +280,8 @@ def test_a_model_that_takes_the_count_is_given_it(accepts: bool, tmp_path: Path)
 
 
 @pytest.mark.ranks(2)
-def test_a_rule_read_in_an_evaluation_holds_for_training(tmp_path: Path) -> None:
-    """Evaluated before; without labels nothing is learned, and nothing lost."""
+def test_training_and_evaluation_are_watched_each_for_itself(tmp_path: Path) -> None:
+    """Without labels nothing is learned, and nothing lost."""
     from dstrain import Trainer, TrainingArguments
 
     family = FAMILIES["llama_wrapped"]
@@ -294,9 +294,9 @@ def test_a_rule_read_in_an_evaluation_holds_for_training(tmp_path: Path) -> None
         family.build(), args, data_collator=family.collate, train_dataset=rows, eval_dataset=rows
     )
     trainer.predict(bare, ignore_keys=["past_key_values"])
+    assert "eval_loss" in trainer.evaluate()
     assert not trainer.targets.settled
-    trainer.evaluate()
+    trainer.train()
     assert trainer.targets.is_exact
     assert "after the first of a sequence" in str(trainer.targets.rule)
-    trainer.train()
     trainer.close()

@@ -205,7 +205,9 @@ def flagged(count: int) -> Callable[[Any], None]:
 
 
 @pytest.mark.ranks(2, timeout=200)
-def test_experts_that_not_every_rank_runs_are_gathered_together(tmp_path: Path) -> None:
+def test_experts_that_not_every_rank_runs_are_gathered_together(
+    tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """Without the leaf a rank waits for gathers that the other never asks for, at stage 3."""
     from dstrain.engine import expert_blocks
 
@@ -227,6 +229,8 @@ def test_experts_that_not_every_rank_runs_are_gathered_together(tmp_path: Path) 
         tmp_path, model=Routed(), deepspeed=tight, zero_stage="auto", look=flagged(2), **one
     )
     close(found, whole, 1e-4)
+    told = [r.getMessage() for r in caplog.records if "gathered whole" in r.getMessage()]
+    assert [line.split(":")[0] for line in told] == (["Choice"] if rank == 0 else [])
 
 
 @pytest.mark.ranks(2, timeout=200)

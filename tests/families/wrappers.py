@@ -80,11 +80,7 @@ class CountedLoss(OwnLoss):
 
 
 class TwoHeads(nn.Module):
-    """Two classifiers on one body; a head without a label in the batch is left out of the loss.
-
-    All parameters have a gradient all the same, as data-parallel training asks: ranks whose
-    batches leave out different heads would add up different parameters.
-    """
+    """Two classifiers on one body; a head without a label in the batch is left out of the loss."""
 
     def __init__(self, width: int = 8, hidden: int = 16) -> None:
         super().__init__()
@@ -101,8 +97,6 @@ class TwoHeads(nn.Module):
         for logits, labels in zip(scores, (labels_a, labels_b), strict=True):
             if labels is not None and (labels != batches.IGNORED).any():
                 loss = loss + functional.cross_entropy(logits, labels)
-            else:
-                loss = loss + 0 * logits.sum()
         return {"loss": loss, "logits_a": scores[0], "logits_b": scores[1]}
 
 

@@ -36,6 +36,10 @@ MICRO_BATCHES = (4, 2, 1)  # with 1, 2 and 4 of them for a rank in a step
 RUNS = ((2, 4), (2, 2), (2, 1), (0, 1), (3, 1))
 EXPORTED_STAGE = 3  # whose checkpoint is exported as well
 
+# Whose batches choose which modules have a part in the loss: stage 3 tells ranks that differ so
+# (`tests/distributed/test_missing_gradients.py`).
+NOT_AT_STAGE_3 = {"two_heads"}
+
 # The weight of a micro-batch's own mean, for the families whose rows cannot be told apart: they are
 # seen only together (a contrast, the statistics of a batch), or what the loss is divided by is in
 # no column of the batch.
@@ -203,6 +207,8 @@ def test_two_ranks_equal_plain_torch(name: str, tmp_path: Path, rank: int) -> No
 
     family, wrong = FAMILIES[name], []
     for stage, micro_batch in RUNS:
+        if stage == 3 and name in NOT_AT_STAGE_3:
+            continue
         where = f"stage {stage}, micro-batch {micro_batch}"
         expected = _expected(name, micro_batch)
         folder = tmp_path / f"stage_{stage}_{micro_batch}"

@@ -16,7 +16,7 @@ from dstrain.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from dstrain.core.errors import CheckpointError
 from dstrain.core.files import write_json
 from dstrain.models import Stored, write_tensor_file
-from tests.unit.test_checkpoint_files import make_checkpoint
+from tests.unit.test_checkpoint_files import make_checkpoint, run_values
 
 NUMEL = 5000
 
@@ -46,7 +46,7 @@ def made(
         }
         name = slice_file(rank)
         files[name] = write_tensor_file(staging / name, tensors, metadata)
-    run = {"engine": {"groups": [{"lr": rate}]}, "position": {"meters": [{"seconds": rate}]}}
+    run = run_values(groups=[{"lr": rate}]) | {"position": {"meters": [{"seconds": rate}]}}
     files[RUN] = write_json(staging / RUN, run)
     stored = [Stored.of("seen", torch.full((3,), buffer))]
     files[BUFFERS] = write_tensor_file(staging / BUFFERS, stored)

@@ -29,7 +29,7 @@ BY_SAMPLES = {"resnet", "segformer", "vit_masked", "clip", "siglip", "two_heads"
 class Reader:
     """Reads a family's rule off its first batch, as the trainer does."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, steps: int = 8) -> None:
         family = FAMILIES[name]
         self.model = family.build().train()
         self.samples, self.collate = family.samples(SAMPLES), family.collate
@@ -39,8 +39,9 @@ class Reader:
             label_columns(self.model, family.labels),
             rule=None if self.terms is None else self.terms.rule(),
         )
-        self.parts([0, 1, 2])
-        self.targets.settle(MAIN, final=True)
+        for first in range(steps):  # of three samples, until the rule is settled
+            self.parts([(first + i) % SAMPLES for i in range(3)])
+            self.targets.settle(MAIN, final=True)
 
     def parts(self, rows: list[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
         """The parts of the loss of some samples, and what they weigh."""
@@ -108,7 +109,7 @@ def test_the_terms_of_a_loss_add_up_to_the_models_own(name: str):
 
 def test_models_whose_rule_cannot_be_read_are_named_once(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, logger="dstrain"):
-        reader = Reader("two_heads")
+        reader = Reader("two_heads", steps=1)
         assert not reader.targets.settled, "its first samples have labels for one head alone"
         reader.parts(list(range(SAMPLES)))
         reader.targets.settle(MAIN, final=True)
@@ -135,14 +136,21 @@ IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0], [9, 10, 11, 12, 13]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
 
 
-def read(loss: Any, batch: Mapping[str, Any] | None = None, labels: Any = ("labels",)) -> Any:
-    """The rule that is read off one loss function of (scores, batch)."""
+def read(
+    loss: Any,
+    batch: Mapping[str, Any] | None = None,
+    labels: Any = ("labels",),
+    *,
+    steps: int = 8,
+) -> Any:
+    """The rule that is read off one loss function of (scores, batch); None for samples."""
     model = Scores()
     batch = {"input_ids": IDS, "labels": LABELS, "attention_mask": MASK} if batch is None else batch
     targets = LossTargets(model, labels)
-    with targets.watching(batch) as seen:
-        seen.append(loss(model.table(batch["input_ids"]), batch))
-    targets.settle(MAIN, final=True)
+    for _ in range(steps):
+        with targets.watching(batch) as seen:
+            seen.append(loss(model.table(batch["input_ids"]), batch))
+        targets.settle(MAIN, final=True)
     return targets.rule if targets.is_exact else None
 
 
@@ -270,3 +278,157 @@ def test_heads_of_as_many_labels_are_not_taken_for_one():
         return sum(functional.cross_entropy(scores[:, 0], labels) for labels in heads)
 
     assert read(loss, batch, labels=("labels_a", "labels_b")) is None
+
+
+# --- batches that cannot tell --------------------------------------------------------------------
+
+
+def settled(losses: Any, batches: Any, **kinds: Any) -> LossTargets:
+    """What is known after a step with each of these losses and batches."""
+    model = Scores()
+    targets = LossTargets(model, kinds.pop("labels", ("labels",)), **kinds)
+    for loss, batch in zip(losses, batches, strict=True):
+        with targets.watching(batch) as seen:
+            seen.append(loss(model.table(batch["input_ids"]), batch, targets.told(batch)))
+        targets.settle(MAIN, final=True)
+    return targets
+
+
+def divided(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+    """A sum over classes, divided by hand."""
+    each = functional.cross_entropy(scores[:, 0], batch["labels"], reduction="sum")
+    return each / len(batch["labels"])
+
+
+def test_a_sum_over_one_target_is_taken_for_a_mean():
+    """At micro-batch 1 each of the first batches has one; a sum would be added up eight times."""
+    one = {"input_ids": IDS[:1], "labels": torch.tensor([3])}
+    targets = settled([divided] * 8, [one] * 8)
+    assert targets.is_exact
+    assert not targets.rule.is_sum
+    assert targets.counts({"input_ids": IDS, "labels": torch.tensor([3, 1, 2])}) == (3,)
+
+
+def test_a_later_batch_tells_a_sum_from_a_mean():
+    def summed(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        return functional.cross_entropy(scores[:, 0], batch["labels"], reduction="sum")
+
+    one = {"input_ids": IDS[:1], "labels": torch.tensor([3])}
+    three = {"input_ids": IDS, "labels": torch.tensor([3, 1, 2])}
+    targets = settled([summed] * 2, [one, three])
+    assert targets.rule.is_sum
+
+
+@pytest.mark.parametrize("reduced", ["none", "indexed"])
+def test_a_mask_that_the_first_batch_does_not_show_is_found_in_a_later_one(reduced: str):
+    def masked(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        mask = batch["attention_mask"] == 1
+        if reduced == "indexed":
+            return functional.cross_entropy(scores[mask], batch["labels"][mask])
+        each = flat_cross_entropy(scores, batch["labels"], reduction="none")
+        return (each * mask.flatten()).sum() / mask.sum()
+
+    labels = IDS.clamp(min=1)
+    whole = {"input_ids": IDS, "labels": labels, "attention_mask": torch.ones_like(MASK)}
+    padded = {"input_ids": IDS, "labels": labels, "attention_mask": MASK}
+    targets = settled([masked] * 8, [whole, *[padded] * 7])
+    assert targets.is_exact
+    assert targets.counts(padded) == (int(MASK.sum()),)
+
+
+def test_labels_that_the_users_code_takes_out_of_the_batch_are_still_known():
+    def popped(scores: torch.Tensor, batch: Any, told: Any) -> torch.Tensor:
+        return flat_cross_entropy(scores, batch.pop("labels"))
+
+    batch = {"input_ids": IDS, "labels": LABELS, "attention_mask": MASK}
+    targets = settled([popped], [batch])
+    assert targets.rule == LossRule((Denominator("labels"),))
+
+
+def test_labels_that_the_users_code_changes_are_not_those_of_the_batch():
+    def further_masked(scores: torch.Tensor, batch: Any, told: Any) -> torch.Tensor:
+        batch["labels"][:, 2] = -100
+        return flat_cross_entropy(scores, batch["labels"])
+
+    batches = [{"input_ids": IDS, "labels": LABELS.clone()} for _ in range(8)]
+    targets = settled([further_masked] * 8, batches)
+    assert not targets.is_exact
+    assert targets.rule == LossRule()
+
+
+def test_a_count_that_is_used_is_the_denominator():
+    """Whatever else the loss is made of; and it counts labels in the whole run."""
+
+    def by_hand(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        kept = batch["labels"] != -100
+        logs = scores.log_softmax(-1).gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
+        return -(logs * kept).sum() / told
+
+    batch = {"input_ids": IDS, "labels": LABELS}
+    targets = settled([by_hand], [batch], own_loss=False)
+    assert targets.is_exact
+    assert targets.counts(batch) == (int((LABELS != -100).sum()),)
+    unused = settled([lambda s, b, told: s.pow(2).mean()], [batch], own_loss=False)
+    assert not unused.is_exact
+    assert unused.told(batch) == int((LABELS != -100).sum())
+
+
+def test_class_weights_divided_by_a_count_are_exact():
+    def weighted(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        kinds = {"weight": torch.arange(15.0), "reduction": "sum"}
+        return flat_cross_entropy(scores, batch["labels"], **kinds) / told
+
+    batch = {"input_ids": IDS, "labels": LABELS}
+    targets = settled([weighted], [batch], own_loss=False)
+    assert targets.rule == LossRule((Denominator("labels"),))
+
+
+def test_a_contrast_within_the_batch_is_no_mean_over_labels():
+    def contrast(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        left, right = scores[:, 0], scores[:, 1]
+        return functional.cross_entropy(left @ right.T, torch.arange(len(left)))
+
+    batch = {"input_ids": IDS}
+    assert not settled([contrast], [batch], labels=()).is_exact
+
+
+def test_other_terms_are_named_and_a_factor_is_not(caplog: pytest.LogCaptureFixture):
+    def with_penalty(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        return flat_cross_entropy(scores, batch["labels"]) + scores.pow(2).mean()
+
+    def doubled(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        return 2 * flat_cross_entropy(scores, batch["labels"])
+
+    batches = [{"input_ids": IDS[:n], "labels": LABELS[:n]} for n in (3, 2)]
+    with caplog.at_level(logging.WARNING, logger="dstrain"):
+        assert settled([doubled] * 2, batches).is_exact
+        assert not caplog.records
+        assert settled([with_penalty] * 2, batches).is_exact
+    (record,) = caplog.records
+    assert "other terms" in record.message
+
+
+def test_an_evaluation_is_watched_for_itself():
+    """Its batches of one sample must not decide what the loss of training is."""
+    one = {"input_ids": IDS[:1], "labels": torch.tensor([3])}
+    three = {"input_ids": IDS, "labels": torch.tensor([3, 1, 2])}
+    training = LossTargets(Scores(), ("labels",))
+    evaluation = training.for_evaluation()
+    with evaluation.watching(one) as seen:
+        seen.append(functional.cross_entropy(torch.ones(1, 15), one["labels"], reduction="sum"))
+    evaluation.settle(MAIN, final=True)
+    assert not training.settled
+    assert training.counts(three) == (3,)
+
+
+def test_a_loss_of_the_users_own_that_calls_no_loss_function_goes_by_samples():
+    """As a preference loss: the model's class says nothing about it."""
+    family = FAMILIES["llama"]
+    model = family.build()
+    batch = family.collate(family.samples(2))
+    for own_loss in (True, False):
+        targets = LossTargets(model, ["labels"], own_loss=own_loss)
+        with targets.watching(batch) as seen:
+            seen.append(-functional.logsigmoid(model(batch["input_ids"]).logits.mean()))
+        targets.settle(MAIN, final=True)
+        assert targets.is_exact == own_loss

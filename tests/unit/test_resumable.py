@@ -13,6 +13,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset
 
 from dstrain.checkpoint.codec import decode, encode
+from dstrain.core.errors import CheckpointError
 from dstrain.core.progress import Progress
 from dstrain.data import (
     LoaderOptions,
@@ -361,7 +362,8 @@ def test_a_dispatched_stream_that_was_sent_further_than_used_does_not_know():
 
 
 def position(source: dict[str, Any] | None) -> Position:
-    return Position(Progress(), False, True, None, 0.1, 0, 0.0, 0, [], source=source)
+    meter = {"loss": 0.0, "finite": 0.0, "bad": -1.0, "steps": 0, "tokens": 0, "seconds": 0.0}
+    return Position(Progress(), False, True, None, 0.1, 0, 0.0, 0, [meter], source=source)
 
 
 def test_the_state_is_part_of_the_position_where_it_can_be_written():
@@ -373,3 +375,22 @@ def test_a_position_of_an_older_checkpoint():
     shared = position(None).shared()
     del shared["source"]
     assert Position.of(shared).source is None
+
+
+def test_a_state_that_a_stream_cannot_take_up_is_one_error_that_names_it():
+    """A stream is the user's, and what its state must be only it knows."""
+
+    class Own(list):
+        def state_dict(self) -> dict[str, Any]:
+            return {"at": len(self)}
+
+        def load_state_dict(self, state: Any) -> None:
+            del self[: state["at"]]
+
+    stream = Resumable.of(Own([1, 2]))
+    assert stream is not None
+    kind = stream.state()["kind"]
+    assert not stream.load({})
+    for state in ({"kind": kind}, {"kind": kind, "state": {"at": "x"}}, {"kind": kind, "state": 3}):
+        with pytest.raises(CheckpointError, match="a Own, cannot take up its state"):
+            stream.load(state)

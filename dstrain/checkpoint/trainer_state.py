@@ -1,0 +1,70 @@
+"""What a run reads of a checkpoint's ``trainer_state.json`` and ``training_arguments.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.core.documents import Count, Flag, Number, Plain, Text, read_document
+
+STATE = "trainer_state.json"
+ARGUMENTS = "training_arguments.json"
+
+
+@dataclass(frozen=True)
+class TrainerStateRecord:
+    """What a checkpoint says of ``TrainerState``; None of what it does not say.
+
+    Attributes:
+        global_step: optimizer steps done.
+        epoch: with its part that is done.
+        num_input_tokens_seen: as the trainer counts them.
+        total_flos: floating-point operations so far.
+        log_history: everything that was logged.
+        best_metric: of the best evaluation.
+        best_global_step: of the best evaluation.
+        best_model_checkpoint: folder of the best checkpoint, as it was called then.
+        stateful_callbacks: class of a callback -> its state, or those of several; their content is
+            for the callbacks to judge.
+        train_batch_size: of transformers; samples per step and process.
+    """
+
+    global_step: Count | None = None
+    epoch: Number | None = None
+    num_input_tokens_seen: Number | None = None
+    total_flos: Number | None = None
+    log_history: list[Plain] | None = None
+    best_metric: Number | None = None
+    best_global_step: Count | None = None
+    best_model_checkpoint: Text | None = None
+    stateful_callbacks: Mapping[Text, Any] | None = None
+    train_batch_size: Count | None = None
+
+
+@dataclass(frozen=True)
+class ArgumentsRecord:
+    """By what a saved run chose its best model."""
+
+    metric_for_best_model: Text | None = None
+    greater_is_better: Flag | None = None
+
+
+def read_trainer_state(folder: Path) -> TrainerStateRecord:
+    """What a checkpoint says of ``TrainerState``.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged.
+    """
+    return read_document(folder / STATE, TrainerStateRecord)
+
+
+def read_arguments(folder: Path) -> ArgumentsRecord | None:
+    """What a checkpoint says of its run's arguments; None where it does not say any.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / ARGUMENTS
+    return read_document(path, ArgumentsRecord) if path.exists() else None

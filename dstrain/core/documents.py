@@ -1,0 +1,191 @@
+"""Reading documents that anybody may have damaged or forged: JSON in, a value of known types out.
+
+The one door for the JSON of checkpoints: bytes become plain values of limited depth, and these
+become a typed value whose every field has been checked (type, range, form). What is wrong is one
+``CheckpointError`` that names the file and the field. Nothing is executed, converted or guessed:
+"3" is no number, and neither is true.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import Ge, Gt, Lt
+from pydantic import AfterValidator, Strict, TypeAdapter, ValidationError
+
+from dstrain.core.errors import CheckpointError, Problem
+
+T = TypeVar("T")
+
+# JSON that dstrain writes is a dozen levels deep; states of users' objects may be deeper.
+MOST_LEVELS = 200
+_MOST_FAULTS = 5
+_LONGEST = 60
+
+
+def _fits(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(n for n in shape if n) >= 2**63:
+        raise ValueError("it has more elements than there can be")
+    return shape
+
+
+def _bounded(number: float) -> float:
+    if isinstance(number, int) and not -(2**63) <= number < 2**63:
+        raise ValueError("it is out of range")
+    return number
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    whole = str(path) == name and name != "."
+    if not whole or path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name:
+        raise ValueError("it names a file outside of its folder, or none")
+    os.fsencode(name)  # UnicodeEncodeError is a ValueError
+    return name
+
+
+Text = Annotated[str, Strict()]
+Flag = Annotated[bool, Strict()]
+Integer = Annotated[int, Strict(), Ge(-(2**63)), Lt(2**63)]
+Count = Annotated[int, Strict(), Ge(0), Lt(2**63)]
+AtLeastOne = Annotated[int, Strict(), Gt(0), Lt(2**63)]
+Real = Annotated[float, Strict()]
+"""Any number as a float; NaN and infinities are numbers too."""
+Number = Annotated[
+    Annotated[bool, Strict()] | Annotated[int, Strict()] | Annotated[float, Strict()],
+    AfterValidator(_bounded),
+]
+"""A number of the type that it is written with."""
+Shape = Annotated[tuple[Count, ...], AfterValidator(_fits)]
+FileName = Annotated[str, Strict(), AfterValidator(_inside)]
+"""A path that stays inside of the folder that it is relative to."""
+Plain = Mapping[Text, Any]
+"""An object with any content: the state of something that a user owns."""
+
+
+def parsed(data: bytes) -> Any:
+    """The values of a JSON text.
+
+    Raises:
+        ValueError: it is none, or is nested too deep.
+    """
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError(_too_deep()) from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """See to it that a reader will take what is about to be written, or has been read.
+
+    Raises:
+        ValueError: it is nested too deep.
+    """
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [part for outer in level for part in _parts(outer)]
+        if not level:
+            return
+    raise ValueError(_too_deep())
+
+
+def _parts(value: Any) -> Any:
+    found = value.values() if isinstance(value, dict) else value
+    found = found if isinstance(value, (dict, list, tuple)) else ()
+    return (part for part in found if isinstance(part, (dict, list, tuple)))
+
+
+def _too_deep() -> str:
+    return f"it is nested deeper than {MOST_LEVELS} levels"
+
+
+def typed(value: Any, kind: type[T]) -> T:
+    """A value of plain types as one of ``kind``, which a dataclass and its annotations describe.
+
+    Raises:
+        ValueError: naming each field that is not as ``kind`` says.
+    """
+    try:
+        known: Any = kind
+        checked: T = _adapter(known).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(_faults(error)) from None
+    return checked
+
+
+def loaded(path: Path, most: int = -1) -> bytes:
+    """The content of a file; what is no file, as a pipe, is not waited for.
+
+    Args:
+        path: the file.
+        most: bytes from its beginning; -1 for all.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is no file")
+        return file.read(most)
+
+
+def read_document(path: Path, kind: type[T]) -> T:
+    """A JSON file as a value of ``kind``.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged; with the file and the field.
+    """
+    try:
+        return typed(parsed(loaded(path)), kind)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error that a file of a checkpoint cannot be used."""
+    why = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return CheckpointError(Problem(f"{path} cannot be read", why, "use another checkpoint"))
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _faults(error: ValidationError) -> str:
+    """What is wrong with which fields, a line for the first few."""
+    found = error.errors(include_url=False, include_context=False)
+    lines = []
+    for fault in found[:_MOST_FAULTS]:
+        place = ".".join(_short(str(part)) for part in fault["loc"])
+        said = fault["msg"].removeprefix("Value error, ")
+        said = said[:1].lower() + said[1:]
+        shown = "" if fault["type"] == "missing" else f", it is {_short(_shown(fault['input']))}"
+        lines.append(f"{place}: {said}{shown}" if place else said + shown)
+    if len(found) > _MOST_FAULTS:
+        lines.append(f"and {len(found) - _MOST_FAULTS} more")
+    return "; ".join(lines)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; containers and huge numbers only by what they are."""
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)
+
+
+def _short(text: str) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

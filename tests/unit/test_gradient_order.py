@@ -1,0 +1,120 @@
+"""The order in which gradients come, told beforehand; and which models skip layers by chance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dstrain.core.errors import ModelError
+from dstrain.engine.arrival import arrival_order
+from dstrain.engine.layerdrop import check_layerdrop
+
+
+def arrivals(loss: torch.Tensor, model: nn.Module) -> list[str]:
+    """The names of parameters in the order in which backward() reaches them."""
+    found: list[str] = []
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda _, name=name: found.append(name))
+        for name, p in model.named_parameters()
+    ]
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def foretold(loss: torch.Tensor, model: nn.Module) -> list[str]:
+    named = dict(model.named_parameters())
+    names = list(named)
+    return [names[index] for index in arrival_order(loss, list(named.values()))]
+
+
+def modules_in_order(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+class Towers(nn.Module):
+    """Two towers of which the one registered first runs last, and a part that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.idle, self.first = (
+            nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4)) for _ in range(3)
+        )
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x))).sum()
+
+
+def test_the_order_is_that_of_the_backward_pass() -> None:
+    model = Towers()
+    loss = model(torch.randn(2, 4))
+    told = foretold(loss, model)
+    assert sorted(told) == sorted(dict(model.named_parameters()))
+    used = [name for name in told if not name.startswith("idle")]
+    assert modules_in_order(used) == modules_in_order(arrivals(loss, model))
+    # What is not used stands where its neighbour does: behind what is registered after it.
+    places = [name.split(".")[0] for name in told]
+    assert places.index("idle") == places.index("first") + places.count("first")
+
+
+def test_a_large_model_of_transformers_is_foretold_to_the_parameter() -> None:
+    from tests.models import tiny_llama
+
+    model = tiny_llama()
+    tokens = torch.arange(12).view(2, 6)
+    loss = model(input_ids=tokens, labels=tokens).loss
+    told = foretold(loss, model)
+    assert told == arrivals(loss, model)
+
+
+def test_parts_inside_a_reentrant_checkpoint_stand_between_their_neighbours() -> None:
+    layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    hidden = layers[0](torch.randn(2, 4))
+    for layer in (layers[1], layers[2]):
+        hidden = checkpoint(layer, hidden, use_reentrant=True)
+    loss = layers[3](hidden).sum()
+    assert modules_in_order(foretold(loss, layers)) == ["3", "2", "1", "0"]
+
+
+def test_without_a_graph_the_order_is_that_of_registration_backwards() -> None:
+    model = Towers()
+    assert foretold(torch.zeros(()), model) == list(dict(model.named_parameters()))[::-1]
+
+
+def test_models_that_keep_ranks_in_step_are_not_refused() -> None:
+    """Wav2Vec2's layers ask for stage 3; its adapter does not, nor does anything of Whisper."""
+    from transformers import (
+        Wav2Vec2Config,
+        Wav2Vec2Model,
+        WhisperConfig,
+        WhisperForConditionalGeneration,
+    )
+
+    def wav2vec2(**settings: object) -> nn.Module:
+        config = Wav2Vec2Config(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+            layerdrop=0.2, **settings,
+        )  # fmt: skip
+        return Wav2Vec2Model(config)
+
+    whisper = WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=64,
+        decoder_layerdrop=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        check_layerdrop(wav2vec2(), leaves=())
+        adapted = wav2vec2(add_adapter=True)
+        model = WhisperForConditionalGeneration(whisper)
+    with pytest.raises(ModelError, match=r"config\.layerdrop=0\.2 of Wav2Vec2Adapter"):
+        check_layerdrop(adapted, leaves=())
+    with pytest.raises(ModelError, match=r"config\.decoder_layerdrop=0\.1 of WhisperDecoder"):
+        check_layerdrop(model, leaves=())
+    check_layerdrop(model, leaves=("WhisperDecoder",))
+    whisper.decoder_layerdrop = 0.0
+    model.model.decoder.layerdrop = 0.0
+    check_layerdrop(model, leaves=())
