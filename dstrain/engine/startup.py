@@ -69,7 +69,6 @@ def start(
         if ranks.is_local_main and not (folder / library / f"{library}.so").exists():
             logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
         atexit.register(_forget_shared_memory)
-    atexit.register(_let_collectives_end if started else _shut_down_in_time)
     else:
         if ranks.local_rank >= accelerator.device_count():
             raise ConfigError(
@@ -81,6 +80,7 @@ def start(
                 )
             )
         accelerator.set_device(ranks.local_rank)
+    atexit.register(_let_collectives_end if started else _shut_down_in_time)
     if started:
         return Ranks(
             dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.local_world_size
