@@ -78,13 +78,18 @@ def encode(value: Any, *, where: str, levels: int = 0) -> Any:
         return _encode_dict(value, where, levels + 1)
     if isinstance(value, bytes):
         return {"__bytes__": base64.b64encode(value).decode()}
+    found = type(value).__name__
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        found = f"numpy array of {value.dtype}"
+        if value.dtype.name in _DTYPES:
+            value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, torch.Tensor):
-        return _encode_tensor(value)
+        found = f"tensor of {value.dtype}, {value.layout}"
+        if value.dtype in _DTYPES.values() and value.layout == torch.strided:
+            return _encode_tensor(value)
     raise CheckpointError(
         Problem(
-            f"{where} is a {type(value).__name__}",
+            f"{where} is a {found}",
             "checkpoints hold plain values and tensors only; pickles are never written or read",
             "give it a state_dict of plain values",
         )

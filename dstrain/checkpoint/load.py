@@ -380,12 +380,13 @@ def load_buffers(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
 
     Another number of ranks takes what the main rank had for itself. Ranks read the same files.
     """
-    there = {slot.name: slot for slot in slots_of(engine.module)}
     own = _own_buffers(manifest, ranks)
     lost: list[str] = []
     for name in (content.BUFFERS, content.OTHER_BUFFERS, own):
         if not _has(folder, manifest, name):
             continue
+        # Anew for each file: one may make the buffer that the next has other values of.
+        there = {slot.name: slot for slot in slots_of(engine.module)}
         with reading(folder / name) as file:
             for buffer in file.keys():  # noqa: SIM118 - a file is no dict
                 if buffer not in there:

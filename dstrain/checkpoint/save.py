@@ -226,11 +226,11 @@ class CheckpointWriter:
         slices: content.Slices | None = None
         engine.buffers.look()
         self._warn_of_caches(engine)
-        extra, lost = extra_states(engine.module)
-        self._warn_of_lost(lost)
         with all_or_none():  # before copies, whose end no rank needs to wait for on another
             if not policy.only_model and policy.layout == SLICES:
                 slices = content.own_slices(engine, sharers)
+            extra, lost = extra_states(engine.module)
+            self._warn_of_lost(lost)
             own = encode(record.own, where="this rank's state")
             shared = encode(
                 {

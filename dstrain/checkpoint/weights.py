@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dstrain.checkpoint.extra_state import put_extra_states
 from dstrain.checkpoint.load import (
     check_here,
     load_buffers,
@@ -20,10 +21,20 @@ from dstrain.checkpoint.manifest import Manifest
 from dstrain.core.documents import FileName, Text, read_document, unreadable
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks, all_or_none
-from dstrain.engine import Engine, Region, Slot, begin_load, finish_load, regions, slots_of
+from dstrain.engine import (
+    Engine,
+    Region,
+    Slot,
+    begin_load,
+    fill_empty,
+    finish_load,
+    regions,
+    slots_of,
+)
 from dstrain.models import Group, groups_of
 
 _INDEX = "model.safetensors.index.json"
+_EXTRA_STATE = "_extra_state"  # torch's name in a state_dict
 
 
 def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
@@ -69,9 +80,28 @@ def _from_model_files(engine: Engine, held: list[Region], folder: Path, manifest
     for region in held:
         of_parameter.setdefault(id(parameters[region.name]), []).append(region)
     slots = {id(slot.tensor): slot for slot in slots_of(engine.module)}
+    known = of_parameter.keys() | slots.keys() | set(map(id, parameters.values()))
+    groups = [g for g in groups if all(id(entry.tensor) in known for entry in g.entries)]
     with torch.no_grad():
         for group in groups:
             _read_group(group, places, of_parameter, slots)
+        _read_late(engine, {n: places[n] for n in places.keys() - _saved_names(groups)})
+
+
+def _saved_names(groups: Iterable[Group]) -> set[str]:
+    return {saved.name for group in groups for saved in group.saved}
+
+
+def _read_late(engine: Engine, places: Mapping[str, Path]) -> None:
+    """Read what a fresh model has no tensor for: late buffers, and extra state that is a tensor."""
+    for name, path in sorted(places.items()):
+        with reading(path) as file:
+            values = file.whole(name)
+        owner, _, key = name.rpartition(".")
+        if key == _EXTRA_STATE:
+            put_extra_states(engine.module, {owner: values})
+        else:
+            fill_empty(engine.module, name, values)
 
 
 def _read_group(

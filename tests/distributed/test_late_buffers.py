@@ -54,6 +54,73 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(16)]
 
 
+class Scaled(Counting):
+    """Its extra state is a tensor, which safetensors files hold."""
+
+    def get_extra_state(self) -> Any:
+        return torch.tensor(self.passes)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.passes = int(state)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("kind", [Averages, Scaled])
+def test_the_best_model_comes_with_its_state(kind: Any, tmp_path: Path) -> None:
+    """From a checkpoint of the model alone, whose files are all there is."""
+    from dstrain import Trainer, TrainingArguments
+
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        max_steps=4,
+        learning_rate=1e-2,
+        greater_is_better=True,  # the worst one, which is not the last
+        save_only_model=True,
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(kind(), args, train_dataset=rows(), eval_dataset=rows())
+    trainer.train()
+    best = trainer.state.best_metric
+    assert trainer.state.best_model_checkpoint.endswith("-2"), "else nothing has to be taken back"
+    assert trainer.evaluate()["eval_loss"] == best
+    trainer.close()
+
+
+@pytest.mark.ranks(2)
+def test_each_rank_gets_a_late_buffer_of_its_own_back(tmp_path: Path) -> None:
+    """Where ranks are told not to share theirs."""
+    from dstrain import Trainer, TrainingArguments
+
+    def averages(resume: str | None) -> tuple[list[float], torch.Tensor]:
+        args = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=4,
+            save_steps=2,
+            logging_steps=1,
+            ddp_broadcast_buffers=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(Averages(), args, train_dataset=rows())
+        trainer.train(resume_from_checkpoint=resume)
+        history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        average = trainer.model.average.clone()
+        trainer.close()
+        return history, average
+
+    losses, average = averages(None)
+    resumed, again = averages(str(tmp_path / "checkpoint-2"))
+    assert resumed == losses
+    assert torch.equal(again, average)
+
+
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("stage", ["2", "3"])
 @pytest.mark.parametrize("kind", [Averages, Counting])
