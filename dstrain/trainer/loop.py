@@ -196,7 +196,7 @@ class TrainLoop:
                 self._is_cut = not (window.ends_epoch or self.control.should_epoch_stop)
                 break
         if self.progress.step == before.step and not before.steps_in_epoch:
-            raise DataError(Problem("the training data ended without a single sample"))
+            raise _no_sample(self.progress.epoch)
         assert self._last is not None
         self._react("on_epoch_end", *self._last, epoch_is_over=False)
 
@@ -501,3 +501,23 @@ class TrainLoop:
         return self.progress.epoch + min(
             1.0, self.progress.steps_in_epoch / self.plan.steps_per_epoch
         )
+
+
+def _no_sample(epoch: int) -> DataError:
+    """Make the error of an epoch that began and had nothing in it."""
+    if not epoch:
+        return DataError(
+            Problem(
+                "the training data ended without a single sample",
+                "the data set or loader gives nothing",
+                "look at what it was made of: a filter that lets nothing through, an empty folder",
+            )
+        )
+    return DataError(
+        Problem(
+            f"the training data gave no sample in epoch {epoch + 1}, though it did before",
+            "an iterator can be read only once, and a new epoch reads the data again",
+            "pass an IterableDataset whose __iter__ begins anew each time, or train for one epoch "
+            "(num_train_epochs=1, or max_steps within it)",
+        )
+    )

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from dstrain.core.errors import Problem, TrainingError
+
 
 def loss_of(outputs: Any, *, only_scalar: bool = False) -> torch.Tensor | None:
     """The loss in a model's outputs: their "loss", or the first of a tuple.
@@ -27,6 +29,40 @@ def loss_of(outputs: Any, *, only_scalar: bool = False) -> torch.Tensor | None:
     if only_scalar and not (isinstance(loss, torch.Tensor) and loss.dim() == 0):
         return None
     return loss
+
+
+def check_loss(loss: Any, trainer: type) -> None:
+    """Refuse what cannot be trained on; nothing waits for the device.
+
+    Args:
+        loss: what ``compute_loss`` returned.
+        trainer: the class whose method it is.
+
+    Raises:
+        TrainingError: it is no tensor, or has no gradient.
+    """
+    where = f"{trainer.__module__}.{trainer.__qualname__}.compute_loss returned"
+    if not isinstance(loss, torch.Tensor):
+        kind = type(loss).__name__
+        raise TrainingError(
+            Problem(
+                f"{where} {'nothing' if loss is None else f'a {kind}'}",
+                "in training it is called with return_outputs=False, and a loss is expected, as a "
+                "tensor",
+                "return the loss alone there, and (loss, outputs) where return_outputs is true"
+                if isinstance(loss, (tuple, list, Mapping))
+                else "return the tensor that the loss was computed as: no None, and no .item()",
+            )
+        )
+    if not loss.requires_grad:
+        raise TrainingError(
+            Problem(
+                f"{where} a loss without a gradient",
+                "no parameter that is trained has gone into it, or it was detached",
+                "compute it from the model's outputs, outside of torch.no_grad() and without "
+                "detach(); see that some parameters have requires_grad",
+            )
+        )
 
 
 def logits_of(outputs: Any, ignore_keys: Sequence[str], *, has_loss: bool) -> Any:

@@ -218,8 +218,8 @@ def serve_overrides(trainer: Any, *, wants_predictions: bool) -> list[Problem]:
 
 def serve_loss_function(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """A ``compute_loss_func`` that can be called with ``num_items_in_batch``, taken or not."""
-    if function is None:
-        return None
+    if function is None or not callable(function):  # which ``misfits_of`` refuses
+        return function
     base = inspect.signature(_loss_function)
     served, _ = _serve("", "compute_loss_func", function, base, _LOSS_CALLS)
     return function if served is None else served
@@ -235,7 +235,15 @@ def misfits_of(functions: Functions) -> list[Problem]:
         ("data_collator", _collate, (Call(1),)),
     ):
         function = getattr(functions, name)
-        if function is not None:
+        if function is not None and not callable(function):
+            problems.append(
+                Problem(
+                    f"{name}={function!r}",
+                    f"it is a {type(function).__name__}, which cannot be called",
+                    f"pass a function of {inspect.signature(base)}",
+                )
+            )
+        elif function is not None:
             _, problem = _serve(name, name, function, inspect.signature(base), calls)
             problems += [] if problem is None else [problem]
     for callback in functions.callbacks:

@@ -14,7 +14,7 @@ from dstrain.data import LossTargets, needs_target_count
 from dstrain.engine import device_name
 from dstrain.models import DTYPES
 from dstrain.trainer.loss_terms import LossTerms
-from dstrain.trainer.outputs import loss_of
+from dstrain.trainer.outputs import check_loss, loss_of
 
 logger = get_logger(__name__)
 
@@ -102,6 +102,7 @@ class StepHooks:
             self.targets.watching(loaded, step.num_samples, given=inputs) as seen,
         ):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            check_loss(loss, type(self))
             seen.append(loss)
         engine = self._engines.training
         assert engine is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,57 @@ def test_a_method_put_on_the_trainer_is_looked_at_when_training_starts(tmp_path:
         trainer.train()
     with pytest.raises(ConfigError, match=r"Short\.on_step_end"):
         trainer.add_callback(Short())
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, inputs: (model(**inputs).loss, 1), "returned a tuple"),
+        (lambda model, inputs: model(**inputs), "returned a CausalLMOutputWithPast"),
+        (lambda model, inputs: None, "returned nothing"),
+        (lambda model, inputs: model(**inputs).loss.item(), "returned a float"),
+        (lambda model, inputs: model(**inputs).loss.detach(), "a loss without a gradient"),
+    ],
+    ids=["tuple", "outputs", "none", "float", "detached"],
+)
+def test_what_is_no_loss_is_named_in_the_first_step(
+    loss: Any, message: str, tmp_path: Path
+) -> None:
+    """On every rank, with the override that returned it and what is expected of it."""
+    from dstrain.core.errors import TrainingError
+
+    class Wrong(trainer_class()):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, return_outputs=False, **kwargs: Any) -> Any:
+            return loss(model, inputs)
+
+    trainer = make_trainer(tmp_path, cls=Wrong, max_steps=1)
+    with pytest.raises(TrainingError, match=rf"Wrong\.compute_loss returned.*{message[9:]}"):
+        trainer.train()
+    trainer.close()
+
+
+@pytest.mark.ranks(1)
+def test_a_function_that_cannot_be_called_is_refused_at_once(tmp_path: Path) -> None:
+    from dstrain.core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="compute_loss_func='mean'"):
+        make_trainer(tmp_path, cls=partial(trainer_class(), compute_loss_func="mean"))
+
+
+@pytest.mark.ranks(1)
+def test_data_that_can_be_read_only_once_is_named_in_the_second_epoch(tmp_path: Path) -> None:
+    from dstrain.core.errors import DataError
+
+    rows = list(make_trainer(tmp_path).train_dataset)
+
+    class Once(torch.utils.data.IterableDataset[Any]):
+        left = iter(rows)
+
+        def __iter__(self) -> Any:
+            return self.left
+
+    trainer = make_trainer(tmp_path, data=Once(), max_steps=100)
+    with pytest.raises(DataError, match="no sample in epoch 2, though it did before"):
+        trainer.train()
+    trainer.close()
