@@ -40,7 +40,7 @@ class _Reason:
 
 @dataclass(frozen=True)
 class _ConfigRecord:
-    """What a comparison reads of ``resolved_config.json``."""
+    """Holds the parts of ``resolved_config.json`` that a comparison looks at."""
 
     deepspeed: Plain | None = None
     provenance: Mapping[Text, _Reason] | None = None

@@ -110,7 +110,7 @@ def export(
 
 
 def _is_copied(name: str) -> bool:
-    """Whether an export has a file as it is: configs and what a tokenizer or processor has."""
+    """Return whether an export copies a file: a config, or a file of a tokenizer or processor."""
     is_tensors = name.endswith(".safetensors") or name == _INDEX
     inside = "/" in name or name.startswith(".")
     return not (is_tensors or inside or name in _TRAINING_FILES)
@@ -139,7 +139,7 @@ class _Source:
         return self.folder / name
 
     def slices(self) -> SliceIndex:
-        """Where the slices are, once their files are verified; see ``read_index``."""
+        """Verify the files of slices and index them; see ``read_index``."""
         self.verify(slice_files(self.folder, self.manifest))
         return read_index(self.folder, self.manifest)
 
@@ -212,7 +212,7 @@ def _tensors(source: _Source, dtype: torch.dtype, *, as_trained: bool) -> list[S
 
 @dataclass(frozen=True)
 class _Patterns:
-    """What makes a conversion of transformers."""
+    """Holds the patterns of names by which a conversion of transformers is made."""
 
     source_patterns: list[Text]
     target_patterns: list[Text]

@@ -31,17 +31,17 @@ def put_extra_states(module: torch.nn.Module, states: Mapping[str, Any]) -> None
     """
     there = dict(_with_extra_state(module))
     for path, state in states.items():
+        if path not in there:
+            raise _useless(path, "it has none any more")
         try:
             there[path].set_extra_state(state)
         except Exception as error:  # of the module's own code, which can be anything
-            missing = path not in there
-            raise CheckpointError(
-                Problem(
-                    f"the module {path or '(the model)'} cannot take up its extra state",
-                    "it has none any more" if missing else f"{type(error).__name__}: {error}",
-                    "resume with the model that was saved",
-                )
-            ) from error
+            raise _useless(path, f"{type(error).__name__}: {error}") from error
+
+
+def _useless(path: str, why: str) -> CheckpointError:
+    what = f"the module {path or '(the model)'} cannot take up its extra state"
+    return CheckpointError(Problem(what, why, "resume with the model that was saved"))
 
 
 def _with_extra_state(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -152,7 +152,7 @@ def verify(
 
 
 def _faults_within(folder: Path, manifest: Manifest) -> list[str]:
-    """What whole files say that cannot be: documents of the run, and the headers of its slices.
+    """List what cannot be in whole files: in documents of the run and in headers of its slices.
 
     Raises:
         CheckpointError: they cannot be read as what they must be.

@@ -71,7 +71,7 @@ def committed(output_dir: Path) -> list[Found]:
 
 
 def owned(output_dir: Path) -> list[Found]:
-    """Those of the committed that dstrain may remove: what links lead to is left alone."""
+    """List the committed checkpoints that dstrain may remove: no links, nor what they lead to."""
     return [f for f in committed(output_dir) if manifests.is_ours(f.folder)]
 
 
@@ -297,7 +297,7 @@ def recover(output_dir: Path) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether a killed run left a folder; or an older dstrain a link, which it had renamed."""
+    """Return whether a killed run has left this folder, or an older dstrain this renamed link."""
     return bool(_STAGED.fullmatch(path.name)) and (path.is_dir() or path.is_symlink())
 
 

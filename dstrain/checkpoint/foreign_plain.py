@@ -19,7 +19,7 @@ from dstrain.checkpoint.foreign import (
 from dstrain.checkpoint.load import opened
 from dstrain.checkpoint.pickles import load_pickle
 from dstrain.checkpoint.trainer_state import STATE, TrainerStateRecord
-from dstrain.core.documents import Plain, read_document
+from dstrain.core.documents import Plain, read_document, typed, unreadable
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.models import Stored, skeleton_of
 
@@ -148,7 +148,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     state: dict[str, Any] = dict(read_document(path, _Object))
-    read_document(path, TrainerStateRecord)
+    try:
+        typed(state, TrainerStateRecord)
+    except ValueError as error:
+        raise unreadable(path, error) from error
     return state
 
 

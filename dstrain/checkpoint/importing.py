@@ -133,7 +133,7 @@ def bring_in(
 
 
 def _check_own(source: Path, on_file: Callable[[int], object]) -> None:
-    """Of a checkpoint of ours only DeepSpeed's layout is brought in, once it is verified.
+    """Verify a checkpoint of ours, of which only DeepSpeed's layout can be brought in.
 
     Raises:
         CheckpointError: it is of slices, or damaged.

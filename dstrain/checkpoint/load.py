@@ -151,7 +151,7 @@ def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
 def _check_spans(
     spans: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], manifest: Manifest
 ) -> None:
-    """What a file of slices says of itself must fit its tensors, and the parameters.
+    """Check what a file of slices says of itself against its tensors and the parameters.
 
     Raises:
         ValueError: it does not.
@@ -228,6 +228,8 @@ def load_into(
     else:
         assert index is not None
         _load_slices(engine, folder, manifest, index, ranks)
+    with all_or_none():
+        put_extra_states(engine.module, shared.pop("extra_states", {}))
     write_progress(engine, shared.pop("engine"))
     return Restored(shared, own)
 
@@ -376,8 +378,6 @@ def _by_file(
 def load_buffers(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
     """Put the saved buffers into the module: the main rank's, then what this rank had for itself.
 
-    And the extra state of modules, which all ranks get as the main rank had it.
-
     Another number of ranks takes what the main rank had for itself. Ranks read the same files.
     """
     own = _own_buffers(manifest, ranks)
@@ -394,8 +394,6 @@ def load_buffers(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
                     lost += [] if placed or buffer in lost else [buffer]
                 elif name == own or file.shape(buffer) == _shape(there[buffer]):
                     there[buffer].put(file.whole(buffer))
-    if manifest.has(content.RUN):
-        put_extra_states(engine.module, read_run(folder).get("extra_states", {}))
     if lost and ranks.is_main:
         logger.warning("%s has buffers that this model has no place for: %s", folder, lost[:5])
     engine.buffers.begin()
@@ -460,7 +458,7 @@ def reading(path: Path) -> Iterator[TensorReader]:
 
 
 def _mapping(metadata: Mapping[str, str], name: str, kind: Any) -> Any:
-    """What the metadata of a file of slices says.
+    """Read an entry of the metadata of a file of slices.
 
     Raises:
         ValueError: it does not say it as it must.

@@ -86,7 +86,7 @@ class Manifest:
         return [name for name in self.elsewhere if not (folder / name).exists()]
 
     def has(self, name: str) -> bool:
-        """Whether a file is part of the checkpoint: no other file in its folder is read."""
+        """Return whether a file is part of the checkpoint; no other file in its folder is read."""
         return name in self.files or name in self.elsewhere
 
     @property
@@ -159,7 +159,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_consistent(manifest: Manifest) -> None:
-    """What fields say of each other.
+    """Check fields against each other.
 
     Raises:
         ValueError: they contradict each other.

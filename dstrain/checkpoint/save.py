@@ -229,8 +229,7 @@ class CheckpointWriter:
         with all_or_none():  # before copies, whose end no rank needs to wait for on another
             if not policy.only_model and policy.layout == SLICES:
                 slices = content.own_slices(engine, sharers)
-            extra, lost = extra_states(engine.module)
-            self._warn_of_lost(lost)
+            extra = self._extra_states(engine) if sharers.is_main else {}
             own = encode(record.own, where="this rank's state")
             shared = encode(
                 {
@@ -339,8 +338,9 @@ class CheckpointWriter:
                 ", ".join(caches[:3]),
             )
 
-    def _warn_of_lost(self, lost: list[str]) -> None:
-        """Say once which extra states a resumed run will not find."""
+    def _extra_states(self, engine: Engine) -> dict[str, Any]:
+        """Ask modules for their extra state; say once which of it a resumed run will not find."""
+        extra, lost = extra_states(engine.module)
         if lost and self._ranks.is_main and not self._policy.only_model and not self._said_lost:
             self._said_lost = True
             logger.warning(
@@ -349,6 +349,7 @@ class CheckpointWriter:
                 len(lost),
                 ", ".join(path or "the model" for path in lost[:3]),
             )
+        return extra
 
     def _finish_in_thread(self, job: _Job) -> None:
         try:

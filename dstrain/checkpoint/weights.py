@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dstrain.checkpoint import content
 from dstrain.checkpoint.extra_state import put_extra_states
 from dstrain.checkpoint.load import (
     check_here,
@@ -18,6 +19,7 @@ from dstrain.checkpoint.load import (
     reading,
 )
 from dstrain.checkpoint.manifest import Manifest
+from dstrain.checkpoint.run_files import read_run
 from dstrain.core.documents import FileName, Text, read_document, unreadable
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks, all_or_none
@@ -60,6 +62,8 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
                 check_here(held, index, folder, values_only=True)
             read_regions(held, index, values_only=True)
         load_buffers(engine, folder, manifest, ranks)
+        if manifest.has(content.RUN):
+            put_extra_states(engine.module, read_run(folder).get("extra_states", {}))
     finish_load(engine)
 
 

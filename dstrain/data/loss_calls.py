@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.data.loss_rule import IGNORED, SAMPLES, Denominator, LossRule
 from dstrain.data.samples import batch_size
@@ -108,10 +109,11 @@ class LossCalls(TorchFunctionMode):
         super().__init__()
         self.calls: list[LossCall] = []
         self.used_count = False
-        # Held as long as this: the number of a tensor that is gone may be another one's.
-        self._origins: dict[int, tuple[torch.Tensor, frozenset[str]]] = {
-            id(tensor): (tensor, frozenset([name])) for name, tensor in columns.items()
-        }
+        # Weak: without gradients (in an evaluation, inside a re-entrant checkpoint) everything that
+        # the model computes passes here, and must be freed as soon as the model lets go of it.
+        self._origins: Any = WeakTensorKeyDictionary()
+        for name, tensor in columns.items():
+            self._origins[tensor] = frozenset([name])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call ``func``, note it where it is a loss function, and what its result is made from."""
@@ -120,36 +122,24 @@ class LossCalls(TorchFunctionMode):
         tensors = list(_within((args, kwargs), self._heed))
         columns = frozenset().union(*(self._columns_of(tensor) for tensor in tensors))
         if func in _WATCHED and isinstance(returned, torch.Tensor):
-            self.calls.append(self._noted(func, args, kwargs, returned))
+            self.calls.append(_noted(func, args, kwargs, returned, self._columns_of))
         if columns:
             name = getattr(func, "__name__", "")
             in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-            # What has been through the model's parameters is no target, and would only be held.
+            # What has been through the model's parameters is no target.
             made = [t for t in _within(returned, None) if not t.requires_grad]
             for tensor in [*made, *tensors[:1]] if in_place else made:
-                self._origins[id(tensor)] = (tensor, columns | self._columns_of(tensor))
+                self._origins[tensor] = columns | self._columns_of(tensor)
         return returned
 
     def _heed(self, value: Any) -> None:
         self.used_count = self.used_count or isinstance(value, ToldCount)
 
-    def _columns_of(self, tensor: torch.Tensor) -> frozenset[str]:
-        return self._origins.get(id(tensor), (None, frozenset[str]()))[1]
-
-    def _noted(
-        self,
-        function: Callable[..., Any],
-        args: Any,
-        kwargs: Mapping[str, Any],
-        returned: torch.Tensor,
-    ) -> LossCall:
-        call = _noted(function, args, kwargs, returned)
-        given = inspect.signature(function).bind(*args, **kwargs).arguments
-        target = given["target_lengths" if function is functional.ctc_loss else "target"]
-        columns = frozenset[str]()
-        if isinstance(target, torch.Tensor):
-            columns = self._columns_of(target)
-        return replace(call, columns=columns)
+    def _columns_of(self, value: Any) -> frozenset[str]:
+        """Return the batch keys that a value was made from; none for what is no tensor."""
+        known = isinstance(value, torch.Tensor)
+        found: frozenset[str] = self._origins.get(value, frozenset()) if known else frozenset()
+        return found
 
 
 def _within(value: Any, heed: Callable[[Any], None] | None) -> Iterator[torch.Tensor]:
@@ -167,7 +157,11 @@ def _within(value: Any, heed: Callable[[Any], None] | None) -> Iterator[torch.Te
 
 
 def _noted(
-    function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], returned: torch.Tensor
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Mapping[str, Any],
+    returned: torch.Tensor,
+    columns_of: Callable[[Any], frozenset[str]],
 ) -> LossCall:
     given = inspect.signature(function).bind(*args, **kwargs)
     given.apply_defaults()
@@ -182,6 +176,7 @@ def _noted(
         reduction=values["reduction"],
         weighted=values.get("weight") is not None,
         values=returned.detach().double().cpu(),
+        columns=columns_of(target),
         returned=returned.detach(),
     )
 

@@ -94,6 +94,7 @@ class LossTargets:
         self._while_open = self._guess if len(self.labels) < 2 else LossRule()
         self.rule = rule or self._while_open
         self.settled = self.is_exact = rule is not None
+        self._is_clear = True  # unless batches could not tell the rule from others
         self._model = type(inner_model(module)).__name__
         known = own_loss and bool(labels) and _runs_code_of(module, _OWN_CODE)
         self._may_guess = known or (is_told and not watch)
@@ -106,14 +107,16 @@ class LossTargets:
         self._said: set[str] = set()
 
     def for_evaluation(self) -> LossTargets:
-        """Make one for evaluations: their losses are watched for themselves.
+        """Make one for evaluations, which goes by what has been found for training for certain.
 
-        A batch of another size may hide what a loss is a mean over, and a model may compute another
-        loss there. What was found for training is preferred where it fits.
+        Before that, or where batches of training could not tell, evaluations are watched for
+        themselves: their batches may tell more or less. Training learns nothing from them.
         """
         other = copy.copy(self)
         other._seen, other._watched = _Seen(), None
         other._candidates, other._ratios, other._num_open = None, [], 0
+        if not self._is_clear:
+            other.settled = other.is_exact = False
         return other
 
     def counts(self, inputs: Any, num_samples: int | None = None) -> tuple[int, ...]:
@@ -130,14 +133,23 @@ class LossTargets:
             return (0,)
         return counts if any(counts) else LossRule().counts(inputs, num_samples)
 
-    def told(self, inputs: Any, num_samples: int | None = None) -> ToldCount:
+    def told(
+        self, inputs: Any, num_samples: int | None = None, *, counts: Sequence[int] | None = None
+    ) -> ToldCount:
         """Count the labels of a batch, for code that divides its loss by them (at least 1).
 
         These are labels in the whole run, also where losses are weighted by samples.
+
+        Args:
+            inputs: a batch in host memory.
+            num_samples: its samples, where they are known.
+            counts: what ``counts`` gave for it, where that has been asked.
         """
         has_labels = self.rule.parts[0].column is not None and not self.rule.is_sum
-        rule = self.rule if has_labels else self._guess
-        return ToldCount(max(1, *rule.counts(inputs, num_samples)))
+        if not has_labels or counts is None:
+            rule = self.rule if has_labels else self._guess
+            counts = rule.counts(inputs, num_samples)
+        return ToldCount(max(1, *counts))
 
     def without_ignored(self, inputs: Any) -> Any:
         """Return the batch with valid labels everywhere, for one that carries no weight."""
@@ -252,6 +264,7 @@ class LossTargets:
     def _choose(self, ranks: Ranks, rule: LossRule, *, among: Sequence[LossRule] = ()) -> None:
         self.rule = rule
         self.settled = self.is_exact = True
+        self._is_clear = not among
         others = [str(other) for other in among if other != rule]
         if not ranks.is_main or not self._is_new(f"is {rule}"):
             return
@@ -322,7 +335,7 @@ class LossTargets:
         return bool(classes) and all(bool((labels == IGNORED).all()) for labels in classes)
 
     def _go_by_samples(self, ranks: Ranks, why: str) -> None:
-        self.rule, self.settled = LossRule(), True
+        self.rule, self.settled, self._is_clear = LossRule(), True, False
         if ranks.is_main and self._is_new(why):
             logger.warning(
                 "the loss of %s %s: micro-batches are weighted by their samples, so how a global "

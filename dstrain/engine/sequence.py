@@ -20,6 +20,7 @@ without this.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,7 +67,7 @@ def gradient_sequence(optimizer: Any, module: torch.nn.Module) -> GradientSequen
     return None
 
 
-class GradientSequence:
+class GradientSequence(abc.ABC):
     """Stands between the hooks of a ZeRO optimizer and its buckets.
 
     Per gradient it takes one look-up and one comparison. The parameters that wait keep their
@@ -125,17 +126,17 @@ class GradientSequence:
 
     # --- of the stages ---------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _given(self) -> dict[int, tuple[Any, ...]]:
-        """What DeepSpeed's hooks hand on, per ``id`` of a parameter: the parameter comes first."""
-        raise NotImplementedError
+        """Return what DeepSpeed's hooks hand on, a parameter first, by the ``id`` of that."""
 
+    @abc.abstractmethod
     def _collects(self) -> bool:
-        """Whether gradients of this micro-batch go into buckets."""
-        raise NotImplementedError
+        """Return whether gradients of this micro-batch go into buckets."""
 
+    @abc.abstractmethod
     def _fill(self, parameter: Any) -> None:
         """Give a parameter a gradient of zeros, unless one waits to be reduced."""
-        raise NotImplementedError
 
     def _comes_otherwise(self, parameter: Any) -> bool:
         """Whether its gradient is handed on at another time than torch computes it."""

@@ -20,6 +20,7 @@ logger = get_logger(__name__)
 
 _SHUT_DOWN_SECONDS = 10.0
 _LET_GO_SECONDS = 0.1
+_group_is_ours = False
 
 
 def start(
@@ -34,6 +35,7 @@ def start(
         ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, or more
             ranks on this machine than accelerators.
     """
+    global _group_is_ours
     import torch
     import torch.distributed as dist
 
@@ -80,11 +82,13 @@ def start(
                 )
             )
         accelerator.set_device(ranks.local_rank)
-    atexit.register(_let_collectives_end if started else _shut_down_in_time)
+    atexit.unregister(_end_collectives)  # once, however many Trainers there are
+    atexit.register(_end_collectives)
     if started:
         return Ranks(
             dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.local_world_size
         )
+    _group_is_ours = True
     # DeepSpeed prints from every rank here; a failure still raises.
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(
@@ -158,31 +162,29 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def _shut_down_in_time() -> None:
-    """Take the process group down while Python can still run, for scripts that do not do it.
+def _end_collectives() -> None:
+    """See to it that no collective is under way when Python ends.
 
     A worker thread of gloo lets go of the tensors of a collective a moment after the ranks have
     gone on, and needs Python for that. If Python is ending by then, it stops the thread inside of
     C++ code, which aborts the process: a run that ended well would have the status -6. Taking the
-    group down waits for these threads. They may be waiting for a rank that has failed, so there is
-    a limit.
+    process group down waits for these threads; they may be waiting for a rank that has failed, so
+    there is a limit. A group that the user has brought up is the user's to take down: there the
+    threads only get time.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return
-    try:
-        ending = threading.Thread(target=shut_down, daemon=True)
-        ending.start()
-    except RuntimeError:  # newer Pythons start no thread any more
-        _let_collectives_end()
+    ending = None
+    if _group_is_ours:
+        with contextlib.suppress(RuntimeError):  # newer Pythons start no thread any more
+            ending = threading.Thread(target=shut_down, daemon=True)
+            ending.start()
+    if ending is None or ending.ident is None:
+        time.sleep(_LET_GO_SECONDS)
     else:
         ending.join(_SHUT_DOWN_SECONDS)
-
-
-def _let_collectives_end() -> None:
-    """Let the threads described above run, where the process group belongs to the user."""
-    time.sleep(_LET_GO_SECONDS)
 
 
 def _forget_shared_memory() -> None:

@@ -159,7 +159,7 @@ class BestModel:
         return gather_objects(value)[0]
 
     def _rule_of(self, start: Path) -> BestRule | None:
-        """By what the saved run chose its best model; one that does not say it, as this one."""
+        """Return how the saved run chose its best model; this run's rule where it does not say."""
         saved = from_main(self._trainer.ranks, lambda: read_arguments(start))
         if saved is None:
             return self.rule

@@ -233,7 +233,8 @@ class EvaluationHooks(EvalLoaderHooks):
                 lambda batch: self.targets.counts(batch.inputs, batch.num_samples),
                 device=device_name(),
                 is_sum=lambda: self.targets.rule.is_sum,
-                can_count=lambda: self.targets.settled,
+                # What is not settled by then will not be: no more batches than that are held.
+                can_count=lambda: self.targets.settled or self._num_watched >= _MOST_WATCHED,
                 finish=self._reduced,
                 keep=collector,
                 collective=self.resolved.stage == 3,

@@ -302,7 +302,7 @@ class TrainLoop:
             inputs = self.targets.without_ignored(inputs)
         step.index, step.last, step.parts = index, last, None
         step.num_samples, step.inputs = micro_batch.num_samples, inputs
-        told = self.targets.told(inputs, micro_batch.num_samples)
+        told = self.targets.told(inputs, micro_batch.num_samples, counts=counts)
         with self.cache.off():
             loss = self.hooks.training_step(self.engine.model, inputs, told)
         step.inputs = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,25 +31,26 @@ def loss_of(outputs: Any, *, only_scalar: bool = False) -> torch.Tensor | None:
     return loss
 
 
-def check_loss(loss: Any, trainer: type) -> None:
+def check_loss(loss: Any, function: Callable[..., Any]) -> None:
     """Refuse what cannot be trained on; nothing waits for the device.
 
     Args:
-        loss: what ``compute_loss`` returned.
-        trainer: the class whose method it is.
+        loss: what is to be trained on.
+        function: what returned it: a ``compute_loss``, or a user's ``compute_loss_func``.
 
     Raises:
         TrainingError: it is no tensor, or has no gradient.
     """
-    where = f"{trainer.__module__}.{trainer.__qualname__}.compute_loss returned"
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    where = f"{function.__module__}.{name} returned"
     if not isinstance(loss, torch.Tensor):
         kind = type(loss).__name__
         raise TrainingError(
             Problem(
                 f"{where} {'nothing' if loss is None else f'a {kind}'}",
-                "in training it is called with return_outputs=False, and a loss is expected, as a "
-                "tensor",
-                "return the loss alone there, and (loss, outputs) where return_outputs is true"
+                "in training a loss alone is expected, as a tensor",
+                "return the loss alone; a compute_loss returns (loss, outputs) where it is called "
+                "with return_outputs=True, as in evaluations"
                 if isinstance(loss, (tuple, list, Mapping))
                 else "return the tensor that the loss was computed as: no None, and no .item()",
             )

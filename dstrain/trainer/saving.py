@@ -82,8 +82,10 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
     if wanted is None:
         return None
 
+    looked: dict[Path, Start] = {}
+
     def look(folder: Path, manifest: Manifest) -> None:
-        _read_start(folder, manifest, trainer.ranks)
+        looked[folder] = _read_start(folder, manifest, trainer.ranks)
 
     chosen = choose(
         wanted,
@@ -97,7 +99,7 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
     folder, manifest = chosen
     with all_or_none():
         check_readable(folder, manifest, _reader(trainer))
-        start = _read_start(folder, manifest, trainer.ranks)
+    start = looked[folder]
     if trainer.args.ignore_data_skip:
         position = start.position
         progress = replace(position.progress, samples_in_epoch=0, steps_in_epoch=0)
@@ -248,19 +250,22 @@ def _restore_state(trainer: Trainer, start: Start) -> None:
     trainer.best.take_up(saved, start.folder)
     if trainer.args.restore_callback_states_from_checkpoint:
         with all_or_none():
-            _restore_callbacks(trainer, saved.stateful_callbacks or {})
+            _restore_callbacks(
+                trainer.events.handler.callbacks,
+                saved.stateful_callbacks or {},
+                is_main=trainer.ranks.is_main,
+            )
 
 
-def _restore_callbacks(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+def _restore_callbacks(callbacks: list[Any], saved: Mapping[str, Any], *, is_main: bool) -> None:
     """Give callbacks of the same class their saved state; say which saved ones are not here."""
-    callbacks = trainer.events.handler.callbacks
     for kind, states in saved.items():
         if kind == "TrainerControl":
             continue  # what it tells the loop to do is decided anew
         places = [i for i, c in enumerate(callbacks) if type(c).__name__ == kind]
         for index, state in zip(places, states if isinstance(states, list) else [states]):  # noqa: B905
             callbacks[index] = _restored(callbacks[index], state)
-        if not places and trainer.ranks.is_main:
+        if not places and is_main:
             logger.warning("the checkpoint has the state of a %s, which this run has not", kind)
 
 

@@ -102,7 +102,7 @@ class StepHooks:
             self.targets.watching(loaded, step.num_samples, given=inputs) as seen,
         ):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            check_loss(loss, type(self))
+            check_loss(loss, self.compute_loss_func or type(self).compute_loss)
             seen.append(loss)
         engine = self._engines.training
         assert engine is not None

@@ -300,3 +300,44 @@ def test_training_and_evaluation_are_watched_each_for_itself(tmp_path: Path) -> 
     assert trainer.targets.is_exact
     assert "after the first of a sequence" in str(trainer.targets.rule)
     trainer.close()
+
+
+@pytest.mark.ranks(1)
+def test_an_evaluation_whose_batches_never_tell_holds_a_few_of_them(tmp_path: Path) -> None:
+    """A column without a label leaves the rule open; memory must not grow with the evaluation."""
+    import gc
+
+    from transformers import TrainerCallback
+
+    from dstrain import Trainer, TrainingArguments
+    from dstrain.evaluation import EvalBatch
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 3)
+
+        def forward(self, x: Any, labels_a: Any = None, labels_b: Any = None) -> Any:
+            logits = self.head(x)
+            return nn.functional.cross_entropy(logits, labels_a), logits
+
+    class Counts(TrainerCallback):
+        most = 0
+
+        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+            held = sum(isinstance(found, EvalBatch) for found in gc.get_objects())
+            self.most = max(self.most, held)
+
+    empty = torch.tensor(-100)
+    rows = [{"x": torch.randn(2), "labels_a": torch.tensor(1), "labels_b": empty}] * 40
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_eval_batch_size=1,
+        label_names=["labels_a", "labels_b"],
+        report_to="none",
+        disable_tqdm=True,
+    )
+    counts = Counts()
+    trainer = Trainer(Heads(), args, eval_dataset=rows, callbacks=[counts])
+    assert "eval_loss" in trainer.evaluate()
+    assert counts.most <= 12, "8 are held, and those on their way"

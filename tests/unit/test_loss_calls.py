@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import weakref
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -419,6 +420,36 @@ def test_an_evaluation_is_watched_for_itself():
     evaluation.settle(MAIN, final=True)
     assert not training.settled
     assert training.counts(three) == (3,)
+
+
+def test_an_evaluation_goes_by_training_only_where_that_could_tell():
+    one = {"input_ids": IDS[:1], "labels": torch.tensor([3])}
+    three = {"input_ids": IDS, "labels": torch.tensor([3, 1, 2])}
+
+    def mean(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        return functional.cross_entropy(scores[:, 0], batch["labels"])
+
+    clear, unclear = settled([mean], [three]), settled([divided] * 8, [one] * 8)
+    assert clear.settled
+    assert unclear.settled
+    assert clear.for_evaluation().settled
+    assert not unclear.for_evaluation().settled
+
+
+def test_watching_holds_nothing_that_the_model_lets_go_of():
+    """Without gradients every activation of a large model would be kept until its pass is over."""
+    passed: list[weakref.ref[torch.Tensor]] = []
+    targets = LossTargets(Scores(), ("labels",))
+    model = Scores()
+    with torch.no_grad(), targets.watching({"input_ids": IDS, "labels": LABELS}) as seen:
+        hidden = model.table(IDS)
+        for _ in range(5):
+            hidden = hidden * 2
+            passed.append(weakref.ref(hidden))
+        assert sum(ref() is not None for ref in passed) == 1
+        seen.append(flat_cross_entropy(hidden, LABELS))
+    targets.settle(MAIN, final=True)
+    assert targets.rule == LossRule((Denominator("labels"),))
 
 
 def test_a_loss_of_the_users_own_that_calls_no_loss_function_goes_by_samples():
