@@ -15,6 +15,7 @@ from dstrain.core.ranks import is_distributed
 from dstrain.engine import alive, process_wide
 from dstrain.engine.buffers import Buffers
 from dstrain.engine.formats import check_formats
+from dstrain.engine.host_adam import correct_bias_by_step
 from dstrain.engine.layerdrop import check_layerdrop
 from dstrain.engine.leaf import check_leaf_modules, leaf_classes
 from dstrain.engine.lockstep import Lockstep
@@ -126,6 +127,7 @@ class Engine:
         forget_modules(module)
         self._engine.client_lr_scheduler = None  # what made it may hold all of a Trainer
         process_wide.keep_own_formats(self.optimizer, resolved)
+        correct_bias_by_step(self._engine.basic_optimizer)
         # With plain fp32 and stage 0 DeepSpeed keeps no norm, so it is computed on request.
         self._norm_by_hand = resolved.stage == 0 and resolved.precision == "fp32"
         if self._norm_by_hand and scalars:
