@@ -215,11 +215,21 @@ def num_samples(loader: Any) -> int | None:
 
 
 def set_epoch(
-    loader: Any, epoch: int, *, start: int = 0, source: dict[str, Any] | None = None
+    loader: Any,
+    epoch: int,
+    *,
+    start: int = 0,
+    source: dict[str, Any] | None = None,
+    trains: bool = True,
 ) -> None:
     """Point a loader at an epoch and at the first sample of it that is still to be used.
 
-    ``source`` is what ``source_state`` gave there; without it a stream is read from its beginning.
+    Args:
+        loader: of either kind, or one of the user's own.
+        epoch: from 0.
+        start: samples of the epoch that were used, over all ranks.
+        source: what ``source_state`` gave there; without it a stream is read from its beginning.
+        trains: whether to tell a dataset with a length too. It may be evaluated on in between.
     """
     for part in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):
         if isinstance(part, (RankBatchSampler, RankStream)):
@@ -227,6 +237,8 @@ def set_epoch(
                 part.set_epoch(epoch, start=start, state=source)
             else:
                 part.set_epoch(epoch, start=start)
+                if trains:
+                    _tell_dataset(loader.dataset, epoch, sampler=part)
             # Noise in loader processes is that of the epoch, wherever the run began.
             seed = derived_seed(part.noise_seed, step=epoch, rank=part.topology.rank)
             loader.generator.manual_seed(seed)
@@ -236,6 +248,17 @@ def set_epoch(
         if tell is not None:
             tell(epoch)
             return
+
+
+def _tell_dataset(dataset: Any, epoch: int, *, sampler: RankBatchSampler) -> None:
+    """Tell a dataset with a length which epoch begins, as a curriculum needs to know.
+
+    It may have another length then. Loader processes that outlive an epoch keep their old copy.
+    """
+    tell = getattr(dataset, "set_epoch", None)
+    if tell is not None:
+        tell(epoch)
+        sampler.follow_length(len(dataset))
 
 
 def keep_source_states(loader: Any) -> None:

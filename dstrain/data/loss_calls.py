@@ -1,184 +1,23 @@
-"""Reading off a forward pass what its loss is a mean over.
-
-A class name says little about a loss: subclasses, wrappers and losses of the user's own have any
-name, and several models of transformers do not do what theirs suggests. The loss functions of torch
-that a forward pass calls do say it. So the first forward pass of a run is watched.
-"""
+"""Finding out what a loss is a mean over, by the calls of torch's functions that it was made of."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.data.loss_rule import IGNORED, SAMPLES, Denominator, LossRule
-from dstrain.data.samples import batch_size
+from dstrain.data.loss_watch import LossCall
+from dstrain.data.samples import batch_size, columns_of
 
-_CLASSES = (functional.cross_entropy, functional.nll_loss)
-_ELEMENTWISE = (
-    functional.binary_cross_entropy,
-    functional.binary_cross_entropy_with_logits,
-    functional.huber_loss,
-    functional.l1_loss,
-    functional.mse_loss,
-    functional.smooth_l1_loss,
-    functional.kl_div,
-)
-_WATCHED = {*_CLASSES, *_ELEMENTWISE, functional.ctc_loss}
 # How far the quotient of a sum and the loss may be from a whole number of targets.
 _TOLERANCE = 1e-3
 _AS_MANY = 2  # how loosely a rule fits that agrees in number alone
 _AMBIGUOUS_SUM = 3  # of a sum over one target, which is its mean as well
-
-
-@dataclass(frozen=True)
-class LossCall:
-    """Records one call of a loss function in a forward pass.
-
-    Attributes:
-        function: of ``torch.nn.functional``.
-        target: what it compares with, in host memory.
-        ignored: the label that it leaves out, if any.
-        reduction: "mean", "sum", "none" or another of torch's.
-        weighted: whether classes or elements have weights.
-        values: what it returned, in host memory, in fp64.
-        columns: the batch keys that the target was made from, by whatever functions of torch.
-        returned: what it returned, detached.
-    """
-
-    function: Callable[..., Any]
-    target: torch.Tensor
-    ignored: int | None
-    reduction: str
-    weighted: bool
-    values: torch.Tensor
-    columns: frozenset[str] = frozenset()
-    returned: torch.Tensor | None = None
-
-    @property
-    def num_targets(self) -> int:
-        """Targets that a mean of this call is divided by."""
-        if self.function is functional.ctc_loss:
-            return self.target.shape[0]
-        if self.ignored is not None:
-            return int((self.target != self.ignored).sum())
-        if self.function in _CLASSES and self.target.dim() > 1:
-            return self.target.numel() // self.target.shape[1]  # probabilities of classes
-        return self.target.numel()
-
-    def num_in_mean(self, loss: float, valid: torch.Tensor | None = None) -> float:
-        """Targets that the loss is divided by, if the loss is made of this call alone.
-
-        Args:
-            loss: of the batch.
-            valid: which elements of the call count, where others are left out after it.
-        """
-        if self.reduction == "mean":
-            return float(self.num_targets)
-        values = self.values
-        if valid is not None and self.reduction == "none" and valid.numel() == values.numel():
-            values = values.flatten()[valid.flatten()]
-        return float(values.sum()) / loss if loss else float("nan")
-
-
-class ToldCount(int):
-    """A count that is passed to code of the user's, so that one can see whether that uses it."""
-
-
-class LossCalls(TorchFunctionMode):
-    """Records the calls of loss functions while it is entered; it changes none.
-
-    Attributes:
-        calls: of loss functions, in order.
-        used_count: whether some function of torch was given a ``ToldCount``, such as a division.
-    """
-
-    def __init__(self, columns: Mapping[str, torch.Tensor]) -> None:
-        """Nothing seen yet.
-
-        Args:
-            columns: the tensors of the batch that the forward pass is given, by their keys.
-        """
-        super().__init__()
-        self.calls: list[LossCall] = []
-        self.used_count = False
-        # Weak: without gradients (in an evaluation, inside a re-entrant checkpoint) everything that
-        # the model computes passes here, and must be freed as soon as the model lets go of it.
-        self._origins: Any = WeakTensorKeyDictionary()
-        for name, tensor in columns.items():
-            self._origins[tensor] = frozenset([name])
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func``, note it where it is a loss function, and what its result is made from."""
-        kwargs = kwargs or {}
-        returned = func(*args, **kwargs)
-        tensors = list(_within((args, kwargs), self._heed))
-        columns = frozenset().union(*(self._columns_of(tensor) for tensor in tensors))
-        if func in _WATCHED and isinstance(returned, torch.Tensor):
-            self.calls.append(_noted(func, args, kwargs, returned, self._columns_of))
-        if columns:
-            name = getattr(func, "__name__", "")
-            in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-            # What has been through the model's parameters is no target.
-            made = [t for t in _within(returned, None) if not t.requires_grad]
-            for tensor in [*made, *tensors[:1]] if in_place else made:
-                self._origins[tensor] = columns | self._columns_of(tensor)
-        return returned
-
-    def _heed(self, value: Any) -> None:
-        self.used_count = self.used_count or isinstance(value, ToldCount)
-
-    def _columns_of(self, value: Any) -> frozenset[str]:
-        """Return the batch keys that a value was made from; none for what is no tensor."""
-        known = isinstance(value, torch.Tensor)
-        found: frozenset[str] = self._origins.get(value, frozenset()) if known else frozenset()
-        return found
-
-
-def _within(value: Any, heed: Callable[[Any], None] | None) -> Iterator[torch.Tensor]:
-    """The tensors in the arguments or the result of a function; ``heed`` gets everything else."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _within(part, heed)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _within(part, heed)
-    elif heed is not None:
-        heed(value)
-
-
-def _noted(
-    function: Callable[..., Any],
-    args: Any,
-    kwargs: Mapping[str, Any],
-    returned: torch.Tensor,
-    columns_of: Callable[[Any], frozenset[str]],
-) -> LossCall:
-    given = inspect.signature(function).bind(*args, **kwargs)
-    given.apply_defaults()
-    values = given.arguments
-    is_ctc = function is functional.ctc_loss
-    target = values["target_lengths" if is_ctc else "target"]
-    ignores = "ignore_index" in values and not target.is_floating_point()
-    return LossCall(
-        function=function,
-        target=torch.as_tensor(target).detach().cpu(),
-        ignored=values["ignore_index"] if ignores else None,
-        reduction=values["reduction"],
-        weighted=values.get("weight") is not None,
-        values=returned.detach().double().cpu(),
-        columns=columns_of(target),
-        returned=returned.detach(),
-    )
 
 
 @dataclass(frozen=True)
@@ -212,6 +51,7 @@ def explain(
     expected: LossRule,
     labels: Sequence[str],
     num_samples: int | None,
+    by_rows: bool = False,
 ) -> Explanation | None:
     """Find the rules by which the loss of a batch can have come from the calls of its forward pass.
 
@@ -222,6 +62,7 @@ def explain(
         expected: the rule that is tried first.
         labels: the label columns.
         num_samples: samples of the batch, where they are known.
+        by_rows: whether the loss seems to be a mean over the samples of a batch of one.
 
     Returns:
         an explanation; None where the batch cannot tell: a column without a single label may hold
@@ -229,9 +70,10 @@ def explain(
     """
     value = float(torch.as_tensor(loss).detach().double().mean())
     calls = _joined(_of_the_loss(calls, value))
-    batch = {k: v.cpu() for k, v in tensors_of(inputs)}
+    batch = {k: v.cpu() for k, v in columns_of(inputs)}
     samples = batch_size(inputs) if num_samples is None else num_samples
-    if any(bool((batch[name] == IGNORED).all()) for name in labels if name in batch):
+    of_labels = [column for name, column in batch.items() if name.split(".")[0] in labels]
+    if any(bool((column == IGNORED).all()) for column in of_labels):
         return None
     if not calls or any(call.weighted and call.reduction == "mean" for call in calls):
         return NOTHING
@@ -241,7 +83,8 @@ def explain(
         return Explanation({rule: 0}, certain=rule) if len(calls) == 1 else NOTHING
     fitting: dict[LossRule, int] = {}
     may_be_sum = len(calls) == 1 and _is_sum(calls[0], value)
-    if may_be_sum and (calls[0].num_targets > 1 or _is_untouched(calls[0], loss)):
+    by_rows = by_rows and samples == 1
+    if may_be_sum and (_is_untouched(calls[0], loss) or (calls[0].num_targets > 1 < samples)):
         return Explanation({LossRule(is_sum=True): 0}, certain=LossRule(is_sum=True))
     ignored = {c.ignored for c in calls} | {IGNORED, None}
     tried = dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored)])
@@ -256,21 +99,25 @@ def explain(
             fitting[LossRule((denominator,))] = max(ways[denominator] for ways in fits)
     if all(_is_over_samples(call, samples, value) for call in calls):
         fitting.setdefault(LossRule(), _AS_MANY)
-    if may_be_sum:  # the sum over a single target is its mean too; a later batch has more
-        fitting[LossRule(is_sum=True)] = _AMBIGUOUS_SUM
-    certain = [r for r, how in fitting.items() if not how and _is_certain(r.parts[0], calls)]
+    if may_be_sum:  # a sum over one target, or one sample, is its mean too; a later batch has more
+        fitting[LossRule(is_sum=True)] = _AMBIGUOUS_SUM if calls[0].num_targets < 2 else 0
+    if by_rows:
+        # The number of targets of a sample says nothing about a mean that was taken over samples.
+        fitting = {rule: how + 1 for rule, how in fitting.items()} | {LossRule(): 0}
+    certain = [r for r, how in fitting.items() if not how and _is_certain(r, calls)]
     ratio = _ratio(calls[0], value) if len(calls) == 1 else None
     return Explanation(fitting, certain=certain[0] if certain else None, ratio=ratio)
 
 
-def _is_certain(denominator: Denominator, calls: Sequence[LossCall]) -> bool:
-    """Return whether the calls themselves took their means over the targets of this denominator.
+def _is_certain(rule: LossRule, calls: Sequence[LossCall]) -> bool:
+    """Return whether the calls themselves took their means over the targets of this rule.
 
     That the labels are at the same places is not enough: a mask that was used as well, or a
     division that came afterwards, may leave others out in another batch.
     """
+    denominator = rule.parts[0]
     columns = {denominator.column, denominator.mask} - {None}
-    return all(
+    return not rule.is_sum and all(
         call.reduction == "mean" and call.columns == columns and call.ignored == denominator.ignored
         for call in calls
     )
@@ -300,14 +147,6 @@ def _joined(calls: list[LossCall]) -> list[LossCall]:
     target = torch.cat([call.target.flatten() for call in calls])
     values = torch.stack([call.values.sum() for call in calls])
     return [replace(calls[0], target=target, reduction="sum", values=values)]
-
-
-def tensors_of(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The columns of a batch that are tensors, by name."""
-    if isinstance(inputs, Mapping):
-        for name, value in inputs.items():
-            if isinstance(value, torch.Tensor):
-                yield name, value
 
 
 def _is_untouched(call: LossCall, loss: Any) -> bool:
@@ -431,7 +270,7 @@ def _is_over_samples(call: LossCall, samples: int, loss: float) -> bool:
     """Return whether the call's mean is over samples, of as many elements each."""
     if not call.columns:
         return False
-    if call.reduction == "batchmean" or (samples == 1 and call.reduction in ("none", "sum")):
+    if call.reduction == "batchmean":
         return True
     if _agrees(SAMPLES, call, {}, samples, loss):
         return True

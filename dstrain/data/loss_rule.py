@@ -10,7 +10,7 @@ import torch
 
 from dstrain.core.adapters import inner_model
 from dstrain.data.compat import causal_lm_names
-from dstrain.data.samples import batch_size
+from dstrain.data.samples import batch_size, column, with_column
 
 IGNORED = -100
 SHIFTED_LABELS = "shift_labels"
@@ -24,7 +24,7 @@ class Denominator:
         column: the batch key of the labels; None counts samples.
         shifted: whether the model predicts token t from tokens before t, so that the first label
             of a sequence is no target. A batch that brings ``shift_labels`` is shifted already.
-        ignored: the label that is no target; None: each label is one.
+        ignored: the label that is no target; None: each label is one, but for NaN.
         mask: the batch key of a mask; only labels where it is not 0 are targets.
         bound: the batch key whose second dimension bounds labels that are positions in it; those
             at or beyond the bound are no targets (answers outside of a cut text).
@@ -54,15 +54,18 @@ class Denominator:
             return None
         if self.ignored is not None and labels.is_floating_point():
             return None
-        shifts = self.shifted and labels.dim() > 1 and SHIFTED_LABELS not in inputs
+        is_shifted = column(inputs, SHIFTED_LABELS) is not None
+        shifts = self.shifted and labels.dim() > 1 and not is_shifted
         valid = torch.ones_like(labels, dtype=torch.bool)
         if self.ignored is not None:
             valid = labels != self.ignored
-        mask = inputs.get(self.mask)
-        if isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
+        elif labels.is_floating_point():
+            valid = ~labels.isnan()  # what a finite mean has left out
+        mask = column(inputs, self.mask)
+        if mask is not None and mask.shape == labels.shape:
             valid &= mask != 0
-        limit = inputs.get(self.bound)
-        if isinstance(limit, torch.Tensor) and limit.dim() > 1:
+        limit = column(inputs, self.bound)
+        if limit is not None and limit.dim() > 1:
             valid &= labels < limit.shape[1]
         return (labels[..., 1:], valid[..., 1:]) if shifts else (labels, valid)
 
@@ -73,23 +76,21 @@ class Denominator:
         """
         if not isinstance(inputs, Mapping) or self.column is None:
             return inputs
-        changed = dict(inputs)
+        changed: Any = inputs
         for name in (self.column, SHIFTED_LABELS):
-            labels = changed.get(name)
-            if self.ignored is None or not isinstance(labels, torch.Tensor):
-                continue
-            if not labels.is_floating_point():
-                changed[name] = labels.masked_fill(labels.eq(self.ignored), 0)
-        mask = changed.get(self.mask)
-        if isinstance(mask, torch.Tensor):
-            changed[str(self.mask)] = torch.ones_like(mask)
+            labels = column(changed, name)
+            if self.ignored is not None and labels is not None and not labels.is_floating_point():
+                changed = with_column(changed, name, labels.masked_fill(labels.eq(self.ignored), 0))
+        mask = column(changed, self.mask)
+        if mask is not None:
+            changed = with_column(changed, str(self.mask), torch.ones_like(mask))
         return changed
 
     def _labels(self, inputs: Any) -> torch.Tensor | None:
-        if self.column is None or not isinstance(inputs, Mapping):
+        if self.column is None:
             return None
         names = (SHIFTED_LABELS, self.column) if self.shifted else (self.column,)
-        return next((inputs[n] for n in names if isinstance(inputs.get(n), torch.Tensor)), None)
+        return next((c for n in names if (c := column(inputs, n)) is not None), None)
 
     def __str__(self) -> str:
         """Name what is counted, for a log line."""

@@ -14,15 +14,10 @@ from dstrain.core.adapters import inner_model
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, gather_objects
-from dstrain.data.loss_calls import (
-    Explanation,
-    LossCall,
-    LossCalls,
-    ToldCount,
-    explain,
-    tensors_of,
-)
+from dstrain.data.loss_calls import Explanation, explain
 from dstrain.data.loss_rule import IGNORED, Denominator, LossRule, expected_rule
+from dstrain.data.loss_watch import LossCalls, ToldCount
+from dstrain.data.samples import column, columns_of
 
 logger = get_logger(__name__)
 
@@ -155,7 +150,8 @@ class LossTargets:
         """Return the batch with valid labels everywhere, for one that carries no weight."""
         if self.is_exact:
             return self.rule.without_ignored(inputs)
-        for name in self.labels:
+        names = [name for name, _ in columns_of(inputs) if name.split(".")[0] in self.labels]
+        for name in names:
             inputs = Denominator(name).without_ignored(inputs)
         return inputs
 
@@ -168,7 +164,7 @@ class LossTargets:
         if self._watched is None or loss is None:
             return self.rule
         calls, batch = self._watched
-        found = self._explain(calls.calls, loss, batch, None)
+        found = self._explain(calls, loss, batch, None)
         rules = {} if found is None else found.rules
         return min(rules, key=lambda rule: rules[rule], default=self.rule)
 
@@ -191,8 +187,8 @@ class LossTargets:
             yield loss
             self._note_loss(loss)
             return
-        batch = {name: tensor.clone() for name, tensor in tensors_of(inputs)}
-        calls = LossCalls(dict(tensors_of(inputs if given is None else given)))
+        batch = {name: tensor.clone() for name, tensor in columns_of(inputs)}
+        calls = LossCalls(dict(columns_of(inputs if given is None else given)))
         self._watched = calls, batch
         try:
             with calls:
@@ -200,7 +196,7 @@ class LossTargets:
         finally:
             self._watched = None
         if loss and isinstance(loss[0], torch.Tensor):
-            found = self._explain(calls.calls, loss[0], batch, num_samples) if calls.calls else None
+            found = self._explain(calls, loss[0], batch, num_samples) if calls.calls else None
             self._seen = _together(self._seen, calls, found)
 
     def _note_loss(self, loss: list[Any]) -> None:
@@ -295,15 +291,16 @@ class LossTargets:
             self._go_by_samples(ranks, why_not)
 
     def _explain(
-        self, calls: Sequence[LossCall], loss: Any, inputs: Any, num_samples: int | None
+        self, calls: LossCalls, loss: Any, inputs: Any, num_samples: int | None
     ) -> Explanation | None:
         return explain(
-            calls,
+            calls.calls,
             loss,
             inputs,
             expected=self._guess if self.rule == LossRule() else self.rule,
             labels=self.labels,
             num_samples=num_samples,
+            by_rows=calls.by_rows,
         )
 
     def _is_new(self, what: str) -> bool:
@@ -315,22 +312,21 @@ class LossTargets:
     def _check_columns(self, inputs: Any) -> None:
         """Say once that a batch lacks the labels that are counted: its samples are counted."""
         for part in self.rule.parts:
-            if part.column is None or not isinstance(inputs, Mapping) or part.column in inputs:
+            name = part.column
+            if name is None or name in self._said or not isinstance(inputs, Mapping):
                 continue
-            if part.column not in self._said:
-                self._said.add(part.column)
+            if column(inputs, name) is None:
+                self._said.add(name)
                 logger.warning(
                     "a batch has no %s, which the loss is a mean over: it is weighted by its "
                     "samples (%s)",
-                    part.column,
+                    name,
                     ", ".join(map(str, inputs)),
                 )
 
     def _has_no_label(self, inputs: Any) -> bool:
         """Return whether a batch has label columns, and not a single label in them."""
-        if not isinstance(inputs, Mapping):
-            return False
-        found = [inputs[name] for name in self.labels if isinstance(inputs.get(name), torch.Tensor)]
+        found = [c for name, c in columns_of(inputs) if name.split(".")[0] in self.labels]
         classes = [labels for labels in found if not labels.is_floating_point()]
         return bool(classes) and all(bool((labels == IGNORED).all()) for labels in classes)
 
@@ -378,9 +374,9 @@ def no_targets(inputs: Any, targets: LossTargets, *, num_steps: int) -> DataErro
         num_steps: global batches that had no target.
     """
     rows = []
-    for name, column in inputs.items() if isinstance(inputs, Mapping) else ():
-        if isinstance(column, torch.Tensor) and column.dim():
-            row = column[0].flatten()
+    for name, values in columns_of(inputs):
+        if values.dim():
+            row = values[0].flatten()
             shown = ", ".join(f"{x:g}" for x in row[:_MOST_SHOWN].tolist())
             rows.append(f"{name}: [{shown}{', ...' if row.numel() > _MOST_SHOWN else ''}]")
     return DataError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dstrain.core.errors import DataError, Problem
 from dstrain.data.noise import Indices, Noise
 
 # Samples that are sorted by length together. It must depend on nothing that another topology or
@@ -73,6 +74,22 @@ class EpochOrder:
         self._seed = seed
         self._shuffle = shuffle
 
+    def resized(self, num_samples: int) -> EpochOrder:
+        """Return the order of a dataset with another number of samples.
+
+        Raises:
+            DataError: samples are grouped by lengths, which are those of the old ones.
+        """
+        if self._lengths is not None:
+            raise DataError(
+                Problem(
+                    f"set_epoch made {num_samples} samples of the dataset's {self.num_samples}",
+                    "they are grouped by lengths, which were read at the start",
+                    "leave group_by_length out, or let the dataset keep its length",
+                )
+            )
+        return EpochOrder(num_samples, seed=self._seed, shuffle=self._shuffle)
+
     def indices(self, epoch: int) -> torch.Tensor:
         """Dataset indices in the order of ``epoch``: int64, shape (num_samples,)."""
         if not self._shuffle:
@@ -117,6 +134,15 @@ class RankBatchSampler:
         """Choose the epoch, and how many of its samples to leave out because they were used."""
         self.epoch = epoch
         self.start = start
+
+    def follow_length(self, num_samples: int) -> None:
+        """Take another number of samples from now on, for a dataset that changes with the epoch.
+
+        Raises:
+            DataError: the lengths of samples, by which they are grouped, are those of the old ones.
+        """
+        if num_samples != self.order.num_samples:
+            self.order = self.order.resized(num_samples)
 
     @property
     def remaining(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,35 @@ def tensors(inputs: Any) -> list[torch.Tensor]:
     elif not isinstance(inputs, (list, tuple)):
         return []
     return [t for part in inputs for t in tensors(part)]
+
+
+def columns_of(inputs: Any, *, inside: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the columns of a batch that are tensors, by name.
+
+    A column of a mapping in the batch has the names of both with a dot between: ``labels.start``.
+    """
+    if isinstance(inputs, Mapping):
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                yield f"{inside}{name}", value
+            elif isinstance(value, Mapping):
+                yield from columns_of(value, inside=f"{inside}{name}.")
+
+
+def column(inputs: Any, name: str | None) -> torch.Tensor | None:
+    """Return the column that ``columns_of`` gives this name; None where there is none."""
+    return None if name is None else next((t for n, t in columns_of(inputs) if n == name), None)
+
+
+def with_column(inputs: Any, name: str, changed: torch.Tensor, *, inside: str = "") -> Any:
+    """Return a batch with another tensor in a column; what is around it is copied, not changed."""
+    found: dict[Any, Any] = {}
+    for key, value in inputs.items():
+        path = f"{inside}{key}"
+        if isinstance(value, Mapping) and name.startswith(f"{path}."):
+            value = with_column(value, name, changed, inside=f"{path}.")
+        found[key] = changed if path == name else value
+    return found
 
 
 def batch_size(inputs: Any) -> int:

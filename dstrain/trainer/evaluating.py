@@ -221,7 +221,7 @@ class EvaluationHooks(EvalLoaderHooks):
             model = stack.enter_context(self._model_for_evaluation(generates=not loss_only))
             model.eval()
             self._num_watched = 0
-            set_epoch(dataloader, 0)
+            set_epoch(dataloader, 0, trains=False)
             collector, batch_metric = None, None if loss_only else self._batch_metric()
             if not loss_only:
                 transport = Transport()

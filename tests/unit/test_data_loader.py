@@ -284,6 +284,33 @@ def test_set_epoch_reaches_a_loader_that_takes_it_itself():
     assert loader.epoch == 3
 
 
+class Growing(Squares):
+    """Has two more samples in each epoch, as a curriculum may."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.size = 4 + 2 * epoch
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_dataset_with_a_length_is_told_its_epoch_and_may_change_its_length(shuffle):
+    loader = build_loader(Growing(4), Topology(2), as_list, options=SERIAL, seed=0, shuffle=shuffle)
+    for epoch in range(3):
+        set_epoch(loader, epoch)
+        read = sorted(chain.from_iterable(batch for batch in loader))
+        assert read == [i * i for i in range(4 + 2 * epoch)]
+    set_epoch(loader, 0, trains=False)
+    assert len(loader.dataset) == 8
+
+
+def test_a_dataset_that_changes_its_length_is_not_grouped_by_length():
+    loader = build_loader(
+        Growing(4), Topology(2), as_list, options=SERIAL, seed=0, shuffle=True, lengths=[1, 2, 3, 4]
+    )
+    set_epoch(loader, 0)
+    with pytest.raises(DataError, match="made 6 samples of the dataset's 4"):
+        set_epoch(loader, 1)
+
+
 def test_set_epoch_is_nothing_to_a_plain_iterable():
     set_epoch([1, 2], 3)
 

@@ -463,3 +463,101 @@ def test_a_loss_of_the_users_own_that_calls_no_loss_function_goes_by_samples():
             seen.append(-functional.logsigmoid(model(batch["input_ids"]).logits.mean()))
         targets.settle(MAIN, final=True)
         assert targets.is_exact == own_loss
+
+
+ONE = {"input_ids": IDS[:1], "labels": LABELS[:1]}
+
+
+def of_one_sample(make: Any) -> Any:
+    """A loss made from the cross-entropy of each token, where the batch has one sample."""
+
+    def loss(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        tokens = functional.cross_entropy(
+            scores.flatten(0, 1), batch["labels"].flatten(), reduction="none"
+        )
+        return make(tokens.view(batch["labels"].shape), (batch["labels"] != -100).float())
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tokens, valid: ((tokens * valid).sum(1) / valid.sum(1)).mean(),
+        lambda tokens, valid: (tokens * valid).sum() / len(tokens),
+        lambda tokens, valid: (tokens * valid).sum() / torch.tensor(1.0 * len(tokens)),
+        lambda tokens, valid: (tokens * valid).sum(1).mean(),
+        lambda tokens, valid: torch.stack([t.sum() for t in tokens * valid]).mean(),
+        lambda tokens, valid: sum(t.sum() for t in tokens * valid) / len(tokens),
+        lambda tokens, valid: (
+            sum(t.sum() / v.sum() for t, v in zip(tokens * valid, valid, strict=True)) / len(tokens)
+        ),
+    ],
+)
+def test_a_mean_over_the_samples_of_a_batch_of_one_is_seen_by_how_it_is_taken(make: Any):
+    """Its value is that of a mean over targets, or of a sum."""
+    targets = settled([of_one_sample(make)] * 8, [ONE] * 8)
+    assert targets.settled
+    assert targets.rule == LossRule()
+
+
+def test_the_mean_of_each_samples_own_mean_is_one_over_samples():
+    """As a loss that calls torch's function once for each row."""
+
+    def loss(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        rows = zip(scores, batch["labels"], strict=True)
+        return torch.stack([functional.cross_entropy(s, labels) for s, labels in rows]).mean()
+
+    assert settled([loss] * 8, [ONE] * 8).rule == LossRule()
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda tokens, valid: tokens.sum(), LossRule(is_sum=True)),
+        (lambda tokens, valid: 1.0 * tokens.sum(), LossRule(is_sum=True)),
+        (
+            lambda tokens, valid: (tokens * valid).sum() / valid.sum(),
+            LossRule((Denominator("labels"),)),
+        ),
+    ],
+)
+def test_other_losses_of_one_sample_stay_what_they_are(make: Any, rule: LossRule):
+    assert settled([of_one_sample(make)] * 8, [ONE] * 8).rule == rule
+
+
+def test_a_loss_of_one_sample_that_nothing_explains_is_named(caplog: pytest.LogCaptureFixture):
+    def focal(tokens: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return ((1 - (-tokens).exp()) ** 2 * tokens * valid).sum() / valid.sum()
+
+    with caplog.at_level(logging.WARNING):
+        assert not settled([of_one_sample(focal)], [ONE]).is_exact
+    assert "weighted by their samples" in caplog.text
+
+
+def test_labels_inside_of_a_column_are_counted():
+    def loss(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        return flat_cross_entropy(scores, batch["targets"]["tokens"])
+
+    batch = {"input_ids": IDS, "targets": {"tokens": LABELS, "rows": torch.tensor([1, 2, 0])}}
+    targets = settled([loss], [batch])
+    assert targets.rule == LossRule((Denominator("targets.tokens"),))
+    assert targets.counts(batch) == (int((LABELS != -100).sum()),)
+    changed = targets.without_ignored(batch)
+    assert int(changed["targets"]["tokens"].min()) >= 0
+    assert torch.equal(changed["targets"]["rows"], batch["targets"]["rows"])
+    assert int(LABELS.min()) == -100
+
+
+def test_targets_that_are_not_numbers_are_none():
+    """``mse_loss`` of the elements that are known."""
+    known = torch.tensor([[0.5, float("nan"), 1.0], [2.0, 0.1, float("nan")]])
+
+    def loss(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        valid = ~batch["labels"].isnan()
+        return functional.mse_loss(scores[:2, 0, :3][valid], batch["labels"][valid])
+
+    batch = {"input_ids": IDS[:2], "labels": known}
+    targets = settled([loss], [batch])
+    assert targets.rule == LossRule((Denominator("labels", ignored=None),))
+    assert targets.counts(batch) == (4,)

@@ -1,0 +1,210 @@
+"""Watching the calls of torch's loss functions in a forward pass, and what is made of them.
+
+A class name says little about a loss: subclasses, wrappers and losses of the user's own have any
+name, and several models of transformers do not do what theirs suggests. The loss functions of torch
+that a forward pass calls do say it. So the first forward passes of a run are watched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+CLASSES = (functional.cross_entropy, functional.nll_loss)
+_ELEMENTWISE = (
+    functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits,
+    functional.huber_loss,
+    functional.l1_loss,
+    functional.mse_loss,
+    functional.smooth_l1_loss,
+    functional.kl_div,
+)
+_WATCHED = {*CLASSES, *_ELEMENTWISE, functional.ctc_loss}
+_REDUCTIONS = frozenset(["mean", "nanmean", "nansum", "sum"])
+_DIVISIONS = frozenset(["__itruediv__", "__truediv__", "div", "div_", "divide", "true_divide"])
+_SUMS = frozenset(["__add__", "__iadd__", "__radd__", "add", "add_"])
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """Records one call of a loss function in a forward pass.
+
+    Attributes:
+        function: of ``torch.nn.functional``.
+        target: what it compares with, in host memory.
+        ignored: the label that it leaves out, if any.
+        reduction: "mean", "sum", "none" or another of torch's.
+        weighted: whether classes or elements have weights.
+        values: what it returned, in host memory, in fp64.
+        columns: the batch keys that the target was made from, by whatever functions of torch.
+        returned: what it returned, detached.
+    """
+
+    function: Callable[..., Any]
+    target: torch.Tensor
+    ignored: int | None
+    reduction: str
+    weighted: bool
+    values: torch.Tensor
+    columns: frozenset[str] = frozenset()
+    returned: torch.Tensor | None = None
+
+    @property
+    def num_targets(self) -> int:
+        """Targets that a mean of this call is divided by."""
+        if self.function is functional.ctc_loss:
+            return self.target.shape[0]
+        if self.ignored is not None:
+            return int((self.target != self.ignored).sum())
+        if self.function in CLASSES and self.target.dim() > 1:
+            return self.target.numel() // self.target.shape[1]  # probabilities of classes
+        return self.target.numel()
+
+    def num_in_mean(self, loss: float, valid: torch.Tensor | None = None) -> float:
+        """Targets that the loss is divided by, if the loss is made of this call alone.
+
+        Args:
+            loss: of the batch.
+            valid: which elements of the call count, where others are left out after it.
+        """
+        if self.reduction == "mean":
+            return float(self.num_targets)
+        values = self.values
+        if valid is not None and self.reduction == "none" and valid.numel() == values.numel():
+            values = values.flatten()[valid.flatten()]
+        return float(values.sum()) / loss if loss else float("nan")
+
+
+class ToldCount(int):
+    """A count that is passed to code of the user's, so that one can see whether that uses it."""
+
+
+class LossCalls(TorchFunctionMode):
+    """Records the calls of loss functions while it is entered; it changes none.
+
+    Attributes:
+        calls: of loss functions, in order.
+        used_count: whether some function of torch was given a ``ToldCount``, such as a division.
+        by_rows: whether the loss was reduced once more where one value was left, as the mean over
+            the samples of a batch of one is: by a mean or sum of a tensor with one element, or a
+            sum divided by the number 1. No value shows that.
+    """
+
+    def __init__(self, columns: Mapping[str, torch.Tensor]) -> None:
+        """Nothing seen yet.
+
+        Args:
+            columns: the tensors of the batch that the forward pass is given, by their keys.
+        """
+        super().__init__()
+        self.calls: list[LossCall] = []
+        self.used_count = self.by_rows = False
+        # Weak: without gradients (in an evaluation, inside a re-entrant checkpoint) everything that
+        # the model computes passes here, and must be freed as soon as the model lets go of it.
+        self._origins: Any = WeakTensorKeyDictionary()
+        for name, tensor in columns.items():
+            self._origins[tensor] = frozenset([name])
+        # What came of the calls, and whether it is a sum rather than a mean.
+        self._made: Any = WeakTensorKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func``, note it where it is a loss function, and what its result is made from."""
+        kwargs = kwargs or {}
+        returned = func(*args, **kwargs)
+        tensors = list(_within((args, kwargs), self._heed))
+        columns = frozenset().union(*(self._columns_of(tensor) for tensor in tensors))
+        name = getattr(func, "__name__", "")
+        if func in _WATCHED and isinstance(returned, torch.Tensor):
+            call = _noted(func, args, kwargs, returned, self._columns_of)
+            self.calls.append(call)
+            if call.reduction != "none" or returned.numel() > 1:
+                self._made[returned] = call.reduction != "mean"
+        else:
+            self._follow(name, tensors, args, returned)
+        if columns:
+            in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+            # What has been through the model's parameters is no target.
+            made = [t for t in _within(returned, None) if not t.requires_grad]
+            for tensor in [*made, *tensors[:1]] if in_place else made:
+                self._origins[tensor] = columns | self._columns_of(tensor)
+        return returned
+
+    def _follow(self, name: str, tensors: list[torch.Tensor], args: Any, returned: Any) -> None:
+        """Note what a function makes of what came of the calls."""
+        made = [tensor for tensor in tensors if tensor in self._made]
+        if not made:
+            return
+        is_sum = any(self._made[tensor] for tensor in made)
+        if name in _REDUCTIONS:
+            self.by_rows = self.by_rows or any(t.dim() and t.numel() == 1 for t in made)
+        elif name in _DIVISIONS and is_sum:
+            self.by_rows = self.by_rows or any(_is(a, 1) for a in args[1:])
+        elif name in _SUMS and len(made) == 1:
+            others = [a for a in args if a is not made[0]]
+            is_sum = is_sum or any(_is(other, 0) for other in others)  # where a sum begins
+        for tensor in _within(returned, None):
+            self._made[tensor] = is_sum
+
+    def _heed(self, value: Any) -> None:
+        self.used_count = self.used_count or isinstance(value, ToldCount)
+
+    def _columns_of(self, value: Any) -> frozenset[str]:
+        """Return the batch keys that a value was made from; none for what is no tensor."""
+        known = isinstance(value, torch.Tensor)
+        found: frozenset[str] = self._origins.get(value, frozenset()) if known else frozenset()
+        return found
+
+
+def _is(value: Any, number: int) -> bool:
+    """Return whether a value is a number, or a tensor of one that is not learned."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.requires_grad and float(value) == number
+    plain = isinstance(value, (int, float)) and not isinstance(value, ToldCount)
+    return plain and value == number
+
+
+def _within(value: Any, heed: Callable[[Any], None] | None) -> Iterator[torch.Tensor]:
+    """The tensors in the arguments or the result of a function; ``heed`` gets everything else."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _within(part, heed)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _within(part, heed)
+    elif heed is not None:
+        heed(value)
+
+
+def _noted(
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Mapping[str, Any],
+    returned: torch.Tensor,
+    columns_of: Callable[[Any], frozenset[str]],
+) -> LossCall:
+    given = inspect.signature(function).bind(*args, **kwargs)
+    given.apply_defaults()
+    values = given.arguments
+    is_ctc = function is functional.ctc_loss
+    target = values["target_lengths" if is_ctc else "target"]
+    ignores = "ignore_index" in values and not target.is_floating_point()
+    return LossCall(
+        function=function,
+        target=torch.as_tensor(target).detach().cpu(),
+        ignored=values["ignore_index"] if ignores else None,
+        reduction=values["reduction"],
+        weighted=values.get("weight") is not None,
+        values=returned.detach().double().cpu(),
+        columns=columns_of(target),
+        returned=returned.detach(),
+    )
