@@ -495,3 +495,34 @@ def test_a_resumed_run_looks_at_the_data_it_is_given(
     check_refused(lambda: split.train(str(tmp_path / f"checkpoint-{at}")), "the training data")
     if kind is Later:  # read from its beginning
         assert len(split.trained[0]) <= (8 if at == 3 else 1)
+
+
+@pytest.mark.ranks(2)
+def test_a_loader_that_takes_over_compares_on(rank: int) -> None:
+    """As after a lack of memory: another micro-batch, inside of the same epoch."""
+    from dstrain.data import (
+        LoaderOptions,
+        Topology,
+        build_loader,
+        set_epoch,
+        settle,
+        take_over,
+        windows,
+    )
+
+    def loader_of(micro_batch: int) -> Any:
+        data = Later(numbers_of(rank, 2, begin=20))
+        return build_loader(
+            data, Topology(micro_batch, 2, rank), list, LoaderOptions(), seed=1, shuffle=False
+        )
+
+    earlier = loader_of(2)
+    settle(earlier, what="the data")
+    set_epoch(earlier, 0)
+    steps = windows(earlier, 1)
+    next(steps)
+    steps.close()
+    later = loader_of(1)
+    take_over(later, earlier)
+    set_epoch(later, 0, start=4)
+    check_refused(lambda: list(windows(later, 1)), "the data")
