@@ -360,7 +360,7 @@ def _in_step(loader: Any, steps: Iterator[tuple[MicroBatch, int]]) -> LocalSteps
     if isinstance(stream.source, Dispatched):
         return LocalSteps(steps)  # the main rank says where it ends
     if not stream.split:
-        return SameSteps(steps)
+        return SameSteps(steps, watch=stream.watch)
 
     def stand_in() -> MicroBatch | None:
         inputs = stream.stand_in()

@@ -8,13 +8,14 @@ on their hosts, beside training's own collectives, whether they have one more mi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PATIENCE, gather_objects
+from dstrain.data.watch import StreamWatch
 
 Step = tuple[Any, int]  # a micro-batch, and its samples over all ranks
 
@@ -57,15 +58,15 @@ class _TogetherSteps(LocalSteps):
             self._failure = error
             return None
 
-    def _begin_telling(self, have: bool) -> tuple[Any, torch.Tensor]:
-        """Start adding up how many ranks have one more, and how many have failed."""
+    def _begin_telling(self, have: bool, more: Sequence[int] = ()) -> tuple[Any, torch.Tensor]:
+        """Start adding up how many ranks have one more, how many have failed, and what is given."""
         import torch.distributed as dist
 
-        told = torch.tensor([int(have), int(self._failure is not None)])
+        told = torch.tensor([int(have), int(self._failure is not None), *more])
         return dist.all_reduce(told, group=self._group, async_op=True), told
 
-    def _end_telling(self, telling: tuple[Any, torch.Tensor]) -> int:
-        """How many ranks have one more.
+    def _end_telling(self, telling: tuple[Any, torch.Tensor]) -> tuple[int, list[int]]:
+        """How many ranks have one more, and the sums of what else they told.
 
         Raises:
             Exception: on a rank whose data has failed.
@@ -73,10 +74,10 @@ class _TogetherSteps(LocalSteps):
         """
         work, told = telling
         work.wait()
-        number, num_failed = told.tolist()
+        number, num_failed, *sums = told.tolist()
         if num_failed:
             self._raise_together()
-        return number
+        return number, sums
 
     def _raise_together(self) -> None:
         mine = self._failure
@@ -99,47 +100,48 @@ class SameSteps(_TogetherSteps):
     """Shares of a stream that all ranks read alike: none is waited for, but the end is checked.
 
     What a rank tells of a micro-batch is looked at when it asks for the one after. So ranks that
-    end at different places find out between two steps, and each raises the same error.
+    end at different places find out between two steps, and each raises the same error; so do those
+    that read other samples, while these are compared.
     """
 
-    def __init__(self, steps: Iterator[Step]) -> None:
-        """Args: this rank's micro-batches, in as many steps as those of the other ranks."""
+    def __init__(self, steps: Iterator[Step], *, watch: StreamWatch | None = None) -> None:
+        """Form the group; a collective of all ranks.
+
+        Args:
+            steps: this rank's micro-batches, in as many steps as those of the other ranks.
+            watch: compares the samples that they are made of.
+        """
         super().__init__(steps)
+        self._watch = watch
         self._telling: tuple[Any, torch.Tensor] | None = None
 
     def fetch(self) -> Step | None:
         """The next micro-batch; None at the end, or where reading has failed.
 
         Raises:
-            DataError: streams do not end together.
+            DataError: streams do not end together, or are not the same.
         """
         self.check_end()
         step = self._next()
-        self._telling = self._begin_telling(step is not None)
+        more = [] if self._watch is None else self._watch.bits()
+        self._telling = self._begin_telling(step is not None, more)
         return step
 
     def check_end(self) -> None:
         """Wait until all ranks have told whether they have the micro-batch fetched last.
 
         Raises:
-            DataError: only some have; on all ranks.
+            DataError: only some have, or it is of other samples; on all ranks.
         """
         if self._telling is None:
             return
         telling, self._telling = self._telling, None
-        number = self._end_telling(telling)
+        number, sums = self._end_telling(telling)
         if number not in (0, self._world_size):
-            raise DataError(
-                Problem(
-                    f"the stream ended on {self._world_size - number} of {self._world_size} ranks, "
-                    "and goes on on the others",
-                    "all ranks must read the same samples; the streams began alike, or could not "
-                    "be compared",
-                    "give all ranks the same stream, or split it so that the first samples of each "
-                    "rank are others (split_dataset_by_node); dispatch_batches=True lets one rank "
-                    "read for all",
-                )
-            )
+            raise ended_apart(number, self._world_size)
+        if self._watch is not None and sums:
+            ended = number == 0
+            self._watch.heed(sums, world_size=self._world_size, ended=ended, group=self._group)
 
     def close(self) -> None:
         """Give the group back, once what was told has arrived: every rank has told as much."""
@@ -186,7 +188,7 @@ class OwnSteps(_TogetherSteps):
         """
         is_first = self._last is None
         step = self._next()
-        number = self._end_telling(self._begin_telling(step is not None))
+        number, _ = self._end_telling(self._begin_telling(step is not None))
         if number == 0 or (self._drop_last and number < self._world_size):
             return None
         if step is not None:
@@ -199,7 +201,7 @@ class OwnSteps(_TogetherSteps):
         """At the first step, where some rank has nothing: a stand-in for it."""
         if self._last is None:
             self._last = self._stand_in()
-        number = self._end_telling(self._begin_telling(self._last is not None))
+        number, _ = self._end_telling(self._begin_telling(self._last is not None))
         if number < self._world_size:
             raise DataError(
                 Problem(
@@ -208,3 +210,17 @@ class OwnSteps(_TogetherSteps):
                     "give every rank at least one sample, or the same data on all ranks",
                 )
             )
+
+
+def ended_apart(number: int, world_size: int) -> DataError:
+    """The error of a stream that all ranks read alike, where only ``number`` of them have more."""
+    return DataError(
+        Problem(
+            f"the stream ended on {world_size - number} of {world_size} ranks, and goes on on the "
+            "others",
+            "all ranks must read the same samples; the streams began alike, or could not be "
+            "compared",
+            "give all ranks the same stream; or split it with split_dataset_by_node, which says "
+            "so; dispatch_batches=True lets one rank read for all",
+        )
+    )

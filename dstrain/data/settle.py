@@ -1,7 +1,8 @@
 """Before a loader is used: whether its data is shared out among ranks, or has been by the user.
 
 Data that a user has split by rank would be split again, and most of it never be used. A stream that
-was split is used as it is; a dataset with a length that differs between ranks is refused.
+was split is used as it is; a dataset with a length that differs between ranks is refused. So is a
+stream that begins alike on all ranks and then does not go on so: that is found while it is used.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
-from dstrain.data.alike import ALIKE, APART, MOST_SAMPLES, UNTOLD, verdict
+from dstrain.data.alike import ALIKE, APART, MOST_SAMPLES, UNTOLD, Verdict, compare
 from dstrain.data.columns import used_columns
 from dstrain.data.dispatch import Dispatched
 from dstrain.data.order import RankBatchSampler
 from dstrain.data.stream import RankStream, share_of
+from dstrain.data.watch import StreamWatch
 
 logger = get_logger(__name__)
+
+_NUM_ROWS = 16  # of a dataset with a length, from its first to its last
 
 _SAME_DATA = (
     "pass the whole dataset on every rank (made with the same seed): dstrain gives each rank its "
@@ -48,9 +52,11 @@ class _Facts:
 def settle(loader: Any, *, what: str, epoch: int = 0, known_whole: bool = False) -> None:
     """Find out, together with the other ranks, whose samples a loader gives; a collective.
 
-    At most three samples of a dataset with a length and eight of a stream are read, which an epoch
-    that is read in this process then does not read again, and all that ranks send is a few bytes.
-    Where these differ, eight are read twice, and what they look like is sent.
+    At most 16 samples of a dataset with a length are read, and eight of a stream, which an epoch
+    that is read in this process then does not read again; all that ranks send is a few bytes for
+    each column. Where these differ, samples are read twice more, and the main rank sends what they
+    look like. What ranks gather grows with ranks x columns. A stream that begins alike on all ranks
+    is compared further while it is used: see ``StreamWatch``.
 
     Args:
         loader: of ``build_loader``.
@@ -80,6 +86,8 @@ def take_over(loader: Any, earlier: Any) -> None:
     stream, before = getattr(loader, "dataset", None), getattr(earlier, "dataset", None)
     if isinstance(stream, RankStream) and isinstance(before, RankStream):
         stream.split, stream.lengths = before.split, before.lengths
+        if before.watch is not None:
+            stream.watch, before.watch.read_again = before.watch, stream.read_again
 
 
 def num_shares(loader: Any) -> int:
@@ -102,12 +110,12 @@ def _settle_stream(
     told = [fact.share for fact in facts]
     if any(told):
         _check_shares(told, what)
-        found, why = APART, "split_dataset_by_node"
+        verdict = Verdict(APART, "split_dataset_by_node")
     elif known_whole:
-        found, why = ALIKE, ""
+        verdict = Verdict(ALIKE)
     else:
-        found, why = _compare(stream, loader, epoch=epoch)
-    stream.split = found == APART
+        verdict = _compare(stream, loader, epoch=epoch)
+    stream.split = verdict.found == APART
     lengths = [fact.length for fact in facts]
     if stream.split:
         stream.lengths = lengths
@@ -119,11 +127,14 @@ def _settle_stream(
                 "give all ranks the same stream, or each a part of its own that begins otherwise",
             )
         )
+    if verdict.found == ALIKE:
+        columns = used_columns(stream.collate)
+        stream.watch = StreamWatch(what, columns, stream.read_again, noisy=verdict.noisy)
     if stream.topology.rank == 0:
-        _tell(found, why, what, world_size)
+        _tell(verdict.found, verdict.why, what, world_size)
 
 
-def _compare(stream: RankStream, loader: Any, *, epoch: int) -> tuple[str, str]:
+def _compare(stream: RankStream, loader: Any, *, epoch: int) -> Verdict:
     # In another process such a source would go on after what was read here.
     unseen = stream.is_iterator and loader.num_workers
     goes_on = not loader.num_workers
@@ -136,7 +147,7 @@ def _compare(stream: RankStream, loader: Any, *, epoch: int) -> tuple[str, str]:
         at_most = MOST_SAMPLES if again else min(MOST_SAMPLES, stream.topology.chunk)
         return None if unseen else stream.look(epoch=epoch, at_most=at_most)
 
-    found = verdict(read, used_columns(stream.collate))
+    found = compare(read, used_columns(stream.collate))
     if not goes_on:
         stream.forget_look()
     return found
@@ -154,14 +165,11 @@ def _settle_dataset(loader: Any, *, what: str) -> None:
     if facts[0].fingerprint is not None and len({fact.fingerprint for fact in facts}) == 1:
         return
 
-    def read(again: bool) -> list[Any]:
-        number = min(MOST_SAMPLES if again else 3, len(dataset))
-        last = len(dataset) - 1
-        return [dataset[i * last // max(1, number - 1)] for i in range(number)]
-
-    found, why = verdict(read, used_columns(loader.collate_fn))
-    if found == APART:
-        raise _differs(what, why)
+    number, last = min(_NUM_ROWS, len(dataset)), len(dataset) - 1
+    places = [i * last // max(1, number - 1) for i in range(number)]
+    found = compare(lambda _: [dataset[i] for i in places], used_columns(loader.collate_fn))
+    if found.found == APART:
+        raise _differs(what, found.why)
 
 
 def _gathered(mine: _Facts, what: str) -> Sequence[_Facts]:

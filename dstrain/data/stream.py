@@ -7,10 +7,11 @@ gives, so the order of samples follows from that split.
 from __future__ import annotations
 
 import contextlib
+import copy
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -19,13 +20,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import pin_memory as pinning
 from torch.utils.data._utils import worker as worker_module
 
-from dstrain.core.log import get_logger
 from dstrain.core.seeds import random_state, set_random_state
+from dstrain.data.alike import SampleLook, look_of
 from dstrain.data.noise import Noise
 from dstrain.data.order import Topology
 from dstrain.data.resumable import Resumable
-
-logger = get_logger(__name__)
+from dstrain.data.stream_length import LengthWatch, length_of
+from dstrain.data.watch import WATCHED_SAMPLES, StreamWatch
 
 _UNTOLD = -1
 _END = object()
@@ -39,14 +40,16 @@ class Share:
         inputs: the micro-batch.
         num_samples: samples that were collated; 0 where this rank had none left and ``inputs`` is a
             stand-in, which must carry no weight.
+        looks: what the samples of all ranks said, while these are compared.
     """
 
     inputs: Any
     num_samples: int
+    looks: list[SampleLook] = field(default_factory=list)
 
     def pin_memory(self) -> Share:
         """Asked by torch's loader."""
-        return Share(pinning.pin_memory(self.inputs), self.num_samples)
+        return Share(pinning.pin_memory(self.inputs), self.num_samples, self.looks)
 
 
 @dataclass
@@ -112,6 +115,7 @@ class RankStream(IterableDataset[Any]):
         is_settled: whether that is known, and not only assumed.
         lengths: what sources say of their length: that of this rank, or, once all ranks have told
             each other, those of all that are read.
+        watch: compares what ranks read of a stream that began alike on all.
     """
 
     def __init__(
@@ -131,11 +135,13 @@ class RankStream(IterableDataset[Any]):
         self.split = share is not None and share[1] == topology.world_size
         self.is_settled = False
         self.lengths = [length_of(source)]
-        self._watch: LengthWatch | None = None
+        self.watch: StreamWatch | None = None
+        self._length_watch: LengthWatch | None = None
         self._first: list[Any] = []  # of an iteration that has begun, in the epoch _first_epoch
         self._iteration: Iterator[Any] | None = None
         self._first_epoch = _UNTOLD
-        self._position = torch.tensor([_UNTOLD, 0])  # epoch and start
+        self._running: Iterator[Any] | None = None  # of this process, which is being read
+        self._position = torch.tensor([_UNTOLD, 0, 0])  # epoch, start, whether samples are compared
         self.noise_seed = 0  # of loader processes; the loader's builder sets it
         self.keeps_states = False  # where a checkpoint may want to know the source's position
         self._resumable = Resumable.of(source)
@@ -167,11 +173,12 @@ class RankStream(IterableDataset[Any]):
         own = self.lengths[self.topology.rank if len(self.lengths) > 1 else 0]
         size, start = self.step_samples, int(self._position[1]) // self.num_readers
         left = 0 if own is None else max(0, own - start)
-        if self._watch is None:
+        if self._length_watch is None:
             tells = own is not None and (self.split or self.topology.rank == 0)
-            self._watch = LengthWatch(type(self.source).__name__, length=own or 0, tells=tells)
-        self._watch.begin(left // size if self.drop_last else -(-left // size))
-        return self._watch
+            name = type(self.source).__name__
+            self._length_watch = LengthWatch(name, length=own or 0, tells=tells)
+        self._length_watch.begin(left // size if self.drop_last else -(-left // size))
+        return self._length_watch
 
     def look(self, *, epoch: int, at_most: int) -> list[Any] | None:
         """The first samples of an epoch; reading it goes on after them, unless ``forget_look``.
@@ -200,6 +207,31 @@ class RankStream(IterableDataset[Any]):
         if iter(self._reader()) is not self._iteration:
             self._iteration, self._first = None, []
 
+    def read_again(self, number: int) -> list[Any] | None:
+        """The first samples of the epoch anew, beside an iteration of it that goes on.
+
+        None where that cannot be. They are those of a copy, so that what the source keeps of its
+        position stays; what it shares with a copy, such as an open file, is moved on.
+        """
+        if self.is_iterator:
+            return None
+        known = Resumable.of(self.source)
+        has_own = known is not None and known.source is not self.source
+        source = known.source if known is not None and has_own else copy.copy(self.source)
+        epoch = int(self._position[0])
+        generator = getattr(source, "generator", None)
+        drawn = generator.get_state() if isinstance(generator, torch.Generator) else None
+        try:
+            if epoch != _UNTOLD:
+                _tell(source, epoch)
+            iteration = iter(source)
+            if any(iteration is begun for begun in (self._running, self._iteration)):
+                return None
+            return list(islice(iteration, number))
+        finally:
+            if isinstance(generator, torch.Generator) and drawn is not None:
+                generator.set_state(drawn)
+
     def stand_in(self) -> Any:
         """Inputs that carry no weight, for a rank that has used up its part; None of an empty one.
 
@@ -221,8 +253,12 @@ class RankStream(IterableDataset[Any]):
 
         ``state`` is what ``state_at(start)`` gave in the run that used them.
         """
-        self._position.copy_(torch.tensor([epoch, start]))
         self._begin = (epoch, start, state) if start and state is not None else None
+        # An epoch that is begun inside is left out: what ranks read again could not be the same.
+        compares = self.watch is not None and self._begin is None
+        if compares and self.watch is not None:
+            compares = self.watch.begin(start=start, chunk=self.topology.chunk)
+        self._position.copy_(torch.tensor([epoch, start, compares]))
         self._states.clear()
         if self._iteration is None or epoch != self._first_epoch:  # else it knows, and has begun
             self._tell_source(epoch)
@@ -244,18 +280,13 @@ class RankStream(IterableDataset[Any]):
         return self.source if self._resumable is None else self._resumable.source
 
     def _tell_source(self, epoch: int) -> None:
-        source = self._reader()
-        generator = getattr(source, "generator", None)
-        if hasattr(source, "set_epoch"):
-            source.set_epoch(epoch)
-        elif isinstance(generator, torch.Generator):
-            generator.manual_seed(epoch)
+        _tell(self._reader(), epoch)
 
     def __iter__(self) -> Iterator[Any]:
         """Collated micro-batches, each a ``Share`` or a ``Told`` with one."""
         worker = get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
-        epoch, start = self._position.tolist()
+        epoch, start, compares = self._position.tolist()
         if worker and epoch != _UNTOLD:
             self._tell_source(epoch)
         begun = self._load(epoch, start)
@@ -265,6 +296,8 @@ class RankStream(IterableDataset[Any]):
         position = start if begun else 0
         tells = self.keeps_states and self._resumable is not None
         step = 0
+        looks: list[SampleLook] = []
+        columns = None if self.watch is None else self.watch.columns
         self._states.clear()
         while True:
             if worker:  # also for what is left out: the source may draw random numbers too
@@ -274,6 +307,8 @@ class RankStream(IterableDataset[Any]):
             if begun and self._resumable is not None:
                 self._resumable.begun()
                 begun = False
+            if compares and step % turns == turn and position < WATCHED_SAMPLES:
+                looks += [look_of(s, columns) for s in chunk[: WATCHED_SAMPLES - position]]
             position += len(chunk)
             if not chunk:
                 return
@@ -287,7 +322,8 @@ class RankStream(IterableDataset[Any]):
             if step % turns == turn:
                 share = self.topology.share(len(chunk))
                 mine = chunk if self.split else [chunk[i] for i in share]
-                part = Share(self.collate(mine or chunk[:1]), len(mine))
+                part = Share(self.collate(mine or chunk[:1]), len(mine), looks)
+                looks = []
                 yield Told(part, told, _pickled(self._state())) if worker and tells else part
             step += 1
 
@@ -300,8 +336,10 @@ class RankStream(IterableDataset[Any]):
         if begun is not None and not in_worker:
             self._iteration = None
             if epoch == self._first_epoch:
+                self._running = begun
                 return chain(first, begun)
         samples = _whole(self._reader()) if in_worker else iter(self._reader())
+        self._running = None if in_worker else samples
         is_begun = begun is not None and (in_worker or samples is begun)
         return chain(first, samples) if is_begun else samples
 
@@ -330,46 +368,19 @@ class StreamLoader(DataLoader[Any]):
         """Micro-batches, each with its number of samples."""
         stream: Any = self.dataset
         for part in super().__iter__():
-            yield stream.note(part) if isinstance(part, Told) else part
+            share = stream.note(part) if isinstance(part, Told) else part
+            if share.looks and stream.watch is not None:
+                stream.watch.note(share.looks)
+            yield share
 
 
-class LengthWatch:
-    """Warns where a stream gives more or fewer samples than its ``__len__`` says."""
-
-    def __init__(self, name: str, *, length: int, tells: bool) -> None:
-        """Args: name of the stream's class, length that it says, whether to warn at all, once."""
-        self._name, self._length, self._tells = name, length, tells
-        self._left = 0
-
-    def begin(self, num_steps: int) -> None:
-        """Begin an epoch, or go on inside of it: the micro-steps that are still to come."""
-        self._left = num_steps
-
-    def count(self) -> None:
-        """One more micro-step."""
-        self._left -= 1
-        if self._tells and self._left < 0:
-            self._warn(
-                "and gives more: epochs are longer than the schedule was made for, which ends "
-                "after as many steps as its length says, wherever the data is then"
-            )
-
-    def end(self) -> None:
-        """The epoch is over."""
-        if self._tells and self._left > 0:
-            self._warn(
-                "and gives fewer: the run ends after its epochs, in fewer steps than the schedule "
-                "was made for"
-            )
-
-    def _warn(self, what: str) -> None:
-        self._tells = False
-        logger.warning(
-            "%s says that it has %d samples, %s. Mend its __len__, or set max_steps",
-            self._name,
-            self._length,
-            what,
-        )
+def _tell(source: Any, epoch: int) -> None:
+    """Tell a source its epoch, in whichever way it can be told."""
+    generator = getattr(source, "generator", None)
+    if hasattr(source, "set_epoch"):
+        source.set_epoch(epoch)
+    elif isinstance(generator, torch.Generator):
+        generator.manual_seed(epoch)
 
 
 def share_of(source: Any) -> tuple[int, int] | None:
@@ -380,14 +391,6 @@ def share_of(source: Any) -> tuple[int, int] | None:
     found = getattr(source, "_distributed", None)
     number = getattr(found, "world_size", 1)
     return (int(found.rank), int(number)) if found is not None and number > 1 else None
-
-
-def length_of(source: Any) -> int | None:
-    """What a source says of its length, if anything."""
-    try:
-        return len(source)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def _pickled(state: dict[str, Any] | None) -> bytes | None:

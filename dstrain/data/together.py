@@ -7,23 +7,28 @@ from typing import Any
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PendingSum, is_distributed
+from dstrain.data.dispatch import Dispatched
 from dstrain.data.loader import MicroBatch, iterate, stand_in_for
+from dstrain.data.lockstep import ended_apart
 from dstrain.data.order import RankBatchSampler
+from dstrain.data.stream import RankStream
 
 
 def in_step(loader: Any, *, device: Any) -> Iterator[tuple[MicroBatch, bool]]:
     """Micro-batches, and whether each is the last of all ranks.
 
     Where the loader's length is not known to be the same on all ranks (a stream, a user's own
-    loader) they tell each other before each batch whether they have one more. A rank that has no
-    more passes its last batch again, masked.
+    loader) they tell each other before each batch whether they have one more, and compare the first
+    samples of a stream that all read. A rank that has used up data of its own passes its last batch
+    again, masked.
 
     Args:
         loader: of this rank.
         device: where ranks communicate.
 
     Raises:
-        DataError: a rank has no batch at all while others have; on all ranks.
+        DataError: a rank has no batch at all while others have, or ranks that should read one
+            stream read other samples, or fewer; on all ranks.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, RankBatchSampler):
@@ -31,26 +36,51 @@ def in_step(loader: Any, *, device: Any) -> Iterator[tuple[MicroBatch, bool]]:
         for step, (micro_batch, _) in enumerate(iterate(loader)):
             yield micro_batch, step == num_steps - 1
         return
+    telling = _Telling(getattr(loader, "dataset", None), device)
     batches = (micro_batch for micro_batch, _ in iterate(loader))
     coming = next(batches, None)
-    if 0 < (number := _how_many(coming is not None, device)) < _how_many(True, device):
-        raise DataError(
-            Problem(
-                f"only {number} ranks have evaluation data",
-                "a rank without a batch cannot take part in the forward passes of the others",
-                "give every rank a batch, or pass the dataset and let dstrain build the loader",
-            )
-        )
+    number = telling.how_many(coming is not None, is_first=True)
     while number:
         if coming is not None:
             present, spare = coming, stand_in_for(coming)
             coming = next(batches, None)
         else:
             present = stand_in_for(spare)
-        number = _how_many(coming is not None, device)
+        number = telling.how_many(coming is not None)
         yield present, not number
 
 
-def _how_many(have: bool, device: Any) -> int:
-    """Ranks that say yes; a collective."""
-    return int(PendingSum(float(have), device=device).get()) if is_distributed() else int(have)
+class _Telling:
+    """What ranks tell each other of every batch."""
+
+    def __init__(self, stream: Any, device: Any) -> None:
+        """Args: what the loader reads, where ranks communicate."""
+        self._device = device
+        self._is_whole, self._watch = False, None
+        if isinstance(stream, RankStream) and not isinstance(stream.source, Dispatched):
+            self._is_whole, self._watch = not stream.split, stream.watch
+
+    def how_many(self, have: bool, *, is_first: bool = False) -> int:
+        """Ranks that have a batch; a collective.
+
+        Raises:
+            DataError: see ``in_step``.
+        """
+        if not is_distributed():
+            return int(have)
+        more = [] if self._watch is None else self._watch.bits()
+        told = PendingSum([1.0, float(have), *map(float, more)], device=self._device).get()
+        world_size, number, *sums = map(int, told.tolist())
+        if is_first and 0 < number < world_size:
+            raise DataError(
+                Problem(
+                    f"only {number} ranks have evaluation data",
+                    "a rank without a batch cannot take part in the forward passes of the others",
+                    "give every rank a batch, or pass the dataset and let dstrain build the loader",
+                )
+            )
+        if self._is_whole and 0 < number < world_size:
+            raise ended_apart(number, world_size)
+        if self._watch is not None and sums:
+            self._watch.heed(sums, world_size=world_size, ended=not number, group=None)
+        return number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,54 @@ def test_a_dataset_that_is_split_is_refused(
         stream = trainer_of(tmp_path, part.to_iterable_dataset(), max_steps=-(-size // world))
         stream.train()  # as the message says
         check_epochs(stream, size, 1)
+
+
+class SameEnds(Dataset[Any]):
+    """Split by rank; the first, the middle and the last row are the same on all ranks."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.numbers = list(range(rank, 33 * world_size, world_size))
+        for place in (0, 16, 32):
+            self.numbers[place] = 0
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> Any:
+        self.read.append(place)
+        random.random()
+        return rows([self.numbers[place] % len(SAMPLES)])[0]
+
+
+@pytest.mark.ranks(2)
+def test_a_split_between_equal_rows_is_refused(tmp_path: Path, rank: int) -> None:
+    """Three rows that are the same say little."""
+    from dstrain.core.errors import DataError
+
+    part = SameEnds(rank, 2)
+    trainer = trainer_of(tmp_path, part)
+    for use in (trainer.train, lambda: trainer.evaluate(part), lambda: trainer.predict(part)):
+        with pytest.raises(DataError, match="is not the same on all ranks") as caught:
+            use()
+        assert "pass the whole dataset on every rank" in str(caught.value)
+
+
+@pytest.mark.ranks(2)
+def test_rows_that_are_looked_at_are_few_and_leave_no_trace(rank: int) -> None:
+    """From the first to the last, once where they are the same; random numbers are put back."""
+    from dstrain.core.seeds import random_state, seed_rank
+    from dstrain.data import LoaderOptions, Topology, build_loader, settle
+
+    seed_rank(1, step=0, rank=rank)
+    data = SameEnds(0, 1)
+    loader = build_loader(data, Topology(2, 2, rank), list, LoaderOptions(), seed=1, shuffle=False)
+    before = random_state()
+    settle(loader, what="the data")
+    assert len(data.read) == 16
+    assert (data.read[0], data.read[-1]) == (0, 32)
+    assert {b - a for a, b in pairwise(data.read)} == {2, 3}
+    assert random_state()["python"] == before["python"]
 
 
 class Augmented(Dataset[Any]):

@@ -1,0 +1,528 @@
+"""Streams that begin alike on all ranks, and are split by rank: found while they are used.
+
+Nothing else may be taken for it: noise, short streams, whatever samples are made of.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from dstrain.data.watch import WATCHED_SAMPLES
+from tests.distributed.runs import losses, whole_weights
+from tests.distributed.test_split_data import (
+    SAMPLES,
+    Part,
+    check_epochs,
+    rows,
+    trainer_of,
+    warnings_of,
+)
+
+SIZE = 40  # at most 64, so that a whole epoch is compared
+BEGIN = 9  # equal samples: more than are looked at before the first step
+
+
+def numbers_of(rank: int, world_size: int, begin: int = BEGIN, size: int = SIZE) -> list[int]:
+    """The first samples on all ranks, then each rank its own."""
+    return [*range(begin), *range(begin + rank, size, world_size)]
+
+
+def generate(numbers: list[int]) -> Iterator[dict[str, Any]]:
+    yield from rows(numbers)
+
+
+class Later(IterableDataset[Any]):
+    """Split by rank after the first samples."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[Any]:
+        return generate(self.numbers)
+
+
+class Once(Later):
+    """The same, with a single iteration."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        super().__init__(numbers)
+        self.iteration = generate(numbers)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.iteration
+
+
+def of_hub(numbers: list[int]) -> Any:
+    from datasets import IterableDataset as HubDataset
+
+    return HubDataset.from_generator(generate, gen_kwargs={"numbers": numbers})
+
+
+KINDS: dict[str, Callable[[list[int]], Any]] = {
+    "torch": Later,
+    "hub": of_hub,
+    "a generator": generate,
+    "a single iteration": Once,
+}
+
+
+def alike_on_all(text: str) -> bool:
+    from dstrain.core.ranks import gather_objects
+
+    return len(set(gather_objects(text))) == 1
+
+
+def check_refused(use: Callable[[], Any], what: str) -> str:
+    """One error on all ranks, with what was seen and what to do."""
+    from dstrain.core.errors import DataError
+
+    with pytest.raises(DataError, match=f"{what} began alike on all ranks, and then is") as caught:
+        use()
+    text = str(caught.value)
+    assert alike_on_all(text)
+    assert "give every rank the whole stream" in text
+    assert "split_dataset_by_node" in text
+    return text
+
+
+@pytest.mark.ranks(2, timeout=200)
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_ends_where_ranks_part(
+    kind: str, num_workers: int, micro_batch: int, tmp_path: Path, rank: int
+) -> None:
+    """Soon after the samples that are the same, wherever they are read."""
+    trainer = trainer_of(
+        tmp_path, KINDS[kind](numbers_of(rank, 2)), max_steps=99,
+        per_device_train_batch_size=micro_batch, dataloader_num_workers=num_workers,
+        gradient_accumulation_steps=3 if micro_batch == 1 else 1,
+    )  # fmt: skip
+    text = check_refused(trainer.train, "the training data")
+    assert "of rank 1 is not that of rank 0 in " in text
+    assert f"from number {BEGIN} on" in text
+    # At once where samples can be read again, or after a few that are others.
+    again = kind in ("torch", "hub")
+    assert sum(map(len, trainer.trained[0])) <= (10 if again else 18)
+
+
+@pytest.mark.ranks(3, timeout=200)
+def test_one_rank_among_three_is_found(tmp_path: Path, rank: int) -> None:
+    """Also where it is not the main one that reads something else."""
+    trainer = trainer_of(tmp_path, Later(numbers_of(int(rank == 1), 2)), max_steps=99)
+    text = check_refused(trainer.train, "the training data")
+    assert "of rank 1 is not that of rank 0 in " in text
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("micro_batch", [1, 4, 64])
+@pytest.mark.parametrize("again", [True, False])
+def test_every_second_sample_is_enough(
+    again: bool, micro_batch: int, tmp_path: Path, rank: int
+) -> None:
+    """Documents of each rank's own with the same separator between them."""
+    own = [i for n in range(1, SIZE // 2) for i in (0, 2 * n + rank)]
+    trainer = trainer_of(
+        tmp_path, (Later if again else Once)([0, *own]), max_steps=99,
+        per_device_train_batch_size=micro_batch,
+    )  # fmt: skip
+    check_refused(trainer.train, "the training data")
+
+
+@pytest.mark.ranks(2, timeout=200)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_and_prediction_end_likewise(
+    num_workers: int, tmp_path: Path, rank: int
+) -> None:
+    """No metrics of one half of the data."""
+    trainer = trainer_of(
+        tmp_path, Part(0, 1, 8), max_steps=4, eval_strategy="epoch",
+        evaluation=Later(numbers_of(rank, 2)), dataloader_num_workers=num_workers,
+    )  # fmt: skip
+    for use in (
+        trainer.train,
+        trainer.evaluate,
+        lambda: trainer.predict(Later(numbers_of(rank, 2))),
+        lambda: trainer.evaluate(of_hub(numbers_of(rank, 2))),
+    ):
+        check_refused(use, "the evaluation data")
+    assert not any("eval_loss" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.ranks(2)
+def test_an_evaluation_stream_that_ends_apart_is_refused(tmp_path: Path, rank: int) -> None:
+    """Of what only one rank has, nobody would use the other rank's share."""
+    from dstrain.core.errors import DataError
+
+    for short in (12, 13):
+        trainer = trainer_of(tmp_path, Part(0, 1, 8), max_steps=4)
+        with pytest.raises(DataError, match="the stream ended on 1 of 2 ranks") as caught:
+            trainer.evaluate(Part(0, 1, short if rank else 24))
+        assert alike_on_all(str(caught.value))
+
+
+# --- what is no split ----------------------------------------------------------------------------
+
+
+class Cropped(IterableDataset[Any]):
+    """Long samples are cropped at random, and the first are short."""
+
+    own: Any = None
+
+    def __init__(self, draw: str, *, label: bool) -> None:
+        self.draw, self.label = draw, label
+        if draw == "its own":
+            self.own = np.random.default_rng()
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(SIZE):
+            start = 0
+            if number >= BEGIN:
+                start = {
+                    "torch": lambda: int(torch.randint(1000, ())),
+                    "numpy": lambda: int(np.random.randint(1000)),
+                    "python": lambda: random.randrange(1000),
+                    "its own": lambda: int(self.own.integers(1000)),
+                }[self.draw]()
+            sample = {"input_ids": [start, number]}
+            yield {**sample, **({"number": number} if self.label else {})}
+
+
+class Rarely(Later):
+    """Reading fails for a sample or two on one rank, which then gives something else."""
+
+    def __init__(self, numbers: list[int], rank: int) -> None:
+        super().__init__(numbers)
+        self.failed = (11, 30) if rank else ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return generate([0 if n in self.failed else n for n in self.numbers])
+
+
+class Odd:
+    """What has no content that could be compared."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no array of it")
+
+
+def mixed(rank: int) -> list[Any]:
+    """Samples of whatever there is."""
+    from PIL import Image
+
+    plain = [
+        None, 1.5, "text", b"bytes", (1, "two", [3.0, None]), Odd(), {1, 2}, np.float32(2),
+        {"a": {"b": [{"c": torch.ones(2, dtype=torch.bfloat16)}]}, "path": f"/disk{rank}"},
+        {"image": Image.new("RGB", (4, 3), (1, 2, 3)), "odd": Odd(), "number": 4},
+        {"sparse": torch.eye(3).to_sparse(), "meta": torch.ones(2, device="meta")},
+        {"names": np.array(["a", "b"]), "when": np.array(["2020-01-01"], dtype="datetime64[D]")},
+        torch.arange(3), [], {}, [torch.ones(2) * (1 + 1e-7 * rank), 3],
+    ]  # fmt: skip
+    return plain * 3
+
+
+def shuffled(rank: int) -> Any:
+    from datasets import Dataset as HubDataset
+
+    whole = HubDataset.from_list(rows(list(range(SIZE)))).to_iterable_dataset(num_shards=4)
+    return whole.shuffle(seed=3, buffer_size=7)
+
+
+def interleaved(rank: int) -> Any:
+    from datasets import interleave_datasets
+
+    parts = [of_hub(list(range(begin, SIZE, 2))) for begin in (0, 1)]
+    return interleave_datasets(parts, probabilities=[0.7, 0.3], seed=1)
+
+
+class Listed(IterableDataset[Any]):
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.samples)
+
+
+class Rounded(IterableDataset[Any]):
+    """Machines round differently, and keep their files elsewhere."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[Any]:
+        wave = torch.linspace(0, 1, 50)
+        for i in range(SIZE):
+            yield {"path": f"/{self.rank if i > 5 else 0}/{i}", "wave": wave * i + self._error(i)}
+
+    def _error(self, i: int) -> float:
+        return 1e-6 * self.rank * (i > BEGIN)
+
+
+WHOLE: dict[str, Callable[[int], Any]] = {
+    "torch": lambda rank: Later(list(range(SIZE))),
+    "short": lambda rank: Later([0, 1, 2]),
+    "long": lambda rank: Listed(SAMPLES * 4),
+    "hub": lambda rank: of_hub(list(range(SIZE))),
+    "shuffled": shuffled,
+    "interleaved": interleaved,
+    "a generator": lambda rank: generate(list(range(SIZE))),
+    "mixed": lambda rank: Listed(mixed(rank)),
+    "rounded": Rounded,
+    "rare": lambda rank: Rarely(list(range(SIZE)), rank),
+    **{
+        f"{draw}, {label=}": lambda rank, draw=draw, label=label: Cropped(draw, label=label)
+        for draw in ("torch", "numpy", "python", "its own")
+        for label in (True, False)
+    },
+}
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("micro_batch", [1, 5])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_is_whole_stays_whole(
+    kind: str, micro_batch: int, num_workers: int, rank: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In training and in evaluation; all of it is used, as if nobody had looked."""
+    from dstrain.core.ranks import gather_objects
+    from dstrain.core.seeds import seed_rank
+    from dstrain.data import (
+        LoaderOptions,
+        Topology,
+        build_loader,
+        in_step,
+        num_shares,
+        set_epoch,
+        settle,
+        windows,
+    )
+
+    def loader_of() -> Any:
+        seed_rank(1, step=0, rank=rank)
+        found = build_loader(
+            WHOLE[kind](rank), Topology(micro_batch, 2, rank), list,
+            LoaderOptions(num_workers=num_workers), seed=1, shuffle=False,
+        )  # fmt: skip
+        settle(found, what="the data")
+        assert num_shares(found) == 1
+        set_epoch(found, 0)
+        return found
+
+    number = len(list(WHOLE[kind](rank)))
+    used = [m.num_samples for w in windows(loader_of(), 1) for m in w.micro_batches]
+    assert sum(map(sum, gather_objects(used))) == number
+    evaluated = [m.num_samples for m, _ in in_step(loader_of(), device="cpu")]
+    assert sum(map(sum, gather_objects(evaluated))) == number
+    noisy = kind.endswith("label=False")
+    told = warnings_of(caplog, "differ between ranks after those that it begins with")
+    assert bool(told) == (noisy and rank == 0)
+
+
+@pytest.mark.ranks(2)
+def test_noise_takes_nothing_of_what_is_still_to_be_read(tmp_path: Path, rank: int) -> None:
+    """Samples are read again beside the iteration that goes on."""
+
+    class Counting(Cropped):
+        begun = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.begun += 1
+            for self.place, sample in enumerate(super().__iter__()):
+                yield {**rows([sample["number"]])[0], "crop": sample["input_ids"]}
+
+        def state_dict(self) -> dict[str, int]:
+            return {"place": self.place}
+
+        def load_state_dict(self, state: dict[str, int]) -> bool:
+            return False
+
+    stream = Counting("its own", label=True)
+    trainer = trainer_of(
+        tmp_path, stream, max_steps=SIZE // 2, save_strategy="steps", save_steps=10
+    )
+    trainer.train()
+    check_epochs(trainer, SIZE, 1)
+    assert stream.begun == 1
+    from dstrain.data import source_state
+
+    assert source_state(trainer.callback_handler.train_dataloader, SIZE) == {
+        "kind": Counting.__qualname__, "state": {"place": SIZE - 1},
+    }  # fmt: skip
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+class Exchanges:
+    """Counts what ranks tell each other, and how many numbers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch.distributed as dist
+
+        self.sizes: list[int] = []
+        self.others = 0
+        reduce = dist.all_reduce
+
+        def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.sizes.append(tensor.numel())
+            return reduce(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        for name in ("all_gather_object", "broadcast_object_list", "all_gather", "broadcast"):
+            monkeypatch.setattr(dist, name, self._counted(getattr(dist, name)))
+
+    def _counted(self, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.others += 1
+            return function(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("watched", [True, False])
+def test_nothing_more_is_told_than_a_few_numbers(
+    watched: bool, evaluates: bool, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many exchanges as without it, and after 64 samples none is longer; nothing is read."""
+    from dstrain.data import (
+        LoaderOptions,
+        Topology,
+        build_loader,
+        in_step,
+        set_epoch,
+        settle,
+        windows,
+    )
+    from dstrain.data import stream as module
+
+    read, looked = [], []
+    look_of = module.look_of
+    monkeypatch.setattr(module, "look_of", lambda *given: looked.append(1) or look_of(*given))
+
+    class Long(Later):
+        def __iter__(self) -> Iterator[Any]:
+            for sample in super().__iter__():
+                read.append(1)
+                yield sample
+
+    numbers = [i % SIZE for i in range(100)]
+    loader = build_loader(
+        Long(numbers), Topology(1, 2, rank), list, LoaderOptions(), seed=1, shuffle=False
+    )
+    settle(loader, what="the data")
+    assert len(read) == 2  # as many as the first micro-step takes
+    if not watched:
+        loader.dataset.watch = None  # type: ignore[attr-defined]
+    told = Exchanges(monkeypatch)
+    for _ in range(2):
+        set_epoch(loader, 0)
+        steps: Any = in_step(loader, device="cpu") if evaluates else windows(loader, 1)
+        assert len(list(steps)) == 50
+    assert len(read) == 200  # what was looked at first is not read again
+    assert told.others == 0
+    assert len(told.sizes) == 2 * 51
+    assert len(looked) == (WATCHED_SAMPLES if watched else 0)
+    long = [index for index, size in enumerate(told.sizes) if size > 2]
+    assert long == (list(range(WATCHED_SAMPLES // 2)) if watched else [])
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+class Telling(Later):
+    """A stream that knows where it is."""
+
+    begin = given = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.begin = state["given"]
+
+    def __iter__(self) -> Iterator[Any]:
+        begin, self.begin = self.begin, 0
+        for self.given in range(begin + 1, len(self.numbers) + 1):  # noqa: B020
+            yield rows([self.numbers[self.given - 1]])[0]
+
+
+LONG = [i % len(SAMPLES) for i in range(90)]
+
+
+@pytest.mark.ranks(2, timeout=300)
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("at", [3, 40, 45])
+@pytest.mark.parametrize("kind", [Later, Telling, of_hub])
+def test_a_whole_stream_goes_on(
+    kind: Any, at: int, num_workers: int, tmp_path: Path, rank: int
+) -> None:
+    """Bit for bit, from among the samples that are compared, from after them, and at the end."""
+    settings: dict[str, Any] = {
+        "max_steps": 50, "save_strategy": "steps", "save_steps": at,
+        "dataloader_num_workers": num_workers,
+    }  # fmt: skip
+    whole = trainer_of(tmp_path, kind(LONG), **settings)
+    whole.train()
+    settings["save_strategy"] = "no"
+    again = trainer_of(tmp_path / "again", kind(LONG), **settings)
+    again.train(str(tmp_path / f"checkpoint-{at}"))
+    assert losses(again) == losses(whole)
+    ours, theirs = whole_weights(again), whole_weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.ranks(2, timeout=200)
+@pytest.mark.parametrize("at", [3, 40])
+@pytest.mark.parametrize("kind", [Later, Telling])
+def test_a_resumed_run_looks_at_the_data_it_is_given(
+    kind: Any, at: int, tmp_path: Path, rank: int
+) -> None:
+    """Split since then: found at the first step, or where the next epoch begins."""
+    settings: dict[str, Any] = {"max_steps": at, "save_strategy": "steps", "save_steps": at}
+    trainer_of(tmp_path, kind(LONG), **settings).train()
+    split = trainer_of(tmp_path, kind(numbers_of(rank, 2, begin=20) * 3), max_steps=200)
+    check_refused(lambda: split.train(str(tmp_path / f"checkpoint-{at}")), "the training data")
+    if kind is Later:  # read from its beginning
+        assert len(split.trained[0]) <= (8 if at == 3 else 1)
+
+
+@pytest.mark.ranks(2)
+def test_a_loader_that_takes_over_compares_on(rank: int) -> None:
+    """As after a lack of memory: another micro-batch, inside of the same epoch."""
+    from dstrain.data import (
+        LoaderOptions,
+        Topology,
+        build_loader,
+        set_epoch,
+        settle,
+        take_over,
+        windows,
+    )
+
+    def loader_of(micro_batch: int) -> Any:
+        data = Later(numbers_of(rank, 2, begin=20))
+        return build_loader(
+            data, Topology(micro_batch, 2, rank), list, LoaderOptions(), seed=1, shuffle=False
+        )
+
+    earlier = loader_of(2)
+    settle(earlier, what="the data")
+    set_epoch(earlier, 0)
+    steps = windows(earlier, 1)
+    next(steps)
+    steps.close()
+    later = loader_of(1)
+    take_over(later, earlier)
+    set_epoch(later, 0, start=4)
+    check_refused(lambda: list(windows(later, 1)), "the data")
