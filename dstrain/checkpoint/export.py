@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint import content, folders
+from dstrain.checkpoint.files import reading
 from dstrain.checkpoint.load import (
     Piece,
     SliceIndex,
     check_coverage,
     opened,
     read_index,
-    reading,
 )
 from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
 from dstrain.checkpoint.run_files import read_run

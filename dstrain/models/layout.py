@@ -96,17 +96,48 @@ def groups_of(module: torch.nn.Module) -> list[Group]:
     return _grouped(entries, module, renamings, converters)
 
 
+def unsaved_remark(module: torch.nn.Module) -> str | None:
+    """Say what of a module's ``state_dict`` the files of a saved model have no place for.
+
+    ``save_pretrained`` breaks off there with an AttributeError.
+
+    Returns:
+        a line that names it; None where all of it is tensors.
+    """
+    return remark_on([n for n, v in module.state_dict(keep_vars=True).items() if not _is_tensor(v)])
+
+
+def remark_on(names: Sequence[str]) -> str | None:
+    """Say that entries of a ``state_dict`` have no place in the files of a saved model.
+
+    Args:
+        names: of what is no tensor; without any there is nothing to say.
+    """
+    if not names:
+        return None
+    return (
+        f"{len(names)} entries of the state_dict are no tensors ({', '.join(names[:3])}): the "
+        "saved model is without them, as its files (safetensors) hold tensors alone, and loaded it "
+        "has them as it is built. Checkpoints that can be resumed have extra state of plain "
+        "values; to have it in a saved model let get_extra_state return a tensor"
+    )
+
+
 def entries_of(module: torch.nn.Module) -> list[Entry]:
     """Parameters and persistent buffers, each shared tensor under one name."""
     unsaved = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
     aliases: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor) and name not in unsaved:
+        if _is_tensor(tensor) and name not in unsaved:
             aliases.setdefault(id(tensor), []).append(name)
             tensors[id(tensor)] = tensor
     dropped = _dropped_aliases(module) if any(len(a) > 1 for a in aliases.values()) else None
     return [Entry(_kept(names, dropped), tensors[key]) for key, names in aliases.items()]
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _kept(names: list[str], dropped: Any) -> str:
