@@ -254,6 +254,23 @@ class Wipes(Base):
         self.head.register_load_state_dict_post_hook(wipe)
 
 
+class Doubles(Base):
+    """Has a weight twice as large in the state_dict."""
+
+    def __init__(self) -> None:
+        """Register hooks."""
+        super().__init__()
+
+        def save(module: Any, state: Any, prefix: str, metadata: Any) -> None:
+            state[prefix + "weight"] = state[prefix + "weight"] * 2
+
+        def load(module: Any, state: Any, prefix: str, *_: Any) -> None:
+            state[prefix + "weight"] = state[prefix + "weight"] / 2
+
+        self.head._register_state_dict_hook(save)
+        self.head.register_load_state_dict_pre_hook(load)
+
+
 def rows() -> list[dict[str, torch.Tensor]]:
     """Return rows of several lengths of an epoch."""
     draw = torch.Generator().manual_seed(SEED)

@@ -13,6 +13,8 @@ from dstrain.checkpoint.codec import encode, is_plain
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.ranks import broadcast_object, gather_objects
 
+KEY = "_extra_state"
+"""The last part of torch's name for it in a ``state_dict``."""
 EXTRA_STATES = "extra_states"
 """Key of ``run.json``, and of ``rank-N.json`` for what that rank has otherwise."""
 
@@ -66,6 +68,11 @@ def states_for(shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> dict
         own: what ``read_own`` gave.
     """
     return {**shared.get(EXTRA_STATES, {}), **(own or {}).get(EXTRA_STATES, {})}
+
+
+def by_key(states: Mapping[str, Any]) -> dict[str, Any]:
+    """The states by the keys that they have in a ``state_dict``."""
+    return {f"{path}.{KEY}" if path else KEY: state for path, state in states.items()}
 
 
 def lost_remark(paths: list[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from dstrain.checkpoint import content
 from dstrain.checkpoint.buffer_files import load_buffers, reshaped_in
-from dstrain.checkpoint.extra_state import put_extra_states, states_for
+from dstrain.checkpoint.extra_state import KEY, put_extra_states, states_for
 from dstrain.checkpoint.files import reading
 from dstrain.checkpoint.load import (
     check_here,
@@ -37,7 +37,6 @@ from dstrain.engine import (
 from dstrain.models import Group, groups_of
 
 _INDEX = "model.safetensors.index.json"
-_EXTRA_STATE = "_extra_state"  # torch's name in a state_dict
 
 
 def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
@@ -124,7 +123,7 @@ def _read_late(engine: Engine, places: Mapping[str, Path]) -> None:
         with reading(path) as file:
             values = file.whole(name)
         owner, _, key = name.rpartition(".")
-        if key == _EXTRA_STATE:
+        if key == KEY:
             put_extra_states(engine.module, {owner: values})
         elif name in empty:
             empty[name].replace(values)

@@ -11,6 +11,7 @@ import pytest
 from tests.distributed.forked import run_job
 from tests.module_state import (
     KINDS,
+    Doubles,
     Hears,
     LoadsParts,
     LoadsWhole,
@@ -135,3 +136,65 @@ def test_buffers_under_other_names_in_the_state_dict_come_back(stage: int, tmp_p
     again = run_of(tmp_path, Renames(), stage, resume=str(tmp_path / "checkpoint-4"))
     assert again.losses == straight.losses
     assert again.state == straight.state
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_saved_models_have_the_extra_state_that_is_a_tensor_and_name_the_rest(
+    stage: int, tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By ``save_model``, in checkpoints of the model alone, and by an export."""
+    from safetensors.torch import load_file
+
+    from dstrain.checkpoint import export
+    from dstrain.core.ranks import barrier
+
+    for kind in (Hears, Tells):
+        is_tensor, folder = kind is Tells, tmp_path / kind.__name__
+        for only_model in (False, True):
+            caplog.clear()
+            trainer = trainer_of(
+                folder, kind(), stage, save_steps=2, max_steps=4, save_only_model=only_model,
+                save_weights_with_checkpoint=only_model,
+            )  # fmt: skip
+            trainer.train()
+            if not only_model:
+                trainer.save_model(str(folder / "saved"))
+            trainer.close()
+            saved = folder / ("checkpoint-4" if only_model else "saved")
+            assert ("_extra_state" in load_file(saved / "model.safetensors")) is is_tensor
+            if rank == 0 and not only_model:
+                export(folder / "checkpoint-4", folder / "exported")
+                exported = load_file(folder / "exported/model.safetensors")
+                assert exported.get("_extra_state") == (4 if is_tensor else None)
+                assert kind().load_state_dict(exported, strict=False).unexpected_keys == []
+            said = [r for r in caplog.records if "are no tensors (_extra_state)" in r.message]
+            assert len(said) == (0 if is_tensor or rank else 1 if only_model else 2)
+            barrier()
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_weights_that_hooks_save_in_another_form_are_refused_where_they_would_be_lost(
+    tmp_path: Path,
+) -> None:
+    """A best model that would have to come back from such files; a share of a weight at stage 3."""
+    from safetensors.torch import load_file
+
+    from dstrain.core.errors import ConfigError, ModelError
+
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    with pytest.raises(ConfigError, match=r"head\.weight"):
+        trainer_of(tmp_path, Doubles(), 2, save_steps=2, save_only_model=True, **best)
+    trainer = trainer_of(tmp_path, Doubles(), 2, save_steps=2, **best)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    twin = Doubles()
+    twin.load_state_dict(load_file(tmp_path / "saved/model.safetensors"))
+    assert twin.head.weight.tolist() == trainer.model.head.weight.tolist()
+    trainer.close()
+    trainer = trainer_of(tmp_path / "three", Doubles(), 3, save_strategy="no", max_steps=1)
+    trainer.train()
+    with pytest.raises(ModelError, match=r"head\.weight"):
+        trainer.save_model(str(tmp_path / "three"))
+    assert not (tmp_path / "three/model.safetensors").exists()
+    trainer.close()
