@@ -192,7 +192,10 @@ def test_weights_that_hooks_save_in_another_form_are_refused_where_they_would_be
     twin.load_state_dict(load_file(tmp_path / "saved/model.safetensors"))
     assert twin.head.weight.tolist() == trainer.model.head.weight.tolist()
     trainer.close()
-    trainer = trainer_of(tmp_path / "three", Doubles(), 3, save_strategy="no", max_steps=1)
+    parts = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    trainer = trainer_of(
+        tmp_path / "three", Doubles(), 3, save_strategy="no", max_steps=1, deepspeed=parts
+    )
     trainer.train()
     with pytest.raises(ModelError, match=r"head\.weight"):
         trainer.save_model(str(tmp_path / "three"))
