@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from dstrain.checkpoint.folders import STATE
+from dstrain.core.files import FileRecord
 from dstrain.core.ranks import Ranks
-from dstrain.engine import Engine, Region, Slot, full_shape, read_scalars, regions, share
-from dstrain.models import DTYPES, HostCopies, Stored
+from dstrain.engine import (
+    Engine,
+    Region,
+    Slot,
+    empty_slots_of,
+    full_shape,
+    read_scalars,
+    regions,
+    share,
+    slots_of,
+)
+from dstrain.models import DTYPES, HostCopies, Stored, write_tensor_file
 
 BUFFERS = f"{STATE}/buffers.safetensors"
 OTHER_BUFFERS = f"{STATE}/other_buffers.safetensors"
+EMPTY = "empty"
+"""Key in the metadata of a file of buffers: names of those that are registered and None."""
 RUN = f"{STATE}/run.json"
 LAYOUT = f"{STATE}/layout.json"
 
@@ -64,6 +78,42 @@ class Slices:
         )
 
 
+@dataclass(frozen=True)
+class Buffers:
+    """What a file of buffers says.
+
+    Attributes:
+        tensors: the buffers by their names.
+        empty: names of registered buffers that are None.
+    """
+
+    tensors: list[Stored]
+    empty: tuple[str, ...] = ()
+
+    def copied(self, copies: HostCopies | None, kind: str = "buffer") -> Buffers:
+        """The same in host memory of its own, so that training can go on; as is without ``copies``.
+
+        Args:
+            copies: makes the copies.
+            kind: tells them from other tensors of the same names.
+        """
+        if copies is None:
+            return self
+        found = [(s.name, copies.copy(f"{kind}/{s.name}", s.load())) for s in self.tensors]
+        return Buffers([Stored.of(name, values) for name, values in found], self.empty)
+
+    def write(self, folder: Path, name: str) -> dict[str, FileRecord]:
+        """Write the file where there is something to say; the records of what was written.
+
+        Raises:
+            OSError: the disk is full, the folder is gone, and so on.
+        """
+        if not self.tensors and not self.empty:
+            return {}
+        metadata = {EMPTY: json.dumps(self.empty)} if self.empty else None
+        return {name: write_tensor_file(folder / name, self.tensors, metadata)}
+
+
 def own_slices(engine: Engine, ranks: Ranks) -> Slices:
     """What this rank writes: its share of master weights, optimizer state and frozen weights.
 
@@ -92,28 +142,17 @@ def formats(engine: Engine) -> dict[str, str]:
     return {name: str(p.dtype).removeprefix("torch.") for name, p in named if p.dtype != run}
 
 
-def buffers(module: torch.nn.Module) -> list[Stored]:
-    """The module's persistent buffers."""
-    persistent = module.state_dict(keep_vars=True)
-    return [Stored.of(n, b) for n, b in module.named_buffers() if n in persistent]
+def buffers(module: torch.nn.Module) -> Buffers:
+    """The module's persistent buffers, whatever its hooks call them in the ``state_dict``."""
+    return in_slots([s for s in [*slots_of(module), *empty_slots_of(module)] if s.persistent])
 
 
-def copied(tensors: list[Stored], copies: HostCopies | None, kind: str = "buffer") -> list[Stored]:
-    """The same in host memory of their own, so that training can go on; as is without ``copies``.
-
-    Args:
-        tensors: what to copy.
-        copies: makes the copies.
-        kind: tells them from other tensors of the same names.
-    """
-    if copies is None:
-        return tensors
-    return [Stored.of(s.name, copies.copy(f"{kind}/{s.name}", s.load())) for s in tensors]
-
-
-def in_slots(slots: Sequence[Slot]) -> list[Stored]:
+def in_slots(slots: Sequence[Slot]) -> Buffers:
     """Buffers of a module by their places in it."""
-    return [Stored.of(slot.name, slot.tensor.detach()) for slot in slots]
+    return Buffers(
+        [Stored.of(slot.name, slot.tensor.detach()) for slot in slots if not slot.is_empty],
+        tuple(slot.name for slot in slots if slot.is_empty),
+    )
 
 
 def _stored(region: Region, key: str) -> Stored:

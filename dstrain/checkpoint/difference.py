@@ -17,7 +17,8 @@ import torch
 
 from dstrain.checkpoint import content
 from dstrain.checkpoint.export import slice_files
-from dstrain.checkpoint.load import Piece, SliceIndex, read_index, reading
+from dstrain.checkpoint.files import reading
+from dstrain.checkpoint.load import Piece, SliceIndex, read_index
 from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
 from dstrain.checkpoint.run_files import read_run
 from dstrain.config import difference as configs

@@ -18,19 +18,21 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint import content, folders
+from dstrain.checkpoint.extra_state import EXTRA_STATES, by_key
+from dstrain.checkpoint.files import reading
 from dstrain.checkpoint.load import (
     Piece,
     SliceIndex,
     check_coverage,
     opened,
     read_index,
-    reading,
 )
 from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
 from dstrain.checkpoint.run_files import read_run
 from dstrain.core.documents import Plain, Text, read_document
 from dstrain.core.errors import CheckpointError, ModelError, Problem
 from dstrain.core.files import write_json
+from dstrain.core.log import get_logger
 from dstrain.engine import MASTER, WEIGHT
 from dstrain.models import (
     Entry,
@@ -38,8 +40,11 @@ from dstrain.models import (
     RecordedLayout,
     Stored,
     recorded_layout,
+    remark_on,
     write_tensor_file,
 )
+
+logger = get_logger(__name__)
 
 DTYPES = {
     "fp32": torch.float32,
@@ -99,7 +104,10 @@ def export(
     source = _Source(folder, manifest, on_file)
     copied = [name for name in sorted(manifest.files) if _is_copied(name)]
     source.verify(copied)
-    tensors = _tensors(source, wanted, as_trained=dtype is None)
+    extra = source.extra_states()
+    if remark := remark_on(sorted(k for k, s in extra.items() if not isinstance(s, torch.Tensor))):
+        logger.warning("%s", remark)
+    tensors = _tensors(source, wanted, extra, as_trained=dtype is None)
     first = tensors[0].dtype if tensors else wanted
     with folders.made_whole(out) as staging:
         _write(tensors, staging, shard_bytes, on_tensor)
@@ -138,6 +146,13 @@ class _Source:
         self.verify([name])
         return self.folder / name
 
+    def extra_states(self) -> dict[str, Any]:
+        """The main rank's extra states by their keys in a ``state_dict``, as far as it says."""
+        if not self.manifest.has(content.RUN):
+            return {}
+        self.verify([content.RUN])
+        return by_key(read_run(self.folder).get(EXTRA_STATES, {}))
+
     def slices(self) -> SliceIndex:
         """Verify the files of slices and index them; see ``read_index``."""
         self.verify(slice_files(self.folder, self.manifest))
@@ -153,13 +168,16 @@ def slice_files(folder: Path, manifest: Manifest) -> list[str]:
     return [name for name in every if manifest.has(name) and name not in absent]
 
 
-def _tensors(source: _Source, dtype: torch.dtype, *, as_trained: bool) -> list[Stored]:
+def _tensors(
+    source: _Source, dtype: torch.dtype, extra: Mapping[str, Any], *, as_trained: bool
+) -> list[Stored]:
     """All tensors of the model under their saved names, read when they are written.
 
     Args:
         source: the checkpoint.
         dtype: of floating-point weights.
-        as_trained: but those that the model had in another format keep that.
+        extra: extra states by their keys; those that are tensors are in it.
+        as_trained: but weights that the model had in another format keep that.
 
     Raises:
         CheckpointError: what it would read is damaged, or misses a part of the model.
@@ -179,10 +197,11 @@ def _tensors(source: _Source, dtype: torch.dtype, *, as_trained: bool) -> list[S
     if stored and not manifest.has_slices:
         return files()
     record = _layout_record(source)
+    beside = [Stored.of(k, s) for k, s in sorted(extra.items()) if isinstance(s, torch.Tensor)]
     has_buffers = manifest.has(content.BUFFERS)
     persistent = _file_names(source.path(content.BUFFERS)) if has_buffers else set()
     if stored and record is None:  # as it is trained, or an older checkpoint, which does not say
-        if set(stored) != {*manifest.parameters, *persistent}:
+        if set(stored) != {*manifest.parameters, *persistent, *(s.name for s in beside)}:
             return files()
     elif stored and as_stored:
         return files()
@@ -199,7 +218,7 @@ def _tensors(source: _Source, dtype: torch.dtype, *, as_trained: bool) -> list[S
     if not stored or record is not None:
         try:
             layout = recorded_layout(folder, record, manifest.parameters)
-            return _converted(folder, layout, manifest, index, dtype, format_of)
+            return _converted(folder, layout, manifest, index, dtype, format_of) + beside
         except ModelError:
             if stored:
                 return files()
@@ -207,7 +226,7 @@ def _tensors(source: _Source, dtype: torch.dtype, *, as_trained: bool) -> list[S
         _master(index, name, shape, format_of(name)) for name, shape in manifest.parameters.items()
     ]
     path = folder / content.BUFFERS
-    return tensors + [_from_file(path, name, None) for name in sorted(persistent)]
+    return tensors + [_from_file(path, name, None) for name in sorted(persistent)] + beside
 
 
 @dataclass(frozen=True)

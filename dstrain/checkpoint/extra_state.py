@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from dstrain.checkpoint.codec import is_plain
+from dstrain.checkpoint.codec import encode, is_plain
 from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.ranks import broadcast_object, gather_objects
+
+KEY = "_extra_state"
+"""The last part of torch's name for it in a ``state_dict``."""
+EXTRA_STATES = "extra_states"
+"""Key of ``run.json``, and of ``rank-N.json`` for what that rank has otherwise."""
 
 
 def extra_states(module: torch.nn.Module) -> tuple[dict[str, Any], list[str]]:
@@ -17,10 +25,74 @@ def extra_states(module: torch.nn.Module) -> tuple[dict[str, Any], list[str]]:
     Returns:
         states by the path of the module, and the paths of those whose state a checkpoint cannot
         hold: it is made of plain values, tensors and arrays, as pickles are never written.
+
+    Raises:
+        CheckpointError: a module fails to give it.
     """
-    states = {path: part.get_extra_state() for path, part in _with_extra_state(module)}
+    states = {}
+    for path, part in _with_extra_state(module):
+        try:
+            states[path] = part.get_extra_state()
+        except Exception as error:  # of the module's own code, which can be anything
+            raise CheckpointError(
+                Problem(
+                    f"{_module(path)} cannot give its extra state",
+                    f"{type(error).__name__}: {error}",
+                    "mend its get_extra_state",
+                )
+            ) from error
     plain = {path: state for path, state in states.items() if is_plain(state)}
     return plain, sorted(states.keys() - plain.keys())
+
+
+def own_states(states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tell the main rank's states from what this rank has otherwise; a collective of all ranks.
+
+    Each rank tells a digest of all its states. Only where these differ the main rank sends its own.
+
+    Returns:
+        the main rank's states, and of this rank's those that are others.
+    """
+    if len(set(gather_objects(_digest(states)))) == 1:
+        return states, {}
+    main = broadcast_object(states)
+    theirs = {path: _digest(state) for path, state in main.items()}
+    return main, {p: state for p, state in states.items() if _digest(state) != theirs.get(p)}
+
+
+def states_for(shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The extra states that a rank gets back: its own where it has some, else the main rank's.
+
+    Args:
+        shared: what ``read_run`` gave.
+        own: what ``read_own`` gave.
+    """
+    return {**shared.get(EXTRA_STATES, {}), **(own or {}).get(EXTRA_STATES, {})}
+
+
+def by_key(states: Mapping[str, Any]) -> dict[str, Any]:
+    """The states by the keys that they have in a ``state_dict``."""
+    return {f"{path}.{KEY}" if path else KEY: state for path, state in states.items()}
+
+
+def lost_remark(paths: list[str]) -> str:
+    """The line that says of which modules a checkpoint lacks the extra state."""
+    return (
+        f"the extra state of {len(paths)} modules ({', '.join(map(_shown, paths[:3]))}) is not in "
+        "checkpoints, which hold plain values and tensors only: let get_extra_state return such"
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(encode(value, where="")).encode()).hexdigest()
+
+
+def _module(path: str) -> str:
+    return f"the module {path or '(the model)'}"
+
+
+def _shown(path: str) -> str:
+    return path or "the model"
 
 
 def put_extra_states(module: torch.nn.Module, states: Mapping[str, Any]) -> None:
@@ -40,7 +112,7 @@ def put_extra_states(module: torch.nn.Module, states: Mapping[str, Any]) -> None
 
 
 def _useless(path: str, why: str) -> CheckpointError:
-    what = f"the module {path or '(the model)'} cannot take up its extra state"
+    what = f"{_module(path)} cannot take up its extra state"
     return CheckpointError(Problem(what, why, "resume with the model that was saved"))
 
 

@@ -314,8 +314,9 @@ def _copy_random_states(source: Path, staging: Path, count: int) -> dict[str, Fi
 
 
 def _copy_buffers(source: Path, staging: Path, count: int) -> dict[str, FileRecord]:
-    """Buffers of a run of ours that DeepSpeed's files do not have, of as many ranks as come in."""
-    names = [content.OTHER_BUFFERS, *(content.buffer_file(rank) for rank in range(count))]
+    """Files of buffers of a run of ours, of as many ranks as come in."""
+    names = [content.BUFFERS, content.OTHER_BUFFERS]
+    names += [content.buffer_file(rank) for rank in range(count)]
     files = {}
     for name in names:
         if (source / name).exists():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,36 +10,38 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint import content
-from dstrain.checkpoint.extra_state import put_extra_states
+from dstrain.checkpoint.buffer_files import (
+    load_buffers,
+    main_buffers_into,
+    misfitting_buffers,
+    reshaped_in,
+)
+from dstrain.checkpoint.extra_state import EXTRA_STATES, put_extra_states, states_for
+from dstrain.checkpoint.files import reading
+from dstrain.checkpoint.loading_code import call_loading_code
 from dstrain.checkpoint.manifest import DEEPSPEED, Manifest
 from dstrain.checkpoint.native import Reader, unpickling
 from dstrain.checkpoint.run_files import read_own, read_run
 from dstrain.core.documents import Count, Number, Text, parsed, typed, unreadable
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
-from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.engine import (
     MASTER,
     WEIGHT,
     Engine,
     Region,
-    Slot,
     begin_load,
     create_state,
-    fill_empty,
     finish_load,
     load_native,
     optimized_names,
     read_progress,
     regions,
-    slots_of,
     write_progress,
 )
-from dstrain.models import TensorReader
 
 _Spans: Any = Mapping[Text, tuple[Count, Count]]
 _Scalars: Any = Mapping[Text, Mapping[Text, Number]]
-logger = get_logger(__name__)
 
 # Slices are read in pieces of this many elements: what loading takes beyond the engine itself.
 _CHUNK_NUMEL = 8 * 2**20
@@ -215,28 +216,34 @@ def load_into(
             native = unpickling(folder, manifest, reader)
         else:
             index = read_index(folder, manifest)
-        problems = misfits(engine, folder, manifest, index, ranks)
-        raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
         shared = read_run(folder)
         own = read_own(folder, manifest, ranks)
+        reshaped = reshaped_in(shared, engine)
+        problems = misfits(engine, folder, manifest, index, ranks, reshaped=reshaped)
+        raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
         if native is not None:
             _check_optimizer(engine, shared["engine"]["optimizer"])
+            main_buffers_into(engine, folder, manifest)
     if native is not None:
         load_native(engine, native)
-        with all_or_none():
-            load_buffers(engine, folder, manifest, ranks)
     else:
         assert index is not None
-        _load_slices(engine, folder, manifest, index, ranks)
+        _load_slices(engine, folder, manifest, index)
     with all_or_none():
-        put_extra_states(engine.module, shared.pop("extra_states", {}))
+        load_buffers(engine, folder, manifest, ranks, reshaped=reshaped)
+        put_extra_states(engine.module, states_for(shared, own))
+    # DeepSpeed has loaded whole modules as torch does, but at stage 3, where weights were in parts.
+    if native is None or engine.resolved.stage == 3:
+        changed = call_loading_code(engine, ranks)
+        if changed and index is not None:
+            _load_values(engine, index)
     write_progress(engine, shared.pop("engine"))
+    for document in (shared, own or {}):
+        document.pop(EXTRA_STATES, None)
     return Restored(shared, own)
 
 
-def _load_slices(
-    engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex, ranks: Ranks
-) -> None:
+def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex) -> None:
     begin_load(engine)
     with all_or_none():
         held = regions(engine)
@@ -245,7 +252,14 @@ def _load_slices(
         if manifest.elsewhere:
             check_here(held, index, folder)
         read_regions(held, index)
-        load_buffers(engine, folder, manifest, ranks)
+    finish_load(engine)
+
+
+def _load_values(engine: Engine, index: SliceIndex) -> None:
+    """Read weights alone again, after something has changed them."""
+    begin_load(engine)
+    with all_or_none():
+        read_regions(regions(engine), index, values_only=True)
     finish_load(engine)
 
 
@@ -263,9 +277,24 @@ def _check_optimizer(engine: Engine, there: str) -> None:
 
 
 def misfits(
-    engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex | None, ranks: Ranks
+    engine: Engine,
+    folder: Path,
+    manifest: Manifest,
+    index: SliceIndex | None,
+    ranks: Ranks,
+    *,
+    reshaped: Iterable[str],
 ) -> list[Problem]:
-    """What keeps a checkpoint from being loaded into this engine."""
+    """What keeps a checkpoint from being loaded into this engine.
+
+    Args:
+        engine: the engine.
+        folder: the checkpoint.
+        manifest: its manifest.
+        index: of its slices, if it has any.
+        ranks: facts of this process.
+        reshaped: buffers whose shape training has changed, which need not be the model's.
+    """
     here, there = content.parameter_shapes(engine), manifest.parameters
     problems = []
     for title, names in (
@@ -297,7 +326,7 @@ def misfits(
                 "resume with the same parameters frozen",
             )
         )
-    problems += _misfitting_buffers(engine, folder, manifest, ranks)
+    problems += misfitting_buffers(engine, folder, manifest, ranks, reshaped=reshaped)
     if not problems and index is not None and not manifest.not_in(folder):
         problems = [Problem(line) for line in check_coverage(index, manifest)]
     return problems
@@ -373,88 +402,6 @@ def _by_file(
                 if low < high:
                     reads.setdefault(piece.path, []).append((region, key, low, high, piece))
     return reads
-
-
-def load_buffers(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
-    """Put the saved buffers into the module: the main rank's, then what this rank had for itself.
-
-    Another number of ranks takes what the main rank had for itself. Ranks read the same files.
-    """
-    own = _own_buffers(manifest, ranks)
-    lost: list[str] = []
-    for name in (content.BUFFERS, content.OTHER_BUFFERS, own):
-        if not _has(folder, manifest, name):
-            continue
-        # Anew for each file: one may make the buffer that the next has other values of.
-        there = {slot.name: slot for slot in slots_of(engine.module)}
-        with reading(folder / name) as file:
-            for buffer in file.keys():  # noqa: SIM118 - a file is no dict
-                if buffer not in there:
-                    placed = fill_empty(engine.module, buffer, file.whole(buffer))
-                    lost += [] if placed or buffer in lost else [buffer]
-                elif name == own or file.shape(buffer) == _shape(there[buffer]):
-                    there[buffer].put(file.whole(buffer))
-    if lost and ranks.is_main:
-        logger.warning("%s has buffers that this model has no place for: %s", folder, lost[:5])
-    engine.buffers.begin()
-
-
-def _own_buffers(manifest: Manifest, ranks: Ranks) -> str:
-    """The file of what a rank had for itself: this one, or the main one of other ranks."""
-    same = manifest.world_size == ranks.world_size
-    return content.buffer_file(ranks.rank if same else 0)
-
-
-def _has(folder: Path, manifest: Manifest, name: str) -> bool:
-    """Whether a checkpoint has a file, perhaps one of another machine that was copied here."""
-    return manifest.has(name) and (folder / name).exists()
-
-
-def _shape(slot: Slot) -> tuple[int, ...]:
-    return tuple(slot.tensor.shape)
-
-
-def _misfitting_buffers(
-    engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks
-) -> list[Problem]:
-    """Buffers of another shape than the model has, unless a rank had that for itself."""
-    there = {slot.name: slot for slot in slots_of(engine.module)}
-    own: set[str] = set()
-    if _has(folder, manifest, _own_buffers(manifest, ranks)):
-        with reading(folder / _own_buffers(manifest, ranks)) as file:
-            own = set(file.keys())
-    problems = []
-    for name in (content.BUFFERS, content.OTHER_BUFFERS):
-        if not _has(folder, manifest, name):
-            continue
-        with reading(folder / name) as file:
-            for buffer in file.keys():  # noqa: SIM118 - a file is no dict
-                if buffer not in there or buffer in own:
-                    continue
-                here, saved = _shape(there[buffer]), file.shape(buffer)
-                if here != saved:
-                    problems.append(
-                        Problem(
-                            f"the buffer {buffer} has shape {here}, in the checkpoint {saved}",
-                            "",
-                            "resume with the same model",
-                        )
-                    )
-    return problems
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[TensorReader]:
-    """An open file of slices.
-
-    Raises:
-        CheckpointError: it is damaged or not there.
-    """
-    try:
-        with TensorReader(path) as file:
-            yield file
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable(path, error) from error
 
 
 def _mapping(metadata: Mapping[str, str], name: str, kind: Any) -> Any:

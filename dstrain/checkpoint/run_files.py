@@ -24,6 +24,9 @@ def _format(name: str) -> str:
     return name
 
 
+States = Mapping[Annotated[str, Strict()], Any]
+
+
 @dataclass(frozen=True)
 class RunDocument:
     """The content of ``run.json``.
@@ -42,7 +45,7 @@ class RunDocument:
     formats: Mapping[Text, Annotated[str, Strict(), AfterValidator(_format)]] = field(
         default_factory=dict
     )
-    extra_states: Mapping[Annotated[str, Strict()], Plain] = field(default_factory=dict)
+    extra_states: States = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -68,7 +71,18 @@ def read_own(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str, Any] |
     return values
 
 
-_Own: Any = Plain
+@dataclass(frozen=True)
+class _OfDstrain:
+    """What is in a rank's file beside ``RunRecord.own``.
+
+    Attributes:
+        extra_states: of modules, by their paths, where this rank has another than the main rank.
+    """
+
+    extra_states: States = field(default_factory=dict)
+
+
+_Own: Any = Annotated[Plain, AfterValidator(lambda values: typed(values, _OfDstrain) and values)]
 
 
 def _read(path: Path, kind: Any) -> Any:

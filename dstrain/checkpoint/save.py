@@ -13,7 +13,12 @@ from typing import Any
 
 from dstrain.checkpoint import content, folders, native
 from dstrain.checkpoint.codec import encode
-from dstrain.checkpoint.extra_state import extra_states
+from dstrain.checkpoint.extra_state import (
+    EXTRA_STATES,
+    extra_states,
+    lost_remark,
+    own_states,
+)
 from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest, write_manifest
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.staging import Staging, new_staging
@@ -34,12 +39,12 @@ from dstrain.engine import (
 )
 from dstrain.models import (
     HostCopies,
-    Stored,
     held_bytes,
     hold_shards,
     record_layout,
     save_configs,
     save_model,
+    unsaved_remark,
     write_tensor_file,
 )
 
@@ -226,23 +231,24 @@ class CheckpointWriter:
         slices: content.Slices | None = None
         engine.buffers.look()
         self._warn_of_caches(engine)
+        extra, own_extra = self._extra_states(engine)
+        beside = {EXTRA_STATES: own_extra} if own_extra else {}
         with all_or_none():  # before copies, whose end no rank needs to wait for on another
             if not policy.only_model and policy.layout == SLICES:
                 slices = content.own_slices(engine, sharers)
-            extra = self._extra_states(engine) if sharers.is_main else {}
-            own = encode(record.own, where="this rank's state")
+            own = encode({**record.own, **beside}, where="this rank's state")
             shared = encode(
                 {
                     "engine": read_progress(engine),
                     "formats": content.formats(engine),
-                    "extra_states": extra,
+                    EXTRA_STATES: extra if sharers.is_main else {},
                     **record.shared,
                 },
                 where="the run's state",
             )
-        own_buffers = content.copied(content.in_slots(engine.buffers.own()), copies, "own")
+        own_buffers = content.in_slots(engine.buffers.own()).copied(copies, "own")
         weights = folder = None
-        buffers: list[Stored] = []
+        buffers = content.Buffers([])
         with main_ranks_buffers(engine.module, wanted=engine.buffers.differ):
             if policy.with_weights and copies is not None:
                 weights = hold_shards(engine.module, ranks, copies, groups=self._groups)
@@ -251,14 +257,13 @@ class CheckpointWriter:
             if folder is not None and policy.with_weights:
                 save_model(engine.module, folder, ranks, on_each_node=policy.on_each_node)
             if sharers.is_main:
-                buffers = content.copied(content.buffers(engine.module), copies)
-        beside = content.in_slots(engine.buffers.beside_model())
-        other_buffers = content.copied(beside, copies, "other")
+                buffers = content.buffers(engine.module).copied(copies)
+            if not policy.only_model and policy.layout == DEEPSPEED:
+                assert folder is not None
+                save_native(engine, folder, native.tag_of(record.step))
+        other_buffers = content.in_slots(engine.buffers.beside_model()).copied(copies, "other")
         if slices is not None and copies is not None:
             slices = slices.copied(copies)
-        if not policy.only_model and policy.layout == DEEPSPEED:
-            assert folder is not None
-            save_native(engine, folder, native.tag_of(record.step))
         failure: OSError | ModelError | None = None
         layout = None
         if sharers.is_main:
@@ -289,9 +294,7 @@ class CheckpointWriter:
             if not policy.only_model:
                 name = content.rank_file(ranks.rank)
                 records[name] = write_bytes(path / name, json.dumps(own).encode())
-                if own_buffers:
-                    name = content.buffer_file(ranks.rank)
-                    records[name] = write_tensor_file(path / name, own_buffers)
+                records |= own_buffers.write(path, content.buffer_file(ranks.rank))
             if sharers.is_main:
                 if not policy.only_model:
                     records[content.RUN] = write_json(path / content.RUN, shared)
@@ -300,12 +303,8 @@ class CheckpointWriter:
                     if slices is None:
                         latest = native.tag_of(record.step).encode()
                         records[native.LATEST] = write_bytes(path / native.LATEST, latest)
-                    elif buffers:
-                        file = path / content.BUFFERS
-                        records[content.BUFFERS] = write_tensor_file(file, buffers)
-                    if other_buffers:
-                        file = path / content.OTHER_BUFFERS
-                        records[content.OTHER_BUFFERS] = write_tensor_file(file, other_buffers)
+                    records |= buffers.write(path, content.BUFFERS)
+                    records |= other_buffers.write(path, content.OTHER_BUFFERS)
                 for name, document in record.documents.items():
                     records[name] = _write_document(path / name, document)
             return records
@@ -338,18 +337,26 @@ class CheckpointWriter:
                 ", ".join(caches[:3]),
             )
 
-    def _extra_states(self, engine: Engine) -> dict[str, Any]:
-        """Ask modules for their extra state; say once which of it a resumed run will not find."""
-        extra, lost = extra_states(engine.module)
-        if lost and self._ranks.is_main and not self._policy.only_model and not self._said_lost:
+    def _extra_states(self, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Ask modules for their extra state; a collective of all ranks.
+
+        The first time it is said which of it a reader will not find.
+
+        Returns:
+            the main rank's, by path; and of this rank's what the main rank has otherwise.
+        """
+        with all_or_none():
+            states, lost = extra_states(engine.module)
+        main, own = own_states(states)
+        if self._policy.only_model:
+            remark = unsaved_remark(engine.module)
+        else:
+            lost = sorted({path for theirs in gather_objects(lost) for path in theirs})
+            remark = lost_remark(lost) if lost else None
+        if remark is not None and self._ranks.is_main and not self._said_lost:
             self._said_lost = True
-            logger.warning(
-                "the extra state of %d modules (%s) is not in checkpoints, which hold plain values "
-                "and tensors only: let get_extra_state return such",
-                len(lost),
-                ", ".join(path or "the model" for path in lost[:3]),
-            )
-        return extra
+            logger.warning("%s", remark)
+        return main, own
 
     def _finish_in_thread(self, job: _Job) -> None:
         try:

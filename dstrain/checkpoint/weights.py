@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 
 from dstrain.checkpoint import content
-from dstrain.checkpoint.extra_state import put_extra_states
+from dstrain.checkpoint.buffer_files import load_buffers, reshaped_in
+from dstrain.checkpoint.extra_state import KEY, put_extra_states, states_for
+from dstrain.checkpoint.files import reading
 from dstrain.checkpoint.load import (
     check_here,
-    load_buffers,
     misfits,
     read_index,
     read_regions,
-    reading,
 )
+from dstrain.checkpoint.loading_code import call_loading_code
 from dstrain.checkpoint.manifest import Manifest
-from dstrain.checkpoint.run_files import read_run
+from dstrain.checkpoint.run_files import read_own, read_run
 from dstrain.core.documents import FileName, Text, read_document, unreadable
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks, all_or_none
@@ -28,7 +29,7 @@ from dstrain.engine import (
     Region,
     Slot,
     begin_load,
-    fill_empty,
+    empty_slots_of,
     finish_load,
     regions,
     slots_of,
@@ -36,7 +37,6 @@ from dstrain.engine import (
 from dstrain.models import Group, groups_of
 
 _INDEX = "model.safetensors.index.json"
-_EXTRA_STATE = "_extra_state"  # torch's name in a state_dict
 
 
 def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
@@ -53,23 +53,36 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
     with all_or_none():
         held = regions(engine)
         index = read_index(folder, manifest) if manifest.has_slices else None
-        problems = misfits(engine, folder, manifest, index, ranks)
+        run = read_run(folder) if manifest.has(content.RUN) else {}
+        own = read_own(folder, manifest, ranks)
+        reshaped = reshaped_in(run, engine)
+        problems = misfits(engine, folder, manifest, index, ranks, reshaped=reshaped)
         raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
-        if index is None:
-            _from_model_files(engine, held, folder, manifest)
-        else:
-            if manifest.elsewhere:
-                check_here(held, index, folder, values_only=True)
-            read_regions(held, index, values_only=True)
-        load_buffers(engine, folder, manifest, ranks)
-        if manifest.has(content.RUN):
-            put_extra_states(engine.module, read_run(folder).get("extra_states", {}))
+        if index is not None and manifest.elsewhere:
+            check_here(held, index, folder, values_only=True)
+
+        def read() -> None:
+            if index is None:
+                _from_model_files(engine, held, folder, manifest)
+            else:
+                read_regions(held, index, values_only=True)
+
+        read()
+        load_buffers(engine, folder, manifest, ranks, reshaped=reshaped)
+        put_extra_states(engine.module, states_for(run, own))
     finish_load(engine)
+    if call_loading_code(engine, ranks):
+        begin_load(engine)
+        with all_or_none():
+            read()
+        finish_load(engine)
 
 
 def _from_model_files(engine: Engine, held: list[Region], folder: Path, manifest: Manifest) -> None:
     places = _places(folder, manifest)
     groups = groups_of(engine.module)
+    gone = [g for g in groups if _is_buffer(g) and g.saved[0].name not in places]
+    groups = [group for group in groups if group not in gone]
     absent = sorted(s.name for group in groups for s in group.saved if s.name not in places)
     if absent:
         raise CheckpointError(
@@ -87,9 +100,16 @@ def _from_model_files(engine: Engine, held: list[Region], folder: Path, manifest
     known = of_parameter.keys() | slots.keys() | set(map(id, parameters.values()))
     groups = [g for g in groups if all(id(entry.tensor) in known for entry in g.entries)]
     with torch.no_grad():
+        for group in gone:  # there was none then: every one that there is would be in the files
+            slots[id(group.entries[0].tensor)].replace(None)
         for group in groups:
             _read_group(group, places, of_parameter, slots)
         _read_late(engine, {n: places[n] for n in places.keys() - _saved_names(groups)})
+
+
+def _is_buffer(group: Group) -> bool:
+    """Whether it is one buffer that is saved as it is."""
+    return group.is_as_trained and not isinstance(group.entries[0].tensor, torch.nn.Parameter)
 
 
 def _saved_names(groups: Iterable[Group]) -> set[str]:
@@ -98,14 +118,15 @@ def _saved_names(groups: Iterable[Group]) -> set[str]:
 
 def _read_late(engine: Engine, places: Mapping[str, Path]) -> None:
     """Read what a fresh model has no tensor for: late buffers, and extra state that is a tensor."""
+    empty = {slot.name: slot for slot in empty_slots_of(engine.module)}
     for name, path in sorted(places.items()):
         with reading(path) as file:
             values = file.whole(name)
         owner, _, key = name.rpartition(".")
-        if key == _EXTRA_STATE:
+        if key == KEY:
             put_extra_states(engine.module, {owner: values})
-        else:
-            fill_empty(engine.module, name, values)
+        elif name in empty:
+            empty[name].replace(values)
 
 
 def _read_group(
@@ -129,7 +150,7 @@ def _read_group(
     if group.is_as_trained:
         name = group.saved[0].name
         with reading(places[name]) as file:
-            slots[id(buffers[0].tensor)].put(file.whole(name))
+            slots[id(buffers[0].tensor)].replace(file.whole(name))
         return
     tensors = {}
     for saved in group.saved:

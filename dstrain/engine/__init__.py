@@ -1,7 +1,7 @@
 """The only room that imports deepspeed: start-up, engine, ZeRO contexts."""
 
 from dstrain.engine.alive import engine_on, in_use, let_orphans_go, make_way
-from dstrain.engine.buffers import Buffers, Slot, fill_empty, main_ranks_buffers, slots_of
+from dstrain.engine.buffers import Buffers, checksum, main_ranks_buffers
 from dstrain.engine.carry import Carried, carry, put_down
 from dstrain.engine.engine import Engine, StepOutcome, inference_engine
 from dstrain.engine.formats import check_formats, formats_remark
@@ -27,6 +27,7 @@ from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regi
 from dstrain.engine.registration import StageTold, ZeroThreeMark
 from dstrain.engine.regroup import Regroup, is_out_of_memory
 from dstrain.engine.scalars import scalars_as_bytes
+from dstrain.engine.slots import Slot, empty_slots_of, slots_of
 from dstrain.engine.startup import (
     check_precision,
     device_name,
@@ -73,15 +74,16 @@ __all__ = [
     "check_own",
     "begin_load",
     "changing_values",
+    "checksum",
     "check_precision",
     "create_state",
     "decay_parameter_names",
     "device_name",
     "device_type",
     "empty_cache",
+    "empty_slots_of",
     "engine_on",
     "expert_blocks",
-    "fill_empty",
     "finish_load",
     "formats_remark",
     "free_memory_bytes",

@@ -25,46 +25,14 @@ import torch
 
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
+from dstrain.engine.slots import Slot, empty_slots_of, slots_of
 
 # Of torch's normalisations with running statistics, whose layers need not all run in each step.
 _STATISTICS = frozenset(["running_mean", "running_var", "num_batches_tracked"])
 _CHUNK_NUMEL = 2**20
 
 _Form = tuple[tuple[int, ...], str] | None
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a module holds a buffer; a model may put another tensor there.
-
-    Attributes:
-        name: of the buffer, from the outermost module on.
-        owner: the module that has it.
-        key: its name there.
-        persistent: whether it is in the ``state_dict``.
-    """
-
-    name: str
-    owner: torch.nn.Module
-    key: str
-    persistent: bool
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """What is there now."""
-        tensor = self.owner._buffers[self.key]
-        assert tensor is not None
-        return tensor
-
-    @torch.no_grad()
-    def put(self, values: torch.Tensor) -> None:
-        """Set the values, in place where the shape is the same."""
-        present = self.tensor
-        in_place = present.shape == values.shape and not present.is_inference()
-        if in_place and not _overlaps(present):
-            present.detach().copy_(values)
-        else:
-            self.owner._buffers[self.key] = values.to(present.device, present.dtype, copy=True)
+_EMPTY: _Form = ((), "none")
 
 
 @dataclass(frozen=True)
@@ -99,8 +67,9 @@ class Buffers:
         self._module, self._sends = module, sends
         self._state: set[str] = set()
         self._varying: set[str] = set()  # state without one shape for all steps and ranks
+        self._reshaped: set[str] = set()  # state in another form than it was built with
         self._sent: tuple[Slot, ...] = ()
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, torch.Tensor | None] = {}
         self._keeps = self._knows = False
         self._seen: dict[str, _Seen] = {}
         if sends:
@@ -141,32 +110,46 @@ class Buffers:
         """
         self._knows = True
         slots = slots_of(self._module)
-        new = _union(sorted(slot.name for slot in self._changed(slots)))
-        if new:
-            self._state.update(new)
+        new = [("state", slot.name) for slot in self._changed(slots)]
+        new += [("state", name) for name in self._thrown_away()]
+        new += [("reshaped", name) for name in self._in_another_form(slots) - self._reshaped]
+        told = _union(sorted(new))
+        self._reshaped.update(name for kind, name in told if kind == "reshaped")
+        if state := [name for kind, name in told if kind == "state"]:
+            self._state.update(state)
             self._settle(slots)
         _send(self._sent)
 
     def found(self) -> dict[str, list[str]]:
-        """Names of the state, and of what of it changes its shape; the same on all ranks."""
-        return {"state": sorted(self._state), "varying": sorted(self._varying)}
+        """Names of what there is, the same on all ranks.
+
+        Returns:
+            "state": what training changes; "varying": what of it has not had one shape for all
+            steps and ranks; "reshaped": what of it may have another shape or format than in a model
+            that is built anew.
+        """
+        return {
+            "state": sorted(self._state),
+            "varying": sorted(self._varying),
+            "reshaped": sorted(self._reshaped),
+        }
 
     def take_up(self, found: Mapping[str, Iterable[str]]) -> None:
         """Go on with what another engine has found; a collective of all ranks."""
         self._state.update(found["state"])
         self._varying.update(found["varying"])
+        self._reshaped.update(found.get("reshaped", ()))
         self._knows = bool(self._state)  # an engine may end before its first look
         self._settle(slots_of(self._module))
 
     def beside_model(self) -> list[Slot]:
         """State that is in no ``state_dict`` and that all ranks have alike."""
-        return [slot for slot in self._sent if not slot.persistent]
+        return [slot for slot in self._sent if not slot.persistent and not slot.is_empty]
 
     def own(self) -> list[Slot]:
-        """State that each rank has for itself."""
+        """State that each rank has for itself; a place of it may be empty."""
         sent = {slot.name for slot in self._sent}
-        slots = slots_of(self._module)
-        return [slot for slot in slots if slot.name in self._state and slot.name not in sent]
+        return [slot for slot in self._slots_of_state() if slot.name not in sent]
 
     @property
     def differ(self) -> bool:
@@ -187,15 +170,14 @@ class Buffers:
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Put the state back that forward passes inside change, as those of an evaluation may."""
-        before = {slot.name: slot.tensor for slot in self._slots_of_state()}
+        before = [(slot, slot.owner._buffers[slot.key]) for slot in self._slots_of_state()]
         copies = self._copies()
         try:
             yield
         finally:
-            for slot in self._slots_of_state():
-                if slot.name in copies:
-                    slot.owner._buffers[slot.key] = before[slot.name]
-                    slot.put(copies[slot.name])
+            for slot, present in before:
+                slot.owner._buffers[slot.key] = present
+                slot.replace(copies[slot.name])
 
     def keep(self) -> None:
         """From now on hold a copy of the state as it was after the last step, for ``go_back``."""
@@ -205,9 +187,9 @@ class Buffers:
 
     def go_back(self) -> None:
         """Undo what the micro-batches of a step that broke off have done to the state."""
-        for slot in slots_of(self._module):
+        for slot in [*slots_of(self._module), *empty_slots_of(self._module)]:
             if slot.name in self._kept:
-                slot.put(self._kept[slot.name])
+                slot.replace(self._kept[slot.name])
 
     def _changed(self, slots: Sequence[Slot]) -> Iterator[Slot]:
         """Slots that are state, and were not known to be."""
@@ -225,17 +207,28 @@ class Buffers:
             ):
                 yield slot
 
+    def _thrown_away(self) -> list[str]:
+        """Names of persistent buffers that were there and are None now, which is news."""
+        gone = [slot.name for slot in empty_slots_of(self._module) if slot.persistent]
+        return [name for name in gone if name in self._seen and name not in self._state]
+
+    def _in_another_form(self, slots: Sequence[Slot]) -> set[str]:
+        """Names of buffers that have not the shape and format any more that they began with."""
+        kept = [slot for slot in slots if slot.persistent or slot.name in self._state]
+        began = [(slot, self._seen[slot.name]) for slot in kept if slot.name in self._seen]
+        return {slot.name for slot, seen in began if seen.form != _form(slot)}
+
     def _is_replaced(self, slot: Slot) -> bool:
         seen = self._seen.get(slot.name)
         return seen is None or seen.tensor() is not slot.tensor
 
     def _settle(self, slots: Sequence[Slot]) -> None:
         """Decide which state is sent: what has had one shape so far, the same on all ranks."""
-        by_name = {slot.name: slot for slot in slots}
+        by_name = {slot.name: slot for slot in [*slots, *empty_slots_of(self._module)]}
         forms: dict[str, _Form] = {}
         for name in sorted(self._state - self._varying):
             slot, seen = by_name.get(name), self._seen.get(name)
-            fits = slot is not None and (seen is None or seen.form == _form(slot))
+            fits = slot is not None and (seen is None or slot.is_empty or seen.form == _form(slot))
             forms[name] = _form(slot) if slot is not None and fits else None
         if not _same_on_all(forms):
             for theirs in gather_objects(forms):
@@ -245,68 +238,49 @@ class Buffers:
         self._sent = tuple(fixed) if self._sends else ()
 
     def _slots_of_state(self) -> list[Slot]:
-        return [slot for slot in slots_of(self._module) if slot.name in self._state]
+        slots = [*slots_of(self._module), *empty_slots_of(self._module)]
+        return [slot for slot in slots if slot.name in self._state]
 
-    def _copies(self) -> dict[str, torch.Tensor]:
-        return {slot.name: slot.tensor.detach().clone() for slot in self._slots_of_state()}
-
-
-def slots_of(module: torch.nn.Module) -> list[Slot]:
-    """All buffers of a module, one that stands in two places under its first name."""
-    found: dict[int, Slot] = {}
-    for path, owner in module.named_modules():
-        for key, tensor in owner._buffers.items():
-            if tensor is not None and _is_plain(tensor):
-                name = f"{path}.{key}" if path else key
-                persistent = key not in owner._non_persistent_buffers_set
-                found.setdefault(id(tensor), Slot(name, owner, key, persistent))
-    return list(found.values())
-
-
-def fill_empty(module: torch.nn.Module, name: str, values: torch.Tensor) -> bool:
-    """Put values where a module has registered a buffer that it makes in its first forward pass.
-
-    Args:
-        module: the model.
-        name: of the buffer, from the outermost module on.
-        values: what it was when it was saved.
-
-    Returns:
-        False where the module has no such place, or a tensor in it.
-    """
-    from dstrain.engine.startup import device_name
-
-    path, _, key = name.rpartition(".")
-    owner = dict(module.named_modules()).get(path)
-    if owner is None or key not in owner._buffers or owner._buffers[key] is not None:
-        return False
-    owner._buffers[key] = values.to(device_name(), copy=True)
-    return True
+    def _copies(self) -> dict[str, torch.Tensor | None]:
+        return {
+            slot.name: None if slot.is_empty else slot.tensor.detach().clone()
+            for slot in self._slots_of_state()
+        }
 
 
 @contextlib.contextmanager
 def main_ranks_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterator[None]:
     """Inside, all ranks have the main rank's persistent buffers; a collective of all ranks.
 
-    For saving a model whose buffers are not the same on all ranks: any rank may write any part.
+    For saving a model whose buffers may not be the same on all ranks: any rank may write any part.
+    Where they are the same, ranks only tell each other a checksum.
 
     Args:
         module: the model.
-        wanted: False changes nothing.
+        wanted: False, on all ranks, where they are known to be the same.
     """
-    if not wanted or not is_distributed():
+    slots = [slot for slot in [*slots_of(module), *empty_slots_of(module)] if slot.persistent]
+    if not wanted or not is_distributed() or _same_on_all(_told_of(slots)):
         yield
         return
-    slots = [slot for slot in slots_of(module) if slot.persistent]
-    theirs = broadcast_object({slot.name: slot.tensor.detach().cpu() for slot in slots})
-    before = [(slot, slot.tensor) for slot in slots if slot.name in theirs]
+    theirs = broadcast_object(
+        {slot.name: None if slot.is_empty else slot.tensor.detach().cpu() for slot in slots}
+    )
+    before = [(slot, slot.owner._buffers[slot.key]) for slot in slots if slot.name in theirs]
     try:
-        for slot, present in before:
-            slot.owner._buffers[slot.key] = theirs[slot.name].to(present.device)
+        for slot, _ in before:
+            slot.owner._buffers[slot.key] = None
+            slot.replace(theirs[slot.name])
         yield
     finally:
         for slot, present in before:
             slot.owner._buffers[slot.key] = present
+
+
+def _told_of(slots: Sequence[Slot]) -> list[Any]:
+    """What tells buffers of one rank from those of another: names, forms and checksums."""
+    sums = _checksums([slot for slot in slots if not slot.is_empty])
+    return [(slot.name, _form(slot), sums.get(slot.name)) for slot in slots]
 
 
 def _check_alike(slots: Sequence[Slot]) -> None:
@@ -328,30 +302,19 @@ def _check_alike(slots: Sequence[Slot]) -> None:
                 )
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether it has elements in memory that can be seen as bytes."""
-    dense = tensor.layout == torch.strided and not tensor.is_quantized
-    return dense and tensor.device.type != "meta"
-
-
 def _said(form: _Form) -> str:
     return "none" if form is None else f"{form[1].removeprefix('torch.')} of shape {form[0]}"
 
 
 def _form(slot: Slot) -> _Form:
+    if slot.is_empty:
+        return _EMPTY
     return tuple(slot.tensor.shape), str(slot.tensor.dtype)
 
 
 def _are_statistics(slot: Slot) -> bool:
     """Return whether a normalisation keeps statistics there of what it is given in training."""
     return bool(getattr(slot.owner, "track_running_stats", False)) and slot.key in _STATISTICS
-
-
-def _overlaps(tensor: torch.Tensor) -> bool:
-    """Return whether elements share their memory, as after ``expand``."""
-    return any(
-        n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -367,7 +330,7 @@ def _same_on_all(value: Any) -> bool:
     return len(set(gather_objects(told))) == 1
 
 
-def _union(names: list[str]) -> list[str]:
+def _union(names: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """What any rank has named; long lists are only exchanged where they differ."""
     if _same_on_all(names):
         return names
@@ -376,7 +339,11 @@ def _union(names: list[str]) -> list[str]:
 
 @torch.no_grad()
 def _send(slots: Sequence[Slot]) -> None:
-    """Give all ranks the main rank's values, in one broadcast; the host waits for no device."""
+    """Give all ranks the main rank's values, in one broadcast; the host waits for no device.
+
+    A buffer that the model has thrown away is not sent: it has done so on all ranks.
+    """
+    slots = [slot for slot in slots if not slot.is_empty]
     if not slots or not is_distributed():
         return
     import torch.distributed as dist
@@ -407,12 +374,12 @@ def _checksums(slots: Sequence[Slot]) -> Mapping[str, int]:
     if not chosen:
         return {}
     device = chosen[0].tensor.device
-    sums = torch.stack([_checksum(slot.tensor).to(device) for slot in chosen]).tolist()
+    sums = torch.stack([checksum(slot.tensor).to(device) for slot in chosen]).tolist()
     return {slot.name: int(value) for slot, value in zip(chosen, sums, strict=True)}
 
 
 @torch.no_grad()
-def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
     """A sum of the bits of all elements, each times a factor of its place; an int64 of shape ()."""
     flat = tensor.detach().reshape(-1)
     width = min(4, flat.dtype.itemsize)

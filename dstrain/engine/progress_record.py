@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from annotated_types import Gt
@@ -46,10 +46,11 @@ class LossScale:
 
 @dataclass(frozen=True)
 class BuffersFound:
-    """Names of buffers that training changes."""
+    """Names of buffers that training changes; older checkpoints do not say which it reshapes."""
 
     state: list[Text]
     varying: list[Text]
+    reshaped: list[Text] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

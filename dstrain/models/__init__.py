@@ -14,7 +14,14 @@ from dstrain.models.build import (
 from dstrain.models.guard import guard_partitioned, release_guard
 from dstrain.models.held import HeldShards, held_bytes, hold_shards
 from dstrain.models.host_copies import HostCopies
-from dstrain.models.layout import Entry, Group, groups_of
+from dstrain.models.layout import (
+    Entry,
+    Group,
+    groups_of,
+    remark_on,
+    saved_otherwise,
+    unsaved_remark,
+)
 from dstrain.models.layout_record import RecordedLayout, record_layout, recorded_layout
 from dstrain.models.partitioned import building_partitioned
 from dstrain.models.save import check_writable, save_configs, save_model
@@ -53,10 +60,13 @@ __all__ = [
     "record_layout",
     "recorded_layout",
     "release_guard",
+    "remark_on",
     "save_configs",
     "save_model",
+    "saved_otherwise",
     "sizes_of_module",
     "skeleton_of",
     "unloaded",
+    "unsaved_remark",
     "write_tensor_file",
 ]

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from dstrain.engine import full_numel, full_shape
+from dstrain.core.errors import ModelError, Problem
+from dstrain.engine import full_numel, full_shape, is_partitioned
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,78 @@ def groups_of(module: torch.nn.Module) -> list[Group]:
     return _grouped(entries, module, renamings, converters)
 
 
+def unsaved_remark(module: torch.nn.Module) -> str | None:
+    """Say what of a module's ``state_dict`` the files of a saved model have no place for.
+
+    ``save_pretrained`` breaks off there with an AttributeError.
+
+    Returns:
+        a line that names it; None where all of it is tensors.
+    """
+    return remark_on([n for n, v in module.state_dict(keep_vars=True).items() if not _is_tensor(v)])
+
+
+def remark_on(names: Sequence[str]) -> str | None:
+    """Say that entries of a ``state_dict`` have no place in the files of a saved model.
+
+    Args:
+        names: of what is no tensor; without any there is nothing to say.
+    """
+    if not names:
+        return None
+    return (
+        f"{len(names)} entries of the state_dict are no tensors ({', '.join(names[:3])}): the "
+        "saved model is without them, as its files (safetensors) hold tensors alone, and loaded it "
+        "has them as it is built. Checkpoints that can be resumed have extra state of plain "
+        "values; to have it in a saved model let get_extra_state return a tensor"
+    )
+
+
+def saved_otherwise(module: torch.nn.Module) -> list[str]:
+    """Names of trained parameters that a saved model has in no form that could be read back alone.
+
+    Hooks of the module have put another tensor into its ``state_dict``, or left the parameter out.
+    """
+    saved = {id(entry.tensor) for entry in entries_of(module)}
+    trained = ((n, p) for n, p in module.named_parameters() if p.requires_grad)
+    return [name for name, parameter in trained if id(parameter) not in saved]
+
+
 def entries_of(module: torch.nn.Module) -> list[Entry]:
-    """Parameters and persistent buffers, each shared tensor under one name."""
+    """Parameters and persistent buffers, each shared tensor under one name.
+
+    Raises:
+        ModelError: hooks of the module have made tensors out of partitioned parameters, of which
+            they saw nothing.
+    """
     unsaved = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
     aliases: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor) and name not in unsaved:
+        if _is_tensor(tensor) and name not in unsaved:
             aliases.setdefault(id(tensor), []).append(name)
             tensors[id(tensor)] = tensor
+    _check_made_of_whole(module, tensors)
     dropped = _dropped_aliases(module) if any(len(a) > 1 for a in aliases.values()) else None
     return [Entry(_kept(names, dropped), tensors[key]) for key, names in aliases.items()]
+
+
+def _check_made_of_whole(module: torch.nn.Module, tensors: Mapping[int, torch.Tensor]) -> None:
+    absent = [n for n, p in module.named_parameters() if id(p) not in tensors and is_partitioned(p)]
+    known = {id(t) for t in (*module.parameters(), *module.buffers())}
+    if absent and any(key not in known and not t.numel() for key, t in tensors.items()):
+        raise ModelError(
+            Problem(
+                f"a saved model without {', '.join(absent[:3])}",
+                "hooks of the model put other tensors into its state_dict, made of the weights; "
+                "at ZeRO stage 3 these are partitioned, and read as empty there",
+                "save it at a stage below 3, or remove the hooks",
+            )
+        )
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _kept(names: list[str], dropped: Any) -> str:

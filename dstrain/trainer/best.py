@@ -14,10 +14,12 @@ from dstrain.checkpoint import (
     read_manifest,
     step_of,
 )
+from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import CheckpointError, ConfigError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import from_main, gather_objects
 from dstrain.evaluation import BestRule
+from dstrain.models import saved_otherwise
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -55,6 +57,7 @@ class BestModel:
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if args.load_best_model_at_end:
             _check_loadable(args)
+            _check_files_suffice(args, trainer.model)
 
     def judge(self, metrics: Mapping[str, Any]) -> bool:
         """Note an evaluation; whether it is the best so far. A collective of all ranks.
@@ -181,5 +184,22 @@ def _check_loadable(args: TrainingArguments) -> None:
             "the best weights would have to come back from the checkpoints' model files; "
             "save_weights_with_checkpoint=False leaves the model out of them",
             "leave checkpoint_format out",
+        )
+    )
+
+
+def _check_files_suffice(args: TrainingArguments, model: Any) -> None:
+    """Weights that come back from model files alone must be in them as they are."""
+    if not args.save_only_model and args.checkpoint_format != "deepspeed":
+        return
+    if has_adapters(model) or not (names := saved_otherwise(model)):
+        return
+    raise ConfigError(
+        Problem(
+            f"load_best_model_at_end=True, and the best weights would come from model files alone, "
+            f"which have {', '.join(names[:3])} not as the model has it",
+            "hooks of the model's state_dict save it in another form, or not at all",
+            "leave save_only_model and checkpoint_format out: then weights are in slices, as they "
+            "are",
         )
     )

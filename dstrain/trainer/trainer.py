@@ -21,7 +21,7 @@ from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
 from dstrain.data import InputFormats, takes_target_count
 from dstrain.engine import Engine, MetricSchedule, device_name, device_type, main_ranks_buffers
-from dstrain.models import check_writable, guard_partitioned, save_model
+from dstrain.models import check_writable, guard_partitioned, save_model, unsaved_remark
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build, compat, saving
 from dstrain.trainer.adapter_hooks import AdapterHooks
@@ -288,8 +288,10 @@ class Trainer(
             _internal_call: do not upload it, whatever ``push_to_hub`` says.
         """
         folder = Path(output_dir or self.args.output_dir)
-        apart = self.args.ddp_broadcast_buffers is False
-        with main_ranks_buffers(self.model, wanted=apart):
+        remark = unsaved_remark(self.model)
+        if remark is not None and self.ranks.is_main:
+            logger.warning("%s", remark)
+        with main_ranks_buffers(self.model):
             save_model(self.model, folder, self.ranks, on_each_node=self.args.save_on_each_node)
         write = processor_writer(self.processing_class, self.data_collator)
         if self.args.should_save and write is not None:

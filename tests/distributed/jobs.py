@@ -226,6 +226,33 @@ def buffers(folder: Path) -> dict[str, Any]:
     return found
 
 
+def module_state(folder: Path) -> dict[str, Any]:
+    """State of modules on two ranks, and what a run on one rank begins with."""
+    from tests.module_state import KINDS, trainer_of
+
+    def note(at: Path, event: str, told: Any) -> None:
+        (at / f"{event}-{os.environ['RANK']}.json").write_text(json.dumps(told))
+
+    def run(at: Path, name: str, resume: Any) -> None:
+        trainer = trainer_of(at, KINDS[name](), 2, save_steps=4, max_steps=5 if resume else 4)
+        trainer.train(resume)
+        if resume:
+            note(at, "began", trainer.seen["began"])
+        else:
+            note(at, "saved", trainer.model.told())
+
+    found = {}
+    for name in KINDS:
+        at = folder / name
+        at.mkdir()
+        Ranks(2, lambda: run(at, name, False), folder / "log").wait(60)  # noqa: B023
+        start = str(at / "checkpoint-4")
+        Ranks(1, lambda: run(at, name, start), folder / "log").wait(60)  # noqa: B023
+        saved = [json.loads((at / f"saved-{rank}.json").read_text()) for rank in (0, 1)]
+        found[name] = [saved, json.loads((at / "began-0.json").read_text())]
+    return found
+
+
 # --- streams -------------------------------------------------------------------------------------
 
 

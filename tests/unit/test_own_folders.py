@@ -256,7 +256,8 @@ def test_an_export_reads_and_verifies_what_it_needs_alone(tmp_path):
     flip(folder / "state/rank-00001.safetensors")
     read: list[int] = []
     assert export(folder, tmp_path / "out", on_file=read.append) == 1
-    assert read == [record.size]
+    run = manifest.files["state/run.json"]  # it says what a saved model has no place for
+    assert read == [run.size, record.size]
     flip(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors does not have its checksum"):
         export(folder, tmp_path / "again")

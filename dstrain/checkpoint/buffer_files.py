@@ -1,0 +1,154 @@
+"""Files of buffers of a checkpoint: whether they fit a model, and putting them into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dstrain.checkpoint import content
+from dstrain.checkpoint.files import reading
+from dstrain.checkpoint.manifest import Manifest
+from dstrain.core.documents import Text, parsed, typed
+from dstrain.core.errors import Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks
+from dstrain.engine import Engine, Slot, empty_slots_of, slots_of
+from dstrain.models import TensorReader
+
+logger = get_logger(__name__)
+
+
+def load_buffers(
+    engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks, *, reshaped: Iterable[str]
+) -> None:
+    """Put the saved buffers into the module: the main rank's, then what this rank had for itself.
+
+    Another number of ranks takes what the main rank had for itself. Ranks read the same files. A
+    buffer that the model has not made yet, or had thrown away when it was saved, is there, or gone,
+    again.
+
+    Args:
+        engine: of the module.
+        folder: the checkpoint.
+        manifest: its manifest.
+        ranks: facts of this process.
+        reshaped: buffers that come back in the shape and format that they were saved in.
+    """
+    own, anew = own_file(manifest, ranks), set(reshaped)
+    lost: list[str] = []
+    for name in (content.BUFFERS, content.OTHER_BUFFERS, own):
+        if not _has(folder, manifest, name):
+            continue
+        # Anew for each file: one may make the buffer that the next has other values of.
+        there = _places(engine)
+        with reading(folder / name) as file:
+            for buffer in file.keys():  # noqa: SIM118 - a file is no dict
+                slot = there.get(buffer)
+                if slot is None:
+                    lost += [] if buffer in lost else [buffer]
+                elif slot.is_empty or buffer in anew:
+                    slot.replace(file.whole(buffer))
+                elif name == own or file.shape(buffer) == _shape(slot):
+                    slot.put(file.whole(buffer))
+            for buffer in _empty_in(file):
+                if buffer in there:
+                    there[buffer].replace(None)
+    if lost and ranks.is_main:
+        logger.warning("%s has buffers that this model has no place for: %s", folder, lost[:5])
+    engine.buffers.begin()
+
+
+def reshaped_in(run: Mapping[str, Any], engine: Engine) -> set[str]:
+    """Buffers whose shape or format was changed by the run of a checkpoint, or by this one.
+
+    Args:
+        run: what ``read_run`` gave; empty for a checkpoint without.
+        engine: of this run.
+    """
+    found = run.get("engine", {}).get("buffers") or {}
+    return {*found.get("reshaped", ()), *engine.buffers.found()["reshaped"]}
+
+
+def main_buffers_into(engine: Engine, folder: Path, manifest: Manifest) -> None:
+    """Give buffers the shapes of the main rank's, into which DeepSpeed will load its files."""
+    if not _has(folder, manifest, content.BUFFERS):
+        return
+    there = _places(engine)
+    with reading(folder / content.BUFFERS) as file:
+        for buffer in file.keys():  # noqa: SIM118 - a file is no dict
+            if buffer in there:
+                there[buffer].replace(file.whole(buffer))
+        for buffer in _empty_in(file):
+            if buffer in there:
+                there[buffer].replace(None)
+
+
+def misfitting_buffers(
+    engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks, *, reshaped: Iterable[str]
+) -> list[Problem]:
+    """Buffers of another shape than the model has, unless training has made that shape.
+
+    Args:
+        engine: of the module.
+        folder: the checkpoint.
+        manifest: its manifest.
+        ranks: facts of this process.
+        reshaped: buffers whose shape training has changed.
+    """
+    there = {slot.name: slot for slot in slots_of(engine.module)}
+    own = set(reshaped)
+    if _has(folder, manifest, own_file(manifest, ranks)):
+        with reading(folder / own_file(manifest, ranks)) as file:
+            own |= set(file.keys())
+    problems = []
+    for name in (content.BUFFERS, content.OTHER_BUFFERS):
+        if not _has(folder, manifest, name):
+            continue
+        with reading(folder / name) as file:
+            for buffer in file.keys():  # noqa: SIM118 - a file is no dict
+                if buffer not in there or buffer in own:
+                    continue
+                here, saved = _shape(there[buffer]), file.shape(buffer)
+                if here != saved:
+                    problems.append(
+                        Problem(
+                            f"the buffer {buffer} has shape {here}, in the checkpoint {saved}",
+                            "",
+                            "resume with the same model",
+                        )
+                    )
+    return problems
+
+
+def own_file(manifest: Manifest, ranks: Ranks) -> str:
+    """The file of what a rank had for itself: this one, or the main one of other ranks."""
+    same = manifest.world_size == ranks.world_size
+    return content.buffer_file(ranks.rank if same else 0)
+
+
+def _places(engine: Engine) -> dict[str, Slot]:
+    slots = [*slots_of(engine.module), *empty_slots_of(engine.module)]
+    return {slot.name: slot for slot in slots}
+
+
+_Names: Any = list[Text]
+
+
+def _empty_in(file: TensorReader) -> list[str]:
+    """Names of the buffers that were None; older files do not say.
+
+    Raises:
+        ValueError: it is no list of names.
+    """
+    names: list[str] = typed(parsed(file.metadata.get(content.EMPTY, "[]").encode()), _Names)
+    return names
+
+
+def _has(folder: Path, manifest: Manifest, name: str) -> bool:
+    """Whether a checkpoint has a file, perhaps one of another machine that was copied here."""
+    return manifest.has(name) and (folder / name).exists()
+
+
+def _shape(slot: Slot) -> tuple[int, ...]:
+    return tuple(slot.tensor.shape)

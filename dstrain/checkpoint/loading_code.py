@@ -1,0 +1,152 @@
+"""What a model's own code does when torch loads it, after a checkpoint was read without torch.
+
+Weights are read into place a slice at a time, so nobody calls ``load_state_dict``. A model may rely
+on it: a hook, or an override, that computes something from the weights once they are loaded. Such
+code is called here with the ``state_dict`` of the model itself, whose weights are those of the
+checkpoint by then. It has the same effect, but on weights: those stay as they were saved.
+
+Code of torch, transformers and peft is left out. It brings files of older versions up to date,
+under names of older versions; a checkpoint of ours has each tensor under its name in the model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks, all_or_none, gather_objects
+from dstrain.engine import Engine, checksum, gathered
+
+logger = get_logger(__name__)
+
+_Module = torch.nn.Module
+_LIBRARIES = ("torch", "transformers", "peft")
+
+
+def call_loading_code(engine: Engine, ranks: Ranks) -> bool:
+    """Call the loading code that modules have of their own; a collective of all ranks.
+
+    A module that has some finds its weights whole, and those below it: at stage 3 they are gathered
+    for it, one such module after the other. A model without such code costs a look at its modules.
+
+    Returns:
+        whether weights were changed, the same on all ranks: they are to be read again.
+
+    Raises:
+        CheckpointError: such code failed.
+    """
+    outcome = _Outcome()
+    for path, part, call in _calls(engine.module):
+        with gathered(part.parameters()):
+            outcome.note(path, part, call)
+    with all_or_none():
+        if outcome.failures:
+            raise CheckpointError(*outcome.failures)
+    changed = sorted({name for theirs in gather_objects(outcome.changed) for name in theirs})
+    if changed and ranks.is_main:
+        logger.warning(
+            "loading code of the model changes %d weights (%s): they are left as they were saved, "
+            "as the run went on with these",
+            len(changed),
+            ", ".join(changed[:3]),
+        )
+    if outcome.is_any:
+        engine.buffers.begin()  # what was written into them is no change by training
+    return bool(changed)
+
+
+@dataclass
+class _Outcome:
+    """What came of calls on this rank."""
+
+    failures: list[Problem] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    is_any: bool = False
+
+    def note(self, path: str, part: _Module, call: Callable[[], object]) -> None:
+        """Call something of a module; a failure is kept, as other ranks may be in a gather."""
+        self.is_any = True
+        before = _weights(part)
+        try:
+            call()
+        except Exception as error:  # of the module's own code, which can be anything
+            self.failures.append(
+                Problem(
+                    f"loading code of the module {path or '(the model)'} failed",
+                    f"{type(error).__name__}: {error}",
+                    "it is called with the state_dict of the model, as load_state_dict does: "
+                    "mend it, or resume with the model that was saved",
+                )
+            )
+        for (owner, key), (parameter, seen) in before.items():
+            if owner._parameters.get(key) is not parameter:
+                owner._parameters[key] = parameter  # the one that the optimizer knows
+            elif _sum_of(parameter) == seen:
+                continue
+            name = next(n for n, module in part.named_modules() if module is owner)
+            self.changed.append(".".join(filter(None, (path, name, key))))
+
+
+def _weights(part: _Module) -> dict[tuple[_Module, str], tuple[torch.nn.Parameter, int]]:
+    """The parameters in a module and below it by their places, each with a checksum."""
+    return {
+        (owner, key): (parameter, _sum_of(parameter))
+        for owner in part.modules()
+        for key, parameter in owner._parameters.items()
+        if parameter is not None
+    }
+
+
+def _sum_of(parameter: torch.nn.Parameter) -> int:
+    return int(checksum(parameter)) if parameter.numel() else 0
+
+
+def _calls(module: _Module) -> Iterator[tuple[str, _Module, Callable[[], object]]]:
+    """What is to be called, in the order of torch: with the path and the module that it is of."""
+    load: Any = module.load_state_dict
+    if _is_own(load):
+        yield "", module, lambda: load(module.state_dict())
+        return
+    named = list(module.named_modules())
+    for path, part in named:
+        if _is_own(part._load_from_state_dict) or _own(part._load_state_dict_pre_hooks):
+            yield path, part, lambda path=path, part=part: _load_one(path, part)  # type: ignore[misc]
+    for path, part in reversed(named):  # those of children first
+        if hooks := _own(part._load_state_dict_post_hooks):
+            yield path, part, lambda hooks=hooks, part=part: _after(part, hooks)  # type: ignore[misc]
+
+
+def _load_one(path: str, part: _Module) -> None:
+    """Load a module, not those in it, with its own state, as ``Module.load_state_dict`` does."""
+    prefix = f"{path}." if path else ""
+    own: Any = part.state_dict(prefix=prefix)
+    state: Any = OrderedDict(own)
+    metadata = getattr(own, "_metadata", {})
+    state._metadata = metadata
+    errors: list[str] = []
+    part._load_from_state_dict(state, prefix, metadata.get(path, {}), True, [], [], errors)
+    if errors:
+        raise RuntimeError("; ".join(errors))
+
+
+def _after(part: _Module, hooks: list[Callable[..., object]]) -> None:
+    from torch.nn.modules.module import _IncompatibleKeys
+
+    for hook in hooks:
+        hook(part, _IncompatibleKeys([], []))
+
+
+def _own(hooks: Mapping[int, Callable[..., object]]) -> list[Callable[..., object]]:
+    return [hook for hook in hooks.values() if _is_own(hook)]
+
+
+def _is_own(code: Callable[..., object]) -> bool:
+    """Whether a hook or method is the user's, and no library's."""
+    home = getattr(code, "__module__", None) or ""
+    return home.split(".")[0] not in _LIBRARIES
