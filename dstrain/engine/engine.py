@@ -14,7 +14,7 @@ from dstrain.core.errors import Problem, TrainingError
 from dstrain.core.ranks import is_distributed
 from dstrain.engine import alive, process_wide
 from dstrain.engine.buffers import Buffers
-from dstrain.engine.formats import check_formats
+from dstrain.engine.formats import check_formats, make_contiguous
 from dstrain.engine.host_adam import correct_bias_by_step
 from dstrain.engine.layerdrop import check_layerdrop
 from dstrain.engine.leaf import check_leaf_modules, leaf_classes
@@ -104,6 +104,7 @@ class Engine:
             keep_adagrad(optimizer)
         if resolved.has_scheduler:
             scheduler = None
+        make_contiguous(module)
         scalars = has_scalars(module.parameters())
         self.module = module
         self.resolved = resolved

@@ -19,7 +19,7 @@ import torch
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import ModelError, Problem, raise_problems
-from dstrain.engine.zero import full_numel
+from dstrain.engine.zero import full_numel, is_partitioned
 
 _TRAINED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _RUN = {name: dtype for dtype, name in _TRAINED.items()}
@@ -46,11 +46,28 @@ def check_formats(
     """
     named = list(module.named_parameters())
     problems = _partition_problems(named) if resolved.stage == 3 else []
+    if trains and (resolved.stage > 0 or resolved.precision != "fp32"):
+        problems += _memory_problems(named)
     if resolved.precision == "fp32":
         problems += _mixed_problems(named, resolved) if trains else []
     else:
         problems += _cast_problems(module, named, resolved)
     raise_problems(problems, error=ModelError, title="these parameters cannot be used as they are")
+
+
+def make_contiguous(module: torch.nn.Module) -> None:
+    """Let the elements of each whole parameter lie in memory in the order of its dimensions.
+
+    DeepSpeed sends parameters as bytes (``engine.py:_broadcast_model``), which torch cannot do with
+    transposed ones, columns of a larger tensor, or weights in ``torch.channels_last``. Its flat
+    tensors have this order in any case.
+    """
+    for parameter in module.parameters():
+        if parameter.layout != torch.strided or parameter.dim() == 0:
+            continue
+        # A dimension of size 1 may have any stride, and torch calls the whole contiguous.
+        if not parameter.is_contiguous() or parameter.stride(-1) != 1:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def formats_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str:
@@ -99,6 +116,57 @@ def _partition_problems(named: _Named) -> list[Problem]:
             )
         )
     return problems
+
+
+def _memory_problems(named: _Named) -> list[Problem]:
+    """Parameters that are other views of the same memory, of which at least one is trained.
+
+    A parameter that is registered under several names is one parameter, and no problem. Grows with
+    the number of parameters (times its logarithm).
+    """
+    spans = sorted(
+        ((p.data_ptr(), p.data_ptr() + _span(p), n, p) for n, p in named if _has_memory(p)),
+        key=lambda span: span[:2],
+    )
+    problems, open_spans = [], spans[:0]
+    for span in spans:
+        start, _, name, parameter = span
+        open_spans = [other for other in open_spans if other[1] > start]
+        for _, _, other_name, other in open_spans:
+            if (parameter.requires_grad or other.requires_grad) and _overlap(other, parameter):
+                problems.append(
+                    Problem(
+                        f"{other_name} and {name} share memory, but are two parameters",
+                        "DeepSpeed copies each into memory of its own, so that a change of one "
+                        "would no longer be a change of the other",
+                        "tie them by registering one parameter twice, or clone one of them",
+                    )
+                )
+        open_spans.append(span)
+    return problems[:_SHOWN]
+
+
+def _has_memory(parameter: torch.Tensor) -> bool:
+    here = not is_partitioned(parameter) and parameter.device.type != "meta"
+    return here and parameter.layout == torch.strided and parameter.numel() > 0
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last one."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (sum((size - 1) * stride for size, stride in steps) + 1) * tensor.element_size()
+
+
+def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two tensors, of which the first begins first, have an element in common."""
+    size = first.element_size()
+    away, rest = divmod(second.data_ptr() - first.data_ptr(), size)
+    if rest or second.element_size() != size:
+        return True
+    end = max(_span(first), away * size + _span(second)) // size
+    marks = torch.zeros(end, dtype=torch.bool)
+    marks.as_strided(first.shape, first.stride()).fill_(True)
+    return bool(marks.as_strided(second.shape, second.stride(), away).any())
 
 
 def _mixed_problems(named: _Named, resolved: ResolvedConfig) -> list[Problem]:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ModelError, Problem
@@ -60,7 +62,7 @@ def building_partitioned(resolved: ResolvedConfig) -> Iterator[None]:
             "_initialize_weights": loader.initialize_module,
         }
         try:
-            with compat.with_loading_steps(steps):
+            with compat.with_loading_steps(steps), _ValuesForConstructors():
                 yield
         finally:
             loader.is_open = False
@@ -258,6 +260,50 @@ def _filled(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs
     if stands_in:
         stand_in(tensor)
     return tensor
+
+
+class _ValuesForConstructors(TorchFunctionMode):
+    """Gathers parameters whose values a constructor uses after they have been taken apart.
+
+    As that of DETR's backbone, which copies the weights of each BatchNorm into another module. All
+    ranks run constructors; what other code does, one of them may do alone.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, with whole parameters where it needs values; then a collective."""
+        name = getattr(func, "__name__", "")
+        near = [a for a in _arguments(args) if not is_whole(a)] if name in _USES_VALUES else []
+        if not near or not _is_in_constructor():
+            return func(*args, **(kwargs or {}))
+        with gathered(near, write_from=0 if name.endswith("_") else None):
+            return func(*args, **(kwargs or {}))
+
+
+# DeepSpeed's own code calls none of these with a parameter that it has taken apart.
+_VALUES = (
+    "add add_ cat clone copy_ detach div div_ fill_ flatten mul mul_ permute reshape stack sub "
+    "sub_ t transpose unsqueeze view zero_ __add__ __getitem__ __mul__ __sub__ __truediv__"
+)
+_USES_VALUES = frozenset(_VALUES.split())
+
+
+def _is_in_constructor() -> bool:
+    frame = inspect.currentframe()
+    while frame is not None:
+        is_init = frame.f_code.co_name == "__init__"
+        if is_init and isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _arguments(args: Any) -> Iterator[torch.nn.Parameter]:
+    """The parameters among the arguments of a function, in lists as well."""
+    for value in args:
+        if isinstance(value, torch.nn.Parameter):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _arguments(value)
 
 
 def _parameters_near(module: torch.nn.Module) -> list[torch.nn.Parameter]:

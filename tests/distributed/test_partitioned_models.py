@@ -56,6 +56,43 @@ def assert_partitioned(model: torch.nn.Module) -> None:
     assert all(is_partitioned(p) and p.numel() == 0 for p in model.parameters())
 
 
+def detr_config() -> Any:
+    """Of a model whose constructor copies the weights of its backbone's BatchNorm."""
+    import transformers
+
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "out_features": ["stage2"]}
+    backbone = transformers.ResNetConfig(embedding_size=8, layer_type="basic", **sizes)
+    parts = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    wide = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_model"), 16)
+    return transformers.DetrConfig(
+        use_timm_backbone=False, backbone=None, backbone_config=backbone, num_queries=4,
+        num_labels=3, **parts, **heads, **wide,
+    )  # fmt: skip
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("way", ["class", "from_config"])
+def test_a_constructor_may_use_values_of_modules_inside(
+    way: str, tmp_path: Path, rank: int
+) -> None:
+    import transformers
+
+    def build() -> Any:
+        transformers.set_seed(5)
+        if way == "class":
+            return transformers.DetrForObjectDetection(detr_config())
+        return transformers.AutoModelForObjectDetection.from_config(detr_config())
+
+    whole = saved_by_one(build(), tmp_path / "whole", rank)
+    with block(tmp_path):
+        model = build()
+    trainer = make_trainer(tmp_path / "run", stage=3, model=model)
+    trainer.save_model(str(tmp_path / "saved"))
+    trainer.close()
+    assert not differences(in_files(tmp_path / "saved"), in_files(whole))
+
+
 # --- saving -----------------------------------------------------------------------------------
 
 
