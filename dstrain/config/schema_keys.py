@@ -539,7 +539,7 @@ _REMOVED = {
     "quantize_training": _removed("Mixture-of-Quantization", "remove the block"),
     "sparse_gradients": _removed(
         "the flag",
-        "remove it; embeddings built with sparse=True are reduced sparsely without it",
+        "remove it, and build embeddings without sparse=True",
     ),
     "eigenvalue": _removed("eigenvalue-based quantization", "remove the block"),
     "sparse_attention": _removed(

@@ -238,7 +238,7 @@ def set_epoch(
             else:
                 part.set_epoch(epoch, start=start)
                 if trains:
-                    _tell_dataset(loader.dataset, epoch, sampler=part)
+                    _tell_dataset(loader, epoch, sampler=part)
             # Noise in loader processes is that of the epoch, wherever the run began.
             seed = derived_seed(part.noise_seed, step=epoch, rank=part.topology.rank)
             loader.generator.manual_seed(seed)
@@ -250,15 +250,26 @@ def set_epoch(
             return
 
 
-def _tell_dataset(dataset: Any, epoch: int, *, sampler: RankBatchSampler) -> None:
+def _tell_dataset(loader: Any, epoch: int, *, sampler: RankBatchSampler) -> None:
     """Tell a dataset with a length which epoch begins, as a curriculum needs to know.
 
-    It may have another length then. Loader processes that outlive an epoch keep their old copy.
+    It may have another length then. Loader processes have a copy of it, and are started anew.
     """
-    tell = getattr(dataset, "set_epoch", None)
-    if tell is not None:
-        tell(epoch)
-        sampler.follow_length(len(dataset))
+    tell = getattr(loader.dataset, "set_epoch", None)
+    if tell is None:
+        return
+    tell(epoch)
+    end_processes(loader)
+    before, now = sampler.order.num_samples, len(loader.dataset)
+    if now != before:
+        sampler.follow_length(now)
+        logger.warning(
+            "the dataset has %d samples in epoch %d, and had %d before: the run ends at the step "
+            "that was computed at its start, so set max_steps to the one that you want",
+            now,
+            epoch,
+            before,
+        )
 
 
 def keep_source_states(loader: Any) -> None:

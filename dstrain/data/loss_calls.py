@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from dstrain.data.loss_rule import IGNORED, SAMPLES, Denominator, LossRule
-from dstrain.data.loss_watch import LossCall
+from dstrain.data.loss_watch import ELEMENTWISE, LossCall
 from dstrain.data.samples import batch_size, columns_of
 
 # How far the quotient of a sum and the loss may be from a whole number of targets.
@@ -263,6 +263,9 @@ def _agrees(
     found = denominator.targets(batch)
     count = samples if found is None else int(found[1].sum())
     valid = None if found is None else found[1]
+    if found is not None and call.function in ELEMENTWISE and call.reduction == "mean":
+        # Such as the divergence of two models' predictions, of one row for each token.
+        return call.num_rows == count or call.num_targets == count
     return abs(call.num_in_mean(loss, valid) - count) <= _TOLERANCE * count
 
 
@@ -270,8 +273,6 @@ def _is_over_samples(call: LossCall, samples: int, loss: float) -> bool:
     """Return whether the call's mean is over samples, of as many elements each."""
     if not call.columns:
         return False
-    if call.reduction == "batchmean":
-        return True
     if _agrees(SAMPLES, call, {}, samples, loss):
         return True
     whole = call.ignored is None or bool((call.target != call.ignored).all())

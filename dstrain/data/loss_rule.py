@@ -79,7 +79,12 @@ class Denominator:
         changed: Any = inputs
         for name in (self.column, SHIFTED_LABELS):
             labels = column(changed, name)
-            if self.ignored is not None and labels is not None and not labels.is_floating_point():
+            if labels is None:
+                continue
+            if labels.is_floating_point():
+                # The gradient of what a mask leaves out is NaN as well where the label is.
+                changed = with_column(changed, name, labels.masked_fill(labels.isnan(), 0))
+            elif self.ignored is not None:
                 changed = with_column(changed, name, labels.masked_fill(labels.eq(self.ignored), 0))
         mask = column(changed, self.mask)
         if mask is not None:

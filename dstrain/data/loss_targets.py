@@ -265,7 +265,13 @@ class LossTargets:
         if not ranks.is_main or not self._is_new(f"is {rule}"):
             return
         logger.info("the loss of %s is %s", self._model, rule)
-        if others:
+        if others and rule == LossRule():
+            logger.warning(
+                "batches of one sample cannot tell it from %s: if that is what it is, how a global "
+                "batch is split changes loss and gradients; a larger micro-batch tells",
+                ", or ".join(others[:3]),
+            )
+        elif others:
             logger.info("the first batches cannot tell it from %s", ", or ".join(others[:3]))
         if self._has_factor() and not self._is_constant():
             logger.warning(

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 CLASSES = (functional.cross_entropy, functional.nll_loss)
-_ELEMENTWISE = (
+ELEMENTWISE = (
     functional.binary_cross_entropy,
     functional.binary_cross_entropy_with_logits,
     functional.huber_loss,
@@ -27,7 +27,7 @@ _ELEMENTWISE = (
     functional.smooth_l1_loss,
     functional.kl_div,
 )
-_WATCHED = {*CLASSES, *_ELEMENTWISE, functional.ctc_loss}
+_WATCHED = {*CLASSES, *ELEMENTWISE, functional.ctc_loss}
 _REDUCTIONS = frozenset(["mean", "nanmean", "nansum", "sum"])
 _DIVISIONS = frozenset(["__itruediv__", "__truediv__", "div", "div_", "divide", "true_divide"])
 _SUMS = frozenset(["__add__", "__iadd__", "__radd__", "add", "add_"])
@@ -66,7 +66,14 @@ class LossCall:
             return int((self.target != self.ignored).sum())
         if self.function in CLASSES and self.target.dim() > 1:
             return self.target.numel() // self.target.shape[1]  # probabilities of classes
+        if self.reduction == "batchmean":
+            return self.num_rows
         return self.target.numel()
+
+    @property
+    def num_rows(self) -> int:
+        """Entries of the first dimension of the target, over which any mean of elements is one."""
+        return self.target.shape[0] if self.target.dim() else 1
 
     def num_in_mean(self, loss: float, valid: torch.Tensor | None = None) -> float:
         """Targets that the loss is divided by, if the loss is made of this call alone.
@@ -75,7 +82,7 @@ class LossCall:
             loss: of the batch.
             valid: which elements of the call count, where others are left out after it.
         """
-        if self.reduction == "mean":
+        if self.reduction in ("mean", "batchmean"):
             return float(self.num_targets)
         values = self.values
         if valid is not None and self.reduction == "none" and valid.numel() == values.numel():
@@ -93,9 +100,9 @@ class LossCalls(TorchFunctionMode):
     Attributes:
         calls: of loss functions, in order.
         used_count: whether some function of torch was given a ``ToldCount``, such as a division.
-        by_rows: whether the loss was reduced once more where one value was left, as the mean over
-            the samples of a batch of one is: by a mean or sum of a tensor with one element, or a
-            sum divided by the number 1. No value shows that.
+        by_rows: whether the loss looks like a mean over samples of a batch that has one sample: a
+            mean or sum was taken of a tensor with one element, or a sum was divided by 1. The value
+            of the loss does not show it.
     """
 
     def __init__(self, columns: Mapping[str, torch.Tensor]) -> None:

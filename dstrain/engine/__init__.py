@@ -39,6 +39,7 @@ from dstrain.engine.startup import (
 from dstrain.engine.traces import make_whole
 from dstrain.engine.zero import (
     bytes_to_gather,
+    check_sizes,
     full_numel,
     full_shape,
     gathered,
@@ -51,6 +52,7 @@ from dstrain.engine.zero import (
 )
 
 __all__ = [
+    "check_sizes",
     "MASTER",
     "WEIGHT",
     "Buffers",

@@ -46,8 +46,10 @@ def check_formats(
     """
     named = list(module.named_parameters())
     problems = _partition_problems(named) if resolved.stage == 3 else []
-    if trains and (resolved.stage > 0 or resolved.precision != "fp32"):
-        problems += _memory_problems(named)
+    if trains:
+        problems += _sparse_problems(module)
+        flat = resolved.stage > 0 or resolved.precision != "fp32"
+        problems += _memory_problems(named, flat=flat)
     if resolved.precision == "fp32":
         problems += _mixed_problems(named, resolved) if trains else []
     else:
@@ -63,11 +65,16 @@ def make_contiguous(module: torch.nn.Module) -> None:
     tensors have this order in any case.
     """
     for parameter in module.parameters():
-        if parameter.layout != torch.strided or parameter.dim() == 0:
-            continue
-        # A dimension of size 1 may have any stride, and torch calls the whole contiguous.
-        if not parameter.is_contiguous() or parameter.stride(-1) != 1:
+        if parameter.layout == torch.strided and not is_in_order(parameter):
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def is_in_order(tensor: torch.Tensor) -> bool:
+    """Return whether elements lie in memory in the order of the dimensions.
+
+    A dimension of size 1 may have any stride, and torch calls the whole contiguous.
+    """
+    return tensor.dim() == 0 or (tensor.is_contiguous() and tensor.stride(-1) == 1)
 
 
 def formats_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str:
@@ -118,11 +125,36 @@ def _partition_problems(named: _Named) -> list[Problem]:
     return problems
 
 
-def _memory_problems(named: _Named) -> list[Problem]:
-    """Parameters that are other views of the same memory, of which at least one is trained.
+def _sparse_problems(module: torch.nn.Module) -> list[Problem]:
+    tables = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    sparse = [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, tables) and part.sparse and part.weight.requires_grad
+    ]
+    if not sparse:
+        return []
+    shown = ", ".join(sparse[:_SHOWN]) + (
+        f" and {len(sparse) - _SHOWN} more" * (len(sparse) > _SHOWN)
+    )
+    return [
+        Problem(
+            f"{shown}: sparse=True, so that gradients are sparse tensors",
+            "DeepSpeed joins gradients into flat tensors, which are dense",
+            "leave sparse=True out; the values that are trained are the same",
+        )
+    ]
 
-    A parameter that is registered under several names is one parameter, and no problem. Grows with
-    the number of parameters (times its logarithm).
+
+def _memory_problems(named: _Named, *, flat: bool) -> list[Problem]:
+    """List parameters that are views of the same memory, of which at least one is trained.
+
+    A parameter that is registered under several names is one parameter, and no problem. Sorts the
+    parameters, and compares those element by element whose memory interleaves.
+
+    Args:
+        named: parameters by name.
+        flat: whether DeepSpeed copies all parameters, not only those of another order.
     """
     spans = sorted(
         ((p.data_ptr(), p.data_ptr() + _span(p), n, p) for n, p in named if _has_memory(p)),
@@ -133,7 +165,9 @@ def _memory_problems(named: _Named) -> list[Problem]:
         start, _, name, parameter = span
         open_spans = [other for other in open_spans if other[1] > start]
         for _, _, other_name, other in open_spans:
-            if (parameter.requires_grad or other.requires_grad) and _overlap(other, parameter):
+            trains = parameter.requires_grad or other.requires_grad
+            copied = flat or not (is_in_order(parameter) and is_in_order(other))
+            if trains and copied and _overlap(other, parameter):
                 problems.append(
                     Problem(
                         f"{other_name} and {name} share memory, but are two parameters",
@@ -142,8 +176,10 @@ def _memory_problems(named: _Named) -> list[Problem]:
                         "tie them by registering one parameter twice, or clone one of them",
                     )
                 )
+        if len(problems) >= _SHOWN:
+            break
         open_spans.append(span)
-    return problems[:_SHOWN]
+    return problems
 
 
 def _has_memory(parameter: torch.Tensor) -> bool:

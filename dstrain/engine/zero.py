@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from dstrain.config import ModelFacts
+from dstrain.core.errors import ModelError, Problem
 from dstrain.engine.scalars import scalars_as_bytes
 
 
@@ -50,8 +51,26 @@ def full_numel(parameter: Any) -> int:
     return int(parameter.ds_numel if is_partitioned(parameter) else parameter.numel())
 
 
+def check_sizes(module: torch.nn.Module) -> None:
+    """Refuse parameters that have no size yet.
+
+    Raises:
+        ModelError: naming them.
+    """
+    lazy = [name for name, p in module.named_parameters() if torch.nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ModelError(
+            Problem(
+                f"parameters without a size: {', '.join(lazy[:4])}" + ", ..." * (len(lazy) > 4),
+                "lazy modules choose it in their first forward pass, and the optimizer is built "
+                "before that",
+                "call the model once with a sample before it is passed here",
+            )
+        )
+
+
 def model_facts(module: torch.nn.Module) -> ModelFacts:
-    """Sizes of a module's parameters, right for partitioned ones too."""
+    """Read the sizes of a module's parameters, right for partitioned ones too."""
     return ModelFacts.of_shapes((full_shape(p), p.requires_grad) for p in module.parameters())
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ModelError, Problem
@@ -263,47 +264,107 @@ def _filled(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs
 
 
 class _ValuesForConstructors(TorchFunctionMode):
-    """Gathers parameters whose values a constructor uses after they have been taken apart.
+    """Gathers parameters whose values a constructor reads after they have been taken apart.
 
-    As that of DETR's backbone, which copies the weights of each BatchNorm into another module. All
-    ranks run constructors; what other code does, one of them may do alone.
+    As that of DETR's backbone, which copies the weights of each BatchNorm into another module. What
+    is read is a copy. Only constructors are served, as these run on all ranks: gathering is a
+    collective.
     """
 
+    def __init__(self) -> None:
+        """Nothing was read yet."""
+        super().__init__()
+        self._copies: Any = WeakTensorKeyDictionary()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, with whole parameters where it needs values; then a collective."""
+        """Call a function, with whole parameters where it needs values; then a collective.
+
+        Raises:
+            ModelError: a constructor changes a part of such a parameter, which would be lost.
+        """
+        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        near = [a for a in _arguments(args) if not is_whole(a)] if name in _USES_VALUES else []
-        if not near or not _is_in_constructor():
-            return func(*args, **(kwargs or {}))
-        with gathered(near, write_from=0 if name.endswith("_") else None):
-            return func(*args, **(kwargs or {}))
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        is_copy = bool(args) and isinstance(args[0], torch.Tensor) and args[0] in self._copies
+        if in_place and is_copy:
+            raise ModelError(
+                Problem(
+                    f"a constructor changes a part of a weight in place ({name})",
+                    "the weight is in parts already, on all ranks, and the change would be lost",
+                    "build the model outside of the block, or set zero_stage to 2",
+                )
+            )
+        if name in _USES_VALUES or func == _DATA:
+            parts = [p for p in _parameters_in((args, kwargs)) if not is_whole(p)]
+            if parts and _is_in_constructor(of_user=func == _DATA):
+                with gathered(parts, write_from=0 if in_place else None):
+                    returned = func(*args, **kwargs)
+                    return returned if in_place else self._copied(returned)
+        returned = func(*args, **kwargs)
+        if is_copy and isinstance(returned, torch.Tensor):
+            storages = (args[0].untyped_storage(), returned.untyped_storage())
+            if storages[0].data_ptr() == storages[1].data_ptr():
+                self._copies[returned] = True  # a view
+        return returned
+
+    def _copied(self, value: Any) -> Any:
+        """Return what was read in memory of its own, so that the gathered weight can go."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._copied(part) for part in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        copy = value.clone()
+        self._copies[copy] = True
+        return copy
 
 
-# DeepSpeed's own code calls none of these with a parameter that it has taken apart.
+# Functions that read values or, where their name ends with "_", change them.
 _VALUES = (
-    "add add_ cat clone copy_ detach div div_ fill_ flatten mul mul_ permute reshape stack sub "
-    "sub_ t transpose unsqueeze view zero_ __add__ __getitem__ __mul__ __sub__ __truediv__"
+    "abs abs_ add add_ all any bfloat16 cat chunk clone copy_ cpu detach div div_ double expand "
+    "fill_ flatten float half item linear matmul max mean min mul mul_ narrow neg norm numpy "
+    "permute pow repeat reshape select split sqrt squeeze stack std sub sub_ sum t tolist "
+    "transpose unbind unsqueeze view zero_ __add__ __getitem__ __matmul__ __mul__ __neg__ __pow__ "
+    "__radd__ __rmul__ __rsub__ __setitem__ __sub__ __truediv__"
 )
 _USES_VALUES = frozenset(_VALUES.split())
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-def _is_in_constructor() -> bool:
+def _is_in_constructor(*, of_user: bool) -> bool:
+    """Return whether a module is being constructed.
+
+    Args:
+        of_user: whether that must be done by the function that calls torch here, and not by
+            DeepSpeed, which takes parameters apart at the end of a constructor, or by dstrain.
+    """
     frame = inspect.currentframe()
+    asked = False
     while frame is not None:
+        package = str(frame.f_globals.get("__name__")).split(".")[0]
+        if frame.f_code.co_name != "__torch_function__" and package != "torch" and not asked:
+            if of_user and package in ("deepspeed", "dstrain") and frame.f_code is not _THIS_CODE:
+                return False
+            asked = frame.f_code is not _THIS_CODE
+        first = next(iter(frame.f_code.co_varnames), "")
         is_init = frame.f_code.co_name == "__init__"
-        if is_init and isinstance(frame.f_locals.get("self"), torch.nn.Module):
+        if is_init and isinstance(frame.f_locals.get(first), torch.nn.Module):
             return True
         frame = frame.f_back
     return False
 
 
-def _arguments(args: Any) -> Iterator[torch.nn.Parameter]:
-    """The parameters among the arguments of a function, in lists as well."""
-    for value in args:
-        if isinstance(value, torch.nn.Parameter):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _arguments(value)
+_THIS_CODE = _is_in_constructor.__code__
+
+
+def _parameters_in(value: Any) -> Iterator[torch.nn.Parameter]:
+    """Yield the parameters among the arguments of a function, in lists as well."""
+    if isinstance(value, torch.nn.Parameter):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _parameters_in(part)
+    elif isinstance(value, dict):
+        yield from _parameters_in(list(value.values()))
 
 
 def _parameters_near(module: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -48,6 +48,7 @@ from dstrain.engine import (
     check_formats,
     check_own,
     check_precision,
+    check_sizes,
     device_type,
     expert_blocks,
     formats_remark,
@@ -274,8 +275,10 @@ def resolve_config(
 
     Raises:
         ConfigError: on every rank, also when only one cannot read the config.
+        ModelError: the model has parameters without a size.
     """
     if module is not None:
+        check_sizes(module)
         sizes = sizes_of_module(module)
     facts = Facts(
         world_size=ranks.world_size,

@@ -87,3 +87,40 @@ def test_parameters_beside_each_other_or_registered_twice_share_nothing(tmp_path
     model = Laid()
     model.twice = model.left
     trainer_of(tmp_path, model, 2).close()
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder is the transposed encoder, by its values alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decoder.weight.data = self.encoder.weight.data.t()
+
+
+@pytest.mark.ranks(2)
+def test_weights_that_are_tied_by_their_values_are_refused_at_every_stage(tmp_path: Path) -> None:
+    from dstrain.core.errors import ModelError
+
+    for stage in STAGES:
+        with pytest.raises(ModelError, match=r"encoder.weight and decoder.weight share memory"):
+            trainer_of(tmp_path, Tied(), stage)
+
+
+class Table(nn.Module):
+    """An embedding of a kind that cannot be trained."""
+
+    def __init__(self, table: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.table, self.layer = table, layer
+
+
+@pytest.mark.ranks(2)
+def test_sparse_gradients_and_lazy_layers_are_refused(tmp_path: Path) -> None:
+    from dstrain.core.errors import ModelError
+
+    for stage in (0, 2, 3):
+        with pytest.raises(ModelError, match="table: sparse=True"):
+            trainer_of(tmp_path, Table(nn.EmbeddingBag(4, 4, sparse=True), nn.Linear(4, 1)), stage)
+        with pytest.raises(ModelError, match=r"parameters without a size: layer.weight"):
+            trainer_of(tmp_path, Table(nn.Embedding(4, 4), nn.LazyLinear(1)), stage)

@@ -500,3 +500,51 @@ def test_after_the_block_a_vocabulary_cannot_be_resized(tmp_path: Path, rank: in
     with pytest.raises(ModelError, match="inside `with dstrain.partitioned"):
         whole.resize_token_embeddings(120)
     trainer.close()
+
+
+class Copies(torch.nn.Module):
+    """Uses the weights of a part that was built inside of the block, in a way of its own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        import transformers
+
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        config = transformers.LlamaConfig(vocab_size=40, num_attention_heads=2, **sizes)
+        self.part = transformers.AutoModelForCausalLM.from_config(config)
+        table = self.part.get_input_embeddings().weight
+        self.head = torch.nn.Linear(16, 40)
+        if way == "data":
+            self.head.weight.data.copy_(table.data)
+        elif way == "clone":
+            self.head.weight = torch.nn.Parameter(table.detach().clone())
+        elif way == "change":
+            with torch.no_grad():
+                table.mul_(2.0)
+        elif way == "number":
+            self.register_buffer("size", table.norm().detach())
+        elif way == "row":
+            table.data[3].zero_()
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("way", ["data", "clone", "change", "number"])
+def test_a_constructor_may_use_a_part_that_was_built_in_the_block(
+    way: str, tmp_path: Path, rank: int
+) -> None:
+    import transformers
+
+    transformers.set_seed(5)
+    whole = Copies(way).state_dict()
+    transformers.set_seed(5)
+    with block(tmp_path):
+        model = Copies(way)
+    assert not differences(whole_state(model), whole)
+
+
+@pytest.mark.ranks(2)
+def test_a_constructor_that_changes_a_row_of_such_a_part_is_told(tmp_path: Path) -> None:
+    from dstrain.core.errors import ModelError
+
+    with pytest.raises(ModelError, match="changes a part of a weight in place"), block(tmp_path):
+        Copies("row")

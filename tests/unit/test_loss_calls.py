@@ -561,3 +561,21 @@ def test_targets_that_are_not_numbers_are_none():
     targets = settled([loss], [batch])
     assert targets.rule == LossRule((Denominator("labels", ignored=None),))
     assert targets.counts(batch) == (4,)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+def test_a_divergence_of_the_tokens_that_have_labels_is_a_mean_over_them(reduction: str):
+    """As in a distillation; the divergence of whole samples stays a mean over samples."""
+
+    def tokens(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        kept = batch["labels"] != -100
+        other = (scores.detach()[kept] + 1).softmax(-1)
+        return functional.kl_div(scores[kept].log_softmax(-1), other, reduction=reduction)
+
+    def samples(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        other = functional.one_hot(batch["labels"].clamp(0), scores.shape[-1]).float()
+        return functional.kl_div(scores.log_softmax(-1), other, reduction=reduction)
+
+    batch = {"input_ids": IDS, "labels": LABELS}
+    assert settled([tokens], [batch]).rule == LossRule((Denominator("labels"),))
+    assert settled([samples] * 8, [batch] * 8).rule == LossRule()
