@@ -162,6 +162,14 @@ elif ((${#HOSTS[@]} > 1)); then
     command -v ssh >/dev/null || die "ssh is missing (on Debian and Ubuntu: apt-get install openssh-client)"
 fi
 
+dstrain_take_token "$@"
+if ((${#WORDS[@]} != $#)); then
+    # ssh would carry it in a command too, which every user of every machine can read.
+    [[ -n $NODE_RANK || ${#HOSTS[@]} -eq 1 ]] ||
+        die "--hub_token: a token cannot be handed on by ssh unseen. Log in with 'hf auth login' on ${HOSTS[0]}, which uploads, and leave it out"
+    set -- ${WORDS[@]+"${WORDS[@]}"}
+fi
+
 dstrain_setup
 dstrain_build_ops # none, but locks of killed builds go
 

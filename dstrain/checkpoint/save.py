@@ -25,6 +25,7 @@ from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import PATIENCE, Ranks, all_or_none, gather_objects, is_distributed
 from dstrain.core.records import described, unrecordable
+from dstrain.core.secrets import without_secrets
 from dstrain.engine import (
     Engine,
     main_ranks_buffers,
@@ -425,7 +426,7 @@ class CheckpointWriter:
 
 
 def _write_document(path: Path, document: Any) -> FileRecord:
-    """Write a document of the trainer's.
+    """Write a document of the trainer's, in which a callback may hold credentials: masked.
 
     Raises:
         CheckpointError: it holds what JSON does not know; a callback can put anything there.
@@ -437,7 +438,7 @@ def _write_document(path: Path, document: Any) -> FileRecord:
             Problem(f"{path.name}: {error}", "a callback's state or a log is so", "flatten it")
         ) from error
     try:
-        return write_json(path, document)
+        return write_json(path, without_secrets(document))
     except (TypeError, ValueError) as error:
         place, value = next(unrecordable(document, finite=True), ("", error))
         raise CheckpointError(

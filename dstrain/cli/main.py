@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dstrain.core.errors import DstrainError
+from dstrain.core.secrets import hidden_in_text
 from dstrain.core.stop import PREEMPTED, Preempted
 
 USAGE = """usage: dstrain COMMAND ...
@@ -145,7 +146,7 @@ def _report_failure(error: Exception) -> int:
         text = f"ended, because another rank did; the cause is what that rank shows ({reason})"
     else:
         text = f"failed:\n{traceback.format_exc()}"
-    print(f"\n[rank {rank}] {text}", file=sys.stderr, flush=True)
+    print(f"\n[rank {rank}] {hidden_in_text(text)}", file=sys.stderr, flush=True)
     return _leave(FAILURE)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from types import ModuleType
 
-from dstrain.core.errors import ConfigError, Problem, nearest
+from dstrain.core.errors import ConfigError, Problem, nearest, raise_problems
+from dstrain.core.secrets import hidden_in_words
 
 # Modules with ``argument_classes()`` (no torch) and ``run(*instances)``.
 TASKS = {"causal-lm": "dstrain.tasks.causal_lm", "seq2seq": "dstrain.tasks.seq2seq"}
@@ -16,7 +18,8 @@ def run(words: Sequence[str]) -> int:
     """Parse the task's flags and run it.
 
     Raises:
-        ConfigError: no or an unknown task, unknown or illegal flags.
+        ConfigError: no or an unknown task, unknown or illegal flags; credentials among them where
+            a launcher has started this process.
     """
     if not words:
         raise ConfigError(
@@ -31,6 +34,8 @@ def run(words: Sequence[str]) -> int:
         print("`dstrain train TASK --help` lists the flags of a task.")
         return 0
     name, rest = words[0], words[1:]
+    if "RANK" in os.environ:
+        _refuse_credentials(rest)
     task = find_task(name)
     from dstrain.cli.flags import make_parser, parse
 
@@ -39,6 +44,32 @@ def run(words: Sequence[str]) -> int:
     _, instances = parse(parser, rest, classes)
     task.run(*instances)
     return 0
+
+
+def _refuse_credentials(words: Sequence[str]) -> None:
+    """Keep credentials out of a launcher's command, which it prints and every user can read.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    problems = []
+    for i, (word, shown) in enumerate(zip(words, hidden_in_words(words), strict=True)):
+        if word == shown:
+            continue
+        flag = word.partition("=")[0] if word.startswith("--") else words[i - 1]
+        remedy = "put it into a file that only you can read, and give the path of that"
+        if flag.replace("-", "_").endswith("hub_token"):
+            remedy = f"leave {flag} out: `export HF_TOKEN=...` before the launch, or log in once "
+            remedy += "with `hf auth login`, on the machine of rank 0"
+        problems.append(
+            Problem(
+                f"{flag} with a credential on the command line of a launcher",
+                "the launcher prints its command, in its log and when a run fails, and every user "
+                "of the machine can read it: take the credential for known, and replace it",
+                remedy,
+            )
+        )
+    raise_problems(problems, error=ConfigError)
 
 
 def find_task(name: str) -> ModuleType:

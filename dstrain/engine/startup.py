@@ -53,6 +53,7 @@ def start(
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    get_logger("DeepSpeed")  # which logs the whole config at the level info: credentials hidden
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if use_cpu and not on_cpu:

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dstrain.core.secrets import without_secrets
+
 _LIBRARIES = ("dstrain", "deepspeed", "torch", "transformers", "datasets", "tokenizers", "peft")
 # Not what describes a training: where it wrote, whom it told, what a launcher set.
 _LEFT_OUT = {
@@ -151,7 +153,8 @@ def _arguments(trainer: Any) -> list[list[str]]:
     values = args.to_dict() | dict(resolved.adopted)
     shown = (args.changed_fields() | set(resolved.adopted)) - _LEFT_OUT - set(rows)
     rows |= {name: values[name] for name in sorted(shown)}
-    return [[name, f"`{getattr(value, 'value', value)}`"] for name, value in rows.items()]
+    shown_rows = without_secrets(rows)
+    return [[name, f"`{getattr(value, 'value', value)}`"] for name, value in shown_rows.items()]
 
 
 def _index(wishes: CardWishes, datasets: list[str], results: dict[str, float]) -> Any:

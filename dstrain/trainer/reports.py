@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from dstrain.core.errors import raise_problems
 from dstrain.core.log import get_logger
 from dstrain.core.records import recordable, unrecordable
+from dstrain.core.secrets import without_secrets
 from dstrain.reporting import save_loss_curve
 from dstrain.trainer import compat
 from dstrain.trainer.signatures import callback_misfits
@@ -74,7 +77,9 @@ class ReportHooks:
         """Write ``trainer_state.json`` and the loss curve into the run's folder."""
         if self.args.should_save:
             folder = Path(self.args.output_dir)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            values = without_secrets(dataclasses.asdict(self.state))
+            text = json.dumps(values, indent=2, sort_keys=True) + "\n"  # as transformers has it
+            (folder / "trainer_state.json").write_text(text, encoding="utf-8")
             save_loss_curve(self.state.log_history, folder / "loss_curve.png")
 
     def add_callback(self, callback: Any) -> None:

@@ -33,6 +33,7 @@ from dstrain.core.documents import typed
 from dstrain.core.errors import CheckpointError, DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none
+from dstrain.core.secrets import is_mask
 from dstrain.core.seeds import seed_rank
 from dstrain.data import is_ours, is_stream, num_shares
 from dstrain.engine import Engine
@@ -272,13 +273,16 @@ def _restore_callbacks(callbacks: list[Any], saved: Mapping[str, Any], *, is_mai
 def _restored(callback: Any, state: Mapping[str, Any]) -> Any:
     """A callback of the same class with a saved state, as transformers' ``ExportableState`` does.
 
+    Credentials are not in a checkpoint: they are those of this run's callback.
+
     Raises:
         CheckpointError: the class cannot take up that state.
     """
     kind = type(callback)
     try:
-        restored = kind(**state.get("args", {}))
-        for name, value in state.get("attributes", {}).items():
+        arguments = _with_own_credentials(state.get("args", {}), callback)
+        restored = kind(**arguments)
+        for name, value in _with_own_credentials(state.get("attributes", {}), callback).items():
             # A state holds what an object has for itself, never what its class does.
             if name.startswith("__") or callable(getattr(kind, name, None)):
                 raise ValueError(f"{name} is no attribute that a state can set")
@@ -293,6 +297,14 @@ def _restored(callback: Any, state: Mapping[str, Any]) -> Any:
             )
         ) from error
     return restored
+
+
+def _with_own_credentials(saved: Mapping[str, Any], callback: Any) -> dict[str, Any]:
+    """What is saved of a callback, with this one's values where masks stand for them."""
+    return {
+        name: getattr(callback, name, None) if is_mask(name, value) else value
+        for name, value in saved.items()
+    }
 
 
 def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter | None:
