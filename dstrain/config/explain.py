@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import platform
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config.resolved import ResolvedConfig
 from dstrain.core.secrets import hidden_in_text, without_secrets
+from dstrain.core.versions import installed, python_version
 
 REASON_WIDTH = 88
 PACKAGES = ("dstrain", "deepspeed", "torch", "transformers")
@@ -84,18 +82,7 @@ def as_record(resolved: ResolvedConfig, arguments: TrainingArguments) -> dict[st
 
 def versions() -> dict[str, str]:
     """Installed versions, read without importing the packages; what is missing is left out."""
-    return dict(_versions())
-
-
-@functools.cache  # a save asks for them while training waits
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": python_version(), **installed(PACKAGES)}
 
 
 def leaf(config: Mapping[str, Any], path: str) -> Any:

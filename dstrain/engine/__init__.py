@@ -29,6 +29,7 @@ from dstrain.engine.regroup import Regroup, is_out_of_memory
 from dstrain.engine.scalars import scalars_as_bytes
 from dstrain.engine.startup import (
     check_precision,
+    check_versions,
     device_name,
     device_type,
     empty_cache,
@@ -67,6 +68,7 @@ __all__ = [
     "ZeroThreeMark",
     "build_ops",
     "built_whole",
+    "check_versions",
     "bytes_to_gather",
     "carry",
     "check_formats",

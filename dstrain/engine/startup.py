@@ -15,12 +15,14 @@ from datetime import timedelta
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, launched_ranks
+from dstrain.core.versions import require_same_versions
 
 logger = get_logger(__name__)
 
 _SHUT_DOWN_SECONDS = 10.0
 _LET_GO_SECONDS = 0.1
 _group_is_ours = False
+_versions_are_same = False
 
 
 def start(
@@ -33,7 +35,7 @@ def start(
 
     Raises:
         ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, or more
-            ranks on this machine than accelerators.
+            ranks on this machine than accelerators, or ranks with different versions.
     """
     global _group_is_ours
     import torch
@@ -98,7 +100,22 @@ def start(
             verbose=False,
             auto_mpi_discovery=False,
         )
+    check_versions()
     return ranks
+
+
+def check_versions() -> None:
+    """Compare versions over ranks, once in the life of a process group; a collective of all ranks.
+
+    ``start`` does so for a group that it brings up.
+
+    Raises:
+        ConfigError: ranks run different software; on all of them alike.
+    """
+    global _versions_are_same
+    if not _versions_are_same:
+        require_same_versions()
+        _versions_are_same = True
 
 
 def choose_accelerator(*, use_cpu: bool) -> None:

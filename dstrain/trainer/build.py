@@ -48,6 +48,7 @@ from dstrain.engine import (
     check_formats,
     check_own,
     check_precision,
+    check_versions,
     device_type,
     expert_blocks,
     formats_remark,
@@ -315,6 +316,7 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
     with ``zero_stage="auto"``, which cannot be decided before there is a model: say 3.
     """
     ranks = start_run(args)
+    check_versions()  # where the group was there already
     with building_partitioned(resolve_config(args, ranks)):
         yield
 

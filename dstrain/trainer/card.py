@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dstrain.core.secrets import without_secrets
+from dstrain.core.versions import installed, python_version
 
 _LIBRARIES = ("dstrain", "deepspeed", "torch", "transformers", "datasets", "tokenizers", "peft")
 # Not what describes a training: where it wrote, whom it told, what a launcher set.
@@ -88,8 +87,9 @@ def card_of(trainer: Any, wishes: CardWishes, *, before: Path, ask_hub: bool = F
         columns = list(dict.fromkeys(column for row in rows for column in row))
         parts.append("## Results\n")
         parts.append(_table(columns, [[row.get(c, "") for c in columns] for row in rows]))
+    versions = {"Python": python_version(), **installed(_LIBRARIES)}
     parts.append("## Versions\n")
-    parts.append("".join(f"- {library} {version}\n" for library, version in _versions().items()))
+    parts.append("".join(f"- {library} {version}\n" for library, version in versions.items()))
     return "\n".join(parts)
 
 
@@ -221,14 +221,6 @@ def _library(model: Any) -> str | None:
 def _dataset_names(dataset: Any) -> list[str]:
     name = getattr(getattr(dataset, "info", None), "dataset_name", None)
     return [name] if name else []
-
-
-def _versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
-    for library in _LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[library] = metadata.version(library)
-    return found
 
 
 def _listed(value: Any) -> list[Any]:

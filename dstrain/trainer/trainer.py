@@ -20,7 +20,14 @@ from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ran
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
 from dstrain.data import InputFormats, takes_target_count
-from dstrain.engine import Engine, MetricSchedule, device_name, device_type, main_ranks_buffers
+from dstrain.engine import (
+    Engine,
+    MetricSchedule,
+    check_versions,
+    device_name,
+    device_type,
+    main_ranks_buffers,
+)
 from dstrain.models import check_writable, guard_partitioned, save_model
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build, compat, saving
@@ -139,6 +146,7 @@ class Trainer(
         self._memory = MemoryMetrics(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
         self.ranks = build.start_run(self.args)
+        check_versions()  # where the group was there already
         functions = Functions(
             compute_loss_func=compute_loss_func,
             # One that is called with batches takes another argument: ``_check_evaluation``.
