@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstrain.core.files import write_record
 from dstrain.core.secrets import without_secrets
 from dstrain.core.versions import installed, python_version
 
@@ -39,7 +40,7 @@ def write_card(trainer: Any, wishes: CardWishes) -> None:
     """Write ``README.md`` into the run's folder; tags and library of one that is there stay."""
     path = Path(trainer.args.output_dir) / "README.md"
     text = card_of(trainer, wishes, before=path, ask_hub=True)
-    path.write_text(text, encoding="utf-8")
+    write_record(path, text)
 
 
 def card_of(trainer: Any, wishes: CardWishes, *, before: Path, ask_hub: bool = False) -> str:

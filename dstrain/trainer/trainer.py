@@ -15,6 +15,7 @@ from dstrain.checkpoint import CheckpointWriter, check_there
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
+from dstrain.core.files import writing
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ranks
 from dstrain.core.seeds import seed_everything, seed_rank
@@ -276,7 +277,11 @@ class Trainer(
             done = True
             return output
         except TrainingError:
-            self.save_state()  # what was logged until then shows what went wrong
+            if self.state.global_step:  # what was logged until then shows what went wrong
+                try:
+                    self.save_state()
+                except TrainingError as error:
+                    logger.error("%s", error)
             raise
         finally:
             self.is_in_train = False
@@ -300,8 +305,10 @@ class Trainer(
         with main_ranks_buffers(self.model, wanted=apart):
             save_model(self.model, folder, self.ranks, on_each_node=self.args.save_on_each_node)
         write = processor_writer(self.processing_class, self.data_collator)
-        if self.args.should_save and write is not None:
-            write(folder)
+        with all_or_none():
+            if self.args.should_save and write is not None:
+                with writing(folder):
+                    write(folder)
         if self.args.push_to_hub and not _internal_call:
             if folder != Path(self.args.output_dir):
                 self.save_model(_internal_call=True)  # what is uploaded is the run's own folder
@@ -443,8 +450,10 @@ class Trainer(
             )
         self.resolved = self._resolve(max_steps)
         check_parts(self.model, self.resolved)
+        with all_or_none():
+            if self.ranks.is_main:
+                build.record_resolved_config(self.resolved, self.args)
         if self.ranks.is_main:
-            build.record_resolved_config(self.resolved, self.args)
             for warning in self.resolved.warnings:
                 logger.warning("%s", warning)
             self._announce(loader, max_steps=max_steps)

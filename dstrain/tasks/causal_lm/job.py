@@ -64,6 +64,7 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
         args,
         CAUSAL_LM,
         name=name,
+        ignore_missing=model_args.ignore_missing_keys,
         config=saved_config(name) if name else _fresh_config(model_args, data_args, data.tokenizer),
         tokenizer=data.tokenizer,
         sequence_length=data_args.block_size,

@@ -63,6 +63,7 @@ def run(
         args,
         SEQ2SEQ,
         name=name,
+        ignore_missing=model_args.ignore_missing_keys,
         config=saved_config(name) if name else _fresh_config(model_args, data_args, tokenizer),
         tokenizer=tokenizer,
         sequence_length=_sequence_length(data_args),
