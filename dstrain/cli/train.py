@@ -15,7 +15,7 @@ TASKS = {"causal-lm": "dstrain.tasks.causal_lm", "seq2seq": "dstrain.tasks.seq2s
 
 
 def run(words: Sequence[str]) -> int:
-    """Parse the task's flags and run it.
+    """Parse the task's flags and run it; returns the exit status.
 
     Raises:
         ConfigError: no or an unknown task, unknown or illegal flags; credentials among them where
@@ -42,8 +42,8 @@ def run(words: Sequence[str]) -> int:
     classes = task.argument_classes()
     parser = make_parser(f"dstrain train {name}", task.__doc__ or "", classes)
     _, instances = parse(parser, rest, classes)
-    task.run(*instances)
-    return 0
+    status: int = task.run(*instances)
+    return status
 
 
 def _refuse_credentials(words: Sequence[str]) -> None:

@@ -45,7 +45,7 @@ def start(
     choose_accelerator(use_cpu=use_cpu)
     if not started:
         _single_process_environment()
-    from dstrain.engine import ops
+    from dstrain.engine import ops, shared_memory
 
     folder = ops.prepare_environment()
     ops.clear_stale_locks(folder)
@@ -73,7 +73,9 @@ def start(
         library = ops.OPS["shm_comm"].folder
         if ranks.is_local_main and not (folder / library / f"{library}.so").exists():
             logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
-        atexit.register(_forget_shared_memory)
+        atexit.register(shared_memory.forget_own)  # a start that fails leaves it
+        if ranks.is_local_main:
+            shared_memory.remove_leftovers()
     else:
         if ranks.local_rank >= accelerator.device_count():
             raise ConfigError(
@@ -101,6 +103,8 @@ def start(
             auto_mpi_discovery=False,
         )
     check_versions()
+    if on_cpu:
+        shared_memory.let_go_of_names()
     return ranks
 
 
@@ -203,14 +207,6 @@ def _end_collectives() -> None:
         time.sleep(_LET_GO_SECONDS)
     else:
         ending.join(_SHUT_DOWN_SECONDS)
-
-
-def _forget_shared_memory() -> None:
-    """Remove this rank's buffer of DeepSpeed's CPU collectives, which DeepSpeed leaves behind."""
-    variables = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
-    name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *variables])
-    with contextlib.suppress(OSError):
-        os.unlink(f"/dev/shm/{name}")
 
 
 def _other_accelerator() -> bool:

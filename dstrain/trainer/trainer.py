@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import CheckpointWriter, check_there
+from dstrain.checkpoint import CheckpointWriter, RunLock, check_there
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
@@ -199,6 +199,9 @@ class Trainer(
         self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
         self._micro_step = MicroStep()
         self._writer: CheckpointWriter | None = None
+        self._lock: tuple[Path, RunLock] | None = None
+        self.missing_checkpoints: tuple[int, ...] = ()
+        self.last_save_failed = False
         self.events = Events(self, callbacks)
         self.best = BestModel(self)
         self._begin_publishing()
@@ -252,8 +255,13 @@ class Trainer(
         return output
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
+        with saving.alone_in_folder(self):
+            return self._train_alone(resume_from_checkpoint)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None) -> Any:
         self._writer = saving.make_writer(self)
         self._memory.start("train")
+        self.missing_checkpoints, self.last_save_failed = (), False
         done = False
         try:
             with training_features(self.model, self.args):
@@ -269,6 +277,8 @@ class Trainer(
                 self.preempted = loop.preempted
                 if self._writer is not None:
                     self._writer.wait()
+                saving.keep_folder(self)
+                saving.report_missing(self, self._writer)
                 if self.preempted:
                     saving.check_saved(self, self._writer, loop.steps_before)
                 else:
@@ -557,6 +567,8 @@ class Trainer(
         metrics["train_loss"] = loop.loss_sum / max(1, steps)
         if self.resolved.precision == "fp16" or loop.skipped_steps:
             metrics["train_skipped_steps"] = loop.skipped_steps
+        if self.missing_checkpoints:
+            metrics["missing_checkpoints"] = len(self.missing_checkpoints)
         metrics |= self._memory.stop("train")
         self.log(metrics)
         if self.args.load_best_model_at_end and not self.preempted:

@@ -13,13 +13,15 @@ from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import check_there
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem, collected
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks
+from dstrain.core.ranks import Ranks, barrier
 from dstrain.core.seeds import seed_everything
+from dstrain.core.stop import INCOMPLETE
 from dstrain.engine import full_numel
 from dstrain.models import check_model_folder, check_writable, told_of_library
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.trainer import Trainer
 from dstrain.trainer.build import resolve_config
+from dstrain.trainer.saving import alone_in_folder, missing_text
 
 logger = get_logger(__name__)
 
@@ -170,14 +172,33 @@ def _check_vocabulary(config: Any, tokenizer: Any) -> None:
 
 def train_and_report(
     trainer: Trainer, *, figures: Sequence[str], show: Callable[[], str] | None = None
-) -> None:
+) -> int:
     """Evaluate, train, evaluate again; save the model and the records; print what came of it.
+
+    No other run may write into the output folder meanwhile.
 
     Args:
         trainer: ready to train; it evaluates where it has an ``eval_dataset``.
         figures: metrics, without their prefix, of the printed comparison.
         show: text to print at the end, made by all ranks together.
+
+    Returns:
+        The exit status: 0, or ``INCOMPLETE`` where the last checkpoint could not be written.
+
+    Raises:
+        CheckpointError: another run writes into the output folder.
     """
+    with alone_in_folder(trainer):
+        _train_and_report(trainer, figures, show)
+    if not trainer.last_save_failed:
+        return 0
+    barrier()  # the launcher ends all ranks once one has ended with another status than 0
+    return INCOMPLETE
+
+
+def _train_and_report(
+    trainer: Trainer, figures: Sequence[str], show: Callable[[], str] | None
+) -> None:
     before: dict[str, float] = {}
     evaluates = trainer.eval_dataset is not None
     if evaluates:
@@ -199,6 +220,8 @@ def train_and_report(
             print(f"\n{shown}\n")
         folder = Path(trainer.args.output_dir)
         print(f"model, metrics and loss_curve.png are in {folder}", flush=True)
+        if missing := missing_text(trainer):
+            print(missing, flush=True)
 
 
 def _final_evaluation(trainer: Trainer) -> dict[str, float]:
