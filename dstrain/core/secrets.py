@@ -229,7 +229,7 @@ _MAY_HOLD = re.compile(
     r"|hf_|sk-|gh[pousr]_|github_pat|glpat|xox|AKIA|e[yw3][A-Za-z0-9]",
     re.IGNORECASE,
 )
-_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.\-]*://)[^\s/@'\"<>]+@")
+_URL = re.compile(r"(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+://)[^\s/@'\"<>]+@")
 _KNOWN = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_\-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
     r"|\bgithub_pat_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_\-]{16,}|\bxox[abprs]-[A-Za-z0-9\-]{10,}"
@@ -237,10 +237,14 @@ _KNOWN = re.compile(
 )
 _AFTER_SCHEME = re.compile(r"\b(Bearer|Basic)\s+(?!<)[A-Za-z0-9+/_.~\-]{6,}={0,2}")
 _BASE64 = re.compile(r"(?<![A-Za-z0-9+/_\-])e[yw3][A-Za-z0-9+/_\-]{14,}={0,2}")
+# A name begins where no other does, and is taken whole: no text takes longer than its length.
 _NAMED = re.compile(
-    r"(?P<open>\\*[\"']?)(?P<name>-{0,2}[A-Za-z_][\w.\-]*)(?P=open)(?P<sign>\s*(?:=>|:=|==?|:)\s*)"
+    r"(?<![\w.\-\\])(?P<open>\\*+[\"']?)(?P<name>-{0,2}[A-Za-z_][\w.\-]*+)(?P=open)"
+    r"(?P<sign>\s*+(?:=>|:=|==?|:)\s*+)"
 )
-_FLAG = re.compile(r"(?P<open>[\"']?)(?P<name>--[A-Za-z][\w.\-]*)(?P=open)(?P<sign>\s*,?\s+)")
+_FLAG = re.compile(
+    r"(?<![\w.\-])(?P<open>[\"']?)(?P<name>--[A-Za-z][\w.\-]*+)(?P=open)(?P<sign>(?:\s*+,)?\s++)"
+)
 _VALUE = re.compile(
     r"(?P<quote>\\*[bf]?\\*[\"'])(?P<inner>(?:\\.|(?!(?P=quote)).)*)(?P<end>(?P=quote)?)"
     r"|\[[^\]]*\]?|\([^)]*\)?|\{[^}]*\}?|[^\s,;&)}\]\"']+"

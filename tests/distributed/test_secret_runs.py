@@ -81,6 +81,19 @@ def test_a_launchers_command_takes_none(words: list[str], remedy: str, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_ssh_way_of_many_machines_takes_none(tmp_path: Path) -> None:
+    """The token would be in the command of ssh."""
+    (tmp_path / "hosts").write_text("worker-0 slots=2\nworker-1 slots=2\n")
+    command = ["bash", "launch/multi_node.sh", str(tmp_path / "hosts"), "--hub_token", MARK]
+    environment = {k: v for k, v in quiet_environment().items() if k != "NODE_RANK"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "Log in with 'hf auth login' on worker-0" in done.stderr
+    assert MARK not in done.stdout + done.stderr
+
+
 def test_launch_scripts_take_the_token_out_of_the_command(tmp_path: Path) -> None:
     """The ranks get it as HF_TOKEN, and no command has it."""
     script = """

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import time
 
 import pytest
 
 from dstrain.arguments import TrainingArguments
+from dstrain.config.difference import as_text, differences
 from dstrain.config.source import read_config
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
@@ -175,3 +177,25 @@ def test_masks_are_taken_for_nothing():
     assert again.deepspeed == {"comet": {"enabled": False}, "wandb": {"team": "t"}}
     with pytest.raises(ConfigError, match=r"comet.api_key = <API_KEY>(.|\n)*COMET_API_KEY"):
         read_config(json.dumps(without_secrets(given)))
+
+
+def test_a_comparison_shows_none_of_an_older_record():
+    """One that was written before credentials were hidden."""
+    reason = {"comet.api_key": {"detail": "your config"}}
+    old = {"deepspeed": {"comet": {"api_key": SECRET}}, "provenance": reason}
+    new = {"deepspeed": {"comet": {"api_key": "<API_KEY>"}}, "provenance": reason}
+    assert differences(old, new) == ()
+    empty = {"deepspeed": {}, "provenance": {}}
+    assert SECRET not in as_text(differences(old, empty), other="empty")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 300_000, "a." * 150_000, "\\" * 300_000, "eyJ" * 100_000, '"' * 300_000, "--a" * 100_000,
+     "token: '" * 20_000, "x://" * 80_000],
+)  # fmt: skip
+def test_no_text_takes_long(text):
+    """A log line may hold anything."""
+    started = time.monotonic()
+    hidden_in_text(f"auth {text}")
+    assert time.monotonic() - started < 5
