@@ -7,7 +7,6 @@ the weights, and nothing is executed.
 from __future__ import annotations
 
 import contextlib
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -55,7 +54,7 @@ def check_model_folder(folder: str) -> None:
     if problems:
         raise ModelError(problems)
     check_sizes(read_config_file(path / "config.json", folder), folder)
-    problems = [p for file in _files_of_weights(path) if (p := _damage(file)) is not None]
+    problems = [problem for file in _files_of_weights(path) for problem in _damage(file)]
     if problems:
         raise ModelError(problems)
 
@@ -120,23 +119,14 @@ def _files_of_index(index: Path) -> list[Path]:
     return files
 
 
-def _damage(file: Path) -> Problem | None:
+def _damage(file: Path) -> list[Problem]:
     """What keeps a file of weights from being loaded, as far as its table of contents tells."""
-    what = f"the weights {file} cannot be read"
     try:
-        if file.suffix == ".safetensors":
-            _look_at_safetensors(file)
-        else:
-            _look_at_archive(file)
-    except pickle.UnpicklingError as error:
-        return Problem(
-            what,
-            f"loading weights must not execute code, and this file asks for it: {_first(error)}",
-            "convert the model to safetensors where you trust it",
-        )
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
-        return Problem(what, _first(error), _DAMAGED)
-    return None
+        with told_of_library(f"the weights {file} cannot be read", _DAMAGED):
+            (_look_at_safetensors if file.suffix == ".safetensors" else _look_at_archive)(file)
+    except ModelError as error:
+        return list(error.problems)
+    return []
 
 
 def _look_at_safetensors(file: Path) -> None:
@@ -150,29 +140,29 @@ def _look_at_safetensors(file: Path) -> None:
 
 
 def _look_at_archive(file: Path) -> None:
-    """Read the table of a file of ``torch.save``, in which tensors keep no memory.
+    """Read which classes a file of ``torch.save`` asks for; none of it is executed or loaded.
 
-    Older ones are no archives and are read whole: only their first byte is looked at.
+    Older ones are no archives and are read whole: only their first bytes are looked at.
+
+    Raises:
+        ValueError: it is damaged.
+        ModelError: it asks for more than tensors are made of.
     """
     if not zipfile.is_zipfile(file):
         with open(file, "rb") as opened:
             start = opened.read(4)
-        if start[:1] != b"\x80" or start[:2] == b"PK":
+        if start[:1] != b"\x80":
             raise ValueError("it is no archive of torch.save, or its end is missing")
         return
-    content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"it holds a {type(content).__name__}, not tensors by name")
-    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
-    if others and len(others) == len(content):
-        raise ValueError(f"it holds no tensors: {', '.join(map(str, others[:3]))}")
-
-
-def _first(error: Exception) -> str:
-    """The first sentence of what a library says; the rest is advice to load the file unsafely."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if "unsupported" in line.lower()), None)
-    return (told or next(iter(lines), type(error).__name__))[:300]
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+    if foreign:
+        raise ModelError(
+            Problem(
+                f"the weights {file} are not loaded",
+                f"they ask for {', '.join(foreign[:5])}, which only executing the file could make",
+                "convert the model to safetensors where you trust it",
+            )
+        )
 
 
 def check_loaded(info: Mapping[str, Any], folder: str, *, ignore_missing: bool) -> list[str]:
