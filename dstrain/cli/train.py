@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from dstrain.core.errors import ConfigError, Problem, nearest, raise_problems
-from dstrain.core.secrets import hidden_in_words
+from dstrain.core.secrets import hidden_in_words, is_secret_name
 
 # Modules with ``argument_classes()`` (no torch) and ``run(*instances)``.
 TASKS = {"causal-lm": "dstrain.tasks.causal_lm", "seq2seq": "dstrain.tasks.seq2seq"}
+
+
+# How values begin that can have a credential in them: JSON, as it is or in base64, and addresses.
+_SETTINGS = ("{", "ey", "ew", "e3", "http://", "https://")
 
 
 def run(words: Sequence[str]) -> int:
@@ -56,7 +60,11 @@ def _refuse_credentials(words: Sequence[str]) -> None:
     for i, (word, shown) in enumerate(zip(words, hidden_in_words(words), strict=True)):
         if word == shown:
             continue
-        flag = word.partition("=")[0] if word.startswith("--") else words[i - 1]
+        flag, equals, value = word.partition("=")
+        if not (word.startswith("--") and equals):
+            flag, value = (words[i - 1] if i else ""), word
+        if not is_secret_name(flag) and not value.lstrip().startswith(_SETTINGS):
+            continue  # prose, such as a prompt
         remedy = "put it into a file that only you can read, and give the path of that"
         if flag.replace("-", "_").endswith("hub_token"):
             remedy = f"leave {flag} out: `export HF_TOKEN=...` before the launch, or log in once "

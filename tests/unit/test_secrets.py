@@ -6,10 +6,12 @@ import base64
 import json
 import logging
 import time
+from contextlib import nullcontext
 
 import pytest
 
 from dstrain.arguments import TrainingArguments
+from dstrain.cli.train import _refuse_credentials
 from dstrain.config.difference import as_text, differences
 from dstrain.config.source import read_config
 from dstrain.core.errors import ConfigError, Problem
@@ -199,3 +201,23 @@ def test_no_text_takes_long(text):
     started = time.monotonic()
     hidden_in_text(f"auth {text}")
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("words", "is_refused"),
+    [
+        (["--hub_token", SECRET], True),
+        ([f"--hub-token={SECRET}"], True),
+        (["--deepspeed", f'{{"comet": {{"api_key": "{SECRET}"}}}}'], True),
+        (["--deepspeed", base64.b64encode(b'{"comet": {"api_key": "abcdef"}}').decode()], True),
+        (["--dataset_name", f"https://me:{SECRET}@host/data"], True),
+        (["--completion_prompt", f"my password: {SECRET}"], False),
+        (["--completion_prompt=def login(token=None, api_key=x):"], False),
+        (["--deepspeed", '{"comet": {"enabled": true}}', "--push_to_hub", "--bf16"], False),
+        (["--include_num_input_tokens_seen", "all", "--seed", "1"], False),
+    ],
+)
+def test_what_a_launchers_command_may_not_have(words, is_refused):
+    """Flags of credentials, and settings with one; a prompt may say anything."""
+    with pytest.raises(ConfigError, match="of a launcher") if is_refused else nullcontext():
+        _refuse_credentials(words)
