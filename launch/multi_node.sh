@@ -154,6 +154,14 @@ read_hostfile "$1"
 hostfile="$(realpath "$1")"
 shift
 
+dstrain_take_token "$@"
+if ((${#WORDS[@]} != $#)); then
+    # ssh would carry it in a command too, which every user of every machine can read.
+    [[ -n $NODE_RANK || ${#HOSTS[@]} -eq 1 ]] ||
+        die "--hub_token: a token cannot be handed on by ssh unseen. Log in with 'hf auth login' on ${HOSTS[0]}, which uploads, and leave it out"
+    set -- ${WORDS[@]+"${WORDS[@]}"}
+fi
+
 if [[ -n $NODE_RANK ]]; then
     [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ && $NODE_RANK -lt ${#HOSTS[@]} ]] ||
         die "NODE_RANK=$NODE_RANK: expected 0 to $((${#HOSTS[@]} - 1)), as $hostfile names ${#HOSTS[@]} machine(s)"

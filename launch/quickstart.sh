@@ -114,5 +114,6 @@ else
     say "Training on $NUM_GPUS GPU(s)."
 fi
 
+dstrain_take_token "$@"
 dstrain_run_job "${launch[@]}" --module dstrain train "$TASK" \
-    "${DEFAULTS[@]}" ${flags[@]+"${flags[@]}"} "$@"
+    "${DEFAULTS[@]}" ${flags[@]+"${flags[@]}"} ${WORDS[@]+"${WORDS[@]}"}

@@ -138,6 +138,27 @@ dstrain_free_port() {
     python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
+# Set WORDS to the training flags given, without the token of --hub_token: the launcher prints its
+# command, which every user of the machine can read as well. The ranks get it as HF_TOKEN.
+dstrain_take_token() {
+    WORDS=()
+    while (($#)); do
+        case "$1" in
+            --hub[_-]token=* | --push[_-]to[_-]hub[_-]token=*) export HF_TOKEN="${1#*=}" ;;
+            --hub[_-]token | --push[_-]to[_-]hub[_-]token)
+                if (($# > 1)); then
+                    export HF_TOKEN="$2"
+                    shift
+                else
+                    WORDS+=("$1") # without a value, which is an error
+                fi
+                ;;
+            *) WORDS+=("$1") ;;
+        esac
+        shift
+    done
+}
+
 # For the traps of dstrain_run_job, whose variables it sees.
 # shellcheck disable=SC2317
 forward_signal() {

@@ -13,6 +13,7 @@ from dstrain.arguments.fields import default_of, shown, treatment_of
 from dstrain.arguments.treatment import NOT_YET, Treatment
 from dstrain.core.errors import Problem
 from dstrain.core.ranks import launched_ranks
+from dstrain.core.secrets import hidden_in_text
 
 
 def declared(cls: type[Any]) -> dict[str, tuple[Treatment, Any]]:
@@ -88,7 +89,7 @@ def warn(message: str, category: type[Warning]) -> None:
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _is_ours(frame):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(hidden_in_text(message), category, stacklevel=level)
 
 
 def _is_ours(frame: FrameType) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dstrain.arguments.treatment import Treatment
 from dstrain.core.errors import Problem, nearest
+from dstrain.core.secrets import without_secrets
 
 
 class _Help(str):
@@ -64,8 +65,9 @@ def treatment_of(field: dataclasses.Field[Any]) -> Treatment | None:
 
 
 def shown(name: str, value: Any) -> str:
-    """A value as messages and records may show it: a token is never written down."""
-    return f"<{name.upper()}>" if name.endswith("_token") and value is not None else repr(value)
+    """A value as messages may show it: credentials are never written down."""
+    hidden = without_secrets(value, name)
+    return hidden if hidden is not value and isinstance(hidden, str) else repr(hidden)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

@@ -40,7 +40,8 @@ class HubArguments:
     )
     hub_token: str | None = arg(
         None,
-        "Token to upload with; none takes the one of the login. Never written down.",
+        "Token to upload with; none takes HF_TOKEN, or the one of the login. Never written down. "
+        "Under a launcher give it as HF_TOKEN: launchers print their command.",
         treatment=implemented(),
     )
     hub_private_repo: bool | None = arg(

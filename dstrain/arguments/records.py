@@ -1,4 +1,4 @@
-"""Arguments as plain values: for trackers, files and messages; tokens are never written down."""
+"""Arguments as plain values: for trackers, files and messages; credentials never written down."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import json
 from typing import Any
 
 from dstrain.arguments.fields import shown
+from dstrain.core.secrets import is_mask, without_masks, without_secrets
 
 
 class Records:
     """How a dataclass of arguments is written down."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep ``@dataclass`` from giving a subclass a ``__repr__`` that shows its tokens."""
+        """Keep ``@dataclass`` from giving a subclass a ``__repr__`` that shows credentials."""
         super().__init_subclass__(**kwargs)
         if "__repr__" not in vars(cls):
             cls.__repr__ = Records.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        """All fields, one a line, in the order of their names; tokens masked."""
+        """All fields, one a line, in the order of their names; credentials masked."""
         fields = sorted(f.name for f in dataclasses.fields(self))  # type: ignore[arg-type]
         lines = [f"{name}={shown(name, getattr(self, name))},\n" for name in fields]
         return f"{type(self).__name__}(\n{''.join(lines)})"
@@ -28,9 +29,9 @@ class Records:
     __str__ = __repr__
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values; a token becomes ``<ITS_NAME>``."""
+        """All fields as plain values; a credential, at any depth, becomes ``<ITS_NAME>``."""
         return {
-            f.name: _plain(f.name, getattr(self, f.name))
+            f.name: without_secrets(_plain(getattr(self, f.name)), f.name)
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
             if f.init
         }
@@ -49,16 +50,16 @@ class Records:
         }
 
     def _forget_masks(self) -> None:
-        """The mask that ``to_dict`` writes for a token is no token."""
+        """The mask that ``to_dict`` writes for a credential is none, at any depth."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if field.name.endswith("_token") and value == f"<{field.name.upper()}>":
+            if is_mask(field.name, value):
                 setattr(self, field.name, None)
+            elif isinstance(value, dict) and (kept := without_masks(value)) != value:
+                setattr(self, field.name, kept)
 
 
-def _plain(name: str, value: Any) -> Any:
-    if name.endswith("_token") and value is not None:
-        return shown(name, value)
+def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (list, tuple)) and any(isinstance(v, enum.Enum) for v in value):

@@ -87,6 +87,14 @@ class RunArguments:
 
     def _run_problems(self) -> list[Problem]:
         problems = []
+        if not self.output_dir.strip():
+            problems.append(
+                Problem(
+                    f"output_dir={self.output_dir!r}",
+                    "a run writes into a folder of its own, and this names none",
+                    "name one, or leave it out for trainer_output; is a shell variable empty?",
+                )
+            )
         if self.ddp_timeout <= 0:
             problems.append(
                 Problem(f"ddp_timeout={self.ddp_timeout}", "seconds, so greater than 0")

@@ -66,7 +66,8 @@ class SavingArguments:
     save_failure: str = arg(
         "stop",
         "What a checkpoint that could not be written does: 'stop' ends the run with an error, "
-        "'continue' logs it and trains on; earlier checkpoints stay either way.",
+        "'continue' logs it, trains on, and names at the end what is missing (exit status 3 if "
+        "it is the last); earlier checkpoints stay either way.",
         choices=("stop", "continue"),
         treatment=implemented(own=True),
     )

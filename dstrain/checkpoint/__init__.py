@@ -20,6 +20,7 @@ from dstrain.checkpoint.native import Reader, check_readable
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.prune import Pruning, best_of, prune
 from dstrain.checkpoint.run_files import read_own, read_run
+from dstrain.checkpoint.run_lock import RunLock, held_by_one
 from dstrain.checkpoint.save import CheckpointWriter
 from dstrain.checkpoint.trainer_state import (
     TrainerStateRecord,
@@ -40,6 +41,7 @@ __all__ = [
     "Pruning",
     "Reader",
     "Restored",
+    "RunLock",
     "RunRecord",
     "TrainerStateRecord",
     "best_of",
@@ -55,6 +57,7 @@ __all__ = [
     "extra_files",
     "holding",
     "is_plain",
+    "held_by_one",
     "load_into",
     "load_weights",
     "named",

@@ -31,8 +31,6 @@ _STAGED = re.compile(r"\.checkpoint-[0-9]+\.(writing|replaced|removing)-[0-9a-f]
 _REPLACED = re.compile(r"\.checkpoint-([0-9]+)\.replaced-[0-9a-f]{8}")
 STATE = "state"
 LOCK = ".lock"
-RUN_LOCK = ".dstrain-run.lock"
-_SHARED = "; if it is this one on another machine, they share the disk: leave save_on_each_node out"
 
 
 @dataclass(frozen=True)
@@ -229,36 +227,6 @@ def _move_content(staging: Path, out: Path) -> None:
     for path in sorted(staging.iterdir(), key=lambda p: p.name == manifests.NAME):
         os.rename(path, out / path.name)
     staging.rmdir()
-
-
-@contextlib.contextmanager
-def only_run(output_dir: Path, *, on_each_node: bool = False) -> Iterator[None]:
-    """Refuse a second run that would write checkpoints into the same folder.
-
-    Args:
-        output_dir: the folder.
-        on_each_node: whether every machine of this run takes its own disk's.
-
-    Raises:
-        CheckpointError: another living process does so.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(FileNotFoundError, PermissionError):
-            file = stack.enter_context(open(output_dir / RUN_LOCK, "ab"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointError(
-                    Problem(
-                        f"another run is writing checkpoints into {str(output_dir)!r}",
-                        "the two would replace and remove each other's",
-                        "choose another output_dir, or wait until that run has ended"
-                        + (_SHARED if on_each_node else ""),
-                    )
-                ) from error
-            except OSError:
-                pass  # a file system without locks
-        yield
 
 
 def discard_if_there(staging: Path) -> None:

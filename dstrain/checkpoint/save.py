@@ -21,6 +21,7 @@ from dstrain.checkpoint.extra_state import (
 )
 from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest, write_manifest
 from dstrain.checkpoint.policy import Policy, RunRecord
+from dstrain.checkpoint.run_lock import RunLock
 from dstrain.checkpoint.staging import Staging, new_staging
 from dstrain.checkpoint.versions import versions
 from dstrain.core.documents import check_depth
@@ -30,6 +31,7 @@ from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import PATIENCE, Ranks, all_or_none, gather_objects, is_distributed
 from dstrain.core.records import described, unrecordable
+from dstrain.core.secrets import without_secrets
 from dstrain.engine import (
     Engine,
     main_ranks_buffers,
@@ -70,10 +72,16 @@ class CheckpointWriter:
 
     Attributes:
         failed: steps whose checkpoints could not be written, as far as that is known.
+        last: the step that was to be saved last; None before the first.
     """
 
-    def __init__(self, policy: Policy, ranks: Ranks) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks, lock: RunLock) -> None:
         """Clear up after killed runs, and refuse a second run in the same folder.
+
+        Args:
+            policy: what is saved where.
+            ranks: facts of this process.
+            lock: of the run on the folder, which the writer holds until it is closed.
 
         Raises:
             CheckpointError: another run is writing there.
@@ -87,11 +95,10 @@ class CheckpointWriter:
             for folder in sorted(set(firsts))
         )
         self._held = contextlib.ExitStack()
+        self._lock = lock
         with all_or_none():
             if self._sharers.is_main:
-                self._held.enter_context(
-                    folders.only_run(policy.output_dir, on_each_node=policy.on_each_node)
-                )
+                self._held.enter_context(lock.held())
                 folders.recover(policy.output_dir)
         self._asynchronous = False if policy.layout == DEEPSPEED else policy.asynchronous
         self._copies = HostCopies()
@@ -100,6 +107,7 @@ class CheckpointWriter:
         self._writing: int | None = None
         self._warned = self._said_lost = False
         self.failed: set[int] = set()
+        self.last: int | None = None
         self._group: Any = None
         if is_distributed():
             import torch.distributed as dist
@@ -118,6 +126,10 @@ class CheckpointWriter:
                 background the one before) and the policy says stop.
         """
         self.wait()
+        self.last = record.step
+        with all_or_none():
+            if self._sharers.is_main:
+                self._lock.keep()
         if self._asynchronous is None:
             self._asynchronous = self._copies_fit(engine)
         try:
@@ -432,7 +444,7 @@ class CheckpointWriter:
 
 
 def _write_document(path: Path, document: Any) -> FileRecord:
-    """Write a document of the trainer's.
+    """Write a document of the trainer's, in which a callback may hold credentials: masked.
 
     Raises:
         CheckpointError: it holds what JSON does not know; a callback can put anything there.
@@ -444,7 +456,7 @@ def _write_document(path: Path, document: Any) -> FileRecord:
             Problem(f"{path.name}: {error}", "a callback's state or a log is so", "flatten it")
         ) from error
     try:
-        return write_json(path, document)
+        return write_json(path, without_secrets(document))
     except (TypeError, ValueError) as error:
         place, value = next(unrecordable(document, finite=True), ("", error))
         raise CheckpointError(

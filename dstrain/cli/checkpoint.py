@@ -50,6 +50,14 @@ def run(words: Sequence[str]) -> int:
                 f"did you mean {close!r}?" if close else "",
             )
         )
+    if any(not word.strip() for word in rest):
+        raise ConfigError(
+            Problem(
+                f"dstrain checkpoint {name} with an empty argument",
+                "as a path it would be the current folder",
+                "is a shell variable empty?",
+            )
+        )
     action = _ACTIONS[name]
     parser = make_parser(f"dstrain checkpoint {name}", action.text, [])
     parser.usage = f"%(prog)s {action.usage}"

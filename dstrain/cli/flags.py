@@ -12,6 +12,10 @@ from typing import Any, NoReturn
 from dstrain.arguments.fields import convert_values, default_of, kinds_of, treatment_of
 from dstrain.core.errors import ConfigError, DstrainError, Problem, nearest, raise_problems
 
+_NAMING = (
+    *("_dir", "_file", "_path", "_name", "_checkpoint", "_template"),
+    *("model_config", "deepspeed"),
+)
 MOST_CHOICES_CHARS = 50
 """Longer lists of choices stand in a flag's help, where they wrap, and not behind its name."""
 
@@ -73,6 +77,7 @@ def parse(
                 f"write it after its flag, and quote text with spaces; see {parser.prog} --help",
             )
         )
+    problems += [_names_nothing(name) for name, value in values.items() if _is_empty(name, value)]
     instances: list[Any] = []
     for cls in classes:
         names = {f.name for f in dataclasses.fields(cls)}
@@ -87,6 +92,24 @@ def parse(
         problems, error=ConfigError, title="" if len(problems) == 1 else "the command line"
     )
     return known, instances
+
+
+def _is_empty(name: str, value: Any) -> bool:
+    """Whether a flag that names something is empty, as a shell variable that is not set.
+
+    Left out it would have its default; empty, a path is the current folder. An empty ``output_dir``
+    is refused by the arguments themselves, also from Python.
+    """
+    is_text = isinstance(value, str) and name != "output_dir" and name.endswith(_NAMING)
+    return is_text and not value.strip()
+
+
+def _names_nothing(name: str) -> Problem:
+    return Problem(
+        f"--{name} is empty",
+        "it names nothing",
+        "give it a value, or leave it out; is a shell variable empty?",
+    )
 
 
 def _groups(cls: type[Any]) -> list[tuple[str, list[dataclasses.Field[Any]]]]:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dstrain.core.errors import DstrainError
-from dstrain.core.stop import PREEMPTED, Preempted
+from dstrain.core.secrets import hidden_in_text
+from dstrain.core.stop import INCOMPLETE, PREEMPTED, Preempted
 
 USAGE = """usage: dstrain COMMAND ...
 
@@ -41,7 +42,8 @@ LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote pr
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0; 1 for a failure, 2 for a user's mistake, 75 for training that a signal ended early.
+    0; 1 for a failure, 2 for a user's mistake, 3 for training that is done but whose last
+    checkpoint could not be written, 75 for training that a signal ended early.
     """
     words = [a for a in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(a)]
     try:
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The console script: ``main``, then the process group goes down and the process ends."""
     status = main()
-    if status in (0, PREEMPTED) and "torch" in sys.modules:
+    if status in (0, PREEMPTED, INCOMPLETE) and "torch" in sys.modules:
         from dstrain.engine import shut_down
 
         shut_down()
@@ -145,7 +147,7 @@ def _report_failure(error: Exception) -> int:
         text = f"ended, because another rank did; the cause is what that rank shows ({reason})"
     else:
         text = f"failed:\n{traceback.format_exc()}"
-    print(f"\n[rank {rank}] {text}", file=sys.stderr, flush=True)
+    print(f"\n[rank {rank}] {hidden_in_text(text)}", file=sys.stderr, flush=True)
     return _leave(FAILURE)
 
 

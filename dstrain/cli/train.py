@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from types import ModuleType
 
-from dstrain.core.errors import ConfigError, Problem, nearest
+from dstrain.core.errors import ConfigError, Problem, nearest, raise_problems
+from dstrain.core.secrets import hidden_in_words, is_secret_name
 
 # Modules with ``argument_classes()`` (no torch) and ``run(*instances)``.
 TASKS = {"causal-lm": "dstrain.tasks.causal_lm", "seq2seq": "dstrain.tasks.seq2seq"}
 
 
+# How values begin that can have a credential in them: JSON, as it is or in base64, and addresses.
+_SETTINGS = ("{", "ey", "ew", "e3", "http://", "https://")
+
+
 def run(words: Sequence[str]) -> int:
-    """Parse the task's flags and run it.
+    """Parse the task's flags and run it; returns the exit status.
 
     Raises:
-        ConfigError: no or an unknown task, unknown or illegal flags.
+        ConfigError: no or an unknown task, unknown or illegal flags; credentials among them where
+            a launcher has started this process.
     """
     if not words:
         raise ConfigError(
@@ -31,14 +38,46 @@ def run(words: Sequence[str]) -> int:
         print("`dstrain train TASK --help` lists the flags of a task.")
         return 0
     name, rest = words[0], words[1:]
+    if "RANK" in os.environ:
+        _refuse_credentials(rest)
     task = find_task(name)
     from dstrain.cli.flags import make_parser, parse
 
     classes = task.argument_classes()
     parser = make_parser(f"dstrain train {name}", task.__doc__ or "", classes)
     _, instances = parse(parser, rest, classes)
-    task.run(*instances)
-    return 0
+    status: int = task.run(*instances)
+    return status
+
+
+def _refuse_credentials(words: Sequence[str]) -> None:
+    """Keep credentials out of a launcher's command, which it prints and every user can read.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    problems = []
+    for i, (word, shown) in enumerate(zip(words, hidden_in_words(words), strict=True)):
+        if word == shown:
+            continue
+        flag, equals, value = word.partition("=")
+        if not (word.startswith("--") and equals):
+            flag, value = (words[i - 1] if i else ""), word
+        if not is_secret_name(flag) and not value.lstrip().startswith(_SETTINGS):
+            continue  # prose, such as a prompt
+        remedy = "put it into a file that only you can read, and give the path of that"
+        if flag.replace("-", "_").endswith("hub_token"):
+            remedy = f"leave {flag} out: `export HF_TOKEN=...` before the launch, or log in once "
+            remedy += "with `hf auth login`, on the machine of rank 0"
+        problems.append(
+            Problem(
+                f"{flag} with a credential on the command line of a launcher",
+                "the launcher prints its command, in its log and when a run fails, and every user "
+                "of the machine can read it: take the credential for known, and replace it",
+                remedy,
+            )
+        )
+    raise_problems(problems, error=ConfigError)
 
 
 def find_task(name: str) -> ModuleType:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dstrain.config.explain import leaf
 from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.secrets import without_secrets
 
 RECORD_FILE = "resolved_config.json"
 # Where a run writes and what it is called make no other run of it.
@@ -67,6 +68,8 @@ def differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Diff
         other: likewise. Facts and versions that only one of them has are no difference: a run
             knows more than a command that looks ahead.
     """
+    # A record of another release, or of another program, may have credentials in it.
+    this, other = without_secrets(this), without_secrets(other)
     found = []
     for kind, sides in (("key", _keys), ("argument", _arguments), ("fact", _facts)):
         ours, theirs = dict(sides(this)), dict(sides(other))

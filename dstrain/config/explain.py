@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import platform
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config.resolved import ResolvedConfig
+from dstrain.core.secrets import hidden_in_text, without_secrets
+from dstrain.core.versions import installed, python_version
 
 REASON_WIDTH = 88
 PACKAGES = ("dstrain", "deepspeed", "torch", "transformers")
 
 
 def as_table(resolved: ResolvedConfig) -> str:
-    """Aligned lines ``key  value  reason``, long reasons on several; then warnings."""
+    """Aligned lines ``key  value  reason``, long reasons on several; then warnings.
+
+    Credentials are masked, as in everything here.
+    """
     rows = [
-        (key, _show(value), str(resolved.provenance[key])) for key, value in resolved.values.items()
+        (key, _show(without_secrets(value, key)), hidden_in_text(str(resolved.provenance[key])))
+        for key, value in resolved.values.items()
     ]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     widths[1] = min(widths[1], 24)
@@ -30,13 +33,13 @@ def as_table(resolved: ResolvedConfig) -> str:
         first, *others = textwrap.wrap(why, REASON_WIDTH, break_long_words=False) or [""]
         lines.append(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {first}")
         lines += [" " * (sum(widths) + 4) + other for other in others]
-    lines += [f"warning: {text}" for text in resolved.warnings]
+    lines += [f"warning: {hidden_in_text(text)}" for text in resolved.warnings]
     return "\n".join(lines)
 
 
 def as_dict(resolved: ResolvedConfig) -> dict[str, Any]:
     """The same as data: the nested config, the reason per key, adopted arguments, warnings."""
-    return {
+    data = {
         "deepspeed": resolved.to_deepspeed(),
         "provenance": {
             k: {"source": p.source, "detail": p.detail} for k, p in resolved.provenance.items()
@@ -44,12 +47,13 @@ def as_dict(resolved: ResolvedConfig) -> dict[str, Any]:
         "adopted_from_config": dict(resolved.adopted),
         "warnings": list(resolved.warnings),
     }
+    return dict(without_secrets(data))
 
 
 def as_record(resolved: ResolvedConfig, arguments: TrainingArguments) -> dict[str, Any]:
     """What ``resolved_config.json`` of a run holds, as plain JSON data.
 
-    Beside ``as_dict``: what the resolution knew, every argument (tokens masked) with the names of
+    Beside ``as_dict``: what the resolution knew, every argument with the names of
     those that were set, and the versions of the packages.
     """
     facts = resolved.facts
@@ -73,23 +77,12 @@ def as_record(resolved: ResolvedConfig, arguments: TrainingArguments) -> dict[st
         "versions": versions(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
-    return plain
+    return dict(without_secrets(plain))
 
 
 def versions() -> dict[str, str]:
     """Installed versions, read without importing the packages; what is missing is left out."""
-    return dict(_versions())
-
-
-@functools.cache  # a save asks for them while training waits
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": python_version(), **installed(PACKAGES)}
 
 
 def leaf(config: Mapping[str, Any], path: str) -> Any:

@@ -1,12 +1,30 @@
-"""A model config as a user writes it, read without transformers."""
+"""A model config as a user writes it, read without transformers, and what its sizes must be."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dstrain.core.errors import ModelError, Problem
+
+# Sizes that a model cannot be without, and others that some models set to 0 for "none".
+_POSITIVE = frozenset(
+    {
+        *("hidden_size", "d_model", "n_embd", "vocab_size", "num_hidden_layers", "num_layers"),
+        *("n_layer", "num_attention_heads", "num_heads", "n_head"),
+    }
+)
+_NOT_NEGATIVE = frozenset(
+    {
+        *("intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_layers", "decoder_layers"),
+        *("num_decoder_layers", "num_key_value_heads", "encoder_ffn_dim", "decoder_ffn_dim"),
+        *("encoder_attention_heads", "decoder_attention_heads", "moe_intermediate_size"),
+        *("head_dim", "d_kv"),
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "type_vocab_size"),
+    }
+)
 
 
 def read_spec(spec: str) -> tuple[dict[str, Any], bool]:
@@ -16,21 +34,92 @@ def read_spec(spec: str) -> tuple[dict[str, Any], bool]:
         its values with ``model_type``, and whether it was the short form.
 
     Raises:
-        ModelError: the file cannot be read, or names no model type.
+        ModelError: the file cannot be read, or names no model type; a size that can be none.
     """
     path = Path(spec).expanduser()
     if not (spec.endswith(".json") or _exists(path)):
         kind, _, rest = spec.partition(":")
         pairs = [pair.partition("=") for pair in filter(None, map(str.strip, rest.split(",")))]
-        return {"model_type": kind} | {k.strip(): _value(v.strip()) for k, _, v in pairs}, True
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(Problem(f"model_config={spec!r} cannot be read", str(error))) from error
-    if not isinstance(content, dict) or not content.get("model_type"):
+        values = {"model_type": kind} | {k.strip(): value_of(v.strip()) for k, _, v in pairs}
+        check_sizes(values, spec)
+        return values, True
+    content = read_config_file(path / "config.json" if path.is_dir() else path, spec)
+    if not isinstance(content.get("model_type"), str):
         raise ModelError(Problem(f"model_config={spec!r}", "it has no model_type"))
+    check_sizes(content, spec)
     return content, False
+
+
+def read_config_file(file: Path, name: str) -> dict[str, Any]:
+    """The object in a ``config.json``.
+
+    Args:
+        file: the file.
+        name: what the user calls it.
+
+    Raises:
+        ModelError: it cannot be read, is no JSON object, or is nested too deep.
+    """
+    from dstrain.core.documents import loaded, parsed
+
+    try:
+        content = parsed(loaded(file))
+    except (OSError, ValueError) as error:
+        why = f"{file.name}: {error}" if isinstance(error, ValueError) else str(error)
+        raise ModelError(Problem(f"the model config {name!r} cannot be read", why)) from error
+    if not isinstance(content, dict):
+        raise ModelError(
+            Problem(f"the model config {name!r}", "it is no JSON object, so it has no model_type")
+        )
+    return content
+
+
+def value_of(text: str) -> Any:
+    """The value of one ``key=value`` of the short form; text that is no JSON is text."""
+    from dstrain.core.documents import parsed
+
+    # Python's spelling of three values that JSON spells in another way.
+    word = {"True": "true", "False": "false", "None": "null"}.get(text, text)
+    try:
+        return parsed(word.encode())
+    except ValueError:
+        return text
+
+
+def check_sizes(values: Mapping[str, Any], name: str) -> None:
+    """Refuse sizes that no model can have: text, fractions, negative, and 0 where there is none.
+
+    Args:
+        values: of the config, as written.
+        name: what the user calls it.
+
+    Raises:
+        ModelError: naming all of them.
+    """
+    problems = [
+        Problem(f"{key}={json.dumps(value, default=str)} in the model config {name!r}", why)
+        for key, value, why in _wrong_sizes(values)
+    ]
+    if problems:
+        raise ModelError(problems)
+
+
+def _wrong_sizes(values: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            if str(key).endswith("config"):  # text_config, vision_config and their like
+                yield from _wrong_sizes(value, f"{inside}{key}.")
+            continue
+        if key not in _POSITIVE | _NOT_NEGATIVE or value is None:
+            continue
+        least = 1 if key in _POSITIVE and not inside else 0
+        parts = value if isinstance(value, list) and value else [value]  # a layer or stage each
+        if not all(_is_whole(part) and part >= least for part in parts):
+            yield f"{inside}{key}", value, f"a whole number of {least} or more is needed"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _exists(path: Path) -> bool:
@@ -38,10 +127,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a short form longer than a file name may be
         return False
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except ValueError:
-        return text

@@ -5,20 +5,49 @@ from __future__ import annotations
 import base64
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dstrain.core.errors import ConfigError, Problem, nearest
+from dstrain.core.secrets import is_mask, without_secrets
 
 
 def read_config(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
     """The user's config as a dict of its own, and a label that says where it came from.
 
     Raises:
-        ConfigError: for a path or preset that does not exist, text that is not a JSON object, and
-            a key that stands twice in one object (JSON parsers would silently keep the last).
+        ConfigError: for a path or preset that does not exist, text that is not a JSON object,
+            a key that stands twice in one object (JSON parsers would silently keep the last), and
+            the mask of a credential, as records of runs have it, in the place of one.
     """
+    config, label = _read_given(given)
+    masks = list(_masks(config))
+    if masks:
+        raise ConfigError(
+            [
+                Problem(
+                    f"{path} = {value} in {label}",
+                    "records of runs have this in the place of a credential",
+                    "leave the key out where the service reads a variable of its own, such as "
+                    "COMET_API_KEY; or write the credential in",
+                )
+                for path, value in masks
+            ]
+        )
+    return config, label
+
+
+def _masks(config: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in config.items():
+        path = f"{inside}.{name}" if inside else str(name)
+        if isinstance(value, Mapping):
+            yield from _masks(value, path)
+        elif is_mask(str(name), value):
+            yield path, value
+
+
+def _read_given(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
     if given is None:
         return {}, "nothing"
     if isinstance(given, Mapping):
@@ -84,7 +113,8 @@ def _parse(text: str, label: str) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen:
-                repeated.append(f"{key!r} (values {seen[key]!r} and {value!r})")
+                both = [without_secrets(v, key) for v in (seen[key], value)]
+                repeated.append(f"{key!r} (values {both[0]!r} and {both[1]!r})")
             seen[key] = value
         return seen
 

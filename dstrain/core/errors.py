@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from dstrain.core.secrets import hidden_in_text
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One thing that is wrong; credentials in what is passed are hidden.
 
     Attributes:
         what: what was passed, with its value and where it came from.
@@ -20,6 +22,11 @@ class Problem:
     what: str
     why: str = ""
     remedy: str = ""
+
+    def __post_init__(self) -> None:
+        """Hide credentials: errors are printed, logged and sent to other ranks."""
+        for name in ("what", "why", "remedy"):
+            object.__setattr__(self, name, hidden_in_text(getattr(self, name)))
 
     def __str__(self) -> str:
         """Render as one to three lines, the first without indentation."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -12,8 +15,10 @@ import xxhash
 from pydantic import StringConstraints
 
 from dstrain.core.documents import Count
+from dstrain.core.errors import Problem, TrainingError
 
 _CHUNK_BYTES = 16 * 2**20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,62 @@ def write_json(path: Path, content: Any) -> FileRecord:
     """Write JSON durably; NaN and infinities are refused, as other readers refuse them."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     return write_bytes(path, text.encode())
+
+
+def write_record(path: Path, text: str) -> None:
+    """Write a file for people in place of the one before, which stays where this fails.
+
+    Raises:
+        TrainingError: the disk is full, the folder is gone, and so on.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure of the system to write a file of a run inside into an error for people.
+
+    Raises:
+        TrainingError: in the place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(unwritten(f"{path} cannot be written", path, error)) from error
+
+
+def unwritten(what: str, path: Path, error: OSError, *, remedy: str = "") -> Problem:
+    """What is wrong where something cannot be written; with the room that is left where it is full.
+
+    Args:
+        what: cannot be done.
+        path: of the file or folder.
+        error: the system's.
+        remedy: where the disk is not full.
+    """
+    why = error.strerror or str(error)
+    if error.errno in _FULL or "No space left" in why:
+        left = free_bytes(path)
+        room = "" if left is None else f"; {left:,} bytes are free on the disk of {path}"
+        return Problem(what, f"{why}{room}", "free space there, or write to another disk")
+    return Problem(what, why, remedy or "name another folder, or change its permissions")
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that can still be written to the disk of a path; the path need not exist."""
+    for place in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            facts = os.statvfs(place)
+            return facts.f_bavail * facts.f_frsize
+    return None
 
 
 def record_of(path: Path) -> FileRecord:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from dstrain.core.secrets import HidesSecrets
+
 LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -14,9 +16,14 @@ LEVELS = {
 }
 
 
+_HIDES_SECRETS = HidesSecrets()
+
+
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module; pass ``__name__``."""
-    return logging.getLogger(name)
+    """The logger of a module, which writes down no credential; pass ``__name__``."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_HIDES_SECRETS)  # nothing where it has it
+    return logger
 
 
 def configure(*, level: int, rank: int, world_size: int) -> None:

@@ -6,6 +6,10 @@ PREEMPTED = 75
 """Exit status of a run that a scheduler ended early: EX_TEMPFAIL, "try again later"."""
 
 
+INCOMPLETE = 3
+"""Exit status of training that is done, but whose last checkpoint could not be written."""
+
+
 class Preempted(SystemExit):
     """All that must survive has been saved, and the run is to end with status ``PREEMPTED``."""
 

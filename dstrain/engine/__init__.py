@@ -30,6 +30,7 @@ from dstrain.engine.scalars import scalars_as_bytes
 from dstrain.engine.slots import Slot, empty_slots_of, slots_of
 from dstrain.engine.startup import (
     check_precision,
+    check_versions,
     device_name,
     device_type,
     empty_cache,
@@ -70,6 +71,7 @@ __all__ = [
     "ZeroThreeMark",
     "build_ops",
     "built_whole",
+    "check_versions",
     "bytes_to_gather",
     "carry",
     "check_formats",

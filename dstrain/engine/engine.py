@@ -26,7 +26,9 @@ from dstrain.engine.quiet import quiet
 from dstrain.engine.registration import MemoryEfficientLinear, ToldInForward, undo_patches
 from dstrain.engine.scalars import clip_scalars_too, scalars_as_bytes
 from dstrain.engine.sequence import gradient_sequence
+from dstrain.engine.shared_memory import let_go_of_names
 from dstrain.engine.stage_zero import repair_if_needed
+from dstrain.engine.startup import device_type
 from dstrain.engine.traces import forget_modules, leaves_of, untie
 from dstrain.engine.zero import has_scalars, is_partitioned, shown_in_parts
 
@@ -126,6 +128,8 @@ class Engine:
             self._untie()
             raise
         forget_modules(module)
+        if device_type() == "cpu":
+            let_go_of_names()  # where DeepSpeed has only now taken part in a group of the user's
         self._engine.client_lr_scheduler = None  # what made it may hold all of a Trainer
         process_wide.keep_own_formats(self.optimizer, resolved)
         correct_bias_by_step(self._engine.basic_optimizer)

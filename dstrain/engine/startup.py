@@ -15,12 +15,14 @@ from datetime import timedelta
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, launched_ranks
+from dstrain.core.versions import require_same_versions
 
 logger = get_logger(__name__)
 
 _SHUT_DOWN_SECONDS = 10.0
 _LET_GO_SECONDS = 0.1
 _group_is_ours = False
+_versions_are_same = False
 
 
 def start(
@@ -33,7 +35,7 @@ def start(
 
     Raises:
         ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, or more
-            ranks on this machine than accelerators.
+            ranks on this machine than accelerators, or ranks with different versions.
     """
     global _group_is_ours
     import torch
@@ -43,7 +45,7 @@ def start(
     choose_accelerator(use_cpu=use_cpu)
     if not started:
         _single_process_environment()
-    from dstrain.engine import ops
+    from dstrain.engine import ops, shared_memory
 
     folder = ops.prepare_environment()
     ops.clear_stale_locks(folder)
@@ -53,6 +55,7 @@ def start(
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    get_logger("DeepSpeed")  # which logs the whole config at the level info: credentials hidden
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if use_cpu and not on_cpu:
@@ -70,7 +73,9 @@ def start(
         library = ops.OPS["shm_comm"].folder
         if ranks.is_local_main and not (folder / library / f"{library}.so").exists():
             logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
-        atexit.register(_forget_shared_memory)
+        atexit.register(shared_memory.forget_own)  # a start that fails leaves it
+        if ranks.is_local_main:
+            shared_memory.remove_leftovers()
     else:
         if ranks.local_rank >= accelerator.device_count():
             raise ConfigError(
@@ -97,7 +102,24 @@ def start(
             verbose=False,
             auto_mpi_discovery=False,
         )
+    check_versions()
+    if on_cpu:
+        shared_memory.let_go_of_names()
     return ranks
+
+
+def check_versions() -> None:
+    """Compare versions over ranks, once in the life of a process group; a collective of all ranks.
+
+    ``start`` does so for a group that it brings up.
+
+    Raises:
+        ConfigError: ranks run different software; on all of them alike.
+    """
+    global _versions_are_same
+    if not _versions_are_same:
+        require_same_versions()
+        _versions_are_same = True
 
 
 def choose_accelerator(*, use_cpu: bool) -> None:
@@ -185,14 +207,6 @@ def _end_collectives() -> None:
         time.sleep(_LET_GO_SECONDS)
     else:
         ending.join(_SHUT_DOWN_SECONDS)
-
-
-def _forget_shared_memory() -> None:
-    """Remove this rank's buffer of DeepSpeed's CPU collectives, which DeepSpeed leaves behind."""
-    variables = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
-    name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *variables])
-    with contextlib.suppress(OSError):
-        os.unlink(f"/dev/shm/{name}")
 
 
 def _other_accelerator() -> bool:

@@ -5,12 +5,12 @@ from dstrain.models.build import (
     DTYPES,
     build_causal_lm,
     build_seq2seq,
-    check_model_folder,
     load_causal_lm,
     load_seq2seq,
     max_length,
     parse_model_config,
 )
+from dstrain.models.folder import check_model_folder, told_of_library
 from dstrain.models.guard import guard_partitioned, release_guard
 from dstrain.models.held import HeldShards, held_bytes, hold_shards
 from dstrain.models.host_copies import HostCopies
@@ -66,6 +66,7 @@ __all__ = [
     "saved_otherwise",
     "sizes_of_module",
     "skeleton_of",
+    "told_of_library",
     "unloaded",
     "unsaved_remark",
     "write_tensor_file",

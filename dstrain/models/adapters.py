@@ -18,6 +18,7 @@ import torch
 
 from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.core.errors import ModelError, Problem
+from dstrain.core.files import unwritten
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
 from dstrain.engine import gathered, kept_whole
 from dstrain.models.tensor_file import Stored, write_tensor_file
@@ -43,10 +44,8 @@ def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
                     _write(model, adapter, held, folder)
                 except OSError as error:
                     raise ModelError(
-                        Problem(
-                            f"the adapter cannot be written into {str(folder)!r}",
-                            error.strerror or str(error),
-                            "choose another output_dir, or change its permissions",
+                        unwritten(
+                            f"the adapter cannot be written into {str(folder)!r}", folder, error
                         )
                     ) from error
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstrain.config import ResolvedConfig
+from dstrain.config.model_spec import check_sizes, read_config_file, value_of
 from dstrain.core.errors import ModelError, Problem, nearest
-from dstrain.models.compat import StrictDataclassError
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import all_or_none, launched_ranks
+from dstrain.models import compat
+from dstrain.models.folder import check_loaded, check_model_folder, told_of_library
 from dstrain.models.partitioned import building_partitioned
+
+logger = get_logger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -74,74 +79,74 @@ def build_seq2seq(config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
     return _build(AutoModelForSeq2SeqLM, config, resolved)
 
 
-def load_causal_lm(folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
-    """A causal language model with the weights of a folder or hub model.
+def load_causal_lm(
+    folder: str, resolved: ResolvedConfig, *, ignore_missing: bool = False
+) -> torch.nn.Module:
+    """A causal language model with the weights of a folder or hub model; on all ranks together.
 
     Raises:
-        ModelError: the folder has no weights, or transformers cannot load it.
+        ModelError: as ``_load``.
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, folder, resolved)
+    return _load(AutoModelForCausalLM, folder, resolved, ignore_missing=ignore_missing)
 
 
-def load_seq2seq(folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
-    """A sequence-to-sequence model with the weights of a folder or hub model.
+def load_seq2seq(
+    folder: str, resolved: ResolvedConfig, *, ignore_missing: bool = False
+) -> torch.nn.Module:
+    """A sequence-to-sequence model with the weights of a folder or hub model; on all ranks.
 
     Raises:
-        ModelError: the folder has no weights, or transformers cannot load it.
+        ModelError: as ``_load``.
     """
     from transformers import AutoModelForSeq2SeqLM
 
-    return _load(AutoModelForSeq2SeqLM, folder, resolved)
+    return _load(AutoModelForSeq2SeqLM, folder, resolved, ignore_missing=ignore_missing)
 
 
 def _build(auto: Any, config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
-    with building_partitioned(resolved):
+    with (
+        told_of_library(f"no {config.model_type} model can be built from the model config"),
+        building_partitioned(resolved),
+    ):
         return auto.from_config(config, dtype=DTYPES[resolved.precision])
 
 
-def _load(auto: Any, folder: str, resolved: ResolvedConfig) -> torch.nn.Module:
-    check_model_folder(folder)
-    try:
-        with building_partitioned(resolved):
-            return auto.from_pretrained(folder, dtype=DTYPES[resolved.precision])
-    except ModelError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            Problem(f"model_name_or_path={folder!r} cannot be loaded", str(error).strip())
-        ) from error
-
-
-def check_model_folder(folder: str) -> None:
-    """Find out before anything expensive that a local folder is no model.
+def _load(
+    auto: Any, folder: str, resolved: ResolvedConfig, *, ignore_missing: bool
+) -> torch.nn.Module:
+    """Load a model whole: every weight that the class needs, in the shape that it needs.
 
     Raises:
-        ModelError: no config.json, or no weights beside it.
+        ModelError: on all ranks alike: the folder has no weights, transformers cannot load it, or
+            weights are missing (unless that is to be ignored) or of another shape.
     """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        if path.is_absolute() or folder.startswith((".", "~")):
-            raise ModelError(Problem(f"model_name_or_path={folder!r}", "there is no such folder"))
-        return
-    found = sorted(p.name for p in path.iterdir())
-    listing = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "nothing"
-    problems = []
-    if "config.json" not in found:
-        problems.append(
-            Problem(f"model folder {folder!r} has no config.json", f"it holds {listing}")
-        )
-    if not any(n.endswith((".safetensors", ".bin")) for n in found):
-        problems.append(
-            Problem(
-                f"model folder {folder!r} has no weights",
-                f"no *.safetensors or *.bin file; it holds {listing}",
-                "give a folder written by save_pretrained, or start fresh with --model_config",
+    with all_or_none():
+        check_model_folder(folder)
+    with all_or_none():
+        with (
+            told_of_library(f"model_name_or_path={folder!r} cannot be loaded"),
+            building_partitioned(resolved),
+            compat.without_load_report(),
+        ):
+            # What does not fit is told in one error, and not in a table before a shorter one.
+            model, info = auto.from_pretrained(
+                folder,
+                dtype=DTYPES[resolved.precision],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
-        )
-    if problems:
-        raise ModelError(problems)
+        missing = check_loaded(info, folder, ignore_missing=ignore_missing)
+    _tell_loaded(folder, missing, sorted(info["unexpected_keys"]))
+    return model
+
+
+def _tell_loaded(folder: str, missing: list[str], unused: list[str]) -> None:
+    for names, what in ((missing, "are missing, and random"), (unused, "are not used")):
+        if names and launched_ranks().is_main:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            logger.warning("weights of %s %s: %s%s", folder, what, ", ".join(names[:3]), more)
 
 
 def max_length(config: Any) -> int | None:
@@ -156,14 +161,9 @@ def max_length(config: Any) -> int | None:
 
 def _read_config(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            Problem(f"model_config={str(path)!r} cannot be read", str(error))
-        ) from error
-    kind = content.pop("model_type", None) if isinstance(content, dict) else None
-    if kind is None:
+    content = read_config_file(file, str(path))
+    kind = content.pop("model_type", None)
+    if not isinstance(kind, str):
         raise ModelError(Problem(f"model_config={str(path)!r}", "it has no model_type"))
     return _make_config(kind, content, str(path))
 
@@ -173,12 +173,9 @@ def _make_config(kind: str, values: dict[str, Any], spec: str) -> Any:
 
     if kind not in CONFIG_MAPPING:
         raise _unknown_type(kind)
-    try:
+    check_sizes(values, spec)
+    with told_of_library(f"model_config={spec!r}: transformers refuses its values"):
         return AutoConfig.for_model(kind, **values)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ModelError(
-            Problem(f"model_config={spec!r}", f"transformers refuses its values: {error}")
-        ) from error
 
 
 def _parse_pairs(text: str, spec: str) -> dict[str, Any]:
@@ -198,12 +195,7 @@ def _parse_pairs(text: str, spec: str) -> dict[str, Any]:
             raise ModelError(
                 Problem(f"model_config={spec!r}", f"{key!r} stands twice in it", "keep one of them")
             )
-        # Python's spelling of three values that JSON spells in another way.
-        word = {"True": "true", "False": "false", "None": "null"}.get(value, value)
-        try:
-            values[key] = json.loads(word)
-        except ValueError:
-            values[key] = value
+        values[key] = value_of(value)
     return values
 
 

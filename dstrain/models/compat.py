@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -22,7 +22,6 @@ from transformers.core_model_loading import (
 
 __all__ = [
     "PrefixChange",
-    "StrictDataclassError",
     "WeightConverter",
     "WeightRenaming",
     "apply_converters",
@@ -35,6 +34,7 @@ __all__ = [
     "marked_as_used",
     "tied_weight_keys",
     "with_loading_steps",
+    "without_load_report",
 ]
 
 # Materialise tensors of a checkpoint when they are used: in threads, all of them would be read and
@@ -133,6 +133,21 @@ def with_loading_steps(steps: Mapping[str, Callable[..., Any]]) -> Iterator[None
         os.environ[_ONE_BY_ONE] = "1"
         replaced.callback(_set_environment, _ONE_BY_ONE, environment)
         yield
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keep transformers from printing its table of missing and other weights inside."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def hides(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg)
+
+    logger.addFilter(hides)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hides)
 
 
 def _in_place_of(original: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:

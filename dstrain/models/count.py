@@ -16,6 +16,7 @@ import torch
 from dstrain.config.parameters import ModelSizes
 from dstrain.core.errors import DstrainError, ModelError, Problem
 from dstrain.models.build import parse_model_config
+from dstrain.models.folder import told_of_library
 from dstrain.models.sizes import sizes_of_module
 
 
@@ -26,19 +27,11 @@ def count_parameters(spec: str) -> ModelSizes:
         ModelError: the config cannot be read, or no model can be built from it.
     """
     config = parse_model_config(spec)
-    try:
+    with told_of_library(
+        f"no model of type {config.model_type!r} can be built from model_config={spec!r}",
+        "install what it names as missing, or complete the config",
+    ):
         module = _build(config)
-    except ModelError:
-        raise
-    except Exception as error:  # whatever a constructor of transformers meets in an odd config
-        text = " ".join(str(error).split()) or "no reason given"
-        raise ModelError(
-            Problem(
-                f"no model of type {config.model_type!r} can be built from model_config={spec!r}",
-                f"transformers says {type(error).__name__}: {text}",
-                "install what it names as missing, or complete the config",
-            )
-        ) from error
     return sizes_of_module(module, source="built without memory")
 
 

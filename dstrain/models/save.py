@@ -20,6 +20,7 @@ import torch
 
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import ModelError, Problem
+from dstrain.core.files import unwritten
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
 from dstrain.engine import gathered
 from dstrain.models.adapters import save_adapters
@@ -142,10 +143,11 @@ def _make_folder(target: Path) -> None:
 
 def _unwritable(target: Path, error: OSError) -> ModelError:
     return ModelError(
-        Problem(
+        unwritten(
             f"output_dir {str(target)!r} cannot be written",
-            f"{error.strerror or error}",
-            "choose another output_dir, or change its permissions",
+            target,
+            error,
+            remedy="choose another output_dir, or change its permissions",
         )
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from dstrain.config.parameters import Block, ModelSizes, Tensors, closed_form, merged
 from dstrain.engine import full_shape
+from dstrain.models.folder import told_of_library
 
 _LAYER = re.compile(r"\.\d+\.")
 _NORM = re.compile(r"(?<![qk]_)(norm|norm_?\d|ln_\w+|layernorm)\.weight$", re.IGNORECASE)
@@ -32,7 +33,8 @@ def count_seq2seq(config: Any) -> ModelSizes:
 
 
 def _count(auto: Any, config: Any) -> ModelSizes:
-    with torch.device("meta"):
+    what = f"no {config.model_type} model can be built from its config"
+    with told_of_library(what), torch.device("meta"):
         module = auto.from_config(copy.deepcopy(config))
     return sizes_of_module(module, source="built without memory")
 

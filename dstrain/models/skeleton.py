@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dstrain.core.documents import parsed
 from dstrain.core.errors import ModelError, Problem
 from dstrain.engine import decay_parameter_names
+from dstrain.models.folder import told_of_library
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def module_without_memory(folder: Path) -> Any:
 
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
+        config: dict[str, Any] = parsed(path.read_bytes())
         name = config["architectures"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ModelError(
@@ -74,5 +75,5 @@ def module_without_memory(folder: Path) -> Any:
     architecture = getattr(transformers, name, None)
     if not isinstance(architecture, type) or not issubclass(architecture, torch.nn.Module):
         raise ModelError(Problem(f"{path} names {name!r}", "transformers has no such model"))
-    with torch.device("meta"):
+    with told_of_library(f"no model can be built from {path}"), torch.device("meta"):
         return architecture(transformers.AutoConfig.from_pretrained(folder))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.core.log import get_logger
+from dstrain.core.secrets import hidden_in_text
 
 logger = get_logger(__name__)
 
@@ -139,7 +140,7 @@ class Publisher:
                     upload.message,
                     self._name,
                     type(error).__name__,
-                    error,
+                    hidden_in_text(str(error), known=[upload.token, self._token]),
                 )
                 result.set_exception(error)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import socket
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from typing import Any
 
 from dstrain.core.errors import ConfigError, Problem, nearest
 from dstrain.core.log import get_logger
+from dstrain.core.secrets import without_secrets
 from dstrain.reporting import compat
 from dstrain.reporting.progress import ProgressBar
 
@@ -58,7 +61,36 @@ def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
         )
     if problems:
         raise ConfigError(problems)
-    return [_whole_model(c) for c in compat.get_reporting_integration_callbacks(names)]
+    return [_ours(c) for c in compat.get_reporting_integration_callbacks(names)]
+
+
+def _ours(callback: Any) -> Any:
+    """Our own callback where transformers' would not do, else its own."""
+    if callback is compat.INTEGRATION_TO_CALLBACK.get("clearml"):
+        return _given_no_credentials(callback)
+    return _whole_model(callback)
+
+
+def _given_no_credentials(callback: Any) -> Any:
+    """A callback that sends the arguments themselves, and not ``to_dict()``, without credentials.
+
+    What the tracker changes in them is taken over: ClearML does so for a run that it starts.
+    """
+
+    class Careful(callback):
+        def setup(self, args: Any, *rest: Any, **kwargs: Any) -> None:
+            names = [field.name for field in dataclasses.fields(args)]
+            shown = copy.copy(args)
+            for name in names:
+                setattr(shown, name, without_secrets(getattr(args, name), name))
+            before = {name: getattr(shown, name) for name in names}
+            super().setup(shown, *rest, **kwargs)
+            for name in names:
+                if getattr(shown, name) is not before[name]:
+                    setattr(args, name, getattr(shown, name))
+
+    Careful.__name__, Careful.__qualname__ = callback.__name__, callback.__qualname__
+    return Careful
 
 
 def _whole_model(callback: Any) -> Any:

@@ -23,6 +23,7 @@ from dstrain.config.parameters import ModelSizes
 from dstrain.core import log
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem
+from dstrain.core.files import write_record
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects, launched_ranks, require_equal
 from dstrain.core.seeds import make_deterministic
@@ -49,6 +50,7 @@ from dstrain.engine import (
     check_own,
     check_precision,
     check_sizes,
+    check_versions,
     device_type,
     expert_blocks,
     formats_remark,
@@ -318,6 +320,7 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
     with ``zero_stage="auto"``, which cannot be decided before there is a model: say 3.
     """
     ranks = start_run(args)
+    check_versions()  # where the group was there already
     with building_partitioned(resolve_config(args, ranks)):
         yield
 
@@ -454,7 +457,10 @@ def record_resolved_config(resolved: ResolvedConfig, args: TrainingArguments) ->
     """Write every key with its value and reason into the run's folder, and log it (level info).
 
     ``dstrain explain --diff`` reads the file.
+
+    Raises:
+        TrainingError: the disk is full, the folder is gone, and so on.
     """
     path = Path(args.output_dir) / RECORD_FILE
-    path.write_text(json.dumps(as_record(resolved, args), indent=2) + "\n")
+    write_record(path, json.dumps(as_record(resolved, args), indent=2) + "\n")
     logger.info("the resolved DeepSpeed config, also in %s:\n%s", path, as_table(resolved))

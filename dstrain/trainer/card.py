@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from dstrain.core.files import write_record
+from dstrain.core.secrets import without_secrets
+from dstrain.core.versions import installed, python_version
 
 _LIBRARIES = ("dstrain", "deepspeed", "torch", "transformers", "datasets", "tokenizers", "peft")
 # Not what describes a training: where it wrote, whom it told, what a launcher set.
@@ -38,7 +40,7 @@ def write_card(trainer: Any, wishes: CardWishes) -> None:
     """Write ``README.md`` into the run's folder; tags and library of one that is there stay."""
     path = Path(trainer.args.output_dir) / "README.md"
     text = card_of(trainer, wishes, before=path, ask_hub=True)
-    path.write_text(text, encoding="utf-8")
+    write_record(path, text)
 
 
 def card_of(trainer: Any, wishes: CardWishes, *, before: Path, ask_hub: bool = False) -> str:
@@ -86,8 +88,9 @@ def card_of(trainer: Any, wishes: CardWishes, *, before: Path, ask_hub: bool = F
         columns = list(dict.fromkeys(column for row in rows for column in row))
         parts.append("## Results\n")
         parts.append(_table(columns, [[row.get(c, "") for c in columns] for row in rows]))
+    versions = {"Python": python_version(), **installed(_LIBRARIES)}
     parts.append("## Versions\n")
-    parts.append("".join(f"- {library} {version}\n" for library, version in _versions().items()))
+    parts.append("".join(f"- {library} {version}\n" for library, version in versions.items()))
     return "\n".join(parts)
 
 
@@ -151,7 +154,8 @@ def _arguments(trainer: Any) -> list[list[str]]:
     values = args.to_dict() | dict(resolved.adopted)
     shown = (args.changed_fields() | set(resolved.adopted)) - _LEFT_OUT - set(rows)
     rows |= {name: values[name] for name in sorted(shown)}
-    return [[name, f"`{getattr(value, 'value', value)}`"] for name, value in rows.items()]
+    shown_rows = without_secrets(rows)
+    return [[name, f"`{getattr(value, 'value', value)}`"] for name, value in shown_rows.items()]
 
 
 def _index(wishes: CardWishes, datasets: list[str], results: dict[str, float]) -> Any:
@@ -218,14 +222,6 @@ def _library(model: Any) -> str | None:
 def _dataset_names(dataset: Any) -> list[str]:
     name = getattr(getattr(dataset, "info", None), "dataset_name", None)
     return [name] if name else []
-
-
-def _versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
-    for library in _LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[library] = metadata.version(library)
-    return found
 
 
 def _listed(value: Any) -> list[Any]:

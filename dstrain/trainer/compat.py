@@ -5,7 +5,7 @@ from typing import Any
 from transformers.debug_utils import DebugUnderflowOverflow
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import log_metrics, metrics_format, save_metrics
+from transformers.trainer_pt_utils import log_metrics, metrics_format
 from transformers.trainer_utils import (
     BestRun,
     EvalLoopOutput,
@@ -34,7 +34,6 @@ __all__ = [
     "logging",
     "mark_as_loaded",
     "metrics_format",
-    "save_metrics",
     "speed_metrics",
 ]
 

@@ -32,7 +32,13 @@ def processor_writer(processing_class: Any, collate: Any) -> Callable[[Path], No
 
     def write(folder: Path) -> None:
         for part in reversed(writable):  # what comes first has the last word
-            part.save_pretrained(folder)
+            try:
+                part.save_pretrained(folder)
+            except Exception as error:
+                # What tokenizers says of a full disk is of no class of its own.
+                if type(error) is Exception and "os error" in str(error):
+                    raise OSError(str(error)) from error
+                raise
 
     return write
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import uuid
@@ -14,6 +15,7 @@ from dstrain.checkpoint import holding
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks
+from dstrain.core.secrets import has_secrets, hidden_in_text
 from dstrain.reporting.hub import LAST_CHECKPOINT, Publisher, Upload
 from dstrain.trainer.card import CardWishes, card_of, write_card
 
@@ -23,6 +25,10 @@ logger = get_logger(__name__)
 _OF_A_RESUME = {"state", "manifest.json", "trainer_state.json"}
 _CARD = "README.md"
 _COPY_BYTES = 16 * 2**20
+# Settings that a user may have put beside the model; a file larger than this is none.
+_SETTINGS_BYTES = 2**20
+# Of a model: what is called a token there is one of a vocabulary.
+_OF_A_MODEL = ("tokenizer", "vocab", "special_tokens", "added_tokens", "config.json", "merges")
 
 
 class HubHooks:
@@ -179,7 +185,7 @@ class HubHooks:
                 "the repository cannot be made: %s: %s; training goes on, and each upload tries "
                 "again",
                 type(error).__name__,
-                error,
+                hidden_in_text(str(error), known=[args.hub_token]),
             )
 
     def checkpoint_upload(self) -> Callable[[Path], None] | None:
@@ -220,7 +226,8 @@ class HubHooks:
         try:
             self._push_folder("Model save", CardWishes(model_name=self._card_name()))
         except Exception as error:
-            logger.error("the model was not uploaded: %s: %s", type(error).__name__, error)
+            told = hidden_in_text(str(error), known=[self.args.hub_token])
+            logger.error("the model was not uploaded: %s: %s", type(error).__name__, told)
 
     def _finish_publishing(self) -> None:
         """Wait for what is still on its way."""
@@ -239,14 +246,30 @@ class HubHooks:
 
 
 def _files(folder: Path, *, leave_out: Any) -> dict[str, Path]:
-    """Files below a folder by their path in it; hidden ones never."""
+    """Files below a folder by their path in it; none hidden, nor settings with credentials."""
     found = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
         if path.is_file() and not hidden and not leave_out(inside):
+            if _holds_credentials(path):
+                logger.warning("%s is not uploaded: it holds a credential", path)
+                continue
             found[inside.as_posix()] = path
     return found
+
+
+def _holds_credentials(path: Path) -> bool:
+    """Whether a file is settings of the user's, such as a DeepSpeed config, with a credential."""
+    if path.suffix != ".json" or path.name.startswith(_OF_A_MODEL):
+        return False
+    try:
+        if path.stat().st_size > _SETTINGS_BYTES:
+            return False
+        content = json.loads(path.read_bytes())
+        return isinstance(content, dict) and has_secrets(content)
+    except (OSError, ValueError, RecursionError):
+        return False  # uploading it says so
 
 
 def _is_of_a_resume(path: Path) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from dstrain.core.errors import raise_problems
+from dstrain.core.files import write_record, writing
 from dstrain.core.log import get_logger
 from dstrain.core.records import recordable, unrecordable
+from dstrain.core.secrets import without_secrets
 from dstrain.reporting import save_loss_curve
 from dstrain.trainer import compat
 from dstrain.trainer.signatures import callback_misfits
@@ -27,8 +31,28 @@ class ReportHooks:
     get_num_trainable_parameters: Any
 
     log_metrics = compat.log_metrics
-    save_metrics = compat.save_metrics
     metrics_format = staticmethod(compat.metrics_format)
+
+    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        """Write metrics into ``<split>_results.json`` of the run's folder; on the main rank.
+
+        Args:
+            split: what they are of, such as "train".
+            metrics: figures by name.
+            combined: add them to ``all_results.json`` too.
+
+        Raises:
+            TrainingError: the disk is full, the folder is gone, and so on.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        write_record(folder / f"{split}_results.json", _as_results(metrics))
+        if combined:
+            path, before = folder / "all_results.json", {}
+            if path.exists():
+                before = json.loads(path.read_text(encoding="utf-8"))
+            write_record(path, _as_results({**before, **metrics}))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the epoch to ``logs``, keep them in ``state.log_history``, tell callbacks.
@@ -71,11 +95,18 @@ class ReportHooks:
         )
 
     def save_state(self) -> None:
-        """Write ``trainer_state.json`` and the loss curve into the run's folder."""
+        """Write ``trainer_state.json`` and the loss curve into the run's folder.
+
+        Raises:
+            TrainingError: the disk is full, the folder is gone, and so on.
+        """
         if self.args.should_save:
             folder = Path(self.args.output_dir)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            save_loss_curve(self.state.log_history, folder / "loss_curve.png")
+            values = without_secrets(dataclasses.asdict(self.state))
+            text = json.dumps(values, indent=2, sort_keys=True) + "\n"  # as transformers has it
+            write_record(folder / "trainer_state.json", text)
+            with writing(folder / "loss_curve.png"):
+                save_loss_curve(self.state.log_history, folder / "loss_curve.png")
 
     def add_callback(self, callback: Any) -> None:
         """Add a ``TrainerCallback`` class or instance.
@@ -106,3 +137,7 @@ class ReportHooks:
     def is_local_process_zero(self) -> bool:
         """Whether this is the first rank of its machine."""
         return self.ranks.is_local_main
+
+
+def _as_results(metrics: dict[str, Any]) -> str:
+    return json.dumps(metrics, indent=4, sort_keys=True)  # as transformers has it

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,12 @@ from dstrain.checkpoint import (
     Manifest,
     Policy,
     Reader,
+    RunLock,
     RunRecord,
     TrainerStateRecord,
     check_readable,
     choose,
+    held_by_one,
     holding,
     load_into,
     place,
@@ -33,6 +37,7 @@ from dstrain.core.documents import typed
 from dstrain.core.errors import CheckpointError, DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none
+from dstrain.core.secrets import is_mask
 from dstrain.core.seeds import seed_rank
 from dstrain.data import is_ours, is_stream, num_shares
 from dstrain.engine import Engine
@@ -272,13 +277,16 @@ def _restore_callbacks(callbacks: list[Any], saved: Mapping[str, Any], *, is_mai
 def _restored(callback: Any, state: Mapping[str, Any]) -> Any:
     """A callback of the same class with a saved state, as transformers' ``ExportableState`` does.
 
+    Credentials are not in a checkpoint: they are those of this run's callback.
+
     Raises:
         CheckpointError: the class cannot take up that state.
     """
     kind = type(callback)
     try:
-        restored = kind(**state.get("args", {}))
-        for name, value in state.get("attributes", {}).items():
+        arguments = _with_own_credentials(state.get("args", {}), callback)
+        restored = kind(**arguments)
+        for name, value in _with_own_credentials(state.get("attributes", {}), callback).items():
             # A state holds what an object has for itself, never what its class does.
             if name.startswith("__") or callable(getattr(kind, name, None)):
                 raise ValueError(f"{name} is no attribute that a state can set")
@@ -293,6 +301,14 @@ def _restored(callback: Any, state: Mapping[str, Any]) -> Any:
             )
         ) from error
     return restored
+
+
+def _with_own_credentials(saved: Mapping[str, Any], callback: Any) -> dict[str, Any]:
+    """What is saved of a callback, with this one's values where masks stand for them."""
+    return {
+        name: getattr(callback, name, None) if is_mask(name, value) else value
+        for name, value in saved.items()
+    }
 
 
 def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter | None:
@@ -321,7 +337,63 @@ def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter |
         stop_on_failure=args.save_failure == "stop",
         layout="deepspeed" if args.checkpoint_format == "deepspeed" else "slices",
     )
-    return CheckpointWriter(policy, trainer.ranks)
+    return CheckpointWriter(policy, trainer.ranks, run_lock(trainer))
+
+
+def run_lock(trainer: Trainer) -> RunLock:
+    """The run's lock on its output folder; a trial of a search has a folder of its own."""
+    folder = Path(trainer.args.output_dir).absolute()
+    if trainer._lock is None or trainer._lock[0] != folder:
+        trainer._lock = (folder, RunLock(folder, on_each_node=trainer.args.save_on_each_node))
+    return trainer._lock[1]
+
+
+@contextlib.contextmanager
+def alone_in_folder(trainer: Trainer) -> Iterator[None]:
+    """Keep other runs out of the output folder inside; a collective of all ranks.
+
+    Raises:
+        CheckpointError: another run is writing there; on every rank.
+    """
+    with held_by_one(run_lock(trainer), takes=trainer.args.should_save):
+        yield
+
+
+def keep_folder(trainer: Trainer) -> None:
+    """See to it that the output folder is there for what a run writes last; a collective.
+
+    Raises:
+        CheckpointError: it was moved or removed, and another run has its place; on every rank.
+    """
+    with all_or_none():
+        if trainer.args.should_save:
+            run_lock(trainer).keep()
+
+
+def report_missing(trainer: Trainer, writer: CheckpointWriter | None) -> None:
+    """Say at the end of a run which checkpoints could not be written (``save_failure="continue"``).
+
+    What is missing stays in the trainer, for scripts and for the status of a command.
+    """
+    failed = sorted(writer.failed) if writer is not None else []
+    trainer.missing_checkpoints = tuple(failed)
+    trainer.last_save_failed = bool(failed) and writer is not None and writer.last in failed
+    if failed and trainer.ranks.is_main:
+        logger.error("%s", missing_text(trainer))
+
+
+def missing_text(trainer: Trainer) -> str:
+    """Which checkpoints are missing, in a line; "" for none."""
+    steps = trainer.missing_checkpoints
+    if not steps:
+        return ""
+    shown = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
+    last = ", that of the last save among them" if trainer.last_save_failed else ""
+    plural = "s" if len(steps) > 1 else ""
+    return (
+        f"{len(steps)} checkpoint{plural} could not be written (step{plural} {shown}){last}; the "
+        "reasons are in the log"
+    )
 
 
 def _in_background(trainer: Trainer) -> bool | None:

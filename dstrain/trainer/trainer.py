@@ -11,16 +11,24 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import CheckpointWriter, check_there
+from dstrain.checkpoint import CheckpointWriter, RunLock, check_there
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
+from dstrain.core.files import writing
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ranks
 from dstrain.core.seeds import seed_everything, seed_rank
 from dstrain.core.stop import Preempted
 from dstrain.data import InputFormats, takes_target_count
-from dstrain.engine import Engine, MetricSchedule, device_name, device_type, main_ranks_buffers
+from dstrain.engine import (
+    Engine,
+    MetricSchedule,
+    check_versions,
+    device_name,
+    device_type,
+    main_ranks_buffers,
+)
 from dstrain.models import check_writable, guard_partitioned, save_model, unsaved_remark
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build, compat, saving
@@ -139,6 +147,7 @@ class Trainer(
         self._memory = MemoryMetrics(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
         self.ranks = build.start_run(self.args)
+        check_versions()  # where the group was there already
         functions = Functions(
             compute_loss_func=compute_loss_func,
             # One that is called with batches takes another argument: ``_check_evaluation``.
@@ -190,6 +199,9 @@ class Trainer(
         self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
         self._micro_step = MicroStep()
         self._writer: CheckpointWriter | None = None
+        self._lock: tuple[Path, RunLock] | None = None
+        self.missing_checkpoints: tuple[int, ...] = ()
+        self.last_save_failed = False
         self.events = Events(self, callbacks)
         self.best = BestModel(self)
         self._begin_publishing()
@@ -243,8 +255,13 @@ class Trainer(
         return output
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
+        with saving.alone_in_folder(self):
+            return self._train_alone(resume_from_checkpoint)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None) -> Any:
         self._writer = saving.make_writer(self)
         self._memory.start("train")
+        self.missing_checkpoints, self.last_save_failed = (), False
         done = False
         try:
             with training_features(self.model, self.args):
@@ -260,6 +277,8 @@ class Trainer(
                 self.preempted = loop.preempted
                 if self._writer is not None:
                     self._writer.wait()
+                saving.keep_folder(self)
+                saving.report_missing(self, self._writer)
                 if self.preempted:
                     saving.check_saved(self, self._writer, loop.steps_before)
                 else:
@@ -268,7 +287,11 @@ class Trainer(
             done = True
             return output
         except TrainingError:
-            self.save_state()  # what was logged until then shows what went wrong
+            if self.state.global_step:  # what was logged until then shows what went wrong
+                try:
+                    self.save_state()
+                except TrainingError as error:
+                    logger.error("%s", error)
             raise
         finally:
             self.is_in_train = False
@@ -294,8 +317,10 @@ class Trainer(
         with main_ranks_buffers(self.model):
             save_model(self.model, folder, self.ranks, on_each_node=self.args.save_on_each_node)
         write = processor_writer(self.processing_class, self.data_collator)
-        if self.args.should_save and write is not None:
-            write(folder)
+        with all_or_none():
+            if self.args.should_save and write is not None:
+                with writing(folder):
+                    write(folder)
         if self.args.push_to_hub and not _internal_call:
             if folder != Path(self.args.output_dir):
                 self.save_model(_internal_call=True)  # what is uploaded is the run's own folder
@@ -437,8 +462,10 @@ class Trainer(
             )
         self.resolved = self._resolve(max_steps)
         check_parts(self.model, self.resolved)
+        with all_or_none():
+            if self.ranks.is_main:
+                build.record_resolved_config(self.resolved, self.args)
         if self.ranks.is_main:
-            build.record_resolved_config(self.resolved, self.args)
             for warning in self.resolved.warnings:
                 logger.warning("%s", warning)
             self._announce(loader, max_steps=max_steps)
@@ -542,6 +569,8 @@ class Trainer(
         metrics["train_loss"] = loop.loss_sum / max(1, steps)
         if self.resolved.precision == "fp16" or loop.skipped_steps:
             metrics["train_skipped_steps"] = loop.skipped_steps
+        if self.missing_checkpoints:
+            metrics["missing_checkpoints"] = len(self.missing_checkpoints)
         metrics |= self._memory.stop("train")
         self.log(metrics)
         if self.args.load_best_model_at_end and not self.preempted:

@@ -72,6 +72,13 @@ COMMAND_LINES = [
     ([*TRAIN, "--block_size", "1"], ["--block_size 1 is too small", "give 2 or more"]),
     ([*TRAIN, "--max_train_samples", "0"], ["--max_train_samples 0", "give 1 or more"]),
     ([*TRAIN, "--validation_percentage", "100"], ["100.0 is not a share", "0 <= value < 100"]),
+    ([*TRAIN, "--output_dir", ""], ["output_dir=''", "names none", "shell variable"]),
+    ([*TRAIN, "--output_dir="], ["output_dir=''", "leave it out for trainer_output"]),
+    ([*TRAIN, "--output_dir", " \t"], ["output_dir=", "names none"]),
+    ([*TRAIN, "--train_file", ""], ["--train_file is empty", "is a shell variable empty?"]),
+    ([*TRAIN, "--model_name_or_path", " "], ["--model_name_or_path is empty"]),
+    (["checkpoint", "ls", ""], ["checkpoint ls with an empty argument", "current folder"]),
+    (["checkpoint", "export", "x", " "], ["checkpoint export with an empty argument"]),
     # pairs
     ([*TRAIN, "--bf16", "--fp16"], ["fp16=True and bf16=True", "one 16-bit format", "keep"]),
     (

@@ -67,6 +67,7 @@ def test_a_disk_that_is_full(
         assert [f.step for f in committed(folder)] == [4]
         assert verify(committed(folder)[0].folder)[1] == []
         assert not list(folder.glob(".checkpoint*"))
+        assert trainer.missing_checkpoints == (2, 3)
         said = [r.getMessage() for r in caplog.records if "was not written" in r.getMessage()]
         assert len(said) == (2 if rank == 0 else 0)
         assert all("No space left on device" in text for text in said)
@@ -81,7 +82,8 @@ def test_a_disk_that_is_full(
 @pytest.mark.ranks(2, timeout=300)
 def test_another_run_in_the_same_folder(tmp_path: Path, rank: int) -> None:
     """Refused on all ranks before anything is touched; what the other one writes stays."""
-    from dstrain.checkpoint.folders import RUN_LOCK, holding, new_staging
+    from dstrain.checkpoint.folders import holding, new_staging
+    from dstrain.checkpoint.run_lock import RUN_LOCK
     from dstrain.core.errors import CheckpointError
     from dstrain.core.ranks import barrier
 
@@ -92,9 +94,11 @@ def test_another_run_in_the_same_folder(tmp_path: Path, rank: int) -> None:
             staging = new_staging(tmp_path, 3)
             other.enter_context(holding(staging))
         barrier()
+        for settings in (SETTINGS, {**SETTINGS, "save_strategy": "no"}):
+            trainer = make_trainer(tmp_path, **settings)
+            with pytest.raises(CheckpointError, match="another run is writing into"):
+                trainer.train()
         trainer = make_trainer(tmp_path, **SETTINGS)
-        with pytest.raises(CheckpointError, match="another run is writing checkpoints"):
-            trainer.train()
         if rank == 0:
             assert staging.exists()
             lock.close()
@@ -104,3 +108,95 @@ def test_another_run_in_the_same_folder(tmp_path: Path, rank: int) -> None:
         barrier()
         if rank == 0:
             assert staging.exists()
+
+
+@pytest.mark.ranks(2, timeout=300)
+@pytest.mark.parametrize("how", ["moved", "removed", "taken"])
+def test_the_folder_goes_under_a_run(
+    how: str, tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is made anew and said so; a run that has taken its place since ends this one."""
+    from transformers import TrainerCallback
+
+    from dstrain.checkpoint import committed
+    from dstrain.checkpoint.run_lock import RUN_LOCK
+    from dstrain.core.errors import CheckpointError
+    from dstrain.core.ranks import barrier
+
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+
+    class TakeAway(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                trainer._writer.wait()
+                barrier()
+                if rank == 0:
+                    if how == "moved":
+                        folder.rename(elsewhere)
+                    else:
+                        shutil.rmtree(folder)
+                    if how == "taken":
+                        folder.mkdir()
+                        other.append(open(folder / RUN_LOCK, "ab"))  # noqa: SIM115
+                        fcntl.flock(other[0], fcntl.LOCK_EX)
+
+    other: list[Any] = []
+    trainer = make_trainer(folder, callbacks=[TakeAway], **SETTINGS)
+    if how == "taken":
+        with pytest.raises(CheckpointError, match="another run is writing into"):
+            trainer.train()
+        assert committed(folder) == []
+    else:
+        trainer.train()
+        assert [f.step for f in committed(folder)] == [3, 4]
+        if rank == 0:
+            said = [r.getMessage() for r in caplog.records if "made anew" in r.getMessage()]
+            assert len(said) == 1
+            assert (f"moved to {elsewhere}" if how == "moved" else "removed") in said[0]
+        if how == "moved":
+            assert [f.step for f in committed(elsewhere)] == [1, 2]
+    barrier()
+    for file in other:
+        file.close()
+    if how != "taken":
+        assert not (folder / RUN_LOCK).exists()  # the run has ended
+    trainer.close()
+
+
+@pytest.mark.ranks(2, timeout=300)
+def test_what_is_missing_is_said_at_the_end(
+    tmp_path: Path, rank: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the log, in the figures, where the command ends, and in its exit status."""
+    from transformers import TrainerCallback
+
+    from dstrain.core.stop import INCOMPLETE
+    from dstrain.tasks.common.job import train_and_report
+
+    taken = 4
+
+    class Occupy(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if rank == 0:  # a folder of the user's: the commit refuses
+                folder = Path(args.output_dir) / f"checkpoint-{taken}"
+                folder.mkdir()
+                (folder / "mine").touch()
+
+    trainer = make_trainer(tmp_path, save_failure="continue", callbacks=[Occupy], **SETTINGS)
+    assert train_and_report(trainer, figures=()) == INCOMPLETE
+    assert trainer.missing_checkpoints == (4,)
+    assert trainer.last_save_failed
+    said = capsys.readouterr().out
+    line = "1 checkpoint could not be written (step 4), that of the last save among them"
+    assert (line in said) == (rank == 0)
+    assert '"missing_checkpoints": 1' in (tmp_path / "train_results.json").read_text()
+    assert (tmp_path / "model.safetensors").exists()
+    trainer.close()
+    taken = 2
+    trainer = make_trainer(
+        tmp_path / "second", save_failure="continue", callbacks=[Occupy], **SETTINGS
+    )
+    trainer.train()
+    assert trainer.missing_checkpoints == (2,)
+    assert not trainer.last_save_failed
+    trainer.close()

@@ -33,6 +33,7 @@ from dstrain.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from dstrain.checkpoint.run_lock import RUN_LOCK, RunLock
 from dstrain.core.errors import CheckpointError
 from dstrain.core.files import record_of, write_bytes, write_json
 from dstrain.core.ranks import Ranks
@@ -359,13 +360,33 @@ def test_a_second_save_of_a_step_replaces_the_first(tmp_path):
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     """Two runs would rotate each other's checkpoints away."""
-    with folders.only_run(tmp_path):
-        with open(tmp_path / folders.RUN_LOCK) as file, pytest.raises(BlockingIOError):
+    lock, second = RunLock(tmp_path), RunLock(tmp_path)
+    with lock.held():
+        with open(tmp_path / RUN_LOCK) as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with pytest.raises(CheckpointError, match="another run"), folders.only_run(tmp_path):
+        with pytest.raises(CheckpointError, match="another run"), second.held():
             pass
-    with folders.only_run(tmp_path):
-        pass
+        with lock.held():  # the command and its training
+            pass
+        with pytest.raises(CheckpointError, match="another run"), second.held():
+            pass
+    with second.held():
+        assert (tmp_path / RUN_LOCK).exists()
+    assert not (tmp_path / RUN_LOCK).exists()  # it goes when the run has ended
+
+
+def test_a_lock_whose_file_is_removed_is_taken_again(tmp_path, caplog):
+    """By hand, say: another run must not slip in."""
+    lock, second = RunLock(tmp_path), RunLock(tmp_path)
+    with lock.held():
+        (tmp_path / RUN_LOCK).unlink()
+        lock.keep()
+        with pytest.raises(CheckpointError, match="another run"), second.held():
+            pass
+        assert not caplog.records  # the folder is the same
+        (tmp_path / RUN_LOCK).unlink()
+        with second.held(), pytest.raises(CheckpointError, match="another run"):
+            lock.keep()
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, resolve
+from dstrain.config.model_spec import check_sizes, read_spec
 from dstrain.core.errors import ModelError
 from dstrain.models import build_causal_lm, check_model_folder, max_length, parse_model_config
 
@@ -201,10 +203,11 @@ def test_an_empty_folder_says_that_it_holds_nothing(tmp_path):
     assert all("it holds nothing" in text for text in folder_refusal(tmp_path))
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors"])
-def test_a_complete_folder_passes(tmp_path, weights):
-    (tmp_path / "config.json").touch()
-    (tmp_path / weights).touch()
+@pytest.mark.parametrize("shard_bytes", [10**9, 2000])
+def test_a_complete_folder_passes(tmp_path, shard_bytes):
+    """In one file, or in several with an index."""
+    config = parse_model_config(f"{TINY},vocab_size=16")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path, max_shard_size=shard_bytes)
     check_model_folder(str(tmp_path))
 
 
@@ -232,3 +235,34 @@ def test_a_model_is_built_in_the_format_that_the_engine_trains_in(precision):
     assert {p.dtype for p in model.parameters()} == {expected}
     assert {b.dtype for b in model.buffers()} == {torch.float32}
     assert torch.get_default_dtype() == torch.float32, "the global default was left as it was"
+
+
+@pytest.mark.parametrize(
+    "size", ["hidden_size=-8", "hidden_size=0", 'hidden_size="big"', "vocab_size=1.5"]
+)
+def test_sizes_that_can_be_none_are_refused_with_and_without_torch(size):
+    """As a run, ``explain`` and ``plan`` read it."""
+    spec = f"llama:{size}".replace('"', "")
+    assert size in refusal(spec)
+    with pytest.raises(ModelError, match=size):
+        read_spec(spec)
+
+
+def test_a_short_form_nested_too_deep_is_text():
+    """Its parser would meet a RecursionError."""
+    assert "rope_scaling" in refusal(f"llama:rope_scaling={'[' * 100_000}")
+
+
+def test_every_default_config_of_transformers_has_possible_sizes():
+    """Some have several, one for each layer or stage; some are 0 in a part of a model."""
+    from transformers import CONFIG_MAPPING
+
+    looked_at = 0
+    for kind in CONFIG_MAPPING:
+        try:
+            values = CONFIG_MAPPING[kind]().to_dict()
+        except Exception:  # noqa: S112 - of a package that is not installed, or without defaults
+            continue
+        check_sizes(values, kind)
+        looked_at += 1
+    assert looked_at > 500

@@ -499,3 +499,24 @@ def test_transformers_tensorboard_callback_writes_there(tmp_path, tensorboard_va
     events = list((tmp_path / "logs").glob("events.out.tfevents.*"))
     assert len(events) == 1
     assert b"train/loss" in events[0].read_bytes()
+
+
+def test_a_tracker_that_is_sent_the_arguments_themselves_gets_no_credential():
+    """As ClearML is; what it changes in them is taken over, masks are not."""
+    from dstrain.reporting.trackers import _given_no_credentials
+
+    sent = []
+
+    class Tracker:
+        def setup(self, args, state):
+            sent.append(dict(vars(args)))
+            args.learning_rate = 0.5
+
+    config = {"comet": {"api_key": "marked"}}
+    args = TrainingArguments("out", hub_token="marked", deepspeed=config)
+    tracker = _given_no_credentials(Tracker)
+    assert tracker.__name__ == "Tracker"
+    tracker().setup(args, None)
+    assert "marked" not in str(sent)
+    assert sent[0]["hub_token"] == "<HUB_TOKEN>"
+    assert (args.hub_token, args.deepspeed, args.learning_rate) == ("marked", config, 0.5)

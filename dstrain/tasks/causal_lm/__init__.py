@@ -13,8 +13,8 @@ def argument_classes() -> list[type[Any]]:
     return [TrainingArguments, ModelArguments, DataArguments]
 
 
-def run(*instances: Any) -> None:
-    """Run the task with instances of ``argument_classes``, in that order."""
+def run(*instances: Any) -> int:
+    """Run the task with instances of ``argument_classes``, in that order; the exit status."""
     from dstrain.tasks.causal_lm.job import run as run_job
 
-    run_job(*instances)
+    return run_job(*instances)

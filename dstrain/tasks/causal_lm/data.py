@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from dstrain.core.errors import DataError
-from dstrain.core.ranks import Ranks, main_first, require_equal
+from dstrain.core.ranks import Ranks, require_equal
 from dstrain.tasks.causal_lm.arguments import DataArguments
 from dstrain.tasks.causal_lm.chat import collate_conversations
 from dstrain.tasks.causal_lm.chat_prepare import prepare_chat, set_template
@@ -17,7 +17,7 @@ from dstrain.tasks.causal_lm.conversations import load_conversations, messages_o
 from dstrain.tasks.causal_lm.packing import collate_blocks
 from dstrain.tasks.causal_lm.prepare import prepare
 from dstrain.tasks.causal_lm.sources import Documents, load_documents
-from dstrain.tasks.common.cache import fingerprint_tokenizer
+from dstrain.tasks.common.cache import fingerprint_tokenizer, main_caches_first
 from dstrain.tasks.common.tokenizer import prepare_tokenizer
 
 
@@ -61,7 +61,7 @@ def prepare_data(args: DataArguments, model_name: str | None, ranks: Ranks) -> P
 
 
 def _text(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
-    first = functools.partial(main_first, ranks)
+    first = functools.partial(main_caches_first, ranks)
     documents = load_documents(args, main_first=first)
     tokenizer = _tokenizer(documents, args, model_name, ranks, lambda row: str(row["text"]))
     packed = prepare(documents, tokenizer, args, ranks=ranks, main_first=first)
@@ -76,7 +76,7 @@ def _text(args: DataArguments, model_name: str | None, ranks: Ranks) -> Prepared
 
 
 def _chat(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
-    first = functools.partial(main_first, ranks)
+    first = functools.partial(main_caches_first, ranks)
     conversations = load_conversations(args, main_first=first)
     tokenizer = _tokenizer(conversations, args, model_name, ranks, _spoken)
     set_template(tokenizer, args)
@@ -104,7 +104,7 @@ def _tokenizer(
         vocab_size=args.vocab_size,
         fingerprint=documents.train_fingerprint,
         text_of=text_of,
-        main_first=functools.partial(main_first, ranks),
+        main_first=functools.partial(main_caches_first, ranks),
     )
 
 

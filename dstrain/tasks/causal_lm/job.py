@@ -45,8 +45,11 @@ logger = get_logger(__name__)
 CAUSAL_LM = Architecture(count_causal_lm, load_causal_lm, build_causal_lm)
 
 
-def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> None:
+def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> int:
     """Train, evaluate and save a causal language model.
+
+    Returns:
+        The exit status.
 
     Raises:
         DstrainError: for anything a user can mend; on all ranks alike.
@@ -64,6 +67,7 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
         args,
         CAUSAL_LM,
         name=name,
+        ignore_missing=model_args.ignore_missing_keys,
         config=saved_config(name) if name else _fresh_config(model_args, data_args, data.tokenizer),
         tokenizer=data.tokenizer,
         sequence_length=data_args.block_size,
@@ -85,7 +89,7 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
         trainer.refuse_mixing()
     if data_args.is_chat:
         _stop_at_answers(model, data)
-    train_and_report(
+    return train_and_report(
         trainer,
         figures=("loss", "perplexity", "bits_per_byte"),
         show=lambda: _shown(trainer, data, model_args),

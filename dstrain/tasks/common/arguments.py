@@ -26,6 +26,14 @@ class StartArguments:
         metadata={"help": "Train from scratch: a config.json, or a short form, type:key=value,..."},
     )
 
+    ignore_missing_keys: bool = field(
+        default=False,
+        metadata={
+            "help": "Begin with random weights where the named model lacks some, which is an error "
+            "otherwise."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Refuse two models."""
         if self.model_name_or_path is not None and self.model_config is not None:

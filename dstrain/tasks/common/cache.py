@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,78 @@ import tokenizers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from dstrain.core.errors import DataError, Problem
+from dstrain.core.errors import DataError, DstrainError, Problem
+from dstrain.core.files import unwritten
+from dstrain.core.ranks import Ranks, main_first
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SIGNS = ("No space left on device", "Not enough disk space", "Disk quota exceeded")
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """The folder that keeps packed splits and trained tokenizers."""
     return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dstrain").expanduser()
+
+
+@contextlib.contextmanager
+def main_caches_first(ranks: Ranks) -> Iterator[None]:
+    """Run the body, which caches data, as ``main_first`` does; a cache that fails is said to.
+
+    Raises:
+        DataError: the disk of the cache is full, or it cannot be written; on every rank.
+    """
+    with main_first(ranks), cache_told():
+        yield
+
+
+@contextlib.contextmanager
+def cache_told() -> Iterator[None]:
+    """Turn the failure of a library to write the cache inside into an error that says so.
+
+    Raises:
+        DataError: in the place of what was raised.
+    """
+    try:
+        yield
+    except DstrainError:
+        raise
+    except Exception as error:
+        if (problem := cache_problem(error)) is not None:
+            raise DataError(problem) from error
+        raise
+
+
+def cache_problem(error: BaseException) -> Problem | None:
+    """What is wrong with the cache where that is why something failed; None where it is not.
+
+    ``datasets``, pyarrow and tokenizers each say it in their own way, the first of them as the
+    cause of another error.
+    """
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        path = Path(os.fsdecode(getattr(cause, "filename", None) or cache_folder().parent))
+        what = f"the data cache at {path} cannot be written"
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return _with_remedy(unwritten(what, path, cause))
+        if any(sign in str(cause) for sign in _SIGNS):
+            return _with_remedy(unwritten(what, path, OSError(errno.ENOSPC, _first_line(cause))))
+        is_refused = isinstance(cause, OSError) and cause.errno in _REFUSED
+        if is_refused and path.is_relative_to(cache_folder().parent.absolute()):
+            return _with_remedy(Problem(what, _first_line(cause)))
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _with_remedy(problem: Problem) -> Problem:
+    remedy = "free space there, or set HF_DATASETS_CACHE to a folder with space that you may write"
+    return replace(problem, remedy=remedy)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
@@ -48,13 +118,8 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise DataError(
-            Problem(
-                f"the data cache {folder.parent} cannot be written",
-                str(error),
-                "set HF_DATASETS_CACHE to a folder with space that you may write",
-            )
-        ) from error
+        what = f"the data cache {folder.parent} cannot be written"
+        raise DataError(_with_remedy(unwritten(what, folder.parent, error))) from error
     return True
 
 

@@ -13,13 +13,15 @@ from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import check_there
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem, collected
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks
+from dstrain.core.ranks import Ranks, barrier
 from dstrain.core.seeds import seed_everything
+from dstrain.core.stop import INCOMPLETE
 from dstrain.engine import full_numel
-from dstrain.models import check_model_folder, check_writable
+from dstrain.models import check_model_folder, check_writable, told_of_library
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.trainer import Trainer
 from dstrain.trainer.build import resolve_config
+from dstrain.trainer.saving import alone_in_folder, missing_text
 
 logger = get_logger(__name__)
 
@@ -30,12 +32,12 @@ class Architecture:
 
     Attributes:
         count: of a config, the sizes of the model that it makes.
-        load: (folder or name, resolved config) -> the model.
+        load: (folder or name, resolved config, ignore_missing=...) -> the model.
         build: (config, resolved config) -> a new model.
     """
 
     count: Callable[[Any], Any]
-    load: Callable[[str, Any], torch.nn.Module]
+    load: Callable[..., torch.nn.Module]
     build: Callable[[Any, Any], torch.nn.Module]
 
 
@@ -89,22 +91,16 @@ def saved_config(name: str) -> Any:
     """The config of a model folder, which must hold weights, or of a model of the Hub.
 
     Raises:
-        ModelError: a folder that is no model.
-        ConfigError: transformers cannot read it.
+        ModelError: a folder that is no model, or a config that transformers cannot read.
     """
     from transformers import AutoConfig
 
     check_model_folder(name)
-    try:
+    with told_of_library(
+        f"model_name_or_path={name!r} cannot be read",
+        "check the name: a folder written by save_pretrained, or a model of the Hub",
+    ):
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            Problem(
-                f"model_name_or_path={name!r} cannot be read",
-                str(error).strip(),
-                "check the name: a folder written by save_pretrained, or a model of the Hub",
-            )
-        ) from error
 
 
 def known_of(tokenizer: Any) -> dict[str, Any]:
@@ -122,6 +118,7 @@ def make_model(
     architecture: Architecture,
     *,
     name: str | None,
+    ignore_missing: bool,
     config: Any,
     tokenizer: Any,
     sequence_length: int,
@@ -136,6 +133,7 @@ def make_model(
         args: of training.
         architecture: how to make it.
         name: of a model to load; None builds a new one.
+        ignore_missing: begin with random weights where it lacks some.
         config: of the model.
         tokenizer: that it is used with.
         sequence_length: tokens of its longest sample.
@@ -148,7 +146,10 @@ def make_model(
     sizes = architecture.count(config)
     resolved = resolve_config(args, ranks, sizes=sizes, sequence_length=sequence_length)
     seed_everything(args.seed)
-    model = architecture.load(name, resolved) if name else architecture.build(config, resolved)
+    if name:
+        model = architecture.load(name, resolved, ignore_missing=ignore_missing)
+    else:
+        model = architecture.build(config, resolved)
     logger.info(
         "model: %s, %s parameters",
         type(model).__name__,
@@ -171,22 +172,41 @@ def _check_vocabulary(config: Any, tokenizer: Any) -> None:
 
 def train_and_report(
     trainer: Trainer, *, figures: Sequence[str], show: Callable[[], str] | None = None
-) -> None:
+) -> int:
     """Evaluate, train, evaluate again; save the model and the records; print what came of it.
+
+    No other run may write into the output folder meanwhile.
 
     Args:
         trainer: ready to train; it evaluates where it has an ``eval_dataset``.
         figures: metrics, without their prefix, of the printed comparison.
         show: text to print at the end, made by all ranks together.
+
+    Returns:
+        The exit status: 0, or ``INCOMPLETE`` where the last checkpoint could not be written.
+
+    Raises:
+        CheckpointError: another run writes into the output folder.
     """
+    with alone_in_folder(trainer):
+        _train_and_report(trainer, figures, show)
+    if not trainer.last_save_failed:
+        return 0
+    barrier()  # the launcher ends all ranks once one has ended with another status than 0
+    return INCOMPLETE
+
+
+def _train_and_report(
+    trainer: Trainer, figures: Sequence[str], show: Callable[[], str] | None
+) -> None:
     before: dict[str, float] = {}
     evaluates = trainer.eval_dataset is not None
     if evaluates:
         before = trainer.evaluate(metric_key_prefix="eval_before")
     output = trainer.train()
     trainer.log_metrics("train", output.metrics)
+    trainer.save_model()  # first of all: nothing that fails must cost the model
     trainer.save_metrics("train", output.metrics)
-    trainer.save_model()  # first of all: an evaluation that fails must not cost the model
     if evaluates:
         after = _final_evaluation(trainer)
         results = {k: v for k, v in before.items() if k != "epoch"} | after
@@ -200,6 +220,8 @@ def train_and_report(
             print(f"\n{shown}\n")
         folder = Path(trainer.args.output_dir)
         print(f"model, metrics and loss_curve.png are in {folder}", flush=True)
+        if missing := missing_text(trainer):
+            print(missing, flush=True)
 
 
 def _final_evaluation(trainer: Trainer) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from dstrain.core.errors import DataError, Problem
+from dstrain.tasks.common.cache import cache_problem
 
 ROW_BUILDERS = {
     ".jsonl": "json",
@@ -120,6 +121,8 @@ def explained(origin: Origin) -> Iterator[None]:
             if isinstance(cause, DataError):
                 raise cause from None
             cause = cause.__cause__
+        if (problem := cache_problem(error)) is not None:  # no fault of the data
+            raise DataError(problem) from error
         why = str(error.__cause__ or error).strip() or type(error).__name__
         by_name = origin.builder and not origin.files
         remedy = "check the name, the split and the network" if by_name else "mend the file"

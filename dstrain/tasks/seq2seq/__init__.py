@@ -13,8 +13,8 @@ def argument_classes() -> list[type[Any]]:
     return [Seq2SeqTrainingArguments, ModelArguments, DataArguments]
 
 
-def run(*instances: Any) -> None:
-    """Run the task with instances of ``argument_classes``, in that order."""
+def run(*instances: Any) -> int:
+    """Run the task with instances of ``argument_classes``, in that order; the exit status."""
     from dstrain.tasks.seq2seq.job import run as run_job
 
-    run_job(*instances)
+    return run_job(*instances)

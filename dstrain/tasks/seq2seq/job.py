@@ -14,9 +14,9 @@ from transformers import DataCollatorForSeq2Seq
 from dstrain.arguments import Seq2SeqTrainingArguments
 from dstrain.core.errors import ConfigError, DataError, Problem, collected, raise_errors
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, main_first, require_equal
+from dstrain.core.ranks import Ranks, all_or_none, require_equal
 from dstrain.models import build_seq2seq, count_seq2seq, load_seq2seq, parse_model_config
-from dstrain.tasks.common.cache import fingerprint_tokenizer
+from dstrain.tasks.common.cache import fingerprint_tokenizer, main_caches_first
 from dstrain.tasks.common.job import (
     Architecture,
     known_of,
@@ -44,8 +44,11 @@ SEQ2SEQ = Architecture(count_seq2seq, load_seq2seq, build_seq2seq)
 
 def run(
     args: Seq2SeqTrainingArguments, model_args: ModelArguments, data_args: DataArguments
-) -> None:
+) -> int:
     """Train, evaluate and save a sequence-to-sequence model.
+
+    Returns:
+        The exit status.
 
     Raises:
         DstrainError: for anything a user can mend; on all ranks alike.
@@ -63,6 +66,7 @@ def run(
         args,
         SEQ2SEQ,
         name=name,
+        ignore_missing=model_args.ignore_missing_keys,
         config=saved_config(name) if name else _fresh_config(model_args, data_args, tokenizer),
         tokenizer=tokenizer,
         sequence_length=_sequence_length(data_args),
@@ -82,7 +86,7 @@ def run(
         sequence_length=_sequence_length(data_args),
     )
     count = model_args.num_samples_shown if encoded.validation_pairs is not None else 0
-    train_and_report(
+    return train_and_report(
         trainer,
         figures=("loss", "rouge_l", "exact_match", "generated_length"),
         show=(lambda: _samples(trainer, encoded, count)) if count else None,
@@ -161,7 +165,7 @@ def _prepare_data(
     data_args: DataArguments, model_args: ModelArguments, ranks: Ranks
 ) -> tuple[Pairs, Any, EncodedPairs]:
     """Pairs, tokenizer and samples; one rank per machine prepares, the others load."""
-    first = functools.partial(main_first, ranks)
+    first = functools.partial(main_caches_first, ranks)
     pairs = load_pairs(data_args, main_first=first)
     tokenizer = prepare_tokenizer(
         pairs.train,

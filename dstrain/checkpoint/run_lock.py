@@ -1,0 +1,164 @@
+"""The lock of a run on its output folder, in which two runs would replace each other's files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import all_or_none
+
+logger = get_logger(__name__)
+
+RUN_LOCK = ".dstrain-run.lock"
+_SHARED = "; if it is this one on another machine, they share the disk: leave save_on_each_node out"
+
+
+class RunLock:
+    """A lock of one process on a folder, which may be taken several times over.
+
+    The kernel lets go when the process dies. Its file is removed when the run has ended. Where the
+    folder cannot be written, or the file system knows no locks, this does nothing.
+    """
+
+    def __init__(self, folder: Path, *, on_each_node: bool = False) -> None:
+        """Take nothing yet.
+
+        Args:
+            folder: of the run.
+            on_each_node: whether every machine of this run takes its own disk's.
+        """
+        self._folder = Path(folder)
+        self._on_each_node = on_each_node
+        self._file: BinaryIO | None = None
+        self._of_folder: tuple[int, int] | None = None
+        self._times = 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold it inside; a block inside another changes nothing.
+
+        Raises:
+            CheckpointError: another living process holds it.
+        """
+        if not self._times:
+            self._take()
+        self._times += 1
+        try:
+            yield
+        finally:
+            self._times -= 1
+            if not self._times:
+                self._release()
+
+    def keep(self) -> None:
+        """See to it that the folder is still there, and still this run's.
+
+        A folder that was moved or removed under the run is made anew in its place, and said so:
+        the run goes on, and what it saves from then on is there.
+
+        Raises:
+            CheckpointError: another run has taken the place of the folder, or it cannot be made.
+        """
+        if self._file is None or self._is_in_place():
+            return
+        gone = _id_of(self._folder) != self._of_folder
+        moved = self._moved_to()
+        self._file.close()
+        self._file = None
+        if gone:
+            logger.error(
+                "%s was %s while the run was writing into it: it is made anew, and what is saved "
+                "from now on is there",
+                self._folder,
+                f"moved to {moved}" if moved else "removed",
+            )
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                Problem(
+                    f"output_dir {str(self._folder)!r} is gone, and cannot be made anew",
+                    error.strerror or str(error),
+                    f"it was moved to {moved}" if moved else "give the run a folder that stays",
+                )
+            ) from error
+        self._take()
+
+    def _take(self) -> None:
+        while True:
+            try:
+                file = open(self._folder / RUN_LOCK, "ab")  # noqa: SIM115 - held for the run
+            except (FileNotFoundError, PermissionError):
+                return
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.close()
+                raise CheckpointError(
+                    Problem(
+                        f"another run is writing into {str(self._folder)!r}",
+                        "the two would replace and remove each other's files",
+                        "choose another output_dir, or wait until that run has ended"
+                        + (_SHARED if self._on_each_node else ""),
+                    )
+                ) from error
+            except OSError:
+                file.close()  # a file system without locks
+                return
+            self._file, self._of_folder = file, _id_of(self._folder)
+            if self._is_in_place():
+                return
+            file.close()  # a run that ended has removed it meanwhile
+            self._file = None
+
+    def _release(self) -> None:
+        if self._file is None:
+            return
+        if self._is_in_place():
+            with contextlib.suppress(OSError):
+                (self._folder / RUN_LOCK).unlink()
+        self._file.close()
+        self._file = None
+
+    def _is_in_place(self) -> bool:
+        """Whether the file that is held is the one by that name."""
+        assert self._file is not None
+        facts = os.fstat(self._file.fileno())
+        return _id_of(self._folder / RUN_LOCK) == (facts.st_dev, facts.st_ino)
+
+    def _moved_to(self) -> str:
+        """Where the folder is now, as far as the system tells; "" where it is removed."""
+        assert self._file is not None
+        with contextlib.suppress(OSError):
+            path = Path(os.readlink(f"/proc/self/fd/{self._file.fileno()}"))
+            if path.name == RUN_LOCK and path.exists():
+                return str(path.parent)
+        return ""
+
+
+@contextlib.contextmanager
+def held_by_one(lock: RunLock, *, takes: bool) -> Iterator[None]:
+    """Hold a lock inside on the ranks that take it; a collective of all ranks.
+
+    Raises:
+        CheckpointError: another run holds one of them; on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+        with all_or_none():
+            if takes:
+                stack.enter_context(lock.held())
+        yield
+
+
+def _id_of(path: Path) -> tuple[int, int] | None:
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino

@@ -1,0 +1,290 @@
+"""Credentials: which names and texts hold one, and how they are shown where things are written.
+
+Everything that leaves the process goes through here: records, logs, errors, uploads, trackers. A
+value is judged by its name (``comet.api_key``, ``hub_token``, ``--password``), a text also by what
+is in it (``https://user:word@host``, ``Bearer ...``, keys of well-known services, JSON). In its
+place stands its name in angle brackets, as transformers writes it: ``<HUB_TOKEN>``.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+# Words that say so wherever they stand in a name.
+_ALWAYS = frozenset(
+    {
+        *("password", "passwords", "passwd", "passphrase", "passcode", "pwd"),
+        *("secret", "secrets", "credential", "credentials", "authorization", "bearer"),
+        *("apikey", "apikeys", "accesskey", "secretkey", "authtoken", "apitoken", "accesstoken"),
+        *("hubtoken", "hftoken", "jwt", "cookie", "cookies", "webhook"),
+    }
+)
+# What a key is that opens something; others name entries of a table, or columns.
+_KEYS = frozenset(
+    {
+        *("api", "access", "secret", "private", "signing", "encryption", "account", "license"),
+        *("ssh", "auth", "master", "subscription", "storage", "deploy", "client", "shared"),
+    }
+)
+# What tokens are in a vocabulary. Any other `..._token` that is text opens something.
+_VOCABULARY = frozenset(
+    {
+        *("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video", "audio", "speech"),
+        *("start", "end", "stop", "special", "additional", "added", "extra", "new", "next"),
+        *("first", "last", "max", "min", "num", "per", "text", "prompt", "response", "think"),
+        *("boi", "eoi", "bot", "eot", "eom", "boa", "eoa", "turn", "fim", "prefix", "suffix"),
+        *("middle", "language", "task", "vision", "modal", "object", "placeholder", "split"),
+        *("no", "blank", "delimiter", "word", "decoder", "encoder", "forced", "completion"),
+        *("chunk", "patch", "global", "separator", "padding", "unknown"),
+    }
+)
+# Of whom or what a list of tokens is that opens something; others are of a vocabulary.
+_OPENING = frozenset(
+    {"api", "auth", "access", "hub", "hf", "bearer", "refresh", "session", "login"}
+)
+_MARK = re.compile(r"</?[^<>\s]+>|\[[\w|]+\]|\$?\{[\w.]+\}")
+_PLAIN = frozenset({"", "none", "null", "true", "false", "auto"})
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether a value of this name opens something: its last part counts, ``comet.api_key``.
+
+    Also where its words are not parted by anything but capital letters: ``apiKey``.
+    """
+    return _is_always_secret(name) or _is_token(name)
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """The value with a mask in the place of each credential in it, as deep as it goes.
+
+    What holds none is returned as it is, not copied.
+
+    Args:
+        value: text, numbers, and mappings and sequences of these; other objects stay.
+        name: what it is called; "" for nothing.
+    """
+    return _hidden(value, name, inside=False)
+
+
+def has_secrets(value: Any) -> bool:
+    """Return whether ``without_secrets`` would leave something out."""
+    return without_secrets(value) is not value
+
+
+def is_mask(name: str, value: Any) -> bool:
+    """Return whether this is what is written in the place of a credential of this name."""
+    return isinstance(value, str) and is_secret_name(name) and value == mask_of(name)
+
+
+def mask_of(name: str) -> str:
+    """What stands for a credential: the last part of its name in angle brackets."""
+    last = name.lstrip("-").rpartition(".")[2]
+    return f"<{last.replace('-', '_').upper() or 'SECRET'}>"
+
+
+def without_masks(value: Any) -> Any:
+    """A mapping, or anything else, without the entries that are masks."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: without_masks(part) for name, part in value.items() if not is_mask(str(name), part)
+    }
+
+
+def hidden_in_text(text: str, *, known: Iterable[str | None] = ()) -> str:
+    """A text for people with a mask in the place of each credential that can be told in it.
+
+    Args:
+        text: a message, a log line, a command, JSON.
+        known: credentials that are hidden wherever they stand.
+    """
+    for secret in known:
+        if secret:
+            text = text.replace(secret, "<SECRET>")
+    if not _MAY_HOLD.search(text):
+        return text
+    text = _BASE64.sub(_hidden_base64, text)
+    text = _URL.sub(r"\g<1><SECRET>@", text)
+    text = _KNOWN.sub("<SECRET>", text)
+    text = _AFTER_SCHEME.sub(r"\g<1> <SECRET>", text)
+    return _hidden_after(_NAMED, _hidden_after(_FLAG, text))
+
+
+def hidden_in_words(words: Sequence[str]) -> list[str]:
+    """The words of a command, with masks in the place of credentials."""
+    shown = []
+    flag = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if flag and not word.startswith("--"):
+            shown.append(without_secrets(word, flag))
+        elif name.startswith("--") and equals:
+            shown.append(f"{name}={without_secrets(value, name)}")
+        else:
+            shown.append(hidden_in_text(word))
+        flag = word if word.startswith("--") and not equals else ""
+    return shown
+
+
+class HidesSecrets(logging.Filter):
+    """Takes credentials out of what is logged, for whichever handler an application has."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Rewrite the record's message and traceback; keep every record."""
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):  # logging itself says what is wrong with it
+            return True
+        shown = hidden_in_text(message)
+        if shown != message:
+            record.msg, record.args = shown, ()
+        if record.exc_info and not record.exc_text:
+            text = logging.Formatter().formatException(record.exc_info)
+            if (hidden := hidden_in_text(text)) != text:
+                record.exc_text = hidden
+        return True
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(name.rpartition(".")[2])]
+
+
+def _is_always_secret(name: str) -> bool:
+    """Whether whatever has this name is a credential, numbers and all that is inside too."""
+    words = _words(name)
+    if not _ALWAYS.isdisjoint(words):
+        return True
+    pairs = zip(words, words[1:], strict=False)
+    if any(first in _KEYS and second in ("key", "keys") for first, second in pairs):
+        return True
+    if words[-1:] == ["auth"]:
+        return True
+    return words[-1:] == ["tokens"] and words[-2:-1] != [] and words[-2] in _OPENING
+
+
+def _is_token(name: str) -> bool:
+    """Whether a text of this name is a credential: no token of a vocabulary."""
+    words = _words(name)
+    return words[-1:] == ["token"] and _VOCABULARY.isdisjoint(words[:-1])
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def _hidden(value: Any, name: str, *, inside: bool) -> Any:
+    """See ``without_secrets``; ``inside`` something that is a credential with all its parts."""
+    inside = inside or _is_always_secret(name)
+    if isinstance(value, Mapping):
+        parts = {k: _hidden(v, str(k), inside=inside) for k, v in value.items()}
+        same = all(parts[k] is v for k, v in value.items())
+        return value if same else parts
+    if isinstance(value, (list, tuple, set, frozenset)):
+        inner = name if inside or _is_token(name) else ""
+        listed = [_hidden(v, inner, inside=inside) for v in value]
+        if all(new is old for new, old in zip(listed, value, strict=True)):
+            return value
+        if hasattr(value, "_fields"):
+            return type(value)(*listed)
+        return type(value)(listed)
+    if isinstance(value, bytes):
+        return mask_of(name) if inside or _is_token(name) else value
+    if isinstance(value, str):
+        if (inside or _is_token(name)) and not _shows_nothing(value):
+            return mask_of(name)
+        shown = hidden_in_text(value)
+        return value if shown == value else shown
+    if inside and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return mask_of(name)
+    if (
+        dataclasses.is_dataclass(value)
+        and not isinstance(value, type)
+        and not hasattr(value, "to_dict")
+    ):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        shown_fields = _hidden(fields, name, inside=inside)
+        return value if shown_fields is fields else shown_fields
+    return value
+
+
+def _shows_nothing(text: str) -> bool:
+    """Whether a text is no credential whatever its name: none, or a mark such as ``<s>``."""
+    return text.strip().lower() in _PLAIN or _MARK.fullmatch(text.strip()) is not None
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+# Without one of these there is nothing to look for; most lines have none.
+_MAY_HOLD = re.compile(
+    r"token|pass|pwd|secret|credential|auth|key|bearer|basic|jwt|cookie|webhook|://|@"
+    r"|hf_|sk-|gh[pousr]_|github_pat|glpat|xox|AKIA|e[yw3][A-Za-z0-9]",
+    re.IGNORECASE,
+)
+_URL = re.compile(r"(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+://)[^\s/@'\"<>]+@")
+_KNOWN = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_\-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
+    r"|\bgithub_pat_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_\-]{16,}|\bxox[abprs]-[A-Za-z0-9\-]{10,}"
+    r"|\bAKIA[0-9A-Z]{16}\b|\beyJ[A-Za-z0-9_\-]+\.[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]+"
+)
+_AFTER_SCHEME = re.compile(r"\b(Bearer|Basic)\s+(?!<)[A-Za-z0-9+/_.~\-]{6,}={0,2}")
+_BASE64 = re.compile(r"(?<![A-Za-z0-9+/_\-])e[yw3][A-Za-z0-9+/_\-]{14,}={0,2}")
+# A name begins where no other does, and is taken whole: no text takes longer than its length.
+_NAMED = re.compile(
+    r"(?<![\w.\-\\])(?P<open>\\*+[\"']?)(?P<name>-{0,2}[A-Za-z_][\w.\-]*+)(?P=open)"
+    r"(?P<sign>\s*+(?:=>|:=|==?|:)\s*+)"
+)
+_FLAG = re.compile(
+    r"(?<![\w.\-])(?P<open>[\"']?)(?P<name>--[A-Za-z][\w.\-]*+)(?P=open)(?P<sign>(?:\s*+,)?\s++)"
+)
+_VALUE = re.compile(
+    r"(?P<quote>\\*[bf]?\\*[\"'])(?P<inner>(?:\\.|(?!(?P=quote)).)*)(?P<end>(?P=quote)?)"
+    r"|\[[^\]]*\]?|\([^)]*\)?|\{[^}]*\}?|[^\s,;&)}\]\"']+"
+)
+
+
+def _hidden_after(names: re.Pattern[str], text: str) -> str:
+    """The text with masks in the place of the values that stand after names of credentials."""
+    shown, position = [], 0
+    for match in names.finditer(text):
+        if match.start() < position or not is_secret_name(match["name"]):
+            continue
+        value = _VALUE.match(text, match.end())
+        if value is None or not _is_worth_hiding(match, value):
+            continue
+        quote, end = value["quote"] or "", value["end"] or ""
+        shown += [text[position : match.end()], quote, mask_of(match["name"]), end]
+        position = value.end()
+    return "".join([*shown, text[position:]])
+
+
+def _is_worth_hiding(named: re.Match[str], value: re.Match[str]) -> bool:
+    bare = value[0] if value["quote"] is None else value["inner"]
+    if _shows_nothing(bare) or (value["quote"] is None and bare.startswith("--")):
+        return False
+    if _is_always_secret(named["name"]):
+        return True
+    if re.fullmatch(r"[-+]?[0-9.]+", bare):
+        return False  # a count of tokens
+    # Prose such as "no such token: ..." is none.
+    is_prose = named["sign"].strip() == ":" and not named["open"]
+    return not (is_prose and len(_words(named["name"])) < 2)
+
+
+def _hidden_base64(match: re.Match[str]) -> str:
+    """A JSON object in base64, as launchers hand a config through shells, with masks inside."""
+    try:
+        content = json.loads(base64.urlsafe_b64decode(match[0]).decode())
+    except (ValueError, RecursionError):
+        return match[0]
+    if not isinstance(content, dict) or not has_secrets(content):
+        return match[0]
+    return json.dumps(without_secrets(content))
