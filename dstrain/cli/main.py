@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dstrain.core.errors import DstrainError
+from dstrain.core.output import drop_what_cannot_be_written
 from dstrain.core.stop import PREEMPTED, Preempted
 
 USAGE = """usage: dstrain COMMAND ...
@@ -54,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PREEMPTED
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has seen enough: `dstrain explain | head`
+    except BrokenPipeError as error:
+        if words[:1] == ["train"]:  # of a socket or a pipe of its own: what it prints never raises
+            return _report_failure(error)
+        # The reader has seen enough: `dstrain explain | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -99,6 +103,7 @@ def _run(words: list[str]) -> int:
     if command == "train":
         from dstrain.cli import train
 
+        drop_what_cannot_be_written()
         return train.run(rest)
     if command == "explain":
         from dstrain.cli import explain

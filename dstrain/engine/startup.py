@@ -14,6 +14,7 @@ from datetime import timedelta
 
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
+from dstrain.core.output import drop_what_cannot_be_written
 from dstrain.core.ranks import Ranks, launched_ranks
 
 logger = get_logger(__name__)
@@ -29,7 +30,8 @@ def start(
     """Bring up the process group once; later calls only return the facts.
 
     Works under the ``deepspeed`` launcher, torchrun and plain Python (one process, no environment
-    to set). On the CPU the ranks of one machine share its cores.
+    to set). On the CPU the ranks of one machine share its cores. From here on this process drops
+    output that cannot be written.
 
     Raises:
         ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, or more
@@ -39,6 +41,7 @@ def start(
     import torch
     import torch.distributed as dist
 
+    drop_what_cannot_be_written()
     started = dist.is_initialized()
     choose_accelerator(use_cpu=use_cpu)
     if not started:
