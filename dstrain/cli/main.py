@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dstrain.core.errors import DstrainError
+from dstrain.core.launcher import note_begin, note_end, watch_launchers
 from dstrain.core.output import drop_what_cannot_be_written
 from dstrain.core.stop import PREEMPTED, Preempted
 
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The console script: ``main``, then the process group goes down and the process ends."""
     status = main()
+    note_end(status)
     if status in (0, PREEMPTED) and "torch" in sys.modules:
         from dstrain.engine import shut_down
 
@@ -104,6 +106,8 @@ def _run(words: list[str]) -> int:
         from dstrain.cli import train
 
         drop_what_cannot_be_written()
+        note_begin()
+        watch_launchers()
         return train.run(rest)
     if command == "explain":
         from dstrain.cli import explain
@@ -157,6 +161,7 @@ def _report_failure(error: Exception) -> int:
 def _leave(status: int) -> int:
     """End without clean-up where other ranks exist: it could wait for them, and they for us."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        note_end(status)
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         os._exit(status)

@@ -58,9 +58,9 @@ def begin_worker(_: int) -> None:
     """Prepare a loader process (torch's ``worker_init_fn``)."""
     drop_what_cannot_be_written()  # a process that was forked does so already
     fetch._MapDatasetFetcher = _SeededFetcher  # type: ignore[misc]
-    # Schedulers send these to whole process groups. The rank still needs its batches, to reach the
-    # step after which it saves and ends.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    # Schedulers and terminals send these to whole process groups. The rank still needs its batches,
+    # to reach the step after which it saves and ends.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

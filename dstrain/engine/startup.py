@@ -13,6 +13,7 @@ import warnings
 from datetime import timedelta
 
 from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.launcher import watch_launchers
 from dstrain.core.log import get_logger
 from dstrain.core.output import drop_what_cannot_be_written
 from dstrain.core.ranks import Ranks, launched_ranks
@@ -31,7 +32,7 @@ def start(
 
     Works under the ``deepspeed`` launcher, torchrun and plain Python (one process, no environment
     to set). On the CPU the ranks of one machine share its cores. From here on this process drops
-    output that cannot be written.
+    output that cannot be written, and ends when its launcher is gone.
 
     Raises:
         ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, or more
@@ -42,6 +43,7 @@ def start(
     import torch.distributed as dist
 
     drop_what_cannot_be_written()
+    watch_launchers()
     started = dist.is_initialized()
     choose_accelerator(use_cpu=use_cpu)
     if not started:

@@ -15,10 +15,11 @@ from dstrain.checkpoint import CheckpointWriter, check_there
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
+from dstrain.core.launcher import note_saved
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ranks
 from dstrain.core.seeds import seed_everything, seed_rank
-from dstrain.core.stop import Preempted
+from dstrain.core.stop import PREEMPTED, Preempted
 from dstrain.data import InputFormats, takes_target_count
 from dstrain.engine import Engine, MetricSchedule, device_name, device_type, main_ranks_buffers
 from dstrain.models import check_writable, guard_partitioned, save_model
@@ -238,7 +239,10 @@ class Trainer(
         self.preempted, self._preemption = False, watch
         with watch.watching():
             output = self._train(resume_from_checkpoint)
-        if self.preempted and self.args.preemption == "exit":
+            ends = self.preempted and self.args.preemption == "exit"
+            if ends:
+                note_saved(PREEMPTED)
+        if ends:
             raise Preempted(f"{watch.cause}: training has ended early and is saved")
         return output
 
