@@ -43,7 +43,8 @@ LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote pr
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0; 1 for a failure, 2 for a user's mistake, 75 for training that a signal ended early.
+    0; 1 for a failure, 2 for a user's mistake, 75 for training that a signal ended early. Ranks
+    that wait for one that does not come end by themselves, with 76.
     """
     words = [a for a in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(a)]
     try:

@@ -5,6 +5,9 @@ from __future__ import annotations
 PREEMPTED = 75
 """Exit status of a run that a scheduler ended early: EX_TEMPFAIL, "try again later"."""
 
+STALLED = 76
+"""Exit status of a run whose ranks waited for one that did not come."""
+
 
 class Preempted(SystemExit):
     """All that must survive has been saved, and the run is to end with status ``PREEMPTED``."""

@@ -35,8 +35,8 @@ def start(
     output that cannot be written, and ends when its launcher is gone.
 
     Raises:
-        ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, or more
-            ranks on this machine than accelerators.
+        ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, more ranks
+            on this machine than accelerators, or the ranks cannot meet.
     """
     global _group_is_ours
     import torch
@@ -49,6 +49,7 @@ def start(
     if not started:
         _single_process_environment()
     from dstrain.engine import ops
+    from dstrain.engine.rendezvous import check_rendezvous, did_not_meet, reminding
 
     folder = ops.prepare_environment()
     ops.clear_stale_locks(folder)
@@ -75,7 +76,7 @@ def start(
         library = ops.OPS["shm_comm"].folder
         if ranks.is_local_main and not (folder / library / f"{library}.so").exists():
             logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
-        atexit.register(_forget_shared_memory)
+        atexit.register(forget_shared_memory)
     else:
         if ranks.local_rank >= accelerator.device_count():
             raise ConfigError(
@@ -93,15 +94,19 @@ def start(
         return Ranks(
             dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.local_world_size
         )
+    check_rendezvous(ranks, timeout_seconds=timeout_seconds)
     _group_is_ours = True
     # DeepSpeed prints from every rank here; a failure still raises.
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(
-            dist_backend=backend,
-            timeout=timedelta(seconds=timeout_seconds),
-            verbose=False,
-            auto_mpi_discovery=False,
-        )
+    with contextlib.redirect_stdout(io.StringIO()), reminding(ranks):
+        try:
+            deepspeed.init_distributed(
+                dist_backend=backend,
+                timeout=timedelta(seconds=timeout_seconds),
+                verbose=False,
+                auto_mpi_discovery=False,
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise did_not_meet(error, ranks) from error
     return ranks
 
 
@@ -192,7 +197,7 @@ def _end_collectives() -> None:
         ending.join(_SHUT_DOWN_SECONDS)
 
 
-def _forget_shared_memory() -> None:
+def forget_shared_memory() -> None:
     """Remove this rank's buffer of DeepSpeed's CPU collectives, which DeepSpeed leaves behind."""
     variables = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
     name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *variables])

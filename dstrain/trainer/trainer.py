@@ -51,6 +51,7 @@ from dstrain.trainer.search import SearchHooks
 from dstrain.trainer.separation import flattened, mixes_sequences
 from dstrain.trainer.signatures import Functions, serve_loss_function
 from dstrain.trainer.smoothing import LabelSmoothing
+from dstrain.trainer.stall import StallWatch
 from dstrain.trainer.stepping import StepHooks
 
 logger = get_logger(__name__)
@@ -257,10 +258,12 @@ class Trainer(
                 loop = self._prepare_training(start)
                 self.is_in_train = True
                 started = time.time()
-                if self.args.auto_find_batch_size:
-                    run_fitting(self, loop)
-                else:
-                    loop.run()
+                watch = StallWatch(self.ranks, loop, timeout_seconds=self.args.ddp_timeout)
+                with watch.watching():
+                    if self.args.auto_find_batch_size:
+                        run_fitting(self, loop)
+                    else:
+                        loop.run()
                 self.preempted = loop.preempted
                 if self._writer is not None:
                     self._writer.wait()
