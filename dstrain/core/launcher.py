@@ -183,7 +183,8 @@ def is_launched() -> bool:
 def _was_launched() -> bool:
     """Whether DeepSpeed's ``launch.py`` made this environment for this very process."""
     launched = {"RANK", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"} <= set(os.environ)
-    return launched and os.getsid(0) != os.getpid()
+    can_see = os.getppid() == 1 or Process.of(os.getppid()) is not None
+    return launched and can_see and os.getsid(0) != os.getpid()
 
 
 def _tell(what: str) -> None:

@@ -25,6 +25,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from typing import Any, TypeVar
 from dstrain.core.errors import Problem
 from dstrain.core.launcher import note_end
 from dstrain.core.log import get_logger
+from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks
 from dstrain.core.stop import STALLED
 from dstrain.engine import device_type, forget_shared_memory
@@ -75,6 +77,30 @@ class Place:
         """
         self.what, self.in_step, self.since = what, in_step, time.monotonic()
         self.count += 1
+
+
+@dataclass
+class Outside:
+    """What the watch sees of a run that is in no training: an evaluation by itself."""
+
+    place: Place
+    progress: Progress
+
+
+def watching_outside(
+    ranks: Ranks, what: str, *, step: int, timeout_seconds: float
+) -> contextlib.AbstractContextManager[None]:
+    """Watch a block outside of training, where no wait is cut short but gloo's own ends are told.
+
+    Args:
+        ranks: facts of this process.
+        what: is done in the block, for messages.
+        step: that training had come to.
+        timeout_seconds: of collectives.
+    """
+    run = Outside(Place(), Progress(step=step))
+    run.place.enter(what)
+    return StallWatch(ranks, run, timeout_seconds=timeout_seconds).watching()
 
 
 class StallWatch:
@@ -282,7 +308,7 @@ class StallWatch:
         for_whom = _named(missing) if missing else "each other, in different collectives"
         return Problem(
             f"the ranks waited {self._timeout:.0f} s (ddp_timeout) for {for_whom}",
-            "a step needs all ranks; they stand here:\n" + "\n".join(lines),
+            "all are needed there; they stand here:\n" + "\n".join(lines),
             "look for what keeps that rank there (a loop, a lock, a file or network that does not "
             "answer, a machine that is gone), or raise ddp_timeout where it is only slow; "
             "resume_from_checkpoint='auto' goes on from the newest checkpoint",

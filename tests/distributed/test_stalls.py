@@ -34,6 +34,7 @@ class Stands(Trainer):
         return super().compute_loss(*args, **kwargs)
 
     def prediction_step(self, *args, **kwargs):
+        pathlib.Path("stands").write_text(str(time.time()))
         time.sleep(EVALUATION)
         return super().prediction_step(*args, **kwargs)
 
@@ -46,7 +47,7 @@ Stands(
     data_collator=pad_collate,
     train_dataset=RaggedTokens(64),
     eval_dataset=RaggedTokens(4),
-).train()
+).METHOD()
 pathlib.Path(f"done-{rank}").touch()
 """
 
@@ -55,13 +56,15 @@ def script(
     folder: Path,
     *,
     sleep: str = "time.sleep(3600)",
-    evaluation: float = 0.0,
+    evaluation: object = 0,
+    method: str = "train",
     timeout: int = TIMEOUT_SECONDS,
     **settings: Any,
 ) -> Path:
     """A run of which rank 1 stands still in step 4."""
     text = SCRIPT
-    words = {"SLEEP": sleep, "TIMEOUT": timeout, "SETTINGS": settings, "EVALUATION": evaluation}
+    words: dict[str, object] = {"SLEEP": sleep, "TIMEOUT": timeout, "SETTINGS": settings}
+    words |= {"EVALUATION": evaluation, "METHOD": method}
     for name, value in words.items():
         text = text.replace(name, str(value))
     path = folder / "script.py"
@@ -84,6 +87,21 @@ def test_a_rank_that_does_not_come_is_named_and_all_end(tmp_path, stage, num_ran
     assert "rank 1: step 4, micro-batch 1, at" in text
     assert "script.py:" in text
     assert "in compute_loss" in text
+    assert "Traceback" not in text, text
+
+
+def test_a_rank_that_does_not_come_in_an_evaluation_by_itself_is_named(tmp_path):
+    evaluation = "3600 if rank == '1' else 0"
+    path = script(tmp_path, zero_stage=2, evaluation=evaluation, method="evaluate")
+    with Training(deepspeed(path), tmp_path) as training:
+        status = training.wait_for_end(300)
+        waited = time.time() - float((tmp_path / "stands").read_text())
+        text = training.text()
+    assert status == STALLED, text
+    assert waited < WITHIN_SECONDS
+    assert text.count("dstrain: error:") == 1, text
+    assert "rank 1: after step 0, evaluation, at" in text
+    assert "in prediction_step" in text
     assert "Traceback" not in text, text
 
 
