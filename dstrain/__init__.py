@@ -43,6 +43,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'dstrain' has no attribute {name!r}")
     import importlib
 
+    if _HOMES[name] == "dstrain.trainer":  # libraries that it loads may print
+        from dstrain.core.output import drop_what_cannot_be_written
+
+        drop_what_cannot_be_written()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

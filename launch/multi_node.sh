@@ -184,6 +184,8 @@ else
     # The checks are done, and DeepSpeed's own would not use the options of ssh above. Leave out
     # --venv_script: with it, DeepSpeed 0.19.8 cannot stop the ranks (its pkill gets another word).
     launch+=(--no_ssh_check ${SSH_PORT:+--ssh_port "$SSH_PORT"})
+    # shellcheck disable=SC2034  # for dstrain_run_job
+    RANKS_ELSEWHERE=1
 fi
 [[ -n $MASTER_ADDR ]] || MASTER_ADDR="$(find_master_addr)"
 launch+=(--master_addr "$MASTER_ADDR")

@@ -5,7 +5,9 @@
 #
 # causal-lm, the default, learns to continue Python; seq2seq to say what a Python function does.
 # The first call sets up .venv (minutes); later ones start at once. A flag given here wins over the
-# defaults below, --output_dir too. The exit status is that of the training.
+# defaults below, --output_dir too. The exit status is that of the training: 75 where a signal (TERM,
+# USR1, INT or HUP to this script) ended it after a checkpoint was saved, to go on from with
+# --resume_from_checkpoint auto.
 
 set -euo pipefail
 # shellcheck source=launch/setup.sh

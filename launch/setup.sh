@@ -12,7 +12,7 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 
-say() { printf '[dstrain] %s\n' "$*" >&2; }
+say() { printf '[dstrain] %s\n' "$*" >&2 || true; }
 die() {
     say "error: $*"
     exit 1
@@ -159,40 +159,115 @@ dstrain_take_token() {
     done
 }
 
-# For the traps of dstrain_run_job, whose variables it sees.
-# shellcheck disable=SC2317
-forward_signal() {
-    # TERM for Ctrl-C as well, for which every process would print a traceback. The second means it.
-    kill -"$signal" -- "-$job" 2>/dev/null || true
-    signal=KILL
+# Pass on what comes in, until it has nobody to read it; then drop it. No signal ends this early.
+drain() {
+    trap '' PIPE INT TERM HUP USR1
+    cat 2>/dev/null || cat >/dev/null
 }
 
-# Run a job and return its exit status. `deepspeed` passes no signal on and dies alone, its ranks
-# running on: so it gets a process group, and all of that gets the signals that this shell gets.
+# Where the output of this shell goes into a pipe whose reader may leave (`| head`), put a process
+# between that goes on reading: pdsh, for one, would end of a closed pipe, and its ranks with it.
+drain_pipes() {
+    if [[ -p /dev/fd/2 && /dev/fd/2 -ef /dev/fd/1 ]]; then
+        exec > >(drain) 2>&1
+        return
+    fi
+    [[ ! -p /dev/fd/1 ]] || exec > >(drain)
+    [[ ! -p /dev/fd/2 ]] || exec 2> >(drain >&2)
+}
+
+# The ranks of this machine that have begun, by their own word, and have not ended. This function
+# and the next are for dstrain_run_job, whose variables they see.
+living_ranks() {
+    local file pid
+    for file in "$folder"/rank-?*; do
+        [[ -f $file && $file != *.new ]] || continue
+        pid="$(<"$file")"
+        ! kill -0 "$pid" 2>/dev/null || echo "$pid"
+    done
+}
+
+# Ask for the end of the job: of its ranks, which save, end, and so end their launchers. DeepSpeed's
+# launcher, when asked itself, kills what has not saved in 30 seconds and forgets its status.
+stop_job() {
+    local ranks
+    if ((caught == 2 && interrupted++)); then # Ctrl-C again: no more waiting
+        kill -KILL -- "-$job" 2>/dev/null || true
+        return
+    fi
+    ranks="$(living_ranks)"
+    if [[ -n $ranks ]]; then
+        # TERM for Ctrl-C as well, for which libraries print tracebacks.
+        # shellcheck disable=SC2086  # several words
+        kill -TERM $ranks 2>/dev/null || true
+    else
+        kill -TERM -- "-$job" 2>/dev/null || true
+    fi
+}
+
+# The status of the job, by that of `deepspeed` and what the ranks of this machine have said: it is
+# 0 where DeepSpeed's launcher was killed, and some other where ranks had saved and ended with 75.
+status_of_job() {
+    local status="$1" file said worst=0 number_ended=0
+    for file in "$folder"/status-?*; do
+        [[ -f $file && $file != *.new ]] || continue
+        said="$(<"$file")"
+        number_ended=$((number_ended + 1))
+        [[ $said != 75 ]] || return 75
+        ((said == 0)) || worst=$said
+    done
+    if ((worst > 0)); then
+        ((status > 0)) || status=$worst
+    elif ((number_ended == 0)) && ((caught)); then
+        status=$((128 + caught)) # before there was anything to save
+    elif ((status == 0 && number_ended == 0)) && [[ -z ${RANKS_ELSEWHERE:-} ]]; then
+        status=1 # whatever launched the ranks has been killed
+    fi
+    return "$status"
+}
+
+# Run a job and return its exit status: 75 where a signal ended it after a checkpoint was saved.
+# `deepspeed` passes no signal on and dies alone: so it gets a process group, this shell passes on
+# the signals that it gets, and the ranks end by themselves when one of these processes is gone.
+# RANKS_ELSEWHERE, set, says that the ranks are on other machines, and `deepspeed` knows their end.
 dstrain_run_job() {
-    local job status=0 caught=0 signal=TERM waited
+    local job folder status=0 caught=0 interrupted=0 waited
+    folder="$(mktemp -d)"
+    export DSTRAIN_JOB="$folder" DSTRAIN_SCRIPT=$$
+    drain_pipes
     set -m # puts the next line into a process group of its own
     "$@" </dev/null &
     job=$!
     set +m
-    trap 'caught=1; forward_signal' HUP
-    trap 'caught=2; forward_signal' INT
-    trap 'caught=15; forward_signal' TERM
+    trap '' PIPE
+    trap 'caught=1; stop_job' HUP
+    trap 'caught=2; stop_job' INT
+    trap 'caught=15; stop_job' TERM
+    trap 'caught=10; stop_job' USR1
     # A trap ends `wait` early.
     while :; do
         wait "$job" && status=0 || status=$?
         kill -0 "$job" 2>/dev/null || break
     done
-    if ((caught)); then
-        status=$((128 + caught))
-        # The ranks may be saving: DeepSpeed's launcher gives them 30 seconds.
+    if [[ -n "$(living_ranks)" ]] || { ((status > 128)) && kill -0 -- "-$job" 2>/dev/null; }; then
+        ((caught)) || say "the launcher has ended with status $status before its ranks: they save where they can"
+        stop_job
+        while [[ -n "$(living_ranks)" ]]; do
+            sleep 0.2 || true
+        done
+    fi
+    if ((caught || status > 128)); then
+        # What is left ends soon: DeepSpeed's launcher looks once a second, and ranks that have not
+        # begun to train at once; on other machines they have the 30 seconds that it leaves them.
         for ((waited = 0; waited < 400; waited++)); do
             kill -0 -- "-$job" 2>/dev/null || break
             sleep 0.1 || true
         done
         kill -KILL -- "-$job" 2>/dev/null || true
     fi
-    trap - INT TERM HUP
+    trap - INT TERM HUP USR1
+    status_of_job "$status" && status=0 || status=$?
+    rm -rf "$folder"
     return "$status"
 }
 

@@ -69,7 +69,10 @@ class RunArguments:
     ddp_timeout: int = arg(
         1800,
         "Seconds that a collective waits for a missing rank.",
-        treatment=implemented("`timeout` of `deepspeed.init_distributed`"),
+        treatment=implemented(
+            "`timeout` of `deepspeed.init_distributed`; in a training step the run then ends with "
+            "status 76 and the name of that rank"
+        ),
     )
     ray_scope: str | None = arg(
         "last",

@@ -81,9 +81,10 @@ class SavingArguments:
     )
     preemption: str = arg(
         "exit",
-        "What SIGTERM or SIGUSR1 on any rank does to training: 'exit' saves a checkpoint after the "
-        "step, whatever save_strategy is, and ends the process with status 75; 'return' saves and "
-        "lets train() return, with trainer.preempted set; 'ignore' leaves the signals alone.",
+        "What SIGTERM, SIGUSR1 or SIGHUP on any rank does to training, and Ctrl-C to a launcher: "
+        "'exit' saves a checkpoint after the step, whatever save_strategy is, and ends the process "
+        "with status 75; 'return' saves and lets train() return, with trainer.preempted set; "
+        "'ignore' leaves the signals alone.",
         choices=("exit", "return", "ignore"),
         treatment=implemented(
             "all ranks stop after the same step, at most about a second and two steps later; "

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dstrain.core.errors import DstrainError
+from dstrain.core.launcher import note_begin, note_end, watch_launchers
+from dstrain.core.output import drop_what_cannot_be_written
 from dstrain.core.secrets import hidden_in_text
 from dstrain.core.stop import INCOMPLETE, PREEMPTED, Preempted
 
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
     0; 1 for a failure, 2 for a user's mistake, 3 for training that is done but whose last
-    checkpoint could not be written, 75 for training that a signal ended early.
+    checkpoint could not be written, 75 for training that a signal ended early. Ranks that wait for
+    one that does not come end by themselves, with 76.
     """
     words = [a for a in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(a)]
     try:
@@ -56,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PREEMPTED
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has seen enough: `dstrain explain | head`
+    except BrokenPipeError as error:
+        if words[:1] == ["train"]:  # of a socket or a pipe of its own: what it prints never raises
+            return _report_failure(error)
+        # The reader has seen enough: `dstrain explain | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -66,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The console script: ``main``, then the process group goes down and the process ends."""
     status = main()
+    note_end(status)
     if status in (0, PREEMPTED, INCOMPLETE) and "torch" in sys.modules:
         from dstrain.engine import shut_down
 
@@ -101,6 +108,9 @@ def _run(words: list[str]) -> int:
     if command == "train":
         from dstrain.cli import train
 
+        drop_what_cannot_be_written()
+        note_begin()
+        watch_launchers()
         return train.run(rest)
     if command == "explain":
         from dstrain.cli import explain
@@ -154,6 +164,7 @@ def _report_failure(error: Exception) -> int:
 def _leave(status: int) -> int:
     """End without clean-up where other ranks exist: it could wait for them, and they for us."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        note_end(status)
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         os._exit(status)

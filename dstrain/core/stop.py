@@ -5,6 +5,9 @@ from __future__ import annotations
 PREEMPTED = 75
 """Exit status of a run that a scheduler ended early: EX_TEMPFAIL, "try again later"."""
 
+STALLED = 76
+"""Exit status of a run whose ranks waited for one that did not come."""
+
 
 INCOMPLETE = 3
 """Exit status of training that is done, but whose last checkpoint could not be written."""

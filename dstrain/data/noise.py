@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.utils.data._utils import fetch
 
+from dstrain.core.output import drop_what_cannot_be_written
 from dstrain.core.seeds import derived_seed, seed_everything
 
 
@@ -55,10 +56,11 @@ class Indices(list[int]):
 
 def begin_worker(_: int) -> None:
     """Prepare a loader process (torch's ``worker_init_fn``)."""
+    drop_what_cannot_be_written()  # a process that was forked does so already
     fetch._MapDatasetFetcher = _SeededFetcher  # type: ignore[misc]
-    # Schedulers send these to whole process groups. The rank still needs its batches, to reach the
-    # step after which it saves and ends.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    # Schedulers and terminals send these to whole process groups. The rank still needs its batches,
+    # to reach the step after which it saves and ends.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

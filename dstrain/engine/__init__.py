@@ -27,6 +27,7 @@ from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regi
 from dstrain.engine.registration import StageTold, ZeroThreeMark
 from dstrain.engine.regroup import Regroup, is_out_of_memory
 from dstrain.engine.scalars import scalars_as_bytes
+from dstrain.engine.shared_memory import forget_own as forget_shared_memory
 from dstrain.engine.slots import Slot, empty_slots_of, slots_of
 from dstrain.engine.startup import (
     check_precision,
@@ -53,6 +54,7 @@ from dstrain.engine.zero import (
 )
 
 __all__ = [
+    "forget_shared_memory",
     "check_sizes",
     "MASTER",
     "WEIGHT",
@@ -69,15 +71,15 @@ __all__ = [
     "StepOutcome",
     "Unpickling",
     "ZeroThreeMark",
+    "begin_load",
     "build_ops",
     "built_whole",
     "check_versions",
     "bytes_to_gather",
     "carry",
+    "changing_values",
     "check_formats",
     "check_own",
-    "begin_load",
-    "changing_values",
     "checksum",
     "check_precision",
     "create_state",
@@ -104,8 +106,8 @@ __all__ = [
     "kept_whole",
     "leaf_remark",
     "least",
-    "load_native",
     "let_orphans_go",
+    "load_native",
     "main_ranks_buffers",
     "make_way",
     "make_whole",
@@ -125,8 +127,8 @@ __all__ = [
     "scalars_as_bytes",
     "share",
     "shut_down",
-    "slots_of",
     "slices_remark",
+    "slots_of",
     "stand_in",
     "start",
     "with_full_shapes",

@@ -13,7 +13,9 @@ import warnings
 from datetime import timedelta
 
 from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.launcher import watch_launchers
 from dstrain.core.log import get_logger
+from dstrain.core.output import drop_what_cannot_be_written
 from dstrain.core.ranks import Ranks, launched_ranks
 from dstrain.core.versions import require_same_versions
 
@@ -31,21 +33,26 @@ def start(
     """Bring up the process group once; later calls only return the facts.
 
     Works under the ``deepspeed`` launcher, torchrun and plain Python (one process, no environment
-    to set). On the CPU the ranks of one machine share its cores.
+    to set). On the CPU the ranks of one machine share its cores. From here on this process drops
+    output that cannot be written, and ends when its launcher is gone.
 
     Raises:
-        ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, or more
-            ranks on this machine than accelerators, or ranks with different versions.
+        ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, more ranks
+            on this machine than accelerators, ranks with different versions, or ranks that cannot
+            meet.
     """
     global _group_is_ours
     import torch
     import torch.distributed as dist
 
+    drop_what_cannot_be_written()
+    watch_launchers()
     started = dist.is_initialized()
     choose_accelerator(use_cpu=use_cpu)
     if not started:
         _single_process_environment()
     from dstrain.engine import ops, shared_memory
+    from dstrain.engine.rendezvous import check_rendezvous, did_not_meet, reminding
 
     folder = ops.prepare_environment()
     ops.clear_stale_locks(folder)
@@ -93,15 +100,19 @@ def start(
         return Ranks(
             dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.local_world_size
         )
+    check_rendezvous(ranks, timeout_seconds=timeout_seconds)
     _group_is_ours = True
     # DeepSpeed prints from every rank here; a failure still raises.
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(
-            dist_backend=backend,
-            timeout=timedelta(seconds=timeout_seconds),
-            verbose=False,
-            auto_mpi_discovery=False,
-        )
+    with contextlib.redirect_stdout(io.StringIO()), reminding(ranks):
+        try:
+            deepspeed.init_distributed(
+                dist_backend=backend,
+                timeout=timedelta(seconds=timeout_seconds),
+                verbose=False,
+                auto_mpi_discovery=False,
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise did_not_meet(error, ranks) from error
     check_versions()
     if on_cpu:
         shared_memory.let_go_of_names()

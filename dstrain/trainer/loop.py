@@ -35,6 +35,7 @@ from dstrain.trainer.meters import Reading, TrainMeter
 from dstrain.trainer.plan import Hooks, MicroStep, RunPlan
 from dstrain.trainer.position import Due, Position, Resumption
 from dstrain.trainer.preemption import EvaluationStopped, Preemption
+from dstrain.trainer.stall import Place
 from dstrain.trainer.window_weights import WindowWeights
 
 logger = get_logger(__name__)
@@ -75,6 +76,7 @@ class TrainLoop:
     agree: Callable[[], None] | None = None
     computing: bool = False
     preempted: bool = False
+    place: Place = field(default_factory=Place)
     _saved_step: int = -1
     _last: tuple[StepOutcome, float] | None = None
     _random_ahead: dict[str, Any] | None = None
@@ -234,6 +236,7 @@ class TrainLoop:
 
     def _train_step(self, window: Window) -> tuple[StepOutcome, float]:
         """One optimizer step over a window of micro-batches."""
+        self.place.enter("before its first micro-batch", in_step=True)
         self.hooks.event("on_step_begin")
         self.micro_step.weights = weights = WindowWeights(
             self.targets, window.micro_batches, self.ranks, device=device_name()
@@ -243,6 +246,7 @@ class TrainLoop:
         self.computing = True
         for index, micro_batch in enumerate(window.micro_batches):
             last = index == len(window.micro_batches) - 1
+            self.place.enter(f"micro-batch {index + 1}", in_step=True)
             loss = self._forward_backward(micro_batch, index, last=last)
             losses.append(loss.detach().clone())  # a CUDA graph writes the next into its place
             tokens += 0 if micro_batch.masked else self.count_tokens(micro_batch.inputs)
@@ -257,6 +261,7 @@ class TrainLoop:
         learning_rate = self.engine.learning_rates()[0]
         self.hooks.event("on_pre_optimizer_step")
         self.preemption.ask()
+        self.place.enter("the optimizer's step", in_step=True)
         outcome = self.engine.step(want_norm=self._logs_after(window))
         self.hooks.event("on_optimizer_step")
         self.progress = self.progress.advance(samples=window.num_samples, tokens=tokens)
@@ -337,10 +342,12 @@ class TrainLoop:
 
         Evaluation comes before saving, so that a checkpoint knows its own metric.
         """
+        self.place.enter(f"in callbacks and logging ({event})")
         self.control = self.hooks.event(event)
         if self.control.should_log:
             self._log(outcome, learning_rate)
         self._evaluate_and_save(event, outcome, learning_rate, epoch_is_over=epoch_is_over)
+        self.place.enter("reading the next batch")
 
     def _evaluate_and_save(
         self, event: str, outcome: StepOutcome, learning_rate: float, *, epoch_is_over: bool
@@ -365,6 +372,7 @@ class TrainLoop:
     ) -> None:
         """Save a checkpoint, which is no training time."""
         started = time.perf_counter()
+        self.place.enter("saving a checkpoint")
         self.hooks.store_flos()
         ended = event == "on_epoch_end" and due is None and not self._is_cut
         norm = outcome.grad_norm
@@ -429,6 +437,7 @@ class TrainLoop:
     def _evaluate(self) -> bool:
         """Evaluate, which is no training time, and go back to training mode; False: not done."""
         started, done = time.perf_counter(), True
+        self.place.enter("an evaluation")
         try:
             self.control = self.hooks.evaluate_in_training()
         except EvaluationStopped:

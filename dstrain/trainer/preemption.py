@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from dstrain.core.launcher import is_launched
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import PATIENCE, Ranks, is_distributed
 
 logger = get_logger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # A save may take most of the 30 seconds that launchers and schedulers leave.
 _EXCHANGE_SECONDS = 1.0
 _MOST_STEPS = 1000
@@ -179,16 +180,25 @@ class Preemption:
             return before
         for number in SIGNALS:
             previous = signal.getsignal(number)
+            if not _is_to_stop(number, previous):
+                continue
             if previous is None:  # set by C code, to which Python could not give it back
                 logger.warning("%s is not watched: a library handles it", number.name)
                 continue
-            if callable(previous) and self._ranks.is_main:
+            own = callable(previous) and previous is not signal.default_int_handler
+            if own and self._ranks.is_main:
                 logger.warning("the handler of %s is set aside during training", number.name)
             before[number] = signal.signal(number, self._catch)
         return before
 
     def _catch(self, number: int, _: Any) -> None:
-        """Handle a signal: launchers send several, of which the first counts."""
+        """Handle a signal: launchers send several, of which the first counts.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C a second time: whoever typed it does not want to wait.
+        """
+        if number == self._caught == signal.SIGINT:
+            raise KeyboardInterrupt
         self._caught = self._caught or number
 
     def _new_group(self) -> Any:
@@ -202,3 +212,17 @@ class Preemption:
 
         dist.destroy_process_group(self._group)
         self._group = None
+
+
+def _is_to_stop(number: signal.Signals, previous: Any) -> bool:
+    """Whether a signal is a wish to stop early and go on later.
+
+    A terminal that goes away sends SIGHUP, unless nohup has it ignored. Ctrl-C stops a process
+    that was started by itself, a notebook's too, where it is; under a launcher it reaches all
+    ranks, each in another line, from which nothing could be saved.
+    """
+    if number == signal.SIGHUP:
+        return previous == signal.SIG_DFL
+    if number == signal.SIGINT:
+        return is_launched() and previous is signal.default_int_handler
+    return True

@@ -16,10 +16,11 @@ from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
 from dstrain.core.files import writing
+from dstrain.core.launcher import note_saved
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ranks
 from dstrain.core.seeds import seed_everything, seed_rank
-from dstrain.core.stop import Preempted
+from dstrain.core.stop import PREEMPTED, Preempted
 from dstrain.data import InputFormats, takes_target_count
 from dstrain.engine import (
     Engine,
@@ -58,6 +59,7 @@ from dstrain.trainer.search import SearchHooks
 from dstrain.trainer.separation import flattened, mixes_sequences
 from dstrain.trainer.signatures import Functions, serve_loss_function
 from dstrain.trainer.smoothing import LabelSmoothing
+from dstrain.trainer.stall import StallWatch
 from dstrain.trainer.stepping import StepHooks
 
 logger = get_logger(__name__)
@@ -250,7 +252,10 @@ class Trainer(
         self.preempted, self._preemption = False, watch
         with watch.watching():
             output = self._train(resume_from_checkpoint)
-        if self.preempted and self.args.preemption == "exit":
+            ends = self.preempted and self.args.preemption == "exit"
+            if ends:
+                note_saved(PREEMPTED)
+        if ends:
             raise Preempted(f"{watch.cause}: training has ended early and is saved")
         return output
 
@@ -270,10 +275,12 @@ class Trainer(
                 loop = self._prepare_training(start)
                 self.is_in_train = True
                 started = time.time()
-                if self.args.auto_find_batch_size:
-                    run_fitting(self, loop)
-                else:
-                    loop.run()
+                watch = StallWatch(self.ranks, loop, timeout_seconds=self.args.ddp_timeout)
+                with watch.watching():
+                    if self.args.auto_find_batch_size:
+                        run_fitting(self, loop)
+                    else:
+                        loop.run()
                 self.preempted = loop.preempted
                 if self._writer is not None:
                     self._writer.wait()

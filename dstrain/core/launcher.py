@@ -1,0 +1,215 @@
+"""The processes that started this rank, and its end when one of them is gone.
+
+A launcher that is killed leaves its ranks training, with nobody to wait for them or to stop them.
+Watched are only processes that are launchers beyond doubt, and those between them and this rank:
+``deepspeed`` and its ``launch.py``, torchrun, a parent of ``multiprocessing``, a script of
+``launch/``, the session of ssh in which pdsh starts a ``launch.py``; MPI and Slurm where they are
+the parent. A shell may end, or hand its children to process 1, while its jobs go on: after
+``python script.py &`` or under nohup, setsid, tmux and the like nothing above is watched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SCRIPT = "DSTRAIN_SCRIPT"
+"""Environment variable in which a script of ``launch/`` tells its process."""
+
+JOB = "DSTRAIN_JOB"
+"""Environment variable with the folder in which such a script hears of its ranks."""
+
+_LOOK_SECONDS = 1.0
+GRACE_SECONDS = 600.0
+"""Time to save in, for a rank whose launcher is gone."""
+
+_COMMANDS = ("deepspeed", "ds", "torchrun")
+_MODULES = (
+    *("deepspeed.launcher.launch", "deepspeed.launcher.runner"),
+    *("torch.distributed.run", "torch.distributed.launch"),
+)
+_ONE_MACHINE = "deepspeed.launcher.launch"
+_PARENTS = (
+    *("mpirun", "mpiexec", "orted", "prted", "prterun", "hydra_pmi_proxy", "mpiexec.hydra"),
+    "slurmstepd",
+)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that was there once: its number may be another's later, its start time not."""
+
+    pid: int
+    parent: int
+    started: str
+    words: tuple[str, ...]
+
+    @staticmethod
+    def of(pid: int) -> Process | None:
+        """Look at a process; None where it has ended (though nobody has asked for its status)."""
+        try:
+            after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            return None
+        if after_name[0] in "ZX":
+            return None
+        return Process(pid, int(after_name[1]), after_name[19], tuple(words.split("\0")))
+
+    def is_there(self) -> bool:
+        """Whether it still lives."""
+        now = Process.of(self.pid)
+        return now is not None and now.started == self.started
+
+    def launches(self) -> bool:
+        """Whether it is a launcher."""
+        command = os.path.basename(self.words[0])
+        if not command.startswith("python"):
+            return command in _COMMANDS
+        runs = next((word for word in self.words[1:] if not word.startswith("-")), "")
+        return runs in _MODULES or os.path.basename(runs) in _COMMANDS
+
+    def __str__(self) -> str:
+        """Its command and number, for messages."""
+        words = [word for word in self.words[:4] if word and not word.startswith("-")]
+        if len(words) > 1 and os.path.basename(words[0]).startswith("python"):
+            words = words[1:]
+        return f"{os.path.basename(words[0]) if words else 'a process'} ({self.pid})"
+
+
+def launchers() -> list[Process]:
+    """The processes above this one that must not end before it, the nearest first."""
+    above = list(_above())
+    if not above:
+        return []
+    script = os.environ.get(SCRIPT, "")
+    last = -1
+    for index, process in enumerate(above):
+        told = script == str(process.pid)
+        direct = index == 0 and os.path.basename(process.words[0].split(":")[0]) in _PARENTS
+        if process.launches() or told or direct:
+            last = index
+    if os.getsid(0) == os.getpid() and not above[0].launches():
+        last = -1  # a process that was detached from a rank on purpose
+    # Started by pdsh: the remote shell, whose command is the whole line, and its ssh session.
+    if last >= 0 and any(_ONE_MACHINE in word for word in above[last].words):
+        while last + 1 < len(above) and _is_of_remote_start(above[last + 1]):
+            last += 1
+    watched = above[: last + 1]
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid not in [p.pid for p in watched]:
+        found = Process.of(parent.pid) if parent.pid else None
+        watched += [found] if found is not None else []
+    return watched
+
+
+def _is_of_remote_start(process: Process) -> bool:
+    line = " ".join(process.words)
+    return _ONE_MACHINE in line or os.path.basename(process.words[0]).startswith("sshd")
+
+
+def _above() -> Iterator[Process]:
+    """The parent, its parent and so on, but for the first process of the machine."""
+    pid = os.getppid()
+    while pid > 1:
+        process = Process.of(pid)
+        if process is None:
+            return
+        yield process
+        pid = process.parent
+
+
+class _Watch:
+    """The thread that looks, once a second; a rank reads some small files of /proc for it."""
+
+    def __init__(self, watched: list[Process]) -> None:
+        self.watched, self.ends = watched, False
+        threading.Thread(target=self._look, name="dstrain-launcher", daemon=True).start()
+
+    def _look(self) -> None:
+        while (gone := self._gone()) is None:
+            time.sleep(_LOOK_SECONDS)
+        if not self.ends:
+            _tell(f"{gone} is gone, which started this rank: it saves where it can, and ends")
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        _tell(f"not ended {GRACE_SECONDS:.0f} s after {gone}: it ends at once")
+        os._exit(128 + signal.SIGTERM)
+
+    def _gone(self) -> Process | None:
+        return next((process for process in self.watched if not process.is_there()), None)
+
+
+_watch: _Watch | None = None
+
+
+def watch_launchers() -> None:
+    """Send this process SIGTERM when what started it is gone; once, however often it is called.
+
+    SIGTERM, as a scheduler does: training saves and ends, whatever else runs ends at once.
+    """
+    global _watch
+    if _watch is not None or not Path("/proc/self/stat").exists():
+        return
+    watched = launchers()
+    if not watched and _was_launched():
+        # Gone while this process was starting.
+        _tell("its launcher is gone: it ends")
+        os.kill(os.getpid(), signal.SIGTERM)
+    if watched:
+        _watch = _Watch(watched)
+
+
+def note_saved(status: int) -> None:
+    """Hear that this rank has saved and is about to end, for which it needs no further signal."""
+    if _watch is not None:
+        _watch.ends = True
+    note_end(status)
+
+
+def is_launched() -> bool:
+    """Whether a launcher that is known as such has started this rank."""
+    return _watch is not None
+
+
+def _was_launched() -> bool:
+    """Whether DeepSpeed's ``launch.py`` made this environment for this very process."""
+    launched = {"RANK", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"} <= set(os.environ)
+    can_see = os.getppid() == 1 or Process.of(os.getppid()) is not None
+    return launched and can_see and os.getsid(0) != os.getpid()
+
+
+def _tell(what: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    with contextlib.suppress(Exception):
+        print(f"[rank {rank}] {what}", file=sys.stderr, flush=True)
+
+
+# --- what a script of launch/ hears of its ranks -------------------------------------------------
+
+
+def note_begin() -> None:
+    """Tell the script that started this rank its process, so that it can send signals to it."""
+    _note("rank", os.getpid())
+
+
+def note_end(status: int) -> None:
+    """Tell that script how this rank ends: DeepSpeed's launcher may have been killed by then."""
+    _note("status", status)
+
+
+def _note(name: str, number: int) -> None:
+    folder, rank = os.environ.get(JOB), os.environ.get("LOCAL_RANK")
+    if folder and rank is not None:
+        with contextlib.suppress(OSError):
+            path = Path(folder) / f"{name}-{rank}"
+            path.with_suffix(".new").write_text(f"{number}\n")
+            path.with_suffix(".new").replace(path)

@@ -1,0 +1,63 @@
+"""What is printed while a model trains: output that cannot be written is dropped.
+
+`... | head` closes a pipe, a terminal goes away, the disk of a log fills up: none of it is a reason
+to lose a run. Python would raise in whatever line prints next, in a callback or a progress bar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_READER_LEFT = (errno.EPIPE, errno.ECONNRESET)
+_MARK = "_dstrain_drops"
+
+
+def drop_what_cannot_be_written() -> None:
+    """Let stdout and stderr of this process never raise for want of a reader, from here on.
+
+    The writing method of the lowest object of each stream is replaced, so that whoever holds the
+    stream (handlers of logging, progress bars, a user's own wrapper) is served. Streams of another
+    kind, such as a notebook's, are left alone. May be called again, as streams may be replaced.
+    """
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)  # `python -u` has no buffer between the two
+        if raw is None or getattr(raw, _MARK, False):
+            continue
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, or closed
+            number = raw.fileno()
+            raw.write = _dropping(raw.write, number)
+            setattr(raw, _MARK, True)
+
+
+def _dropping(write: Callable[[Any], int | None], number: int) -> Callable[[Any], int | None]:
+    """Wrap ``write`` of the file descriptor ``number``."""
+
+    def write_or_drop(data: Any) -> int | None:
+        try:
+            return write(data)
+        except OSError as error:
+            if error.errno in _READER_LEFT:
+                _write_to_nowhere(number)
+            return memoryview(data).nbytes
+
+    return write_or_drop
+
+
+def _write_to_nowhere(number: int) -> None:
+    """Put /dev/null in the place of a pipe without a reader, for libraries and children too."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+    other = {1: 2, 2: 1}.get(number)
+    if other is not None and os.environ.get("RANK", "0") == "0":
+        name = {1: "stdout", 2: "stderr"}[number]
+        told = f"dstrain: nobody reads {name} any more: the run goes on without it\n"
+        with contextlib.suppress(OSError):
+            os.write(other, told.encode())

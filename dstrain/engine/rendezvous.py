@@ -1,0 +1,222 @@
+"""Where the ranks meet: a wrong address or port is found before they wait for each other.
+
+torch would wait for ``ddp_timeout``, or end with the frames of its C++ code. On each machine the
+first rank looks, so that the machine of rank 0 answers one question per machine more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks
+
+logger = get_logger(__name__)
+
+WITHIN_SECONDS = 45.0
+_TRY_SECONDS = 5.0
+_PAUSE_SECONDS = 0.5
+_REMIND_SECONDS = 30.0
+
+
+def check_rendezvous(ranks: Ranks, *, timeout_seconds: float) -> None:
+    """Find out that this machine's ranks cannot meet the others at MASTER_ADDR and MASTER_PORT.
+
+    An address that nothing answers at is an error after 45 seconds. One that refuses is that of a
+    machine which is there: its rank 0 may start later, and is waited for.
+
+    Args:
+        ranks: facts of this process.
+        timeout_seconds: how long to wait for a machine that has not begun.
+
+    Raises:
+        ConfigError: with what is wrong; the launcher ends the other ranks of the machine.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if ranks.world_size == 1 or not ranks.is_local_main or not address:
+        return
+    if not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(
+            Problem(f"MASTER_PORT={port!r}", "a port is a number from 1 to 65535", "set it so")
+        )
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens itself
+    if ranks.is_main and not has_agent:
+        listening = _listen(int(port))
+        try:
+            if not _is_of_this_machine(address):
+                _reach(address, int(port), ranks, timeout_seconds, listening=listening)
+        finally:
+            listening.close()
+        return
+    _reach(address, int(port), ranks, timeout_seconds)
+
+
+@contextlib.contextmanager
+def reminding(ranks: Ranks) -> Iterator[None]:
+    """Say once, on each machine, when the ranks take long to meet inside the block."""
+    if ranks.world_size == 1 or not ranks.is_local_main:
+        yield
+        return
+    timer = threading.Timer(_REMIND_SECONDS, _remind, args=(ranks,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _remind(ranks: Ranks) -> None:
+    logger.warning(
+        "rank %d has waited %.0f s for all %d ranks to meet at MASTER_ADDR=%s, port %s: are all "
+        "machines started, with this address? (DeepSpeed may also be compiling an op)",
+        ranks.rank,
+        _REMIND_SECONDS,
+        ranks.world_size,
+        os.environ.get("MASTER_ADDR"),
+        os.environ.get("MASTER_PORT"),
+    )
+
+
+def did_not_meet(error: Exception, ranks: Ranks) -> ConfigError:
+    """Make the error of a process group that torch could not bring up, without its C++ frames."""
+    said = str(error).strip().partition("\nException raised from")[0]
+    return ConfigError(
+        Problem(
+            f"the {ranks.world_size} ranks did not meet at MASTER_ADDR={os.environ['MASTER_ADDR']},"
+            f" port {os.environ['MASTER_PORT']}",
+            next(iter(said.splitlines()), type(error).__name__),
+            "see what the other ranks show: one of them has failed, was not started, or cannot "
+            "reach that address",
+        )
+    )
+
+
+def _listen(port: int) -> socket.socket:
+    """Take the port, as torch will.
+
+    Raises:
+        ConfigError: another process has it, or it is not for this user.
+    """
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", port))
+    except OSError as error:
+        why = {
+            errno.EADDRINUSE: "another process listens there, perhaps another run",
+            errno.EACCES: "ports below 1024 are for root",
+        }.get(error.errno or 0, str(error))
+        raise ConfigError(
+            Problem(
+                f"port {port} of this machine, MASTER_PORT, cannot be used by rank 0",
+                why,
+                "choose another: --master_port N of deepspeed, MASTER_PORT of launch/multi_node.sh",
+            )
+        ) from error
+
+
+def _reach(
+    address: str,
+    port: int,
+    ranks: Ranks,
+    timeout_seconds: float,
+    *,
+    listening: socket.socket | None = None,
+) -> None:
+    """Wait until something listens at the address.
+
+    Raises:
+        ConfigError: nothing does, and nothing will.
+    """
+    if listening is not None:
+        threading.Thread(target=_take_calls, args=(listening,), daemon=True).start()
+    started, reminded = time.monotonic(), 0.0
+    while True:
+        failure = _try(address, port)
+        if failure is None:
+            return
+        waited = time.monotonic() - started
+        refused = failure.errno == errno.ECONNREFUSED
+        may_come = refused and listening is None and not _is_of_this_machine(address)
+        if waited > (timeout_seconds if may_come else WITHIN_SECONDS):
+            raise _unreachable(address, port, ranks, failure, waited)
+        if waited - reminded > _REMIND_SECONDS / (1 if may_come else 3):
+            reminded = waited
+            logger.warning(
+                "rank %d has waited %.0f s for rank 0 at MASTER_ADDR=%s, port %d: %s",
+                ranks.rank,
+                waited,
+                address,
+                port,
+                _reason(failure),
+            )
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _try(address: str, port: int) -> OSError | None:
+    """Connect, and hang up; what failed."""
+    try:
+        socket.create_connection((address, port), timeout=_TRY_SECONDS).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def _take_calls(listening: socket.socket) -> None:
+    while True:
+        try:
+            listening.accept()[0].close()
+        except OSError:  # it has been closed
+            return
+
+
+def _is_of_this_machine(address: str) -> bool:
+    """Whether an address, or what a name stands for, is one of this machine's own."""
+    try:
+        found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, _, _, where in found:
+        with socket.socket(family, kind) as probe:
+            try:
+                probe.bind((where[0], 0, *where[2:]))
+            except OSError:
+                continue
+            return True
+    return False
+
+
+def _reason(failure: OSError) -> str:
+    if isinstance(failure, socket.gaierror):
+        return "no address is known for this name"
+    if isinstance(failure, TimeoutError):
+        return "no answer"
+    return (failure.strerror or str(failure)).lower()
+
+
+def _unreachable(
+    address: str, port: int, ranks: Ranks, failure: OSError, waited: float
+) -> ConfigError:
+    own = _is_of_this_machine(address)
+    why = _reason(failure)
+    if ranks.is_main:
+        why += "; this machine runs rank 0, and cannot reach itself there"
+    elif own:
+        why += "; that is this machine's own address, and rank 0 runs on another"
+    return ConfigError(
+        Problem(
+            f"rank {ranks.rank} could not reach MASTER_ADDR={address}, port {port}, in "
+            f"{waited:.0f} s",
+            why,
+            "set MASTER_ADDR (deepspeed --master_addr) to the address of rank 0's machine, "
+            "as the others reach it, and see that no firewall closes the port",
+        )
+    )

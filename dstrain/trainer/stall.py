@@ -1,0 +1,428 @@
+"""A run that stands still, because a rank does not come to a collective, ends and says which.
+
+DeepSpeed's all-reduce in shared memory waits for ever, gloo and NCCL give up after ``ddp_timeout``
+and do not know for whom they waited. A thread of each rank looks at the main thread once a second.
+Where that has been in one collective of a training step for ``ddp_timeout`` seconds, the ranks tell
+each other by the store of the process group where they stand, and all end.
+
+A rank that makes progress sends nothing. One that has made none for half of ``ddp_timeout`` asks
+for one key every few seconds, on a connection of its own, whatever the number of ranks; all of them
+are then ranks / 5 small requests a second to the store. Only when the run is lost does one rank
+read a key of every rank, once.
+
+Nothing is measured from outside of a step. An evaluation, a checkpoint or a callback may last as
+long as it does on all ranks together; a rank that stays in one while the others are in the next
+step is one that does not come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+from dstrain.core.errors import Problem
+from dstrain.core.launcher import note_end
+from dstrain.core.log import get_logger
+from dstrain.core.progress import Progress
+from dstrain.core.ranks import Ranks
+from dstrain.core.stop import STALLED
+from dstrain.engine import device_type, forget_shared_memory
+
+T = TypeVar("T")
+
+logger = get_logger(__name__)
+
+_LOOK_SECONDS = 1.0
+_ASK_SECONDS = 5.0
+_ANSWER_SECONDS = 8.0  # longer than the time between two questions
+_STORE_SECONDS = 5.0
+_VERDICT_SECONDS = 20.0
+_MOST_SECONDS = 60.0  # for all of the above
+_MOST_LINES = 16
+_TIMED_OUT = ("Timed out waiting", "collective operation timeout")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_COLLECTIVES = (
+    os.path.join("", "torch", "distributed", ""),
+    os.path.join("", "deepspeed", "comm", ""),
+    os.path.join(_HOME, "core", "ranks.py"),
+)
+_DEBUGGERS = ("pdb.py", "bdb.py")
+
+
+class Place:
+    """Where the main thread is in a training, in words, and since when; set by the loop."""
+
+    def __init__(self) -> None:
+        """Begin outside of a step."""
+        self.what, self.in_step, self.count, self.since = "the start", False, 0, time.monotonic()
+
+    def enter(self, what: str, *, in_step: bool = False) -> None:
+        """Be somewhere else.
+
+        Args:
+            what: of the loop begins, for messages.
+            in_step: all ranks meet in it, so that to wait for one long is a failure.
+        """
+        self.what, self.in_step, self.since = what, in_step, time.monotonic()
+        self.count += 1
+
+
+@dataclass
+class Outside:
+    """What the watch sees of a run that is in no training: an evaluation by itself."""
+
+    place: Place
+    progress: Progress
+
+
+def watching_outside(
+    ranks: Ranks, what: str, *, step: int, timeout_seconds: float
+) -> contextlib.AbstractContextManager[None]:
+    """Watch a block outside of training, where no wait is cut short but gloo's own ends are told.
+
+    Args:
+        ranks: facts of this process.
+        what: is done in the block, for messages.
+        step: that training had come to.
+        timeout_seconds: of collectives.
+    """
+    run = Outside(Place(), Progress(step=step))
+    run.place.enter(what)
+    return StallWatch(ranks, run, timeout_seconds=timeout_seconds).watching()
+
+
+class StallWatch:
+    """Watches the main thread of a training; ``watching`` is entered by all ranks."""
+
+    def __init__(self, ranks: Ranks, loop: Any, *, timeout_seconds: float) -> None:
+        """Get ready.
+
+        Args:
+            ranks: facts of this process.
+            loop: of training, with its ``place`` and ``progress``.
+            timeout_seconds: how long a rank may keep the others waiting in a step.
+        """
+        self._ranks, self._loop, self._timeout = ranks, loop, timeout_seconds
+        self._ended, self._must_tell = threading.Event(), threading.Event()
+        self._main = threading.get_ident()
+        self._store: Any = None
+        self._frame: FrameType | None = None
+        self._waits_since = self._asked = 0.0
+        self._count = self._excused = -1
+        self._waits_in = ""
+        self._deciding = self._judges = self._store_is_lost = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch inside the block; an error in it that is a consequence is left to the watch."""
+        if self._ranks.world_size == 1:
+            yield
+            return
+        thread = threading.Thread(target=self._look, name="dstrain-stall", daemon=True)
+        thread.start()
+        try:
+            yield
+        except RuntimeError as error:
+            self._explain(error, thread)
+            raise
+        finally:
+            self._ended.set()
+            self._must_tell.set()
+            thread.join(_STORE_SECONDS)
+            self._frame = None
+
+    def _explain(self, error: RuntimeError, thread: threading.Thread) -> None:
+        """Let the watch end the process where a collective failed because a rank did not come."""
+        text = str(error)
+        if any(sign in text for sign in _TIMED_OUT):
+            self._waits_in = self._waits_in or "a collective"
+            self._must_tell.set()
+            thread.join(_MOST_SECONDS)
+        elif self._deciding and any(sign in text for sign in _LOST):
+            thread.join(_MOST_SECONDS)
+
+    # --- the thread ------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        while not self._must_tell.wait(_LOOK_SECONDS):
+            if self._has_waited() or self._is_asked():
+                self._decide_or_end()
+        if not self._ended.is_set():
+            self._decide_or_end()
+
+    def _decide_or_end(self) -> None:
+        verdict = self._within(_ANSWER_SECONDS + _VERDICT_SECONDS, self._decide)
+        if verdict is None:
+            self._end(self._no_store())
+        elif verdict:
+            self._end(verdict if self._judges else "")
+        self._excused = self._loop.place.count
+        self._deciding = False
+
+    def _within(self, seconds: float, ask: Callable[[], T]) -> T | None:
+        """What ``ask`` finds in the store; None where that does not answer.
+
+        torch's client waits without limit for a server whose process has stopped, so each question
+        has a thread of its own; after the first without an answer there are no more.
+        """
+        found: list[T] = []
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError):  # torch's errors of a store
+                found.append(ask())
+
+        if not self._store_is_lost:
+            thread = threading.Thread(target=run, name="dstrain-stall-store", daemon=True)
+            thread.start()
+            thread.join(seconds)
+            self._store_is_lost = not found
+        return found[0] if found else None
+
+    def _has_waited(self) -> bool:
+        """Whether the main thread has been in one collective of a step too long."""
+        place = self._loop.place
+        now = time.monotonic()
+        if place.count != self._count or not place.in_step:
+            self._count, self._frame = place.count, None
+            return False
+        if now - place.since < min(5.0, self._timeout / 4) or self._excused == place.count:
+            return False
+        # The frame is kept, so that no other can be taken for it.
+        frame = self._collective(sys._current_frames().get(self._main))
+        if frame is None or frame is not self._frame:
+            self._frame, self._waits_since = frame, now
+        self._waits_in = "" if frame is None else frame.f_code.co_name
+        return frame is not None and now - self._waits_since > self._timeout
+
+    def _collective(self, frame: FrameType | None) -> FrameType | None:
+        """The call in which the main thread waits for other ranks, None where it does not.
+
+        On an accelerator it waits for the device, and only from there for other ranks: then it is
+        the call of a library.
+        """
+        innermost = frame
+        while frame is not None:
+            if any(part in frame.f_code.co_filename for part in _COLLECTIVES):
+                return frame
+            if frame.f_code.co_filename.startswith(_HOME):
+                break
+            if not frame.f_code.co_filename.startswith(_LIBRARIES):
+                return None  # a user's code, called by a library
+            frame = frame.f_back
+        return innermost if device_type() != "cpu" else None
+
+    def _is_asked(self) -> bool:
+        """Whether another rank has waited too long, where this one makes no progress either."""
+        now = time.monotonic()
+        if now - self._loop.place.since < self._timeout / 2 or now - self._asked < _ASK_SECONDS:
+            return False
+        self._asked = now
+
+        def ask() -> bool:
+            store = self._connect()
+            return bool(store.check([f"{self._round(store)}-asked"]))
+
+        return bool(self._within(2 * _STORE_SECONDS, ask))
+
+    def _decide(self) -> str:
+        """Say where this rank stands, and hear what came of it: the message, or "" to go on.
+
+        Raises:
+            RuntimeError: the rank that was to tell has not.
+        """
+        self._deciding = True
+        store = self._connect()
+        number, rank = self._round(store), self._ranks.rank
+        store.set(f"{number}-at-{rank}", json.dumps(self._standing()))
+        store.set(f"{number}-asked", "")
+        key = f"{number}-verdict"
+        self._judges = store.add(f"{number}-judge", 1) == 1
+        if self._judges:
+            verdict = self._judge(store, number)
+            store.set(key, verdict)
+            if not verdict:
+                store.add("round", 1)
+            return verdict
+        until = time.monotonic() + _VERDICT_SECONDS
+        while not store.check([key]):
+            if time.monotonic() > until:
+                raise RuntimeError
+            time.sleep(0.2)
+        return str(store.get(key).decode())
+
+    def _judge(self, store: Any, number: int) -> str:
+        """Read where all ranks stand; the message, "" where the run may go on.
+
+        Grows with the number of ranks, on this one, once.
+        """
+        keys = [f"{number}-at-{rank}" for rank in range(self._ranks.world_size)]
+        place = self._loop.place.count
+        until = time.monotonic() + _ANSWER_SECONDS
+        while not store.check(keys) and time.monotonic() < until:
+            time.sleep(0.2)
+        standings = {
+            rank: json.loads(store.get(key).decode())
+            for rank, key in enumerate(keys)
+            if store.check([key])
+        }
+        if self._loop.place.count != place:
+            return ""  # the one that was late has come
+        busy = [rank for rank, standing in standings.items() if standing["debugger"]]
+        if busy:
+            logger.warning("rank %s is in a debugger: the others go on waiting", busy[0])
+            return ""
+        return str(self._error(standings))
+
+    def _error(self, standings: dict[int, dict[str, Any]]) -> Problem:
+        size = self._ranks.world_size
+        silent = [rank for rank in range(size) if rank not in standings]
+        away = [rank for rank, at in standings.items() if not at["waits_in"]]
+        if not silent and not away:
+            first = min(at["step"] for at in standings.values())
+            away = [rank for rank, at in standings.items() if at["step"] == first]
+            away = away if len(away) < size else []
+        missing = sorted([*silent, *away])
+        lines = []
+        for rank in missing[:_MOST_LINES]:
+            lines.append(f"  rank {rank}: {_words(standings.get(rank))}")
+        if len(missing) > _MOST_LINES:
+            lines.append(f"  and {len(missing) - _MOST_LINES} more")
+        others: dict[str, list[int]] = {}
+        for rank, at in standings.items():
+            if rank not in missing:
+                others.setdefault(_words(at), []).append(rank)
+        for words, found in list(others.items())[:_MOST_LINES]:
+            lines.append(f"  {_named(found)}: {words}")
+        for_whom = _named(missing) if missing else "each other, in different collectives"
+        return Problem(
+            f"the ranks waited {self._timeout:.0f} s (ddp_timeout) for {for_whom}",
+            "all are needed there; they stand here:\n" + "\n".join(lines),
+            "look for what keeps that rank there (a loop, a lock, a file or network that does not "
+            "answer, a machine that is gone), or raise ddp_timeout where it is only slow; "
+            "resume_from_checkpoint='auto' goes on from the newest checkpoint",
+        )
+
+    def _no_store(self) -> str:
+        """Say what is known where the store of the process group does not answer."""
+        return str(
+            Problem(
+                f"rank {self._ranks.rank} waited {self._timeout:.0f} s (ddp_timeout) for others, "
+                "and rank 0 does not answer",
+                f"rank {self._ranks.rank}: {_words(self._standing())}; rank 0 holds the store in "
+                "which ranks say where they stand",
+                "look at rank 0: its process has stopped, or its machine cannot be reached; "
+                "resume_from_checkpoint='auto' goes on from the newest checkpoint",
+            )
+        )
+
+    def _standing(self) -> dict[str, Any]:
+        """Where this rank is, and whether it waits there."""
+        frame = sys._current_frames().get(self._main)
+        in_collective = self._collective(frame) is not None or self._must_tell.is_set()
+        waits_in = (self._waits_in or "a collective") if in_collective else ""
+        return {
+            "step": self._loop.progress.step,
+            "in_step": self._loop.place.in_step,
+            "what": self._loop.place.what,
+            "waits_in": waits_in,
+            "line": _line_of(frame),
+            "debugger": _is_debugged(frame),
+        }
+
+    def _connect(self) -> Any:
+        """A connection to the store beside the main thread's, in whose calls it may be."""
+        if self._store is None:
+            import torch.distributed as dist
+
+            store: Any = dist.distributed_c10d._get_default_store()
+            while isinstance(store, dist.PrefixStore):
+                store = store.underlying_store
+            limit = timedelta(seconds=_STORE_SECONDS)
+            if isinstance(store, dist.TCPStore):
+                store = dist.TCPStore(
+                    store.host, store.port, None, False, timeout=limit, wait_for_workers=False
+                )
+            else:
+                store = store.clone()
+                store.set_timeout(limit)
+            self._store = dist.PrefixStore("dstrain-stall", store)
+        return self._store
+
+    def _round(self, store: Any) -> int:
+        """How often all have been asked and went on."""
+        return int(store.add("round", 0))
+
+    def _end(self, told: str) -> None:
+        """End the process; the main thread cannot, as it waits in C++ code."""
+        if told:
+            print(f"\ndstrain: error: {told}", file=sys.stderr, flush=True)
+            time.sleep(2 * _LOOK_SECONDS)  # the others ask this rank for the verdict
+        forget_shared_memory()
+        note_end(STALLED)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(STALLED)
+
+
+def _words(standing: dict[str, Any] | None) -> str:
+    """One line of where a rank stands."""
+    if standing is None:
+        return "has not answered: its process has stopped or is gone, or just now goes on"
+    done = standing["step"]
+    when = f"step {done + 1}" if standing["in_step"] else f"after step {done}"
+    where = f"{when}, {standing['what']}"
+    if standing["waits_in"]:
+        return f"{where}, waits in {standing['waits_in']}"
+    return f"{where}, at {standing['line']}"
+
+
+def _named(ranks: list[int]) -> str:
+    """Ranks with runs of them put together: "ranks 0, 2-4095"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    parts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
+
+
+def _line_of(frame: FrameType | None) -> str:
+    """The innermost line of a user's code, or else of any."""
+    innermost, found = frame, None
+    while frame is not None and found is None:
+        if not frame.f_code.co_filename.startswith((*_LIBRARIES, _HOME, "<")):
+            found = frame
+        frame = frame.f_back
+    # Above the loop there is always the user's script, which called train().
+    if found is not None and found.f_code.co_name == "<module>":
+        found = None
+    shown = found or innermost
+    if shown is None:
+        return "an unknown line"
+    return f"{shown.f_code.co_filename}:{shown.f_lineno} in {shown.f_code.co_name}"
+
+
+def _is_debugged(frame: FrameType | None) -> bool:
+    """Whether somebody looks at the process: in pdb, or by a debugger that traces it."""
+    while frame is not None:
+        if os.path.basename(frame.f_code.co_filename) in _DEBUGGERS:
+            return True
+        frame = frame.f_back
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in status)
+    return False

@@ -1,0 +1,144 @@
+"""A rank that does not come, or a port at which ranks cannot meet: all end, and it is said why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import Training, deepspeed
+
+STALLED = 76
+TIMEOUT_SECONDS = 12
+WITHIN_SECONDS = TIMEOUT_SECONDS + 60
+
+SCRIPT = """
+import os, pathlib, time
+from dstrain import Trainer, TrainingArguments
+from tests.models import RaggedTokens, pad_collate, tiny_llama
+
+rank = os.environ["RANK"]
+pathlib.Path(f"pid-{rank}").write_text(str(os.getpid()))
+
+class Stands(Trainer):
+    def compute_loss(self, *args, **kwargs):
+        pathlib.Path(f"step-{rank}").write_text(str(self.state.global_step))
+        if self.state.global_step == 3 and rank == "1":
+            pathlib.Path("stands").write_text(str(time.time()))
+            SLEEP
+        return super().compute_loss(*args, **kwargs)
+
+    def prediction_step(self, *args, **kwargs):
+        pathlib.Path("stands").write_text(str(time.time()))
+        time.sleep(EVALUATION)
+        return super().prediction_step(*args, **kwargs)
+
+Stands(
+    tiny_llama(),
+    TrainingArguments(
+        "out", report_to="none", use_cpu=True, disable_tqdm=True, ddp_timeout=TIMEOUT,
+        **SETTINGS,
+    ),
+    data_collator=pad_collate,
+    train_dataset=RaggedTokens(64),
+    eval_dataset=RaggedTokens(4),
+).METHOD()
+pathlib.Path(f"done-{rank}").touch()
+"""
+
+
+def script(
+    folder: Path,
+    *,
+    sleep: str = "time.sleep(3600)",
+    evaluation: object = 0,
+    method: str = "train",
+    timeout: int = TIMEOUT_SECONDS,
+    **settings: Any,
+) -> Path:
+    """A run of which rank 1 stands still in step 4."""
+    text = SCRIPT
+    words: dict[str, object] = {"SLEEP": sleep, "TIMEOUT": timeout, "SETTINGS": settings}
+    words |= {"EVALUATION": evaluation, "METHOD": method}
+    for name, value in words.items():
+        text = text.replace(name, str(value))
+    path = folder / "script.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(("stage", "num_ranks"), [(2, 2), (3, 3)])
+def test_a_rank_that_does_not_come_is_named_and_all_end(tmp_path, stage, num_ranks):
+    """In shared memory, which waits for ever by itself; and where gloo gives up."""
+    path = script(tmp_path, zero_stage=stage, max_steps=20)
+    with Training(deepspeed(path, num_ranks=num_ranks), tmp_path) as training:
+        status = training.wait_for_end(300)
+        waited = time.time() - float((tmp_path / "stands").read_text())
+        text = training.text()
+    assert waited < WITHIN_SECONDS
+    assert status == STALLED, text
+    assert text.count("dstrain: error:") == 1, text
+    assert f"the ranks waited {TIMEOUT_SECONDS} s (ddp_timeout) for rank 1\n" in text
+    assert "rank 1: step 4, micro-batch 1, at" in text
+    assert "script.py:" in text
+    assert "in compute_loss" in text
+    assert "Traceback" not in text, text
+
+
+def test_a_rank_that_does_not_come_in_an_evaluation_by_itself_is_named(tmp_path):
+    evaluation = "3600 if rank == '1' else 0"
+    path = script(tmp_path, zero_stage=2, evaluation=evaluation, method="evaluate")
+    with Training(deepspeed(path), tmp_path) as training:
+        status = training.wait_for_end(300)
+        waited = time.time() - float((tmp_path / "stands").read_text())
+        text = training.text()
+    assert status == STALLED, text
+    assert waited < WITHIN_SECONDS
+    assert text.count("dstrain: error:") == 1, text
+    assert "rank 1: after step 0, evaluation, at" in text
+    assert "in prediction_step" in text
+    assert "Traceback" not in text, text
+
+
+def test_a_stopped_process_that_holds_the_store_is_named(tmp_path):
+    path = script(tmp_path, zero_stage=2, max_steps=10_000, sleep="pass")
+    with Training(deepspeed(path), tmp_path) as training:
+        training.wait_for(lambda: training.step() >= 4)
+        os.kill(training.pid(0), signal.SIGSTOP)
+        stopped = time.time()
+        status = training.wait_for_end(300)
+        assert time.time() - stopped < WITHIN_SECONDS
+        assert status == STALLED, training.text()
+        assert "rank 0 does not answer" in training.text()
+
+
+def test_what_is_only_long_is_let_be(tmp_path):
+    """An evaluation that lasts longer than ddp_timeout, and a rank that is late within it."""
+    path = script(
+        tmp_path, zero_stage=2, max_steps=5, sleep="time.sleep(3)", evaluation=4.0, timeout=6,
+        eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=1,
+    )  # fmt: skip
+    with Training(deepspeed(path), tmp_path) as training:
+        assert training.wait_for_end(300) == 0, training.text()
+    assert (tmp_path / "done-0").exists()
+
+
+def test_a_port_in_use_is_one_error_within_a_minute(tmp_path):
+    path = script(tmp_path, max_steps=1)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        command = deepspeed(path)
+        command[command.index("--master_port") + 1] = str(other.getsockname()[1])
+        with Training(command, tmp_path) as training:
+            training.wait_for(lambda: (tmp_path / "pid-0").exists())
+            training.wait_for_end(120)
+            text = training.text()
+    assert "cannot be used by rank 0" in text
+    assert "another process listens there" in text
+    assert "frame #" not in text

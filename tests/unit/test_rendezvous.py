@@ -1,0 +1,115 @@
+"""An address or a port at which the ranks cannot meet: one error, soon."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from dstrain.core.errors import ConfigError
+from dstrain.core.ranks import Ranks
+from dstrain.engine import rendezvous
+from tests.launch import free_port
+
+FIRST, SECOND = Ranks(0, 0, 2, 1), Ranks(1, 0, 2, 1)
+NOWHERE = "192.0.2.1"  # reserved for documentation: no machine has it
+
+
+@pytest.fixture(autouse=True)
+def _shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "WITHIN_SECONDS", 1.0)
+    monkeypatch.setattr(rendezvous, "_TRY_SECONDS", 1.0)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+def check(monkeypatch: Any, ranks: Ranks, address: str, port: object, seconds: float = 60) -> None:
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    rendezvous.check_rendezvous(ranks, timeout_seconds=seconds)
+
+
+def test_a_port_in_use_is_an_error_of_rank_0(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} (.|\n)*another process listens there"):
+            check(monkeypatch, FIRST, "127.0.0.1", port)
+
+
+@pytest.mark.parametrize("port", ["", "http", 0, 70000])
+def test_a_port_that_is_none(monkeypatch, port):
+    with pytest.raises(ConfigError, match="a port is a number"):
+        check(monkeypatch, FIRST, "127.0.0.1", port)
+
+
+def test_rank_0_that_cannot_reach_itself(monkeypatch):
+    with pytest.raises(ConfigError, match="cannot reach itself there"):
+        check(monkeypatch, FIRST, NOWHERE, free_port())
+
+
+def test_another_machine_that_gets_no_answer(monkeypatch):
+    """Or is refused, for as long as ranks wait for each other."""
+    with pytest.raises(ConfigError, match=f"could not reach MASTER_ADDR={NOWHERE}"):
+        check(monkeypatch, SECOND, NOWHERE, free_port(), seconds=1)
+
+
+def test_waiting_for_the_other_ranks_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(rendezvous, "_REMIND_SECONDS", 0.1)
+    with rendezvous.reminding(FIRST):
+        time.sleep(0.5)
+    assert "rank 0 has waited" in caplog.text
+
+
+def test_a_name_that_nobody_knows(monkeypatch):
+    with pytest.raises(ConfigError, match="no address is known for this name"):
+        check(monkeypatch, SECOND, "no-such-host.invalid", free_port())
+
+
+def test_another_machine_with_its_own_address(monkeypatch):
+    with pytest.raises(ConfigError, match="this machine's own address, and rank 0 runs on another"):
+        check(monkeypatch, SECOND, "127.0.0.1", free_port())
+
+
+def test_a_first_machine_that_starts_later_is_waited_for(monkeypatch):
+    monkeypatch.setattr(rendezvous, "WITHIN_SECONDS", 30.0)
+    port = free_port()
+    with socket.socket() as later:
+
+        def begin() -> None:
+            time.sleep(1.5)
+            later.bind(("127.0.0.1", port))
+            later.listen()
+
+        thread = threading.Thread(target=begin)
+        thread.start()
+        check(monkeypatch, SECOND, "127.0.0.1", port)
+        thread.join()
+
+
+def test_rank_0_leaves_the_port_free_again(monkeypatch):
+    port = free_port()
+    check(monkeypatch, FIRST, "127.0.0.1", port)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", port))
+
+
+def test_other_ranks_of_a_machine_ask_nobody(monkeypatch):
+    check(monkeypatch, Ranks(3, 1, 4, 2), NOWHERE, 70000)
+
+
+def test_the_frames_of_torchs_own_error_are_left_out(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    import torch.distributed as dist
+
+    with pytest.raises(dist.DistStoreError) as caught:
+        dist.init_process_group("gloo", rank=0, world_size=2, timeout=timedelta(seconds=1))
+    told = str(rendezvous.did_not_meet(caught.value, FIRST))
+    assert "1/2 clients joined" in told
+    assert "frame #" not in told
+    assert len(told.splitlines()) == 3

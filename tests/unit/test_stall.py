@@ -1,0 +1,82 @@
+"""What is said of a run that stands still, from where its ranks say they stand."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from dstrain.core.ranks import Ranks
+from dstrain.trainer import stall
+from dstrain.trainer.stall import Place, StallWatch
+
+WAITS = {
+    "step": 6, "in_step": True, "what": "micro-batch 1", "waits_in": "all_reduce", "line": "",
+    "debugger": False,
+}  # fmt: skip
+
+
+def message(standings: dict[int, dict], world_size: int) -> str:
+    loop = SimpleNamespace(place=Place(), progress=SimpleNamespace(step=6))
+    watch = StallWatch(Ranks(0, 0, world_size, world_size), loop, timeout_seconds=60)
+    return str(watch._error(standings))
+
+
+def test_ranks_that_do_not_wait_are_the_missing_ones():
+    late = WAITS | {"in_step": False, "what": "saving", "waits_in": "", "line": "x.py:3 in f"}
+    told = message(dict.fromkeys(range(4096), WAITS) | {17: late}, 4096)
+    assert "waited 60 s (ddp_timeout) for rank 17" in told
+    assert "rank 17: after step 6, saving, at x.py:3 in f" in told
+    assert "ranks 0-16, 18-4095: step 7, micro-batch 1, waits in all_reduce" in told
+    assert len(told) < 2000
+
+
+def test_ranks_that_do_not_answer_are_missing_too():
+    told = message(dict.fromkeys(range(0, 64, 2), WAITS), 64)
+    assert "for ranks 1, 3, 5" in told
+    assert "has not answered" in told
+    assert "and 16 more" in told
+
+
+def test_ranks_a_step_behind_are_missing_where_all_wait():
+    told = message({0: WAITS, 1: WAITS | {"step": 5}}, 2)
+    assert "for rank 1\n" in told
+
+
+def test_ranks_that_wait_for_each_other():
+    told = message({0: WAITS, 1: WAITS | {"waits_in": "broadcast"}}, 2)
+    assert "for each other, in different collectives" in told
+
+
+def test_a_debugger_is_seen_in_the_frames():
+    def standing() -> bool:
+        return stall._is_debugged(sys._getframe())
+
+    assert not standing()
+    code = compile("found = standing()", "/usr/lib/python3.11/pdb.py", "exec")
+    names = {"standing": standing}
+    exec(code, names)
+    assert names["found"]
+
+
+@pytest.mark.parametrize("name", ["torch/distributed/distributed_c10d.py", "deepspeed/comm/x.py"])
+def test_a_call_into_a_collective_is_told_from_a_users_code(name):
+    loop = SimpleNamespace(place=Place(), progress=SimpleNamespace(step=0))
+    watch = StallWatch(Ranks(0, 0, 2, 2), loop, timeout_seconds=60)
+    entered, leave = threading.Event(), threading.Event()
+    text = "def all_reduce():\n    entered.set()\n    leave.wait()\n"
+    names = {"entered": entered, "leave": leave}
+    exec(compile(text, f"{stall._LIBRARIES[1]}/{name}", "exec"), names)
+    thread = threading.Thread(target=names["all_reduce"])
+    thread.start()
+    entered.wait()
+    try:
+        found = watch._collective(sys._current_frames()[thread.ident])
+        assert found is not None
+        assert found.f_code.co_name == "all_reduce"
+    finally:
+        leave.set()
+        thread.join()
+    assert watch._collective(sys._getframe()) is None
