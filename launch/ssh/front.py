@@ -4,8 +4,8 @@
 first one starts. Nothing that the user has typed or set is on a command line of ssh or of the shell
 on the other side: it travels as JSON through the connection.
 
-For each machine there are one ssh process, three pipes and one connection; each gets the list of
-all, which makes hosts x hosts lines, five megabytes for 512.
+For each machine there are one ssh process, three pipes and one connection, and a look at each when
+something happens. Each gets the list of all: hosts x hosts lines, five megabytes for 512.
 """
 
 from __future__ import annotations
@@ -362,12 +362,17 @@ def main() -> int:
     """Read the settings, and run."""
     for output in OUTPUTS.values():
         output.start()
-    with open(0, "rb", closefd=False) as settings:
-        data = settings.read()
+    with open(0, "rb", closefd=False) as given:
+        settings = Settings.read(given.read())
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     catch_signals()
-    front = Front(Settings.read(data), sys.argv[1:])
+    try:
+        settings.ssh("")
+    except ValueError as error:
+        say(f"error: SSH_OPTIONS={settings.ssh_options}: {error}")
+        return 1
+    front = Front(settings, sys.argv[1:])
     try:
         return front.run()
     except Ended as ended:

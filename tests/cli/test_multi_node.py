@@ -198,10 +198,22 @@ def test_no_machine_starts_before_all_are_ready(tmp_path):
 def test_a_machine_without_the_repository_is_named(hosts, tmp_path):
     repository = make_repository(tmp_path / "repository", TELLS)
     (repository / "launch" / "ssh" / "on_host.py").rename(tmp_path / "gone")
-    run = hosts.start(repository)
+    options = {"PDSH_SSH_ARGS_APPEND": '-i "a key" -o ServerAliveInterval=1', "SSH_PORT": "2222"}
+    run = hosts.start(repository, env=options)
     assert run.wait(SECONDS) == 1
+    # ssh takes the first of two.
+    first = "['-p', '2222', '-i', 'a key', '-o', 'ServerAliveInterval=1', '-o', 'BatchMode=yes', "
+    assert (hosts.folder / "commands").read_text().count(first) == 2
     for name in hosts.names:
         assert f"{name}: no repository with a .venv at {repository};" in run.stderr
+
+
+def test_options_of_ssh_that_cannot_be_read_are_an_error(hosts, tmp_path):
+    repository = make_repository(tmp_path / "repository", TELLS)
+    run = hosts.start(repository, env={"SSH_OPTIONS": "-i 'key"})
+    assert run.wait(SECONDS) == 1
+    assert "error: SSH_OPTIONS=-i 'key: No closing quotation" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 # ------------------------------------------------------------------ the end
@@ -281,7 +293,7 @@ def test_output_that_nobody_reads_stops_no_run(hosts, tmp_path):
     # Now the reader is gone for good, and the ranks go on.
     before = last.read_text()
     wait_for(lambda: last.read_text() > before, SECONDS)
-    run.signal(signal.SIGTERM)
+    run.signal(signal.SIGUSR1)
     assert run.wait(SECONDS) == 75
     assert len([*folder.glob("saved-*")]) == 2
 
