@@ -74,6 +74,9 @@ def make_repository(folder: Path, program: str | None = None) -> Path:
         shutil.copy(ROOT / name, folder)
     for name in ("bin", "lib", "pyvenv.cfg"):
         (folder / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+    op = Path(quiet_environment()["TORCH_EXTENSIONS_DIR"], "deepspeed_shm_comm")
+    if program is None and op.is_dir():  # a build takes a minute
+        shutil.copytree(op, folder / ".venv" / "torch_extensions" / op.name)
     (folder / "ds_configs").symlink_to(ROOT / "ds_configs")
     (folder / "dstrain").mkdir()
     for path in (ROOT / "dstrain").iterdir():
