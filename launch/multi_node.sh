@@ -7,7 +7,11 @@
 # `bash launch/setup.sh` on each. Paths in the training flags start from the repository.
 #
 # With ssh (no NODE_RANK): run it once, on any machine that reaches the others by ssh without a
-# password; needs pdsh here. Without ssh: run the same line on every machine, with its own number:
+# password. Every line of output has the name of its machine before it. TERM, INT, HUP and USR1 to
+# this script reach the ranks of all machines, which save and end; no other run is touched. When a
+# machine fails or is out of reach, the others end too. The exit status is that of the ranks: 75
+# after a signal and a checkpoint, else that of the machine that failed first, which is named (255
+# where its connection broke). Without ssh: run the same line on every machine, with its own number:
 #
 #   NODE_RANK=0 MASTER_ADDR=worker-0 bash launch/multi_node.sh HOSTFILE [training flags]   # line 1
 #   NODE_RANK=1 MASTER_ADDR=worker-0 bash launch/multi_node.sh HOSTFILE [training flags]   # line 2
@@ -40,14 +44,22 @@ MASTER_PORT="${MASTER_PORT:-29500}"
 # The port of the ssh servers, where it is not ssh's default.
 SSH_PORT="${SSH_PORT:-}"
 
-# More options of ssh, for the checks below as for the launch: "-i KEY -o StrictHostKeyChecking=no".
-export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-}"
+# More options of ssh, quoted as in a shell where need be: "-i KEY -o StrictHostKeyChecking=no".
+# (PDSH_SSH_ARGS_APPEND, its name when this script needed pdsh, is read as well.)
+SSH_OPTIONS="${SSH_OPTIONS-${PDSH_SSH_ARGS_APPEND:-}}"
 
-# What each machine gets to know of this shell's environment. ssh passes none of it on; DeepSpeed
-# passes on PYTHON*, on NVIDIA GPUs NCCL*, and the KEY=VALUE lines of its environment file. This
-# script hands it such a file with the variables below that are set, and then the lines of your own
-# (DS_ENV_FILE, or .deepspeed_env in your home and in the repository), which win. They appear in the process list
-# of every machine, so keep tokens and keys out: log in on the machines instead.
+# How long a machine may be out of reach of this one before it is given up, and stops its ranks.
+LINK_SECONDS="${LINK_SECONDS:-60}"
+
+# How long ranks may take to save and end when another machine has failed or is out of reach; then
+# they are killed. A signal to this script sets no limit; a second Ctrl-C kills.
+STOP_SECONDS="${STOP_SECONDS:-120}"
+
+# What each machine gets to know of this shell's environment, of which ssh passes nothing on: the
+# variables below that are set, all that begin with MLFLOW, MV2, NCCL, PYTHON or UCX, and then the
+# KEY=VALUE lines of your own environment file (DS_ENV_FILE, or .deepspeed_env in your home and in
+# the repository), which win. A value arrives as it stands: in that file too, nothing is expanded,
+# and quotes are part of the value. No value appears in a list of processes.
 PASSED_ON=(
     # The network interface that carries the training, such as eth0 or ib0. Set them where a machine
     # has several: a wrong guess shows as a hang, or a refused connection, at the very start.
@@ -70,11 +82,11 @@ PASSED_ON=(
 
 # ---- the hostfile --------------------------------------------------------------------------------
 
-# Fill HOSTS from the hostfile, or say what is wrong in which line.
+# Fill HOSTS and SLOTS from the hostfile, or say what is wrong in which line.
 read_hostfile() {
     local file="$1" line number=0 host slots
     local -A seen=()
-    HOSTS=()
+    HOSTS=() SLOTS=()
     [[ -e $file ]] || die "hostfile $file does not exist; $ROOT/launch/hostfile.example shows what goes in"
     [[ -f $file && -r $file ]] || die "hostfile $file is no file that can be read"
     while IFS= read -r line || [[ -n $line ]]; do
@@ -88,63 +100,58 @@ read_hostfile() {
         [[ -z ${seen[$host]:-} ]] || die "$file, line $number: $host is in line ${seen[$host]} already"
         seen[$host]=$number
         HOSTS+=("$host")
+        SLOTS+=("$((10#$slots))")
     done <"$file"
     ((${#HOSTS[@]} > 0)) || die "$file names no machine; $ROOT/launch/hostfile.example shows what goes in"
 }
 
 # ---- the other machines --------------------------------------------------------------------------
 
-on_host() {
-    local more=()
-    read -r -a more <<<"$PDSH_SSH_ARGS_APPEND"
-    ssh -o BatchMode=yes -o ConnectTimeout=10 ${SSH_PORT:+-p "$SSH_PORT"} \
-        ${more[@]+"${more[@]}"} "$@" </dev/null
-}
-
-# DeepSpeed tries one machine, without the options above, and no path: a run fails later and darkly.
-check_hosts() {
-    local host status bad=0
-    for host in "${HOSTS[@]}"; do
-        status=0
-        on_host "$host" "test -f '$ROOT/pyproject.toml' && test -x '$VENV/bin/deepspeed'" || status=$?
-        case $status in
-            0) ;;
-            255) bad=1 && say "$host: no ssh without a password (see above; SSH_PORT and PDSH_SSH_ARGS_APPEND may help)" ;;
-            *) bad=1 && say "$host: no repository with a .venv at $ROOT; share the disk, or run 'bash launch/setup.sh' in a copy at that path" ;;
-        esac
-    done
-    ((bad == 0)) || die "not all ${#HOSTS[@]} machines are ready. Where there is no ssh, start each by itself: see NODE_RANK in $0"
-}
-
-# Print an address of the first machine that is not its own name for itself (127.0.0.1).
+# Print an address of the first machine that is not its own name for itself (127.0.0.1), or nothing.
 find_master_addr() {
-    local host="${HOSTS[0]#*@}" found
-    found="$(getent ahostsv4 "$host" | awk '$1 !~ /^127\./ { print $1; exit }' || true)"
-    if [[ -z $found && -z $NODE_RANK ]]; then
-        # An alias of ssh, or the machine itself.
-        found="$(on_host "${HOSTS[0]}" hostname -I | awk '{ print $1 }' || true)"
-    fi
-    [[ -n $found ]] || die "no address known for $host, the first machine; set MASTER_ADDR"
-    echo "$found"
+    getent ahostsv4 "${HOSTS[0]#*@}" | awk '$1 !~ /^127\./ { print $1; exit }' || true
 }
 
-# Print the environment file for DeepSpeed, which stops at a blank line and takes a comment for code.
-write_env() {
-    local name file line number
-    for name in "${PASSED_ON[@]}"; do
-        [[ -z ${!name+set} ]] || printf '%s=%s\n' "$name" "${!name}"
+# Fill ENVIRONMENT with the KEY=VALUE that each machine gets.
+read_environment() {
+    local name file line number own
+    ENVIRONMENT=()
+    for name in $(compgen -e | grep -E '^(MLFLOW|MV2|NCCL|PYTHON|UCX)' || true) "${PASSED_ON[@]}"; do
+        [[ -z ${!name+set} ]] || ENVIRONMENT+=("$name=${!name}")
     done
-    for file in "$@"; do
+    own=("$HOME/.deepspeed_env" "$ROOT/.deepspeed_env")
+    [[ -z ${DS_ENV_FILE:-} ]] || own=("$HOME/$DS_ENV_FILE" "$DS_ENV_FILE")
+    for file in "${own[@]}"; do
         number=0
         [[ -f $file ]] || continue
         while IFS= read -r line || [[ -n $line ]]; do
             number=$((number + 1))
             [[ ! $line =~ ^[[:space:]]*(#|$) ]] || continue
-            [[ $line =~ ^[[:space:]]*[A-Za-z_][A-Za-z_0-9]*= ]] ||
+            [[ $line =~ ^[[:space:]]*([A-Za-z_][A-Za-z_0-9]*)=[[:space:]]*(.*)$ ]] ||
                 die "$file, line $number: expected KEY=VALUE, found '$line'"
-            printf '%s\n' "$line"
+            name="${BASH_REMATCH[1]}" line="${BASH_REMATCH[2]}"
+            line="${line%"${line##*[![:space:]]}"}" # without blanks at the end
+            [[ ! $line =~ ^\".*\"$|^\'.*\'$|\$\{?[A-Za-z_] ]] ||
+                say "warning: $file, line $number: the value of $name is taken as it stands, with its quotes and dollar signs"
+            ENVIRONMENT+=("$name=$line")
         done <"$file"
     done
+}
+
+# Run the training on all machines from here (see ssh/front.py), in the place of this script.
+run_over_ssh() {
+    local number settings=()
+    [[ -n $MASTER_ADDR ]] || MASTER_ADDR="$(find_master_addr)"
+    settings=(
+        "root=$ROOT" "task=$TASK" "master_addr=$MASTER_ADDR" "master_port=$MASTER_PORT"
+        "ssh_port=$SSH_PORT" "ssh_options=$SSH_OPTIONS"
+        "link_seconds=$LINK_SECONDS" "stop_seconds=$STOP_SECONDS"
+    )
+    for number in "${!HOSTS[@]}"; do
+        settings+=("host=${HOSTS[number]} ${SLOTS[number]}")
+    done
+    settings+=(${ENVIRONMENT[@]+"${ENVIRONMENT[@]/#/set=}"})
+    exec "$VENV/bin/python" -E -X utf8 "$ROOT/launch/ssh/front.py" "$@" < <(printf '%s\0' "${settings[@]}")
 }
 
 # ---- launch --------------------------------------------------------------------------------------
@@ -156,9 +163,9 @@ shift
 
 dstrain_take_token "$@"
 if ((${#WORDS[@]} != $#)); then
-    # ssh would carry it in a command too, which every user of every machine can read.
+    # It would be handed to every machine, of which one uploads.
     [[ -n $NODE_RANK || ${#HOSTS[@]} -eq 1 ]] ||
-        die "--hub_token: a token cannot be handed on by ssh unseen. Log in with 'hf auth login' on ${HOSTS[0]}, which uploads, and leave it out"
+        die "--hub_token: a token is not handed to other machines. Log in with 'hf auth login' on ${HOSTS[0]}, which uploads, and leave it out"
     set -- ${WORDS[@]+"${WORDS[@]}"}
 fi
 
@@ -166,41 +173,35 @@ if [[ -n $NODE_RANK ]]; then
     [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ && $NODE_RANK -lt ${#HOSTS[@]} ]] ||
         die "NODE_RANK=$NODE_RANK: expected 0 to $((${#HOSTS[@]} - 1)), as $hostfile names ${#HOSTS[@]} machine(s)"
 elif ((${#HOSTS[@]} > 1)); then
-    command -v pdsh >/dev/null || die "pdsh is missing (on Debian and Ubuntu: apt-get install pdsh). Where it cannot be had, start each machine by itself: see NODE_RANK in $0"
-    command -v ssh >/dev/null || die "ssh is missing (on Debian and Ubuntu: apt-get install openssh-client)"
+    command -v ssh >/dev/null || die "ssh is missing (on Debian and Ubuntu: apt-get install openssh-client). Where it cannot be had, start each machine by itself: see NODE_RANK in $0"
+    for seconds in LINK_SECONDS STOP_SECONDS; do
+        [[ ${!seconds} =~ ^[1-9][0-9]{0,5}$ ]] || die "$seconds=${!seconds}: expected a number of seconds"
+    done
 fi
 
+# The ops are in .venv, unless the environment file that the launching machine has read says else.
+own_extensions="${DSTRAIN_OVER_SSH:+${TORCH_EXTENSIONS_DIR:-}}"
 dstrain_setup
-dstrain_build_ops # none, but locks of killed builds go
+[[ -z $own_extensions ]] || export TORCH_EXTENSIONS_DIR="$own_extensions"
 
+if [[ -z $NODE_RANK ]] && ((${#HOSTS[@]} > 1)); then
+    read_environment
+    run_over_ssh "$@"
+fi
+
+dstrain_build_ops # none, but locks of killed builds go
+[[ -n $MASTER_ADDR ]] || MASTER_ADDR="$(find_master_addr)"
 launch=(deepspeed --quiet --no_local_rank --hostfile "$hostfile" --master_port "$MASTER_PORT")
 if [[ -n $NODE_RANK ]]; then
+    [[ -n $MASTER_ADDR ]] || die "no address known for ${HOSTS[0]}, the first machine; set MASTER_ADDR"
     launch+=(--no_ssh --node_rank "$NODE_RANK")
-elif ((${#HOSTS[@]} == 1)); then
-    say "One machine in $hostfile: DeepSpeed starts its ranks here, without ssh."
-    launch+=(--no_ssh_check)
 else
-    check_hosts
-    # The checks are done, and DeepSpeed's own would not use the options of ssh above. Leave out
-    # --venv_script: with it, DeepSpeed 0.19.8 cannot stop the ranks (its pkill gets another word).
-    launch+=(--no_ssh_check ${SSH_PORT:+--ssh_port "$SSH_PORT"})
-    # shellcheck disable=SC2034  # for dstrain_run_job
-    RANKS_ELSEWHERE=1
+    say "One machine in $hostfile: DeepSpeed starts its ranks here, without ssh."
+    MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
+    launch+=(--no_ssh_check)
 fi
-[[ -n $MASTER_ADDR ]] || MASTER_ADDR="$(find_master_addr)"
 launch+=(--master_addr "$MASTER_ADDR")
 
-# A file of our own beside yours, never in its place.
-env_file="$(mktemp)"
-trap 'rm -f "$env_file"' EXIT
-if [[ -n ${DS_ENV_FILE:-} ]]; then
-    own=("$HOME/$DS_ENV_FILE" "$DS_ENV_FILE")
-else
-    own=("$HOME/.deepspeed_env" "$ROOT/.deepspeed_env")
-fi
-write_env "${own[@]}" >"$env_file"
-export DS_ENV_FILE="$env_file"
-
-# The machines change to this folder before they start.
+# Paths in the flags start from here.
 cd "$ROOT"
 dstrain_run_job "${launch[@]}" --module dstrain train "$TASK" "$@"

@@ -166,7 +166,7 @@ drain() {
 }
 
 # Where the output of this shell goes into a pipe whose reader may leave (`| head`), put a process
-# between that goes on reading: pdsh, for one, would end of a closed pipe, and its ranks with it.
+# between that goes on reading: a launcher or library may end of a closed pipe, its ranks with it.
 drain_pipes() {
     if [[ -p /dev/fd/2 && /dev/fd/2 -ef /dev/fd/1 ]]; then
         exec > >(drain) 2>&1
@@ -220,7 +220,7 @@ status_of_job() {
         ((status > 0)) || status=$worst
     elif ((number_ended == 0)) && ((caught)); then
         status=$((128 + caught)) # before there was anything to save
-    elif ((status == 0 && number_ended == 0)) && [[ -z ${RANKS_ELSEWHERE:-} ]]; then
+    elif ((status == 0 && number_ended == 0)); then
         status=1 # whatever launched the ranks has been killed
     fi
     return "$status"
@@ -229,7 +229,6 @@ status_of_job() {
 # Run a job and return its exit status: 75 where a signal ended it after a checkpoint was saved.
 # `deepspeed` passes no signal on and dies alone: so it gets a process group, this shell passes on
 # the signals that it gets, and the ranks end by themselves when one of these processes is gone.
-# RANKS_ELSEWHERE, set, says that the ranks are on other machines, and `deepspeed` knows their end.
 dstrain_run_job() {
     local job folder status=0 caught=0 interrupted=0 waited
     folder="$(mktemp -d)"
