@@ -90,6 +90,11 @@ class SavingArguments:
             own=True,
         ),
     )
+    enable_jit_checkpoint: bool = arg(
+        False,
+        "Save a checkpoint when SIGTERM asks the run to end.",
+        treatment=implemented("`preemption` does it unless it is 'ignore'", own=True),
+    )
     restore_callback_states_from_checkpoint: bool = arg(
         False,
         "Restore the callbacks' states when training resumes.",
@@ -138,6 +143,14 @@ class SavingArguments:
         if self.save_steps > 1 and not float(self.save_steps).is_integer():
             problems.append(
                 Problem(f"save_steps={self.save_steps}", "above 1 it must be a whole number")
+            )
+        if self.enable_jit_checkpoint and self.preemption == "ignore":
+            problems.append(
+                Problem(
+                    "enable_jit_checkpoint=True with preemption='ignore'",
+                    "one saves when a signal asks the run to end, the other leaves signals alone",
+                    "set preemption to exit or return, or leave enable_jit_checkpoint out",
+                )
             )
         if self.save_on_each_node and self.checkpoint_format == "deepspeed":
             problems.append(

@@ -68,6 +68,7 @@ class TrainingArguments(
         "fsdp_config",
         "deepspeed",
         "gradient_checkpointing_kwargs",
+        "activation_checkpointing_kwargs",
         "liger_kernel_config",
         "lr_scheduler_kwargs",
     )
@@ -91,6 +92,7 @@ class TrainingArguments(
         if self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {}
         raise_problems(problems, error=ConfigError)
+        self._join_twins()
         moved, problems = enforce.move_old_names(self)
         problems += convert_values(type(self), {name: getattr(self, name) for name in moved})[1]
         problems += enforce.refusals(self)

@@ -119,7 +119,9 @@ class EvaluationHooks(EvalLoaderHooks):
         )
         self._memory.start("eval")
         started = time.time()
-        with KeyValueCache(self.model).off():  # for loops of a subclass, too
+        with KeyValueCache(
+            self.model, used=self.args.use_cache
+        ).as_asked():  # for loops of a subclass, too
             output = self.prediction_loop(
                 loader,
                 description=_EVALUATION,
@@ -158,7 +160,7 @@ class EvaluationHooks(EvalLoaderHooks):
         )
         self._memory.start("test")
         started = time.time()
-        with KeyValueCache(self.model).off():
+        with KeyValueCache(self.model, used=self.args.use_cache).as_asked():
             output = self.prediction_loop(
                 loader,
                 description=_PREDICTION,
@@ -216,7 +218,7 @@ class EvaluationHooks(EvalLoaderHooks):
         if loss_only is None:
             loss_only = self.args.prediction_loss_only
         with contextlib.ExitStack() as stack:
-            stack.enter_context(KeyValueCache(self.model).off())
+            stack.enter_context(KeyValueCache(self.model, used=self.args.use_cache).as_asked())
             stack.enter_context(self._targets_of_evaluation())
             model = stack.enter_context(self._model_for_evaluation(generates=not loss_only))
             model.eval()

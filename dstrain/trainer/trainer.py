@@ -472,7 +472,7 @@ class Trainer(
             control=self.control,
             micro_step=self._micro_step,
             preemption=self._preemption,
-            cache=KeyValueCache(self.model),
+            cache=KeyValueCache(self.model, used=self.args.use_cache),
             count_tokens=build.token_count(self.model, self.args, self.processing_class),
             resumption=resumption,
         )

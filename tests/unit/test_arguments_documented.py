@@ -203,6 +203,7 @@ def test_what_is_implemented_is_taken_without_a_word(name):
     more: dict[str, Any] = {
         "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
         "dataloader_persistent_workers": {"dataloader_num_workers": 1},
+        "dataloader_multiprocessing_context": {"dataloader_num_workers": 1},
         "offload_param": {"zero_stage": "3"},
         "offload_optimizer": {"zero_stage": "2"},
         "load_best_model_at_end": {"eval_strategy": "steps"},
