@@ -139,6 +139,21 @@ class FeatureArguments:
                 vars(self)[old] = newer
         vars(self)["_twins_agree"] = True
 
+    def _unconverted_problems(self) -> list[Problem]:
+        """What a conversion to the declared type would hide."""
+        steps: Any = self.torch_empty_cache_steps
+        is_none = isinstance(steps, str) and steps.strip().lower() == "none"
+        if not isinstance(steps, float) and not is_none:
+            return []
+        self.torch_empty_cache_steps = None
+        return [
+            Problem(
+                f"torch_empty_cache_steps={steps!r} ({type(steps).__name__})",
+                "a whole number of steps above 0 is needed",
+                "leave it out to keep the memory cache",
+            )
+        ]
+
     def _feature_problems(self) -> list[Problem]:
         problems = []
         if self.neftune_noise_alpha is not None and self.neftune_noise_alpha < 0:

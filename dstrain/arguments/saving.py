@@ -24,7 +24,8 @@ class SavingArguments:
     )
     save_steps: float = arg(
         500,
-        "Optimizer steps between two checkpoints; below 1 it is a share of all steps.",
+        "Optimizer steps between two checkpoints; below 1 it is a share of all steps, and 0 saves "
+        "after the last step alone.",
         treatment=implemented(),
     )
     save_total_limit: int | None = arg(
@@ -132,11 +133,11 @@ class SavingArguments:
 
     def _saving_problems(self, eval_strategy: str, eval_steps: float | None) -> list[Problem]:
         problems = []
-        if self.save_strategy == "steps" and self.save_steps <= 0:
+        if self.save_strategy == "steps" and self.save_steps < 0:
             problems.append(
                 Problem(
                     f"save_steps={self.save_steps} with save_strategy='steps'",
-                    "a positive number of steps, or a share of all steps, is needed",
+                    "a number of steps, or a share of all steps, is needed",
                     "set save_strategy to no to write no checkpoint",
                 )
             )

@@ -64,7 +64,7 @@ def training_features(model: torch.nn.Module, args: TrainingArguments) -> Iterat
             assert embeddings is not None, "check_features"
             noise = _noise(args.neftune_noise_alpha)
             undo.callback(embeddings.register_forward_hook(noise).remove)
-        if "underflow_overflow" in args.debug.split():
+        if "underflow_overflow" in args.debug:
             undo.enter_context(_watching_for_overflow(model))
         yield
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import json
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
 from dstrain.arguments import Seq2SeqTrainingArguments, TrainingArguments, enforce
+from dstrain.arguments.choice import Choice
 from dstrain.core.errors import ConfigError
 
 PAIRS: list[tuple[type[Any], type[Any]]] = [
@@ -120,3 +123,93 @@ def test_parallelism_other_than_of_data_is_refused_with_what_to_use():
             TrainingArguments(parallelism_config=config(**sizes))
     with pytest.raises(ConfigError, match="parallelism_config"):
         TrainingArguments(parallelism_config={"tp_size": 2})
+
+
+# --- values as transformers has them -------------------------------------------------------------
+
+
+def test_values_of_a_few_names_read_like_members_of_enums():
+    """And like plain texts, in every way that a script can look at them."""
+    theirs = transformers.TrainingArguments(
+        eval_strategy="steps", save_strategy="best", lr_scheduler_type="cosine",
+        hub_strategy="checkpoint", logging_strategy="epoch", optim="adamw_torch",
+        metric_for_best_model="loss", debug="underflow_overflow", report_to="none",
+    )  # fmt: skip
+    names = ("eval_strategy", "save_strategy", "lr_scheduler_type", "hub_strategy", "optim")
+    args = TrainingArguments(
+        **{name: getattr(theirs, name) for name in (*names, "logging_strategy", "debug")}
+    )
+    for ours in (args, copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+        for name in (*names, "logging_strategy"):
+            mine, other = getattr(ours, name), getattr(theirs, name)
+            assert mine == other == mine.value == other.value
+            assert other == mine
+            assert (mine.name, str(mine), f"{mine}") == (other.name, other.value, other.value)
+            assert repr(mine) == repr(other.value)
+            assert json.loads(json.dumps({name: mine})) == {name: other.value}
+        assert ours.debug == theirs.debug
+        assert theirs.debug[0] in ours.debug
+        assert ours.debug[0].value == "underflow_overflow"
+    assert type(args.to_dict()["eval_strategy"]) is str
+    assert [type(option) for option in args.to_dict()["debug"]] == [str]
+
+
+def test_members_have_the_names_that_transformers_gives_them():
+    from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
+    from transformers.training_args import OptimizerNames, SchedulerType
+
+    for kind in (HubStrategy, IntervalStrategy, SaveStrategy, OptimizerNames, SchedulerType):
+        for member in kind:
+            assert Choice(member.value).name == member.name
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("report_to", ["none", ["none"], "wandb", ["wandb"]]),
+        ("include_num_input_tokens_seen", [False, True, "all", "no", "non_padding"]),
+        ("debug", ["", "underflow_overflow", None]),
+    ],
+)
+def test_a_value_is_made_of_what_was_given_as_in_transformers(name: str, values: list[Any]):
+    for value in values:
+        theirs = transformers.TrainingArguments(**{"report_to": "none", name: value})
+        assert getattr(TrainingArguments(**{name: value}), name) == getattr(theirs, name), value
+
+
+def test_no_steps_mean_what_they_mean_in_transformers():
+    for name in ("logging_steps",):
+        with pytest.raises(ValueError, match=name):
+            TrainingArguments(**{name: 0})
+        with pytest.raises(ValueError, match=name):
+            transformers.TrainingArguments(**{name: 0}, report_to="none")
+    for cls in (TrainingArguments, transformers.TrainingArguments):
+        args = cls(eval_strategy="steps", eval_steps=0, logging_steps=7, save_steps=0)
+        assert (args.eval_steps, args.save_steps) == (7, 0)
+    with pytest.raises(ConfigError, match="save_steps=-1"):
+        TrainingArguments(save_steps=-1)
+
+
+@pytest.mark.parametrize("value", [1.0, "none", "None", 0, -1])
+def test_steps_between_two_emptied_caches_are_whole_and_above_0(value: Any):
+    with pytest.raises(ValueError, match="torch_empty_cache_steps"):
+        transformers.TrainingArguments(torch_empty_cache_steps=value, report_to="none")
+    with pytest.raises(ConfigError, match="torch_empty_cache_steps"):
+        TrainingArguments(torch_empty_cache_steps=value)
+    assert TrainingArguments(torch_empty_cache_steps=3).torch_empty_cache_steps == 3
+
+
+def test_an_accelerator_config_is_a_dict_a_file_or_an_object_and_no_class(tmp_path: Path):
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    path = tmp_path / "accelerator.json"
+    path.write_text('{"split_batches": true}')
+    for given in (path, str(path), {"split_batches": True}, AcceleratorConfig(split_batches=True)):
+        args = TrainingArguments(accelerator_config=given)
+        assert args.accelerator_config["split_batches"] is True
+    with pytest.raises(
+        ConfigError, match=r"AcceleratorConfig, a class[^$]*AcceleratorConfig\(\.\.\.\)"
+    ):
+        TrainingArguments(accelerator_config=AcceleratorConfig)
+    with pytest.raises(ConfigError, match="no JSON file"):
+        TrainingArguments(accelerator_config=tmp_path / "none.json")
