@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from dstrain.checkpoint import manifest as manifests
 from dstrain.core.errors import CheckpointError, Problem
@@ -242,11 +243,11 @@ def only_run(output_dir: Path, *, on_each_node: bool = False) -> Iterator[None]:
     Raises:
         CheckpointError: another living process does so.
     """
+    path = output_dir / RUN_LOCK
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(FileNotFoundError, PermissionError):
-            file = stack.enter_context(open(output_dir / RUN_LOCK, "ab"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file = stack.enter_context(_locked(path))
             except BlockingIOError as error:
                 raise CheckpointError(
                     Problem(
@@ -256,9 +257,47 @@ def only_run(output_dir: Path, *, on_each_node: bool = False) -> Iterator[None]:
                         + (_SHARED if on_each_node else ""),
                     )
                 ) from error
-            except OSError:
-                pass  # a file system without locks
+            # While it is still held: see ``_locked``.
+            stack.callback(_unlink_same, path, file)
         yield
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """Open and lock a file that its holder removes before it lets go.
+
+    What was opened may have been removed by the time that it is locked: such a lock holds nobody
+    off, as the next one makes a new file. Then the new file is the one to lock.
+
+    Raises:
+        BlockingIOError: a living process holds it.
+        OSError: it cannot be opened.
+    """
+    while True:
+        file = open(path, "ab")  # the caller's to close
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:
+            return file  # a file system without locks
+        if _is_same(path, file):
+            return file
+        file.close()
+
+
+def _is_same(path: Path, file: IO[bytes]) -> bool:
+    """Whether an open file is still the one of that name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    return False
+
+
+def _unlink_same(path: Path, file: IO[bytes]) -> None:
+    """Remove an open file, unless its name is another's by now (the folder was moved)."""
+    with contextlib.suppress(OSError):
+        if _is_same(path, file):
+            path.unlink()
 
 
 def discard_if_there(staging: Path) -> None:
