@@ -26,7 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; a collective of all ranks.
+    """Write an adapter's config, weights and model card; a collective of all ranks.
 
     The adapter called "default" lies in ``target`` itself, another one in a folder of its name
     there. They go through the main rank's memory.
@@ -34,21 +34,37 @@ def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
     Raises:
         ModelError: the folder cannot be written; raised on every rank.
     """
+    with all_or_none():
+        if ranks.is_main:
+            with _told(target):
+                target.mkdir(parents=True, exist_ok=True)
+                model.create_or_update_model_card(str(target))  # as peft's own save_pretrained
     for adapter in model.peft_config:
         folder = target if adapter == "default" else target / adapter
         held = _held(model, adapter, ranks)
         with all_or_none():
             if ranks.is_main:
-                try:
+                with _told(folder):
                     _write(model, adapter, held, folder)
-                except OSError as error:
-                    raise ModelError(
-                        Problem(
-                            f"the adapter cannot be written into {str(folder)!r}",
-                            error.strerror or str(error),
-                            "choose another output_dir, or change its permissions",
-                        )
-                    ) from error
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Say of a system's error which folder it is about.
+
+    Raises:
+        ModelError: in the place of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            Problem(
+                f"the adapter cannot be written into {str(folder)!r}",
+                error.strerror or str(error),
+                "choose another output_dir, or change its permissions",
+            )
+        ) from error
 
 
 def _held(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:
