@@ -273,7 +273,7 @@ def _locked(path: Path) -> IO[bytes]:
         OSError: it cannot be opened.
     """
     while True:
-        file = open(path, "ab")  # the caller's to close
+        file = open(path, "ab")  # noqa: SIM115 - the caller's to close
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

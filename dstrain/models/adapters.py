@@ -18,9 +18,12 @@ import torch
 
 from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.core.errors import ModelError, Problem
+from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
 from dstrain.engine import gathered, kept_whole
 from dstrain.models.tensor_file import Stored, write_tensor_file
+
+logger = get_logger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -38,7 +41,7 @@ def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
         if ranks.is_main:
             with _told(target):
                 target.mkdir(parents=True, exist_ok=True)
-                model.create_or_update_model_card(str(target))  # as peft's own save_pretrained
+                _write_card(model, target)
     for adapter in model.peft_config:
         folder = target if adapter == "default" else target / adapter
         held = _held(model, adapter, ranks)
@@ -65,6 +68,20 @@ def _told(folder: Path) -> Iterator[None]:
                 "choose another output_dir, or change its permissions",
             )
         ) from error
+
+
+def _write_card(model: Any, folder: Path) -> None:
+    """Write peft's model card, or add to the one that is there, as peft's own saving does.
+
+    A ``README.md`` that is no model card stays as it is: it is the user's, and no reason to lose
+    weights.
+    """
+    import yaml
+
+    try:
+        model.create_or_update_model_card(str(folder))
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning("%s is left as it is: %s", folder / "README.md", error)
 
 
 def _held(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:

@@ -192,8 +192,15 @@ def test_the_folder_of_an_adapter_has_pefts_model_card(
     trainer = short(tmp_path / "out", model=model, stage=stage, save_strategy="steps", save_steps=2)
     trainer.train()
     trainer.save_model()
+    mine = tmp_path / "mine"
+    if rank == 0:
+        mine.mkdir()
+        (mine / "README.md").write_text("---\n{: no card\n---\nmine")
+    trainer.save_model(str(mine))
     trainer.close()
     if rank == 0:
+        assert (mine / "README.md").read_text().endswith("mine")
+        assert (mine / "adapter_model.safetensors").is_file()
         for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
             card = (folder / "README.md").read_text()
             assert "library_name: peft" in card
