@@ -76,7 +76,7 @@ def _write_card(model: Any, folder: Path) -> None:
     A ``README.md`` that is no model card stays as it is: it is the user's, and no reason to lose
     weights.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         model.create_or_update_model_card(str(folder))

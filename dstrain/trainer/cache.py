@@ -37,6 +37,7 @@ class KeyValueCache:
             used: what the argument ``use_cache`` says.
         """
         self._used = used
+        self._configs: list[Any]
         if used:
             config = getattr(inner_model(module), "config", None)
             self._configs = [config] if hasattr(config, "use_cache") else []
