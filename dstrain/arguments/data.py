@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import alias, implemented
+from dstrain.arguments.treatment import alias, implemented, refused
 from dstrain.core.errors import Problem, nearest
 
 _OWN_ORDER = "the order is always seeded, sharded by rank and complete"
@@ -28,6 +29,10 @@ LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
     "gradient_accumulation_kwargs": ((None, {}), "set gradient_accumulation_steps"),
     "use_configured_state": ((False, None), "there is no accelerate state to configure"),
 }
+
+
+def _is_json(text: str) -> bool:
+    return text.lstrip().startswith("{")
 
 
 def _loading(key: str) -> Any:
@@ -77,16 +82,49 @@ class DataArguments:
         "Drop dataset columns that the model's forward does not take.",
         treatment=implemented(),
     )
+    dataloader_multiprocessing_context: str | None = arg(
+        None,
+        "How loader processes are started; none is Python's own way on this system. With 'spawn' "
+        "and 'forkserver' dataset and collator are pickled, so they must be importable.",
+        choices=("fork", "spawn", "forkserver"),
+        treatment=implemented("needs `dataloader_num_workers` above 0", own=True),
+    )
+    dataloader_in_order: bool = arg(
+        True,
+        "Hand out batches in the order in which loader processes were asked for them.",
+        treatment=refused(
+            "batches in the order of their loading are others in each run, so no resume could go "
+            "on at the sample where a run stopped",
+            "leave it out; a larger dataloader_prefetch_factor lets the other loader processes "
+            "work on while one batch is late",
+            own=True,
+        ),
+    )
+    train_sampling_strategy: str = arg(
+        "random",
+        "Order of the training samples: 'random'; 'sequential', as the dataset has them; "
+        "'group_by_length', similar lengths beside each other; 'batch_rebalance', the samples of "
+        "each optimizer step dealt to ranks and micro-batches so that their padded lengths cost "
+        "the same: few long samples here, many short ones there.",
+        choices=("random", "sequential", "group_by_length", "batch_rebalance"),
+        treatment=implemented(
+            "of datasets with a length: a stream has an order of its own. What an optimizer step "
+            "uses with 'batch_rebalance' is what it uses with 'random'",
+            own=True,
+        ),
+    )
     group_by_length: bool = arg(
         False,
         "Put samples of similar length into the same batch, to pad less.",
         treatment=implemented(
-            "pools of shuffled samples, each sorted; the order depends on seed and epoch alone"
+            "pools of shuffled samples, each sorted; the order depends on seed and epoch alone. "
+            "The older way to write train_sampling_strategy='group_by_length'"
         ),
     )
     length_column_name: str | None = arg(
         "length",
-        "Dataset column with the lengths that group_by_length uses; without it they are measured.",
+        "Dataset column with the lengths that group_by_length and 'batch_rebalance' use; without "
+        "it they are measured.",
         treatment=implemented("of a `datasets.Dataset`; no sample is read for it"),
     )
     ignore_data_skip: bool = arg(
@@ -119,15 +157,32 @@ class DataArguments:
 
     def _read_accelerator_config(self) -> list[Problem]:
         """Make a dict of what an ``AcceleratorConfig`` or a file holds."""
-        given = self.accelerator_config
+        given: Any = self.accelerator_config
+        if isinstance(given, type):
+            self.accelerator_config = None
+            return [
+                Problem(
+                    f"accelerator_config={given.__name__}, a class",
+                    "an object of it says how to load data, a class does not",
+                    f"write {given.__name__}(...), or a dict",
+                )
+            ]
         if given is not None and not isinstance(given, (dict, str)) and hasattr(given, "to_dict"):
             self.accelerator_config = given.to_dict()
-        elif isinstance(given, str) and not given.lstrip().startswith("{"):
+        elif isinstance(given, os.PathLike) or (
+            isinstance(given, str) and given.strip().lower() != "none" and not _is_json(given)
+        ):
+            self.accelerator_config = None
             try:
                 self.accelerator_config = json.loads(Path(given).expanduser().read_text())
             except (OSError, ValueError) as error:
-                return [Problem(f"accelerator_config={given!r}", f"no JSON file: {error}")]
+                return [Problem(f"accelerator_config={str(given)!r}", f"no JSON file: {error}")]
         return []
+
+    @property
+    def sampling(self) -> str:
+        """The order of training samples, whichever way it is written."""
+        return "group_by_length" if self.group_by_length else self.train_sampling_strategy
 
     @property
     def splits_batches(self) -> bool:
@@ -179,6 +234,27 @@ class DataArguments:
                     "dataloader_persistent_workers=True with dataloader_num_workers=0",
                     "there are no loader processes to keep",
                     "set dataloader_num_workers to 1 or more, or persistent workers to false",
+                )
+            )
+        if self.dataloader_num_workers == 0 and self.dataloader_multiprocessing_context is not None:
+            problems.append(
+                Problem(
+                    f"dataloader_multiprocessing_context="
+                    f"{self.dataloader_multiprocessing_context!r} with dataloader_num_workers=0",
+                    "there are no loader processes to start",
+                    "set dataloader_num_workers to 1 or more, or leave the context out",
+                )
+            )
+        if self.group_by_length and self.train_sampling_strategy not in (
+            "random",  # what is meant where only group_by_length is written
+            "group_by_length",
+        ):
+            problems.append(
+                Problem(
+                    "group_by_length=True with train_sampling_strategy="
+                    f"{self.train_sampling_strategy!r}",
+                    "each says how samples are ordered, and they contradict each other",
+                    "keep train_sampling_strategy alone",
                 )
             )
         if self.dataloader_num_workers == 0 and self.dataloader_prefetch_factor is not None:

@@ -15,6 +15,13 @@ _ZERO_FOR_FSDP = (
 )
 _NO_DDP = "DeepSpeed reduces gradients itself; the model is not wrapped in DistributedDataParallel"
 _NO_TPU = "DeepSpeed does not train on TPUs"
+_SIZES = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
+
+
+def _is_one_rank(parallelism: Any) -> bool:
+    """Whether a ``ParallelismConfig`` divides nothing."""
+    sizes = [getattr(parallelism, name, None) for name in _SIZES]
+    return hasattr(parallelism, "dp_shard_size") and all(size in (None, 1) for size in sizes)
 
 
 @dataclass
@@ -53,6 +60,14 @@ class ElsewhereArguments:
         "bucket_cap_mb of DistributedDataParallel.",
         treatment=no_effect(f"{_NO_DDP}; zero_optimization.reduce_bucket_size is its own size"),
     )
+    ddp_static_graph: bool | None = arg(
+        None,
+        "static_graph of DistributedDataParallel.",
+        treatment=no_effect(
+            f"{_NO_DDP}; its gradients always come in one order, whatever a step uses of the model",
+            own=True,
+        ),
+    )
     ddp_broadcast_buffers: bool | None = arg(
         None,
         "Send the main rank's buffers that training changes (running statistics of BatchNorm, "
@@ -61,6 +76,18 @@ class ElsewhereArguments:
         treatment=implemented(
             "once per optimizer step, after its micro-batches; models whose buffers never change "
             "pay nothing"
+        ),
+    )
+    parallelism_config: Any = arg(
+        None,
+        "accelerate's ParallelismConfig.",
+        treatment=refused(
+            "every rank is one of data parallelism here, with ZeRO to partition the model: there "
+            "is no tensor, context or sequence parallelism, and no FSDP",
+            "set zero_stage to 3 for dp_shard_size, hpz_partition_size as well for "
+            "dp_replicate_size; leave tp_size, cp_size and sp_size out",
+            accepts=_is_one_rank,
+            own=True,
         ),
     )
     use_mps_device: bool = arg(

@@ -31,8 +31,8 @@ class EvaluationArguments:
     )
     eval_steps: float | None = arg(
         None,
-        "Optimizer steps between two evaluations; below 1 it is a share of all steps; none takes "
-        "logging_steps.",
+        "Optimizer steps between two evaluations; below 1 it is a share of all steps; none or 0 "
+        "takes logging_steps.",
         treatment=implemented(),
     )
     eval_delay: float = arg(

@@ -9,6 +9,13 @@ from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import alias, implemented, refused
 from dstrain.core.errors import Problem
 
+# The name that transformers has had for long -> its newer one.
+_OLD_TO_NEW = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+TWINS = _OLD_TO_NEW | {new: old for old, new in _OLD_TO_NEW.items()}
+
 
 @dataclass
 class FeatureArguments:
@@ -21,8 +28,30 @@ class FeatureArguments:
     )
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = arg(
         None,
-        'Arguments of the recomputation, such as {"use_reentrant": true}; none is not reentrant.',
+        'Arguments of the recomputation, such as {"use_reentrant": true}; none is not reentrant. '
+        "`every_n_layers` recomputes only every so many layers, and `offload` keeps what is left "
+        "in host memory.",
         treatment=implemented(),
+    )
+    activation_checkpointing: bool | None = arg(
+        None,
+        "The name of gradient_checkpointing in newer transformers; none is what that says.",
+        treatment=implemented("both names always read the same", own=True),
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = arg(
+        None,
+        "The name of gradient_checkpointing_kwargs in newer transformers.",
+        treatment=implemented("both names always read the same", own=True),
+    )
+    use_cache: bool = arg(
+        False,
+        "Let the model fill its cache of keys and values in training, as some methods of PEFT "
+        "need it.",
+        treatment=implemented(
+            "off otherwise, in forward passes of training and evaluation; `config.use_cache` stays "
+            "what it was",
+            own=True,
+        ),
     )
     torch_compile: bool = arg(
         False,
@@ -88,6 +117,42 @@ class FeatureArguments:
             accepts=lambda value: value <= 1,
         ),
     )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; of two names of one field, both."""
+        super().__setattr__(name, value)
+        twin = TWINS.get(name)
+        if twin is not None and "_twins_agree" in vars(self):
+            super().__setattr__(twin, value)
+
+    def _join_twins(self) -> None:
+        """Let the two names of a field read the same; the newer one wins, as in transformers.
+
+        The newer one stays None where nothing is turned on, so that a copy of these arguments which
+        turns it on by the older name (``dataclasses.replace``) does so.
+        """
+        for old, new in _OLD_TO_NEW.items():
+            value, newer = getattr(self, old), getattr(self, new)
+            if newer is None:
+                vars(self)[new] = value or None
+            else:
+                vars(self)[old] = newer
+        vars(self)["_twins_agree"] = True
+
+    def _unconverted_problems(self) -> list[Problem]:
+        """What a conversion to the declared type would hide."""
+        steps: Any = self.torch_empty_cache_steps
+        is_none = isinstance(steps, str) and steps.strip().lower() == "none"
+        if not isinstance(steps, float) and not is_none:
+            return []
+        self.torch_empty_cache_steps = None
+        return [
+            Problem(
+                f"torch_empty_cache_steps={steps!r} ({type(steps).__name__})",
+                "a whole number of steps above 0 is needed",
+                "leave it out to keep the memory cache",
+            )
+        ]
 
     def _feature_problems(self) -> list[Problem]:
         problems = []

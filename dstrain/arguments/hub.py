@@ -54,6 +54,11 @@ class HubArguments:
         "Upload even while the upload before is not finished.",
         treatment=implemented(),
     )
+    hub_revision: str | None = arg(
+        None,
+        "Branch of the repository that uploads go to, which must be there; none is the main one.",
+        treatment=implemented(own=True),
+    )
     push_to_hub_model_id: str | None = arg(
         None, "Old name of hub_model_id.", treatment=alias("hub_model_id")
     )

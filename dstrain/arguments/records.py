@@ -7,8 +7,11 @@ import enum
 import json
 from typing import Any
 
+from dstrain.arguments.choice import Choice
 from dstrain.arguments.fields import shown
 from dstrain.core.secrets import is_mask, without_masks, without_secrets
+
+_LIKE_ENUMS = (enum.Enum, Choice)
 
 
 class Records:
@@ -60,10 +63,10 @@ class Records:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
+    if isinstance(value, _LIKE_ENUMS):
         return value.value
-    if isinstance(value, (list, tuple)) and any(isinstance(v, enum.Enum) for v in value):
-        return [v.value if isinstance(v, enum.Enum) else v for v in value]
+    if isinstance(value, (list, tuple)) and any(isinstance(v, _LIKE_ENUMS) for v in value):
+        return [v.value if isinstance(v, _LIKE_ENUMS) else v for v in value]
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         return str(value).removeprefix("torch.")
     if not isinstance(value, type) and callable(getattr(value, "to_dict", None)):

@@ -46,7 +46,7 @@ class ReportingArguments:
         treatment=implemented(),
     )
     run_name: str | None = arg(
-        None, "Name of the run in trackers; none takes output_dir.", treatment=implemented()
+        None, "Name of the run in trackers; none leaves it to the tracker.", treatment=implemented()
     )
     disable_tqdm: bool | None = arg(
         None,
@@ -72,8 +72,8 @@ class ReportingArguments:
         "Log the training speed in tokens.",
         treatment=implemented("logged in any case, from a running count and without a pre-pass"),
     )
-    include_num_input_tokens_seen: bool | str = arg(
-        False,
+    include_num_input_tokens_seen: str | bool = arg(
+        "no",
         "Log the number of input tokens seen so far: 'all' (true), 'non_padding' leaves padding "
         "out, 'no' (false).",
         choices=(False, True, "no", "all", "non_padding"),
@@ -84,9 +84,9 @@ class ReportingArguments:
         "Leave memory figures out of the metrics.",
         treatment=implemented(),
     )
-    debug: str = arg(
-        "",
-        "Debug features, separated by spaces: underflow_overflow, tpu_metrics_debug.",
+    debug: list[str] = arg(
+        [],
+        "Debug features: underflow_overflow, tpu_metrics_debug.",
         treatment=implemented(
             "slow: every layer is searched for NaN and infinity",
             excluded={"tpu_metrics_debug": "DeepSpeed does not train on TPUs"},
@@ -97,20 +97,19 @@ class ReportingArguments:
     def counts_tokens(self) -> str:
         """What ``include_num_input_tokens_seen`` says: "no", "all" or "non_padding"."""
         given = self.include_num_input_tokens_seen
+        # A script may have assigned a bool since they were checked.
         return given if isinstance(given, str) else "all" if given else "no"
 
     def _reporting_problems(self) -> list[Problem]:
         problems = []
-        for option in self.debug.split():
+        for option in self.debug:
             if option == "tpu_metrics_debug":
-                problems.append(
-                    Problem(f"debug={self.debug!r}", "DeepSpeed does not train on TPUs")
-                )
+                problems.append(Problem(f"debug={option!r}", "DeepSpeed does not train on TPUs"))
             elif option not in _DEBUG:
                 close = nearest(option, set(_DEBUG))
                 problems.append(
                     Problem(
-                        f"debug={self.debug!r}",
+                        f"debug={option!r}",
                         f"{option!r} is none of {', '.join(_DEBUG)}",
                         f"did you mean {close!r}?" if close else "",
                     )

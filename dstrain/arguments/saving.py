@@ -24,7 +24,8 @@ class SavingArguments:
     )
     save_steps: float = arg(
         500,
-        "Optimizer steps between two checkpoints; below 1 it is a share of all steps.",
+        "Optimizer steps between two checkpoints; below 1 it is a share of all steps, and 0 saves "
+        "after the last step alone.",
         treatment=implemented(),
     )
     save_total_limit: int | None = arg(
@@ -92,6 +93,11 @@ class SavingArguments:
             own=True,
         ),
     )
+    enable_jit_checkpoint: bool = arg(
+        False,
+        "Save a checkpoint when SIGTERM asks the run to end.",
+        treatment=implemented("`preemption` does it unless it is 'ignore'", own=True),
+    )
     restore_callback_states_from_checkpoint: bool = arg(
         False,
         "Restore the callbacks' states when training resumes.",
@@ -129,17 +135,25 @@ class SavingArguments:
 
     def _saving_problems(self, eval_strategy: str, eval_steps: float | None) -> list[Problem]:
         problems = []
-        if self.save_strategy == "steps" and self.save_steps <= 0:
+        if self.save_strategy == "steps" and self.save_steps < 0:
             problems.append(
                 Problem(
                     f"save_steps={self.save_steps} with save_strategy='steps'",
-                    "a positive number of steps, or a share of all steps, is needed",
+                    "a number of steps, or a share of all steps, is needed",
                     "set save_strategy to no to write no checkpoint",
                 )
             )
         if self.save_steps > 1 and not float(self.save_steps).is_integer():
             problems.append(
                 Problem(f"save_steps={self.save_steps}", "above 1 it must be a whole number")
+            )
+        if self.enable_jit_checkpoint and self.preemption == "ignore":
+            problems.append(
+                Problem(
+                    "enable_jit_checkpoint=True with preemption='ignore'",
+                    "one saves when a signal asks the run to end, the other leaves signals alone",
+                    "set preemption to exit or return, or leave enable_jit_checkpoint out",
+                )
             )
         if self.save_on_each_node and self.checkpoint_format == "deepspeed":
             problems.append(

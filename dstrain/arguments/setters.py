@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+from dstrain.arguments.features import TWINS
+
 
 class Setters:
     """Methods that set the arguments of one subject at once."""
@@ -22,7 +24,7 @@ class Setters:
 
     def _change(self, **values: Any) -> Self:
         before = dict(vars(self))
-        vars(self).update(values)
+        vars(self).update(values | {TWINS[n]: v for n, v in values.items() if n in TWINS})
         try:
             self.validate()
         except Exception:
@@ -41,8 +43,14 @@ class Setters:
         gradient_accumulation_steps: int = 1,
         seed: int = 42,
         gradient_checkpointing: bool = False,
+        activation_checkpointing: bool | None = None,
     ) -> Self:
-        """Set the basic arguments of training, and ``do_train``."""
+        """Set the basic arguments of training, and ``do_train``.
+
+        The last two are two names of one argument; the newer one counts where it is given.
+        """
+        if activation_checkpointing is None:
+            activation_checkpointing = gradient_checkpointing
         return self._change(
             do_train=True,
             learning_rate=learning_rate,
@@ -52,7 +60,7 @@ class Setters:
             max_steps=max_steps,
             gradient_accumulation_steps=gradient_accumulation_steps,
             seed=seed,
-            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing=activation_checkpointing,
         )
 
     def set_evaluate(
@@ -137,6 +145,7 @@ class Setters:
         token: str | None = None,
         private_repo: bool | None = False,
         always_push: bool = False,
+        revision: str | None = None,
     ) -> Self:
         """Set the arguments of the Hub, and ``push_to_hub``."""
         return self._change(
@@ -146,6 +155,7 @@ class Setters:
             hub_token=token,
             hub_private_repo=private_repo,
             hub_always_push=always_push,
+            hub_revision=revision,
         )
 
     def set_optimizer(
@@ -198,6 +208,8 @@ class Setters:
         auto_find_batch_size: bool = False,
         ignore_data_skip: bool = False,
         sampler_seed: int | None = None,
+        multiprocessing_context: str | None = None,
+        in_order: bool = True,
     ) -> Self:
         """Set the arguments of the loaders; ``sampler_seed`` is ``data_seed``."""
         return self._change(
@@ -211,4 +223,6 @@ class Setters:
             auto_find_batch_size=auto_find_batch_size,
             ignore_data_skip=ignore_data_skip,
             data_seed=sampler_seed,
+            dataloader_multiprocessing_context=multiprocessing_context,
+            dataloader_in_order=in_order,
         )

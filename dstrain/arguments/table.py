@@ -30,8 +30,9 @@ _HEAD = """# Arguments
 
 Generated from the code by `python -m dstrain.arguments.table`; do not edit.
 
-What becomes of every argument that transformers and sentence-transformers document, and of
-dstrain's own (marked `*`). Each field declares it where it stands, in the files of this folder.
+What becomes of every argument that transformers and sentence-transformers document, and of the
+others (marked `*`): dstrain's own, and those of newer releases of transformers. Each field declares
+it where it stands, in the files of this folder.
 
 | treatment | meaning | arguments |
 |---|---|---|

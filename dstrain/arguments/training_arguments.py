@@ -10,6 +10,7 @@ from typing import ClassVar
 from dstrain.arguments import enforce
 from dstrain.arguments.activation_checkpointing import ActivationCheckpointingArguments
 from dstrain.arguments.batch import BatchArguments
+from dstrain.arguments.choice import Choice
 from dstrain.arguments.communication import CommunicationArguments
 from dstrain.arguments.data import DataArguments
 from dstrain.arguments.dicts import read_dicts
@@ -29,6 +30,16 @@ from dstrain.arguments.saving import SavingArguments
 from dstrain.arguments.setters import Setters
 from dstrain.arguments.zero import ZeroArguments
 from dstrain.core.errors import ConfigError, Problem, raise_problems
+
+# Arguments whose values transformers makes members of enums.
+_LIKE_ENUMS = (
+    "eval_strategy",
+    "logging_strategy",
+    "save_strategy",
+    "hub_strategy",
+    "lr_scheduler_type",
+    "optim",
+)
 
 
 # dataclasses collect fields from the last base to the first: output_dir comes first, as documented.
@@ -68,6 +79,7 @@ class TrainingArguments(
         "fsdp_config",
         "deepspeed",
         "gradient_checkpointing_kwargs",
+        "activation_checkpointing_kwargs",
         "liger_kernel_config",
         "lr_scheduler_kwargs",
     )
@@ -83,14 +95,16 @@ class TrainingArguments(
             ConfigError: listing everything that is wrong.
         """
         self._forget_masks()
+        problems = self._unconverted_problems()
         self._spell()
-        problems = self._read_accelerator_config() + coerce_fields(self)
+        problems += self._read_accelerator_config() + coerce_fields(self)
         # What DeepSpeed's config says is read where it is resolved; a path of FSDP's is refused.
         dicts = tuple(n for n in self._VALID_DICT_FIELDS if n not in ("deepspeed", "fsdp_config"))
         problems += read_dicts(self, dicts)
         if self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {}
         raise_problems(problems, error=ConfigError)
+        self._join_twins()
         moved, problems = enforce.move_old_names(self)
         problems += convert_values(type(self), {name: getattr(self, name) for name in moved})[1]
         problems += enforce.refusals(self)
@@ -102,17 +116,21 @@ class TrainingArguments(
         if self.output_dir is None:
             self.output_dir = default_of(_field(self, "output_dir"))
         if self.include_num_input_tokens_seen is None:
-            self.include_num_input_tokens_seen = False
+            self.include_num_input_tokens_seen = "no"
         if isinstance(self.zero_stage, int) and not isinstance(self.zero_stage, bool):
             self.zero_stage = str(self.zero_stage)
         if isinstance(self.report_to, str):
             self.report_to = [name.strip() for name in self.report_to.split(",")]
+        if isinstance(self.report_to, (list, tuple)) and list(self.report_to) == ["none"]:
+            self.report_to = []
+        if isinstance(self.debug, str) or self.debug is None:
+            self.debug = (self.debug or "").split()
+        elif isinstance(self.debug, (list, tuple)):
+            self.debug = [part for v in self.debug for part in str(getattr(v, "value", v)).split()]
         if isinstance(self.fsdp, bool) or self.fsdp is None:
             self.fsdp = "full_shard" if self.fsdp else ""
-        for name in ("fsdp", "debug"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, " ".join(str(getattr(v, "value", v)) for v in value))
+        if isinstance(self.fsdp, (list, tuple)):
+            self.fsdp = " ".join(str(getattr(v, "value", v)) for v in self.fsdp)
 
     def _fill(self) -> None:
         """Defaults that follow from other arguments."""
@@ -125,8 +143,12 @@ class TrainingArguments(
                 "warmup_ratio have no effect",
                 UserWarning,
             )
-        if self.eval_strategy == "steps" and self.eval_steps is None:
+        if self.eval_strategy == "steps" and not self.eval_steps:
             self.eval_steps = self.logging_steps
+        self.include_num_input_tokens_seen = self.counts_tokens
+        self.debug = [Choice(option) for option in self.debug]
+        for name in _LIKE_ENUMS:
+            setattr(self, name, Choice(getattr(self, name)))
         if self.use_cpu:
             self.dataloader_pin_memory = False
         if self.torch_compile_backend is not None or self.torch_compile_mode is not None:

@@ -26,7 +26,8 @@ class Treatment:
         only_with: name of an argument without which this one means nothing, so it is just stored.
         convert: of an alias: (arguments, old value) -> new value; a ``ValueError`` is a conflict.
         excluded: legal values that are refused, with the reason.
-        own: whether it is dstrain's own argument, which transformers does not document.
+        own: whether the documents that dstrain follows do not have it: an argument of its own, or
+            of a newer release of transformers.
     """
 
     kind: Kind
@@ -110,9 +111,9 @@ def stored(note: str = "", *, own: bool = False) -> Treatment:
     return Treatment("stored", note, own=own)
 
 
-def no_effect(why: str) -> Treatment:
+def no_effect(why: str, *, own: bool = False) -> Treatment:
     """A value other than the default is accepted with a warning that says why nothing changes."""
-    return Treatment("no effect", why)
+    return Treatment("no effect", why, own=own)
 
 
 def refused(

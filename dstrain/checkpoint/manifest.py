@@ -114,6 +114,26 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     sync_folder(folder)
 
 
+def _no_manifest(folder: Path) -> CheckpointError:
+    what = f"{folder} is no dstrain checkpoint"
+    if (folder / "trainer_state.json").is_file() and not (folder / "state").exists():
+        return CheckpointError(
+            Problem(
+                what,
+                f"it has a trainer_state.json and no {NAME}, as those of transformers' Trainer: "
+                f"`dstrain checkpoint import {folder} OUT` makes a checkpoint of it",
+                "import it, and resume from what that writes",
+            )
+        )
+    return CheckpointError(
+        Problem(
+            what,
+            f"it has no {NAME}: the save did not finish, or another program wrote it",
+            "give a folder that `dstrain checkpoint ls` lists",
+        )
+    )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
@@ -124,13 +144,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         body = parsed(loaded(path))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(
-            Problem(
-                f"{folder} is no dstrain checkpoint",
-                f"it has no {NAME}: the save did not finish, or another program wrote it",
-                "give a folder that `dstrain checkpoint ls` lists",
-            )
-        ) from error
+        raise _no_manifest(folder) from error
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:

@@ -29,6 +29,9 @@ class TrainerStateRecord:
         stateful_callbacks: class of a callback -> its state, or those of several; their content is
             for the callbacks to judge.
         train_batch_size: of transformers; samples per step and process.
+        logging_steps: optimizer steps between two logs.
+        eval_steps: optimizer steps between two evaluations.
+        save_steps: optimizer steps between two checkpoints.
     """
 
     global_step: Count | None = None
@@ -41,6 +44,9 @@ class TrainerStateRecord:
     best_model_checkpoint: Text | None = None
     stateful_callbacks: Mapping[Text, Any] | None = None
     train_batch_size: Count | None = None
+    logging_steps: Number | None = None
+    eval_steps: Number | None = None
+    save_steps: Number | None = None
 
 
 @dataclass(frozen=True)

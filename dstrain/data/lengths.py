@@ -13,13 +13,16 @@ from dstrain.data.loader import is_stream
 _BATCH_ROWS = 10_000
 
 
-def sample_lengths(dataset: Any, *, column: str | None, main_input: str) -> torch.Tensor:
+def sample_lengths(
+    dataset: Any, *, column: str | None, main_input: str, what: str = "group_by_length=True"
+) -> torch.Tensor:
     """The length of every sample: int64, shape (num_samples,).
 
     Args:
         dataset: map-style.
         column: of a ``datasets.Dataset`` that has it, the lengths; no sample is read then.
         main_input: key of the samples that is measured otherwise (tokens of a text).
+        what: the argument that needs them, for messages.
 
     Raises:
         DataError: a stream, or samples without the key.
@@ -29,8 +32,8 @@ def sample_lengths(dataset: Any, *, column: str | None, main_input: str) -> torc
     if is_stream(dataset):
         raise DataError(
             Problem(
-                "group_by_length=True with a stream",
-                "samples can only be grouped when all of their lengths are known",
+                f"{what} with a stream",
+                "samples can only be put together when all of their lengths are known",
                 "leave it out, or give a dataset with a length",
             )
         )
@@ -41,7 +44,7 @@ def sample_lengths(dataset: Any, *, column: str | None, main_input: str) -> torc
         if main_input in dataset.column_names:
             return _list_lengths(dataset, main_input)
     return torch.tensor(
-        [_length(dataset[i], main_input) for i in range(len(dataset))], dtype=torch.int64
+        [_length(dataset[i], main_input, what) for i in range(len(dataset))], dtype=torch.int64
     )
 
 
@@ -57,12 +60,12 @@ def _list_lengths(dataset: Any, name: str) -> torch.Tensor:
     return torch.cat(parts).to(torch.int64)
 
 
-def _length(sample: Any, name: str) -> int:
+def _length(sample: Any, name: str, what: str) -> int:
     if not isinstance(sample, Mapping) or name not in sample:
         keys = list(sample) if isinstance(sample, Mapping) else type(sample).__name__
         raise DataError(
             Problem(
-                f"group_by_length=True with samples that have no {name!r}",
+                f"{what} with samples that have no {name!r}",
                 f"a sample has {keys}",
                 "add a column with the lengths and name it in length_column_name, or leave it out",
             )

@@ -18,6 +18,7 @@ from dstrain.data.dispatch import Dispatched
 from dstrain.data.lockstep import LocalSteps, OwnSteps, SameSteps
 from dstrain.data.noise import begin_worker
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
+from dstrain.data.rebalance import RebalancedBatchSampler
 from dstrain.data.samples import batch_size
 from dstrain.data.stream import RankStream, StreamLoader, share_of
 
@@ -30,15 +31,19 @@ Collator = Callable[[list[Any]], Any]
 class LoaderOptions:
     """How a loader reads; the fields are those of ``torch.utils.data.DataLoader``.
 
-    And ``dispatch``: the main rank reads a stream, and sends the others what it has read.
+    And ``dispatch``: the main rank reads a stream, and sends the others what it has read; and
+    ``rebalance``: micro-batches per optimizer step, to deal the samples of each step out by their
+    lengths; None gives each micro-batch the same number of samples.
     """
 
     num_workers: int = 0
     prefetch_factor: int | None = None
     pin_memory: bool = False
     persistent_workers: bool = False
+    multiprocessing_context: str | None = None
     drop_last: bool = False
     dispatch: bool = False
+    rebalance: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ def build_loader(
     """A loader of this rank's micro-batches, one per micro-step.
 
     A map-style dataset is read through ``RankBatchSampler``; a stream through ``RankStream`` in the
-    stream's own order. ``lengths`` of a map-style dataset put similar samples beside each other.
+    stream's own order. ``lengths`` of a map-style dataset put similar samples beside each other, or
+    with ``options.rebalance`` tell how to deal the samples of an optimizer step out.
     Nothing is read, and no other rank is asked: ``settle`` does that, before a loader is used.
 
     Raises:
@@ -116,6 +122,7 @@ def build_loader(
         extra = {
             "prefetch_factor": options.prefetch_factor,
             "persistent_workers": options.persistent_workers,
+            "multiprocessing_context": options.multiprocessing_context,
         }
     common: dict[str, Any] = {
         "pin_memory": options.pin_memory,
@@ -144,8 +151,7 @@ def build_loader(
         )
     if len(dataset) == 0:
         raise DataError(Problem("the dataset is empty", "at least one sample is needed"))
-    order = EpochOrder(len(dataset), seed=seed, shuffle=shuffle, lengths=lengths)
-    sampler = RankBatchSampler(order, topology, drop_last=options.drop_last)
+    sampler = _sampler(len(dataset), topology, options, seed=seed, shuffle=shuffle, lengths=lengths)
     sampler.noise_seed = seed
     return DataLoader(
         dataset,
@@ -153,6 +159,28 @@ def build_loader(
         collate_fn=collate,
         num_workers=workers,
         **common,
+    )
+
+
+def _sampler(
+    num_samples: int,
+    topology: Topology,
+    options: LoaderOptions,
+    *,
+    seed: int,
+    shuffle: bool,
+    lengths: Sequence[int] | torch.Tensor | None,
+) -> RankBatchSampler:
+    """Which samples of a map-style dataset this rank reads when."""
+    if options.rebalance is None or lengths is None:
+        order = EpochOrder(num_samples, seed=seed, shuffle=shuffle, lengths=lengths)
+        return RankBatchSampler(order, topology, drop_last=options.drop_last)
+    return RebalancedBatchSampler(
+        EpochOrder(num_samples, seed=seed, shuffle=shuffle),
+        topology,
+        lengths=torch.as_tensor(lengths),
+        accumulation=options.rebalance,
+        drop_last=options.drop_last,
     )
 
 
@@ -187,8 +215,7 @@ def micro_steps(loader: Any) -> int | None:
     """
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, RankBatchSampler):
-        whole = RankBatchSampler(sampler.order, sampler.topology, drop_last=sampler.drop_last)
-        return len(whole)
+        return len(sampler.whole())
     if isinstance(stream := getattr(loader, "dataset", None), RankStream):
         return stream.num_steps()
     try:

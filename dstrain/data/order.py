@@ -150,6 +150,10 @@ class RankBatchSampler:
         left = max(0, self.order.num_samples - self.start)
         return left - left % self.topology.chunk if self.drop_last else left
 
+    def whole(self) -> RankBatchSampler:
+        """The same from the beginning of an epoch."""
+        return RankBatchSampler(self.order, self.topology, drop_last=self.drop_last)
+
     def __len__(self) -> int:
         """Micro-steps from ``start`` to the end of the epoch."""
         return -(-self.remaining // self.topology.chunk)

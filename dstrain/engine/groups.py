@@ -31,8 +31,8 @@ def parameter_groups(
     Raises:
         ModelError: no parameter of the module has requires_grad.
     """
-    # Without decay the two would be equal, and every group costs communication of its own.
-    decayed = set(decay_names(module)) if weight_decay else set()
+    # Two without decay too, as in transformers: scripts give the groups rates of their own.
+    decayed = set(decay_names(module))
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay},
         {"params": [], "weight_decay": 0.0},

@@ -19,15 +19,18 @@ import torch
 from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.files import unwritten
+from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
 from dstrain.engine import gathered, kept_whole
 from dstrain.models.tensor_file import Stored, write_tensor_file
+
+logger = get_logger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; a collective of all ranks.
+    """Write an adapter's config, weights and model card; a collective of all ranks.
 
     The adapter called "default" lies in ``target`` itself, another one in a folder of its name
     there. They go through the main rank's memory.
@@ -35,19 +38,47 @@ def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
     Raises:
         ModelError: the folder cannot be written; raised on every rank.
     """
+    with all_or_none():
+        if ranks.is_main:
+            with _told(target):
+                target.mkdir(parents=True, exist_ok=True)
+                _write_card(model, target)
     for adapter in model.peft_config:
         folder = target if adapter == "default" else target / adapter
         held = _held(model, adapter, ranks)
         with all_or_none():
             if ranks.is_main:
-                try:
+                with _told(folder):
                     _write(model, adapter, held, folder)
-                except OSError as error:
-                    raise ModelError(
-                        unwritten(
-                            f"the adapter cannot be written into {str(folder)!r}", folder, error
-                        )
-                    ) from error
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Say of a system's error which folder it is about.
+
+    Raises:
+        ModelError: in the place of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            unwritten(f"the adapter cannot be written into {str(folder)!r}", folder, error)
+        ) from error
+
+
+def _write_card(model: Any, folder: Path) -> None:
+    """Write peft's model card, or add to the one that is there, as peft's own saving does.
+
+    A ``README.md`` that is no model card stays as it is: it is the user's, and no reason to lose
+    weights.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        model.create_or_update_model_card(str(folder))
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning("%s is left as it is: %s", folder / "README.md", error)
 
 
 def _held(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:

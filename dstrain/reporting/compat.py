@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -16,6 +22,7 @@ __all__ = [
     "CallbackHandler",
     "DefaultFlowCallback",
     "PrinterCallback",
+    "ProgressCallback",
     "TrainerCallback",
     "TrainerControl",
     "TrainerState",

@@ -29,7 +29,7 @@ class Upload:
         files: path in the repository -> a file that nobody changes any more, or its content.
         replaces: folder of the repository whose other files go.
         token: instead of the publisher's.
-        revision: branch; None is main.
+        revision: branch, instead of the publisher's.
         held: what is let go once the upload is over, however it ended.
     """
 
@@ -44,9 +44,19 @@ class Upload:
 class Publisher:
     """The uploads of a run; used on the main rank alone, from any thread."""
 
-    def __init__(self, name: str, *, token: str | None, private: bool | None) -> None:
-        """Args: name or owner/name, token (None: of the login), visibility of a new repository."""
+    def __init__(
+        self, name: str, *, token: str | None, private: bool | None, revision: str | None = None
+    ) -> None:
+        """Name the repository, and how it is written.
+
+        Args:
+            name: or owner/name.
+            token: None takes that of the login.
+            private: visibility of a new repository.
+            revision: branch of uploads that name no other; None is main.
+        """
         self._name, self._token, self._private = name, token, private
+        self._revision = revision
         self.repo_id: str | None = None
         self._lock = threading.Lock()
         self._queue: deque[tuple[Upload, Future[Any]]] = deque()
@@ -114,14 +124,15 @@ class Publisher:
                 operations,
                 commit_message=upload.message,
                 token=token,
-                revision=upload.revision,
+                revision=upload.revision or self._revision,
             )
 
     def _others(self, repo_id: str, upload: Upload, token: str | None) -> list[str]:
         """Files of an earlier upload that would seem to belong to this one."""
         if not upload.replaces:
             return []
-        there = _api().list_repo_files(repo_id, token=token, revision=upload.revision)
+        revision = upload.revision or self._revision
+        there = _api().list_repo_files(repo_id, token=token, revision=revision)
         inside = f"{upload.replaces}/"
         return [p for p in there if p.startswith(inside) and p not in upload.files]
 

@@ -7,14 +7,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dstrain.reporting.compat import TrainerCallback
+from dstrain.reporting.compat import ProgressCallback
 
 
-class ProgressBar(TrainerCallback):
-    """One bar over the optimizer steps, and a short-lived one for each evaluation."""
+class ProgressBar(ProgressCallback):
+    """One bar over the optimizer steps, and a short-lived one for each evaluation.
+
+    A ``ProgressCallback`` of transformers, so that scripts find, replace and remove it as one; what
+    that one does at each event is done here in another way.
+    """
 
     def __init__(self) -> None:
         """Bars are made when training or evaluation begins."""
+        super().__init__()
         self._train: tqdm[Any] | None = None
         self._eval: tqdm[Any] | None = None
 

@@ -166,11 +166,20 @@ def prepare_dataset(
 
 
 def lengths_of(dataset: Any, args: TrainingArguments, processing_class: Any) -> Any:
-    """Lengths of the training samples where ``group_by_length`` asks for them, else None."""
-    if not args.group_by_length:
+    """Lengths of the training samples where their order asks for them, else None."""
+    if args.sampling not in ("group_by_length", "batch_rebalance"):
         return None
     names = getattr(processing_class, "model_input_names", None) or ["input_ids"]
-    return sample_lengths(dataset, column=args.length_column_name, main_input=names[0])
+    return sample_lengths(
+        dataset, column=args.length_column_name, main_input=names[0], what=_sampling_of(args)
+    )
+
+
+def _sampling_of(args: TrainingArguments) -> str:
+    """The argument that orders training samples, as the user wrote it."""
+    if args.group_by_length:
+        return "group_by_length=True"
+    return f"train_sampling_strategy={args.train_sampling_strategy!r}"
 
 
 def token_count(
@@ -212,11 +221,15 @@ def make_loader(
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory and device_type() != "cpu",
             persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             drop_last=args.dataloader_drop_last and train,
             dispatch=args.dispatches_batches,
+            rebalance=(
+                resolved.accumulation if train and args.sampling == "batch_rebalance" else None
+            ),
         ),
         seed=seed,
-        shuffle=train,
+        shuffle=train and args.sampling != "sequential",
         lengths=lengths,
     )
 

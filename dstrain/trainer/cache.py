@@ -14,26 +14,42 @@ from typing import Any
 
 import torch
 
+from dstrain.core.adapters import inner_model
+
 
 class KeyValueCache:
     """Turns the caches of a module and of all models inside of it off, for some forward passes.
 
+    Or on, that of the model itself, where ``use_cache`` says so: prefix and prompt tuning pass
+    what they learn as a cache.
+
     A model asks its config whether to use a cache where its caller does not say. So a batch, a
     subclass or ``generate`` that passes ``use_cache`` still decides for itself, and models whose
     ``forward`` has no such argument are reached, as are those inside of a wrapper. Outside of
-    ``off`` the configs are the user's: what is saved or shown is what they said.
+    ``as_asked`` the configs are the user's: what is saved or shown is what they said.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        """Find the configs: of the module, of models inside of it, and those nested in them."""
-        self._configs = _configs_with_cache(module)
+    def __init__(self, module: torch.nn.Module, *, used: bool = False) -> None:
+        """Find the configs: of the module, of models inside of it, and those nested in them.
+
+        Args:
+            module: whose forward passes are meant.
+            used: what the argument ``use_cache`` says.
+        """
+        self._used = used
+        self._configs: list[Any]
+        if used:
+            config = getattr(inner_model(module), "config", None)
+            self._configs = [config] if hasattr(config, "use_cache") else []
+        else:
+            self._configs = _configs_with_cache(module)
 
     @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Turn the caches off inside; afterwards, whatever happened, they are as they were."""
+    def as_asked(self) -> Iterator[None]:
+        """Turn the caches off or on inside; afterwards, whatever happened, they are as before."""
         before = [(config, config.use_cache) for config in self._configs]
         for config, _ in before:
-            config.use_cache = False
+            config.use_cache = self._used
         try:
             yield
         finally:

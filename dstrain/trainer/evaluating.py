@@ -120,7 +120,9 @@ class EvaluationHooks(EvalLoaderHooks):
         )
         self._memory.start("eval")
         started = time.time()
-        with KeyValueCache(self.model).off():  # for loops of a subclass, too
+        with KeyValueCache(
+            self.model, used=self.args.use_cache
+        ).as_asked():  # for loops of a subclass, too
             output = self.prediction_loop(
                 loader,
                 description=_EVALUATION,
@@ -159,7 +161,7 @@ class EvaluationHooks(EvalLoaderHooks):
         )
         self._memory.start("test")
         started = time.time()
-        with KeyValueCache(self.model).off():
+        with KeyValueCache(self.model, used=self.args.use_cache).as_asked():
             output = self.prediction_loop(
                 loader,
                 description=_PREDICTION,
@@ -219,7 +221,7 @@ class EvaluationHooks(EvalLoaderHooks):
         with contextlib.ExitStack() as stack:
             if not self.is_in_train:
                 stack.enter_context(self._watching_for_ranks(description))
-            stack.enter_context(KeyValueCache(self.model).off())
+            stack.enter_context(KeyValueCache(self.model, used=self.args.use_cache).as_asked())
             stack.enter_context(self._targets_of_evaluation())
             model = stack.enter_context(self._model_for_evaluation(generates=not loss_only))
             model.eval()

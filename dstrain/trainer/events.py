@@ -27,8 +27,6 @@ class Events:
         args, ranks = trainer.args, trainer.ranks
         self._trainer = trainer
         self._freezing: FreezeWatch | None = None
-        if args.run_name is None:
-            args.run_name = args.output_dir
         trackers = tracker_callbacks(args.report_to)
         if any(t.__name__ == "TensorBoardCallback" for t in trackers):
             set_tensorboard_folder(args.logging_dir, args.output_dir)

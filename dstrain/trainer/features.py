@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -17,6 +18,9 @@ from dstrain.core.log import get_logger
 
 logger = get_logger(__name__)
 
+# Of one feature: its name in newer transformers, and in older ones and other libraries' models.
+_NAMES = ("activation", "gradient")
+_OF_LAYERS = ("every_n_layers", "offload")
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -27,14 +31,8 @@ def check_features(model: torch.nn.Module, args: TrainingArguments, *, device: s
         ConfigError: listing all of it.
     """
     problems: list[Problem] = []
-    if args.gradient_checkpointing and not _can_checkpoint(model):
-        problems.append(
-            Problem(
-                f"gradient_checkpointing=True with {type(inner_model(model)).__name__}",
-                "the model has no gradient_checkpointing_enable, or does not support it",
-                "call torch.utils.checkpoint in its forward, or leave it out",
-            )
-        )
+    if args.gradient_checkpointing:
+        problems += _checkpointing_problems(model, args, device)
     if args.neftune_noise_alpha is not None and _embeddings(model) is None:
         problems.append(
             Problem(
@@ -66,7 +64,7 @@ def training_features(model: torch.nn.Module, args: TrainingArguments) -> Iterat
             assert embeddings is not None, "check_features"
             noise = _noise(args.neftune_noise_alpha)
             undo.callback(embeddings.register_forward_hook(noise).remove)
-        if "underflow_overflow" in args.debug.split():
+        if "underflow_overflow" in args.debug:
             undo.enter_context(_watching_for_overflow(model))
         yield
 
@@ -76,7 +74,57 @@ def training_features(model: torch.nn.Module, args: TrainingArguments) -> Iterat
 
 def _can_checkpoint(model: Any) -> bool:
     supported = getattr(inner_model(model), "supports_gradient_checkpointing", True)
-    return hasattr(model, "gradient_checkpointing_enable") and bool(supported)
+    return any(hasattr(model, f"{name}_checkpointing_enable") for name in _NAMES) and bool(
+        supported
+    )
+
+
+def _enables_checkpointing(model: Any) -> tuple[str, Callable[..., Any]]:
+    """What the feature is called by this model, and the method that turns it on."""
+    name = next(name for name in _NAMES if hasattr(model, f"{name}_checkpointing_enable"))
+    return name, getattr(model, f"{name}_checkpointing_enable")
+
+
+def _checkpointing_kwargs(args: TrainingArguments) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What goes to torch's function, and what the model takes itself: layers, and their place."""
+    given = args.gradient_checkpointing_kwargs
+    assert not isinstance(given, str), "parsed on construction"
+    kwargs = dict(given or {})
+    return kwargs, {name: kwargs.pop(name) for name in _OF_LAYERS if name in kwargs}
+
+
+def _checkpointing_problems(model: Any, args: TrainingArguments, device: str) -> list[Problem]:
+    what = type(inner_model(model)).__name__
+    if not _can_checkpoint(model):
+        return [
+            Problem(
+                f"gradient_checkpointing=True with {what}",
+                "the model has no gradient_checkpointing_enable (activation_checkpointing_enable "
+                "in newer transformers), or does not support it",
+                "call torch.utils.checkpoint in its forward, or leave it out",
+            )
+        ]
+    _, more = _checkpointing_kwargs(args)
+    if more.get("offload") and device == "cpu":
+        return [
+            Problem(
+                "gradient_checkpointing_kwargs['offload'] on the CPU",
+                "activations are in host memory there",
+                "leave it out",
+            )
+        ]
+    enable = _enables_checkpointing(model)[1]
+    taken = inspect.signature(enable).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken):
+        return []
+    return [
+        Problem(
+            f"gradient_checkpointing_kwargs[{name!r}] with {what}",
+            f"its {enable.__name__} does not take it",
+            "leave it out",
+        )
+        for name in more.keys() - {p.name for p in taken}
+    ]
 
 
 @contextlib.contextmanager
@@ -86,21 +134,21 @@ def _checkpointing(model: Any, args: TrainingArguments) -> Iterator[None]:
     Without ``use_reentrant`` transformers takes torch's variant that also works where no input of
     a layer needs a gradient (frozen embeddings, as with LoRA).
     """
-    kwargs = args.gradient_checkpointing_kwargs
-    assert not isinstance(kwargs, str), "parsed on construction"
+    kwargs, more = _checkpointing_kwargs(args)
     inner = inner_model(model)  # the second name is the old one, which warns where there are both
     was_on = getattr(inner, "is_activation_checkpointing", None)
     was_on = getattr(inner, "is_gradient_checkpointing", False) if was_on is None else was_on
     had_hooks = bool(getattr(inner, "_require_grads_hooks", None))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    name, enable = _enables_checkpointing(model)
+    enable(**{f"{name}_checkpointing_kwargs": kwargs or None}, **more)
     with contextlib.ExitStack() as undo:
         if not was_on:
-            undo.callback(model.gradient_checkpointing_disable)
+            undo.callback(getattr(model, f"{name}_checkpointing_disable"))
         if not had_hooks and hasattr(inner, "disable_input_require_grads"):
             # transformers leaves these on the embeddings: local functions, which cannot be pickled.
             undo.callback(inner.disable_input_require_grads)
         embeddings = _embeddings(model)
-        if (kwargs or {}).get("use_reentrant") and embeddings is not None:
+        if kwargs.get("use_reentrant") and embeddings is not None:
             frozen = not any(p.requires_grad for p in embeddings.parameters())
             if frozen:
                 needs_grad = embeddings.register_forward_hook(lambda m, i, o: o.requires_grad_())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -60,9 +61,17 @@ def begin_with_found(trainer: Trainer, start: saving.Start | None) -> None:
         return
     total = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if total % found == 0:
-        args.per_device_train_batch_size = found
-        args.gradient_accumulation_steps = total // found
+        trainer.fitted = found, total // found
         trainer.resolved = trainer._resolve(None)
+
+
+def fitted_arguments(args: TrainingArguments, fitted: tuple[int, int] | None) -> TrainingArguments:
+    """The arguments with the micro-batch that was found; the user's own stay as they are."""
+    if fitted is None:
+        return args
+    changed = copy.copy(args)
+    changed.per_device_train_batch_size, changed.gradient_accumulation_steps = fitted
+    return changed
 
 
 def smaller(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
@@ -154,9 +163,8 @@ def _take_place(
             accumulation,
         )
     each = trainer.ranks.world_size if args.splits_batches else 1
-    args.per_device_train_batch_size = micro_batch * each
-    args.gradient_accumulation_steps = accumulation
-    trainer.state.train_batch_size = args.per_device_train_batch_size
+    trainer.fitted = micro_batch * each, accumulation
+    trainer.state.train_batch_size = micro_batch * each
     trainer.resolved = trainer._resolve(loop.plan.max_steps)
     loader = trainer.get_train_dataloader()
     take_over(loader, loop.loader)

@@ -308,7 +308,7 @@ class TrainLoop:
         step.index, step.last, step.parts = index, last, None
         step.num_samples, step.inputs = micro_batch.num_samples, inputs
         told = self.targets.told(inputs, micro_batch.num_samples, counts=counts)
-        with self.cache.off():
+        with self.cache.as_asked():
             loss = self.hooks.training_step(self.engine.model, inputs, told)
         step.inputs = None
         if not micro_batch.masked:

@@ -75,7 +75,7 @@ class HubHooks:
             commit_message: of the commit.
             blocking: wait until it is uploaded.
             token: instead of ``hub_token``.
-            revision: branch to upload to.
+            revision: branch to upload to, instead of ``hub_revision``.
             private: whether a new repository is private, instead of ``hub_private_repo``.
             **kwargs: of ``create_model_card``.
 
@@ -238,7 +238,12 @@ class HubHooks:
         if self._publisher is None:
             args = self.args
             name = args.hub_model_id or Path(args.output_dir).absolute().name
-            self._publisher = Publisher(name, token=args.hub_token, private=args.hub_private_repo)
+            self._publisher = Publisher(
+                name,
+                token=args.hub_token,
+                private=args.hub_private_repo,
+                revision=args.hub_revision,
+            )
         return self._publisher
 
     def _card_name(self) -> str:

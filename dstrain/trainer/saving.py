@@ -229,6 +229,7 @@ def resume(trainer: Trainer, engine: Engine, start: Start) -> Resumption:
         ):
             if there != here:
                 logger.warning("%s: %s in the checkpoint, %s in this run", what, there, here)
+        _warn_of_other_arguments(trainer.state, start.state)
     if restored.own is None:
         seed_rank(trainer.args.seed, step=position.progress.step, rank=ranks.rank)
         if ranks.is_main:
@@ -237,6 +238,24 @@ def resume(trainer: Trainer, engine: Engine, start: Start) -> Resumption:
                 "has none for this number of ranks"
             )
     return Resumption(position, restored.own)
+
+
+def _warn_of_other_arguments(state: Any, saved: TrainerStateRecord) -> None:
+    """Name the arguments that transformers compares on a resume, where they differ.
+
+    In optimizer steps, whether an argument was a number of them or a share: both states say what
+    became of the arguments of their run.
+    """
+    compared = {
+        "logging_steps": "logging_steps",
+        "eval_steps": "eval_steps",
+        "save_steps": "save_steps",
+        "train_batch_size": "per_device_train_batch_size",
+    }
+    for name, argument in compared.items():
+        there, here = getattr(saved, name), getattr(state, name)
+        if None not in (there, here) and there != here:
+            logger.warning("%s: %g in the checkpoint, %g in this run", argument, there, here)
 
 
 def _restore_state(trainer: Trainer, start: Start) -> None:

@@ -58,7 +58,7 @@ def mixes_sequences(
         whole = isinstance(found, torch.Tensor) and found.dim() == 3
         return found.float() if whole and found.shape[1] == _FIRST + _SECOND else None
 
-    with torch.no_grad(), KeyValueCache(module).off():
+    with torch.no_grad(), KeyValueCache(module).as_asked():
         behind = [logits(other, second) for other in (first, changed)]
         before = [logits(second, other) for other in (first, changed)]
     if any(found is None for found in (*behind, *before)):

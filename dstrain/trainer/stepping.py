@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dstrain.core.errors import ModelError, Problem
+from dstrain.core.errors import ModelError, Problem, TrainingError
 from dstrain.core.log import get_logger
 from dstrain.data import LossTargets, needs_target_count
 from dstrain.engine import device_name
@@ -27,6 +27,7 @@ class StepHooks:
     targets: LossTargets
     model_accepts_loss_kwargs: bool
     compute_loss_func: Callable[..., torch.Tensor] | None
+    is_in_train: bool
     _engines: Any
     _micro_step: Any
     _format: str
@@ -92,7 +93,21 @@ class StepHooks:
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its mean loss, detached."""
+        """Forward and backward of one micro-batch; returns its mean loss, detached.
+
+        Raises:
+            TrainingError: called outside of ``train()``.
+        """
+        engine = self._engines.training
+        if engine is None or not self.is_in_train:
+            raise TrainingError(
+                Problem(
+                    "training_step() outside of train()",
+                    "the engine that takes gradients is built by train(), which also decides "
+                    "which micro-batches make an optimizer step",
+                    "call train(); for a loss alone call compute_loss(trainer.model, inputs)",
+                )
+            )
         step = self._micro_step
         loaded = inputs if step.inputs is None else step.inputs
         inputs = self._prepare_inputs(inputs)
@@ -104,8 +119,6 @@ class StepHooks:
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             check_loss(loss, self.compute_loss_func or type(self).compute_loss)
             seen.append(loss)
-        engine = self._engines.training
-        assert engine is not None
         # In fp32: a 16-bit loss times the loss scale would overflow before its gradients do.
         parts = self._parts_of(loss).float()
         step.parts = parts.detach() if parts.dim() else None

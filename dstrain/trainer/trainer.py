@@ -34,6 +34,7 @@ from dstrain.models import check_writable, guard_partitioned, save_model, unsave
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build, compat, saving
 from dstrain.trainer.adapter_hooks import AdapterHooks
+from dstrain.trainer.attributes import OtherAttributes
 from dstrain.trainer.best import BestModel
 from dstrain.trainer.cache import KeyValueCache
 from dstrain.trainer.counting import CountHooks, count_whole_parameters
@@ -41,7 +42,12 @@ from dstrain.trainer.engines import EngineKeeper, check_parts, make_ordinary
 from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
 from dstrain.trainer.features import check_features, training_features
-from dstrain.trainer.fitting import begin_with_found, check_fitting, run_fitting
+from dstrain.trainer.fitting import (
+    begin_with_found,
+    check_fitting,
+    fitted_arguments,
+    run_fitting,
+)
 from dstrain.trainer.generation import changing, check_generation_config
 from dstrain.trainer.loop import TrainLoop
 from dstrain.trainer.loss_terms import LossTerms
@@ -74,6 +80,7 @@ class Trainer(
     CountHooks,
     SearchHooks,
     HubHooks,
+    OtherAttributes,
 ):
     """Trains and evaluates a model with DeepSpeed; the surface of transformers' Trainer.
 
@@ -89,6 +96,8 @@ class Trainer(
         is_model_parallel: False: a model is not spread over devices layer by layer here.
         model_accepts_loss_kwargs: whether ``forward`` is given ``num_items_in_batch``.
         place_model_on_device: False: the engine places the model.
+        fitted: what ``auto_find_batch_size`` found in the training that runs or ran last, as
+            (micro-batch, accumulation) in the units of the arguments; None where those fit.
         preempted: whether a signal ended the last ``train`` early (``preemption``).
         sequence_length: tokens of one sample, where a subclass knows them (None: unknown); for
             ``zero_stage="auto"``, which else keeps a share of the memory for activations.
@@ -190,6 +199,7 @@ class Trainer(
         self._own = OwnObjects(self, *optimizers)
         self._note_model()
         check_features(self.model, self.args, device=device_type())
+        self.fitted: tuple[int, int] | None = None
         # Before the model is touched: a config that cannot be used must not cost a model load.
         self.resolved: ResolvedConfig = self._resolve(None)
         check_parts(self.model, self.resolved)
@@ -270,6 +280,7 @@ class Trainer(
         done = False
         try:
             with training_features(self.model, self.args):
+                self.fitted = None
                 start = saving.find_start(self, resume_from_checkpoint)
                 begin_with_found(self, start)
                 loop = self._prepare_training(start)
@@ -508,7 +519,7 @@ class Trainer(
             control=self.control,
             micro_step=self._micro_step,
             preemption=self._preemption,
-            cache=KeyValueCache(self.model),
+            cache=KeyValueCache(self.model, used=self.args.use_cache),
             count_tokens=build.token_count(self.model, self.args, self.processing_class),
             resumption=resumption,
         )
@@ -541,7 +552,7 @@ class Trainer(
 
     def _resolve(self, max_steps: int | None) -> ResolvedConfig:
         return build.resolve_config(
-            self.args,
+            fitted_arguments(self.args, self.fitted),
             self.ranks,
             module=self.model,
             sequence_length=self.sequence_length,

@@ -60,6 +60,7 @@ def test_an_adapter_trains_is_saved_goes_on_and_merges(stage: int, tmp_path: Pat
     trainer.close()
 
     assert sorted(p.name for p in saved.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

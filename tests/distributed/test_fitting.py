@@ -82,6 +82,8 @@ def test_all_ranks_go_on_where_one_ran_out_of_memory(
     assert short.failures == rank
     assert trainer.state.global_step == len(expected) == 8
     assert trainer.state.train_batch_size == 2
+    given = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+    assert given == (4, 1), "arguments are the user's"
     tolerance = 2e-2 if more.get("bf16") else 1e-5
     assert losses(trainer) == pytest.approx(expected, rel=tolerance)
     if not more:

@@ -246,3 +246,16 @@ def test_checkpoints_without_a_model_are_not_to_be_published(tmp_path: Path) -> 
 
     with pytest.raises(ConfigError, match="uploaded from its checkpoints"):
         make_publisher(tmp_path, save_weights_with_checkpoint=False)
+
+
+@pytest.mark.ranks(1)
+def test_uploads_go_to_the_branch_that_is_asked_for(tmp_path: Path, hub: Hub) -> None:
+    trainer = make_publisher(tmp_path, hub_revision="trial", hub_strategy="checkpoint", stage=0)
+    trainer.train()
+    trainer.save_model()
+    trainer.push_to_hub(revision="other")
+    trainer.close()
+    branches = hub.repositories["me/model-of-a-test"].branches
+    assert set(branches[:-1]) == {"trial"}
+    assert branches[-1] == "other"
+    assert len(branches) > 2

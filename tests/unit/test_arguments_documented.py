@@ -19,6 +19,7 @@ from dstrain.arguments import (
     enforce,
     table,
 )
+from dstrain.arguments.choice import Choice
 from dstrain.arguments.fields import default_of, kinds_of, treatment_of
 from dstrain.arguments.treatment import NOT_YET
 from dstrain.config.rules import RULES, Binding
@@ -31,6 +32,8 @@ CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in table.CLASSES}
 DOCUMENTED: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("documented_arguments.json").read_text()
 )
+# What transformers makes of the documented default on construction.
+COERCED: dict[str, Any] = {"debug": [], "include_num_input_tokens_seen": "no"}
 PAIRS = [(cls, name) for cls, names in DOCUMENTED.items() for name in names]
 ALL = enforce.declared(SentenceTransformerTrainingArguments) | enforce.declared(
     Seq2SeqTrainingArguments
@@ -53,11 +56,11 @@ def names_of(*kinds: str) -> list[str]:
 def other_value(name: str) -> Any:
     """A legal value that is not the default."""
     special = {
-        "save_strategy": "epoch", "past_index": 2, "tp_size": 2, "report_to": ["none"],
+        "save_strategy": "epoch", "past_index": 2, "tp_size": 2, "report_to": ["wandb"],
         "fsdp_config": {"min_num_params": 1}, "evaluation_strategy": "epoch",
-        "accelerator_config": {"even_batches": False}, "debug": "underflow_overflow",
+        "accelerator_config": {"even_batches": False}, "debug": ["underflow_overflow"],
         "label_smoothing_factor": 0.1, "half_precision_backend": "apex", "optim_args": "a=1",
-        "include_for_metrics": ["loss"],
+        "include_for_metrics": ["loss"], "include_num_input_tokens_seen": "non_padding",
     }  # fmt: skip
     if name in special:
         return special[name]
@@ -94,9 +97,12 @@ def test_a_documented_argument_has_its_documented_default(cls, name):
     if name == "output_dir":  # documented as required, or as None, which means this
         assert (default, value) == ("trainer_output", "trainer_output")
         assert CLASSES[cls](output_dir=None).output_dir == "trainer_output"
+    elif name in COERCED:
+        assert default == value == COERCED[name]
+        assert getattr(CLASSES[cls](**{name: DOCUMENTED[cls][name]}), name) == value
     else:
         assert default == value == DOCUMENTED[cls][name]
-        assert type(value) in (type(DOCUMENTED[cls][name]), float)  # False is not 0
+        assert type(value) in (type(DOCUMENTED[cls][name]), float, Choice)  # False is not 0
 
 
 @pytest.mark.parametrize("cls", CLASSES.values())
@@ -203,6 +209,7 @@ def test_what_is_implemented_is_taken_without_a_word(name):
     more: dict[str, Any] = {
         "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
         "dataloader_persistent_workers": {"dataloader_num_workers": 1},
+        "dataloader_multiprocessing_context": {"dataloader_num_workers": 1},
         "offload_param": {"zero_stage": "3"},
         "offload_optimizer": {"zero_stage": "2"},
         "load_best_model_at_end": {"eval_strategy": "steps"},
@@ -357,7 +364,7 @@ def test_arguments_that_are_deepspeed_keys_are_bound_to_these_keys():
 BEST: dict[str, Any] = {"load_best_model_at_end": True, "eval_strategy": "steps"}
 RULES_BETWEEN_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"fp16_full_eval": True, "bf16_full_eval": True}, "one 16-bit format"),
-    ({"save_steps": 0}, "positive number of steps"),
+    ({"save_steps": -1}, "a number of steps"),
     ({"save_steps": 2.5}, "whole number"),
     ({"save_strategy": "best"}, "only an evaluation finds out"),
     ({"save_on_each_node": True, "checkpoint_format": "deepspeed"}, "files of all ranks in one"),

@@ -72,10 +72,21 @@ SIGNATURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Of transformers 5.23, which no reference document has.
+NEWER: dict[str, dict[str, Any]] = {
+    "set_training": {"activation_checkpointing": None},
+    "set_push_to_hub": {"revision": None},
+    "set_dataloader": {"multiprocessing_context": None, "in_order": True},
+}
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_a_method_has_its_documented_signature(name):
     parameters = inspect.signature(getattr(TrainingArguments(), name)).parameters
-    assert {p.name: p.default for p in parameters.values()} == SIGNATURES[name]
+    found = {p.name: p.default for p in parameters.values()}
+    newer = NEWER.get(name, {})
+    assert list(found) == [*SIGNATURES[name], *newer], "what is newer comes behind"
+    assert found == SIGNATURES[name] | newer
 
 
 SETS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -94,7 +105,7 @@ SETS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (
         "set_logging",
         {"steps": 100},
-        {"logging_steps": 100, "report_to": ["none"], "logging_nan_inf_filter": False,
+        {"logging_steps": 100, "report_to": [], "logging_nan_inf_filter": False,
          "log_on_each_node": False, "log_level_replica": "passive"},
     ),
     ("set_optimizer", {"name": "sgd", "beta1": 0.8}, {"optim": "sgd", "adam_beta1": 0.8}),
@@ -133,10 +144,10 @@ def test_a_set_method_converts_like_the_constructor():
     ("method", "given", "text"),
     [
         ("set_training", {"batch_size": 0}, "per_device_train_batch_size=0"),
-        ("set_evaluate", {"strategy": "steps", "steps": 0}, "eval_steps=0"),
+        ("set_evaluate", {"strategy": "steps", "steps": -1}, "eval_steps=-1"),
         ("set_evaluate", {"jit_mode": True}, "jit_mode_eval=True"),
         ("set_testing", {"jit_mode": True}, "jit_mode_eval=True"),
-        ("set_save", {"steps": 0}, "save_steps=0"),
+        ("set_save", {"steps": -1}, "save_steps=-1"),
         ("set_logging", {"steps": 0}, "logging_steps=0"),
         ("set_dataloader", {"prefetch_factor": 2}, "dataloader_num_workers=0"),
         ("set_optimizer", {"name": "adamw_torc"}, "did you mean 'adamw_torch'"),

@@ -71,7 +71,7 @@ def test_no_words_give_the_defaults():
         (["--tf32"], "tf32", True),
         (["--tf32", "none"], "tf32", None),
         (["--report_to", "tensorboard", "wandb"], "report_to", ["tensorboard", "wandb"]),
-        (["--report_to", "none"], "report_to", ["none"]),
+        (["--report_to", "none"], "report_to", []),
         (["--label_names", "labels"], "label_names", ["labels"]),
         (["--zero_stage", "3"], "zero_stage", "3"),
         (["--deepspeed", '{"bf16": {}}'], "deepspeed", '{"bf16": {}}'),

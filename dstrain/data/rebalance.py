@@ -1,0 +1,158 @@
+"""Samples of one optimizer step, dealt to ranks and micro-batches so that all cost the same.
+
+A micro-batch is padded to its longest sample. With as many samples in each, the ranks that got long
+ones let the others wait. Here the samples of a step are sorted by length and cut into as many
+groups as there are (rank, micro-batch) pairs: few long samples in one, many short ones in another.
+Which samples a step uses stays as it is, and so does the loss, which weights by targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dstrain.data.noise import Indices, Noise
+from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
+
+# Attention's share in the cost of a token, per token of the padded length: transformers'
+# BatchRebalanceSampler.QUADRATIC_COST_COEF (trainer_pt_utils.py).
+_ATTENTION = 0.001
+
+
+def padded_cost(num_samples: int, length: int) -> float:
+    """Cost of a micro-batch whose samples are padded to ``length``."""
+    return num_samples * length * (1 + _ATTENTION * length)
+
+
+def deal(lengths: Sequence[int], world_size: int, micro_steps: int) -> list[list[list[int]]]:
+    """Deal the samples of one optimizer step.
+
+    The largest cost of a group is as small as any cut of the sorted samples makes it: a bisection
+    over the costs that groups can have, each tried by filling groups from the longest sample on.
+    Time grows with samples x log(samples), and not with the number of ranks.
+
+    Args:
+        lengths: of the step's samples.
+        world_size: number of ranks.
+        micro_steps: micro-batches of each rank.
+
+    Returns:
+        for each micro-step and rank, places in ``lengths``: the costliest groups of all are the
+        first micro-step, so that ranks which work at the same time have alike work. A group is
+        empty only where there are fewer samples than groups.
+    """
+    num_groups = world_size * micro_steps
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    sorted_lengths = [lengths[place] for place in order]
+    cuts = _cheapest_cuts(sorted_lengths, num_groups)
+    groups = [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    costs = [padded_cost(b - a, sorted_lengths[a]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    by_cost = sorted(range(len(groups)), key=lambda group: (-costs[group], group))
+    dealt = [groups[group] for group in by_cost] + [[]] * (num_groups - len(groups))
+    return [dealt[step * world_size : (step + 1) * world_size] for step in range(micro_steps)]
+
+
+def _cheapest_cuts(lengths: list[int], num_groups: int) -> list[int]:
+    """Where to cut samples sorted from long to short; none of the groups is empty."""
+    num_groups = min(num_groups, len(lengths))
+    low, high = 0.0, padded_cost(len(lengths), lengths[0])
+    best = _fill(lengths, num_groups, high)
+    assert best is not None, "one group of all samples costs no more"
+    # Costs are alike once they differ by less than a millionth: what is left is rounding.
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        cuts = _fill(lengths, num_groups, middle)
+        if cuts is None:
+            low = middle
+        else:
+            best, high = cuts, middle
+    return best
+
+
+def _fill(lengths: list[int], num_groups: int, most: float) -> list[int] | None:
+    """Cuts into exactly ``num_groups`` groups of at most this cost each; None if there are none."""
+    cuts = [0]
+    for group in range(num_groups):
+        start = cuts[-1]
+        length = lengths[start]
+        # What divides without rest must not miss it by a rounding.
+        fits = int(most / padded_cost(1, length) * (1 + 1e-9)) if length else len(lengths)
+        if fits < 1:
+            return None
+        # Each of the groups to come needs a sample.
+        room = len(lengths) - start - (num_groups - group - 1)
+        cuts.append(start + min(fits, room))
+    return cuts if cuts[-1] == len(lengths) else None
+
+
+class RebalancedBatchSampler(RankBatchSampler):
+    """A ``RankBatchSampler`` whose micro-batches hold as many samples as cost the same.
+
+    It is cut into the same optimizer steps, of ``chunk x accumulation`` samples; only who computes
+    which of them changes.
+    """
+
+    def __init__(
+        self,
+        order: EpochOrder,
+        topology: Topology,
+        *,
+        lengths: torch.Tensor,
+        accumulation: int,
+        drop_last: bool = False,
+    ) -> None:
+        """Args: as of a ``RankBatchSampler``; lengths of all samples, micro-batches per step."""
+        super().__init__(order, topology, drop_last=drop_last)
+        self._lengths = lengths
+        self._accumulation = accumulation
+        self._read: tuple[tuple[int, int, int], list[list[list[int]]]] | None = None
+
+    def whole(self) -> RebalancedBatchSampler:
+        """The same from the beginning of an epoch."""
+        return RebalancedBatchSampler(
+            self.order,
+            self.topology,
+            lengths=self._lengths,
+            accumulation=self._accumulation,
+            drop_last=self.drop_last,
+        )
+
+    def chunk_samples(self, step: int) -> int:
+        """Samples over all ranks in micro-step ``step``, counted from ``start``."""
+        return sum(len(group) for group in self._dealt_at(step))
+
+    def share_samples(self, step: int) -> int:
+        """Samples of this rank in micro-step ``step``; 0 where it has only a stand-in."""
+        return len(self._dealt_at(step)[self.topology.rank])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Index lists, one per micro-step, each with the seed of its noise."""
+        indices = self._indices()
+        for window in range(-(-len(self) // self._accumulation)):
+            samples = self._of_window(indices, window)
+            for number, groups in enumerate(self._deal(samples)):
+                mine = groups[self.topology.rank] or groups[0][:1] or [0]
+                first = (window * self._accumulation + number) * self.topology.chunk
+                noise = Noise(self.noise_seed, self.epoch, self.topology.rank, self.start + first)
+                yield Indices(samples[mine].tolist(), noise)
+
+    def _indices(self) -> torch.Tensor:
+        left = self.order.indices(self.epoch)[self.start :]
+        return left[: self.remaining]
+
+    def _of_window(self, indices: torch.Tensor, window: int) -> torch.Tensor:
+        size = self.topology.chunk * self._accumulation
+        return indices[window * size : (window + 1) * size]
+
+    def _deal(self, samples: torch.Tensor) -> list[list[list[int]]]:
+        micro_steps = -(-len(samples) // self.topology.chunk)
+        return deal(self._lengths[samples].tolist(), self.topology.world_size, micro_steps)
+
+    def _dealt_at(self, step: int) -> list[list[int]]:
+        """The groups of a micro-step; the optimizer step that was asked for last is remembered."""
+        window, number = divmod(step, self._accumulation)
+        key = (self.epoch, self.start, window)
+        if self._read is None or self._read[0] != key:
+            self._read = (key, self._deal(self._of_window(self._indices(), window)))
+        return self._read[1][number]
