@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from dstrain.data.loss_rule import IGNORED, SAMPLES, Denominator, LossRule
 from dstrain.data.loss_watch import ELEMENTWISE, LossCall
 from dstrain.data.samples import batch_size, columns_of
 
-# How far the quotient of a sum and the loss may be from a whole number of targets.
-_TOLERANCE = 1e-3
+_OFTEN_IGNORED = -1  # beside IGNORED
 _AS_MANY = 2  # how loosely a rule fits that agrees in number alone
 _AMBIGUOUS_SUM = 3  # of a sum over one target, which is its mean as well
 
@@ -33,11 +32,13 @@ class Explanation:
             may only have the same number of targets in this batch.
         ratio: the loss by the mean, where one call made it. Another number than 1 is a factor or a
             sign of other terms; which of them, another batch tells.
+        counts: what each rule counts in the batch.
     """
 
     rules: dict[LossRule, int]
     certain: LossRule | None = None
     ratio: float | None = None
+    counts: Mapping[LossRule, tuple[int, ...]] = field(default_factory=dict)
 
 
 NOTHING = Explanation({})
@@ -52,6 +53,7 @@ def explain(
     labels: Sequence[str],
     num_samples: int | None,
     by_rows: bool = False,
+    mixed: frozenset[str] = frozenset(),
 ) -> Explanation | None:
     """Find the rules by which the loss of a batch can have come from the calls of its forward pass.
 
@@ -63,6 +65,7 @@ def explain(
         labels: the label columns.
         num_samples: samples of the batch, where they are known.
         by_rows: whether the loss seems to be a mean over the samples of a batch of one.
+        mixed: the columns of what was joined with the results of the calls.
 
     Returns:
         an explanation; None where the batch cannot tell: a column without a single label may hold
@@ -86,14 +89,13 @@ def explain(
     by_rows = by_rows and samples == 1
     if may_be_sum and (_is_untouched(calls[0], loss) or (calls[0].num_targets > 1 < samples)):
         return Explanation({LossRule(is_sum=True): 0}, certain=LossRule(is_sum=True))
-    ignored = {c.ignored for c in calls} | {IGNORED, None}
-    tried = dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored)])
+    ignored = {c.ignored for c in calls} | _ignored_in(batch)
+    tried = dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored, mixed)])
     fits = [
         {d: how for d in tried if (how := _looseness(d, call, batch, samples, value)) is not None}
         for call in calls
     ]
-    # A call whose labels are found is not about others that are as many.
-    fits = [_found(ways) or ways for ways in fits]
+    fits = [_preferred(ways, call, mixed) for ways, call in zip(fits, calls, strict=True)]
     for denominator in tried:
         if all(denominator in ways for ways in fits):
             fitting[LossRule((denominator,))] = max(ways[denominator] for ways in fits)
@@ -106,7 +108,44 @@ def explain(
         fitting = {rule: how + 1 for rule, how in fitting.items()} | {LossRule(): 0}
     certain = [r for r, how in fitting.items() if not how and _is_certain(r, calls)]
     ratio = _ratio(calls[0], value) if len(calls) == 1 else None
-    return Explanation(fitting, certain=certain[0] if certain else None, ratio=ratio)
+    counts = {rule: rule.counts(inputs, samples) for rule in fitting}
+    return Explanation(fitting, certain[0] if certain else None, ratio, counts)
+
+
+def explain_nothing(inputs: Any) -> Explanation | None:
+    """Find the rules that count no target in a batch whose loss is 0, without a call.
+
+    Code that selects the rows that have a label calls no loss function where there is none.
+    """
+    batch = {k: v.cpu() for k, v in columns_of(inputs)}
+    denominators = _denominators(batch, _ignored_in(batch), frozenset())
+    empty = {LossRule((d,)): 0 for d in denominators if d.targets(batch) is not None}
+    counts = {rule: rule.counts(inputs, 1) for rule in empty}
+    empty = {rule: how for rule, how in empty.items() if not any(counts[rule])}
+    return Explanation(empty, counts={rule: counts[rule] for rule in empty}) if empty else None
+
+
+def _ignored_in(batch: Mapping[str, torch.Tensor]) -> set[int | None]:
+    """The labels that may be ones to ignore: the usual ones, and negative numbers of the batch."""
+    classes = [c for c in batch.values() if not c.is_floating_point() and not c.is_complex()]
+    negative = [c[c < 0].unique().tolist() for c in classes if c.dtype != torch.bool]
+    return {IGNORED, _OFTEN_IGNORED, None}.union(*negative)
+
+
+def _preferred(
+    ways: dict[Denominator, int], call: LossCall, mixed: frozenset[str]
+) -> dict[Denominator, int]:
+    """Leave out denominators of which another one is certain to be better, and order the others.
+
+    A call whose labels are found is not about others that are as many. Where the mean was taken by
+    hand, all that went into it tells: labels that are at the same places say nothing of a mask.
+    """
+    used = call.columns | mixed
+    fitting = {d for d in ways if {d.column, d.mask} - {None} == used}
+    if not call.is_by_hand or not fitting:
+        return _found(ways) or ways
+    kept = _found(ways) | {d: ways[d] for d in fitting}
+    return {d: how if d in fitting else how + _AMBIGUOUS_SUM for d, how in kept.items()}
 
 
 def _is_certain(rule: LossRule, calls: Sequence[LossCall]) -> bool:
@@ -118,7 +157,10 @@ def _is_certain(rule: LossRule, calls: Sequence[LossCall]) -> bool:
     denominator = rule.parts[0]
     columns = {denominator.column, denominator.mask} - {None}
     return not rule.is_sum and all(
-        call.reduction == "mean" and call.columns == columns and call.ignored == denominator.ignored
+        call.reduction == "mean"
+        and call.columns == columns
+        and call.ignored == denominator.ignored
+        and not call.is_selected
         for call in calls
     )
 
@@ -160,15 +202,15 @@ def _is_untouched(call: LossCall, loss: Any) -> bool:
 
 def _is_sum(call: LossCall, loss: float) -> bool:
     sums = call.reduction == "sum" or (call.reduction == "none" and call.num_targets > 1)
-    return sums and abs(call.num_in_mean(loss) - 1) < _TOLERANCE
+    return sums and abs(call.num_in_mean(loss) - 1) < call.tolerance
 
 
 def _denominators(
-    batch: Mapping[str, torch.Tensor], ignored: set[int | None]
+    batch: Mapping[str, torch.Tensor], ignored: set[int | None], mixed: frozenset[str]
 ) -> Iterator[Denominator]:
-    """All that is tried: label columns first, whole ones before masked ones."""
+    """Yield all that is tried: label columns first, whole ones before masked ones."""
     names = sorted(batch, key=lambda name: "label" not in name)
-    masks = [None, *(name for name in batch if "mask" in name)]
+    masks = [None, *(name for name in batch if "mask" in name or name in mixed)]
     for mask in masks:
         for name in names:
             for shifted in (False, True):
@@ -242,7 +284,7 @@ def _is_in_the_same_order(
     if target.numel() != times * wanted.numel():
         return False
     num_in_mean = call.num_in_mean(loss) / max(1, times)
-    agree = abs(num_in_mean - wanted.numel()) <= _TOLERANCE * wanted.numel()
+    agree = abs(num_in_mean - wanted.numel()) <= call.tolerance * wanted.numel()
     return agree and bool(torch.equal(target.double(), wanted.repeat(times)))
 
 
@@ -266,7 +308,7 @@ def _agrees(
     if found is not None and call.function in ELEMENTWISE and call.reduction == "mean":
         # Such as the divergence of two models' predictions, of one row for each token.
         return call.num_rows == count or call.num_targets == count
-    return abs(call.num_in_mean(loss, valid) - count) <= _TOLERANCE * count
+    return abs(call.num_in_mean(loss, valid) - count) <= call.tolerance * count
 
 
 def _is_over_samples(call: LossCall, samples: int, loss: float) -> bool:

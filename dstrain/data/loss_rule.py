@@ -62,8 +62,9 @@ class Denominator:
         elif labels.is_floating_point():
             valid = ~labels.isnan()  # what a finite mean has left out
         mask = column(inputs, self.mask)
-        if mask is not None and mask.shape == labels.shape:
-            valid &= mask != 0
+        if mask is not None and mask.shape == labels.shape[: mask.dim()]:
+            # One entry of a mask may be about a whole row of labels, such as the floats of a frame.
+            valid &= (mask != 0).reshape(*mask.shape, *[1] * (labels.dim() - mask.dim()))
         limit = column(inputs, self.bound)
         if limit is not None and limit.dim() > 1:
             valid &= labels < limit.shape[1]

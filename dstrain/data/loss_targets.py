@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dstrain.core.adapters import inner_model
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, gather_objects
-from dstrain.data.loss_calls import Explanation, explain
+from dstrain.data.loss_calls import Explanation, explain, explain_nothing
 from dstrain.data.loss_rule import IGNORED, Denominator, LossRule, expected_rule
 from dstrain.data.loss_watch import LossCalls, ToldCount
 from dstrain.data.samples import column, columns_of
@@ -23,6 +23,7 @@ logger = get_logger(__name__)
 
 _MOST_SHOWN = 24  # of the elements of a row
 _MOST_OPEN = 8  # optimizer steps after which a rule is settled that none of them made clear
+_MOST_WATCHED = 64  # the same where the rules that are left have counted different numbers
 _SAME_RATIO = 1e-5
 _OWN_CODE = ("transformers.", "liger_kernel.")  # whose losses are what the class says
 
@@ -38,6 +39,7 @@ class _Seen:
         rules: those that explain every loss, and how loosely; None where no batch could tell.
         certain: a rule that needs no other batch.
         ratios: of losses to the means that torch's functions took.
+        marks: a number for each rule, by all that it has counted.
     """
 
     loss: bool = False
@@ -46,6 +48,7 @@ class _Seen:
     rules: dict[LossRule, int] | None = None
     certain: LossRule | None = None
     ratios: tuple[float | None, ...] = ()
+    marks: Mapping[LossRule, int] = field(default_factory=dict)
 
 
 class LossTargets:
@@ -98,6 +101,8 @@ class LossTargets:
         self._candidates: dict[LossRule, int] | None = None
         self._ratios: list[float] = []
         self._num_open = 0
+        self._has_calls = False
+        self._marks: dict[LossRule, int] = {}
         self._watched: tuple[LossCalls, dict[str, torch.Tensor]] | None = None
         self._said: set[str] = set()
 
@@ -110,6 +115,7 @@ class LossTargets:
         other = copy.copy(self)
         other._seen, other._watched = _Seen(), None
         other._candidates, other._ratios, other._num_open = None, [], 0
+        other._has_calls, other._marks = False, {}
         if not self._is_clear:
             other.settled = other.is_exact = False
         return other
@@ -126,7 +132,8 @@ class LossTargets:
             return counts
         if self._has_no_label(inputs):
             return (0,)
-        return counts if any(counts) else LossRule().counts(inputs, num_samples)
+        is_found = self._candidates is not None and len(self.labels) < 2
+        return counts if is_found or any(counts) else LossRule().counts(inputs, num_samples)
 
     def told(
         self, inputs: Any, num_samples: int | None = None, *, counts: Sequence[int] | None = None
@@ -196,7 +203,11 @@ class LossTargets:
         finally:
             self._watched = None
         if loss and isinstance(loss[0], torch.Tensor):
-            found = self._explain(calls, loss[0], batch, num_samples) if calls.calls else None
+            if calls.calls:
+                found = self._explain(calls, loss[0], batch, num_samples)
+            else:
+                is_zero = float(loss[0].detach().double().mean()) == 0
+                found = explain_nothing(batch) if is_zero else None
             self._seen = _together(self._seen, calls, found)
 
     def _note_loss(self, loss: list[Any]) -> None:
@@ -218,6 +229,7 @@ class LossTargets:
         seen, self._seen = gather_objects(self._seen), _Seen()
         clear = [s for s in seen if s.rules is not None]
         used_count = any(s.used_count for s in seen)
+        self._has_calls = self._has_calls or any(s.calls for s in seen)
         if clear:
             self._narrow(ranks, clear, used_count=used_count)
         elif used_count:
@@ -250,29 +262,35 @@ class LossTargets:
         self._candidates = left
         self._ratios += [r for s in seen for r in s.ratios if r is not None]
         certain = [s.certain for s in seen if s.certain in left]
-        is_clear = bool(certain) or len(left) == 1
+        is_clear = bool(certain) or (len(left) == 1 and self._has_calls)
+        self._marks = {
+            rule: hash((self._marks.get(rule, 0), *(s.marks.get(rule, 0) for s in seen)))
+            for rule in left
+        }
         best = certain[0] if certain else min(left, key=lambda rule: left[rule])
         self.rule = best if is_clear or len(self.labels) < 2 else self._while_open
         factor_is_clear = not self._has_factor() or len(self._ratios) > 1
-        if (is_clear and factor_is_clear) or self._num_open >= _MOST_OPEN:
-            self._choose(ranks, best, among=() if is_clear else tuple(left))
+        others = [rule for rule in left if self._marks[rule] != self._marks[best]]
+        longest = _MOST_WATCHED if others and best != LossRule() else _MOST_OPEN
+        if (is_clear and factor_is_clear) or self._num_open >= longest:
+            self._choose(ranks, best, among=() if is_clear else others)
+            self._is_clear = is_clear
 
     def _choose(self, ranks: Ranks, rule: LossRule, *, among: Sequence[LossRule] = ()) -> None:
         self.rule = rule
         self.settled = self.is_exact = True
         self._is_clear = not among
-        others = [str(other) for other in among if other != rule]
         if not ranks.is_main or not self._is_new(f"is {rule}"):
             return
         logger.info("the loss of %s is %s", self._model, rule)
-        if others and rule == LossRule():
+        if among:
             logger.warning(
-                "batches of one sample cannot tell it from %s: if that is what it is, how a global "
-                "batch is split changes loss and gradients; a larger micro-batch tells",
-                ", or ".join(others[:3]),
+                "%d steps cannot tell it from %s: if it is that, how a global batch is split "
+                "changes loss and gradients%s",
+                self._num_open,
+                ", or ".join([str(other) for other in among][:3]),
+                "; a micro-batch of several samples tells" if rule == LossRule() else "",
             )
-        elif others:
-            logger.info("the first batches cannot tell it from %s", ", or ".join(others[:3]))
         if self._has_factor() and not self._is_constant():
             logger.warning(
                 "the loss of %s has other terms beside %s: they are weighted as it is, so how a "
@@ -307,6 +325,7 @@ class LossTargets:
             labels=self.labels,
             num_samples=num_samples,
             by_rows=calls.by_rows,
+            mixed=calls.mixed,
         )
 
     def _is_new(self, what: str) -> bool:
@@ -362,7 +381,12 @@ def _together(seen: _Seen, calls: LossCalls, found: Explanation | None) -> _Seen
         both = seen.rules.keys() & rules.keys()
         rules = {r: max(how, rules[r]) for r, how in seen.rules.items() if r in both}
     ratios = (*seen.ratios, found.ratio)
-    return replace(seen, rules=rules, certain=seen.certain or found.certain, ratios=ratios)
+    marks = {
+        rule: hash((seen.marks.get(rule, 0), found.counts.get(rule, ()), rule.is_sum))
+        for rule in rules
+    }
+    certain = seen.certain or found.certain
+    return replace(seen, rules=rules, certain=certain, ratios=ratios, marks=marks)
 
 
 def _runs_code_of(module: torch.nn.Module, packages: tuple[str, ...]) -> bool:

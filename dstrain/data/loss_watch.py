@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ ELEMENTWISE = (
 _WATCHED = {*CLASSES, *ELEMENTWISE, functional.ctc_loss}
 _REDUCTIONS = frozenset(["mean", "nanmean", "nansum", "sum"])
 _DIVISIONS = frozenset(["__itruediv__", "__truediv__", "div", "div_", "divide", "true_divide"])
+_SELECTIONS = frozenset(["__getitem__", "gather", "index_select", "masked_select", "take"])
 _SUMS = frozenset(["__add__", "__iadd__", "__radd__", "add", "add_"])
 
 
@@ -46,6 +47,9 @@ class LossCall:
         values: what it returned, in host memory, in fp64.
         columns: the batch keys that the target was made from, by whatever functions of torch.
         returned: what it returned, detached.
+        is_precise: whether that is in 32 or 64 bits.
+        is_selected: whether the target may be a selection of the labels, such as of those that are
+            not -1: the others are then in no target.
     """
 
     function: Callable[..., Any]
@@ -56,6 +60,18 @@ class LossCall:
     values: torch.Tensor
     columns: frozenset[str] = frozenset()
     returned: torch.Tensor | None = None
+    is_precise: bool = True
+    is_selected: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        """How far the quotient of a sum and the loss may be from a whole number of targets."""
+        return 1e-4 if self.is_precise else 4e-3
+
+    @property
+    def is_by_hand(self) -> bool:
+        """Return whether the mean was left to the code around it."""
+        return self.reduction in ("none", "sum")
 
     @property
     def num_targets(self) -> int:
@@ -103,6 +119,7 @@ class LossCalls(TorchFunctionMode):
         by_rows: whether the loss looks like a mean over samples of a batch that has one sample: a
             mean or sum was taken of a tensor with one element, or a sum was divided by 1. The value
             of the loss does not show it.
+        mixed: the batch keys of what was joined with the results of the calls, such as a mask.
     """
 
     def __init__(self, columns: Mapping[str, torch.Tensor]) -> None:
@@ -114,11 +131,13 @@ class LossCalls(TorchFunctionMode):
         super().__init__()
         self.calls: list[LossCall] = []
         self.used_count = self.by_rows = False
+        self.mixed: frozenset[str] = frozenset()
         # Weak: without gradients (in an evaluation, inside a re-entrant checkpoint) everything that
         # the model computes passes here, and must be freed as soon as the model lets go of it.
         self._origins: Any = WeakTensorKeyDictionary()
         for name, tensor in columns.items():
             self._origins[tensor] = frozenset([name])
+        self._selected: Any = WeakTensorKeyDictionary()
         # What came of the calls, and whether it is a sum rather than a mean.
         self._made: Any = WeakTensorKeyDictionary()
 
@@ -131,6 +150,8 @@ class LossCalls(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func in _WATCHED and isinstance(returned, torch.Tensor):
             call = _noted(func, args, kwargs, returned, self._columns_of)
+            if any(tensor in self._selected for tensor in tensors):
+                call = replace(call, is_selected=True)
             self.calls.append(call)
             if call.reduction != "none" or returned.numel() > 1:
                 self._made[returned] = call.reduction != "mean"
@@ -140,8 +161,13 @@ class LossCalls(TorchFunctionMode):
             in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
             # What has been through the model's parameters is no target.
             made = [t for t in _within(returned, None) if not t.requires_grad]
+            is_selected = any(tensor in self._selected for tensor in tensors) or (
+                name in _SELECTIONS and len(tensors) > 1
+            )
             for tensor in [*made, *tensors[:1]] if in_place else made:
                 self._origins[tensor] = columns | self._columns_of(tensor)
+                if is_selected:
+                    self._selected[tensor] = True
         return returned
 
     def _follow(self, name: str, tensors: list[torch.Tensor], args: Any, returned: Any) -> None:
@@ -149,14 +175,16 @@ class LossCalls(TorchFunctionMode):
         made = [tensor for tensor in tensors if tensor in self._made]
         if not made:
             return
+        others = [tensor for tensor in tensors if tensor not in self._made]
+        self.mixed = self.mixed.union(*(self._columns_of(tensor) for tensor in others))
         is_sum = any(self._made[tensor] for tensor in made)
         if name in _REDUCTIONS:
             self.by_rows = self.by_rows or any(t.dim() and t.numel() == 1 for t in made)
         elif name in _DIVISIONS and is_sum:
             self.by_rows = self.by_rows or any(_is(a, 1) for a in args[1:])
         elif name in _SUMS and len(made) == 1:
-            others = [a for a in args if a is not made[0]]
-            is_sum = is_sum or any(_is(other, 0) for other in others)  # where a sum begins
+            added = [a for a in args if a is not made[0]]
+            is_sum = is_sum or any(_is(other, 0) for other in added)  # where a sum begins
         for tensor in _within(returned, None):
             self._made[tensor] = is_sum
 
@@ -214,4 +242,5 @@ def _noted(
         values=returned.detach().double().cpu(),
         columns=columns_of(target),
         returned=returned.detach(),
+        is_precise=returned.dtype in (torch.float32, torch.float64),
     )

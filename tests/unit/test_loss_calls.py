@@ -579,3 +579,73 @@ def test_a_divergence_of_the_tokens_that_have_labels_is_a_mean_over_them(reducti
     batch = {"input_ids": IDS, "labels": LABELS}
     assert settled([tokens], [batch]).rule == LossRule((Denominator("labels"),))
     assert settled([samples] * 8, [batch] * 8).rule == LossRule()
+
+
+def even_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of each token, of a model that knows nothing yet: all tokens have the same."""
+    even = scores * 0
+    return functional.cross_entropy(even.flatten(0, 1), labels.flatten(), reduction="none").view(
+        labels.shape
+    )
+
+
+@pytest.mark.parametrize("name", ["mask", "kept"])
+def test_a_mask_counts_from_the_first_step_though_all_tokens_have_the_same_loss(name: str):
+    full = torch.tensor([[5, 6, 7, 8], [3, 4, 2, 6], [1, 2, 3, 4]])
+    batch = {
+        "input_ids": IDS[:, :4],
+        "labels": full,
+        name: torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]),
+    }
+
+    def loss(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        tokens = even_cross_entropy(scores[:, :4], batch["labels"])
+        return (tokens * batch[name]).sum() / batch[name].sum()
+
+    targets = settled([loss], [batch])
+    assert targets.counts(batch) == (6,)
+    assert settled([loss] * 8, [batch] * 8).rule == LossRule((Denominator("labels", mask=name),))
+
+
+def test_rows_that_the_model_leaves_out_by_a_label_of_its_own_count_nothing():
+    """It calls no loss function for a micro-batch without a label."""
+
+    def loss(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        kept = batch["labels"] != -1
+        if not kept.any():
+            return scores.sum() * 0
+        return functional.cross_entropy(scores[kept, 0], batch["labels"][kept])
+
+    one = {"input_ids": IDS[:1], "labels": torch.tensor([3])}
+    none = {"input_ids": IDS[:1], "labels": torch.tensor([-1])}
+    for batches in ([one, none], [none, one], [one, one, none, none]):
+        targets = settled([loss] * len(batches), batches)
+        assert targets.counts(none) == (0,)
+        assert targets.counts(one) == (1,)
+    three = {"input_ids": IDS, "labels": torch.tensor([3, -1, 2])}
+    assert settled([loss], [three]).counts(three) == (2,)
+
+
+def test_a_mask_of_frames_counts_the_numbers_of_each():
+    batch = {
+        "input_ids": IDS,
+        "labels": torch.arange(24.0).view(3, 4, 2),
+        "mask": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool(),
+    }
+
+    def loss(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        seen = scores[:, :4, :2]
+        return functional.smooth_l1_loss(seen[batch["mask"]], batch["labels"][batch["mask"]])
+
+    targets = settled([loss], [batch])
+    assert targets.rule == LossRule((Denominator("labels", ignored=None, mask="mask"),))
+    assert targets.counts(batch) == (14,)
+
+
+def test_what_cannot_be_told_is_said_where_it_matters(caplog: pytest.LogCaptureFixture):
+    """Of rules that have counted the same, nothing need be said."""
+    with caplog.at_level(logging.WARNING):
+        settled([divided] * 8, [{"input_ids": IDS[:2], "labels": torch.tensor([3, 1])}] * 8)
+        assert not caplog.records
+        settled([of_one_sample(lambda t, valid: (t * valid).sum() / len(t))] * 8, [ONE] * 8)
+    assert "cannot tell it from" in caplog.text
