@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,27 @@ class Wipes(Base):
             module.bias = nn.Parameter(torch.ones_like(module.bias))
 
         self.head.register_load_state_dict_post_hook(wipe)
+
+
+class NotItsOwn(Base):
+    """Has loading hooks of its own in partials, and one that a library has put there."""
+
+    def __init__(self) -> None:
+        """Register hooks."""
+        super().__init__()
+        self.called: list[str] = []
+
+        def note(word: str, *args: Any) -> None:
+            self.called.append(word)
+
+        def of_library(module: Any, *args: Any) -> None:
+            self.called.append("library")
+
+        of_library.__module__ = "deepspeed.linear.optimized_linear"
+        self.head.register_load_state_dict_pre_hook(partial(note, "partial before"))
+        self.head.register_load_state_dict_post_hook(partial(note, "partial after"))
+        self.inner.register_load_state_dict_pre_hook(of_library)
+        self.inner.register_load_state_dict_post_hook(of_library)
 
 
 class Doubles(Base):

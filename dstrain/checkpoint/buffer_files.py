@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +40,58 @@ def load_buffers(
     for name in (content.BUFFERS, content.OTHER_BUFFERS, own):
         if not _has(folder, manifest, name):
             continue
-        # Anew for each file: one may make the buffer that the next has other values of.
-        there = _places(engine)
-        with reading(folder / name) as file:
-            for buffer in file.keys():  # noqa: SIM118 - a file is no dict
-                slot = there.get(buffer)
-                if slot is None:
-                    lost += [] if buffer in lost else [buffer]
-                elif slot.is_empty or buffer in anew:
-                    slot.replace(file.whole(buffer))
-                elif name == own or file.shape(buffer) == _shape(slot):
-                    slot.put(file.whole(buffer))
-            for buffer in _empty_in(file):
-                if buffer in there:
-                    there[buffer].replace(None)
+
+        def put(slot: Slot, file: TensorReader, in_any_shape: bool = name == own) -> None:
+            if slot.is_empty or slot.name in anew:
+                slot.replace(file.whole(slot.name))
+            elif in_any_shape or file.shape(slot.name) == _shape(slot):
+                slot.put(file.whole(slot.name))
+
+        lost += _read_into(engine, folder / name, put)
+    lost = list(dict.fromkeys(lost))
     if lost and ranks.is_main:
         logger.warning("%s has buffers that this model has no place for: %s", folder, lost[:5])
     engine.buffers.begin()
 
 
+def load_shared_buffers(engine: Engine, folder: Path, manifest: Manifest) -> None:
+    """Give buffers the shapes of the main rank's, into which DeepSpeed will load its files."""
+    if _has(folder, manifest, content.BUFFERS):
+        _read_into(
+            engine,
+            folder / content.BUFFERS,
+            lambda slot, file: slot.replace(file.whole(slot.name)),
+        )
+
+
+def _read_into(engine: Engine, path: Path, put: Callable[[Slot, TensorReader], None]) -> list[str]:
+    """Read a file of buffers into the module, and empty the places of those that were None.
+
+    Args:
+        engine: of the module.
+        path: the file.
+        put: sets one buffer from the file.
+
+    Returns:
+        names of buffers that the module has no place for.
+    """
+    # Looked up for each file: one may make the buffer that the next has other values of.
+    there = _places(engine)
+    lost = []
+    with reading(path) as file:
+        for buffer in file.keys():  # noqa: SIM118 - a file is no dict
+            if buffer in there:
+                put(there[buffer], file)
+            else:
+                lost.append(buffer)
+        for buffer in _empty_in(file):
+            if buffer in there:
+                there[buffer].replace(None)
+    return lost
+
+
 def reshaped_in(run: Mapping[str, Any], engine: Engine) -> set[str]:
-    """Buffers whose shape or format was changed by the run of a checkpoint, or by this one.
+    """Find buffers whose shape or format was changed by the run of a checkpoint, or by this one.
 
     Args:
         run: what ``read_run`` gave; empty for a checkpoint without.
@@ -70,24 +101,10 @@ def reshaped_in(run: Mapping[str, Any], engine: Engine) -> set[str]:
     return {*found.get("reshaped", ()), *engine.buffers.found()["reshaped"]}
 
 
-def main_buffers_into(engine: Engine, folder: Path, manifest: Manifest) -> None:
-    """Give buffers the shapes of the main rank's, into which DeepSpeed will load its files."""
-    if not _has(folder, manifest, content.BUFFERS):
-        return
-    there = _places(engine)
-    with reading(folder / content.BUFFERS) as file:
-        for buffer in file.keys():  # noqa: SIM118 - a file is no dict
-            if buffer in there:
-                there[buffer].replace(file.whole(buffer))
-        for buffer in _empty_in(file):
-            if buffer in there:
-                there[buffer].replace(None)
-
-
 def misfitting_buffers(
     engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks, *, reshaped: Iterable[str]
 ) -> list[Problem]:
-    """Buffers of another shape than the model has, unless training has made that shape.
+    """Find buffers of another shape than the model has, unless training has made that shape.
 
     Args:
         engine: of the module.
@@ -122,7 +139,7 @@ def misfitting_buffers(
 
 
 def own_file(manifest: Manifest, ranks: Ranks) -> str:
-    """The file of what a rank had for itself: this one, or the main one of other ranks."""
+    """Name the file of what a rank had for itself: this rank, or the main one of other ranks."""
     same = manifest.world_size == ranks.world_size
     return content.buffer_file(ranks.rank if same else 0)
 
@@ -136,7 +153,7 @@ _Names: Any = list[Text]
 
 
 def _empty_in(file: TensorReader) -> list[str]:
-    """Names of the buffers that were None; older files do not say.
+    """Read the names of the buffers that were None; older files do not say.
 
     Raises:
         ValueError: it is no list of names.
@@ -146,7 +163,7 @@ def _empty_in(file: TensorReader) -> list[str]:
 
 
 def _has(folder: Path, manifest: Manifest, name: str) -> bool:
-    """Whether a checkpoint has a file, perhaps one of another machine that was copied here."""
+    """Tell whether a checkpoint has a file, perhaps one of another machine that was copied here."""
     return manifest.has(name) and (folder / name).exists()
 
 

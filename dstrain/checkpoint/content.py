@@ -144,10 +144,12 @@ def formats(engine: Engine) -> dict[str, str]:
 
 def buffers(module: torch.nn.Module) -> Buffers:
     """The module's persistent buffers, whatever its hooks call them in the ``state_dict``."""
-    return in_slots([s for s in [*slots_of(module), *empty_slots_of(module)] if s.persistent])
+    return buffer_contents(
+        [s for s in [*slots_of(module), *empty_slots_of(module)] if s.persistent]
+    )
 
 
-def in_slots(slots: Sequence[Slot]) -> Buffers:
+def buffer_contents(slots: Sequence[Slot]) -> Buffers:
     """Buffers of a module by their places in it."""
     return Buffers(
         [Stored.of(slot.name, slot.tensor.detach()) for slot in slots if not slot.is_empty],

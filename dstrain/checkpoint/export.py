@@ -24,7 +24,6 @@ from dstrain.checkpoint.load import (
     Piece,
     SliceIndex,
     check_coverage,
-    opened,
     read_index,
 )
 from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
@@ -314,21 +313,18 @@ def assembled(
 
 
 def _read(piece: Piece, tensor: str) -> torch.Tensor:
-    with opened(piece.path) as file:
-        values: torch.Tensor = file.get_tensor(tensor)
-    return values
+    with reading(piece.path) as file:
+        return file.read(tensor, 0, piece.numel)
 
 
 def _from_file(path: Path, name: str, dtype: torch.dtype | None) -> Stored:
-    with opened(path) as file:
-        shape = tuple(file.get_slice(name).get_shape())
-        sample = file.get_slice(name)[:0] if shape else file.get_tensor(name)
+    with reading(path) as file:
+        shape, sample = file.shape(name), file.read(name, 0, 0)
     stored = sample.dtype if dtype is None or not sample.is_floating_point() else dtype
 
     def load() -> torch.Tensor:
-        with opened(path) as file:
-            values: torch.Tensor = file.get_tensor(name)
-        return values.to(stored)
+        with reading(path) as file:
+            return file.whole(name).to(stored)
 
     return Stored(name, shape, stored, load)
 

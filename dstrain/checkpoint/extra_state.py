@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dstrain.checkpoint.codec import encode, is_plain
+from dstrain.checkpoint.codec import decode, encode, is_plain
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.ranks import broadcast_object, gather_objects
 
@@ -48,20 +48,22 @@ def extra_states(module: torch.nn.Module) -> tuple[dict[str, Any], list[str]]:
 def own_states(states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tell the main rank's states from what this rank has otherwise; a collective of all ranks.
 
-    Each rank tells a digest of all its states. Only where these differ the main rank sends its own.
+    Each rank tells a digest of all its states. Only where these differ the main rank sends its own,
+    in the form that a checkpoint has them in: a tensor itself would come to the main rank's device.
 
     Returns:
         the main rank's states, and of this rank's those that are others.
     """
-    if len(set(gather_objects(_digest(states)))) == 1:
+    encoded = {path: encode(state, where="") for path, state in states.items()}
+    if len(set(gather_objects(_digest(encoded)))) == 1:
         return states, {}
-    main = broadcast_object(states)
-    theirs = {path: _digest(state) for path, state in main.items()}
-    return main, {p: state for p, state in states.items() if _digest(state) != theirs.get(p)}
+    main = broadcast_object(encoded)
+    own = {p: states[p] for p, form in encoded.items() if p not in main or form != main[p]}
+    return {path: decode(form) for path, form in main.items()}, own
 
 
 def states_for(shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The extra states that a rank gets back: its own where it has some, else the main rank's.
+    """Choose the extra states that a rank gets back: its own, else the main rank's.
 
     Args:
         shared: what ``read_run`` gave.
@@ -71,20 +73,20 @@ def states_for(shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> dict
 
 
 def by_key(states: Mapping[str, Any]) -> dict[str, Any]:
-    """The states by the keys that they have in a ``state_dict``."""
+    """Name the states by the keys that they have in a ``state_dict``."""
     return {f"{path}.{KEY}" if path else KEY: state for path, state in states.items()}
 
 
 def lost_remark(paths: list[str]) -> str:
-    """The line that says of which modules a checkpoint lacks the extra state."""
+    """Say of which modules a checkpoint lacks the extra state, in one line."""
     return (
         f"the extra state of {len(paths)} modules ({', '.join(map(_shown, paths[:3]))}) is not in "
         "checkpoints, which hold plain values and tensors only: let get_extra_state return such"
     )
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(encode(value, where="")).encode()).hexdigest()
+def _digest(encoded: Any) -> str:
+    return hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
 
 
 def _module(path: str) -> str:

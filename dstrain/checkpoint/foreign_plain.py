@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dstrain.checkpoint.files import mapping
 from dstrain.checkpoint.foreign import (
     Foreign,
     Partition,
@@ -16,7 +17,6 @@ from dstrain.checkpoint.foreign import (
     match_groups,
     moments_of,
 )
-from dstrain.checkpoint.load import opened
 from dstrain.checkpoint.pickles import load_pickle
 from dstrain.checkpoint.trainer_state import STATE, TrainerStateRecord
 from dstrain.core.documents import Plain, read_document, typed, unreadable
@@ -89,7 +89,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """All weights by name; they stay in their files, which are mapped, until they are read."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        with opened(path) as file:
+        with mapping(path) as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not found:
         for path in sorted(folder.glob("pytorch_model*.bin")):

@@ -12,7 +12,7 @@ import torch
 from dstrain.checkpoint import content
 from dstrain.checkpoint.buffer_files import (
     load_buffers,
-    main_buffers_into,
+    load_shared_buffers,
     misfitting_buffers,
     reshaped_in,
 )
@@ -223,7 +223,7 @@ def load_into(
         raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
         if native is not None:
             _check_optimizer(engine, shared["engine"]["optimizer"])
-            main_buffers_into(engine, folder, manifest)
+            load_shared_buffers(engine, folder, manifest)
     if native is not None:
         load_native(engine, native)
     else:
@@ -416,17 +416,3 @@ def _mapping(metadata: Mapping[str, str], name: str, kind: Any) -> Any:
         return typed(parsed(metadata[name].encode()), kind)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def opened(path: Path) -> Any:
-    """A memory-mapped safetensors file, as a context.
-
-    Raises:
-        CheckpointError: it is damaged or not there.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
-        raise unreadable(path, error) from error

@@ -5,14 +5,16 @@ on it: a hook, or an override, that computes something from the weights once the
 code is called here with the ``state_dict`` of the model itself, whose weights are those of the
 checkpoint by then. It has the same effect, but on weights: those stay as they were saved.
 
-Code of torch, transformers and peft is left out. It brings files of older versions up to date,
-under names of older versions; a checkpoint of ours has each tensor under its name in the model.
+Code of torch, transformers and other libraries of layers is left out. It brings files of older
+versions up to date, under names of older versions, or takes a rank's share of a whole weight; a
+checkpoint of ours has each tensor under its name in the model, and it is in place already.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,30 +23,45 @@ import torch
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
-from dstrain.engine import Engine, checksum, gathered
+from dstrain.engine import Engine, bytes_to_gather, checksum, free_memory_bytes, gathered
 
 logger = get_logger(__name__)
 
 _Module = torch.nn.Module
-_LIBRARIES = ("torch", "transformers", "peft")
+_LIBRARIES = frozenset(
+    [
+        "accelerate",
+        "bitsandbytes",
+        "deepspeed",
+        "peft",
+        "torch",
+        "torchao",
+        "torchaudio",
+        "torchvision",
+        "transformers",
+    ]
+)
 
 
 def call_loading_code(engine: Engine, ranks: Ranks) -> bool:
     """Call the loading code that modules have of their own; a collective of all ranks.
 
     A module that has some finds its weights whole, and those below it: at stage 3 they are gathered
-    for it, one such module after the other. A model without such code costs a look at its modules.
+    for it, one such module after the other, once it is known that each fits on every rank. A model
+    without such code costs a look at its modules.
 
     Returns:
         whether weights were changed, the same on all ranks: they are to be read again.
 
     Raises:
-        CheckpointError: such code failed.
+        CheckpointError: such code failed, or would have more weights gathered than fit.
     """
     outcome = _Outcome()
-    for path, part, call in _calls(engine.module):
-        with gathered(part.parameters()):
-            outcome.note(path, part, call)
+    calls = list(_calls(engine.module))
+    _check_room(calls, ranks)
+    for call in calls:
+        with gathered(call.part.parameters(), checks=False):
+            outcome.note(call)
     with all_or_none():
         if outcome.failures:
             raise CheckpointError(*outcome.failures)
@@ -61,24 +78,72 @@ def call_loading_code(engine: Engine, ranks: Ranks) -> bool:
     return bool(changed)
 
 
+def _check_room(calls: Sequence[_Call], ranks: Ranks) -> None:
+    """Check that weights in parts fit whole on every rank; a collective where there are any.
+
+    Raises:
+        CheckpointError: they do not, with the code that is the reason; on all ranks.
+    """
+    sizes = [bytes_to_gather(call.part) for call in calls]
+    most = max(sizes, default=0)
+    if not most:
+        return
+    free = min(gather_objects(free_memory_bytes(ranks)))
+    if most <= free:
+        return
+    call = calls[sizes.index(most)]
+    raise CheckpointError(
+        Problem(
+            f"{call.name} of {_shown(call.path)} needs the weights whole when they are loaded",
+            f"they take {most / 1e9:.1f} GB on every rank, and one has {free / 1e9:.1f} GB free",
+            "put the code on the smaller module that it is about, remove it, or resume at a stage "
+            "below 3",
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Loading code of a module, to be called.
+
+    Attributes:
+        path: of the module.
+        part: the module; its weights are whole in the call.
+        name: of the code, for messages.
+        run: calls it.
+    """
+
+    path: str
+    part: _Module
+    name: str
+    run: Callable[[], object]
+
+
 @dataclass
 class _Outcome:
-    """What came of calls on this rank."""
+    """Results of the calls on this rank.
+
+    Attributes:
+        failures: an error for each call that failed.
+        changed: names of the weights that calls have changed.
+        is_any: whether anything was called.
+    """
 
     failures: list[Problem] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     is_any: bool = False
 
-    def note(self, path: str, part: _Module, call: Callable[[], object]) -> None:
+    def note(self, call: _Call) -> None:
         """Call something of a module; a failure is kept, as other ranks may be in a gather."""
         self.is_any = True
+        path, part = call.path, call.part
         before = _weights(part)
         try:
-            call()
+            call.run()
         except Exception as error:  # of the module's own code, which can be anything
             self.failures.append(
                 Problem(
-                    f"loading code of the module {path or '(the model)'} failed",
+                    f"{call.name} of {_shown(path)} failed",
                     f"{type(error).__name__}: {error}",
                     "it is called with the state_dict of the model, as load_state_dict does: "
                     "mend it, or resume with the model that was saved",
@@ -94,7 +159,7 @@ class _Outcome:
 
 
 def _weights(part: _Module) -> dict[tuple[_Module, str], tuple[torch.nn.Parameter, int]]:
-    """The parameters in a module and below it by their places, each with a checksum."""
+    """Find the parameters in a module and below it by their places, each with a checksum."""
     return {
         (owner, key): (parameter, _sum_of(parameter))
         for owner in part.modules()
@@ -107,19 +172,21 @@ def _sum_of(parameter: torch.nn.Parameter) -> int:
     return int(checksum(parameter)) if parameter.numel() else 0
 
 
-def _calls(module: _Module) -> Iterator[tuple[str, _Module, Callable[[], object]]]:
-    """What is to be called, in the order of torch: with the path and the module that it is of."""
+def _calls(module: _Module) -> Iterator[_Call]:
+    """Find what is to be called, in the order of torch."""
     load: Any = module.load_state_dict
     if _is_own(load):
-        yield "", module, lambda: load(module.state_dict())
+        yield _Call("", module, "load_state_dict", lambda: load(module.state_dict()))
         return
     named = list(module.named_modules())
     for path, part in named:
-        if _is_own(part._load_from_state_dict) or _own(part._load_state_dict_pre_hooks):
-            yield path, part, lambda path=path, part=part: _load_one(path, part)  # type: ignore[misc]
+        found = ["_load_from_state_dict"] if _is_own(part._load_from_state_dict) else []
+        found += map(_name_of, _own(part._load_state_dict_pre_hooks))
+        if found:
+            yield _Call(path, part, found[0], functools.partial(_load_one, path, part))
     for path, part in reversed(named):  # those of children first
         if hooks := _own(part._load_state_dict_post_hooks):
-            yield path, part, lambda hooks=hooks, part=part: _after(part, hooks)  # type: ignore[misc]
+            yield _Call(path, part, _name_of(hooks[0]), functools.partial(_after, part, hooks))
 
 
 def _load_one(path: str, part: _Module) -> None:
@@ -147,6 +214,24 @@ def _own(hooks: Mapping[int, Callable[..., object]]) -> list[Callable[..., objec
 
 
 def _is_own(code: Callable[..., object]) -> bool:
-    """Whether a hook or method is the user's, and no library's."""
-    home = getattr(code, "__module__", None) or ""
+    """Tell whether a hook or method is the user's, and no library's."""
+    home = getattr(_inside(code), "__module__", None) or ""
     return home.split(".")[0] not in _LIBRARIES
+
+
+def _inside(code: Any) -> Any:
+    """Return the function in the wrappings of torch and ``functools.partial``."""
+    from torch.nn.modules.module import _WrappedHook
+
+    while isinstance(code, (_WrappedHook, functools.partial)):
+        code = code.hook if isinstance(code, _WrappedHook) else code.func
+    return code
+
+
+def _name_of(hook: Callable[..., object]) -> str:
+    inner = _inside(hook)
+    return f"the hook {getattr(inner, '__qualname__', type(inner).__name__)}"
+
+
+def _shown(path: str) -> str:
+    return f"the module {path or '(the model)'}"

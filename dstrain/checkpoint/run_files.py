@@ -82,11 +82,17 @@ class _OfDstrain:
     extra_states: States = field(default_factory=dict)
 
 
-_Own: Any = Annotated[Plain, AfterValidator(lambda values: typed(values, _OfDstrain) and values)]
+def _of_rank(values: Any) -> Any:
+    """Check what is ours among a rank's values, and return all of them."""
+    typed(values, _OfDstrain)
+    return values
+
+
+_Own: Any = Annotated[Plain, AfterValidator(_of_rank)]
 
 
 def _read(path: Path, kind: Any) -> Any:
-    """The values of a document of ours, which are of a kind."""
+    """Read the values of a document of ours, which are of a kind."""
     try:
         values = decode(parsed(loaded(path)))
         typed(values, kind)

@@ -258,7 +258,7 @@ class CheckpointWriter:
                 },
                 where="the run's state",
             )
-        own_buffers = content.in_slots(engine.buffers.own()).copied(copies, "own")
+        own_buffers = content.buffer_contents(engine.buffers.own()).copied(copies, "own")
         weights = folder = None
         buffers = content.Buffers([])
         with main_ranks_buffers(engine.module, wanted=engine.buffers.differ):
@@ -273,7 +273,9 @@ class CheckpointWriter:
             if not policy.only_model and policy.layout == DEEPSPEED:
                 assert folder is not None
                 save_native(engine, folder, native.tag_of(record.step))
-        other_buffers = content.in_slots(engine.buffers.beside_model()).copied(copies, "other")
+        other_buffers = content.buffer_contents(engine.buffers.beside_model()).copied(
+            copies, "other"
+        )
         if slices is not None and copies is not None:
             slices = slices.copied(copies)
         failure: OSError | ModelError | None = None
@@ -352,23 +354,28 @@ class CheckpointWriter:
     def _extra_states(self, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
         """Ask modules for their extra state; a collective of all ranks.
 
-        The first time it is said which of it a reader will not find.
+        It is said once per run which of it a reader will not find. A checkpoint of the model alone
+        has it in no file of its own, so that it is only looked for until something was said.
 
         Returns:
             the main rank's, by path; and of this rank's what the main rank has otherwise.
         """
+        if self._policy.only_model:
+            if not self._said_lost:
+                self._say_lost(unsaved_remark(engine.module))
+            return {}, {}
         with all_or_none():
             states, lost = extra_states(engine.module)
-        main, own = own_states(states)
-        if self._policy.only_model:
-            remark = unsaved_remark(engine.module)
-        else:
-            lost = sorted({path for theirs in gather_objects(lost) for path in theirs})
-            remark = lost_remark(lost) if lost else None
-        if remark is not None and self._ranks.is_main and not self._said_lost:
-            self._said_lost = True
+        lost = sorted({path for theirs in gather_objects(lost) for path in theirs})
+        self._say_lost(lost_remark(lost) if lost else None)
+        return own_states(states)
+
+    def _say_lost(self, remark: str | None) -> None:
+        if remark is None or self._said_lost:
+            return
+        self._said_lost = True
+        if self._ranks.is_main:
             logger.warning("%s", remark)
-        return main, own
 
     def _finish_in_thread(self, job: _Job) -> None:
         try:

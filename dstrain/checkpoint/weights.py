@@ -81,8 +81,8 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
 def _from_model_files(engine: Engine, held: list[Region], folder: Path, manifest: Manifest) -> None:
     places = _places(folder, manifest)
     groups = groups_of(engine.module)
-    gone = [g for g in groups if _is_buffer(g) and g.saved[0].name not in places]
-    groups = [group for group in groups if group not in gone]
+    emptied = [g for g in groups if _is_buffer(g) and g.saved[0].name not in places]
+    groups = [group for group in groups if group not in emptied]
     absent = sorted(s.name for group in groups for s in group.saved if s.name not in places)
     if absent:
         raise CheckpointError(
@@ -100,7 +100,7 @@ def _from_model_files(engine: Engine, held: list[Region], folder: Path, manifest
     known = of_parameter.keys() | slots.keys() | set(map(id, parameters.values()))
     groups = [g for g in groups if all(id(entry.tensor) in known for entry in g.entries)]
     with torch.no_grad():
-        for group in gone:  # there was none then: every one that there is would be in the files
+        for group in emptied:  # there was none then: every one that there is would be in the files
             slots[id(group.entries[0].tensor)].replace(None)
         for group in groups:
             _read_group(group, places, of_parameter, slots)
@@ -108,7 +108,7 @@ def _from_model_files(engine: Engine, held: list[Region], folder: Path, manifest
 
 
 def _is_buffer(group: Group) -> bool:
-    """Whether it is one buffer that is saved as it is."""
+    """Tell whether it is one buffer that is saved as it is."""
     return group.is_as_trained and not isinstance(group.entries[0].tensor, torch.nn.Parameter)
 
 

@@ -239,7 +239,7 @@ class LossTargets:
             if final and self._num_open >= _MOST_OPEN:
                 self._go_by_samples(ranks, "could not be told from the first batches")
         elif final or any(s.loss for s in seen):
-            self._keep_guess(ranks, "calls none of torch's loss functions")
+            self._keep_guess(ranks, "is made without a loss function whose targets can be counted")
 
     def _narrow(self, ranks: Ranks, seen: list[_Seen], *, used_count: bool) -> None:
         """Keep the rules that explain what all ranks have seen, and settle where it is clear."""

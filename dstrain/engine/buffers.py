@@ -25,14 +25,12 @@ import torch
 
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
+from dstrain.engine.agreed import EMPTY, AgreedBuffers, Form, form_of
 from dstrain.engine.slots import Slot, empty_slots_of, slots_of
 
 # Of torch's normalisations with running statistics, whose layers need not all run in each step.
 _STATISTICS = frozenset(["running_mean", "running_var", "num_batches_tracked"])
 _CHUNK_NUMEL = 2**20
-
-_Form = tuple[tuple[int, ...], str] | None
-_EMPTY: _Form = ((), "none")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class _Seen:
     tensor: weakref.ref[torch.Tensor]
     version: int | None
     checksum: int | None
-    form: _Form
+    form: Form
 
 
 class Buffers:
@@ -68,14 +66,14 @@ class Buffers:
         self._state: set[str] = set()
         self._varying: set[str] = set()  # state without one shape for all steps and ranks
         self._reshaped: set[str] = set()  # state in another form than it was built with
-        self._sent: tuple[Slot, ...] = ()
+        self._sent = AgreedBuffers()
         self._kept: dict[str, torch.Tensor | None] = {}
         self._keeps = self._knows = False
         self._seen: dict[str, _Seen] = {}
         if sends:
             begin = [slot for slot in slots_of(module) if slot.persistent]
             _check_alike(begin)
-            _send(begin)
+            AgreedBuffers(begin).send()
         self.begin()
 
     def begin(self) -> None:
@@ -84,7 +82,7 @@ class Buffers:
         sums = _checksums(slots)
         self._seen = {
             slot.name: _Seen(
-                weakref.ref(slot.tensor), _version(slot.tensor), sums.get(slot.name), _form(slot)
+                weakref.ref(slot.tensor), _version(slot.tensor), sums.get(slot.name), form_of(slot)
             )
             for slot in slots
         }
@@ -93,12 +91,13 @@ class Buffers:
         """Send what changes, at the end of a global batch; a collective of all ranks.
 
         What changes is found out at the first step, which waits for the device anyway, and again
-        before evaluations and checkpoints.
+        before evaluations and checkpoints. A buffer that takes another form on some rank in between
+        is that rank's own, and on all ranks from the next look on.
         """
         if not self._knows:
             self.look()
         else:
-            _send(self._sent)
+            self._sent.send()
         if self._keeps:
             self._kept = self._copies()
 
@@ -113,12 +112,13 @@ class Buffers:
         new = [("state", slot.name) for slot in self._changed(slots)]
         new += [("state", name) for name in self._thrown_away()]
         new += [("reshaped", name) for name in self._in_another_form(slots) - self._reshaped]
+        new += [("deviating", name) for name in self._sent.deviating()]
         told = _union(sorted(new))
         self._reshaped.update(name for kind, name in told if kind == "reshaped")
-        if state := [name for kind, name in told if kind == "state"]:
-            self._state.update(state)
+        self._state.update(name for kind, name in told if kind == "state")
+        if any(kind != "reshaped" for kind, _ in told):
             self._settle(slots)
-        _send(self._sent)
+        self._sent.send()
 
     def found(self) -> dict[str, list[str]]:
         """Names of what there is, the same on all ranks.
@@ -209,14 +209,14 @@ class Buffers:
 
     def _thrown_away(self) -> list[str]:
         """Names of persistent buffers that were there and are None now, which is news."""
-        gone = [slot.name for slot in empty_slots_of(self._module) if slot.persistent]
-        return [name for name in gone if name in self._seen and name not in self._state]
+        empty = [slot.name for slot in empty_slots_of(self._module) if slot.persistent]
+        return [name for name in empty if name in self._seen and name not in self._state]
 
     def _in_another_form(self, slots: Sequence[Slot]) -> set[str]:
         """Names of buffers that have not the shape and format any more that they began with."""
         kept = [slot for slot in slots if slot.persistent or slot.name in self._state]
         began = [(slot, self._seen[slot.name]) for slot in kept if slot.name in self._seen]
-        return {slot.name for slot, seen in began if seen.form != _form(slot)}
+        return {slot.name for slot, seen in began if seen.form != form_of(slot)}
 
     def _is_replaced(self, slot: Slot) -> bool:
         seen = self._seen.get(slot.name)
@@ -225,17 +225,19 @@ class Buffers:
     def _settle(self, slots: Sequence[Slot]) -> None:
         """Decide which state is sent: what has had one shape so far, the same on all ranks."""
         by_name = {slot.name: slot for slot in [*slots, *empty_slots_of(self._module)]}
-        forms: dict[str, _Form] = {}
+        forms: dict[str, Form | None] = {}
         for name in sorted(self._state - self._varying):
             slot, seen = by_name.get(name), self._seen.get(name)
-            fits = slot is not None and (seen is None or slot.is_empty or seen.form == _form(slot))
-            forms[name] = _form(slot) if slot is not None and fits else None
+            fits = slot is not None and (
+                seen is None or slot.is_empty or seen.form == form_of(slot)
+            )
+            forms[name] = form_of(slot) if slot is not None and fits else None
         if not _same_on_all(forms):
             for theirs in gather_objects(forms):
                 forms = {n: form if theirs.get(n) == form else None for n, form in forms.items()}
         self._varying.update(name for name, form in forms.items() if form is None)
         fixed = [by_name[name] for name, form in forms.items() if form is not None]
-        self._sent = tuple(fixed) if self._sends else ()
+        self._sent = AgreedBuffers(fixed if self._sends else ())
 
     def _slots_of_state(self) -> list[Slot]:
         slots = [*slots_of(self._module), *empty_slots_of(self._module)]
@@ -278,13 +280,13 @@ def main_ranks_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Itera
 
 
 def _told_of(slots: Sequence[Slot]) -> list[Any]:
-    """What tells buffers of one rank from those of another: names, forms and checksums."""
+    """Return what tells ranks' buffers from each other: names, forms and checksums."""
     sums = _checksums([slot for slot in slots if not slot.is_empty])
-    return [(slot.name, _form(slot), sums.get(slot.name)) for slot in slots]
+    return [(slot.name, form_of(slot), sums.get(slot.name)) for slot in slots]
 
 
 def _check_alike(slots: Sequence[Slot]) -> None:
-    forms = {slot.name: _form(slot) for slot in slots}
+    forms = {slot.name: form_of(slot) for slot in slots}
     if _same_on_all(forms):
         return
     said = gather_objects(forms)
@@ -302,14 +304,10 @@ def _check_alike(slots: Sequence[Slot]) -> None:
                 )
 
 
-def _said(form: _Form) -> str:
-    return "none" if form is None else f"{form[1].removeprefix('torch.')} of shape {form[0]}"
-
-
-def _form(slot: Slot) -> _Form:
-    if slot.is_empty:
-        return _EMPTY
-    return tuple(slot.tensor.shape), str(slot.tensor.dtype)
+def _said(form: Form | None) -> str:
+    if form is None or form == EMPTY:
+        return "none"
+    return f"{str(form[1]).removeprefix('torch.')} of shape {form[0]}"
 
 
 def _are_statistics(slot: Slot) -> bool:
@@ -318,7 +316,7 @@ def _are_statistics(slot: Slot) -> bool:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    """What torch counts changes in place with; a tensor of inference mode has no count."""
+    """Return torch's count of changes in place; a tensor of inference mode has none."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -331,41 +329,14 @@ def _same_on_all(value: Any) -> bool:
 
 
 def _union(names: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """What any rank has named; long lists are only exchanged where they differ."""
+    """Return what any rank has named; long lists are only exchanged where they differ."""
     if _same_on_all(names):
         return names
     return sorted({name for theirs in gather_objects(names) for name in theirs})
 
 
-@torch.no_grad()
-def _send(slots: Sequence[Slot]) -> None:
-    """Give all ranks the main rank's values, in one broadcast; the host waits for no device.
-
-    A buffer that the model has thrown away is not sent: it has done so on all ranks.
-    """
-    slots = [slot for slot in slots if not slot.is_empty]
-    if not slots or not is_distributed():
-        return
-    import torch.distributed as dist
-
-    from dstrain.engine.startup import device_name
-
-    # The widest first, so that each tensor begins at a multiple of its width.
-    slots = sorted(slots, key=lambda slot: -slot.tensor.dtype.itemsize)
-    parts = [slot.tensor.detach().reshape(-1).view(torch.uint8) for slot in slots]
-    flat = torch.cat([part.to(device_name()) for part in parts])
-    dist.broadcast(flat, src=0)
-    if dist.get_rank() == 0:
-        return
-    start = 0
-    for slot, part in zip(slots, parts, strict=True):
-        values = flat[start : start + part.numel()]
-        slot.put(values.view(slot.tensor.dtype).view(slot.tensor.shape))
-        start += part.numel()
-
-
 def _checksums(slots: Sequence[Slot]) -> Mapping[str, int]:
-    """A checksum of each buffer whose values may change without a trace.
+    """Return a checksum of each buffer whose values may change without a trace.
 
     Integers that are in no ``state_dict`` are left out: they are masks and positions, and large.
     """
@@ -380,7 +351,7 @@ def _checksums(slots: Sequence[Slot]) -> Mapping[str, int]:
 
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """A sum of the bits of all elements, each times a factor of its place; an int64 of shape ()."""
+    """Sum the bits of all elements, each times a factor of its place; an int64 of shape ()."""
     flat = tensor.detach().reshape(-1)
     width = min(4, flat.dtype.itemsize)
     integers = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[width])

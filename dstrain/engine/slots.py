@@ -67,7 +67,7 @@ class Slot:
 
 
 def slots_of(module: torch.nn.Module) -> list[Slot]:
-    """All buffers of a module, one that stands in two places under its first name."""
+    """Find all buffers of a module; one that stands in two places is under its first name."""
     found: dict[int, Slot] = {}
     for slot in _places(module):
         if not slot.is_empty and _is_plain(slot.tensor):
@@ -83,7 +83,7 @@ def _places(module: torch.nn.Module) -> Iterator[Slot]:
 
 
 def empty_slots_of(module: torch.nn.Module) -> list[Slot]:
-    """Where a module has registered buffers that are None now: not made yet, or thrown away."""
+    """Find registered buffers that are None now: not made yet, or thrown away."""
     return [slot for slot in _places(module) if slot.is_empty]
 
 

@@ -76,13 +76,18 @@ def model_facts(module: torch.nn.Module) -> ModelFacts:
 
 @contextlib.contextmanager
 def gathered(
-    parameters: Iterable[torch.nn.Parameter], *, write_from: int | None = None
+    parameters: Iterable[torch.nn.Parameter],
+    *,
+    write_from: int | None = None,
+    checks: bool = True,
 ) -> Iterator[None]:
     """Make whole parameters of partitioned ones inside the block; a collective of all ranks.
 
     Args:
         parameters: the ones to gather; those that are not partitioned are left alone.
         write_from: rank whose changes are kept and sent to the others; None discards changes.
+        checks: let DeepSpeed's ``enable_sanity_checks`` refuse changes that are discarded; False
+            where they are known and allowed.
     """
     split = [p for p in parameters if is_partitioned(p)]
     if not split:
@@ -91,6 +96,7 @@ def gathered(
     import deepspeed
 
     whole = deepspeed.zero.GatheredParameters(split, modifier_rank=write_from)
+    whole.enable_sanity_checks &= checks
     sends_scalars = write_from is not None and has_scalars(split)
 
     def leave(*error: Any) -> Any:
@@ -148,5 +154,5 @@ _SHOWN = "_dstrain_shown_in_parts"
 
 
 def bytes_to_gather(module: torch.nn.Module) -> int:
-    """What ``kept_whole`` adds to the device of a rank at most."""
+    """Count what a rank's device needs at most for all partitioned parameters whole."""
     return sum(full_numel(p) * p.element_size() for p in module.parameters() if is_partitioned(p))

@@ -62,7 +62,7 @@ class BatchMetric:
 
 
 def with_prefix(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The metrics, each with ``prefix_`` before its name."""
+    """Return the metrics, each with ``prefix_`` before its name."""
     return {
         name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value
         for name, value in metrics.items()
@@ -93,6 +93,16 @@ def _checked(result: Any) -> dict[str, Any]:
                 f"compute_metrics returned {type(result).__name__}",
                 "names and values are needed",
                 "return a dict",
+            )
+        )
+    unnamed = [name for name in result if not isinstance(name, str)]
+    if unnamed:
+        raise DataError(
+            Problem(
+                f"compute_metrics returned a figure by the name {unnamed[0]!r} "
+                f"({type(unnamed[0]).__name__})",
+                "logs and trackers show figures by names that are text",
+                "name it with str",
             )
         )
     return dict(plain_numbers(result))

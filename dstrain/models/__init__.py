@@ -17,10 +17,12 @@ from dstrain.models.host_copies import HostCopies
 from dstrain.models.layout import (
     Entry,
     Group,
+    computed_of_parts,
     groups_of,
     remark_on,
-    saved_otherwise,
     unsaved_remark,
+    weights_hooks_compute_with,
+    weights_not_in_files,
 )
 from dstrain.models.layout_record import RecordedLayout, record_layout, recorded_layout
 from dstrain.models.partitioned import building_partitioned
@@ -46,6 +48,7 @@ __all__ = [
     "build_seq2seq",
     "check_model_folder",
     "check_writable",
+    "computed_of_parts",
     "count_causal_lm",
     "count_seq2seq",
     "groups_of",
@@ -63,11 +66,12 @@ __all__ = [
     "remark_on",
     "save_configs",
     "save_model",
-    "saved_otherwise",
     "sizes_of_module",
     "skeleton_of",
     "told_of_library",
     "unloaded",
     "unsaved_remark",
+    "weights_hooks_compute_with",
+    "weights_not_in_files",
     "write_tensor_file",
 ]

@@ -124,14 +124,46 @@ def remark_on(names: Sequence[str]) -> str | None:
     )
 
 
-def saved_otherwise(module: torch.nn.Module) -> list[str]:
-    """Names of trained parameters that a saved model has in no form that could be read back alone.
+def weights_not_in_files(module: torch.nn.Module) -> list[str]:
+    """Find trained parameters that a saved model has in no form that could be read back alone.
 
     Hooks of the module have put another tensor into its ``state_dict``, or left the parameter out.
+
+    Returns:
+        their names.
     """
     saved = {id(entry.tensor) for entry in entries_of(module)}
     trained = ((n, p) for n, p in module.named_parameters() if p.requires_grad)
     return [name for name, parameter in trained if id(parameter) not in saved]
+
+
+def weights_hooks_compute_with(module: torch.nn.Module, *, above: int) -> list[str]:
+    """Find parameters in place of which the ``state_dict`` has a tensor that hooks compute of them.
+
+    Where such parameters are partitioned, the hooks would see nothing of them. What a hook computes
+    without a gradient and under another name is not noticed. The work grows with the number of
+    entries.
+
+    Args:
+        module: the model, before it is partitioned.
+        above: parameters of so many elements or fewer are left out.
+
+    Returns:
+        their names.
+    """
+    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    with torch.enable_grad():
+        state = module.state_dict(keep_vars=True)
+    made = {n: t for n, t in state.items() if _is_tensor(t) and id(t) not in own}
+    computes = any(tensor.grad_fn is not None for tensor in made.values())
+    there = {id(value) for value in state.values()}
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if id(parameter) not in there
+        and full_numel(parameter) > above
+        and (computes or name in made)
+    ]
 
 
 def entries_of(module: torch.nn.Module) -> list[Entry]:
@@ -157,14 +189,20 @@ def _check_made_of_whole(module: torch.nn.Module, tensors: Mapping[int, torch.Te
     absent = [n for n, p in module.named_parameters() if id(p) not in tensors and is_partitioned(p)]
     known = {id(t) for t in (*module.parameters(), *module.buffers())}
     if absent and any(key not in known and not t.numel() for key, t in tensors.items()):
-        raise ModelError(
-            Problem(
-                f"a saved model without {', '.join(absent[:3])}",
-                "hooks of the model put other tensors into its state_dict, made of the weights; "
-                "at ZeRO stage 3 these are partitioned, and read as empty there",
-                "save it at a stage below 3, or remove the hooks",
-            )
+        raise computed_of_parts(absent)
+
+
+def computed_of_parts(names: Sequence[str]) -> ModelError:
+    """Make the error for weights that hooks of a ``state_dict`` would compute with at stage 3."""
+    return ModelError(
+        Problem(
+            f"a saved model without {', '.join(names[:3])}",
+            "hooks of the model put other tensors into its state_dict, made of the weights; at "
+            "ZeRO stage 3 these are partitioned, and read as empty there",
+            "train it at a stage below 3, or remove the hooks; checkpoints alone, without a saved "
+            "model, are written with save_weights_with_checkpoint=False",
         )
+    )
 
 
 def _is_tensor(value: object) -> bool:

@@ -19,7 +19,7 @@ from dstrain.core.errors import CheckpointError, ConfigError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import from_main, gather_objects
 from dstrain.evaluation import BestRule
-from dstrain.models import saved_otherwise
+from dstrain.models import weights_not_in_files
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -40,7 +40,7 @@ class BestModel:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        """A run that has not evaluated yet.
+        """Begin a run that has not evaluated yet.
 
         Raises:
             ConfigError: the best model could not be loaded from the checkpoints of this run.
@@ -60,7 +60,7 @@ class BestModel:
             _check_files_suffice(args, trainer.model)
 
     def judge(self, metrics: Mapping[str, Any]) -> bool:
-        """Note an evaluation; whether it is the best so far. A collective of all ranks.
+        """Note an evaluation, and tell whether it is the best so far; a collective of all ranks.
 
         Raises:
             ConfigError: it does not have the metric.
@@ -93,7 +93,7 @@ class BestModel:
         self.forget(set(failed) - {self._trainer.state.global_step})
 
     def forget(self, failed: Collection[int]) -> None:
-        """The best checkpoint without those that could not be written."""
+        """Choose the best checkpoint without those that could not be written."""
         if self.rule is None:
             return
         there = {step: value for step, value in self._saved.items() if step not in failed}
@@ -151,7 +151,7 @@ class BestModel:
             logger.info("loaded the best model: %s, %s", folder, state.best_metric)
 
     def _value_in(self, folder: Path) -> float | None:
-        """The metric in a checkpoint's manifest, on the word of the main rank; None without."""
+        """Read the metric in a checkpoint's manifest, on the main rank for all; None without."""
         assert self.rule is not None
         value = None
         if self._trainer.ranks.is_main:
@@ -175,7 +175,11 @@ class BestModel:
 
 
 def _check_loadable(args: TrainingArguments) -> None:
-    """DeepSpeed's own layout has no slices: the weights come back from the model files alone."""
+    """Check that checkpoints have model files where they have no slices: in DeepSpeed's layout.
+
+    Raises:
+        ConfigError: they have not.
+    """
     if args.checkpoint_format != "deepspeed" or args.save_weights_with_checkpoint:
         return
     raise ConfigError(
@@ -189,10 +193,14 @@ def _check_loadable(args: TrainingArguments) -> None:
 
 
 def _check_files_suffice(args: TrainingArguments, model: Any) -> None:
-    """Weights that come back from model files alone must be in them as they are."""
+    """Check that weights that come back from model files alone are in them as they are.
+
+    Raises:
+        ConfigError: they are not.
+    """
     if not args.save_only_model and args.checkpoint_format != "deepspeed":
         return
-    if has_adapters(model) or not (names := saved_otherwise(model)):
+    if has_adapters(model) or not (names := weights_not_in_files(model)):
         return
     raise ConfigError(
         Problem(

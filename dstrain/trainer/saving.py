@@ -32,7 +32,10 @@ from dstrain.checkpoint import (
     read_trainer_state,
     wanted_checkpoint,
 )
+from dstrain.config import ResolvedConfig
 from dstrain.config.explain import as_record
+from dstrain.config.placement import Buckets
+from dstrain.core.adapters import has_adapters
 from dstrain.core.documents import typed
 from dstrain.core.errors import CheckpointError, DataError, Problem
 from dstrain.core.log import get_logger
@@ -41,6 +44,7 @@ from dstrain.core.secrets import is_mask
 from dstrain.core.seeds import seed_rank
 from dstrain.data import is_ours, is_stream, num_shares
 from dstrain.engine import Engine
+from dstrain.models import computed_of_parts, weights_hooks_compute_with
 from dstrain.trainer import build
 from dstrain.trainer.position import OwnRecord, Position, Resumption
 from dstrain.trainer.processors import processor_writer
@@ -70,6 +74,22 @@ class Start:
     position: Position
     global_batch_size: int
     state: TrainerStateRecord
+
+
+def check_hooks(model: Any, args: TrainingArguments, resolved: ResolvedConfig) -> None:
+    """Refuse hooks of a model that could not compute what checkpoints are to have of its weights.
+
+    Raises:
+        ModelError: they make tensors of weights that will be partitioned, at stage 3.
+    """
+    saves = args.save_strategy != "no" and (
+        args.save_weights_with_checkpoint or args.save_only_model
+    )
+    if resolved.stage != 3 or not saves or has_adapters(model):
+        return
+    stay_whole = Buckets.of_config(resolved.values).persistence
+    if names := weights_hooks_compute_with(model, above=stay_whole):
+        raise computed_of_parts(names)
 
 
 def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:

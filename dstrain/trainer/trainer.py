@@ -203,11 +203,12 @@ class Trainer(
         # Before the model is touched: a config that cannot be used must not cost a model load.
         self.resolved: ResolvedConfig = self._resolve(None)
         check_parts(self.model, self.resolved)
+        saving.check_hooks(self.model, self.args, self.resolved)
         build.check_formats_of(self.model, self.resolved, self.ranks)
         check_fitting(self.args, self.resolved)
         build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
         self._check_evaluation()
-        self.is_in_train = self.preempted = False
+        self.is_in_train = self.preempted = self._said_unsaved = False
         self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
         self._micro_step = MicroStep()
         self._writer: CheckpointWriter | None = None
@@ -329,9 +330,10 @@ class Trainer(
             _internal_call: do not upload it, whatever ``push_to_hub`` says.
         """
         folder = Path(output_dir or self.args.output_dir)
-        remark = unsaved_remark(self.model)
-        if remark is not None and self.ranks.is_main:
-            logger.warning("%s", remark)
+        if not self._said_unsaved and (remark := unsaved_remark(self.model)) is not None:
+            self._said_unsaved = True
+            if self.ranks.is_main:
+                logger.warning("%s", remark)
         with main_ranks_buffers(self.model):
             save_model(self.model, folder, self.ranks, on_each_node=self.args.save_on_each_node)
         write = processor_writer(self.processing_class, self.data_collator)
@@ -480,6 +482,7 @@ class Trainer(
             )
         self.resolved = self._resolve(max_steps)
         check_parts(self.model, self.resolved)
+        saving.check_hooks(self.model, self.args, self.resolved)
         with all_or_none():
             if self.ranks.is_main:
                 build.record_resolved_config(self.resolved, self.args)

@@ -320,6 +320,57 @@ class Growing(Statistics):
         self.mean += 0.01 * self.memory.sum()
 
 
+class Strays(Statistics):
+    """Gives a buffer another form in an ordinary step, on one rank or on both."""
+
+    def __init__(self, ranks: tuple[int, ...], form: tuple[int, ...] | None) -> None:
+        super().__init__(replaces=False)
+        self.ranks, self.form = ranks, form
+        self.register_buffer("stray", torch.zeros(3))
+
+    def gather(self, hidden: torch.Tensor) -> None:
+        import torch.distributed as dist
+
+        super().gather(hidden)
+        if self.count == 3 and dist.get_rank() in self.ranks:
+            self.stray = None if self.form is None else torch.zeros(self.form)
+        if self.stray is not None:
+            self.stray += 1 + dist.get_rank()
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("form", [None, (2, 300)])
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_a_buffer_that_takes_another_form_between_two_looks(
+    ranks: tuple[int, ...], form: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    """It is each rank's own from then on; all other buffers stay the main rank's."""
+    settings = {"save_strategy": "steps", "save_steps": 6}
+    straight = trainer_of(tmp_path, Strays(ranks, form), 2, max_steps=8, **settings)
+    straight.train()
+    model = straight.model
+    one, two = on_all_ranks(model)
+    assert {name: one[name] for name in STATE} == {name: two[name] for name in STATE}
+    # Three elements once per step where it stays; what was made in the third step, from then on.
+    expected: list[Any] = []
+    for rank in (0, 1):
+        if rank in ranks:
+            made = None if form is None else torch.full(form, 6.0 * (1 + rank))
+        else:  # the main rank's after two steps
+            made = torch.full((3,), 2.0 + 6.0 * (1 + rank) if rank else 8.0)
+        expected.append(None if made is None else made.tolist())
+    assert [one.get("stray"), two.get("stray")] == expected
+    varies = form is not None or len(ranks) == 1
+    assert straight._engines.training.buffers.found()["varying"] == ["stray"] * varies
+    found = history(straight)
+    straight.close()
+    again = trainer_of(tmp_path / "again", Strays(ranks, form), 2, max_steps=8)
+    again.train(str(tmp_path / "checkpoint-6"))
+    assert history(again) == found
+    assert on_all_ranks(again.model) == [one, two]
+    again.close()
+
+
 @pytest.mark.ranks(2, timeout=240)
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_buffer_that_changes_its_shape(stage: int, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.module_state import (
     Hears,
     LoadsParts,
     LoadsWhole,
+    NotItsOwn,
     Outgrows,
     Renames,
     Sheds,
@@ -201,3 +202,84 @@ def test_weights_that_hooks_save_in_another_form_are_refused_where_they_would_be
         trainer.save_model(str(tmp_path / "three"))
     assert not (tmp_path / "three/model.safetensors").exists()
     trainer.close()
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_weights_that_hooks_compute_with_are_refused_before_they_are_in_parts(
+    tmp_path: Path,
+) -> None:
+    """At stage 3, where a checkpoint would fail; not where nothing of it is saved or in parts."""
+    from dstrain.core.errors import ModelError
+
+    parts = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    saves = {"save_steps": 2, "max_steps": 2}
+    with pytest.raises(ModelError, match=r"head\.weight"):
+        trainer_of(tmp_path, Doubles(), 3, deepspeed=parts, **saves)
+    run_of(
+        tmp_path / "slices", Doubles(), 3, deepspeed=parts, save_weights_with_checkpoint=False,
+        **saves,
+    )  # fmt: skip
+    assert (tmp_path / "slices/checkpoint-2").is_dir()
+    run_of(tmp_path / "whole", Doubles(), 3, **saves)
+    assert (tmp_path / "whole/checkpoint-2/model.safetensors").exists()
+    run_of(tmp_path / "other", Tells(), 3, deepspeed=parts, **saves)
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_states_are_sent_as_files_have_them(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor itself would be unpickled on the main rank's device."""
+    import torch
+
+    from dstrain.checkpoint import extra_state
+
+    sent: list[Any] = []
+
+    def broadcast(value: Any) -> Any:
+        sent.append(json.loads(json.dumps(value)))
+        return send(value)
+
+    send = extra_state.broadcast_object
+    monkeypatch.setattr(extra_state, "broadcast_object", broadcast)
+    states = {"a": torch.full((2,), float(rank)), "b": {0: torch.ones(1)}, "c": (1, rank)}
+    main, own = extra_state.own_states(states)
+    assert len(sent) == 1
+    assert main["a"].tolist() == [0.0, 0.0]
+    assert main["b"][0].tolist() == [1.0]
+    assert main["c"] == (1, 0)
+    assert sorted(own) == (["a", "c"] if rank else [])
+    if rank:
+        assert own["a"] is states["a"]
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_loading_code_of_libraries_is_not_called(tmp_path: Path) -> None:
+    """That of the user is, also in a ``functools.partial``."""
+    run_of(tmp_path, NotItsOwn(), 2, save_steps=4)
+    model = NotItsOwn()
+    run_of(tmp_path, model, 2, resume=str(tmp_path / "checkpoint-4"))
+    assert model.called == ["partial before", "partial after"]
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_loading_code_where_discarded_changes_are_looked_for(tmp_path: Path) -> None:
+    """What loading writes into weights in place are their own values."""
+    parts = {"stage": 3, "stage3_param_persistence_threshold": 0, "enable_sanity_checks": True}
+    settings = {"deepspeed": {"zero_optimization": parts}, "save_steps": 4}
+    straight = run_of(tmp_path, LoadsParts(), 3, **settings)
+    again = run_of(tmp_path, LoadsParts(), 3, resume=str(tmp_path / "checkpoint-4"), **settings)
+    assert again.losses == straight.losses
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_weights_that_do_not_fit_whole_are_not_gathered_for_loading_code(
+    tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank has no memory left; the error is the same on both, and names the code."""
+    from dstrain.checkpoint import loading_code
+    from dstrain.core.errors import CheckpointError
+
+    run_of(tmp_path, Wipes(), 3, save_steps=4)
+    monkeypatch.setattr(loading_code, "free_memory_bytes", lambda _: 10 if rank else 10**9)
+    with pytest.raises(CheckpointError, match=r"the hook Wipes.*wipe of the module head needs"):
+        run_of(tmp_path, Wipes(), 3, resume=str(tmp_path / "checkpoint-4"))
+    run_of(tmp_path, Wipes(), 2, resume=str(tmp_path / "checkpoint-4"))
