@@ -34,7 +34,7 @@ from dstrain.data.loss_targets import LossTargets, no_targets
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.resumable import Resumable
 from dstrain.data.samples import batch_size
-from dstrain.data.settle import num_shares, settle, take_over
+from dstrain.data.settle import inherit_findings, num_shares, settle
 from dstrain.data.targets import TokenCount, input_tokens, to_device
 from dstrain.data.together import in_step
 
@@ -60,6 +60,7 @@ __all__ = [
     "fetches_ahead",
     "forward_columns",
     "in_step",
+    "inherit_findings",
     "input_tokens",
     "is_ours",
     "is_stream",
@@ -78,7 +79,6 @@ __all__ = [
     "settle",
     "source_state",
     "takes_target_count",
-    "take_over",
     "to_device",
     "windows",
 ]

@@ -3,13 +3,13 @@
 Samples of the same data may differ between ranks: augmentation draws other random numbers on each,
 machines round differently, files lie elsewhere. So a field of the samples says something only if it
 is the same when they are read again, and differs in most of them; floating-point numbers are
-compared roughly, and text only where a sample has no other content.
+compared roughly, and text only where a sample has no other content. Noise that is the same in each
+reading is told from other data in ``differences``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
@@ -21,22 +21,20 @@ import xxhash
 
 from dstrain.core.ranks import broadcast_object, gather_objects
 from dstrain.core.seeds import random_state, seed_everything, set_random_state
+from dstrain.data.differences import Differences, Look, Part, SampleLook, is_close, is_same
 
-ALIKE, APART, UNTOLD = "alike", "apart", "untold"
+ALIKE, DIFFERENT, UNCLEAR = "alike", "different", "unclear"
 """All ranks read the same; each reads something else; nothing that comes back says either."""
 
 MOST_SAMPLES = 8
-_ROUGH = 1e-3  # relative difference of floating-point numbers that are taken for the same
 _FIRST_NUMBERS = 8
 _MOST_PARTS = 256  # of one sample
 _SEEDS = (20_031_123, 20_031_124)  # that no run happens to have
 _COUNT = "number of samples"
 
-Part = tuple[str, Any]  # its kind, and what is compared
-SampleLook = dict[str, Part]  # field -> what it is
-Look = dict[str, list[Part | None]]  # field -> what it is in each sample
 Read = Callable[[bool], Sequence[Any] | None]
-Apart = Callable[[list[Part | None], list[Part | None]], str]
+Finding = tuple[str, str]  # a field, and in which way it differs
+Judge = Callable[[Look, Look], Finding | None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Verdict:
     """Whether ranks read the same data.
 
     Attributes:
-        found: one of ``ALIKE``, ``APART`` and ``UNTOLD``.
+        found: one of ``ALIKE``, ``DIFFERENT`` and ``UNCLEAR``.
         why: what tells them apart.
         noisy: columns that differ between ranks, and do so anew in each reading, or by rounding.
         rare: columns that differ between ranks in few samples, and the same way in each reading.
@@ -57,7 +55,7 @@ class Verdict:
 
 
 def look_of(sample: Any, columns: Sequence[str] | None = None) -> SampleLook:
-    """What one sample says, small enough to be sent to other ranks.
+    """Return what one sample says, small enough to be sent to other ranks.
 
     Args:
         sample: before it is collated; it stays what it is.
@@ -73,8 +71,8 @@ def look_of(sample: Any, columns: Sequence[str] | None = None) -> SampleLook:
     return {f: part for f, part in parts.items() if part[0] != "text" or not has_content}
 
 
-def joined(looks: Sequence[SampleLook], without: Collection[str] = ()) -> Look:
-    """The looks of several samples as one, without some columns."""
+def by_field(looks: Sequence[SampleLook], without: Collection[str] = ()) -> Look:
+    """Arrange the looks of several samples by field, without some columns."""
     found: Look = {_COUNT: [("exact", len(looks))]}
     for index, look in enumerate(looks):
         for field, part in look.items():
@@ -84,12 +82,12 @@ def joined(looks: Sequence[SampleLook], without: Collection[str] = ()) -> Look:
 
 
 def column_of(field: str) -> str:
-    """The outermost key or index that leads to a field; nothing of a sample that has none."""
+    """Return the outermost key or index that leads to a field; "" if the sample is the field."""
     return field.split(", ", 2)[1] if field.startswith(", ") else ""
 
 
 def digest_of(content: Any) -> str:
-    """A digest of plain values, the same in every process."""
+    """Return a digest of plain values, the same in every process."""
     return _hash(repr(content).encode())
 
 
@@ -110,7 +108,7 @@ def compare(read: Read, columns: Sequence[str] | None = None) -> Verdict:
     differing = differing_columns(first)
     if not differing:
         return Verdict(ALIKE)
-    found = second_look(first, lambda: read(True), columns, apart=_differ_mostly)
+    found = second_look(first, lambda: read(True), columns, judge=_differ_mostly)
     assert found is not None
     return replace(found, noisy=differing - found.rare)
 
@@ -134,50 +132,61 @@ def second_look(
     again: Callable[[], Sequence[Any] | None],
     columns: Sequence[str] | None,
     *,
-    apart: Apart,
+    judge: Judge,
     without: Collection[str] = (),
     group: Any = None,
     waits: bool = False,
 ) -> Verdict | None:
     """Tell noise from other data where the same samples differ between ranks; a collective.
 
-    Samples are read again, twice. What is not the same both times is noise; of the rest the main
-    rank's look is sent to all, and of each rank a few words about every field are gathered.
+    Samples are read again, twice. What is not the same both times on all ranks is noise; of the
+    rest the main rank's look is sent to all, and each rank tells what it makes of the differences.
+    The names of fields are gathered, which grows with ranks x fields.
 
     Args:
         first: what this rank has seen, which counts where it cannot be read again.
         again: reads the samples; None where that cannot be.
         columns: see ``look_of``.
-        apart: says in which way a field is not that of the main rank, or nothing.
+        judge: compares this rank's look with the main rank's, in fields without noise; gives a
+            field and in which way it differs if they are of different data, or None.
         without: columns that are known to be noise.
         group: of all ranks; None for that of the run.
         waits: return None where samples cannot be read again: there will be more.
     """
     # Noise from this process's own generators is the same on all ranks with one seed for all.
-    looks = [_look(again, columns, without, seed=seed) for seed in _SEEDS]
-    one, other = looks
-    can_read = all(gather_objects(one is not None and other is not None, group=group))
+    one, other = (_look(again, columns, without, seed=seed) for seed in _SEEDS)
+    # What a rank finds stable may be noise on another (one that keeps what it drew, say). All must
+    # come to the same verdict, as what they do next follows from it: so all of it is gathered.
+    told = gather_objects(_stable_fields(one, other), group=group)
+    stable = [fields for fields in told if fields is not None]
+    can_read = len(stable) == len(told)
     if not can_read and waits:
         return None
-    if not can_read or one is None or other is None:
-        one = other = first
-    stable = {field: part for field, part in one.items() if _same(part, other.get(field))}
+    if not can_read or one is None:
+        one = first
+        stable = gather_objects(sorted(first), group=group)
+    common = sorted(set(stable[0]).intersection(*stable))
+    has_content = bool(set(common) - {_COUNT})
     if can_read and not differing_columns(one, group=group):
         # Ranks that draw the order of samples from these generators look like this, too.
-        return Verdict(ALIKE if set(stable) - {_COUNT} else UNTOLD)
-    theirs = broadcast_object(stable, group=group)
-    mine = {field: (stable[field], theirs[field]) for field in theirs if field in stable}
-    told = gather_objects(
-        {field: (_same(*both), apart(*both)) for field, both in mine.items()}, group=group
-    )
-    common = sorted(set(theirs).intersection(*told))  # a field that is noise on any is out
-    for field in common:
-        for rank, said in enumerate(told):
-            if said[field][1]:
-                what = field.lstrip(", ") or "a sample"
-                return Verdict(APART, f"{what} of rank {rank} {said[field][1]}")
-    rare = {column_of(field) for field in common if not all(said[field][0] for said in told)}
-    return Verdict(ALIKE if set(common) - {_COUNT} else UNTOLD, rare=frozenset(rare))
+        return Verdict(ALIKE if has_content else UNCLEAR)
+    mine = {field: one[field] for field in common}
+    theirs = broadcast_object(mine, group=group)
+    differing = {column_of(f) for f in common if not is_same(mine[f], theirs[f])}
+    findings = gather_objects((judge(mine, theirs), differing), group=group)
+    for rank, (finding, _) in enumerate(findings):
+        if finding is not None:
+            field, how = finding
+            return Verdict(DIFFERENT, f"{field.lstrip(', ') or 'a sample'} of rank {rank} {how}")
+    rare = frozenset(name for _, names in findings for name in names)
+    return Verdict(ALIKE if has_content else UNCLEAR, rare=rare)
+
+
+def _stable_fields(one: Look | None, other: Look | None) -> list[str] | None:
+    """Return the fields that are the same in two readings; None if one of them failed."""
+    if one is None or other is None:
+        return None
+    return sorted(field for field, parts in one.items() if is_same(parts, other.get(field)))
 
 
 def _look(
@@ -187,7 +196,7 @@ def _look(
     *,
     seed: int | None = None,
 ) -> Look | None:
-    """A look at samples, without a trace in the random numbers of this process.
+    """Look at samples, without a trace in the random numbers of this process.
 
     Args:
         read: gives the samples, or None.
@@ -206,11 +215,11 @@ def _look(
         return None
     finally:
         set_random_state(state)
-    return None if looks is None else joined(looks, without)
+    return None if looks is None else by_field(looks, without)
 
 
 def _parts(value: Any, place: str) -> Iterator[tuple[str, Part]]:
-    """The parts of a sample: their kind, and what to compare."""
+    """Yield the fields of a sample, and of each its kind and what to compare."""
     if isinstance(value, Mapping):
         for name, part in value.items():
             yield from _parts(part, f"{place}, {name}")
@@ -263,34 +272,31 @@ def _of_array(array: np.ndarray) -> Part:
     return "exact", (str(array.dtype), array.shape)
 
 
-def _same(one: list[Part | None], other: list[Part | None] | None) -> bool:
-    """Return whether a field is the same in all samples of two readings."""
-    if other is None or len(one) != len(other):
-        return False
-    return all(is_close(a, b) for a, b in zip(one, other, strict=True))
+def _differ_mostly(mine: Look, theirs: Look) -> Finding | None:
+    """Find a field that differs in more than half of the samples, if noise in some is no reason.
+
+    Noise it is where samples after the first that differs are the same again.
+    """
+    fields = [field for field in mine if _differs_mostly(mine[field], theirs[field])]
+    if not fields:
+        return None
+    found = Differences(without_count(mine), without_count(theirs))
+    if _COUNT not in fields and True in found.differs:
+        first = found.differs.index(True)
+        has_common = found.num_alike_after(first) > 0 and found.have_column_in_common()
+        if has_common or found.come_together_after(first):
+            return None
+    return fields[0], "is not that of rank 0"
 
 
-def _differ_mostly(one: list[Part | None], other: list[Part | None]) -> str:
-    """Say that a field differs in more than half of the samples: rare noise does not."""
+def _differs_mostly(one: list[Part | None], other: list[Part | None]) -> bool:
     pairs = list(zip_longest(one, other))
-    number = sum(not is_close(a, b) for a, b in pairs)
-    return "is not that of rank 0" if 2 * number > len(pairs) else ""
+    return 2 * sum(not is_close(a, b) for a, b in pairs) > len(pairs)
 
 
-def is_close(one: Part | None, other: Part | None) -> bool:
-    """Return whether two looks at a part show the same."""
-    if one is None or other is None:
-        return one is other
-    if one[0] != other[0]:
-        return False
-    if one[0] != "rough":
-        return bool(one[1] == other[1])
-    if len(one[1]) != len(other[1]):
-        return False
-    return all(
-        x == y or (x != x and y != y) or math.isclose(x, y, rel_tol=_ROUGH, abs_tol=1e-6)
-        for x, y in zip(one[1], other[1], strict=True)
-    )
+def without_count(look: Look) -> Look:
+    """Leave the number of samples out of a look: what is left has a part for each sample."""
+    return {field: parts for field, parts in look.items() if field != _COUNT}
 
 
 def _hash(content: bytes) -> str:

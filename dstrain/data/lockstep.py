@@ -28,11 +28,11 @@ class LocalSteps:
         self._steps = steps
 
     def fetch(self) -> Step | None:
-        """The next micro-batch; None at the end."""
+        """Return the next micro-batch; None at the end."""
         return next(self._steps, None)
 
     def check_end(self) -> None:
-        """To be called where a window is shorter than others, and after the last one."""
+        """Check that ranks end together; called after the last window, and one that is shorter."""
 
     def close(self) -> None:
         """Give back what was taken for this epoch."""
@@ -51,7 +51,7 @@ class _TogetherSteps(LocalSteps):
         self._failure: Exception | None = None
 
     def _next(self) -> Step | None:
-        """The next micro-batch; an error of the data is kept until all ranks know of it."""
+        """Return the next micro-batch; an error of the data is kept until all ranks know of it."""
         try:
             return next(self._steps, None)
         except Exception as error:  # of a dataset of the user's own, anything
@@ -66,7 +66,7 @@ class _TogetherSteps(LocalSteps):
         return dist.all_reduce(told, group=self._group, async_op=True), told
 
     def _end_telling(self, telling: tuple[Any, torch.Tensor]) -> tuple[int, list[int]]:
-        """How many ranks have one more, and the sums of what else they told.
+        """Return how many ranks have one more, and the sums of what else they told.
 
         Raises:
             Exception: on a rank whose data has failed.
@@ -116,7 +116,7 @@ class SameSteps(_TogetherSteps):
         self._telling: tuple[Any, torch.Tensor] | None = None
 
     def fetch(self) -> Step | None:
-        """The next micro-batch; None at the end, or where reading has failed.
+        """Return the next micro-batch; None at the end, or where reading has failed.
 
         Raises:
             DataError: streams do not end together, or are not the same.
@@ -138,10 +138,12 @@ class SameSteps(_TogetherSteps):
         telling, self._telling = self._telling, None
         number, sums = self._end_telling(telling)
         if number not in (0, self._world_size):
-            raise ended_apart(number, self._world_size)
+            raise stream_ends_differ(number, self._world_size)
         if self._watch is not None and sums:
             ended = number == 0
-            self._watch.heed(sums, world_size=self._world_size, ended=ended, group=self._group)
+            self._watch.check_sums(
+                sums, world_size=self._world_size, ended=ended, group=self._group
+            )
 
     def close(self) -> None:
         """Give the group back, once what was told has arrived: every rank has told as much."""
@@ -181,7 +183,7 @@ class OwnSteps(_TogetherSteps):
         self._last: Any = None
 
     def fetch(self) -> Step | None:
-        """The next micro-batch or stand-in; None when no rank has one.
+        """Return the next micro-batch or stand-in; None when no rank has one.
 
         Raises:
             DataError: a rank has no sample at all; on all ranks.
@@ -198,7 +200,7 @@ class OwnSteps(_TogetherSteps):
         return (self._masked(self._last), self._num_samples) if step is None else step
 
     def _find_stand_ins(self) -> None:
-        """At the first step, where some rank has nothing: a stand-in for it."""
+        """Find a stand-in for a rank that has nothing at the first step."""
         if self._last is None:
             self._last = self._stand_in()
         number, _ = self._end_telling(self._begin_telling(self._last is not None))
@@ -212,8 +214,8 @@ class OwnSteps(_TogetherSteps):
             )
 
 
-def ended_apart(number: int, world_size: int) -> DataError:
-    """The error of a stream that all ranks read alike, where only ``number`` of them have more."""
+def stream_ends_differ(number: int, world_size: int) -> DataError:
+    """Make the error of a stream that all ranks read alike, of which only ``number`` have more."""
     return DataError(
         Problem(
             f"the stream ended on {world_size - number} of {world_size} ranks, and goes on on the "

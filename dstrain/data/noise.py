@@ -8,8 +8,10 @@ goes on from inside an epoch draws what the run that never stopped would have dr
 
 from __future__ import annotations
 
+import contextlib
+import random
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,24 @@ class Noise:
         """Seed this process's generators."""
         of_epoch = derived_seed(self.seed, step=max(0, self.epoch), rank=self.rank)
         seed_everything(derived_seed(of_epoch, step=self.position, rank=0))
+
+
+@contextlib.contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Put the generators of this process's host back after the body, as if it had drawn nothing.
+
+    Those of a device are left alone, which a loader process cannot ask.
+    """
+    import numpy as np
+    import torch
+
+    python, numbers, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+        torch.set_rng_state(of_torch)
 
 
 class Indices(list[int]):

@@ -14,7 +14,7 @@ from typing import Any
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
-from dstrain.data.alike import ALIKE, APART, MOST_SAMPLES, UNTOLD, Verdict, compare
+from dstrain.data.alike import ALIKE, DIFFERENT, MOST_SAMPLES, UNCLEAR, Verdict, compare
 from dstrain.data.columns import used_columns
 from dstrain.data.dispatch import Dispatched
 from dstrain.data.order import RankBatchSampler
@@ -81,7 +81,7 @@ def settle(loader: Any, *, what: str, epoch: int = 0, known_whole: bool = False)
         _settle_dataset(loader, what=what)
 
 
-def take_over(loader: Any, earlier: Any) -> None:
+def inherit_findings(loader: Any, earlier: Any) -> None:
     """Let a loader know what an earlier one of the same data has found out."""
     stream, before = getattr(loader, "dataset", None), getattr(earlier, "dataset", None)
     if isinstance(stream, RankStream) and isinstance(before, RankStream):
@@ -91,7 +91,7 @@ def take_over(loader: Any, earlier: Any) -> None:
 
 
 def num_shares(loader: Any) -> int:
-    """In how many parts the user's data came: as many as ranks where it was split by rank, or 1."""
+    """Return in how many parts the user's data came: one for each rank if it was split, or 1."""
     stream = getattr(loader, "dataset", None)
     return stream.topology.world_size if isinstance(stream, RankStream) and stream.split else 1
 
@@ -110,12 +110,12 @@ def _settle_stream(
     told = [fact.share for fact in facts]
     if any(told):
         _check_shares(told, what)
-        verdict = Verdict(APART, "split_dataset_by_node")
+        verdict = Verdict(DIFFERENT, "split_dataset_by_node")
     elif known_whole:
         verdict = Verdict(ALIKE)
     else:
         verdict = _compare(stream, loader, epoch=epoch)
-    stream.split = verdict.found == APART
+    stream.split = verdict.found == DIFFERENT
     lengths = [fact.length for fact in facts]
     if stream.split:
         stream.lengths = lengths
@@ -168,7 +168,7 @@ def _settle_dataset(loader: Any, *, what: str) -> None:
     number, last = min(_NUM_ROWS, len(dataset)), len(dataset) - 1
     places = [i * last // max(1, number - 1) for i in range(number)]
     found = compare(lambda _: [dataset[i] for i in places], used_columns(loader.collate_fn))
-    if found.found == APART:
+    if found.found == DIFFERENT:
         raise _differs(what, found.why)
 
 
@@ -213,7 +213,7 @@ def _differs(what: str, why: str) -> DataError:
 
 
 def _tell(found: str, why: str, what: str, world_size: int) -> None:
-    if found == APART:
+    if found == DIFFERENT:
         logger.warning(
             "%s is already split by rank (%s): each rank uses all of its own part, and the order "
             "of samples depends on the number of ranks",
@@ -226,7 +226,7 @@ def _tell(found: str, why: str, what: str, world_size: int) -> None:
             "worlds prepare the data first (without streaming)",
             world_size,
         )
-    if found == UNTOLD:
+    if found == UNCLEAR:
         logger.warning(
             "samples of %s differ between ranks, and from one reading to the next: taken for noise "
             "on the same samples in the same order. A stream that is shuffled must be so with the "

@@ -22,13 +22,13 @@ from torch.utils.data._utils import worker as worker_module
 
 from dstrain.core.seeds import random_state, set_random_state
 from dstrain.data.alike import SampleLook, look_of
-from dstrain.data.noise import Noise
+from dstrain.data.noise import Noise, own_random_numbers
 from dstrain.data.order import Topology
 from dstrain.data.resumable import Resumable
 from dstrain.data.stream_length import LengthWatch, length_of
 from dstrain.data.watch import WATCHED_SAMPLES, StreamWatch
 
-_UNTOLD = -1
+_NO_EPOCH = -1
 _END = object()
 
 
@@ -139,9 +139,11 @@ class RankStream(IterableDataset[Any]):
         self._length_watch: LengthWatch | None = None
         self._first: list[Any] = []  # of an iteration that has begun, in the epoch _first_epoch
         self._iteration: Iterator[Any] | None = None
-        self._first_epoch = _UNTOLD
+        self._first_epoch = _NO_EPOCH
         self._running: Iterator[Any] | None = None  # of this process, which is being read
-        self._position = torch.tensor([_UNTOLD, 0, 0])  # epoch, start, whether samples are compared
+        self._position = torch.tensor(
+            [_NO_EPOCH, 0, 0]
+        )  # epoch, start, whether samples are compared
         self.noise_seed = 0  # of loader processes; the loader's builder sets it
         self.keeps_states = False  # where a checkpoint may want to know the source's position
         self._resumable = Resumable.of(source)
@@ -160,7 +162,7 @@ class RankStream(IterableDataset[Any]):
         return self.topology.world_size if self.split else 1
 
     def num_steps(self) -> int | None:
-        """Micro-steps of an epoch, by what sources say of their length; None where one does not."""
+        """Return the micro-steps of an epoch by what sources say; None where one says nothing."""
         lengths = [length for length in self.lengths if length is not None]
         if len(lengths) < len(self.lengths):
             return None
@@ -169,7 +171,7 @@ class RankStream(IterableDataset[Any]):
         return max(-(-length // self.step_samples) for length in lengths)
 
     def watch_length(self) -> LengthWatch:
-        """Counts the micro-steps of the epoch that is about to be read, against what was told."""
+        """Count the micro-steps of the epoch that is about to be read, against what was told."""
         own = self.lengths[self.topology.rank if len(self.lengths) > 1 else 0]
         size, start = self.step_samples, int(self._position[1]) // self.num_readers
         left = 0 if own is None else max(0, own - start)
@@ -181,7 +183,7 @@ class RankStream(IterableDataset[Any]):
         return self._length_watch
 
     def look(self, *, epoch: int, at_most: int) -> list[Any] | None:
-        """The first samples of an epoch; reading it goes on after them, unless ``forget_look``.
+        """Read the first samples of an epoch, which goes on after them, unless ``forget_look``.
 
         None where they cannot be read a second time, because the source has a single iteration.
         """
@@ -208,7 +210,7 @@ class RankStream(IterableDataset[Any]):
             self._iteration, self._first = None, []
 
     def read_again(self, number: int) -> list[Any] | None:
-        """The first samples of the epoch anew, beside an iteration of it that goes on.
+        """Read the first samples of the epoch anew, beside an iteration of it that goes on.
 
         None where that cannot be. They are those of a copy, so that what the source keeps of its
         position stays; what it shares with a copy, such as an open file, is moved on.
@@ -222,7 +224,7 @@ class RankStream(IterableDataset[Any]):
         generator = getattr(source, "generator", None)
         drawn = generator.get_state() if isinstance(generator, torch.Generator) else None
         try:
-            if epoch != _UNTOLD:
+            if epoch != _NO_EPOCH:
                 _tell(source, epoch)
             iteration = iter(source)
             if any(iteration is begun for begun in (self._running, self._iteration)):
@@ -233,9 +235,9 @@ class RankStream(IterableDataset[Any]):
                 generator.set_state(drawn)
 
     def stand_in(self) -> Any:
-        """Inputs that carry no weight, for a rank that has used up its part; None of an empty one.
+        """Make inputs that carry no weight, for a rank that has used up its part, or None.
 
-        Read from the beginning of the source.
+        They are read from the beginning of the source; None if that is empty.
         """
         state = random_state()
         try:
@@ -264,7 +266,7 @@ class RankStream(IterableDataset[Any]):
             self._tell_source(epoch)
 
     def state_at(self, samples: int) -> dict[str, Any] | None:
-        """The source's state after ``samples`` samples of the epoch; None where it is not known.
+        """Return the source's state after ``samples`` samples of the epoch; None if not known.
 
         Known are the ends of the last micro-batches, if ``keeps_states`` was set before the first.
         """
@@ -283,11 +285,11 @@ class RankStream(IterableDataset[Any]):
         _tell(self._reader(), epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        """Collated micro-batches, each a ``Share`` or a ``Told`` with one."""
+        """Yield collated micro-batches, each a ``Share`` or a ``Told`` with one."""
         worker = get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch, start, compares = self._position.tolist()
-        if worker and epoch != _UNTOLD:
+        if worker and epoch != _NO_EPOCH:
             self._tell_source(epoch)
         begun = self._load(epoch, start)
         samples = self._samples(epoch, begins_inside=begun, in_worker=worker is not None)
@@ -308,7 +310,8 @@ class RankStream(IterableDataset[Any]):
                 self._resumable.begun()
                 begun = False
             if compares and step % turns == turn and position < WATCHED_SAMPLES:
-                looks += [look_of(s, columns) for s in chunk[: WATCHED_SAMPLES - position]]
+                with own_random_numbers():  # what is lazy may draw some when it is looked at
+                    looks += [look_of(s, columns) for s in chunk[: WATCHED_SAMPLES - position]]
             position += len(chunk)
             if not chunk:
                 return
@@ -328,7 +331,7 @@ class RankStream(IterableDataset[Any]):
             step += 1
 
     def _samples(self, epoch: int, *, begins_inside: bool, in_worker: bool) -> Iterator[Any]:
-        """The samples of an epoch; those that were looked at are not lost."""
+        """Return the samples of an epoch; those that were looked at are not lost."""
         first, begun, self._first = self._first, self._iteration, []
         if begins_inside:
             self._iteration = None
@@ -360,12 +363,12 @@ class StreamLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Micro-batches, as of a loader of a map-style dataset."""
+        """Yield micro-batches, as a loader of a map-style dataset does."""
         for share in self.shares():
             yield share.inputs
 
     def shares(self) -> Iterator[Share]:
-        """Micro-batches, each with its number of samples."""
+        """Yield micro-batches, each with its number of samples."""
         stream: Any = self.dataset
         for part in super().__iter__():
             share = stream.note(part) if isinstance(part, Told) else part
@@ -384,9 +387,9 @@ def _tell(source: Any, epoch: int) -> None:
 
 
 def share_of(source: Any) -> tuple[int, int] | None:
-    """Which part of how many a ``datasets.IterableDataset`` was made by ``split_dataset_by_node``.
+    """Return which part of how many ``split_dataset_by_node`` made this one.
 
-    None of a whole one, and of any other source.
+    None of a whole stream, and of one that ``datasets`` has not made.
     """
     found = getattr(source, "_distributed", None)
     number = getattr(found, "world_size", 1)

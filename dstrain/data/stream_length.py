@@ -22,7 +22,7 @@ class LengthWatch:
         self._left = num_steps
 
     def count(self) -> None:
-        """One more micro-step."""
+        """Count one more micro-step."""
         self._left -= 1
         if self._tells and self._left < 0:
             self._warn(
@@ -31,7 +31,7 @@ class LengthWatch:
             )
 
     def end(self) -> None:
-        """The epoch is over."""
+        """End the epoch."""
         if self._tells and self._left > 0:
             self._warn(
                 "and gives fewer: the run ends after its epochs, in fewer steps than the schedule "
@@ -49,7 +49,7 @@ class LengthWatch:
 
 
 def length_of(source: Any) -> int | None:
-    """What a source says of its length, if anything."""
+    """Return what a source says of its length, if anything."""
     try:
         return len(source)
     except (TypeError, NotImplementedError):

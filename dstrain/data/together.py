@@ -9,13 +9,13 @@ from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PendingSum, is_distributed
 from dstrain.data.dispatch import Dispatched
 from dstrain.data.loader import MicroBatch, iterate, stand_in_for
-from dstrain.data.lockstep import ended_apart
+from dstrain.data.lockstep import stream_ends_differ
 from dstrain.data.order import RankBatchSampler
 from dstrain.data.stream import RankStream
 
 
 def in_step(loader: Any, *, device: Any) -> Iterator[tuple[MicroBatch, bool]]:
-    """Micro-batches, and whether each is the last of all ranks.
+    """Yield micro-batches, and whether each is the last of all ranks.
 
     Where the loader's length is not known to be the same on all ranks (a stream, a user's own
     loader) they tell each other before each batch whether they have one more, and compare the first
@@ -61,7 +61,7 @@ class _Telling:
             self._is_whole, self._watch = not stream.split, stream.watch
 
     def how_many(self, have: bool, *, is_first: bool = False) -> int:
-        """Ranks that have a batch; a collective.
+        """Return how many ranks have a batch; a collective.
 
         Raises:
             DataError: see ``in_step``.
@@ -80,7 +80,7 @@ class _Telling:
                 )
             )
         if self._is_whole and 0 < number < world_size:
-            raise ended_apart(number, world_size)
+            raise stream_ends_differ(number, world_size)
         if self._watch is not None and sums:
-            self._watch.heed(sums, world_size=world_size, ended=not number, group=None)
+            self._watch.check_sums(sums, world_size=world_size, ended=not number, group=None)
         return number

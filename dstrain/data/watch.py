@@ -14,21 +14,23 @@ from typing import Any
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.data.alike import (
-    APART,
+    DIFFERENT,
     MOST_SAMPLES,
-    UNTOLD,
-    Part,
-    SampleLook,
+    UNCLEAR,
+    Finding,
+    by_field,
     differing_columns,
     digest_of,
-    is_close,
-    joined,
     second_look,
+    without_count,
 )
+from dstrain.data.differences import Differences, Look, SampleLook
 
 logger = get_logger(__name__)
 
 WATCHED_SAMPLES = 64
+_FIRST_WINDOW = MOST_SAMPLES + 2  # samples
+_LONG_WINDOW = 3 * MOST_SAMPLES
 _NUM_BITS = 48
 
 ReadAgain = Callable[[int], "list[Any] | None"]
@@ -37,10 +39,11 @@ ReadAgain = Callable[[int], "list[Any] | None"]
 class StreamWatch:
     """Compares a running digest of what ranks read of a stream, and says where they part.
 
-    Per micro-step of the first ``WATCHED_SAMPLES`` samples each rank adds 48 numbers to a sum that
-    ranks make in any case: the bits of its digest, which are those of all ranks if each is counted
-    by none or by all of them. That does not grow with the number of ranks. Only after digests that
-    differ are samples read again, and looks sent: see ``second_look``.
+    Per micro-step of the first ``WATCHED_SAMPLES`` samples each rank adds its digest, as 48 zeros
+    and ones, to a sum that ranks make in any case; sums other than 0 or the number of ranks mean
+    that digests differ. That does not grow with the number of ranks. Only after digests that differ
+    are samples read again, and looks sent: see ``second_look``. That is done again only after eight
+    more samples, and of no column that turns out to be noise.
 
     What is read by loader processes is looked at there, and what they saw comes with micro-batches.
 
@@ -65,11 +68,16 @@ class StreamWatch:
         self._what, self._noisy = what, noisy
         self._begin_anew(num_steps=0)
 
-    def _begin_anew(self, *, num_steps: int) -> None:
+    def _begin_anew(self, *, num_steps: int, chunk: int = 0) -> None:
         self._left = num_steps  # micro-steps that are to be told
+        self._chunk = chunk
         self._looks: list[SampleLook] = []
-        self._num_told = 0  # of these, those in the digest
-        self._num_alike = 0  # of these, those in which digests were last the same
+        self._num_in_digest = 0  # of these
+        # The following are counted in whole chunks: at its end a stream may give one rank more
+        # samples than another, and all ranks must do the same after these numbers.
+        self._num_told = 0
+        self._num_alike = 0  # told until digests were last the same
+        self._num_judged = -MOST_SAMPLES  # told when ranks last compared what they read
         self._digest = ""
 
     def begin(self, *, start: int, chunk: int) -> bool:
@@ -80,7 +88,8 @@ class StreamWatch:
             chunk: samples that ranks read for one micro-step.
         """
         if not self.is_over:
-            self._begin_anew(num_steps=max(1, -(-(WATCHED_SAMPLES - start) // chunk)))
+            num_steps = max(1, -(-(WATCHED_SAMPLES - start) // chunk))
+            self._begin_anew(num_steps=num_steps, chunk=chunk)
         return not self.is_over
 
     def note(self, looks: Sequence[SampleLook]) -> None:
@@ -88,17 +97,20 @@ class StreamWatch:
         self._looks += looks
 
     def bits(self) -> list[int]:
-        """What this rank tells with the micro-step fetched last; nothing once there is no need."""
+        """Return what this rank tells with the micro-step fetched last; nothing when it is over."""
         if self.is_over or not self._left:
             return []
         self._left -= 1
-        new, self._num_told = self._looks[self._num_told :], len(self._looks)
-        self._digest = digest_of((self._digest, _sorted(joined(new, self._noisy))))
+        self._num_told += self._chunk
+        new, self._num_in_digest = self._looks[self._num_in_digest :], len(self._looks)
+        self._digest = digest_of((self._digest, _sorted(by_field(new, self._noisy))))
         number = int(self._digest, 16)
         return [number >> bit & 1 for bit in range(_NUM_BITS)]
 
-    def heed(self, sums: Sequence[float], *, world_size: int, ended: bool, group: Any) -> None:
-        """Look at the sums of what all ranks told of one micro-step; all ranks call it alike.
+    def check_sums(
+        self, sums: Sequence[float], *, world_size: int, ended: bool, group: Any
+    ) -> None:
+        """Check the sums of what all ranks told of one micro-step; all ranks call it alike.
 
         Args:
             sums: of ``bits``.
@@ -112,43 +124,43 @@ class StreamWatch:
         is_last = ended or not self._left
         if all(number in (0, world_size) for number in sums):
             self._num_alike = self._num_told
-        else:
-            self._judge(group, is_last=is_last)
+        elif is_last or self._num_told - self._num_judged >= MOST_SAMPLES:
+            self._compare(group, is_last=is_last)
         if is_last:
             self.is_over = True
             self._begin_anew(num_steps=0)
 
-    def _judge(self, group: Any, *, is_last: bool) -> None:
-        """Tell whether ranks read other samples, or the same with noise; a collective.
+    def _compare(self, group: Any, *, is_last: bool) -> None:
+        """Find out whether ranks read other samples, or the same with noise; a collective.
 
         Samples that cannot be read again are judged by what they were, once there are a few.
         """
-        looks = joined(self._looks, self._noisy)
+        looks = by_field(self._looks, self._noisy)
         differing = differing_columns(looks, group=group)
-        few = self._num_told - self._num_alike < MOST_SAMPLES
+        few = self._num_told - self._num_alike < MOST_SAMPLES + self._chunk
         number = len(self._looks) + MOST_SAMPLES
         found = second_look(
             looks,
             lambda: self.read_again(number),
             self.columns,
-            apart=_parted,
+            judge=find_other_samples,
             without=self._noisy,
             group=group,
             waits=few and not is_last,
         )
         if found is None:
             return
-        if found.found == APART:
+        if found.found == DIFFERENT:
             raise self._differs(found.why)
-        if found.found == UNTOLD and _is_main():
+        if found.found == UNCLEAR and _is_main():
             logger.warning(
                 "samples of %s differ between ranks after those that it begins with, and from one "
                 "reading to the next: taken for noise on the same samples in the same order. A "
                 "stream that is shuffled must be so with the same seed on all ranks",
                 self._what,
             )
-        self._noisy |= differing
-        self._digest, self._num_alike = "", self._num_told
+        self._noisy |= differing - found.rare
+        self._digest, self._num_alike, self._num_judged = "", self._num_told, self._num_told
 
     def _differs(self, why: str) -> DataError:
         return DataError(
@@ -165,19 +177,31 @@ class StreamWatch:
         )
 
 
-def _parted(mine: list[Part | None], theirs: list[Part | None]) -> str:
-    """Say from where on a field differs in at least half of the samples; rare noise does not.
+def find_other_samples(mine: Look, theirs: Look) -> Finding | None:
+    """Find from where on a rank reads other samples than the main rank, or None.
 
-    One sample alone says nothing, nor do those that only one of two streams has: where streams end
-    apart is told by whoever reads them to the end.
+    An error ends the run, so only what noise would hardly do counts: that all of ten samples differ
+    from the first that does (of eight where there are no more), or half of 24 and more samples up
+    to the last. Neither counts where a column is the same in them (``have_column_in_common``), nor
+    the latter where samples in between are the same (``come_together_after``).
+
+    Nothing is said of samples that only one of two streams has: where streams end apart is told by
+    whoever reads them to the end.
     """
-    differ = [not is_close(a, b) for a, b in zip(mine, theirs, strict=False)]
-    for first in range(len(differ)):
-        found = differ[first : first + MOST_SAMPLES]
-        if found[0] and sum(found) >= max(2, len(found) / 2):
-            many = f"{sum(found)} of the {len(found)} samples"
-            return f"is not that of rank 0 in {many} from number {first} on"
-    return ""
+    mine, theirs = without_count(mine), without_count(theirs)
+    found = Differences(mine, theirs)
+    starts = [place for place, differs in enumerate(found.differs) if differs]
+    for first in starts:
+        window = found.differs[first : first + _FIRST_WINDOW]
+        if not (first == starts[0] and len(window) >= MOST_SAMPLES and all(window)):
+            window = found.differs[first:]
+            is_most = len(window) >= _LONG_WINDOW and 2 * sum(window) >= len(window)
+            if not is_most or found.come_together_after(first):
+                continue
+        if not found.have_column_in_common(first, first + len(window)):
+            many = f"{sum(window)} of the {len(window)} samples"
+            return found.field_at(first), f"is not that of rank 0 in {many} from number {first} on"
+    return None
 
 
 def _sorted(look: dict[str, Any]) -> list[Any]:

@@ -359,6 +359,135 @@ def test_noise_takes_nothing_of_what_is_still_to_be_read(tmp_path: Path, rank: i
     }  # fmt: skip
 
 
+class Augmented(IterableDataset[Any]):
+    """Changes some samples, drawn with a seed of the rank's own: the same in each reading."""
+
+    def __init__(self, seed: int, *, share: float, label: bool) -> None:
+        self.seed, self.share, self.label = seed, share, label
+
+    def __iter__(self) -> Iterator[Any]:
+        own = random.Random(self.seed)
+        for number in range(80):
+            tokens = [number, number + 1, number + 2]
+            if own.random() < self.share:
+                tokens[own.randrange(3)] = own.randrange(1000)
+            yield {"input_ids": tokens, **({"label": number * 7 % 3 % 2} if self.label else {})}
+
+
+class SplitLater(Augmented):
+    """Augmented likewise, and split by rank after the first samples, with labels of two classes."""
+
+    rank = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, sample in enumerate(super().__iter__()):
+            if number < BEGIN:
+                yield {"input_ids": [number], "label": number % 2}
+            elif number % 2 == self.rank:
+                yield {**sample, "label": random.Random(number).randrange(2)}
+
+
+def read_all(stream: Any, rank: int, *, micro_batch: int = 1) -> int:
+    """Use up a stream as training does; returns the samples over all ranks."""
+    from dstrain.core.ranks import gather_objects
+    from dstrain.data import (
+        LoaderOptions,
+        Topology,
+        build_loader,
+        num_shares,
+        set_epoch,
+        settle,
+        windows,
+    )
+
+    loader = build_loader(
+        stream, Topology(micro_batch, 2, rank), list, LoaderOptions(), seed=1, shuffle=False
+    )
+    settle(loader, what="the data")
+    assert num_shares(loader) == 1
+    set_epoch(loader, 0)
+    used = [m.num_samples for w in windows(loader, 1) for m in w.micro_batches]
+    return sum(map(sum, gather_objects(used)))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("share", "label"), [(0.1, True), (0.2, True), (0.3, True), (0.1, False), (0.2, False)]
+)
+def test_noise_of_a_seed_for_each_rank_ends_no_run(share: float, label: bool, rank: int) -> None:
+    """Labels are the same where tokens differ; or, without any, the samples in between."""
+    for seed in range(12):
+        stream = Augmented(2 * seed + rank, share=share, label=label)
+        assert read_all(stream, rank) == 80
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_a_split_with_labels_of_two_classes_is_found(micro_batch: int, rank: int) -> None:
+    """Half of them are the same on both ranks by chance."""
+    for seed in range(4):
+        stream = SplitLater(2 * seed + rank, share=0.3, label=True)
+        stream.rank = rank
+        check_refused(lambda s=stream: read_all(s, rank, micro_batch=micro_batch), "the data")
+
+
+class Drawn(IterableDataset[Any]):
+    """Noise alone; one rank keeps in memory what it drew when it read the stream again."""
+
+    def __init__(self, keeps: bool) -> None:
+        self.keeps, self.kept = keeps, []  # type: ignore[var-annotated]
+        self.begun = [0]  # of copies, too
+
+    def __iter__(self) -> Iterator[Any]:
+        self.begun[0] += 1
+        if not self.kept:
+            drawn = [{"crop": [random.randrange(1000)]} for _ in range(SIZE)]
+            if not self.keeps or self.begun[0] < 2:
+                return iter(drawn)
+            self.kept += drawn
+        return iter(self.kept)
+
+
+@pytest.mark.ranks(2, timeout=60)
+def test_ranks_compare_on_together_or_not_at_all(rank: int) -> None:
+    """What one rank finds the same in two readings, and another does not, is noise on both."""
+    from dstrain.core.seeds import seed_rank
+
+    seed_rank(1, step=0, rank=rank)
+    assert read_all(Drawn(keeps=rank == 0), rank) == SIZE
+
+
+class Lazy:
+    """Draws random numbers whenever it is looked at."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return np.asarray([random.random(), np.random.rand(), float(torch.rand(()))])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_comparing_leaves_no_trace_in_random_numbers(num_workers: int, rank: int) -> None:
+    """A run that goes on from inside an epoch does not compare, and must draw the same noise."""
+    from dstrain.core.seeds import seed_rank
+    from dstrain.data import LoaderOptions, Topology, build_loader, set_epoch, settle, windows
+
+    def drawn(watched: bool) -> list[Any]:
+        seed_rank(1, step=0, rank=rank)
+        loader = build_loader(
+            Listed([{"number": i, "lazy": Lazy()} for i in range(SIZE)]), Topology(2, 2, rank),
+            lambda samples: [np.asarray(s["lazy"]).tolist() for s in samples],
+            LoaderOptions(num_workers=num_workers), seed=1, shuffle=False,
+        )  # fmt: skip
+        settle(loader, what="the data")
+        assert loader.dataset.watch is not None  # type: ignore[attr-defined]
+        if not watched:
+            loader.dataset.watch = None  # type: ignore[attr-defined]
+        set_epoch(loader, 0)
+        return [m.inputs for w in windows(loader, 1) for m in w.micro_batches]
+
+    assert drawn(True) == drawn(False)
+
+
 # --- what it costs -------------------------------------------------------------------------------
 
 
@@ -504,9 +633,9 @@ def test_a_loader_that_takes_over_compares_on(rank: int) -> None:
         LoaderOptions,
         Topology,
         build_loader,
+        inherit_findings,
         set_epoch,
         settle,
-        take_over,
         windows,
     )
 
@@ -523,6 +652,6 @@ def test_a_loader_that_takes_over_compares_on(rank: int) -> None:
     next(steps)
     steps.close()
     later = loader_of(1)
-    take_over(later, earlier)
+    inherit_findings(later, earlier)
     set_epoch(later, 0, start=4)
     check_refused(lambda: list(windows(later, 1)), "the data")
