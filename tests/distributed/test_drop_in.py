@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import transformers
 
-from dstrain.checkpoint.folders import RUN_LOCK
+from dstrain.checkpoint.run_lock import RUN_LOCK
 from dstrain.core.errors import CheckpointError, TrainingError
 from tests.distributed.runs import make_trainer
 from tests.models import tiny_llama
