@@ -77,7 +77,11 @@ def parse(
                 f"write it after its flag, and quote text with spaces; see {parser.prog} --help",
             )
         )
-    problems += [_names_nothing(name) for name, value in values.items() if _is_empty(name, value)]
+    problems += [
+        _names_nothing(name)
+        for name, value in values.items()
+        if _is_empty(name, value) and value != parser.get_default(name)
+    ]
     instances: list[Any] = []
     for cls in classes:
         names = {f.name for f in dataclasses.fields(cls)}

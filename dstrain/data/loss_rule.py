@@ -84,7 +84,8 @@ class Denominator:
                 continue
             if labels.is_floating_point():
                 # The gradient of what a mask leaves out is NaN as well where the label is.
-                changed = with_column(changed, name, labels.masked_fill(labels.isnan(), 0))
+                if bool((unknown := labels.isnan()).any()):
+                    changed = with_column(changed, name, labels.masked_fill(unknown, 0))
             elif self.ignored is not None:
                 changed = with_column(changed, name, labels.masked_fill(labels.eq(self.ignored), 0))
         mask = column(changed, self.mask)
