@@ -267,8 +267,8 @@ class _ValuesForConstructors(TorchFunctionMode):
     """Gathers parameters whose values a constructor reads after they have been taken apart.
 
     As that of DETR's backbone, which copies the weights of each BatchNorm into another module. What
-    is read is a copy. Only constructors are served, as these run on all ranks: gathering is a
-    collective.
+    is read is a copy; a change of it is one of the parameter. Only constructors are served, as
+    these run on all ranks: gathering is a collective.
     """
 
     def __init__(self) -> None:
@@ -277,44 +277,63 @@ class _ValuesForConstructors(TorchFunctionMode):
         self._copies: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, with whole parameters where it needs values; then a collective.
-
-        Raises:
-            ModelError: a constructor changes a part of such a parameter, which would be lost.
-        """
+        """Call a function, with whole parameters where it needs values; then a collective."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         is_copy = bool(args) and isinstance(args[0], torch.Tensor) and args[0] in self._copies
         if in_place and is_copy:
-            raise ModelError(
-                Problem(
-                    f"a constructor changes a part of a weight in place ({name})",
-                    "the weight is in parts already, on all ranks, and the change would be lost",
-                    "build the model outside of the block, or set zero_stage to 2",
-                )
-            )
+            return self._change(func, self._copies[args[0]], *args, **kwargs)
         if name in _USES_VALUES or func == _DATA:
             parts = [p for p in _parameters_in((args, kwargs)) if not is_whole(p)]
             if parts and _is_in_constructor(of_user=func == _DATA):
                 with gathered(parts, write_from=0 if in_place else None):
                     returned = func(*args, **kwargs)
-                    return returned if in_place else self._copied(returned)
+                    is_all = name == "detach" or func == _DATA
+                    return (
+                        returned
+                        if in_place
+                        else self._copied(returned, parts[0] if is_all else None)
+                    )
         returned = func(*args, **kwargs)
         if is_copy and isinstance(returned, torch.Tensor):
             storages = (args[0].untyped_storage(), returned.untyped_storage())
             if storages[0].data_ptr() == storages[1].data_ptr():
-                self._copies[returned] = True  # a view
+                self._copies[returned] = None  # a part of it
         return returned
 
-    def _copied(self, value: Any) -> Any:
-        """Return what was read in memory of its own, so that the gathered weight can go."""
+    def _change(self, func: Any, parameter: Any, copy: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        """Change a parameter as its copy would be changed, and the copy; a collective.
+
+        Raises:
+            ModelError: the copy is of a part of the parameter alone.
+        """
+        if parameter is None:
+            raise ModelError(
+                Problem(
+                    f"a constructor changes a part of a weight in place ({func.__name__})",
+                    "the weight is in parts already, on all ranks, and the change would be lost",
+                    "build the model outside of the block, or set zero_stage to 2",
+                )
+            )
+        with gathered([parameter], write_from=0), torch.no_grad():
+            func(parameter.data, *args, **kw)
+            copy.copy_(parameter.data)
+        return copy
+
+    def _copied(self, value: Any, parameter: torch.nn.Parameter | None) -> Any:
+        """Return what was read in memory of its own, so that the gathered weight can go.
+
+        Args:
+            value: what was read.
+            parameter: what it is all of, if that is so.
+        """
         if isinstance(value, (tuple, list)):
-            return type(value)(self._copied(part) for part in value)
+            return type(value)(self._copied(part, None) for part in value)
         if not isinstance(value, torch.Tensor):
             return value
         copy = value.clone()
-        self._copies[copy] = True
+        self._copies[copy] = parameter
         return copy
 
 

@@ -523,12 +523,14 @@ class Copies(torch.nn.Module):
                 table.mul_(2.0)
         elif way == "number":
             self.register_buffer("size", table.norm().detach())
+        elif way == "change of data":
+            table.data.mul_(2.0).add_(1.0)
         elif way == "row":
             table.data[3].zero_()
 
 
 @pytest.mark.ranks(2, timeout=240)
-@pytest.mark.parametrize("way", ["data", "clone", "change", "number"])
+@pytest.mark.parametrize("way", ["data", "clone", "change", "change of data", "number"])
 def test_a_constructor_may_use_a_part_that_was_built_in_the_block(
     way: str, tmp_path: Path, rank: int
 ) -> None:
