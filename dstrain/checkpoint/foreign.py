@@ -193,7 +193,11 @@ def match_groups(
     counts = [len(group["params"]) for group in groups]
     if len(counts) == 1 and counts[0] == len(shapes):
         return [list(shapes)]
-    rules = [[n for n, shape in shapes.items() if len(shape) > 1]]
+    rules = [
+        [n for n, shape in shapes.items() if len(shape) > 1],
+        # As transformers' rule by names, where a parameter without dimensions is decayed too.
+        [n for n in shapes if not n.endswith("bias") and "norm" not in n.lower()],
+    ]
     if decayed is not None:
         rules.insert(0, [n for n in shapes if n in set(decayed)])
     for rule in rules:
