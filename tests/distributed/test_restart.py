@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from dstrain.checkpoint import committed, verify
+from dstrain.core.stop import PREEMPTED
 from tests.distributed.runs import history, make_trainer
 from tests.launch import ROOT, free_port, launch, quiet_environment, remove_shared_memory
 
@@ -51,7 +51,7 @@ def test_another_global_batch_goes_on_at_the_right_sample(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_scheduler_that_ends_the_job_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
-    """SIGTERM to the script, which sends it to the launcher and the ranks, some of them twice."""
+    """SIGTERM to the script, which passes it on to the ranks."""
     settings = {
         **SETTINGS, "train": 600, "num_train_epochs": 1, "stage": 2, "save_steps": 40,
         "dataloader_num_workers": 1,
@@ -76,7 +76,7 @@ def test_a_scheduler_that_ends_the_job_leaves_a_checkpoint_to_go_on_from(tmp_pat
             assert time.monotonic() < deadline, "the job never saved"
             time.sleep(0.02)
         process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+        assert process.wait(60) == PREEMPTED, (tmp_path / "log").read_text()
         left = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True)
         assert left.stdout == "", "nothing of the job is left behind"
     finally:
