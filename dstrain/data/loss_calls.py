@@ -15,6 +15,7 @@ from dstrain.data.loss_watch import ELEMENTWISE, LossCall
 from dstrain.data.samples import batch_size, columns_of
 
 _OFTEN_IGNORED = -1  # beside IGNORED
+_MOST_IGNORED = 4  # negative numbers of a column; one that has more holds no classes
 _AS_MANY = 2  # how loosely a rule fits that agrees in number alone
 _AMBIGUOUS_SUM = 3  # of a sum over one target, which is its mean as well
 
@@ -127,9 +128,10 @@ def explain_nothing(inputs: Any) -> Explanation | None:
 
 def _ignored_in(batch: Mapping[str, torch.Tensor]) -> set[int | None]:
     """The labels that may be ones to ignore: the usual ones, and negative numbers of the batch."""
-    classes = [c for c in batch.values() if not c.is_floating_point() and not c.is_complex()]
-    negative = [c[c < 0].unique().tolist() for c in classes if c.dtype != torch.bool]
-    return {IGNORED, _OFTEN_IGNORED, None}.union(*negative)
+    whole = [c for c in batch.values() if not c.is_floating_point() and not c.is_complex()]
+    negative = [c[c < 0].unique().tolist() for c in whole if c.dtype != torch.bool]
+    few = [numbers for numbers in negative if len(numbers) <= _MOST_IGNORED]
+    return {IGNORED, _OFTEN_IGNORED, None}.union(*few)
 
 
 def _preferred(

@@ -203,9 +203,11 @@ class LossTargets:
         finally:
             self._watched = None
         if loss and isinstance(loss[0], torch.Tensor):
+            found = None
             if calls.calls:
                 found = self._explain(calls, loss[0], batch, num_samples)
-            else:
+            elif self._has_calls or self._seen.calls:
+                # Other batches had calls. Losses that call no function may be 0 at the start too.
                 is_zero = float(loss[0].detach().double().mean()) == 0
                 found = explain_nothing(batch) if is_zero else None
             self._seen = _together(self._seen, calls, found)
@@ -262,7 +264,7 @@ class LossTargets:
         self._candidates = left
         self._ratios += [r for s in seen for r in s.ratios if r is not None]
         certain = [s.certain for s in seen if s.certain in left]
-        is_clear = bool(certain) or (len(left) == 1 and self._has_calls)
+        is_clear = bool(certain) or len(left) == 1
         self._marks = {
             rule: hash((self._marks.get(rule, 0), *(s.marks.get(rule, 0) for s in seen)))
             for rule in left

@@ -337,13 +337,14 @@ class _ValuesForConstructors(TorchFunctionMode):
         return copy
 
 
-# Functions that read values or, where their name ends with "_", change them.
+# Functions that read values or, where their name ends with "_", change them. Not conversions, such
+# as ``half``: ``Module.half()`` would put what it gets into the parameter.
 _VALUES = (
-    "abs abs_ add add_ all any bfloat16 cat chunk clone copy_ cpu detach div div_ double expand "
-    "fill_ flatten float half item linear matmul max mean min mul mul_ narrow neg norm numpy "
-    "permute pow repeat reshape select split sqrt squeeze stack std sub sub_ sum t tolist "
-    "transpose unbind unsqueeze view zero_ __add__ __getitem__ __matmul__ __mul__ __neg__ __pow__ "
-    "__radd__ __rmul__ __rsub__ __setitem__ __sub__ __truediv__"
+    "abs abs_ add add_ all any cat chunk clone copy_ detach div div_ expand fill_ flatten item "
+    "linear matmul max mean min mul mul_ narrow neg norm normal_ numpy permute pow repeat reshape "
+    "select split sqrt squeeze stack std sub sub_ sum t tolist transpose unbind uniform_ unsqueeze "
+    "view zero_ __add__ __getitem__ __matmul__ __mul__ __neg__ __pow__ __radd__ __rmul__ __rsub__ "
+    "__setitem__ __sub__ __truediv__"
 )
 _USES_VALUES = frozenset(_VALUES.split())
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]

@@ -525,12 +525,16 @@ class Copies(torch.nn.Module):
             self.register_buffer("size", table.norm().detach())
         elif way == "change of data":
             table.data.mul_(2.0).add_(1.0)
+        elif way == "format":
+            self.part.half().float()  # does not gather, and leaves it in parts
+        elif way == "deepcopy":
+            self.copied = copy.deepcopy(self.part.get_input_embeddings())
         elif way == "row":
             table.data[3].zero_()
 
 
 @pytest.mark.ranks(2, timeout=240)
-@pytest.mark.parametrize("way", ["data", "clone", "change", "change of data", "number"])
+@pytest.mark.parametrize("way", ["data", "clone", "change", "change of data", "number", "deepcopy"])
 def test_a_constructor_may_use_a_part_that_was_built_in_the_block(
     way: str, tmp_path: Path, rank: int
 ) -> None:
@@ -542,6 +546,13 @@ def test_a_constructor_may_use_a_part_that_was_built_in_the_block(
     with block(tmp_path):
         model = Copies(way)
     assert not differences(whole_state(model), whole)
+
+
+@pytest.mark.ranks(2)
+def test_a_constructor_that_converts_such_a_part_leaves_it_in_parts(tmp_path: Path) -> None:
+    with block(tmp_path):
+        model = Copies("format")
+    assert_partitioned(model.part)
 
 
 @pytest.mark.ranks(2)

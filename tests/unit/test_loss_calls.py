@@ -618,7 +618,7 @@ def test_rows_that_the_model_leaves_out_by_a_label_of_its_own_count_nothing():
 
     one = {"input_ids": IDS[:1], "labels": torch.tensor([3])}
     none = {"input_ids": IDS[:1], "labels": torch.tensor([-1])}
-    for batches in ([one, none], [none, one], [one, one, none, none]):
+    for batches in ([one, none], [one, one, none, none]):
         targets = settled([loss] * len(batches), batches)
         assert targets.counts(none) == (0,)
         assert targets.counts(one) == (1,)
@@ -649,3 +649,22 @@ def test_what_cannot_be_told_is_said_where_it_matters(caplog: pytest.LogCaptureF
         assert not caplog.records
         settled([of_one_sample(lambda t, valid: (t * valid).sum() / len(t))] * 8, [ONE] * 8)
     assert "cannot tell it from" in caplog.text
+
+
+def test_a_loss_that_is_0_at_the_start_says_nothing_of_columns_without_targets():
+    """As a policy's that has not moved yet; a column of one number is no column of labels."""
+
+    def loss(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
+        return scores.sum() * 0
+
+    batch = {"input_ids": IDS, "group": torch.full((3,), -1), "labels": LABELS}
+    targets = settled([loss] * 8, [batch] * 8, own_loss=False)
+    assert targets.rule == LossRule()
+    assert not targets.is_exact
+    assert any(targets.counts(batch))
+
+
+def test_a_column_of_many_negative_numbers_is_no_column_of_labels():
+    batch = {"input_ids": IDS, "labels": LABELS, "offsets": -torch.arange(3000).view(3, -1)}
+    targets = settled([lambda scores, b, told: flat_cross_entropy(scores, b["labels"])], [batch])
+    assert targets.rule == LossRule((Denominator("labels"),))
