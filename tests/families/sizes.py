@@ -77,7 +77,7 @@ _GROUPS: tuple[tuple[Any, str], ...] = (
     (1, "first_k_dense_replace num_adapter_layers num_dense_layers"),
     (1, "decoder_sparse_step encoder_sparse_step"),
     (VOCAB, "vocab_size decoder_vocab_size src_vocab_size tgt_vocab_size audio_vocab_size"),
-    (VOCAB, "vocab_size_per_layer_input entity_vocab_size mel_vocab_size"),
+    (VOCAB, "vocab_size_per_layer_input entity_vocab_size mel_vocab_size unpadded_vocab_size"),
     (HEAD_DIM, "hidden_size_per_layer_input laurel_rank"),
     (
         POSITIONS,
@@ -248,6 +248,8 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     | _LINEAR_AND_FULL,
     "qwen2_vl_text": {"rope_parameters": _MROPE},
     "qwen2_5_vl_text": {"rope_parameters": _MROPE},
+    "hy_v4_vl_vision": {"max_image_size": IMAGE},
+    "hy_v4_vl_text": {"rope_parameters": _MROPE, "qk_rope_head_dim": 8},
     "qwen3_vl_text": {"rope_parameters": _MROPE},
     "qwen3_vl_moe_text": {"rope_parameters": _MROPE},
     "reformer": {
