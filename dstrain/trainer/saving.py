@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ from dstrain.checkpoint import (
     TrainerStateRecord,
     check_readable,
     choose,
-    held_by_one,
     holding,
     load_into,
     place,
@@ -350,11 +348,14 @@ def _with_own_credentials(saved: Mapping[str, Any], callback: Any) -> dict[str, 
     }
 
 
-def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter | None:
-    """The writer of a run's checkpoints; a collective.
+def make_writer(
+    trainer: Trainer, lock: RunLock, *, wanted: bool = False
+) -> CheckpointWriter | None:
+    """Make the writer of a run's checkpoints; a collective.
 
     Args:
         trainer: whose run it is.
+        lock: of the run, on its output folder.
         wanted: make one even where ``save_strategy`` is "no".
 
     Returns:
@@ -376,58 +377,27 @@ def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter |
         stop_on_failure=args.save_failure == "stop",
         layout="deepspeed" if args.checkpoint_format == "deepspeed" else "slices",
     )
-    return CheckpointWriter(policy, trainer.ranks, run_lock(trainer))
+    return CheckpointWriter(policy, trainer.ranks, lock)
 
 
-def run_lock(trainer: Trainer) -> RunLock:
-    """The run's lock on its output folder; a trial of a search has a folder of its own."""
-    folder = Path(trainer.args.output_dir).absolute()
-    if trainer._lock is None or trainer._lock[0] != folder:
-        trainer._lock = (folder, RunLock(folder, on_each_node=trainer.args.save_on_each_node))
-    return trainer._lock[1]
+def lost_checkpoints(writer: CheckpointWriter | None) -> tuple[tuple[int, ...], bool]:
+    """Return the steps whose checkpoints could not be written, and whether the last one is lost."""
+    if writer is None:
+        return (), False
+    return tuple(sorted(writer.failed)), writer.last in writer.failed
 
 
-@contextlib.contextmanager
-def alone_in_folder(trainer: Trainer) -> Iterator[None]:
-    """Keep other runs out of the output folder inside; a collective of all ranks.
+def missing_text(steps: Sequence[int], *, last_failed: bool) -> str:
+    """Say in a line which checkpoints could not be written; "" for none.
 
-    Raises:
-        CheckpointError: another run is writing there; on every rank.
+    Args:
+        steps: after which they were to be written (``save_failure="continue"``), in order.
+        last_failed: whether the last save of the run is among them.
     """
-    with held_by_one(run_lock(trainer), takes=trainer.args.should_save):
-        yield
-
-
-def keep_folder(trainer: Trainer) -> None:
-    """See to it that the output folder is there for what a run writes last; a collective.
-
-    Raises:
-        CheckpointError: it was moved or removed, and another run has its place; on every rank.
-    """
-    with all_or_none():
-        if trainer.args.should_save:
-            run_lock(trainer).keep()
-
-
-def report_missing(trainer: Trainer, writer: CheckpointWriter | None) -> None:
-    """Say at the end of a run which checkpoints could not be written (``save_failure="continue"``).
-
-    What is missing stays in the trainer, for scripts and for the status of a command.
-    """
-    failed = sorted(writer.failed) if writer is not None else []
-    trainer.missing_checkpoints = tuple(failed)
-    trainer.last_save_failed = bool(failed) and writer is not None and writer.last in failed
-    if failed and trainer.ranks.is_main:
-        logger.error("%s", missing_text(trainer))
-
-
-def missing_text(trainer: Trainer) -> str:
-    """Which checkpoints are missing, in a line; "" for none."""
-    steps = trainer.missing_checkpoints
     if not steps:
         return ""
     shown = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
-    last = ", that of the last save among them" if trainer.last_save_failed else ""
+    last = ", that of the last save among them" if last_failed else ""
     plural = "s" if len(steps) > 1 else ""
     return (
         f"{len(steps)} checkpoint{plural} could not be written (step{plural} {shown}){last}; the "

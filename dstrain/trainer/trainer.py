@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import CheckpointWriter, RunLock, check_there
+from dstrain.checkpoint import CheckpointWriter, RunLock, check_there, held_by_one
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
@@ -271,11 +271,11 @@ class Trainer(
         return output
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
-        with saving.alone_in_folder(self):
+        with self.alone_in_folder():
             return self._train_alone(resume_from_checkpoint)
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None) -> Any:
-        self._writer = saving.make_writer(self)
+        self._writer = saving.make_writer(self, self.run_lock())
         self._memory.start("train")
         self.missing_checkpoints, self.last_save_failed = (), False
         done = False
@@ -296,8 +296,8 @@ class Trainer(
                 self.preempted = loop.preempted
                 if self._writer is not None:
                     self._writer.wait()
-                saving.keep_folder(self)
-                saving.report_missing(self, self._writer)
+                self._check_folder_is_there()
+                self._note_lost_checkpoints()
                 if self.preempted:
                     saving.check_saved(self, self._writer, loop.steps_before)
                 else:
@@ -416,10 +416,47 @@ class Trainer(
         engine = self._engines.training
         assert engine is not None
         if self._writer is None:  # a callback's wish, with save_strategy="no"
-            self._writer = saving.make_writer(self, wanted=True)
+            self._writer = saving.make_writer(self, self.run_lock(), wanted=True)
         assert self._writer is not None
         saving.save(self, engine, self._writer, position)
         self.events("on_save")
+
+    @contextlib.contextmanager
+    def alone_in_folder(self) -> Iterator[None]:
+        """Keep other runs out of the output folder inside the block; a collective of all ranks.
+
+        Raises:
+            CheckpointError: another run is writing there; on every rank.
+        """
+        with held_by_one(self.run_lock(), takes=self.args.should_save):
+            yield
+
+    def run_lock(self) -> RunLock:
+        """Return the lock on the output folder; each trial of a search has a folder of its own."""
+        folder = Path(self.args.output_dir).absolute()
+        if self._lock is None or self._lock[0] != folder:
+            self._lock = (folder, RunLock(folder, on_each_node=self.args.save_on_each_node))
+        return self._lock[1]
+
+    def _check_folder_is_there(self) -> None:
+        """Make the output folder anew where it was moved or removed; a collective.
+
+        Raises:
+            CheckpointError: another run has its place; on every rank.
+        """
+        with all_or_none():
+            if self.args.should_save:
+                self.run_lock().keep()
+
+    def _note_lost_checkpoints(self) -> None:
+        """Keep, for scripts and the status of a command, which checkpoints are missing."""
+        self.missing_checkpoints, self.last_save_failed = saving.lost_checkpoints(self._writer)
+        if self.missing_checkpoints and self.ranks.is_main:
+            logger.error("%s", self.missing_text())
+
+    def missing_text(self) -> str:
+        """Say in a line which checkpoints of the last training are missing; "" for none."""
+        return saving.missing_text(self.missing_checkpoints, last_failed=self.last_save_failed)
 
     def event(self, name: str, **kwargs: Any) -> Any:
         """Tell callbacks of an event; returns the control object."""

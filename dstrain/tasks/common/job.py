@@ -21,7 +21,6 @@ from dstrain.models import check_model_folder, check_writable, told_of_library
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.trainer import Trainer
 from dstrain.trainer.build import resolve_config
-from dstrain.trainer.saving import alone_in_folder, missing_text
 
 logger = get_logger(__name__)
 
@@ -188,7 +187,7 @@ def train_and_report(
     Raises:
         CheckpointError: another run writes into the output folder.
     """
-    with alone_in_folder(trainer):
+    with trainer.alone_in_folder():
         _train_and_report(trainer, figures, show)
     if not trainer.last_save_failed:
         return 0
@@ -220,7 +219,7 @@ def _train_and_report(
             print(f"\n{shown}\n")
         folder = Path(trainer.args.output_dir)
         print(f"model, metrics and loss_curve.png are in {folder}", flush=True)
-        if missing := missing_text(trainer):
+        if missing := trainer.missing_text():
             print(missing, flush=True)
 
 
