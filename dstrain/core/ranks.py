@@ -124,6 +124,48 @@ class PendingSum:
         return self._sum
 
 
+class HostSum:
+    """Adds numbers up over ranks on their hosts, while the devices go on; for one run.
+
+    Its process group is formed when it is first used, and lasts as long as the others do.
+    """
+
+    def __init__(self) -> None:
+        """Form no group yet."""
+        self._group: Any = None
+
+    def begin(self, number: int) -> Callable[[], int]:
+        """Start adding up; a collective of all ranks.
+
+        Returns:
+            what waits for the sum and returns it.
+        """
+        if not is_distributed():
+            return lambda: int(number)
+        import torch
+        import torch.distributed as dist
+
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        total = torch.tensor(int(number))
+        work = dist.all_reduce(total, group=self._group, async_op=True)
+
+        def wait() -> int:
+            work.wait()
+            return int(total)
+
+        return wait
+
+    def close(self) -> None:
+        """Give the group back, if there is one."""
+        import torch.distributed as dist
+
+        if self._group is not None:
+            with contextlib.suppress(ValueError):  # all groups are gone where ranks meet anew
+                dist.destroy_process_group(self._group)
+        self._group = None
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if is_distributed():

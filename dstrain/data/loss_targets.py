@@ -24,6 +24,7 @@ logger = get_logger(__name__)
 _MOST_SHOWN = 24  # of the elements of a row
 _MOST_OPEN = 8  # optimizer steps after which a rule is settled that none of them made clear
 _MOST_WATCHED = 64  # the same where the rules that are left have counted different numbers
+_LOOK_AGAIN = 64  # optimizer steps between two looks at a loss that a user's own code makes
 _SAME_RATIO = 1e-5
 _OWN_CODE = ("transformers.", "liger_kernel.")  # whose losses are what the class says
 
@@ -55,7 +56,9 @@ class LossTargets:
     """Knows what a model's loss is a mean over, and so what a micro-batch weighs.
 
     The first forward passes are watched until one rule is left that explains them. Most often that
-    is the first pass alone; in up to eight steps, several rules may have the same counts.
+    is the first pass alone. Where several are left that have counted the same in each of eight
+    steps (no mask has left anything out so far), one of them is used, and the others are its
+    rivals: the first batch in which they count something else is watched again.
 
     Attributes:
         labels: batch keys that are labels.
@@ -103,6 +106,9 @@ class LossTargets:
         self._num_open = 0
         self._has_calls = False
         self._marks: dict[LossRule, int] = {}
+        self._rivals: tuple[LossRule, ...] = ()
+        self._is_reopened = False  # whether this rank has watched a batch since the rule settled
+        self._is_known_code = known
         self._watched: tuple[LossCalls, dict[str, torch.Tensor]] | None = None
         self._said: set[str] = set()
 
@@ -116,6 +122,7 @@ class LossTargets:
         other._seen, other._watched = _Seen(), None
         other._candidates, other._ratios, other._num_open = None, [], 0
         other._has_calls, other._marks = False, {}
+        other._rivals, other._is_reopened = (), False
         if not self._is_clear:
             other.settled = other.is_exact = False
         return other
@@ -134,6 +141,40 @@ class LossTargets:
             return (0,)
         is_found = self._candidates is not None and len(self.labels) < 2
         return counts if is_found or any(counts) else LossRule().counts(inputs, num_samples)
+
+    @property
+    def has_rivals(self) -> bool:
+        """Whether the rule is used without being the only one left; the same on all ranks."""
+        return bool(self._rivals)
+
+    @property
+    def can_count(self) -> bool:
+        """Whether the batches that this rank has seen can be counted: the rule is settled for them.
+
+        Ranks may differ in it; they agree in ``settle``.
+        """
+        return self.settled and not self._is_reopened
+
+    def is_told_by(self, inputs: Any, num_samples: int | None = None) -> bool:
+        """Return whether a batch can tell the rule from its rivals: they count something else.
+
+        Takes time with the rivals, some ten at most, and waits for no device.
+        """
+        if not self._rivals:
+            return False
+        counts = self.rule.counts(inputs, num_samples)
+        return any(rival.counts(inputs, num_samples) != counts for rival in self._rivals)
+
+    def looks_again_at(self, step: int) -> bool:
+        """Return whether an optimizer step of this run is to be watched, the same on all ranks.
+
+        A loss of a user's own code may change its form during training (a curriculum).
+
+        Args:
+            step: counted from 0 where this run began.
+        """
+        watched = self.settled and self._watches and self._candidates is not None
+        return watched and not self._is_known_code and step % _LOOK_AGAIN == _LOOK_AGAIN - 1
 
     def told(
         self, inputs: Any, num_samples: int | None = None, *, counts: Sequence[int] | None = None
@@ -177,20 +218,27 @@ class LossTargets:
 
     @contextlib.contextmanager
     def watching(
-        self, inputs: Any, num_samples: int | None = None, *, given: Any = None
+        self,
+        inputs: Any,
+        num_samples: int | None = None,
+        *,
+        given: Any = None,
+        again: bool = False,
     ) -> Iterator[list[Any]]:
-        """Watch the forward pass inside the block, unless the rule is settled.
+        """Watch the forward pass inside the block, unless the rule is settled for this batch.
 
         Args:
             inputs: the batch as the loader gave it. What the block changes in it is no matter.
             num_samples: its samples, where they are known.
             given: the batch that the forward pass is given, where it is another one.
+            again: watch it in any case.
 
         Yields:
             a list for the loss that came of the forward pass; left empty, nothing is learned.
         """
         loss: list[Any] = []
-        if self.settled or not self._watches:
+        is_open = not self.settled or again or self.is_told_by(inputs, num_samples)
+        if not is_open or not self._watches:
             yield loss
             self._note_loss(loss)
             return
@@ -203,6 +251,7 @@ class LossTargets:
         finally:
             self._watched = None
         if loss and isinstance(loss[0], torch.Tensor):
+            self._is_reopened = self.settled
             found = None
             if calls.calls:
                 found = self._explain(calls, loss[0], batch, num_samples)
@@ -221,15 +270,22 @@ class LossTargets:
 
         A rank that has seen nothing (it had no sample) goes by what the others have seen. As long
         as several rules explain all batches the best of them counts, and later ones are watched.
+        Where the rule was settled, it is left or confirmed by what has been watched since.
 
         Args:
             ranks: this process among the others.
             final: whether to go by the guess where no rank has seen a loss.
         """
-        if self.settled:
+        if self.settled and self._candidates is None:
             return
         seen, self._seen = gather_objects(self._seen), _Seen()
+        self._is_reopened = False
         clear = [s for s in seen if s.rules is not None]
+        if self.settled:
+            if any(s.used_count for s in seen) or not clear:
+                return
+            if not all(self._explains(s.rules or {}) for s in clear):
+                self._begin_anew(ranks)
         used_count = any(s.used_count for s in seen)
         self._has_calls = self._has_calls or any(s.calls for s in seen)
         if clear:
@@ -242,6 +298,23 @@ class LossTargets:
                 self._go_by_samples(ranks, "could not be told from the first batches")
         elif final or any(s.loss for s in seen):
             self._keep_guess(ranks, "is made without a loss function whose targets can be counted")
+
+    def _explains(self, rules: Mapping[LossRule, int]) -> bool:
+        return any(rule in rules for rule in (self.rule, *self._rivals))
+
+    def _begin_anew(self, ranks: Ranks) -> None:
+        """Forget the rule: neither it nor a rival of it explains a loss that was watched later."""
+        if ranks.is_main:
+            logger.warning(
+                "the loss of %s was %s, and is not any more: how its micro-batches are weighted is "
+                "found out again",
+                self._model,
+                self.rule,
+            )
+        self.rule, self._rivals, self._candidates = self._while_open, (), None
+        self.settled = self.is_exact = False
+        self._marks, self._ratios, self._num_open = {}, [], 0
+        self._said.clear()
 
     def _narrow(self, ranks: Ranks, seen: list[_Seen], *, used_count: bool) -> None:
         """Keep the rules that explain what all ranks have seen, and settle where it is clear."""
@@ -277,6 +350,9 @@ class LossTargets:
         if (is_clear and factor_is_clear) or self._num_open >= longest:
             self._choose(ranks, best, among=() if is_clear else others)
             self._is_clear = is_clear
+            same = [r for r in left if r != best and self._marks[r] == self._marks[best]]
+            self._rivals = () if is_clear else tuple(same)
+            self._candidates = {rule: left[rule] for rule in (best, *self._rivals)}
 
     def _choose(self, ranks: Ranks, rule: LossRule, *, among: Sequence[LossRule] = ()) -> None:
         self.rule = rule
@@ -359,6 +435,7 @@ class LossTargets:
 
     def _go_by_samples(self, ranks: Ranks, why: str) -> None:
         self.rule, self.settled, self._is_clear = LossRule(), True, False
+        self._candidates, self._rivals = None, ()
         if ranks.is_main and self._is_new(why):
             logger.warning(
                 "the loss of %s %s: micro-batches are weighted by their samples, so how a global "

@@ -100,6 +100,7 @@ def evaluate_batches(
     collective: bool = False,
     on_step: Callable[[], None] = lambda: None,
     meet: Callable[[], None] = lambda: None,
+    meet_last: Callable[[], None] = lambda: None,
 ) -> LossTotals:
     """Mean loss over all targets of all ranks; predictions go to ``keep``.
 
@@ -126,6 +127,7 @@ def evaluate_batches(
             alone: the others may wait for it in theirs, where nothing can be told to them.
         on_step: called after each batch.
         meet: called after that on every rank, whatever has failed; ranks may meet in it.
+        meet_last: likewise, once after the last batch and before what is held is counted.
     """
     sums = _PartSums(device)
     num_samples = num_steps = without_loss = 0
@@ -165,6 +167,7 @@ def evaluate_batches(
             uncounted.append((loss, batch))
         if can_count():
             sums.add_all(uncounted, count)
+    meet_last()
     sums.add_all(uncounted, count)
     failed = failure is not None  # after what was sent last
     counts = torch.tensor([num_samples, without_loss, failed], dtype=torch.float64, device=device)

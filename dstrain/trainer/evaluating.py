@@ -239,12 +239,13 @@ class EvaluationHooks(EvalLoaderHooks):
                 device=device_name(),
                 is_sum=lambda: self.targets.rule.is_sum,
                 # What is not settled by then will not be: no more batches than that are held.
-                can_count=lambda: self.targets.settled or self._num_watched >= _MOST_WATCHED,
+                can_count=self._can_count,
                 finish=self._reduced,
                 keep=collector,
                 collective=self.resolved.stage == 3,
                 on_step=lambda: self.events("on_prediction_step", eval_dataloader=dataloader),
                 meet=lambda: self._meet(collector),
+                meet_last=self._settle_rivals,
             )
             if totals.num_samples == 0:
                 raise DataError(
@@ -392,15 +393,27 @@ class EvaluationHooks(EvalLoaderHooks):
 
     def _watching(self, inputs: Any) -> contextlib.AbstractContextManager[list[Any]]:
         """Watch an evaluation's first forward passes for what its loss is a mean over."""
-        watches = self._num_watched < _MOST_WATCHED
+        watches = self._num_watched < _MOST_WATCHED or self.targets.settled
         return self.targets.watching(inputs) if watches else contextlib.nullcontext([])
 
     def _meet(self, collector: Collector | None) -> None:
         """Agree with the other ranks after a batch: on what a target is, and on signals."""
-        if self._num_watched < _MOST_WATCHED:
-            self._num_watched += 1
+        self._num_watched += 1
+        if not self.targets.settled and self._num_watched <= _MOST_WATCHED:
             self.targets.settle(self.ranks, final=False)
+        elif self._num_watched % _MOST_WATCHED == 0:
+            self._settle_rivals()
         self._heed_signals(collector)
+
+    def _settle_rivals(self) -> None:
+        """Agree on what a target is, where later batches may have told; a collective."""
+        if self.targets.has_rivals:
+            self.targets.settle(self.ranks, final=False)
+
+    def _can_count(self) -> bool:
+        """Return whether the batches so far can be counted; others are held until ranks agree."""
+        is_given_up = not self.targets.settled and self._num_watched >= _MOST_WATCHED
+        return self.targets.can_count or is_given_up
 
     def _heed_signals(self, collector: Collector | None) -> None:
         """End the evaluation where a signal ends the training that it is of."""

@@ -12,7 +12,7 @@ import torch
 from dstrain.core.errors import DataError, Problem, TrainingError
 from dstrain.core.log import get_logger
 from dstrain.core.progress import Progress
-from dstrain.core.ranks import Ranks, gather_objects
+from dstrain.core.ranks import HostSum, Ranks, gather_objects
 from dstrain.core.seeds import random_state
 from dstrain.data import (
     AheadHooks,
@@ -77,6 +77,7 @@ class TrainLoop:
     computing: bool = False
     preempted: bool = False
     place: Place = field(default_factory=Place)
+    _host_sum: HostSum = field(default_factory=HostSum)
     _saved_step: int = -1
     _last: tuple[StepOutcome, float] | None = None
     _random_ahead: dict[str, Any] | None = None
@@ -105,6 +106,7 @@ class TrainLoop:
     def change(self, engine: Engine, loader: Any, *, accumulation: int) -> None:
         """Let another engine do again the step that broke off, with other micro-batches."""
         self.engine, self.loader = engine, loader
+        self._host_sum = HostSum()  # the groups of before are gone
         self.plan = replace(self.plan, accumulation=accumulation)
 
     def go_on(self) -> None:
@@ -119,6 +121,7 @@ class TrainLoop:
                 break
             self.progress = self.progress.next_epoch()
             inside = False
+        self._host_sum.close()
         self.hooks.store_flos()
         self._note(self._meter.read())
 
@@ -238,8 +241,15 @@ class TrainLoop:
         """One optimizer step over a window of micro-batches."""
         self.place.enter("before its first micro-batch", in_step=True)
         self.hooks.event("on_step_begin")
+        looks_again = self.targets.looks_again_at(self.progress.step - self.steps_before)
+        self.micro_step.looks_again = looks_again
         self.micro_step.weights = weights = WindowWeights(
-            self.targets, window.micro_batches, self.ranks, device=device_name()
+            self.targets,
+            window.micro_batches,
+            self.ranks,
+            device=device_name(),
+            host_sum=self._host_sum,
+            looks_again=looks_again,
         )
         losses: list[torch.Tensor] = []
         tokens = 0
@@ -252,7 +262,7 @@ class TrainLoop:
             tokens += 0 if micro_batch.masked else self.count_tokens(micro_batch.inputs)
             if not last:
                 self.hooks.event("on_substep_end")
-        self.micro_step.weights = None
+        self.micro_step.weights, self.micro_step.looks_again = None, False
         if not self._has_seen_targets:
             self._look_for_targets(window, weights)
         if self.agree is not None:
@@ -297,12 +307,7 @@ class TrainLoop:
         """Run one micro-batch; returns its mean loss, or the parts of one that has several."""
         step, inputs = self.micro_step, micro_batch.inputs
         assert step.weights is not None
-        if self.targets.settled:
-            counts = step.weights.counts[index]
-        elif micro_batch.masked:
-            counts = (0,)
-        else:
-            counts = self.targets.counts(inputs, micro_batch.num_samples)
+        counts = step.weights.expected(index)
         if not any(counts):
             inputs = self.targets.without_ignored(inputs)
         step.index, step.last, step.parts = index, last, None

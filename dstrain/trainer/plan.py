@@ -90,6 +90,8 @@ class MicroStep:
         num_samples: samples of the micro-batch, where they are known.
         inputs: the micro-batch as the loader gave it, in which targets are counted.
         parts: the parts of the loss of the micro-batch that was trained last, where it has several.
+        looks_again: whether the first forward pass of the step is watched, though the rule of the
+            loss is settled.
     """
 
     weights: WindowWeights | None = None
@@ -98,3 +100,4 @@ class MicroStep:
     num_samples: int | None = None
     inputs: Any = None
     parts: torch.Tensor | None = None
+    looks_again: bool = False

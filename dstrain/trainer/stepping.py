@@ -114,7 +114,9 @@ class StepHooks:
         with (
             self._computing_loss(inputs),
             self.compute_loss_context_manager(),
-            self.targets.watching(loaded, step.num_samples, given=inputs) as seen,
+            self.targets.watching(
+                loaded, step.num_samples, given=inputs, again=step.looks_again and step.index == 0
+            ) as seen,
         ):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             check_loss(loss, self.compute_loss_func or type(self).compute_loss)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from dstrain.core.ranks import PendingSum, Ranks
+from dstrain.core.ranks import HostSum, PendingSum, Ranks
 from dstrain.data import LossTargets, MicroBatch
 
 
 class WindowWeights:
     """Weighs the micro-batches of one rank by their targets among those of the global batch.
 
-    Targets are counted before the first forward pass, and added up over ranks while it runs. Only
-    at the begin of a run are they counted after it: what a target is, is read off it.
+    Targets are counted before the first forward pass, and added up over ranks while it runs. They
+    are counted after it, again, where it shows what a target is: at the begin of a run, and later
+    where the batch of a rank tells the rule from others that have counted the same until then.
     """
 
     def __init__(
@@ -25,25 +26,58 @@ class WindowWeights:
         ranks: Ranks,
         *,
         device: Any,
+        host_sum: HostSum | None = None,
+        looks_again: bool = False,
     ) -> None:
-        """Begin to count, if the rule is settled; a collective of all ranks."""
+        """Begin to count, if the rule is settled; a collective of all ranks.
+
+        Args:
+            targets: what a target is.
+            micro_batches: of this rank.
+            ranks: this process among the others.
+            device: where to add up.
+            host_sum: adds up on the hosts, so that no device is waited for.
+            looks_again: whether this step's first forward pass is watched on all ranks.
+        """
         self._targets = targets
         self._micro_batches = micro_batches
         self._ranks = ranks
         self._device = device
         self._counts: list[tuple[int, ...]] | None = None
         self._pending: PendingSum | None = None
-        if targets.settled:
-            self._count()
+        self._must_agree = looks_again
+        self._question: Callable[[], int] | None = None
+        if not targets.settled:
+            return
+        self._count()
+        if targets.has_rivals and host_sum is not None:
+            tells = any(
+                targets.is_told_by(m.inputs, m.num_samples) for m in micro_batches if not m.masked
+            )
+            self._question = host_sum.begin(not targets.can_count or tells)
 
     @property
     def counts(self) -> list[tuple[int, ...]]:
         """Targets of each micro-batch, for each part of its loss; a collective the first time."""
-        if self._counts is None:
+        asked, self._question = self._question, None
+        is_told = asked is not None and asked() > 0
+        if self._counts is None or is_told or self._must_agree:
+            self._must_agree = False
             self._targets.settle(self._ranks, final=True)
+            if self._pending is not None:
+                self._pending.get()
             self._count()
         assert self._counts is not None
         return self._counts
+
+    def expected(self, index: int) -> tuple[int, ...]:
+        """Return the targets of a micro-batch by what is known before its forward pass."""
+        if self._counts is not None:
+            return self._counts[index]
+        micro_batch = self._micro_batches[index]
+        if micro_batch.masked:
+            return (0,)
+        return self._targets.counts(micro_batch.inputs, micro_batch.num_samples)
 
     @property
     def totals(self) -> Any:
