@@ -58,8 +58,6 @@ def is_secret_name(name: str) -> bool:
 
     Of ``comet.api_key`` the words ``api`` and ``key`` count; capital letters part words too, as in
     ``apiKey``.
-
-    Also where its words are not parted by anything but capital letters: ``apiKey``.
     """
     return _is_always_secret(name) or _is_token(name)
 

@@ -15,7 +15,7 @@ from dstrain.data.resumable import Resumable
 
 
 class Dispatched(IterableDataset[Any]):
-    """For a source that only one rank can read, or that gives every reader something else.
+    """A stream for sources that only one rank can read, or that give every reader something else.
 
     All ranks must iterate in step, in the training process: each block of samples is a collective.
     """
@@ -41,11 +41,11 @@ class Dispatched(IterableDataset[Any]):
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def __len__(self) -> int:
-        """What the source says, which on other ranks than the main one is another's."""
+        """Return the length that this rank's source reports; the main rank's is the right one."""
         return len(self._source)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the source, in whichever way it can be told."""
+        """Tell the source its epoch, by its ``set_epoch`` or its generator."""
         generator = getattr(self._source, "generator", None)
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
@@ -53,7 +53,7 @@ class Dispatched(IterableDataset[Any]):
             generator.manual_seed(epoch)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The source's state, on the main rank; None where it cannot tell, or is further on."""
+        """Return the source's state, on the main rank alone; None where it is not known exactly."""
         return None if self._resumable is None or self._ahead else self._resumable.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
@@ -63,7 +63,7 @@ class Dispatched(IterableDataset[Any]):
         return self._begins_inside
 
     def __iter__(self) -> Iterator[Any]:
-        """The source's samples, on every rank.
+        """Yield the source's samples, on every rank.
 
         Raises:
             DataError: the source failed; on all ranks.
