@@ -149,7 +149,7 @@ class RankBatchSampler:
 
     @property
     def remaining(self) -> int:
-        """Samples over all ranks from ``start`` to the end of the epoch, dropped ones excluded."""
+        """Return the samples over all ranks from ``start`` to the epoch's end, but for dropped."""
         left = max(0, self.order.num_samples - self.start)
         return left - left % self.topology.chunk if self.drop_last else left
 

@@ -74,7 +74,7 @@ class Lockstep:
         self._has_told = False
 
     def close(self) -> None:
-        """Watch no more, and give DeepSpeed its functions back; no rank waits for another."""
+        """Stop watching, and give DeepSpeed its functions back; no rank waits for another."""
         import torch.distributed as dist
 
         if self._coordinator is None:

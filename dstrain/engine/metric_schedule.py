@@ -24,12 +24,12 @@ class MetricSchedule:
             self.schedule.step(metric, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Its rates, its state, ..."""
+        """Return an attribute of the schedule: its rates, its state, ..."""
         return getattr(self.schedule, name)
 
 
 def guarded(schedule: Any) -> Any:
-    """A schedule, or a function that makes one, safe for an engine to step."""
+    """Return a schedule, or a function that makes one, in a form that an engine can step."""
     if schedule is None:
         return None
     if callable(schedule):
@@ -38,7 +38,7 @@ def guarded(schedule: Any) -> Any:
 
 
 def _needs_metric(schedule: Any) -> bool:
-    """Whether ``step`` has an argument that must be given."""
+    """Tell whether ``step`` has an argument that must be given."""
     if isinstance(schedule, MetricSchedule) or not hasattr(schedule, "step"):
         return False
     try:

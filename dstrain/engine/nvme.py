@@ -13,7 +13,7 @@ _SECTIONS = ("offload_optimizer", "offload_param")
 
 
 def nvme_folders(resolved: ResolvedConfig) -> dict[str, Path]:
-    """Folder by key, of what is offloaded to disk."""
+    """Return the folder of each thing that is offloaded to disk, by its config key."""
     folders = {}
     for name in _SECTIONS:
         section = f"zero_optimization.{name}"

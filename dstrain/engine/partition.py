@@ -34,7 +34,7 @@ class Partitioner:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """Return the device on which this rank computes."""
         device: torch.device = self._init.local_device
         return device
 
@@ -124,7 +124,7 @@ def with_full_shapes(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]
 
 
 def is_whole(parameter: Any) -> bool:
-    """Return whether this rank has all values of a parameter at this moment."""
+    """Tell whether this rank has all values of a parameter at this moment."""
     return not is_partitioned(parameter) or parameter.ds_status.name == "AVAILABLE"
 
 

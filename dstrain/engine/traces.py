@@ -1,4 +1,4 @@
-"""What DeepSpeed leaves on a module and its parameters, and taking it away.
+"""What DeepSpeed leaves on a module and its parameters, and how to remove it.
 
 An engine ties its buffers to parameters and modules by attributes and hooks. ``destroy`` of
 DeepSpeed 0.19.8 removes a few of them; the rest would keep its memory, break copying and pickling,
@@ -54,7 +54,7 @@ _HOOKS = {
 
 
 def leaves_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that somebody has marked as leaves of stage 3."""
+    """Return the modules that somebody has marked as leaves of stage 3."""
     return [m for m in module.modules() if _LEAF in vars(m)]
 
 
@@ -89,7 +89,7 @@ def untie(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module]) -> None
 
 
 def _remove_hooks(hooks: dict[int, Any]) -> list[int]:
-    """Remove those that are functions of DeepSpeed's; their keys."""
+    """Remove hooks that are functions of DeepSpeed's, and return their keys."""
     found = [k for k, hook in hooks.items() if _module_of(hook).startswith("deepspeed.")]
     for key in found:
         del hooks[key]

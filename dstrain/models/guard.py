@@ -82,7 +82,7 @@ def guard_partitioned(
 
 
 def release_guard(model: Any) -> None:
-    """Take the guard of a model away that is whole again."""
+    """Remove the guard of a model that is whole again."""
     for step in vars(model).pop(_UNDO, ()):
         step()
 
@@ -187,5 +187,5 @@ def _in_parts(what: str, remedy: str) -> ModelError:
 
 
 def _is_in_parts(module: torch.nn.Module) -> bool:
-    """Whether a parameter is partitioned, and not gathered at this moment."""
+    """Tell whether a parameter is partitioned, and not gathered at this moment."""
     return any(p.numel() != full_numel(p) for p in module.parameters())
