@@ -126,7 +126,7 @@ class FeatureArguments:
             super().__setattr__(twin, value)
 
     def _join_twins(self) -> None:
-        """Let the two names of a field read the same; the newer one wins, as in transformers.
+        """Make the two names of a field read the same; the newer one wins, as in transformers.
 
         The newer one stays None where nothing is turned on, so that a copy of these arguments which
         turns it on by the older name (``dataclasses.replace``) does so.

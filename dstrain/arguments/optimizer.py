@@ -168,7 +168,7 @@ class OptimizerArguments:
         return dict(self.lr_scheduler_kwargs or {})
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Warm-up steps of a run of ``num_training_steps``: the count, or the share rounded up."""
+        """Return the warm-up steps of a run of that length: the count, or the share rounded up."""
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         return math.ceil(num_training_steps * (self.warmup_steps or self.warmup_ratio))

@@ -23,7 +23,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be to count as unchanged.
+    """The size and checksum that a file must have to count as unchanged.
 
     Attributes:
         size: in bytes.
@@ -44,7 +44,7 @@ class DurableFile:
         self._size = 0
 
     def write(self, data: Any) -> None:
-        """Append bytes, or anything that exposes them; large ones without a copy."""
+        """Append bytes, or any buffer; large ones without a copy."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _CHUNK_BYTES):
             chunk = view[start : start + _CHUNK_BYTES]

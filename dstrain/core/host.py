@@ -1,4 +1,4 @@
-"""How much memory this machine has left."""
+"""The memory that this machine has left."""
 
 from __future__ import annotations
 

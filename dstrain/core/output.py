@@ -1,4 +1,4 @@
-"""What is printed while a model trains: output that cannot be written is dropped.
+"""Output that is printed while a model trains, and dropped where it cannot be written.
 
 `... | head` closes a pipe, a terminal goes away, the disk of a log fills up: none of it is a reason
 to lose a run. Python would raise in whatever line prints next, in a callback or a progress bar.

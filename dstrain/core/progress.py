@@ -1,4 +1,4 @@
-"""How far a run is, as a value."""
+"""The progress of a run, as a value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and the few collectives that need no engine."""
+"""This process among the ranks, and the few collectives that need no engine."""
 
 from __future__ import annotations
 

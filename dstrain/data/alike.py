@@ -137,7 +137,7 @@ def second_look(
     group: Any = None,
     waits: bool = False,
 ) -> Verdict | None:
-    """Tell noise from other data where the same samples differ between ranks; a collective.
+    """Find out whether samples that differ between ranks are noisy or other data; a collective.
 
     Samples are read again, twice. What is not the same both times on all ranks is noise; of the
     rest the main rank's look is sent to all, and each rank tells what it makes of the differences.
@@ -275,7 +275,7 @@ def _of_array(array: np.ndarray) -> Part:
 
 
 def _differ_mostly(mine: Look, theirs: Look) -> Finding | None:
-    """Find a field that differs in more than half of the samples, if noise in some is no reason.
+    """Find a field that differs in more than half of the samples, unless noise may be the reason.
 
     Noise it is where samples after the first that differs are the same again.
     """

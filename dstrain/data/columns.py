@@ -1,4 +1,4 @@
-"""Which columns of a dataset the model takes, and which of them are labels."""
+"""The columns of a dataset that the model takes, and those of them that are labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where looks at the samples of two ranks differ, and whether the samples may still be the same.
+"""The places where looks at samples of two ranks differ, and whether samples may be the same.
 
 Ranks that augment some samples, each with a seed of its own, differ in the same way in each
 reading, as parts of a split stream do. Two things tell them from parts: a label or an id stays the

@@ -57,7 +57,7 @@ class Dispatched(IterableDataset[Any]):
         return None if self._resumable is None or self._ahead else self._resumable.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Let the next iteration begin at ``state``; a collective, false where it cannot."""
+        """Begin the next iteration at ``state``, or return False; a collective."""
         loaded = self._resumable is not None and self._resumable.load(state)
         self._begins_inside = broadcast_object(loaded, group=self._group)
         return self._begins_inside

@@ -42,7 +42,7 @@ _ROUNDED_MUCH = 0.5
 
 
 class InputFormats:
-    """Casts what a model computes with to its format, and leaves labels as the data has them.
+    """A cast of a batch's inputs to the model's format, which leaves labels as the data has them.
 
     Layers in 16 bits take inputs in 16 bits only, so floats are cast, whatever their name. A label
     is compared with what the model returns: rounded to 16 bits it would be another label, and the

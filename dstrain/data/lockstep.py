@@ -35,7 +35,7 @@ class LocalSteps:
         return next(self._steps, None)
 
     def check_end(self) -> None:
-        """Check that ranks end together; called after the last window, and one that is shorter."""
+        """Check that ranks end together; called before a shorter window, and after the last."""
 
     def close(self) -> None:
         """Release what was taken for this epoch."""

@@ -30,7 +30,7 @@ _OWN_CODE = ("transformers.", "liger_kernel.")  # whose losses are what the clas
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a rank has seen in the forward passes that it watched since ranks agreed last.
+    """The findings of a rank in the forward passes that it watched since ranks agreed last.
 
     Attributes:
         loss: whether there was a loss.

@@ -22,7 +22,7 @@ POOL_SAMPLES = 8192
 
 @dataclass(frozen=True)
 class Topology:
-    """How a global batch is spread.
+    """The spread of a global batch over ranks and micro-steps.
 
     Attributes:
         micro_batch: samples per rank and micro-step.
@@ -149,7 +149,7 @@ class RankBatchSampler:
 
     @property
     def remaining(self) -> int:
-        """Return the samples over all ranks from ``start`` to the epoch's end, but for dropped."""
+        """Return the samples over all ranks from ``start`` to the epoch's end that will be used."""
         left = max(0, self.order.num_samples - self.start)
         return left - left % self.topology.chunk if self.drop_last else left
 

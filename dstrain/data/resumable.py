@@ -70,7 +70,7 @@ class Resumable:
         return None if state is None else {"kind": self._kind, "state": copy.deepcopy(state)}
 
     def load(self, state: dict[str, Any]) -> bool:
-        """Let the next iteration begin at ``state``; false where that is of another stream.
+        """Begin the next iteration at ``state``; return False if it is of another stream.
 
         Raises:
             CheckpointError: the stream cannot take up that state.

@@ -182,7 +182,7 @@ def _gathered(mine: _Facts, what: str) -> Sequence[_Facts]:
 
 
 def _check_shares(told: Sequence[tuple[int, int] | None], what: str) -> None:
-    """Refuse parts that are not one for each rank."""
+    """Refuse data that was split into other parts than one for each rank."""
     if not any(told):
         return
     if {share for share in told if share is not None} == {(r, len(told)) for r in range(len(told))}:

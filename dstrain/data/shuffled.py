@@ -25,7 +25,7 @@ from dstrain.core.errors import DataError, Problem
 
 
 class ShuffledInRounds(BufferShuffledExamplesIterable):
-    """Gives rows in the order of the step of ``datasets`` whose place it takes."""
+    """A step that gives rows in the order of the step of ``datasets`` whose place it takes."""
 
     def _init_state_dict(self) -> dict[str, Any]:
         """Return the state of the beginning; outer steps change it before an iteration."""

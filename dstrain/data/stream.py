@@ -83,7 +83,7 @@ def _as_in_main_process() -> Iterator[None]:
 
 
 def _whole(source: Iterable[Any]) -> Iterator[Any]:
-    """Iterate in a loader process as in a process without any.
+    """Yield a stream's samples in a loader process as in the training process.
 
     A stream that asks torch for its worker keeps a share of the samples (the pattern in torch's
     documentation); every n-th micro-batch of a share would lose the rest.
@@ -165,7 +165,7 @@ class RankStream(IterableDataset[Any]):
         return self.topology.world_size if self.split else 1
 
     def num_steps(self) -> int | None:
-        """Return the micro-steps of an epoch by what sources say; None where one says nothing."""
+        """Return the micro-steps of an epoch by stated lengths; None where a length is missing."""
         lengths = [length for length in self.lengths if length is not None]
         if len(lengths) < len(self.lengths):
             return None
@@ -353,7 +353,7 @@ class RankStream(IterableDataset[Any]):
         return None if self._resumable is None else self._resumable.state()
 
     def _load(self, epoch: int, start: int) -> bool:
-        """Let the source begin at the position that a checkpoint has, if it has this one."""
+        """Begin the source at a checkpoint's position, if that is for this epoch and start."""
         if self._begin is None or self._resumable is None or self._begin[:2] != (epoch, start):
             return False  # loader processes that outlive an epoch still hold the first one's
         return self._resumable.load(self._begin[2])

@@ -23,7 +23,7 @@ def input_tokens(inputs: Any, main_input: str = "input_ids") -> int:
 
 
 class TokenCount:
-    """Counts the input tokens of batches that are still in host memory."""
+    """A count of the input tokens of batches that are still in host memory."""
 
     def __init__(
         self,

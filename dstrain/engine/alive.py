@@ -56,7 +56,7 @@ def let_orphans_go() -> None:
 
 
 def make_way(module: torch.nn.Module) -> None:
-    """Let all engines go that hold parameters of ``module``; whoever owns one is told.
+    """Release ``module`` from all engines that hold its parameters, and tell their owners.
 
     Raises:
         TrainingError: one of them is in the middle of a training.

@@ -88,7 +88,7 @@ class Buffers:
         }
 
     def after_micro_batches(self) -> None:
-        """Send what changes, at the end of a global batch; a collective of all ranks.
+        """Send buffers that change, at the end of a global batch; a collective of all ranks.
 
         What changes is found out at the first step, which waits for the device anyway, and again
         before evaluations and checkpoints. A buffer that takes another form on some rank in between

@@ -260,14 +260,14 @@ class Engine:
         )
 
     def hand_over(self) -> None:
-        """Let go of the module for another engine; the owner, if it still exists, is told."""
+        """Release the module for another engine, and tell the owner if it still exists."""
         close = None if self.owner is None else self.owner()
         if close is not None:
             close()
         self.destroy()
 
     def destroy(self) -> None:
-        """Let go of DeepSpeed's buffers and hooks; the module keeps its weights.
+        """Release DeepSpeed's buffers and hooks; the module keeps its weights.
 
         A partitioned module stays partitioned and can be given to a new engine. No rank waits for
         another.

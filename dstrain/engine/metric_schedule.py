@@ -7,7 +7,7 @@ from typing import Any
 
 
 class MetricSchedule:
-    """Keeps DeepSpeed from stepping such a schedule after every optimizer step.
+    """A wrapper that keeps DeepSpeed from stepping such a schedule after every optimizer step.
 
     DeepSpeed 0.19.8 calls ``step()``, and where that needs an argument ``step(train_batch_size)``
     (engine.py, ``_take_model_step``): the batch size would pass for the metric. Everything else is
@@ -19,7 +19,7 @@ class MetricSchedule:
         self.schedule = schedule
 
     def step(self, metric: float | None = None, **kwargs: Any) -> None:
-        """Follow a metric; without one nothing happens."""
+        """Step by a metric; without one do nothing."""
         if metric is not None:
             self.schedule.step(metric, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What NVMe offload needs, looked at before a model is built: the folder, and DeepSpeed's op."""
+"""The needs of NVMe offload, checked before a model is built: the folder, and DeepSpeed's op."""
 
 from __future__ import annotations
 

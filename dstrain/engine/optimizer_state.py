@@ -170,7 +170,7 @@ def set_group_values(
     *,
     instead: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Put back what ``group_values`` gave; what all saved groups share fits any number of them.
+    """Restore what ``group_values`` returned; values equal in all saved groups fit any number.
 
     Args:
         optimizer: whose groups.
@@ -210,7 +210,7 @@ def set_group_values(
 
 
 def check_number_of_groups(count: int, saved: list[dict[str, Any]]) -> None:
-    """See to it that saved groups are as many as this run has, or alike.
+    """Check that saved groups are as many as this run has, or alike.
 
     Raises:
         CheckpointError: they are not.

@@ -195,7 +195,7 @@ def group_of(engine_optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, 
 
 
 class _NoAdagrad:
-    """Stands for Adagrad while DeepSpeed asks whether an optimizer is one."""
+    """A stand-in for Adagrad's class while DeepSpeed asks whether an optimizer is one."""
 
 
 class _AdagradState(dict[Any, Any]):

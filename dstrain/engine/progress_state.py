@@ -122,7 +122,7 @@ def _write_groups(engine: Engine, saved: dict[str, Any]) -> None:
 def _take_up(
     schedule: Any, groups: list[dict[str, Any]], saved: dict[str, Any], engine: Engine
 ) -> tuple[str, ...]:
-    """Put the schedule where the saved run stood; the entries of groups that are this run's."""
+    """Put the schedule where the saved run stood, and return the group entries that it sets."""
     count = len(groups)
     begun = saved.get("begun")  # older checkpoints and imported ones have none
     if begun is not None and begun["schedule"] is not None:

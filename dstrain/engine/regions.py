@@ -1,4 +1,4 @@
-"""Where this rank's master weights and optimizer state lie, parameter by parameter.
+"""The places of this rank's master weights and optimizer state, parameter by parameter.
 
 DeepSpeed keeps master weights in flat tensors, cut in another way by every wrapper of the
 optimizer. A ``Region`` says where in such a tensor a run of one parameter lies, so that the rest of

@@ -1,4 +1,4 @@
-"""What transformers and torch are told while models are partitioned, and the end of that."""
+"""Telling transformers and torch that models are partitioned, and undoing it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class StageTold:
 
 
 class ZeroThreeMark(StageTold):
-    """Lets transformers build models by a resolved config; to be closed when they are built."""
+    """A registration for transformers to build models by a resolved config; close it afterwards."""
 
     def __init__(self, resolved: ResolvedConfig) -> None:
         """Register with transformers when the stage is 3, unregister otherwise."""

@@ -95,7 +95,7 @@ class Regroup:
         return True
 
     def leave(self) -> None:
-        """Give all process groups up, and get out those who wait for this rank in one."""
+        """Give all process groups up, and free the ranks that wait for this one in a collective."""
         if not self._many:
             return
         import torch.distributed as dist

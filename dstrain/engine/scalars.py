@@ -48,7 +48,7 @@ def clip_scalars_too(engine: Any) -> None:
 
 
 class _ScalarsAsBytes(TorchFunctionMode):
-    """Gives ``view(dtype)`` of a tensor of shape () one dimension."""
+    """A torch mode that gives ``view(dtype)`` of a tensor of shape () one dimension."""
 
     def __torch_function__(
         self,

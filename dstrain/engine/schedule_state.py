@@ -114,7 +114,7 @@ def _check_attributes(schedule: LRScheduler, state: Any) -> None:
 
 
 def _same_kind(here: Any, there: Any, *, strict: bool) -> bool:
-    """Return whether one value of a schedule's state can stand for the other.
+    """Tell whether one value of a schedule's state can be put in the place of another.
 
     Args:
         here: of this run.
@@ -173,7 +173,7 @@ def _step_count(value: Any, *, first: int) -> int:
 
 
 def unchanged_in_training(saved: Any, begun: Any) -> bool:
-    """Return whether a saved value is what it was before the first step: what an argument said."""
+    """Tell whether a saved value is what it was before the first step, as an argument set it."""
     return _plain(saved) == _plain(begun)
 
 
@@ -265,7 +265,7 @@ def _follows_metric(state: Mapping[str, Any]) -> bool:
 
 
 def _step_through(schedule: Any, num_steps: int) -> None:
-    """Step a schedule as often as the saved run has; one that was begun elsewhere only the rest."""
+    """Step a schedule until it has taken as many steps as the saved run's."""
     with warnings.catch_warnings():
         # The optimizer's steps were those of the saved run.
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*", category=UserWarning)
@@ -274,7 +274,7 @@ def _step_through(schedule: Any, num_steps: int) -> None:
 
 
 def _arguments_changed(state: Any, before: Any, fresh: Any) -> bool:
-    """Return whether a part of the state that training leaves alone is another one in this run."""
+    """Tell whether values of the state that training did not change differ in this run."""
     if before is None:
         return False
     saved, begun, now = (dict(_leaves(part)) for part in (state, before, fresh))

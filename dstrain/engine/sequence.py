@@ -151,7 +151,7 @@ class GradientSequence(abc.ABC):
         self._next = 0
 
     def _agree(self, loss: torch.Tensor) -> None:
-        """Take the order of the main rank's backward pass; bytes in proportion to parameters."""
+        """Adopt the order of the main rank's backward pass; sends a number per parameter."""
         import torch.distributed as dist
 
         self._has_order = True
@@ -322,7 +322,7 @@ class _OfStage3(GradientSequence):
 
 
 def _do_nothing() -> None:
-    """Do nothing before the end."""
+    """Do nothing at the end of a backward pass."""
 
 
 def _wait_for(stream: Any, parameter: Any) -> None:

@@ -19,7 +19,7 @@ import torch
 
 
 class StageZeroRepair:
-    """Keeps one such optimizer right; made once per engine, asked around every step."""
+    """The repair of one such optimizer; made once per engine, asked around every step."""
 
     def __init__(self, optimizer: Any) -> None:
         """Undo the phantom step and take over the updates of the loss scale."""

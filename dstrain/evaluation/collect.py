@@ -39,7 +39,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class Keeping:
-    """How much of what a model predicts is kept, where, and for how long.
+    """The choice which predictions are kept, where, and for how long.
 
     Attributes:
         keep: keep predictions of all batches; False only shows each batch to ``on_batch``.
@@ -93,7 +93,7 @@ class Collector:
         self._heap = Heap()
 
     def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
-        """Take what one forward pass gave; nothing after ``fail``.
+        """Keep the results of one forward pass; do nothing after ``fail``.
 
         Raises:
             DataError: it cannot be joined with what other ranks or batches gave; on all ranks.
@@ -170,7 +170,7 @@ class Collector:
         return Collected(**dict(zip(_PARTS, parts, strict=True)))
 
     def _send(self, batch: EvalBatch, prediction: Prediction | None) -> None:
-        """Send one batch to rank 0, or raise on all ranks what kept one of them from it."""
+        """Send one batch to rank 0, or raise on all ranks the error that keeps a rank from it."""
         leaves: list[Any] = []
         failed = self._failure
         if prediction is not None:

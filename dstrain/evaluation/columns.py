@@ -58,7 +58,7 @@ class Column:
         self.memory_bytes = 0
 
     def add(self, block: np.ndarray) -> None:
-        """Append a copy of a block; an empty one tells format and width where there is no other."""
+        """Append a copy of a block; an empty block sets format and width if it is the only one."""
         self._dtype = block.dtype
         self._shapes.append(block.shape)
         if self._file is None:
@@ -72,7 +72,7 @@ class Column:
         self._ends.append(len(self._shapes))
 
     def spill(self, folder: Path) -> None:
-        """Move what is in memory to a file, and all that comes after."""
+        """Move the rows in memory to a file; later rows go there too."""
         self._file = _unnamed_file(folder)
         for block in self._blocks:
             _write(self._file, block)

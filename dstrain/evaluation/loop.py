@@ -71,7 +71,7 @@ class Keeper(Protocol):
     """The receiver of predictions."""
 
     def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
-        """Take what came of a batch; a collective of all ranks now and then.
+        """Keep a batch's results; some of the calls are collectives of all ranks.
 
         Nothing comes of those after ``fail``.
         """
@@ -184,7 +184,7 @@ _MOST_PARTS = 2
 
 
 class _PartSums:
-    """Adds up losses x targets, and targets, for each part of the loss."""
+    """Sums of losses x targets, and of targets, for each part of the loss."""
 
     def __init__(self, device: Any) -> None:
         self._losses = torch.zeros(_MOST_PARTS, dtype=torch.float64, device=device)

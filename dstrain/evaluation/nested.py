@@ -1,4 +1,4 @@
-"""What models return: tensors in tuples, lists and dicts of any depth, taken apart and put back."""
+"""The outputs of models: tensors in tuples, lists and dicts of any depth, taken apart and back."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def _in_place_of(original: Callable[..., Any], step: Callable[..., Any]) -> Call
 
 @contextlib.contextmanager
 def in_context_of_zero(initialize: Callable[..., Any]) -> Iterator[None]:
-    """Build inside without a context of DeepSpeed of transformers' own, although stage 3 is on.
+    """Keep transformers from opening its own DeepSpeed context inside, although stage 3 is on.
 
     Args:
         initialize: called in the place of each of torch's functions that fill a tensor with first

@@ -98,7 +98,7 @@ def groups_of(module: torch.nn.Module) -> list[Group]:
 
 
 def unsaved_remark(module: torch.nn.Module) -> str | None:
-    """Say what of a module's ``state_dict`` the files of a saved model have no place for.
+    """Say which entries of a module's ``state_dict`` the files of a saved model cannot hold.
 
     ``save_pretrained`` breaks off there with an AttributeError.
 
@@ -125,7 +125,7 @@ def remark_on(names: Sequence[str]) -> str | None:
 
 
 def weights_not_in_files(module: torch.nn.Module) -> list[str]:
-    """Find trained parameters that a saved model has in no form that could be read back alone.
+    """Find trained parameters that the files of a saved model would not hold.
 
     Hooks of the module have put another tensor into its ``state_dict``, or left the parameter out.
 

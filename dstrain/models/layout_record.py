@@ -77,7 +77,7 @@ def recorded_layout(
 
 
 def _untie(module: torch.nn.Module, parameters: Mapping[str, Any]) -> None:
-    """Give parameters of their own to names that had them, although the config ties them."""
+    """Untie names that had parameters of their own in the saved model, whatever the config says."""
     first = {id(p): name for name, p in module.named_parameters()}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if name in parameters and first[id(parameter)] != name:

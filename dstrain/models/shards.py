@@ -1,4 +1,4 @@
-"""How the saved tensors of a model are dealt out to files, and made of the model's own tensors."""
+"""The distribution of a model's saved tensors over files, and their making from its own tensors."""
 
 from __future__ import annotations
 

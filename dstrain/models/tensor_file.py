@@ -124,7 +124,7 @@ def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class _Entry:
-    """What a header says of one tensor."""
+    """A header's entry for one tensor."""
 
     dtype: Text
     shape: Shape
@@ -137,7 +137,7 @@ _Metadata: Any = Mapping[Text, Text]
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in a file, from its first byte on."""
+    """The place of a tensor in a file, from its first byte on."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
