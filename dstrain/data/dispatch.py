@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PATIENCE, broadcast_object, is_distributed
-from dstrain.data.resumable import Resumable
+from dstrain.data.resumable import Resumable, tell_epoch
 
 
 class Dispatched(IterableDataset[Any]):
@@ -46,11 +45,7 @@ class Dispatched(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the source its epoch, by its ``set_epoch`` or its generator."""
-        generator = getattr(self._source, "generator", None)
-        if hasattr(self._source, "set_epoch"):
-            self._source.set_epoch(epoch)
-        elif isinstance(generator, torch.Generator):
-            generator.manual_seed(epoch)
+        tell_epoch(self._source, epoch)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the source's state, on the main rank alone; None where it is not known exactly."""

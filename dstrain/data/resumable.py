@@ -1,4 +1,4 @@
-"""Streams that can tell where they are, and begin there: nothing that was used is read again."""
+"""Streams that can tell their position and begin there: nothing that was used is read again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 import inspect
 from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from dstrain.core.errors import CheckpointError, Problem
 
@@ -97,6 +99,15 @@ class Resumable:
         """
         if self._keeps_start:
             self.source.load_state_dict(None)
+
+
+def tell_epoch(source: Any, epoch: int) -> None:
+    """Tell a source its epoch, by its ``set_epoch`` or else its ``torch.Generator``."""
+    generator = getattr(source, "generator", None)
+    if hasattr(source, "set_epoch"):
+        source.set_epoch(epoch)
+    elif isinstance(generator, torch.Generator):
+        generator.manual_seed(epoch)
 
 
 def _steps(dataset: Any) -> str | None:

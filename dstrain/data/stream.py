@@ -24,7 +24,7 @@ from dstrain.core.seeds import random_state, set_random_state
 from dstrain.data.alike import SampleLook, look_of
 from dstrain.data.noise import Noise, own_random_numbers
 from dstrain.data.order import Topology
-from dstrain.data.resumable import Resumable
+from dstrain.data.resumable import Resumable, tell_epoch
 from dstrain.data.stream_length import LengthWatch, length_of
 from dstrain.data.watch import WATCHED_SAMPLES, StreamWatch
 
@@ -228,7 +228,7 @@ class RankStream(IterableDataset[Any]):
         drawn = generator.get_state() if isinstance(generator, torch.Generator) else None
         try:
             if epoch != _NO_EPOCH:
-                _tell(source, epoch)
+                tell_epoch(source, epoch)
             iteration = iter(source)
             if any(iteration is begun for begun in (self._running, self._iteration)):
                 return None
@@ -285,7 +285,7 @@ class RankStream(IterableDataset[Any]):
         return self.source if self._resumable is None else self._resumable.source
 
     def _tell_source(self, epoch: int) -> None:
-        _tell(self._reader(), epoch)
+        tell_epoch(self._reader(), epoch)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield collated micro-batches, each a ``Share`` or a ``Told`` with one."""
@@ -378,15 +378,6 @@ class StreamLoader(DataLoader[Any]):
             if share.looks and stream.watch is not None:
                 stream.watch.note(share.looks)
             yield share
-
-
-def _tell(source: Any, epoch: int) -> None:
-    """Tell a source its epoch, in whichever way it can be told."""
-    generator = getattr(source, "generator", None)
-    if hasattr(source, "set_epoch"):
-        source.set_epoch(epoch)
-    elif isinstance(generator, torch.Generator):
-        generator.manual_seed(epoch)
 
 
 def share_of(source: Any) -> tuple[int, int] | None:

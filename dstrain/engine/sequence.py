@@ -128,7 +128,7 @@ class GradientSequence(abc.ABC):
 
     @abc.abstractmethod
     def _given(self) -> dict[int, tuple[Any, ...]]:
-        """Return what DeepSpeed's hooks hand on, a parameter first, by the ``id`` of that."""
+        """Return the arguments of DeepSpeed's hook for each parameter, by its ``id``."""
 
     @abc.abstractmethod
     def _collects(self) -> bool:
