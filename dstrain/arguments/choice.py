@@ -1,4 +1,4 @@
-"""A value that is one of a few names: a text, with what transformers' enums have besides."""
+"""A value that is one of a few names: a text with the attributes of transformers' enums."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Choice(str):
 
     @property
     def value(self) -> str:
-        """The plain text."""
+        """Return the plain text."""
         return str(self)
 
     @property
     def name(self) -> str:
-        """The name of the member of an enum that has this value."""
+        """Return the name of the enum member that has this value."""
         return _OTHER_NAMES.get(self.value, self.value.upper())
 
     def __str__(self) -> str:
@@ -40,5 +40,5 @@ class Choice(str):
         return str.__str__(self)
 
     def __reduce__(self) -> tuple[type[Choice], tuple[str]]:
-        """Pickle it as it is made."""
+        """Pickle it as a ``Choice`` of the plain text."""
         return Choice, (str(self),)

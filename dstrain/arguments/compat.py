@@ -6,7 +6,7 @@ from typing import Any
 
 
 def parallel_mode(name: str) -> Any:
-    """A member of transformers' ``ParallelMode``: its callbacks and search compare against it."""
+    """Return a member of transformers' ``ParallelMode``, with which its callbacks compare."""
     from transformers.training_args import ParallelMode
 
     return ParallelMode[name]

@@ -36,7 +36,7 @@ def _is_json(text: str) -> bool:
 
 
 def _loading(key: str) -> Any:
-    """A conversion that writes an old argument into ``accelerator_config``."""
+    """Return a conversion that writes an old argument into ``accelerator_config``."""
 
     def convert(arguments: Any, value: bool) -> dict[str, Any]:
         given = arguments.accelerator_config or {}
@@ -156,7 +156,7 @@ class DataArguments:
     )
 
     def _read_accelerator_config(self) -> list[Problem]:
-        """Make a dict of what an ``AcceleratorConfig`` or a file holds."""
+        """Replace an ``AcceleratorConfig`` or a file's path by the dict that it holds."""
         given: Any = self.accelerator_config
         if isinstance(given, type):
             self.accelerator_config = None
@@ -181,17 +181,17 @@ class DataArguments:
 
     @property
     def sampling(self) -> str:
-        """The order of training samples, whichever way it is written."""
+        """Return the order of training samples, whichever way it is written."""
         return "group_by_length" if self.group_by_length else self.train_sampling_strategy
 
     @property
     def splits_batches(self) -> bool:
-        """Whether batch sizes are those of all ranks together."""
+        """Tell whether batch sizes are those of all ranks together."""
         return self._loads("split_batches")
 
     @property
     def dispatches_batches(self) -> bool:
-        """Whether the main rank reads streams for all."""
+        """Tell whether the main rank reads streams for all."""
         return self._loads("dispatch_batches")
 
     def _loads(self, key: str) -> bool:

@@ -44,7 +44,7 @@ def read_dicts(arguments: Any, names: tuple[str, ...], *, texts: tuple[str, ...]
 
 
 def plain_values(value: Any) -> Any:
-    """Text in a parsed dict that means a bool or a number, as that: "true", "1", "1.5"."""
+    """Return a parsed dict with texts that mean a bool or a number as that: "true", "1", "1.5"."""
     if isinstance(value, dict):
         return {k: plain_values(v) for k, v in value.items()}
     if not isinstance(value, str):

@@ -19,7 +19,7 @@ _SIZES = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
 
 
 def _is_one_rank(parallelism: Any) -> bool:
-    """Whether a ``ParallelismConfig`` divides nothing."""
+    """Tell whether a ``ParallelismConfig`` asks for no parallelism: every size is 1 or None."""
     sizes = [getattr(parallelism, name, None) for name in _SIZES]
     return hasattr(parallelism, "dp_shard_size") and all(size in (None, 1) for size in sizes)
 

@@ -1,4 +1,4 @@
-"""Acts on the declared treatments: moves old names, warns, refuses."""
+"""What the declared treatments do: move old names, warn, refuse."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dstrain.core.secrets import hidden_in_text
 
 
 def declared(cls: type[Any]) -> dict[str, tuple[Treatment, Any]]:
-    """Treatment and documented default of each argument of a dataclass, by name.
+    """Return treatment and documented default of each argument of a dataclass, by name.
 
     A subclass that declares a field again, with a default of its own and no treatment, changes
     neither: what is refused stays refused.
@@ -37,7 +37,7 @@ def _declared(cls: Any) -> dict[str, tuple[Treatment, Any]]:
 
 
 def move_old_names(arguments: Any) -> tuple[list[str], list[Problem]]:
-    """Move the values of deprecated names to the new ones; which those are, and conflicts."""
+    """Move values of deprecated names to the new ones; return those new names, and conflicts."""
     moved, problems = [], []
     table = declared(type(arguments))
     for name, (treatment, default) in table.items():
@@ -67,7 +67,7 @@ def move_old_names(arguments: Any) -> tuple[list[str], list[Problem]]:
 
 
 def refusals(arguments: Any) -> list[Problem]:
-    """A problem for each value that is refused or not implemented yet; warnings for the inert."""
+    """Return a problem for each value that is refused or not implemented; warn of inert ones."""
     problems = []
     for name, (treatment, default) in declared(type(arguments)).items():
         value = getattr(arguments, name)
@@ -93,6 +93,6 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def _is_ours(frame: FrameType) -> bool:
-    """Whether a frame runs code of dstrain, or an ``__init__`` that ``@dataclass`` wrote."""
+    """Tell whether a frame runs code of dstrain, or an ``__init__`` that ``@dataclass`` wrote."""
     module = frame.f_globals.get("__name__", "")
     return module.split(".")[0] == "dstrain" or frame.f_code.co_filename == "<string>"

@@ -12,7 +12,7 @@ from dstrain.core.errors import Problem
 
 
 def _with_inputs(arguments: Any, value: bool) -> list[str]:
-    """``include_for_metrics`` with the inputs."""
+    """Return ``include_for_metrics`` with the inputs added."""
     return list(dict.fromkeys([*arguments.include_for_metrics, "inputs"]))
 
 

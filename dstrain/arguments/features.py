@@ -119,14 +119,14 @@ class FeatureArguments:
     )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field; of two names of one field, both."""
+        """Set a field, and under both names if it has two."""
         super().__setattr__(name, value)
         twin = TWINS.get(name)
         if twin is not None and "_twins_agree" in vars(self):
             super().__setattr__(twin, value)
 
     def _join_twins(self) -> None:
-        """Let the two names of a field read the same; the newer one wins, as in transformers.
+        """Make the two names of a field read the same; the newer one wins, as in transformers.
 
         The newer one stays None where nothing is turned on, so that a copy of these arguments which
         turns it on by the older name (``dataclasses.replace``) does so.
@@ -140,7 +140,7 @@ class FeatureArguments:
         vars(self)["_twins_agree"] = True
 
     def _unconverted_problems(self) -> list[Problem]:
-        """What a conversion to the declared type would hide."""
+        """Return problems of values that must be seen before a conversion would hide them."""
         steps: Any = self.torch_empty_cache_steps
         is_none = isinstance(steps, str) and steps.strip().lower() == "none"
         if not isinstance(steps, float) and not is_none:

@@ -1,4 +1,4 @@
-"""How an argument is declared, and how a string from a file or shell becomes its type."""
+"""The declaration of an argument, and the conversion of texts from files or shells to its type."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ def _treated(help: str, treatment: Treatment) -> _Help:
 
 
 def treatment_of(field: dataclasses.Field[Any]) -> Treatment | None:
-    """What the declaration of a field says about what happens to it."""
+    """Return the treatment that the declaration of a field names; None for a user's own field."""
     return getattr(field.metadata.get("help"), "treatment", None)
 
 
 def shown(name: str, value: Any) -> str:
-    """A value as messages may show it: credentials are never written down."""
+    """Return a value as messages may show it: credentials are masked."""
     hidden = without_secrets(value, name)
     return hidden if hidden is not value and isinstance(hidden, str) else repr(hidden)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """The default value of a dataclass field, whichever way it was declared."""
+    """Return the default value of a dataclass field, whichever way it was declared."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
@@ -95,7 +95,7 @@ def coerce_fields(arguments: Any) -> list[Problem]:
 def convert_values(
     cls: type[Any], given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """The values of some fields of dataclass ``cls`` in their declared types, and what is wrong."""
+    """Return values of fields of dataclass ``cls`` in their declared types, and the problems."""
     problems: list[Problem] = []
     converted: dict[str, Any] = {}
     kinds_by_name = kinds_of(cls)
@@ -118,7 +118,7 @@ def convert_values(
 
 
 def kinds_of(cls: type[Any]) -> dict[str, tuple[type, ...]]:
-    """The plain classes that each field of a dataclass admits.
+    """Return the plain classes that each field of a dataclass admits.
 
     Read from the annotations, since ``HfArgumentParser`` writes other types into the fields.
     """
@@ -127,7 +127,7 @@ def kinds_of(cls: type[Any]) -> dict[str, tuple[type, ...]]:
 
 
 def _given(name: str, value: Any) -> str:
-    """A value as the user wrote it; its type too where it is not the text of a command line."""
+    """Return a value as the user wrote it, with its type where it is no text."""
     kind = "" if isinstance(value, str) else f" ({type(value).__name__})"
     return f"{name}={shown(name, value)}{kind}"
 
@@ -155,7 +155,7 @@ def _illegal(field: dataclasses.Field[Any], value: Any, kinds: tuple[type, ...])
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:
-    """The plain classes that a type hint admits: ``dict | str | None`` -> (dict, str, NoneType)."""
+    """Return the plain classes of a hint: ``dict | str | None`` -> (dict, str, NoneType)."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return tuple(k for part in typing.get_args(hint) for k in _kinds(part))

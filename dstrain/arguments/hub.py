@@ -11,7 +11,7 @@ from dstrain.arguments.treatment import alias, implemented, stored
 
 
 def _in_organization(arguments: Any, organization: str) -> str:
-    """``hub_model_id`` with the organization before its name."""
+    """Return ``hub_model_id`` with the organization before its name."""
     name = arguments.hub_model_id or Path(arguments.output_dir).name
     owner, slash, rest = name.partition("/")
     if slash and owner != organization:

@@ -53,7 +53,7 @@ SCHEDULERS = (
 
 
 def split_optim_args(text: str | None) -> dict[str, str]:
-    """The pairs of "name=value,name=value"; a comma inside brackets belongs to the value.
+    """Return the pairs of "name=value,name=value"; a comma in brackets belongs to the value.
 
     Raises:
         ValueError: something in it is no such pair, or a name stands twice.
@@ -70,7 +70,7 @@ def split_optim_args(text: str | None) -> dict[str, str]:
 
 
 def _adafactor(arguments: Any, value: bool) -> str:
-    """The optimizer that ``adafactor=True`` asks for."""
+    """Return the optimizer that ``adafactor=True`` asks for."""
     if arguments.optim not in ("adamw_torch", "adafactor"):
         raise ValueError(arguments.optim)
     return "adafactor"
@@ -163,12 +163,12 @@ class OptimizerArguments:
     )
 
     def scheduler_kwargs(self) -> dict[str, Any]:
-        """``lr_scheduler_kwargs`` as a dict of its own, empty for none."""
+        """Return ``lr_scheduler_kwargs`` as a dict of its own, empty for none."""
         assert not isinstance(self.lr_scheduler_kwargs, str), "parsed on construction"
         return dict(self.lr_scheduler_kwargs or {})
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Warm-up steps of a run of ``num_training_steps``: the count, or the share rounded up."""
+        """Return the warm-up steps of a run of that length: the count, or the share rounded up."""
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         return math.ceil(num_training_steps * (self.warmup_steps or self.warmup_ratio))

@@ -25,22 +25,22 @@ class Process(ReportingArguments, SavingArguments, RunArguments):
 
     @property
     def world_size(self) -> int:
-        """Number of processes over all machines."""
+        """Return the number of processes over all machines."""
         return launched_ranks().world_size
 
     @property
     def process_index(self) -> int:
-        """Rank of this process among all."""
+        """Return the rank of this process among all."""
         return launched_ranks().rank
 
     @property
     def local_process_index(self) -> int:
-        """Rank of this process on its machine."""
+        """Return the rank of this process on its machine."""
         return launched_ranks().local_rank
 
     @property
     def device(self) -> torch.device:
-        """The device of this process."""
+        """Return the device of this process."""
         import torch
 
         found = (
@@ -53,50 +53,50 @@ class Process(ReportingArguments, SavingArguments, RunArguments):
 
     @property
     def _setup_devices(self) -> torch.device:
-        """The same: scripts name this property of transformers to have the device set up."""
+        """Return the device: scripts ask transformers' property of this name to set it up."""
         return self.device
 
     @property
     def n_gpu(self) -> int:
-        """Accelerators of this process: 1, or 0 on the CPU; never several (no DataParallel)."""
+        """Return 1 if this process drives an accelerator, 0 on the CPU (no DataParallel)."""
         return 0 if self.device.type == "cpu" else 1
 
     @property
     def parallel_mode(self) -> Any:
-        """Transformers' ``ParallelMode``: DISTRIBUTED for several processes, else NOT_PARALLEL."""
+        """Return transformers' ``ParallelMode``: DISTRIBUTED, or NOT_PARALLEL for one process."""
         return parallel_mode("DISTRIBUTED" if self.world_size > 1 else "NOT_PARALLEL")
 
     @property
     def place_model_on_device(self) -> bool:
-        """Whether the trainer moves the model to the device: no, the engine places it."""
+        """Tell whether the trainer moves the model to the device: no, the engine places it."""
         return False
 
     @property
     def ddp_timeout_delta(self) -> timedelta:
-        """How long a collective waits for a missing rank."""
+        """Return how long a collective waits for a missing rank."""
         return timedelta(seconds=self.ddp_timeout)
 
     @property
     def should_log(self) -> bool:
-        """Whether this process logs as a main process."""
+        """Tell whether this process logs as a main process."""
         if self.log_on_each_node:
             return self.local_process_index == 0
         return self.process_index == 0
 
     @property
     def should_save(self) -> bool:
-        """Whether this process writes the files that exist once, or once per machine."""
+        """Tell whether this process writes the files that exist once, or once per machine."""
         if self.save_on_each_node:
             return self.local_process_index == 0
         return self.process_index == 0
 
     @property
     def _no_sync_in_gradient_accumulation(self) -> bool:
-        """DeepSpeed's engine decides itself when gradients are reduced."""
+        """Return False: DeepSpeed's engine decides itself when gradients are reduced."""
         return False
 
     def get_process_log_level(self) -> int:
-        """Level of this process as ``logging`` counts them; passive is INFO where it may log."""
+        """Return the ``logging`` level of this process; passive is INFO where it may log."""
         name = self.log_level if self.should_log else self.log_level_replica
         return LEVELS.get(name, LEVELS["info"] if self.should_log else LEVELS["warning"])
 

@@ -15,7 +15,7 @@ _LIKE_ENUMS = (enum.Enum, Choice)
 
 
 class Records:
-    """How a dataclass of arguments is written down."""
+    """A dataclass of arguments that can be written down without its credentials."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep ``@dataclass`` from giving a subclass a ``__repr__`` that shows credentials."""
@@ -24,7 +24,7 @@ class Records:
             cls.__repr__ = Records.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        """All fields, one a line, in the order of their names; credentials masked."""
+        """Return all fields, one a line, sorted by name; credentials masked."""
         fields = sorted(f.name for f in dataclasses.fields(self))  # type: ignore[arg-type]
         lines = [f"{name}={shown(name, getattr(self, name))},\n" for name in fields]
         return f"{type(self).__name__}(\n{''.join(lines)})"
@@ -32,7 +32,7 @@ class Records:
     __str__ = __repr__
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values; a credential, at any depth, becomes ``<ITS_NAME>``."""
+        """Return all fields as plain values; a credential, at any depth, becomes ``<ITS_NAME>``."""
         return {
             f.name: without_secrets(_plain(getattr(self, f.name)), f.name)
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
@@ -40,11 +40,11 @@ class Records:
         }
 
     def to_json_string(self) -> str:
-        """``to_dict`` as JSON."""
+        """Return ``to_dict`` as JSON."""
         return json.dumps(self.to_dict(), indent=2, default=str)
 
     def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:
-        """``to_dict`` with every value a bool, number or text, plus the batch sizes."""
+        """Return ``to_dict`` with every value a bool, number or text, plus the batch sizes."""
         values = self.to_dict()
         for name in ("train_batch_size", "eval_batch_size"):
             values[name] = getattr(self, name)
@@ -53,7 +53,7 @@ class Records:
         }
 
     def _forget_masks(self) -> None:
-        """The mask that ``to_dict`` writes for a credential is none, at any depth."""
+        """Remove masks that ``to_dict`` wrote: a mask is no credential, at any depth."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if is_mask(field.name, value):

@@ -95,7 +95,7 @@ class ReportingArguments:
 
     @property
     def counts_tokens(self) -> str:
-        """What ``include_num_input_tokens_seen`` says: "no", "all" or "non_padding"."""
+        """Return ``include_num_input_tokens_seen`` as "no", "all" or "non_padding"."""
         given = self.include_num_input_tokens_seen
         # A script may have assigned a bool since they were checked.
         return given if isinstance(given, str) else "all" if given else "no"

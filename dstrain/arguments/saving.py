@@ -127,7 +127,7 @@ class SavingArguments:
     )
 
     def _fill_best_metric(self, *, needed: bool) -> None:
-        """The documented defaults of metric and direction, where something reads them."""
+        """Fill the documented defaults of metric and direction, where something reads them."""
         if needed and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
@@ -184,7 +184,7 @@ class SavingArguments:
         return problems
 
     def _best_problems(self, eval_strategy: str, eval_steps: float | None) -> list[Problem]:
-        """What keeps the best model from having been evaluated when it is saved."""
+        """Return problems that keep a saved checkpoint from having an evaluation of its own."""
         if eval_strategy != self.save_strategy:
             return [
                 Problem(

@@ -103,7 +103,7 @@ class SentenceTransformerTrainingArguments(TrainingArguments):
         return problems
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values; samplers that are classes or functions are left out."""
+        """Return all fields as plain values, without samplers that are classes or functions."""
         values = super().to_dict()
         for name in ("batch_sampler", "multi_dataset_batch_sampler"):
             if callable(values[name]):

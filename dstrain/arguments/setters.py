@@ -27,7 +27,7 @@ class Setters:
         vars(self).update(values | {TWINS[n]: v for n, v in values.items() if n in TWINS})
         try:
             self.validate()
-        except Exception:
+        except Exception:  # whatever a value makes conversions raise, the object stays as it was
             vars(self).clear()
             vars(self).update(before)
             raise

@@ -1,4 +1,4 @@
-"""Writes ``README.md`` beside this file: every argument, its default, and what becomes of it.
+"""The writer of ``README.md`` beside this file: each argument, its default and its treatment.
 
 Run ``python -m dstrain.arguments.table`` after a change of the arguments; a test fails when the
 page is stale.
@@ -49,7 +49,7 @@ _MEANINGS: dict[Kind, str] = {
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     kinds = Counter(t.kind for cls in CLASSES for t in _own(cls).values())
     lines = [f"| {kind} | {text} | {kinds[kind]} |" for kind, text in _MEANINGS.items()]
     return _HEAD + "\n".join(lines) + "\n" + "".join(_class_section(cls) for cls in CLASSES)
@@ -71,7 +71,7 @@ def _class_section(cls: type[Any]) -> str:
 
 
 def _own(cls: type[Any]) -> dict[str, Any]:
-    """Treatments of the arguments that the class adds to ``TrainingArguments``."""
+    """Return treatments of the arguments that the class adds to ``TrainingArguments``."""
     base = {} if cls is TrainingArguments else declared(TrainingArguments)
     return {name: pair[0] for name, pair in declared(cls).items() if base.get(name) != pair}
 

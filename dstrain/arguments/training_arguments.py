@@ -112,7 +112,7 @@ class TrainingArguments(
         raise_problems(problems + self._problems(), error=ConfigError)
 
     def _spell(self) -> None:
-        """Other ways to write a value that are documented, or that everyone uses."""
+        """Replace other documented or common ways to write a value by its usual form."""
         if self.output_dir is None:
             self.output_dir = default_of(_field(self, "output_dir"))
         if self.include_num_input_tokens_seen is None:
@@ -133,7 +133,7 @@ class TrainingArguments(
             self.fsdp = " ".join(str(getattr(v, "value", v)) for v in self.fsdp)
 
     def _fill(self) -> None:
-        """Defaults that follow from other arguments."""
+        """Fill defaults that follow from other arguments."""
         self.output_dir = os.path.expanduser(self.output_dir)
         if self.eval_strategy != "no":
             self.do_eval = True
@@ -178,19 +178,19 @@ class TrainingArguments(
         ]
 
     def changed_fields(self) -> frozenset[str]:
-        """Names of the fields whose value differs from their documented default."""
+        """Return the names of the fields whose value differs from their documented default."""
         return frozenset(
             f.name for f in dataclasses.fields(self) if getattr(self, f.name) != default_of(f)
         )
 
     @property
     def train_batch_size(self) -> int:
-        """Micro-batch of this process (a process drives one device)."""
+        """Return the micro-batch of this process (a process drives one device)."""
         return self.per_device_train_batch_size
 
     @property
     def eval_batch_size(self) -> int:
-        """Evaluation batch of this process (a process drives one device)."""
+        """Return the evaluation batch of this process (a process drives one device)."""
         return self.per_device_eval_batch_size
 
 

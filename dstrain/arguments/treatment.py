@@ -1,4 +1,4 @@
-"""What becomes of an argument: every one declares it where it stands, and nothing is ignored."""
+"""The treatment of an argument: each declares it where it stands, and nothing is ignored."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Treatment:
     own: bool = False
 
     def refuses(self, arguments: Any, value: Any, default: Any) -> bool:
-        """Whether this value of the argument is an error."""
+        """Tell whether this value of the argument is an error."""
         if self.kind not in ("refused", "pending") or value is None or value == default:
             return False
         if self.only_with and getattr(arguments, self.only_with) in (None, False, "no", 0, ""):
@@ -50,7 +50,7 @@ class Treatment:
 
     @property
     def brief(self) -> str:
-        """A few words for the help of a command; none where the argument simply works."""
+        """Return a few words for the help of a command; "" where the argument simply works."""
         return {
             "alias": "deprecated",
             "no effect": "no effect here",
@@ -59,7 +59,7 @@ class Treatment:
         }.get(self.kind, "")
 
     def __str__(self) -> str:
-        """One line for the generated page."""
+        """Return one line for the generated page."""
         keys = ", ".join(f"`{t}`" for t in self.targets)
         head = {
             "implemented": "implemented",
@@ -81,21 +81,21 @@ class Treatment:
 def implemented(
     note: str = "", *, excluded: Mapping[Any, str] | None = None, own: bool = False
 ) -> Treatment:
-    """The argument does what its documentation says."""
+    """Declare that the argument does what its documentation says."""
     return Treatment("implemented", note, excluded=excluded or {}, own=own)
 
 
 def deepspeed_key(
     *keys: str, note: str = "", excluded: Mapping[Any, str] | None = None, own: bool = False
 ) -> Treatment:
-    """The argument is the value of these keys of the DeepSpeed config."""
+    """Declare that the argument is the value of these keys of the DeepSpeed config."""
     return Treatment("deepspeed", note, targets=keys, excluded=excluded or {}, own=own)
 
 
 def alias(
     new: str, *, convert: Callable[[Any, Any], Any] | None = None, note: str = ""
 ) -> Treatment:
-    """An old name: its value moves to ``new`` with a warning.
+    """Declare an old name: its value moves to ``new`` with a warning.
 
     Args:
         new: the name to use.
@@ -107,12 +107,12 @@ def alias(
 
 
 def stored(note: str = "", *, own: bool = False) -> Treatment:
-    """The argument is kept for scripts and callbacks; nothing of ours acts on it."""
+    """Declare that the argument is kept for scripts and callbacks; nothing of ours acts on it."""
     return Treatment("stored", note, own=own)
 
 
 def no_effect(why: str, *, own: bool = False) -> Treatment:
-    """A value other than the default is accepted with a warning that says why nothing changes."""
+    """Declare that another value than the default only gives a warning that says why."""
     return Treatment("no effect", why, own=own)
 
 
@@ -123,7 +123,7 @@ def refused(
     accepts: Callable[[Any], bool] | None = None,
     own: bool = False,
 ) -> Treatment:
-    """A value other than the default is an error."""
+    """Declare that a value other than the default is an error."""
     return Treatment("refused", why, remedy, accepts=accepts, own=own)
 
 
@@ -134,5 +134,5 @@ def pending(
     accepts: Callable[[Any], bool] | None = None,
     only_with: str = "",
 ) -> Treatment:
-    """A value other than the default is an error until the trainer implements it."""
+    """Declare that another value than the default is an error until the trainer implements it."""
     return Treatment("pending", note, remedy, accepts=accepts, only_with=only_with)

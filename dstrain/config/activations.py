@@ -37,12 +37,12 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the micro-batch."""
+        """Return the tokens of the micro-batch."""
         return self.micro_batch * self.seq_len
 
 
 def norm_bytes_per_token(block: Block, width: int) -> int:
-    """What one normalisation keeps.
+    """Return the bytes per token that one normalisation keeps for backward.
 
     RMSNorm (``modeling_llama.py:LlamaRMSNorm.forward``): its input in fp32 for ``pow`` and ``mul``,
     the normalised value for the product with the weight, and its output, the input of the next
@@ -54,7 +54,7 @@ def norm_bytes_per_token(block: Block, width: int) -> int:
 
 
 def attention_bytes_per_token(block: Block, batch: Batch) -> int:
-    """What one attention keeps besides its normalised input.
+    """Return the bytes per token that one attention keeps besides its normalised input.
 
     Korthikanti 4.1, "Attention block": queries, keys and values, and the input of the output
     projection; for eager attention also the fp32 softmax and its copy in the training format
@@ -74,7 +74,7 @@ def attention_bytes_per_token(block: Block, batch: Batch) -> int:
 
 
 def feed_forward_bytes_per_token(block: Block, width: int) -> int:
-    """What the feed-forward part keeps besides its normalised input.
+    """Return the bytes per token that the feed-forward part keeps besides its normalised input.
 
     Korthikanti 4.1, "MLP" ("8sbh" for the input of GeLU and of the second map, of 4h each). A gated
     one keeps gate, activated gate, other projection and their product. Each expert that a token
@@ -90,7 +90,7 @@ def feed_forward_bytes_per_token(block: Block, width: int) -> int:
 
 
 def layer_bytes(block: Block, batch: Batch) -> int:
-    """What one layer keeps for backward when it is not checkpointed (Korthikanti, equation 1)."""
+    """Return the bytes that one layer keeps for backward, not checkpointed (Korthikanti, eq. 1)."""
     per_token = block.norms * norm_bytes_per_token(block, batch.width)
     per_token += attention_bytes_per_token(block, batch)
     per_token += feed_forward_bytes_per_token(block, batch.width)
@@ -103,7 +103,7 @@ def layer_bytes(block: Block, batch: Batch) -> int:
 
 
 def activation_bytes(block: Block, batch: Batch) -> int:
-    """What is kept when the forward pass is over.
+    """Return the bytes of activations that are kept when the forward pass is over.
 
     All layers, or with checkpointing the input of each (Korthikanti 5, "full activation
     recomputation": "2sbhL"), and the last normalisation.
@@ -115,7 +115,7 @@ def activation_bytes(block: Block, batch: Batch) -> int:
 
 
 def recomputed_bytes(block: Block, batch: Batch) -> int:
-    """What comes on top while backward is inside one layer.
+    """Return the bytes that come on top while backward is inside one layer.
 
     With checkpointing that layer's activations; in any case the gradients of its two widest values
     and of the residual stream.
@@ -127,7 +127,7 @@ def recomputed_bytes(block: Block, batch: Batch) -> int:
 
 
 def logits_bytes(vocab_size: int, batch: Batch, *, fp32_loss: bool = True) -> int:
-    """The most that logits and loss take at once.
+    """Return the most bytes that logits and loss take at once.
 
     In ``loss_utils.py:ForCausalLMLoss`` logits become fp32. When backward begins these three are
     alive (torch ``derivatives.yaml``: ``nll_loss_forward``, ``_log_softmax``): the log-softmax kept
@@ -139,5 +139,5 @@ def logits_bytes(vocab_size: int, batch: Batch, *, fp32_loss: bool = True) -> in
 
 
 def logits_gradient_bytes(vocab_size: int, batch: Batch) -> int:
-    """The gradient of the logits in the training format, alive while the head's is computed."""
+    """Return the bytes of the logits' gradient, which is alive while the head's is computed."""
     return batch.width * vocab_size * batch.tokens

@@ -1,4 +1,4 @@
-"""What ``zero_stage="auto"`` and an offload of "auto" become: the fastest choice that fits.
+"""The choice for ``zero_stage="auto"`` and an offload of "auto": the fastest that fits.
 
 Pure: sizes of the model and memory of the machines are facts. The same planner prints
 ``dstrain plan``.
@@ -39,7 +39,7 @@ OF_STAGE_3 = (
 
 @dataclass(frozen=True)
 class Automatic:
-    """What was chosen for the arguments that were left at "auto".
+    """The choice for the arguments that were left at "auto".
 
     Attributes:
         values: argument -> value, for those alone.
@@ -53,7 +53,7 @@ class Automatic:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Argument -> why: in full for the first, which decided the others with it."""
+        """Return argument -> why: in full for the first, which decided the others with it."""
         first = next(iter(self.values), "")
         return {
             name: self.how if name == first else f"{name}='auto': decided together with {first}"
@@ -89,7 +89,7 @@ def choose_placement(
 
 
 def _open_to(asked: Mapping[str, str], facts: Facts) -> list[Placement]:
-    """Every choice that the user's own ones, and the state of the model, leave open.
+    """Return every choice that the user's own ones, and the state of the model, leave open.
 
     What DeepSpeed asks for: offload of the optimizer needs stage 1, disks and offload of parameters
     stage 3. Where ranks train on the CPU there is nothing to offload to.
@@ -122,7 +122,7 @@ def _is_possible(stage: int, optimizer: str, parameters: str) -> bool:
 
 
 def _needs_of_stage_3(arguments: Mapping[str, Any], facts: Facts) -> str:
-    """What leaves only stage 3 open, in words; empty where nothing does."""
+    """Say why only stage 3 is open, in words; "" where other stages are."""
     if facts.partitioned:
         return "the model is partitioned already"
     named = [f"{name}=True" for name in OF_STAGE_3 if arguments.get(name)]
@@ -136,7 +136,7 @@ def _needs_of_stage_3(arguments: Mapping[str, Any], facts: Facts) -> str:
 
 
 def _unplanned(left: list[str], open_to: list[Placement], needs: str, facts: Facts) -> Automatic:
-    """Without facts: stage 2 where it is possible, and nothing is offloaded."""
+    """Choose without facts: stage 2 where it is possible, and nothing is offloaded."""
     resident = [p for p in open_to if all(getattr(p, n) == "none" for n in _offloads(left))]
     choice = next((p for p in resident if p.stage == 2), (resident or open_to)[-1])
     unknown = ["the model's sizes"] if facts.sizes is None else []
@@ -206,7 +206,7 @@ def _planned(
 def _optimizer(
     arguments: Mapping[str, Any], facts: Facts, explicit: Mapping[str, Any]
 ) -> optimizers.Optimizer | None:
-    """The optimizer that will run; None for one that the table does not know."""
+    """Return the optimizer that will run; None for one that the table does not know."""
     if facts.own_optimizer:
         return None
     kind = explicit.get("optimizer.type")
@@ -219,7 +219,7 @@ def _runnable(
     facts: Facts,
     asked: Mapping[str, str],
 ) -> list[Placement]:
-    """Those of the choices at which the optimizer can run; stage 0 where it can only run there.
+    """Return the choices at which the optimizer can run; stage 0 where it only runs there.
 
     All of them where it runs at none: it is refused where conflicts are collected.
     """

@@ -12,7 +12,7 @@ STAGE_0_BUFFER_ELEMENTS = 500_000_000
 def reduction_bytes(
     sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
 ) -> tuple[int, int]:
-    """Buffers of gradient communication in backward: those held throughout, and a passing copy.
+    """Return bytes of gradient communication: of buffers held in backward, and of a passing copy.
 
     Stages 1-2 hold the contiguous bucket, two of them with overlap (``setup_buckets``), and copy
     what it is filled with (``allreduce_bucket``). Stage 3 copies what its standing bucket is filled
@@ -29,14 +29,14 @@ def reduction_bytes(
 
 
 def unfilled(sizes: ModelSizes, buckets: Buckets) -> float:
-    """How much of backward is left when the first bucket is full."""
+    """Return how much of backward is left, from 0 to 1, when the first bucket is full."""
     return max(0.0, 1 - buckets.reduce / max(1, sizes.facts.num_trainable))
 
 
 def gathered_bytes(
     sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
 ) -> tuple[int, int]:
-    """Whole parameters that stage 3 holds besides the persistent ones, and the buffer they come in.
+    """Return bytes of whole parameters at stage 3 beside persistent ones, and of their buffer.
 
     ``partitioned_param_coordinator.py:__params_to_release`` keeps what is used again within
     ``max_reuse_distance`` elements, which at the end of forward is the last half of that many; then

@@ -1,4 +1,4 @@
-"""What excludes what in a DeepSpeed config, whoever set it: all of it is reported at once.
+"""The settings that exclude each other in a DeepSpeed config: all are reported at once.
 
 Stated for DeepSpeed 0.19.8; where it is not plain, a comment names the file and function that
 refuses or, worse, silently ignores the value.
@@ -14,12 +14,12 @@ from dstrain.core.errors import Problem
 
 
 def find_problems(config: Config) -> list[Problem]:
-    """Every pair of keys that exclude each other, and every key that nothing would act on."""
+    """Return every pair of keys that exclude each other, and every key without a reader."""
     return [problem for check in _CHECKS for problem in check(config)]
 
 
 def find_warnings(config: Config, by_argument: frozenset[str]) -> tuple[list[Problem], list[str]]:
-    """Keys that only tune, at a stage that does not read them; and sums that lose bits.
+    """Return problems and warnings of keys that only tune at other stages, and of coarse sums.
 
     A problem where an argument set such a key. A config that was written for another stage keeps
     them, so there they are a warning.
@@ -58,7 +58,7 @@ _TUNING: dict[str, tuple[tuple[int, ...], str]] = {
 
 
 def _shared_samples(config: Config) -> Iterator[Problem]:
-    """Parallelism in which several ranks work on the same samples.
+    """Refuse parallelism in which several ranks work on the same samples.
 
     The batch would be micro-batch x accumulation x groups, and each group would have to read the
     same samples; every rank reads samples of its own here.
@@ -259,7 +259,7 @@ def _activation_checkpointing(config: Config) -> Iterator[Problem]:
 
 
 def _gradient_norm(config: Config) -> Iterator[Problem]:
-    """A step without the gradient norm (zero/config.py, stage_1_and_2.py: compute_grad_norm)."""
+    """Check a step without gradient norm (zero/config.py, stage_1_and_2.py: compute_grad_norm)."""
     if config.zero("compute_grad_norm"):
         return
     clipping, place = config.get("gradient_clipping"), config.device("offload_optimizer")

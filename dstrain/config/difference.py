@@ -1,4 +1,4 @@
-"""What differs between two runs: keys of their configs with both reasons, arguments, facts."""
+"""Differences between two runs: keys of their configs with both reasons, arguments, facts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Side:
-    """What one of the runs has.
+    """The value that one of the runs has under a name.
 
     Attributes:
         present: whether it has the name at all.
@@ -38,14 +38,14 @@ class Side:
     why: str = ""
 
     def __str__(self) -> str:
-        """Value and reason in one line."""
+        """Return value and reason in one line."""
         shown = json.dumps(self.value, default=str) if self.present else "-"
         return f"{shown:<14}  {self.why}".rstrip()
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One name with different values.
+    """A name with different values in the two runs.
 
     Attributes:
         kind: a key of ``TITLES``.
@@ -61,7 +61,7 @@ class Difference:
 
 
 def differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Everything that differs between two records.
+    """Return everything that differs between two records.
 
     Args:
         this: a record as of ``as_record``.
@@ -89,7 +89,7 @@ def differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Diff
 
 
 def as_text(found: tuple[Difference, ...], *, other: str) -> str:
-    """For people: each name with a line per run.
+    """Return the differences as text for people: each name with a line per run.
 
     Args:
         found: the differences.
@@ -110,12 +110,12 @@ def as_text(found: tuple[Difference, ...], *, other: str) -> str:
 
 
 def as_data(found: tuple[Difference, ...]) -> list[dict[str, Any]]:
-    """The same as JSON data."""
+    """Return the differences as JSON data."""
     return [asdict(d) for d in found]
 
 
 def read_record(given: str) -> dict[str, Any] | None:
-    """The record of a run: its folder, or the file in it; None where ``given`` names neither.
+    """Read the record of a run, given its folder or the file; None if ``given`` names neither.
 
     Raises:
         ConfigError: a folder without a record, or a file that cannot be read.

@@ -18,7 +18,7 @@ PACKAGES = ("dstrain", "deepspeed", "torch", "transformers")
 
 
 def as_table(resolved: ResolvedConfig) -> str:
-    """Aligned lines ``key  value  reason``, long reasons on several; then warnings.
+    """Return aligned lines ``key  value  reason``, long reasons on several; then warnings.
 
     Credentials are masked, as in everything here.
     """
@@ -38,7 +38,7 @@ def as_table(resolved: ResolvedConfig) -> str:
 
 
 def as_dict(resolved: ResolvedConfig) -> dict[str, Any]:
-    """The same as data: the nested config, the reason per key, adopted arguments, warnings."""
+    """Return the config as data: the nested config, reason per key, adopted arguments, warnings."""
     data = {
         "deepspeed": resolved.to_deepspeed(),
         "provenance": {
@@ -51,7 +51,7 @@ def as_dict(resolved: ResolvedConfig) -> dict[str, Any]:
 
 
 def as_record(resolved: ResolvedConfig, arguments: TrainingArguments) -> dict[str, Any]:
-    """What ``resolved_config.json`` of a run holds, as plain JSON data.
+    """Return the content of a run's ``resolved_config.json``, as plain JSON data.
 
     Beside ``as_dict``: what the resolution knew, every argument with the names of
     those that were set, and the versions of the packages.
@@ -81,12 +81,12 @@ def as_record(resolved: ResolvedConfig, arguments: TrainingArguments) -> dict[st
 
 
 def versions() -> dict[str, str]:
-    """Installed versions, read without importing the packages; what is missing is left out."""
+    """Return installed versions, read without importing the packages; leave out what is missing."""
     return {"python": python_version(), **installed(PACKAGES)}
 
 
 def leaf(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path.
+    """Return the value at a dotted path.
 
     Raises:
         KeyError: there is none.

@@ -1,4 +1,4 @@
-"""What the resolver must know about the world and the model; nothing here imports torch."""
+"""The facts about the world and the model that the resolver needs; nothing imports torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ModelFacts:
 
     @staticmethod
     def of_shapes(shapes: Iterable[tuple[tuple[int, ...], bool]]) -> ModelFacts:
-        """Facts of a sequence of (shape, requires gradient)."""
+        """Return the facts of a sequence of (shape, requires gradient)."""
         total = trainable = largest = vector = 0
         for shape, requires_grad in shapes:
             numel = 1
@@ -62,7 +62,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known when a config is resolved; None stands for "not known yet".
+    """The facts that are known when a config is resolved; None stands for "not known yet".
 
     Attributes:
         world_size: ranks over all machines.
@@ -96,5 +96,5 @@ class Facts:
 
     @property
     def ranks_per_machine(self) -> int | None:
-        """Ranks on one machine, the most on any; None where the machine is not known."""
+        """Return the ranks on one machine, the most on any; None if the machine is not known."""
         return None if self.machine is None else self.machine.ranks

@@ -25,7 +25,7 @@ READ_BY_NOTHING = {
 
 @dataclass(frozen=True)
 class Family:
-    """One closed form.
+    """A closed form.
 
     Attributes:
         architectures: model classes that it holds for; the first is the one built by default.

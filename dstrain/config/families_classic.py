@@ -12,7 +12,7 @@ from dstrain.config.parameters import Block, Tensors
 
 
 class Reader:
-    """Values of a config by any of their names, remembering which names were asked for."""
+    """A reader of config values by any of their names, which notes the names asked for."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         """Read from ``values``."""
@@ -20,25 +20,25 @@ class Reader:
         self.names: set[str] = set()
 
     def __call__(self, default: Any, *names: str) -> Any:
-        """The value under the first name that has one."""
+        """Return the value under the first name that has one."""
         self.names.update(names)
         found = (self._values[n] for n in names if self._values.get(n) is not None)
         return next(found, default)
 
     def number(self, default: int, *names: str) -> int:
-        """A whole number."""
+        """Return that value as a whole number."""
         return int(self(default, *names))
 
 
 def linear(part: str, out: int, width: int, count: int, bias: bool = False) -> Iterator[Tensors]:
-    """A linear map's weight, and its bias."""
+    """Yield a linear map's weight, and its bias."""
     yield Tensors(part, (out, width), count)
     if bias:
         yield Tensors(part, (out,), count)
 
 
 def layer_norm(part: str, width: int, count: int) -> Tensors:
-    """Weight and bias of a LayerNorm."""
+    """Return weight and bias of LayerNorms."""
     return Tensors(part, (width,), 2 * count)
 
 
@@ -46,7 +46,7 @@ def _plain(
     *, hidden: int, layers: int, heads: int, ffn: int, kv: int | None = None,
     gelu: int = 1, dropout: bool = False, norms: int = 2, cross: int = 0, fp32_loss: bool = True,
 ) -> Block:  # fmt: skip
-    """A layer with LayerNorm and two linear maps in its feed-forward part."""
+    """Return a layer with LayerNorm and two linear maps in its feed-forward part."""
     return Block(
         layers, hidden, heads, kv or heads, hidden // heads, ffn, gated=False, rms_norm=False,
         norms=norms, activation_tensors=gelu, dropout=dropout, cross_layers=cross,
@@ -57,7 +57,7 @@ def _plain(
 def _fused_attention(
     h: int, n: int, ffn: int, *, bias: bool = True, qkv: int | None = None, norms: int = 2
 ) -> list[Tensors]:
-    """Layers with one query-key-value projection, an output one and two linear maps."""
+    """Return layers with one query-key-value projection, an output one and two linear maps."""
     tensors = [layer_norm("layer", h, norms * n)]
     tensors += linear("layer", qkv or 3 * h, h, n, bias)
     tensors += linear("layer", h, h, n, bias)
@@ -67,7 +67,7 @@ def _fused_attention(
 
 
 def gpt2(c: Reader) -> tuple[list[Tensors], Block]:
-    """GPT-2."""
+    """Return parameters and layer form of GPT-2."""
     h, n = c.number(768, "n_embd", "hidden_size"), c.number(12, "n_layer", "num_hidden_layers")
     heads = c.number(12, "n_head", "num_attention_heads")
     vocab, ffn = c.number(50257, "vocab_size"), c.number(4 * h, "n_inner")
@@ -87,7 +87,7 @@ def gpt2(c: Reader) -> tuple[list[Tensors], Block]:
 
 
 def gpt_neox(c: Reader) -> tuple[list[Tensors], Block]:
-    """GPT-NeoX."""
+    """Return parameters and layer form of GPT-NeoX."""
     h, n = c.number(6144, "hidden_size"), c.number(44, "num_hidden_layers")
     heads, ffn = c.number(64, "num_attention_heads"), c.number(24576, "intermediate_size")
     vocab = c.number(50432, "vocab_size")
@@ -102,7 +102,7 @@ def gpt_neox(c: Reader) -> tuple[list[Tensors], Block]:
 
 
 def bloom(c: Reader) -> tuple[list[Tensors], Block]:
-    """BLOOM."""
+    """Return parameters and layer form of BLOOM."""
     h, n = c.number(64, "hidden_size", "n_embed"), c.number(2, "n_layer", "num_hidden_layers")
     heads, vocab = c.number(8, "n_head", "num_attention_heads"), c.number(250880, "vocab_size")
     tensors = [*_fused_attention(h, n, 4 * h), Tensors("embedding", (vocab, h))]
@@ -113,7 +113,7 @@ def bloom(c: Reader) -> tuple[list[Tensors], Block]:
 
 
 def falcon(c: Reader) -> tuple[list[Tensors], Block]:
-    """Falcon."""
+    """Return parameters and layer form of Falcon."""
     h = c.number(4544, "hidden_size")
     n = c.number(32, "num_hidden_layers", "n_layer")
     heads = c.number(71, "num_attention_heads", "n_head")
@@ -132,7 +132,7 @@ def falcon(c: Reader) -> tuple[list[Tensors], Block]:
 
 
 def opt(c: Reader) -> tuple[list[Tensors], Block]:
-    """OPT."""
+    """Return parameters and layer form of OPT."""
     h, n = c.number(768, "hidden_size"), c.number(12, "num_hidden_layers")
     heads, ffn = c.number(12, "num_attention_heads"), c.number(3072, "ffn_dim")
     vocab, narrow = c.number(50272, "vocab_size"), c.number(h, "word_embed_proj_dim")
@@ -153,7 +153,7 @@ def opt(c: Reader) -> tuple[list[Tensors], Block]:
 
 
 def bert(c: Reader) -> tuple[list[Tensors], Block]:
-    """BERT with its masked language model head."""
+    """Return parameters and layer form of BERT with its masked language model head."""
     h, n = c.number(768, "hidden_size"), c.number(12, "num_hidden_layers")
     heads, ffn = c.number(12, "num_attention_heads"), c.number(3072, "intermediate_size")
     vocab, positions = c.number(30522, "vocab_size"), c.number(512, "max_position_embeddings")
@@ -171,7 +171,7 @@ def bert(c: Reader) -> tuple[list[Tensors], Block]:
 
 
 def t5(c: Reader) -> tuple[list[Tensors], Block]:
-    """T5, encoder and decoder."""
+    """Return parameters and layer form of T5, encoder and decoder."""
     h, ffn = c.number(512, "d_model", "hidden_size"), c.number(2048, "d_ff")
     inner = c.number(8, "num_heads", "num_attention_heads") * c.number(64, "d_kv")
     n = c.number(6, "num_layers", "num_hidden_layers")

@@ -27,30 +27,30 @@ class Config:
     label: str
 
     def get(self, path: str) -> Any:
-        """The value at a path, DeepSpeed's default where there is none."""
+        """Return the value at a path, DeepSpeed's default where there is none."""
         if path in self.values:
             return self.values[path]
         default = schema.default_of(path)
         return None if default is schema.NO_DEFAULT else default
 
     def zero(self, name: str) -> Any:
-        """The value of a key of ``zero_optimization``."""
+        """Return the value of a key of ``zero_optimization``."""
         return self.get(f"{ZERO}.{name}")
 
     @property
     def stage(self) -> int:
-        """ZeRO stage."""
+        """Return the ZeRO stage."""
         return int(self.zero("stage"))
 
     @property
     def precision(self) -> str:
-        """Format of weights: "bf16", "fp16" or "fp32"."""
+        """Return the format of weights: "bf16", "fp16" or "fp32"."""
         return next((name for name in ("bf16", "fp16") if self.get(f"{name}.enabled")), "fp32")
 
     def device(self, name: str) -> str:
-        """Where ``offload_optimizer`` or ``offload_param`` puts things."""
+        """Return where ``offload_optimizer`` or ``offload_param`` puts things, or "none"."""
         return str(self.zero(f"{name}.device") or "none")
 
     def has(self, section: str) -> bool:
-        """Whether anything is set in a section."""
+        """Tell whether anything is set in a section."""
         return any(path == section or path.startswith(f"{section}.") for path in self.values)

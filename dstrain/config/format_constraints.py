@@ -1,4 +1,4 @@
-"""What excludes what among the formats of weights, gradients and their reduction.
+"""The formats of weights, gradients and their reduction that exclude each other.
 
 Stated for DeepSpeed 0.19.8, as ``constraints.py`` does.
 """
@@ -77,7 +77,7 @@ def _accumulation(config: Config) -> Iterator[Problem]:
 
 
 def _masters(config: Config) -> Iterator[Problem]:
-    """Master weights in 16 bits (base_optimizer.py: _configure_master_weights)."""
+    """Check master weights in 16 bits (base_optimizer.py: _configure_master_weights)."""
     for training in ("bf16", "fp16"):
         key = f"{training}.{training}_master_weights_and_grads"
         lean = training == "bf16" and config.get("bf16.bf16_optimizer_states")
@@ -135,7 +135,7 @@ def _scaling(config: Config) -> Iterator[Problem]:
 
 
 def coarse_sums(config: Config) -> Iterator[str]:
-    """What the stage, which may have been chosen for the user, does to sums of gradients."""
+    """Warn of sums of gradients in bf16, to which the stage leads that may have been chosen."""
     steps = int(config.get("gradient_accumulation_steps") or 1)
     chosen = config.values.get("data_types.grad_accum_dtype") is not None
     if config.precision != "bf16" or steps == 1 or config.stage > 1 or chosen:

@@ -17,7 +17,7 @@ NVME_PARAMETER_BUFFER_ELEMENTS = 100_000_000
 def host_bytes(
     sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
 ) -> dict[str, int]:
-    """What a rank keeps in host memory.
+    """Return the bytes that a rank keeps in host memory, by kind.
 
     Optimizer at stages 1-2 (``stage_1_and_2.py:__init__``, ``initialize_optimizer_states``): master
     weights and their fp32 gradients, a copy in the training format on its way back
@@ -62,7 +62,7 @@ def host_bytes(
 
 
 def nvme_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str, int]:
-    """What a rank keeps on local disks.
+    """Return the bytes that a rank keeps on local disks, by kind.
 
     ``swap_tensor/partitioned_optimizer_swapper.py``: master weights, Adam's moments, and gradients
     that wait for their sub-group's turn; ``partitioned_param_swapper.py``: parameters.
@@ -79,7 +79,7 @@ def nvme_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str,
 
 
 def pinned(num_bytes: int, work: Work, *, when: bool = True) -> int:
-    """Size of a page-locked buffer: torch's host allocator rounds up to a power of two.
+    """Return the size of a page-locked buffer: torch's host allocator rounds up to powers of two.
 
     (``aten/src/ATen/core/CachingHostAllocator.h:allocate``.) The CPU accelerator locks no pages.
     """

@@ -38,7 +38,7 @@ ADAM_TEMPORARY_BYTES = {"cuda": FP32, "cpu": 2 * FP32}
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one rank.
+    """The bytes of one rank.
 
     Attributes:
         placement: what the numbers are for.
@@ -58,21 +58,21 @@ class Footprint:
 
     @property
     def peak(self) -> int:
-        """What torch's allocator reports as the most allocated at once."""
+        """Return the most bytes allocated at once, as torch's allocator reports them."""
         return max(self.moments.values())
 
     @property
     def needed(self) -> int:
-        """The peak and what lies beside it."""
+        """Return the bytes of the peak and of what lies beside it."""
         return self.peak + self.overhead
 
     @property
     def states(self) -> int:
-        """What stays between steps: parameters, master weights, optimizer, standing buffers."""
+        """Return the bytes that stay between steps: parameters, masters, optimizer, buffers."""
         return self.moments["between steps"]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data."""
+        """Return the footprint as JSON data."""
         return {
             **self.placement.to_dict(),
             "device_bytes": dict(self.kinds),
@@ -87,7 +87,7 @@ class Footprint:
 def footprint(
     sizes: ModelSizes, work: Work, batch: Batch, placement: Placement, buckets: Buckets
 ) -> Footprint:
-    """Bytes per rank of one choice."""
+    """Return the bytes per rank of one choice."""
     states = state_bytes(sizes, work, placement, buckets)
     gradients = gradient_bytes(sizes, work, placement)
     carried = gradients if work.accumulation > 1 else 0
@@ -147,7 +147,7 @@ def footprint(
 def state_bytes(
     sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
 ) -> dict[str, int]:
-    """What stays allocated on the accelerator between steps.
+    """Return the bytes that stay allocated on the accelerator between steps, by kind.
 
     ZeRO (Rajbhandari et al. 2020, figure 1): 2 + 2 + 12 bytes per parameter for 16-bit Adam, each
     whole or divided by the number of ranks. Here the 12 are master weights and optimizer states:
@@ -180,7 +180,7 @@ def state_bytes(
 
 
 def gradient_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> int:
-    """Gradients that are on the accelerator when backward ends, besides stage 3's flat buffer.
+    """Return bytes of gradients on the accelerator when backward ends, without a flat buffer.
 
     Stages 0-1 keep whole gradients until the window ends (``stage_1_and_2.py:process_gradients``
     reduces at once only when gradients are partitioned). Stage 2 keeps ``grads_in_partition``
@@ -201,7 +201,7 @@ def gradient_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> int:
 
 
 def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets) -> int:
-    """What the optimizer step takes on top of the states.
+    """Return the bytes that the optimizer step takes on top of the states.
 
     Stages 1-2 (``stage_1_and_2.py:step``): the gradients of the partition, one storage for all
     parameter groups and so alive until the last; beside them their flat copy and that in fp32, or

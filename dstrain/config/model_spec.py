@@ -1,4 +1,4 @@
-"""A model config as a user writes it, read without transformers, and what its sizes must be."""
+"""A model config as a user writes it, read without transformers, and the check of its sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NOT_NEGATIVE = frozenset(
 
 
 def read_spec(spec: str) -> tuple[dict[str, Any], bool]:
-    """A model config as written: ``type:key=value,...``, a config.json, or a folder with one.
+    """Read a model config: ``type:key=value,...``, a config.json, or a folder with one.
 
     Returns:
         its values with ``model_type``, and whether it was the short form.
@@ -51,7 +51,7 @@ def read_spec(spec: str) -> tuple[dict[str, Any], bool]:
 
 
 def read_config_file(file: Path, name: str) -> dict[str, Any]:
-    """The object in a ``config.json``.
+    """Read the object in a ``config.json``.
 
     Args:
         file: the file.
@@ -75,7 +75,7 @@ def read_config_file(file: Path, name: str) -> dict[str, Any]:
 
 
 def value_of(text: str) -> Any:
-    """The value of one ``key=value`` of the short form; text that is no JSON is text."""
+    """Return the value of one ``key=value`` of the short form; text that is no JSON is text."""
     from dstrain.core.documents import parsed
 
     # Python's spelling of three values that JSON spells in another way.

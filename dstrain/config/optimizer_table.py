@@ -1,4 +1,4 @@
-"""Every optimizer: what runs where, what it takes, and why it cannot run. Data only.
+"""Every optimizer: where it runs, its parameters, and why it cannot run. Data only.
 
 Names are those of transformers' ``OptimizerNames``, of DeepSpeed's own optimizers and of the torch
 optimizers that have no name there. ZeRO stages 1 to 3 give an optimizer flat slices of many
@@ -17,7 +17,7 @@ from dstrain.config.schema_keys import Key
 
 @dataclass(frozen=True)
 class Build:
-    """One implementation.
+    """An implementation of an optimizer.
 
     Attributes:
         cls: dotted path of the class that runs.
@@ -40,7 +40,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """One optimizer.
+    """An optimizer with its implementations.
 
     Attributes:
         name: value of the argument ``optim``.
@@ -89,12 +89,12 @@ _HOST_ADAM_OPTIONS = {"bias_correction": _BOOL, **_HOST_STATES}
 
 
 def _torch(cls: str, **params: Any) -> Build:
-    """One of torch's, which DeepSpeed builds by its class name."""
+    """Return one of torch's implementations, which DeepSpeed builds by its class name."""
     return Build(f"torch.optim.{cls}", cls, params)
 
 
 def _on_host_too(name: str, cls: str, hyper: tuple[str, ...], **more: Any) -> Optimizer:
-    """One of torch's that runs wherever its tensors are."""
+    """Return one of torch's optimizers that runs wherever its tensors are."""
     options = {**more.pop("options"), **_TORCH_FLAGS}
     note = "offloaded it runs torch's code on host cores, slower than DeepSpeed's kernels"
     return Optimizer(name, (_torch(cls),), _torch(cls), hyper, options, note=note, **more)

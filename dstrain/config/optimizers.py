@@ -1,4 +1,4 @@
-"""Which optimizer runs, on which implementation, with which options, or why it cannot.
+"""The optimizer that runs, its implementation and options, or the reasons why it cannot.
 
 The table of all of them is in ``README.md`` (``python -m dstrain.config.table``).
 """
@@ -50,7 +50,7 @@ _ARGUMENTS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Where an optimizer would run.
+    """The place where an optimizer would run.
 
     Attributes:
         stage: ZeRO stage, 0 to 3.
@@ -65,12 +65,12 @@ class Setting:
     packages: Set[str] | None = None
 
     def __str__(self) -> str:
-        """As errors name it."""
+        """Return the setting as errors name it."""
         return f"stage {self.stage}, optimizer offload {self.offload}, device {self.device}"
 
 
 def find(optim: str, kind: str | None) -> Optimizer | None:
-    """The optimizer of argument ``optim`` and of the type in the DeepSpeed config.
+    """Return the optimizer of argument ``optim`` and of the type in the DeepSpeed config.
 
     The type decides; where it can stand for ``optim`` the argument's variant of it runs. None for a
     type that the table does not have.
@@ -80,7 +80,7 @@ def find(optim: str, kind: str | None) -> Optimizer | None:
 
 
 def stands_for(kind: str, optim: str) -> bool:
-    """Whether a type of a DeepSpeed config can be meant by argument ``optim``."""
+    """Tell whether a type of a DeepSpeed config can be meant by argument ``optim``."""
     row = BY_NAME[optim]
     types = {build.type.lower() for build in (*row.builds, row.offload) if build and build.type}
     types |= {"adam"} if "adamw" in types else set()
@@ -89,13 +89,13 @@ def stands_for(kind: str, optim: str) -> bool:
 
 
 def argument_of(kind: str) -> str | None:
-    """The value of ``optim`` that a type in the DeepSpeed config stands for, if any."""
+    """Return the value of ``optim`` that a type in the DeepSpeed config stands for, or None."""
     row = BY_TYPE.get(kind.lower())
     return row.name if row is not None and row.argument else None
 
 
 def build_of(row: Optimizer, setting: Setting) -> Build | None:
-    """What runs there, or None where nothing can."""
+    """Return the implementation that runs in a setting, or None where none can."""
     if row.refused or (row.whole and setting.stage > 0):
         return None
     if setting.offload != "none":
@@ -105,7 +105,7 @@ def build_of(row: Optimizer, setting: Setting) -> Build | None:
 
 
 def refusals(row: Optimizer, setting: Setting, shown: str) -> list[Problem]:
-    """Why it cannot run there; each names the optimizer, the stage and the offload.
+    """Return why the optimizer cannot run in a setting; each names stage and offload too.
 
     Args:
         row: the optimizer.
@@ -141,14 +141,14 @@ def _needs_package(row: Optimizer, setting: Setting) -> bool:
 
 
 def known_options(row: Optimizer, build: Build | None) -> Mapping[str, Key]:
-    """The options that ``optim_args`` may hold for an implementation."""
+    """Return the options that ``optim_args`` may hold for an implementation."""
     return row.options if build is None or build.options is None else build.options
 
 
 def options_of(
     row: Optimizer, build: Build | None, given: str | None, shown: str
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """The options in ``optim_args`` in their types, and what is wrong with them.
+    """Return the options in ``optim_args`` in their types, and the problems with them.
 
     Args:
         row: the optimizer that they are for.
@@ -184,7 +184,7 @@ def options_of(
 
 
 def parameters_of(row: Optimizer) -> set[str]:
-    """Every parameter that a config may give it."""
+    """Return every parameter that a config may give an optimizer."""
     kinds = {build.type.lower() for build in (*row.builds, row.offload) if build}
     listed = {
         name for kind in kinds & OPTIMIZER_PARAMS.keys() for name in OPTIMIZER_PARAMS[kind].keys
@@ -195,30 +195,30 @@ def parameters_of(row: Optimizer) -> set[str]:
 
 
 def constant_names() -> list[str]:
-    """Names of the parameters that some implementation is always given."""
+    """Return the names of the parameters that some implementation is always given."""
     builds = [b for row in OPTIMIZERS for b in (*row.builds, row.offload) if b is not None]
     return list(dict.fromkeys(name for build in builds for name in build.params))
 
 
 def option_names() -> list[str]:
-    """Names of all options of all optimizers."""
+    """Return the names of all options of all optimizers."""
     builds = [b for row in OPTIMIZERS for b in (*row.builds, row.offload) if b is not None]
     more = [name for build in builds for name in build.options or ()]
     return list(dict.fromkeys([*(name for row in OPTIMIZERS for name in row.options), *more]))
 
 
 def packages() -> list[str]:
-    """Names of the optional packages."""
+    """Return the names of the optional packages."""
     return list(dict.fromkeys(row.package for row in OPTIMIZERS if row.package))
 
 
 def planned_names() -> list[str]:
-    """Names that the planner knows the states of."""
+    """Return the names whose optimizer states the planner knows."""
     return [*_STATE_BYTES, *(row.name for row in OPTIMIZERS if not row.refused and row.argument)]
 
 
 def state_bytes(name: str, *, stage: int, offload: str = "none", device: str = "cuda") -> float:
-    """Bytes of optimizer state per parameter, without the fp32 master weights."""
+    """Return the bytes of optimizer state per parameter, without the fp32 master weights."""
     if name in _STATE_BYTES:
         return _STATE_BYTES[name]
     row = BY_NAME[name]
@@ -230,14 +230,14 @@ def state_bytes(name: str, *, stage: int, offload: str = "none", device: str = "
 
 
 def is_torch_adam(name: str) -> bool:
-    """Whether it runs torch's AdamW step, which needs temporaries that a fused kernel does not."""
+    """Tell whether an optimizer runs torch's unfused AdamW step, which needs temporaries."""
     builds = BY_NAME[name].builds if name in BY_NAME else ()
     unfused = [b for b in builds if b.cls.startswith("torch.") and not b.params.get("fused")]
     return name == "adamw" or bool(unfused and "betas" in BY_NAME[name].hyper)
 
 
 def as_markdown() -> str:
-    """The table for readers: what each name runs, and where it is refused."""
+    """Return the table for readers: what each name runs, and where it is refused."""
     head = "| `optim` | on the accelerator | offloaded to the cpu | bytes of state | remarks |"
     return "\n".join([head, "|---|---|---|---|---|", *_lines()]) + "\n"
 

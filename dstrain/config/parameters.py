@@ -1,4 +1,4 @@
-"""What a model's parameters are, from its config alone: shapes, counts, and the form of a layer.
+"""The parameters of a model from its config alone: shapes, counts, and the form of a layer.
 
 Closed forms are in ``families.py``; for every other architecture ``dstrain.models.count`` builds
 the model without memory in a process of its own and reports in the same form.
@@ -35,7 +35,7 @@ class Tensors:
 
     @property
     def elements(self) -> int:
-        """Elements of all of them."""
+        """Return the elements of all of them."""
         return prod(self.shape) * self.count
 
 
@@ -80,7 +80,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Everything that planning needs to know of a model.
+    """The sizes of a model that planning needs.
 
     Attributes:
         model_type: transformers' name of the architecture.
@@ -101,7 +101,7 @@ class ModelSizes:
 
     @property
     def facts(self) -> ModelFacts:
-        """The same facts as of the built model."""
+        """Return the same facts as of the built model."""
         return ModelFacts(
             num_parameters=self.elements(),
             num_trainable=sum(t.elements for t in self.tensors if t.trainable),
@@ -112,24 +112,24 @@ class ModelSizes:
         )
 
     def elements(self, *parts: str) -> int:
-        """Elements of the named parts, of the whole model without a name."""
+        """Return the elements of the named parts, of the whole model without a name."""
         return sum(t.elements for t in self.tensors if not parts or t.part in parts)
 
     @property
     def layer_elements(self) -> int:
-        """Elements of one layer, on average."""
+        """Return the elements of one layer, on average."""
         return self.elements("layer") // max(1, self.block.layers if self.block else 1)
 
     def elements_up_to(self, threshold: int) -> int:
-        """Elements of all parameters that have at most ``threshold`` elements."""
+        """Return the elements of all parameters that have at most ``threshold`` elements."""
         return sum(t.elements for t in self.tensors if prod(t.shape) <= threshold)
 
     def partition_elements(self, num_ranks: int) -> int:
-        """Elements of one rank at stage 3, where each parameter is padded to the ranks alone."""
+        """Return the elements of one rank at stage 3, each parameter padded for itself."""
         return sum(-(-prod(t.shape) // num_ranks) * t.count for t in self.tensors)
 
     def trainable_shard(self, num_ranks: int, stage: int) -> int:
-        """Trainable elements whose optimizer states one rank has: all, or its partition."""
+        """Return the trainable elements whose optimizer states one rank has."""
         trainable = [t for t in self.tensors if t.trainable]
         if stage == 3:
             return sum(-(-prod(t.shape) // num_ranks) * t.count for t in trainable)
@@ -137,22 +137,22 @@ class ModelSizes:
 
     @property
     def largest_gradient(self) -> int:
-        """Elements of the largest trainable parameter."""
+        """Return the elements of the largest trainable parameter."""
         return max((prod(t.shape) for t in self.tensors if t.trainable), default=0)
 
     @property
     def shared_at_boundary(self) -> float:
-        """Expected elements of a parameter that a boundary between flat partitions cuts."""
+        """Return expected elements of a parameter that a partition's boundary cuts."""
         squares = sum(prod(t.shape) ** 2 * t.count for t in self.tensors if t.trainable)
         return squares / max(1, self.facts.num_trainable)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data; ``from_dict`` reads it."""
+        """Return the sizes as JSON data; ``from_dict`` reads it."""
         return asdict(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ModelSizes:
-        """The inverse of ``to_dict``."""
+        """Return the sizes that ``to_dict`` wrote."""
         tensors = tuple(Tensors(**{**t, "shape": tuple(t["shape"])}) for t in data["tensors"])
         block = Block(**data["block"]) if data["block"] else None
         return ModelSizes(
@@ -166,7 +166,7 @@ class ModelSizes:
 
 
 def sizes_of(spec: str, count: Callable[[str], ModelSizes]) -> ModelSizes:
-    """Sizes of the model that a config describes.
+    """Return the sizes of the model that a config describes.
 
     Args:
         spec: as for ``read_spec``.
@@ -181,7 +181,7 @@ def sizes_of(spec: str, count: Callable[[str], ModelSizes]) -> ModelSizes:
 
 
 def closed_form(values: Mapping[str, Any], *, strict: bool = False) -> ModelSizes | None:
-    """Sizes by formula, or None where no formula is known to hold.
+    """Return the sizes by formula, or None where no formula is known to hold.
 
     Args:
         values: of a model config, with ``model_type``.
@@ -212,7 +212,7 @@ def closed_form(values: Mapping[str, Any], *, strict: bool = False) -> ModelSize
 
 
 def merged(tensors: Iterable[Tensors]) -> tuple[Tensors, ...]:
-    """The same parameters with equal ones counted together."""
+    """Return the same parameters with equal ones counted together."""
     counts: dict[tuple[str, tuple[int, ...], bool], int] = {}
     for t in tensors:
         key = (t.part, t.shape, t.trainable)

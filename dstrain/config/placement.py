@@ -1,4 +1,4 @@
-"""What the memory model is asked about: a ZeRO stage with its offloads, buckets, a workload."""
+"""The questions to the memory model: a ZeRO stage with its offloads, buckets, a workload."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Placement:
     parameters: str = "none"
 
     def __str__(self) -> str:
-        """In words, as in the tables."""
+        """Return the placement in words, as in the tables."""
         places = {"optimizer": self.optimizer, "parameters": self.parameters}
         moved = [f"{name} on {place}" for name, place in places.items() if place != "none"]
         return ", ".join([f"stage {self.stage}", *moved])
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments that ask for it."""
+        """Return the arguments that ask for it."""
         return {
             "zero_stage": str(self.stage),
             "offload_optimizer": self.optimizer,
@@ -66,7 +66,7 @@ class Buckets:
 
     @staticmethod
     def of_config(values: Mapping[str, Any], usual: Buckets | None = None) -> Buckets:
-        """From the dotted keys of a config.
+        """Return the sizes that the dotted keys of a config give.
 
         Args:
             values: leaf values by dotted path.
@@ -112,22 +112,22 @@ class Work:
 
     @property
     def width(self) -> int:
-        """Bytes per value of the training format."""
+        """Return the bytes per value of the training format."""
         return WIDTHS[self.precision]
 
     def sums_in_fp32(self, stage: int) -> bool:
-        """Whether gradients of micro-batches add up in fp32 though training is in 16 bits.
+        """Tell whether gradients of micro-batches add up in fp32 though training is in 16 bits.
 
         The default of ``grad_accum_dtype`` (``rules/precision.py``).
         """
         return self.precision == "bf16" and self.accumulation > 1 and stage >= 2
 
     def sum_width(self, stage: int) -> int:
-        """Bytes per gradient that is kept from one micro-batch to the next."""
+        """Return the bytes per gradient that is kept from one micro-batch to the next."""
         return FP32 if self.sums_in_fp32(stage) else self.width
 
     def state_bytes(self, placement: Placement) -> float:
-        """Bytes of optimizer state per parameter (``optimizer_table.py`` says where from)."""
+        """Return bytes of optimizer state per parameter; sources are in ``optimizer_table.py``."""
         return optimizers.state_bytes(
             self.optimizer,
             stage=placement.stage,
@@ -143,7 +143,7 @@ UNITS = {
 
 
 def parse_size(text: str, name: str = "size") -> int:
-    """Bytes of "80GB", "1.5 TB" (powers of ten) or "640GiB" (powers of two).
+    """Return the bytes of "80GB", "1.5 TB" (powers of ten) or "640GiB" (powers of two).
 
     Raises:
         ConfigError: another unit, no number, or nothing left of it.

@@ -20,7 +20,7 @@ KINDS = {
 
 
 def as_table(found: Plan, choice: Choice) -> str:
-    """What a person reads."""
+    """Return the plan as text for people."""
     sizes, work, batch, limits = found.sizes, found.work, found.batch, found.limits
     facts, block = sizes.facts, sizes.block
     lines = [
@@ -66,20 +66,20 @@ def as_table(found: Plan, choice: Choice) -> str:
 
 
 def _asked(choice: Choice) -> str:
-    """The arguments that lead to the choice: without an "auto" of its own nothing is offloaded."""
+    """Return the arguments that lead to the choice; without an "auto" nothing is offloaded."""
     if choice.placement.optimizer == choice.placement.parameters == "none":
         return "zero_stage=auto"
     return "zero_stage=auto with offload_optimizer=auto and offload_param=auto"
 
 
 def _because(choice: Choice) -> list[str]:
-    """The reason, with a line for every choice that was passed over."""
+    """Return the reason, with a line for every choice that was passed over."""
     first, *others = choice.reason.split("; ")
     return [f"  because {first}", *(f"          {other}" for other in others)]
 
 
 def _rows(found: Plan, choice: Choice) -> list[str]:
-    """The table: what does not depend on activation checkpointing, then what does, twice."""
+    """Return the table: columns without activation checkpointing's effect, then with it, twice."""
     heads = ["", "", *KINDS.values(), *2 * ["|", "activ", "peak", "need"]]
     table = [[*heads, "|", "host", "disk", "fits"]]
     ranks = found.work.ranks_per_machine
@@ -105,7 +105,7 @@ def _rows(found: Plan, choice: Choice) -> list[str]:
 
 
 def _titles(heads: str) -> str:
-    """The line above the heads of columns, which names the groups that bars divide."""
+    """Return the line above the heads of columns, which names the groups that bars divide."""
     line = ""
     bars = [i for i, sign in enumerate(heads) if sign == "|"]
     names = ("not checkpointed", "checkpointed", "per machine")
@@ -130,7 +130,7 @@ def _amount(num_bytes: int | None) -> str:
 
 
 def as_dict(plan: Plan, choice: Choice) -> dict[str, Any]:
-    """The plan as JSON data."""
+    """Return the plan as JSON data."""
     return {
         "model": {
             "model_type": plan.sizes.model_type,
@@ -164,7 +164,7 @@ def as_dict(plan: Plan, choice: Choice) -> dict[str, Any]:
 
 
 def _activations(footprint: Footprint) -> dict[str, int]:
-    """What depends on activation checkpointing."""
+    """Return the bytes that depend on activation checkpointing."""
     return {
         "activation_bytes": footprint.kinds["activations"],
         "peak_bytes": footprint.peak,

@@ -1,4 +1,4 @@
-"""Which ZeRO stage and offload fit, and which of those is the fastest.
+"""The ZeRO stages and offloads that fit, and the fastest of them.
 
 ``plan`` computes every choice; ``choose`` takes the first that fits in ``ORDER``, which goes from
 the least communication to the most.
@@ -59,7 +59,7 @@ MOST_RANKS = 65536
 
 @dataclass(frozen=True)
 class Limits:
-    """What there is; None where it is not known.
+    """The memory and disk that there is; None where it is not known.
 
     Attributes:
         gpu_bytes: memory of one accelerator; of a rank that trains on the CPU, its share of the
@@ -75,7 +75,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Row:
-    """One choice, as asked for, and with both settings of activation checkpointing.
+    """A choice, as asked for, and with both settings of activation checkpointing.
 
     Attributes:
         footprint: bytes per rank as asked for.
@@ -93,12 +93,12 @@ class Row:
 
     @property
     def placement(self) -> Placement:
-        """Stage and offloads."""
+        """Return stage and offloads."""
         return self.footprint.placement
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is missing."""
+        """Tell whether nothing is missing."""
         return not self.lacking
 
 
@@ -113,13 +113,13 @@ class Plan:
     rows: tuple[Row, ...]
 
     def row(self, placement: Placement) -> Row:
-        """The row of one choice."""
+        """Return the row of one choice."""
         return next(row for row in self.rows if row.placement == placement)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What ``zero_stage="auto"`` takes.
+    """The choice for ``zero_stage="auto"``.
 
     Attributes:
         placement: the fastest that fits, or where none does the one that lacks least.
@@ -138,7 +138,7 @@ BucketsOf = Callable[[ModelFacts, Work, Placement], Buckets]
 
 
 def resolved_buckets(model: ModelFacts, work: Work, placement: Placement) -> Buckets:
-    """The bucket sizes that the resolver writes for this model and stage."""
+    """Return the bucket sizes that the resolver writes for this model and stage."""
     from dstrain.arguments import TrainingArguments
     from dstrain.config.resolve import resolve
 
@@ -156,7 +156,7 @@ def plan(
     buckets: BucketsOf = resolved_buckets,
     placements: Sequence[Placement] = SHOWN,
 ) -> Plan:
-    """Bytes of every choice, and what each of them lacks.
+    """Return the bytes of every choice, and what each of them lacks.
 
     Args:
         sizes: the model.
@@ -188,7 +188,7 @@ def plan(
 
 
 def choose(plan: Plan, *, advise: bool = True) -> Choice:
-    """The fastest choice that fits, and why.
+    """Return the fastest choice that fits, and why.
 
     Args:
         plan: the choices; stage 0 is taken only where there is no other, since stage 1 does all
@@ -213,13 +213,13 @@ def choose(plan: Plan, *, advise: bool = True) -> Choice:
 
 
 def first_checkpointed(plan: Plan) -> Placement | None:
-    """The fastest choice that fits with activation checkpointing; None where none does."""
+    """Return the fastest choice that fits with activation checkpointing; None where none does."""
     fitting = [row.placement for row in plan.rows if row.fits_checkpointed and row.placement.stage]
     return min(fitting, key=speed_rank, default=None)
 
 
 def speed_rank(placement: Placement) -> tuple[int, int, int]:
-    """The place of a choice from the fastest to the slowest, that of ``ORDER`` for those in it."""
+    """Return a sort key from fastest to slowest, the order of ``ORDER`` for choices in it."""
     places = ("none", "cpu", "nvme")
     return (
         places.index(placement.optimizer),
@@ -229,7 +229,7 @@ def speed_rank(placement: Placement) -> tuple[int, int, int]:
 
 
 def describe(lacking: Mapping[str, int | None]) -> str:
-    """Missing resources in words."""
+    """Return missing resources in words."""
     return " and ".join(
         f"{name} (size not known)" if missing is None else f"{missing / GIB:,.1f} GiB of {name}"
         for name, missing in lacking.items()
@@ -237,7 +237,7 @@ def describe(lacking: Mapping[str, int | None]) -> str:
 
 
 def _lacking(found: Footprint, work: Work, limits: Limits) -> dict[str, int | None]:
-    """What is missing on an accelerator, and on a machine with all of its ranks."""
+    """Return the bytes missing on an accelerator, and on a machine with all of its ranks."""
     ranks = min(work.ranks_per_machine, work.world_size)
     host, disk = sum(found.host.values()), ranks * sum(found.nvme.values())
     lacking: dict[str, int | None] = {}
@@ -260,7 +260,7 @@ def _lacking(found: Footprint, work: Work, limits: Limits) -> dict[str, int | No
 
 
 def _remedies(plan: Plan) -> list[str]:
-    """Changes of the workload after which something fits: the first that does, or more GPUs."""
+    """Return changes after which something fits: the first of them that does, or more GPUs."""
     flags: list[tuple[str, Batch]] = []
     if not plan.batch.checkpointing:
         flags.append(("--gradient_checkpointing", replace(plan.batch, checkpointing=True)))

@@ -101,7 +101,7 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
 
 
 def _split_batches(chosen: dict[str, Any], world_size: int) -> list[Problem]:
-    """Make batch sizes that count the samples of all ranks those of one, as everything else is."""
+    """Divide a batch size that counts the samples of all ranks by the number of ranks."""
     total = chosen["per_device_train_batch_size"]
     chosen["per_device_train_batch_size"] = max(1, total // world_size)
     if total % world_size == 0:
@@ -121,7 +121,7 @@ def _show_decided(
     decided: Mapping[str, str],
     reasons: Mapping[str, Provenance],
 ) -> None:
-    """Write down an offload of "auto" that became "none", so that the reason is shown."""
+    """Write down that an offload of "auto" became "none", so that the reason is shown."""
     for name, value in decided.items():
         if value == "none":
             key = f"zero_optimization.{name}.device"
@@ -137,7 +137,7 @@ def _adopt(
     problems: list[Problem],
     label: str,
 ) -> tuple[dict[str, Any], dict[str, Provenance]]:
-    """Values that arguments take from the user's config, and why; conflicts go to ``problems``."""
+    """Return values that arguments take from the user's config, and why; collect conflicts."""
     adopted: dict[str, Any] = {}
     settled: dict[str, Any] = {}
     reasons: dict[str, Provenance] = {}
@@ -197,7 +197,7 @@ def _adopt_global_batch(
     adopted: dict[str, Any],
     reasons: dict[str, Provenance],
 ) -> None:
-    """A ``train_batch_size`` of the user's decides the accumulation that nobody else decided."""
+    """Derive accumulation from a ``train_batch_size`` of the user's if nothing else decides it."""
     total = explicit.get("train_batch_size")
     decided = "gradient_accumulation_steps" in explicit or "gradient_accumulation_steps" in changed
     if total is None or decided:
@@ -253,7 +253,7 @@ def _fill(
 def _disagreements(
     rule: Derivation, given: Any, view: View, reasons: Mapping[str, Provenance], label: str
 ) -> list[Problem]:
-    """What is wrong with an explicit value for a key that could have been derived."""
+    """Return the problems of an explicit value for a key that could have been derived."""
     if not (rule.exact or rule.conflicts):
         return []
     derived = rule.derive(view)
@@ -268,7 +268,7 @@ def _disagreements(
 def _lost_schedule(
     explicit: Mapping[str, Any], changed: frozenset[str], chosen: Mapping[str, Any], label: str
 ) -> list[Problem]:
-    """Arguments about a schedule that would not run, because the config brings its own."""
+    """Refuse arguments about a schedule that would not run, as the config brings its own."""
     kind = explicit.get("scheduler.type")
     same = SCHEDULES.get(str(kind).lower())
     return [
@@ -283,7 +283,7 @@ def _lost_schedule(
 
 
 def _takes(config: Mapping[str, Any], path: str) -> bool:
-    """Whether the user's config has the section of a parameter, with a type that knows it.
+    """Tell whether the user's config has a parameter's section, with a type that knows it.
 
     Left out, the parameter would get DeepSpeed's default: a schedule of ``WarmupLR`` rises to 1e-3
     in 1000 steps, whatever the arguments say.
@@ -294,7 +294,7 @@ def _takes(config: Mapping[str, Any], path: str) -> bool:
 
 
 def _displaced(explicit: Mapping[str, Any], facts: Facts, label: str) -> list[Problem]:
-    """Sections of the user's config that an object of the user's would displace."""
+    """Refuse sections of the user's config that an object of the user's would displace."""
     passed = {"optimizer": facts.own_optimizer, "scheduler": facts.own_scheduler}
     return [
         Problem(
@@ -315,7 +315,7 @@ def _constraints(
     warnings: list[str],
     label: str,
 ) -> list[Problem]:
-    """What excludes what in the filled config, and what nothing would read."""
+    """Return problems of the filled config: keys that exclude each other or that nothing reads."""
     values = {path: value for path, value in leaves(config) if not _is_auto(path, value)}
     filled = constraints.Config(values, facts, label)
     by_argument = frozenset(p for p, reason in provenance.items() if reason.source == "argument")
@@ -326,7 +326,7 @@ def _constraints(
 
 
 def _unused(chosen: Mapping[str, Any], config: Mapping[str, Any]) -> list[Problem]:
-    """A path for NVMe where nothing goes there."""
+    """Refuse a path for NVMe where nothing goes there."""
     places = ("offload_optimizer", "offload_param")
     devices = [get(config, f"zero_optimization.{name}.device") for name in places]
     if chosen["nvme_path"] is None or "nvme" in devices:
@@ -371,7 +371,7 @@ def _is_auto(path: str, value: Any) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Equality that does not mind spelling: "5e-5" equals 5e-5, (0.9, 0.95) equals [0.9, 0.95]."""
+    """Compare whatever the spelling: "5e-5" equals 5e-5, (0.9, 0.95) equals [0.9, 0.95]."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, bool) or isinstance(b, bool):

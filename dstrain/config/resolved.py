@@ -1,4 +1,4 @@
-"""What resolution gives: one frozen, complete DeepSpeed config with a reason for every leaf."""
+"""The result of resolution: one frozen, complete DeepSpeed config with a reason for every leaf."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dstrain.config.tree import put
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the value of a key comes from.
+    """The origin of the value of a key.
 
     Attributes:
         source: "config", "argument", "derived" or "default" (an argument left at its default).
@@ -26,7 +26,7 @@ class Provenance:
     detail: str
 
     def __str__(self) -> str:
-        """The detail, which reads alone."""
+        """Return the detail, which reads alone."""
         return self.detail
 
 
@@ -53,7 +53,7 @@ class ResolvedConfig:
     optimizer: Build | None = None
 
     def to_deepspeed(self) -> dict[str, Any]:
-        """A nested dict of its own, ready for ``deepspeed.initialize``.
+        """Return a nested dict of its own, ready for ``deepspeed.initialize``.
 
         Without the section of an optimizer that dstrain builds, which is passed as an object.
         """
@@ -65,42 +65,42 @@ class ResolvedConfig:
 
     @property
     def builds_optimizer(self) -> bool:
-        """Whether dstrain builds the optimizer, since DeepSpeed has no name for it."""
+        """Tell whether dstrain builds the optimizer, since DeepSpeed has no name for it."""
         return self.optimizer is not None and not self.optimizer.type
 
     def optimizer_parameters(self) -> dict[str, Any]:
-        """What the constructor of the optimizer is given, beside the parameter groups."""
+        """Return the arguments of the optimizer's constructor, beside the parameter groups."""
         prefix = "optimizer.params."
         given = {k: v for k, v in self.values.items() if k.startswith(prefix)}
         return {k.removeprefix(prefix): copy.deepcopy(v) for k, v in given.items()}
 
     def value(self, argument: str) -> Any:
-        """The value of an argument that the run uses, the user's config taken into account."""
+        """Return the value of an argument that the run uses, after the user's config."""
         return self.arguments[argument]
 
     @property
     def stage(self) -> int:
-        """ZeRO stage, 0 to 3."""
+        """Return the ZeRO stage, 0 to 3."""
         return int(self.values["zero_optimization.stage"])
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples per rank in one forward pass."""
+        """Return the samples per rank in one forward pass."""
         return int(self.values["train_micro_batch_size_per_gpu"])
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per rank in a full optimizer step."""
+        """Return the micro-batches per rank in a full optimizer step."""
         return int(self.values["gradient_accumulation_steps"])
 
     @property
     def global_batch_size(self) -> int:
-        """Samples over all ranks in a full optimizer step."""
+        """Return the samples over all ranks in a full optimizer step."""
         return int(self.values["train_batch_size"])
 
     @property
     def precision(self) -> str:
-        """The format of weights and activations: "bf16", "fp16" or "fp32"."""
+        """Return the format of weights and activations: "bf16", "fp16" or "fp32"."""
         for name in ("bf16", "fp16"):
             if self.values.get(f"{name}.enabled"):
                 return name
@@ -108,12 +108,12 @@ class ResolvedConfig:
 
     @property
     def compute_format(self) -> str:
-        """The format of matrix products: that of autocast where it is on, else ``precision``."""
+        """Return the format of matrix products: autocast's where it is on, else ``precision``."""
         if self.values.get("torch_autocast.enabled"):
             return short_name(self.values["torch_autocast.dtype"])
         return self.precision
 
     @property
     def has_scheduler(self) -> bool:
-        """Whether the user's config asks for one of DeepSpeed's own schedules."""
+        """Tell whether the user's config asks for one of DeepSpeed's own schedules."""
         return "scheduler.type" in self.values

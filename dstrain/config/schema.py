@@ -1,4 +1,4 @@
-"""Checks a DeepSpeed config against every key that DeepSpeed 0.19.8 knows, before anything runs.
+"""A check of a DeepSpeed config against every key that DeepSpeed 0.19.8 knows, before a run.
 
 DeepSpeed ignores unknown keys at the top level and stops at the first bad one inside a block, after
 the model is built. ``check`` lists all problems at once; ``normalise`` gives numbers written as
@@ -61,12 +61,12 @@ _MOST_LISTED: Final = 16  # keys that an error names
 
 
 def check(config: Any) -> list[Problem]:
-    """Every problem of a config: unknown, misplaced and removed keys, wrong types, bad values."""
+    """Return every problem of a config: unknown, misplaced, removed keys, wrong types or values."""
     return _read(config).problems
 
 
 def normalise(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A copy with number strings as numbers and old spellings renamed, and a warning for each.
+    """Return a copy with number strings as numbers and old names replaced, and warnings of these.
 
     What ``check`` objects to is copied as it stands, and keys that are comments ("_comment") are
     left out. Lists and mappings are copied, other objects (a process group, say) are shared.
@@ -76,7 +76,7 @@ def normalise(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def known_paths() -> frozenset[str]:
-    """Dotted paths of all keys, and of blocks whose keys are the user's own.
+    """Return dotted paths of all keys, and of blocks whose keys are the user's own.
 
     ``*`` stands for a name of the user's, ``[]`` for the elements of a list.
     """
@@ -89,7 +89,7 @@ def known_paths() -> frozenset[str]:
 
 
 def default_of(path: str, *, kind: str | None = None) -> Any:
-    """What DeepSpeed takes when the key is missing; ``NO_DEFAULT`` where that depends.
+    """Return what DeepSpeed takes when the key is missing; ``NO_DEFAULT`` where that depends.
 
     ``kind`` is the neighbouring "type" for optimizer and scheduler parameters; without it their
     default is given where all types agree.
@@ -109,12 +109,12 @@ def default_of(path: str, *, kind: str | None = None) -> Any:
 
 
 def is_known(path: str, *, kind: str) -> bool:
-    """Whether optimizers or schedulers of type ``kind`` have the parameter at this path."""
+    """Tell whether optimizers or schedulers of type ``kind`` have the parameter at this path."""
     return bool(_find(path, kind))
 
 
 def read_text(text: str, key: Key) -> tuple[Any, str]:
-    """What a command line spells for a key, and what is wrong with it ("" for nothing)."""
+    """Return the value that a command line spells for a key, and what is wrong with it or ""."""
     word = text.strip().lower()
     value: Any = text.strip()
     if bool in key.types and word in (*YES, *NO):
@@ -133,7 +133,7 @@ def read_text(text: str, key: Key) -> tuple[Any, str]:
 
 
 def auto_is_a_value(path: str) -> bool:
-    """Whether "auto" at this path means something to DeepSpeed, so that nobody must resolve it."""
+    """Tell whether "auto" at this path has a meaning for DeepSpeed, so that it is not resolved."""
     return any(isinstance(entry, Key) and entry.auto_is_value for entry in _find(path, None))
 
 
@@ -145,7 +145,7 @@ def _join(path: str, name: object) -> str:
 
 
 def _walk(section: Section, path: str = "") -> Iterator[tuple[str, str, Entry]]:
-    """Everything below a section: where it stands, its name, what it is."""
+    """Yield everything below a section: where it stands, its name, what it is."""
     for name, entry in _all_keys(section).items():
         yield path, name, entry
         here = _join(path, name)
@@ -158,7 +158,7 @@ def _walk(section: Section, path: str = "") -> Iterator[tuple[str, str, Entry]]:
 
 
 def _all_keys(section: Section) -> Mapping[str, Entry]:
-    """The keys of a section, whatever the neighbouring "type" is."""
+    """Return the keys of a section, whatever the neighbouring "type" is."""
     if not section.by_type:
         return section.keys
     merged: dict[str, Entry] = {}
@@ -168,7 +168,7 @@ def _all_keys(section: Section) -> Mapping[str, Entry]:
 
 
 def _find(path: str, kind: str | None) -> list[Key | Section]:
-    """The entries at a path; several when it depends on a "type" that is not given."""
+    """Return the entries at a path; several when it depends on a "type" that is not given."""
     sections, found = [CONFIG], []
     for part in path.split("."):
         children = [_child(section, part) for section in sections]
@@ -190,7 +190,7 @@ def _child(section: Section, part: str) -> Entry | None:
 
 @functools.cache
 def _homes() -> dict[str, tuple[str, ...]]:
-    """For each key and block name the sections that have it; "" is the top level."""
+    """Return for each key and block name the sections that have it; "" is the top level."""
     homes: dict[str, tuple[str, ...]] = {}
     for path, name, entry in _walk(CONFIG):
         if not isinstance(entry, Refused):
@@ -203,7 +203,7 @@ def _homes() -> dict[str, tuple[str, ...]]:
 
 @dataclass
 class _Reading:
-    """What one pass over a config finds."""
+    """The result of one pass over a config."""
 
     config: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -252,7 +252,7 @@ def _read_section(
 
 
 def _read_params(value: Any, section: Section, kind: Any, path: str, reading: _Reading) -> Any:
-    """The parameters of an optimizer or scheduler, whose names depend on its type."""
+    """Read the parameters of an optimizer or scheduler, whose names depend on its type."""
     if kind is None or kind == AUTO:
         # The type is still to be chosen: any name that some type knows will do.
         listed: Section | None = Section(_all_keys(section))
@@ -364,7 +364,7 @@ def _unknown(name: object, value: Any, section: Section, path: str) -> Problem:
 
 
 def _suggestion(name: str, known: list[str], path: str) -> str:
-    """Where the name belongs, or the nearest name of this section, then of all sections."""
+    """Say where the name belongs, or the nearest name of this section, then of all sections."""
     elsewhere = [home for home in _homes().get(name, ()) if home != path]
     if elsewhere and len(elsewhere) <= _MOST_HOMES:
         return f"it belongs in {either([home or 'the top level' for home in elsewhere])}"

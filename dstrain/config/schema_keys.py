@@ -37,7 +37,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Key:
-    """One key with a value.
+    """A key with a value.
 
     Attributes:
         types: accepted types; ``object`` stands for a Python object that JSON cannot hold.
@@ -111,7 +111,7 @@ Entry = Key | Section | Alias | Refused
 
 
 def _key(kind: type, default: Any, **more: Any) -> Key:
-    """A key of one type that may be null when null is its default."""
+    """Return a key of one type that may be null when null is its default."""
     return Key((kind, NONE) if default is None else (kind,), default, **more)
 
 

@@ -1,4 +1,4 @@
-"""Single values of a DeepSpeed config: whether one suits its key, and what to say where not."""
+"""Single values of a DeepSpeed config: whether a value suits its key, and messages about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO: Final = ("false", "no", "off", "0")
 
 
 def fit(value: Any, key: Key) -> Any:
-    """The value in one of the key's types, or ``MISFIT``. A boolean is never a number."""
+    """Return the value in one of the key's types, or ``MISFIT``. A boolean is never a number."""
     kinds = key.types
     if value is None or isinstance(value, bool):
         return value if type(value) in kinds else MISFIT
@@ -44,7 +44,7 @@ def fit(value: Any, key: Key) -> Any:
 
 
 def _number(text: str) -> int | float | None:
-    """The number that a string spells: "5e-5", "1e9", "16"."""
+    """Return the number that a string spells ("5e-5", "1e9", "16"), or None."""
     try:
         return int(text)
     except ValueError:
@@ -56,7 +56,7 @@ def _number(text: str) -> int | float | None:
 
 
 def is_allowed(value: Any, key: Key) -> bool:
-    """Whether a value of the right type is one of the choices and within the range."""
+    """Tell whether a value of the right type is one of the choices and within the range."""
     if value is None:
         return True
     if key.choices or key.any_case:
@@ -73,7 +73,7 @@ def is_allowed(value: Any, key: Key) -> bool:
 
 
 def remedy_for(value: Any, key: Key) -> str:
-    """What to write instead of a value that does not suit its key."""
+    """Say what to write instead of a value that does not suit its key."""
     word = str(value).strip().lower()
     if bool in key.types and word in (*YES, *NO):
         return f"write {'true' if word in YES else 'false'}, without quotes"
@@ -88,7 +88,7 @@ def remedy_for(value: Any, key: Key) -> str:
 
 
 def expected(key: Key) -> str:
-    """What a key accepts, in words."""
+    """Say what a key accepts, in words."""
     options = [repr(choice) for choice in (*key.any_case, *key.choices)]
     if not options:
         names: dict[type, str] = {
@@ -106,12 +106,12 @@ def expected(key: Key) -> str:
 
 
 def either(options: list[str]) -> str:
-    """Options as people list them: "a, b or c"."""
+    """Return options as people list them: "a, b or c"."""
     return " or ".join([", ".join(options[:-1]), options[-1]] if options[1:] else options)
 
 
 def kind_of(value: Any) -> str:
-    """The type of a value in the words of a config file."""
+    """Return the type of a value in the words of a config file."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return "not a finite number"
@@ -127,6 +127,6 @@ def kind_of(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as written, cut where it is long."""
+    """Return a value as written, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,7 +14,7 @@ from dstrain.core.secrets import is_mask, without_secrets
 
 
 def read_config(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
-    """The user's config as a dict of its own, and a label that says where it came from.
+    """Return the user's config as a dict of its own, and a label that says where it came from.
 
     Raises:
         ConfigError: for a path or preset that does not exist, text that is not a JSON object,
@@ -75,14 +75,14 @@ def _read_given(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], 
 
 
 def preset_folder() -> Path:
-    """The folder of presets: inside an installed package, or beside it in a checkout."""
+    """Return the folder of presets: in an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "ds_configs"
     return inside if inside.is_dir() else package.parent / "ds_configs"
 
 
 def _decoded(text: str) -> str | None:
-    """The JSON object in base64, as launchers hand a config through shells; None for other text."""
+    """Return the JSON that base64 text holds, as launchers pass it through shells; else None."""
     try:
         decoded = base64.urlsafe_b64decode(text).decode("utf-8").strip()
     except ValueError:

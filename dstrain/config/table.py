@@ -1,4 +1,4 @@
-"""Writes ``README.md`` beside this file: keys that a rule fills, unread ones, and optimizers.
+"""The writer of ``README.md`` beside this file: keys that a rule fills, unread ones, optimizers.
 
 Run ``python -m dstrain.config.table`` after a change of them; a test fails when the page is
 stale.
@@ -55,7 +55,7 @@ it is refused there with stage and offload named.
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     keys = "".join(_row(rule) for rule in RULES)
     unread = "".join(f"| {' | '.join(row)} |\n" for row in as_rows())
     return _HEAD + keys + _UNREAD + unread + _OPTIMIZERS + optimizers.as_markdown()

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything that is no section, and of empty sections."""
+    """Yield dotted path and value of everything that is no section, and of empty sections."""
     for key, value in config.items():
         path = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
@@ -17,7 +17,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def get(config: Mapping[str, Any], path: str) -> Any:
-    """The value or section at a path; None where there is none."""
+    """Return the value or section at a path; None where there is none."""
     node: Any = config
     for part in path.split("."):
         if not isinstance(node, Mapping) or part not in node:

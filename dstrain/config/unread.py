@@ -1,4 +1,4 @@
-"""Keys that DeepSpeed 0.19.8 knows and that would not do, in a run of dstrain, what they say.
+"""Keys that DeepSpeed 0.19.8 knows but that would not do what they say in a run of dstrain.
 
 DeepSpeed takes them without a word: some are for parts of it that dstrain does not use, such as its
 data loader, so that nothing would read them; some would change what dstrain promises, such as the
@@ -86,7 +86,7 @@ _OF_CHECKPOINTS = (
 def find_unread(
     values: Mapping[str, Any], arguments: Mapping[str, Any], label: str
 ) -> tuple[list[Problem], list[str]]:
-    """Problems and warnings about such keys of a filled config.
+    """Return problems and warnings about such keys of a filled config.
 
     Args:
         values: leaf values by dotted path.
@@ -97,7 +97,7 @@ def find_unread(
 
 
 def as_rows() -> list[tuple[str, str, str]]:
-    """Key with its value, what becomes of it, and why: for the page of keys."""
+    """Return key with its value, what becomes of it, and why: for the page of keys."""
     rows = [
         (f"`{key}`: `{str(asking).lower()}`", "refused", f"{why}; {remedy}")
         for key, asking, why, remedy in _REFUSED

@@ -129,7 +129,7 @@ def _is_stale(lock: Path) -> bool:
 
 
 def _users(lock: Path) -> tuple[bool, list[str]]:
-    """Whether a process that we can see has the lock open, and the processes at work beside it.
+    """Tell whether a visible process has the lock open, and list the processes at work beside it.
 
     The latter are ninja and compilers that outlived the process that started them; they hold no
     lock, but a second build at the same time would write the same files.
@@ -167,7 +167,7 @@ def _owner_may_be_unseen(lock: Path, seen: os.stat_result) -> bool:
 
 
 def _filesystem(path: Path) -> str:
-    """The type of the file system that holds `path`, such as ext4 or nfs4."""
+    """Return the type of the file system that holds `path`, such as ext4 or nfs4."""
     resolved = path.resolve()
     best, kind = -1, ""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():

@@ -71,7 +71,7 @@ Plain = Mapping[Text, Any]
 
 
 def parsed(data: bytes) -> Any:
-    """The values of a JSON text.
+    """Return the value that a JSON text holds.
 
     Raises:
         ValueError: it is none, or is nested too deep.
@@ -85,7 +85,7 @@ def parsed(data: bytes) -> Any:
 
 
 def check_depth(value: Any) -> None:
-    """See to it that a reader will take what is about to be written, or has been read.
+    """Check that a value to be written, or just read, is not nested deeper than readers accept.
 
     Raises:
         ValueError: it is nested too deep.
@@ -109,7 +109,7 @@ def _too_deep() -> str:
 
 
 def typed(value: Any, kind: type[T]) -> T:
-    """A value of plain types as one of ``kind``, which a dataclass and its annotations describe.
+    """Check plain values against ``kind``, a dataclass or an annotated type, and return a ``kind``.
 
     Raises:
         ValueError: naming each field that is not as ``kind`` says.
@@ -123,7 +123,7 @@ def typed(value: Any, kind: type[T]) -> T:
 
 
 def loaded(path: Path, most: int = -1) -> bytes:
-    """The content of a file; what is no file, as a pipe, is not waited for.
+    """Return the content of a regular file; refuse pipes and devices without waiting for them.
 
     Args:
         path: the file.
@@ -140,7 +140,7 @@ def loaded(path: Path, most: int = -1) -> bytes:
 
 
 def read_document(path: Path, kind: type[T]) -> T:
-    """A JSON file as a value of ``kind``.
+    """Read a JSON file as a value of ``kind``.
 
     Raises:
         CheckpointError: there is no such file, or it is damaged; with the file and the field.
@@ -152,7 +152,7 @@ def read_document(path: Path, kind: type[T]) -> T:
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """The error that a file of a checkpoint cannot be used."""
+    """Return the error that says that a file of a checkpoint cannot be read, and why."""
     why = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return CheckpointError(Problem(f"{path} cannot be read", why, "use another checkpoint"))
 
@@ -163,7 +163,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _faults(error: ValidationError) -> str:
-    """What is wrong with which fields, a line for the first few."""
+    """Say which fields are wrong and why; the first few of them, and how many more there are."""
     found = error.errors(include_url=False, include_context=False)
     lines = []
     for fault in found[:_MOST_FAULTS]:
@@ -178,7 +178,7 @@ def _faults(error: ValidationError) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message; containers and huge numbers only by what they are."""
+    """Return a value for a message: containers by their length, huge numbers by their bits."""
     if isinstance(value, (dict, list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 64:

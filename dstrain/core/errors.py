@@ -11,7 +11,7 @@ from dstrain.core.secrets import hidden_in_text
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong; credentials in what is passed are hidden.
+    """A single mistake or failure, told to a user; credentials in its texts are masked.
 
     Attributes:
         what: what was passed, with its value and where it came from.
@@ -24,7 +24,7 @@ class Problem:
     remedy: str = ""
 
     def __post_init__(self) -> None:
-        """Hide credentials: errors are printed, logged and sent to other ranks."""
+        """Mask credentials: errors are printed, logged and sent to other ranks."""
         for name in ("what", "why", "remedy"):
             object.__setattr__(self, name, hidden_in_text(getattr(self, name)))
 
@@ -102,7 +102,7 @@ def raise_errors(errors: Sequence[DstrainError]) -> None:
 
 
 def nearest(name: str, known: Sequence[str] | set[str]) -> str | None:
-    """The known name closest in spelling to ``name``, or None when nothing is close."""
+    """Return the known name closest in spelling to ``name``, or None when nothing is close."""
     import difflib
 
     found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)

@@ -23,7 +23,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be to count as unchanged.
+    """The size and checksum that a file must have to count as unchanged.
 
     Attributes:
         size: in bytes.
@@ -44,7 +44,7 @@ class DurableFile:
         self._size = 0
 
     def write(self, data: Any) -> None:
-        """Append bytes, or anything that exposes them; large ones without a copy."""
+        """Append bytes, or any buffer; large ones without a copy."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _CHUNK_BYTES):
             chunk = view[start : start + _CHUNK_BYTES]
@@ -55,7 +55,7 @@ class DurableFile:
                 chunk = chunk[written:]
 
     def close(self) -> FileRecord:
-        """Wait until the content is on the disk."""
+        """Wait until the content is on the disk, close the file, return its size and checksum."""
         with self._file:
             os.fsync(self._file.fileno())
         return FileRecord(self._size, f"xxh3:{self._hash.hexdigest()}")
@@ -66,7 +66,7 @@ class DurableFile:
 
 
 def write_bytes(path: Path, content: bytes) -> FileRecord:
-    """Write a whole file durably.
+    """Write a whole file, wait until it is on the disk, and return its size and checksum.
 
     Raises:
         OSError: the disk is full, the folder is gone, and so on.
@@ -81,13 +81,13 @@ def write_bytes(path: Path, content: bytes) -> FileRecord:
 
 
 def write_json(path: Path, content: Any) -> FileRecord:
-    """Write JSON durably; NaN and infinities are refused, as other readers refuse them."""
+    """Write JSON as ``write_bytes`` does; refuse NaN and infinities, as most readers do."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     return write_bytes(path, text.encode())
 
 
 def write_record(path: Path, text: str) -> None:
-    """Write a file for people in place of the one before, which stays where this fails.
+    """Write a text file for people in place of an older one, which stays if the write fails.
 
     Raises:
         TrainingError: the disk is full, the folder is gone, and so on.
@@ -105,7 +105,7 @@ def write_record(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failure of the system to write a file of a run inside into an error for people.
+    """Turn an OSError of the body, which writes a file of the run, into an error for users.
 
     Raises:
         TrainingError: in the place of an OSError.
@@ -117,13 +117,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def unwritten(what: str, path: Path, error: OSError, *, remedy: str = "") -> Problem:
-    """What is wrong where something cannot be written; with the room that is left where it is full.
+    """Return the problem that something cannot be written, with the free space of a full disk.
 
     Args:
-        what: cannot be done.
-        path: of the file or folder.
-        error: the system's.
-        remedy: where the disk is not full.
+        what: what cannot be done, such as "the log cannot be written".
+        path: the file or folder to be written.
+        error: what the system raised.
+        remedy: what to change where the disk is not full.
     """
     why = error.strerror or str(error)
     if error.errno in _FULL or "No space left" in why:
@@ -134,7 +134,10 @@ def unwritten(what: str, path: Path, error: OSError, *, remedy: str = "") -> Pro
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that can still be written to the disk of a path; the path need not exist."""
+    """Return how many bytes can still be written to the disk of ``path``, or None when unknown.
+
+    The path need not exist.
+    """
     for place in (path, *path.absolute().parents):
         with contextlib.suppress(OSError):
             facts = os.statvfs(place)
@@ -143,7 +146,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def record_of(path: Path) -> FileRecord:
-    """Size and checksum of a file as it is."""
+    """Return size and checksum of a file, which is read whole."""
     digest, size = xxhash.xxh3_64(), 0
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -153,7 +156,7 @@ def record_of(path: Path) -> FileRecord:
 
 
 def make_durable(path: Path) -> FileRecord:
-    """Wait until a file that somebody else wrote is on the disk; its size and checksum."""
+    """Wait until a file that somebody else wrote is on the disk; return its size and checksum."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""How much memory this machine has left."""
+"""The memory that this machine has left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int | None:
-    """Host memory that can still be taken, within the container's limit; None where unknown."""
+    """Return the host memory that can still be taken, in bytes; None where that is unknown.
+
+    The limit of the container (cgroup v2) counts too.
+    """
     found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -1,7 +1,7 @@
 """The processes that started this rank, and its end when one of them is gone.
 
 A launcher that is killed leaves its ranks training, with nobody to wait for them or to stop them.
-Watched are only processes that are launchers beyond doubt, and those between them and this rank:
+Only processes that are launchers beyond doubt are watched, and those between them and this rank:
 ``deepspeed`` and its ``launch.py``, torchrun, a parent of ``multiprocessing``, a script of
 ``launch/``, the session of ssh in which pdsh starts a ``launch.py``; MPI and Slurm where they are
 the parent. A shell may end, or hand its children to process 1, while its jobs go on: after
@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPT = "DSTRAIN_SCRIPT"
-"""Environment variable in which a script of ``launch/`` tells its process."""
+"""Environment variable with the process number of the ``launch/`` script that started this rank."""
 
 JOB = "DSTRAIN_JOB"
-"""Environment variable with the folder in which such a script hears of its ranks."""
+"""Environment variable with the folder from which that script reads what its ranks write to it."""
 
 _LOOK_SECONDS = 1.0
 GRACE_SECONDS = 600.0
-"""Time to save in, for a rank whose launcher is gone."""
+"""Seconds in which a rank whose launcher is gone may save before it is ended."""
 
 _COMMANDS = ("deepspeed", "ds", "torchrun")
 _MODULES = (
@@ -45,7 +45,10 @@ _PARENTS = (
 
 @dataclass(frozen=True)
 class Process:
-    """A process that was there once: its number may be another's later, its start time not."""
+    """A process as it was when we looked.
+
+    Its number may be another process's later; that one has another start time.
+    """
 
     pid: int
     parent: int
@@ -54,7 +57,7 @@ class Process:
 
     @staticmethod
     def of(pid: int) -> Process | None:
-        """Look at a process; None where it has ended (though nobody has asked for its status)."""
+        """Look at a process; return None when it has ended, a zombie included."""
         try:
             after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
@@ -65,12 +68,12 @@ class Process:
         return Process(pid, int(after_name[1]), after_name[19], tuple(words.split("\0")))
 
     def is_there(self) -> bool:
-        """Whether it still lives."""
+        """Tell whether this process still lives."""
         now = Process.of(self.pid)
         return now is not None and now.started == self.started
 
     def launches(self) -> bool:
-        """Whether it is a launcher."""
+        """Tell whether this process is a launcher of ranks, by its command."""
         command = os.path.basename(self.words[0])
         if not command.startswith("python"):
             return command in _COMMANDS
@@ -78,7 +81,7 @@ class Process:
         return runs in _MODULES or os.path.basename(runs) in _COMMANDS
 
     def __str__(self) -> str:
-        """Its command and number, for messages."""
+        """Return its command and process number, for messages."""
         words = [word for word in self.words[:4] if word and not word.startswith("-")]
         if len(words) > 1 and os.path.basename(words[0]).startswith("python"):
             words = words[1:]
@@ -86,7 +89,7 @@ class Process:
 
 
 def launchers() -> list[Process]:
-    """The processes above this one that must not end before it, the nearest first."""
+    """Return the processes above this one that must not end before it, the nearest first."""
     above = list(_above())
     if not above:
         return []
@@ -117,7 +120,7 @@ def _is_of_remote_start(process: Process) -> bool:
 
 
 def _above() -> Iterator[Process]:
-    """The parent, its parent and so on, but for the first process of the machine."""
+    """Yield the parent process, its parent and so on, without process 1."""
     pid = os.getppid()
     while pid > 1:
         process = Process.of(pid)
@@ -128,7 +131,7 @@ def _above() -> Iterator[Process]:
 
 
 class _Watch:
-    """The thread that looks, once a second; a rank reads some small files of /proc for it."""
+    """A thread that checks once a second, in a few small files of /proc, that launchers live."""
 
     def __init__(self, watched: list[Process]) -> None:
         self.watched, self.ends = watched, False
@@ -152,7 +155,9 @@ _watch: _Watch | None = None
 
 
 def watch_launchers() -> None:
-    """Send this process SIGTERM when what started it is gone; once, however often it is called.
+    """Send this process SIGTERM when a process that launched it has ended.
+
+    To be called once; later calls do nothing.
 
     SIGTERM, as a scheduler does: training saves and ends, whatever else runs ends at once.
     """
@@ -169,19 +174,19 @@ def watch_launchers() -> None:
 
 
 def note_saved(status: int) -> None:
-    """Hear that this rank has saved and is about to end, for which it needs no further signal."""
+    """Note that this rank has saved and ends with ``status``, so that no SIGTERM is sent."""
     if _watch is not None:
         _watch.ends = True
     note_end(status)
 
 
 def is_launched() -> bool:
-    """Whether a launcher that is known as such has started this rank."""
+    """Tell whether this rank has launchers and watches them."""
     return _watch is not None
 
 
 def _was_launched() -> bool:
-    """Whether DeepSpeed's ``launch.py`` made this environment for this very process."""
+    """Tell whether DeepSpeed's ``launch.py`` made this environment for this very process."""
     launched = {"RANK", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"} <= set(os.environ)
     can_see = os.getppid() == 1 or Process.of(os.getppid()) is not None
     return launched and can_see and os.getsid(0) != os.getpid()
@@ -189,20 +194,23 @@ def _was_launched() -> bool:
 
 def _tell(what: str) -> None:
     rank = os.environ.get("RANK", "0")
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
         print(f"[rank {rank}] {what}", file=sys.stderr, flush=True)
 
 
-# --- what a script of launch/ hears of its ranks -------------------------------------------------
+# --- what ranks write for their launch/ script ----------------------------------------------------
 
 
 def note_begin() -> None:
-    """Tell the script that started this rank its process, so that it can send signals to it."""
+    """Write down this rank's process number, so that its ``launch/`` script can signal it."""
     _note("rank", os.getpid())
 
 
 def note_end(status: int) -> None:
-    """Tell that script how this rank ends: DeepSpeed's launcher may have been killed by then."""
+    """Write this rank's exit status for the script of ``launch/`` that started it.
+
+    DeepSpeed's launcher, which would report it, may have been killed by then.
+    """
     _note("status", status)
 
 

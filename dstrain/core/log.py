@@ -20,7 +20,7 @@ _HIDES_SECRETS = HidesSecrets()
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module, which writes down no credential; pass ``__name__``."""
+    """Return the logger ``name`` (pass ``__name__``), which masks credentials in what it logs."""
     logger = logging.getLogger(name)
     logger.addFilter(_HIDES_SECRETS)  # nothing where it has it
     return logger

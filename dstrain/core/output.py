@@ -1,4 +1,4 @@
-"""What is printed while a model trains: output that cannot be written is dropped.
+"""Output that is printed while a model trains, and dropped where it cannot be written.
 
 `... | head` closes a pipe, a terminal goes away, the disk of a log fills up: none of it is a reason
 to lose a run. Python would raise in whatever line prints next, in a callback or a progress bar.
@@ -18,7 +18,7 @@ _MARK = "_dstrain_drops"
 
 
 def drop_what_cannot_be_written() -> None:
-    """Let stdout and stderr of this process never raise for want of a reader, from here on.
+    """Make writes to stdout and stderr of this process drop their data where they would fail.
 
     The writing method of the lowest object of each stream is replaced, so that whoever holds the
     stream (handlers of logging, progress bars, a user's own wrapper) is served. Streams of another
@@ -36,7 +36,7 @@ def drop_what_cannot_be_written() -> None:
 
 
 def _dropping(write: Callable[[Any], int | None], number: int) -> Callable[[Any], int | None]:
-    """Wrap ``write`` of the file descriptor ``number``."""
+    """Wrap ``write`` of the file descriptor ``number`` to drop what the system cannot write."""
 
     def write_or_drop(data: Any) -> int | None:
         try:
@@ -50,7 +50,10 @@ def _dropping(write: Callable[[Any], int | None], number: int) -> Callable[[Any]
 
 
 def _write_to_nowhere(number: int) -> None:
-    """Put /dev/null in the place of a pipe without a reader, for libraries and children too."""
+    """Replace a pipe without a reader by /dev/null, for libraries and child processes too.
+
+    Rank 0 says so on the stream that is left, stdout or stderr.
+    """
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)

@@ -1,4 +1,4 @@
-"""How far a run is, as a value."""
+"""The progress of a run, as a value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Progress:
     num_input_tokens: Count = 0
 
     def advance(self, *, samples: int, tokens: int) -> Progress:
-        """The position after one more optimizer step."""
+        """Return the position after one more optimizer step."""
         return replace(
             self,
             step=self.step + 1,
@@ -36,5 +36,5 @@ class Progress:
         )
 
     def next_epoch(self) -> Progress:
-        """The position at the start of the following epoch."""
+        """Return the position at the start of the following epoch."""
         return replace(self, epoch=self.epoch + 1, steps_in_epoch=0, samples_in_epoch=0)

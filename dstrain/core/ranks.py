@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and the few collectives that need no engine."""
+"""This process among the ranks, and the few collectives that need no engine."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0 of all."""
+        """Tell whether this is rank 0 of all."""
         return self.rank == 0
 
     @property
     def is_local_main(self) -> bool:
-        """Whether this is the first rank of its machine."""
+        """Tell whether this is the first rank of its machine."""
         return self.local_rank == 0
 
     @property
     def first_on_machine(self) -> int:
-        """The first rank of this machine; launchers number the ranks of a machine in a row."""
+        """Return the first rank of this machine: launchers number its ranks in a row."""
         return self.rank - self.local_rank
 
     def on_machine(self) -> Ranks:
-        """This process among the ranks of its machine, as if there were no others."""
+        """Return the rank facts of this process as if its machine were the only one."""
         local, number = self.local_rank, self.local_world_size
         return Ranks(local, local, number, number)
 
 
 def launched_ranks() -> Ranks:
-    """Rank facts from the launcher's environment; one process when there is no launcher.
+    """Return rank facts from the launcher's environment; one process when there is no launcher.
 
     Reads RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE (torchrun) or LOCAL_SIZE (deepspeed).
 
@@ -83,8 +83,20 @@ def launched_ranks() -> Ranks:
     )
 
 
+def named_ranks(ranks: Sequence[int]) -> str:
+    """Return ascending ranks in words, with runs of them shortened: "ranks 0, 2-4095"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    parts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
+
+
 def is_distributed() -> bool:
-    """Whether a process group of more than one rank is up."""
+    """Tell whether a process group of more than one rank is up."""
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -103,7 +115,7 @@ class PendingSum:
     """The sum of numbers over all ranks, on its way while other work goes on."""
 
     def __init__(self, number: float | Sequence[float], *, device: Any) -> None:
-        """Start adding up, several numbers each by itself; a collective of all ranks."""
+        """Start summing over the ranks, each of several numbers by itself; a collective of all."""
         self._sum: Any = number
         self._work: Any = None
         if is_distributed():
@@ -114,7 +126,7 @@ class PendingSum:
             self._work = dist.all_reduce(self._sum, async_op=True)
 
     def get(self) -> Any:
-        """The sum: what was given on one rank, else a float32 tensor of shape () or (numbers,).
+        """Return the sum: the number as given on one rank, else a float32 tensor of its shape.
 
         On a GPU its stream waits for it and the host does not.
         """
@@ -175,7 +187,7 @@ def barrier() -> None:
 
 
 def gather_objects(value: T, *, group: Any = None) -> list[T]:
-    """The picklable ``value`` of every rank, in rank order, on every rank."""
+    """Return the picklable ``value`` of every rank, in rank order, on every rank."""
     if not is_distributed():
         return [value]
     import torch.distributed as dist
@@ -186,7 +198,7 @@ def gather_objects(value: T, *, group: Any = None) -> list[T]:
 
 
 def from_main(ranks: Ranks, ask: Callable[[], T]) -> T:
-    """What ``ask`` returns on the main rank, on every rank; the others do not call it.
+    """Call ``ask`` on the main rank alone and return its picklable value on every rank.
 
     Raises:
         DstrainError: on every rank, when it raised on the main one.
@@ -209,7 +221,7 @@ def from_main(ranks: Ranks, ask: Callable[[], T]) -> T:
 
 
 def broadcast_object(value: T, *, group: Any = None) -> T:
-    """The main rank's picklable ``value``, on every rank."""
+    """Return the main rank's picklable ``value`` on every rank."""
     if not is_distributed():
         return value
     import torch.distributed as dist

@@ -10,7 +10,7 @@ from dstrain.core.errors import DataError, Problem, raise_problems
 
 
 def plain_numbers(value: Any) -> Any:
-    """The value with Python's numbers instead of numpy's, and of tensors and arrays of one."""
+    """Return the value with Python numbers for numpy's and for one-element tensors and arrays."""
     if isinstance(value, Mapping):
         return {k: plain_numbers(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -23,7 +23,7 @@ def plain_numbers(value: Any) -> Any:
 
 
 def recordable(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures as a record can hold them: numbers, text, and lists and dicts of these.
+    """Return figures as a record can hold them: numbers, text, and lists and dicts of these.
 
     Raises:
         DataError: naming each that is something else.
@@ -43,7 +43,7 @@ def recordable(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unrecordable(value: Any, place: str = "", *, finite: bool = False) -> Iterator[tuple[str, Any]]:
-    """What in a nested value JSON cannot hold, each with its place.
+    """Yield each part of a nested value that JSON cannot hold, with its place.
 
     Args:
         value: numbers, text, and lists and dicts of these; or not.
@@ -66,7 +66,7 @@ def unrecordable(value: Any, place: str = "", *, finite: bool = False) -> Iterat
 
 
 def described(value: Any) -> str:
-    """The type of a value with its shape, or a number as it is."""
+    """Return the type of a value with its shape, or a float as it is, for messages."""
     if isinstance(value, float):
         return str(value)
     kind = type(value)

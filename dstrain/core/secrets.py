@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Words that say so wherever they stand in a name.
+# Words that make a name that of a credential wherever they stand in it.
 _ALWAYS = frozenset(
     {
         *("password", "passwords", "passwd", "passphrase", "passcode", "pwd"),
@@ -25,14 +25,14 @@ _ALWAYS = frozenset(
         *("hubtoken", "hftoken", "jwt", "cookie", "cookies", "webhook"),
     }
 )
-# What a key is that opens something; others name entries of a table, or columns.
+# Words before `key` that make it a credential; other keys name entries of a table, or columns.
 _KEYS = frozenset(
     {
         *("api", "access", "secret", "private", "signing", "encryption", "account", "license"),
         *("ssh", "auth", "master", "subscription", "storage", "deploy", "client", "shared"),
     }
 )
-# What tokens are in a vocabulary. Any other `..._token` that is text opens something.
+# Words that make `..._token` one of a vocabulary. Any other that is a text is a credential.
 _VOCABULARY = frozenset(
     {
         *("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video", "audio", "speech"),
@@ -44,7 +44,7 @@ _VOCABULARY = frozenset(
         *("chunk", "patch", "global", "separator", "padding", "unknown"),
     }
 )
-# Of whom or what a list of tokens is that opens something; others are of a vocabulary.
+# Words that make a list `..._tokens` one of credentials; other lists are of a vocabulary.
 _OPENING = frozenset(
     {"api", "auth", "access", "hub", "hf", "bearer", "refresh", "session", "login"}
 )
@@ -54,43 +54,44 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a value of this name opens something: its last part counts, ``comet.api_key``.
+    """Tell whether a value of this name is a credential, judged by the name's last part.
 
-    Also where its words are not parted by anything but capital letters: ``apiKey``.
+    Of ``comet.api_key`` the words ``api`` and ``key`` count; capital letters part words too, as in
+    ``apiKey``.
     """
     return _is_always_secret(name) or _is_token(name)
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """The value with a mask in the place of each credential in it, as deep as it goes.
+    """Return the value with a mask in place of each credential in it, at any depth.
 
     What holds none is returned as it is, not copied.
 
     Args:
         value: text, numbers, and mappings and sequences of these; other objects stay.
-        name: what it is called; "" for nothing.
+        name: the name that the value stands under; "" for none.
     """
     return _hidden(value, name, inside=False)
 
 
 def has_secrets(value: Any) -> bool:
-    """Return whether ``without_secrets`` would leave something out."""
+    """Tell whether ``without_secrets`` would mask something in the value."""
     return without_secrets(value) is not value
 
 
 def is_mask(name: str, value: Any) -> bool:
-    """Return whether this is what is written in the place of a credential of this name."""
+    """Tell whether ``value`` is the mask that stands for a credential of this name."""
     return isinstance(value, str) and is_secret_name(name) and value == mask_of(name)
 
 
 def mask_of(name: str) -> str:
-    """What stands for a credential: the last part of its name in angle brackets."""
+    """Return the mask for a credential: the last part of its name in angle brackets."""
     last = name.lstrip("-").rpartition(".")[2]
     return f"<{last.replace('-', '_').upper() or 'SECRET'}>"
 
 
 def without_masks(value: Any) -> Any:
-    """A mapping, or anything else, without the entries that are masks."""
+    """Return a mapping without the entries that are masks; any other value as it is."""
     if not isinstance(value, Mapping):
         return value
     return {
@@ -99,7 +100,7 @@ def without_masks(value: Any) -> Any:
 
 
 def hidden_in_text(text: str, *, known: Iterable[str | None] = ()) -> str:
-    """A text for people with a mask in the place of each credential that can be told in it.
+    """Return a text with a mask in place of each credential that can be recognised in it.
 
     Args:
         text: a message, a log line, a command, JSON.
@@ -118,7 +119,7 @@ def hidden_in_text(text: str, *, known: Iterable[str | None] = ()) -> str:
 
 
 def hidden_in_words(words: Sequence[str]) -> list[str]:
-    """The words of a command, with masks in the place of credentials."""
+    """Return the words of a command with masks in place of credentials."""
     shown = []
     flag = ""
     for word in words:
@@ -134,7 +135,7 @@ def hidden_in_words(words: Sequence[str]) -> list[str]:
 
 
 class HidesSecrets(logging.Filter):
-    """Takes credentials out of what is logged, for whichever handler an application has."""
+    """A logging filter that masks credentials in messages and tracebacks, before any handler."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Rewrite the record's message and traceback; keep every record."""
@@ -160,7 +161,7 @@ def _words(name: str) -> list[str]:
 
 
 def _is_always_secret(name: str) -> bool:
-    """Whether whatever has this name is a credential, numbers and all that is inside too."""
+    """Tell whether all that is under this name is a credential, numbers and nested parts too."""
     words = _words(name)
     if not _ALWAYS.isdisjoint(words):
         return True
@@ -173,7 +174,7 @@ def _is_always_secret(name: str) -> bool:
 
 
 def _is_token(name: str) -> bool:
-    """Whether a text of this name is a credential: no token of a vocabulary."""
+    """Tell whether a text of this name is a token that opens something, not one of a vocabulary."""
     words = _words(name)
     return words[-1:] == ["token"] and _VOCABULARY.isdisjoint(words[:-1])
 
@@ -182,7 +183,7 @@ def _is_token(name: str) -> bool:
 
 
 def _hidden(value: Any, name: str, *, inside: bool) -> Any:
-    """See ``without_secrets``; ``inside`` something that is a credential with all its parts."""
+    """Mask credentials as ``without_secrets`` does; all of it where ``inside`` a credential."""
     inside = inside or _is_always_secret(name)
     if isinstance(value, Mapping):
         parts = {k: _hidden(v, str(k), inside=inside) for k, v in value.items()}
@@ -217,7 +218,7 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
 
 
 def _shows_nothing(text: str) -> bool:
-    """Whether a text is no credential whatever its name: none, or a mark such as ``<s>``."""
+    """Tell whether a text is no credential whatever its name: empty, None, a mark like ``<s>``."""
     return text.strip().lower() in _PLAIN or _MARK.fullmatch(text.strip()) is not None
 
 
@@ -252,7 +253,7 @@ _VALUE = re.compile(
 
 
 def _hidden_after(names: re.Pattern[str], text: str) -> str:
-    """The text with masks in the place of the values that stand after names of credentials."""
+    """Return the text with masks in place of the values that follow names of credentials."""
     shown, position = [], 0
     for match in names.finditer(text):
         if match.start() < position or not is_secret_name(match["name"]):
@@ -280,7 +281,10 @@ def _is_worth_hiding(named: re.Match[str], value: re.Match[str]) -> bool:
 
 
 def _hidden_base64(match: re.Match[str]) -> str:
-    """A JSON object in base64, as launchers hand a config through shells, with masks inside."""
+    """Return a base64 JSON object as JSON with masks, where it holds credentials; else as it is.
+
+    Launchers hand a config through shells in this form.
+    """
     try:
         content = json.loads(base64.urlsafe_b64decode(match[0]).decode())
     except (ValueError, RecursionError):

@@ -36,7 +36,7 @@ def make_deterministic() -> None:
 
 
 def derived_seed(seed: int, *, step: int, rank: int) -> int:
-    """A 63-bit seed that differs for every (seed, step, rank), with no visible pattern."""
+    """Return a 63-bit seed that differs for every (seed, step, rank), with no visible pattern."""
     from numpy.random import SeedSequence
 
     words = SeedSequence([abs(seed), step, rank]).generate_state(2)
@@ -49,7 +49,7 @@ def seed_rank(seed: int, *, step: int, rank: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of python's, numpy's and torch's generators of this process, its device included.
+    """Return the state of this process's generators: Python's, numpy's, torch's and its device's.
 
     Tensors, tuples and plain values; ``set_random_state`` puts it back.
     """
@@ -69,7 +69,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what ``random_state`` gave; the part of a device that is not here is left out."""
+    """Restore what ``random_state`` returned; leave out the state of a device that is not here."""
     import numpy as np
     import torch
 
@@ -83,7 +83,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def check_random_state(state: Any) -> None:
-    """See to it that ``set_random_state`` can put a state back, by trying it on other generators.
+    """Check that ``set_random_state`` can restore ``state``, by trying it on other generators.
 
     Raises:
         ValueError: it is no state of these generators.
@@ -110,7 +110,7 @@ def check_random_state(state: Any) -> None:
 
 
 def _device_module() -> Any:
-    """The torch module of the accelerator in use (torch.cuda and the like), None on the CPU."""
+    """Return the torch module of the accelerator in use (such as torch.cuda), None on the CPU."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator()

@@ -1,4 +1,4 @@
-"""How a process ends that was asked to before its work was done."""
+"""Exit statuses of processes that end before their work is done, and the exception that says so."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ PREEMPTED = 75
 STALLED = 76
 """Exit status of a run whose ranks waited for one that did not come."""
 
-
 INCOMPLETE = 3
 """Exit status of training that is done, but whose last checkpoint could not be written."""
 
 
 class Preempted(SystemExit):
-    """All that must survive has been saved, and the run is to end with status ``PREEMPTED``."""
+    """The end of a run that was asked to end; it has saved, and exits with ``PREEMPTED``."""
 
     def __init__(self, message: str) -> None:
-        """Keep what happened, for who reports it."""
+        """Keep the message for the code that reports the end."""
         super().__init__(PREEMPTED)
         self.message = message

@@ -54,7 +54,7 @@ def first_turn(ranks: Ranks, *, per_node: bool = True, what: str = "work") -> It
 
 @functools.cache
 def _store(rank: int, world_size: int) -> Any:
-    """The store of the launcher's address, kept for the life of the process, which may serve it."""
+    """Return the key-value store at the launcher's address, kept for the life of the process."""
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 

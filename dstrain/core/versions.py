@@ -1,4 +1,4 @@
-"""Installed versions, read without importing the packages; and that all ranks have the same."""
+"""Versions of installed packages, read without importing them, and the check that ranks agree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dstrain.core.errors import ConfigError, Problem
-from dstrain.core.ranks import gather_objects, is_distributed
+from dstrain.core.ranks import gather_objects, is_distributed, named_ranks
 
 COMPARED = ("dstrain", "torch", "deepspeed", "transformers")
 _HOSTS_SHOWN = 4
@@ -19,7 +19,7 @@ _HOSTS_SHOWN = 4
 
 @functools.cache  # reading them takes longer than copying a hundred megabytes of state
 def installed(names: tuple[str, ...]) -> Mapping[str, str]:
-    """Versions of these packages; what is missing is left out."""
+    """Return the installed version of each of these packages; leave out what is missing."""
     found = {}
     for name in names:
         try:
@@ -30,13 +30,13 @@ def installed(names: tuple[str, ...]) -> Mapping[str, str]:
 
 
 def python_version() -> str:
-    """The version of the interpreter."""
+    """Return the version of the interpreter."""
     return platform.python_version()
 
 
 @functools.cache
 def source_digest() -> str:
-    """A few letters that tell dstrain's source from another: checkouts can share a version."""
+    """Return 8 hexadecimal digits of a hash of dstrain's source: checkouts can share a version."""
     package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -46,7 +46,7 @@ def source_digest() -> str:
 
 
 def require_same_versions() -> None:
-    """See to it that all ranks run the same software; a collective of all ranks.
+    """Check that all ranks run the same software; a collective of all ranks.
 
     One small object goes from each rank to each.
 
@@ -64,12 +64,12 @@ def require_same_versions() -> None:
 
 
 def different_versions(said: Iterable[tuple[str, Mapping[str, str]]]) -> list[Problem]:
-    """A problem for each package that differs, with the ranks and hosts that have each version.
+    """Return a problem for each package that differs, with the ranks and hosts of each version.
 
     Grows with ranks x packages, which are few.
 
     Args:
-        said: of each rank in their order: its host, and version by package.
+        said: for each rank in order, its host and its version of each package.
     """
     said = list(said)
     names = dict.fromkeys(name for _, versions in said for name in versions)
@@ -85,7 +85,7 @@ def different_versions(said: Iterable[tuple[str, Mapping[str, str]]]) -> list[Pr
             hosts = list(dict.fromkeys(said[rank][0] for rank in ranks))
             more = f" and {len(hosts) - _HOSTS_SHOWN} more" if len(hosts) > _HOSTS_SHOWN else ""
             on = f"{', '.join(hosts[:_HOSTS_SHOWN])}{more}"
-            lines.append(f"{version} on {_runs_of(ranks)} ({on})")
+            lines.append(f"{version} on {named_ranks(ranks)} ({on})")
         problems.append(
             Problem(
                 f"{name} is not the same on all ranks",
@@ -94,15 +94,3 @@ def different_versions(said: Iterable[tuple[str, Mapping[str, str]]]) -> list[Pr
             )
         )
     return problems
-
-
-def _runs_of(ranks: list[int]) -> str:
-    """Ranks as people write them: "ranks 0-7, 12"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"

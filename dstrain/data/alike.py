@@ -1,4 +1,4 @@
-"""Whether ranks read the same data or each a part of its own, told by a few samples of each.
+"""Tell whether ranks read the same data or each a part of its own, from a few samples of each.
 
 Samples of the same data may differ between ranks: augmentation draws other random numbers on each,
 machines round differently, files lie elsewhere. So a field of the samples says something only if it
@@ -24,7 +24,7 @@ from dstrain.core.seeds import random_state, seed_everything, set_random_state
 from dstrain.data.differences import Differences, Look, Part, SampleLook, is_close, is_same
 
 ALIKE, DIFFERENT, UNCLEAR = "alike", "different", "unclear"
-"""All ranks read the same; each reads something else; nothing that comes back says either."""
+"""Ranks read the same data; each reads other data; no field that stays the same tells which."""
 
 MOST_SAMPLES = 8
 _FIRST_NUMBERS = 8
@@ -39,11 +39,11 @@ Judge = Callable[[Look, Look], Finding | None]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether ranks read the same data.
+    """The finding whether ranks read the same data.
 
     Attributes:
         found: one of ``ALIKE``, ``DIFFERENT`` and ``UNCLEAR``.
-        why: what tells them apart.
+        why: the field in which they differ and how, where they do.
         noisy: columns that differ between ranks, and do so anew in each reading, or by rounding.
         rare: columns that differ between ranks in few samples, and the same way in each reading.
     """
@@ -55,7 +55,7 @@ class Verdict:
 
 
 def look_of(sample: Any, columns: Sequence[str] | None = None) -> SampleLook:
-    """Return what one sample says, small enough to be sent to other ranks.
+    """Return a summary of one sample, small enough to be sent to other ranks.
 
     Args:
         sample: before it is collated; it stays what it is.
@@ -92,7 +92,7 @@ def digest_of(content: Any) -> str:
 
 
 def compare(read: Read, columns: Sequence[str] | None = None) -> Verdict:
-    """Return whether ranks read the same data, and what tells; a collective of all ranks.
+    """Tell whether ranks read the same data, and by what; a collective of all ranks.
 
     One gather of a digest for each column; only where digests differ there is a ``second_look``.
 
@@ -103,7 +103,7 @@ def compare(read: Read, columns: Sequence[str] | None = None) -> Verdict:
     """
     first = _look(lambda: read(False), columns)
     if any(look is None for look in gather_objects(None if first is None else True)):
-        return Verdict(ALIKE)  # whoever reads it in earnest will see why it could not be read here
+        return Verdict(ALIKE)  # the run itself will see why they could not be read here
     assert first is not None
     differing = differing_columns(first)
     if not differing:
@@ -114,7 +114,7 @@ def compare(read: Read, columns: Sequence[str] | None = None) -> Verdict:
 
 
 def differing_columns(look: Look, *, group: Any = None) -> frozenset[str]:
-    """Columns that do not look the same on all ranks; a collective.
+    """Return the columns that do not look the same on all ranks; a collective.
 
     One gather of a digest for each column, which grows with ranks x columns.
     """
@@ -137,7 +137,7 @@ def second_look(
     group: Any = None,
     waits: bool = False,
 ) -> Verdict | None:
-    """Tell noise from other data where the same samples differ between ranks; a collective.
+    """Find out whether samples that differ between ranks are noisy or other data; a collective.
 
     Samples are read again, twice. What is not the same both times on all ranks is noise; of the
     rest the main rank's look is sent to all, and each rank tells what it makes of the differences.
@@ -145,7 +145,7 @@ def second_look(
 
     Args:
         first: what this rank has seen, which counts where it cannot be read again.
-        again: reads the samples; None where that cannot be.
+        again: reads the same samples again; returns None where it cannot.
         columns: see ``look_of``.
         judge: compares this rank's look with the main rank's, in fields without noise; gives a
             field and in which way it differs if they are of different data, or None.
@@ -183,7 +183,7 @@ def second_look(
 
 
 def _stable_fields(one: Look | None, other: Look | None) -> list[str] | None:
-    """Return the fields that are the same in two readings; None if one of them failed."""
+    """Return the fields that are the same in two readings; None if one of the readings failed."""
     if one is None or other is None:
         return None
     return sorted(field for field, parts in one.items() if is_same(parts, other.get(field)))
@@ -196,13 +196,15 @@ def _look(
     *,
     seed: int | None = None,
 ) -> Look | None:
-    """Look at samples, without a trace in the random numbers of this process.
+    """Return the look of samples by field, and leave no trace in this process's random numbers.
+
+    None where the samples cannot be read.
 
     Args:
         read: gives the samples, or None.
         columns: see ``look_of``.
         without: columns to leave out.
-        seed: of what noise is made of meanwhile, for samples that are read again.
+        seed: of this process's generators meanwhile, for samples that are read again.
     """
     state = random_state()
     try:
@@ -219,7 +221,7 @@ def _look(
 
 
 def _parts(value: Any, place: str) -> Iterator[tuple[str, Part]]:
-    """Yield the fields of a sample, and of each its kind and what to compare."""
+    """Yield the fields of a sample, each with its kind and the content to compare."""
     if isinstance(value, Mapping):
         for name, part in value.items():
             yield from _parts(part, f"{place}, {name}")
@@ -273,7 +275,7 @@ def _of_array(array: np.ndarray) -> Part:
 
 
 def _differ_mostly(mine: Look, theirs: Look) -> Finding | None:
-    """Find a field that differs in more than half of the samples, if noise in some is no reason.
+    """Find a field that differs in more than half of the samples, unless noise may be the reason.
 
     Noise it is where samples after the first that differs are the same again.
     """
@@ -295,7 +297,7 @@ def _differs_mostly(one: list[Part | None], other: list[Part | None]) -> bool:
 
 
 def without_count(look: Look) -> Look:
-    """Leave the number of samples out of a look: what is left has a part for each sample."""
+    """Return a look without the number of samples: all that is left has a part for each sample."""
     return {field: parts for field, parts in look.items() if field != _COUNT}
 
 

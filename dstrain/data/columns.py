@@ -1,4 +1,4 @@
-"""Which columns of a dataset the model takes, and which of them are labels."""
+"""The columns of a dataset that the model takes, and those of them that are labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstrain.data.loader import Collator
 
 
 def forward_columns(module: torch.nn.Module) -> list[str] | None:
-    """Names of the arguments of ``forward``; None when it has only ``*args``/``**kwargs``."""
+    """Return the names of ``forward``'s arguments; None when it has only ``*args``/``**kwargs``."""
     parameters = inspect.signature(inner_model(module).forward).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [p.name for p in parameters if p.kind in plain]
@@ -48,7 +48,7 @@ def needs_target_count(module: torch.nn.Module) -> bool:
 
 
 def returns_loss(module: torch.nn.Module) -> bool:
-    """Whether the model returns a loss without labels, as those do that contrast their inputs."""
+    """Tell whether the model returns a loss without labels, as models do that contrast inputs."""
     parameter = inspect.signature(module.forward).parameters.get("return_loss")
     return parameter is not None and parameter.default is True
 
@@ -102,5 +102,5 @@ class _ColumnFilter:
 
 
 def used_columns(collate: Any) -> tuple[str, ...] | None:
-    """The keys of dict samples that a collator of ``keep_columns`` leaves; None where all stay."""
+    """Return the keys of dict samples that a collator of ``keep_columns`` leaves; None for all."""
     return collate._keep if isinstance(collate, _ColumnFilter) else None

@@ -1,4 +1,4 @@
-"""Where looks at the samples of two ranks differ, and whether they may be of the same samples.
+"""The places where looks at samples of two ranks differ, and whether samples may be the same.
 
 Ranks that augment some samples, each with a seed of its own, differ in the same way in each
 reading, as parts of a split stream do. Two things tell them from parts: a label or an id stays the
@@ -19,14 +19,17 @@ _MOST_DIFFERING = 8  # samples that differ, for each of those that are the same 
 
 
 class Differences:
-    """Compares samples of this rank with those of the main rank, place by place.
+    """A comparison of samples of this rank with those of the main rank, place by place.
 
     Attributes:
         differs: whether some field differs, for each sample that both have.
     """
 
     def __init__(self, mine: Look, theirs: Look) -> None:
-        """Args: what this rank and the main rank saw in the fields to compare."""
+        """Compare the fields.
+
+        Args: what this rank and the main rank saw in the fields to compare.
+        """
         self._mine = mine
         self._alike = {
             field: [is_close(a, b) for a, b in zip(parts, theirs[field], strict=False)]
@@ -39,7 +42,7 @@ class Differences:
         return next(field for field, alike in self._alike.items() if not alike[place])
 
     def have_column_in_common(self, first: int = 0, end: int | None = None) -> bool:
-        """Return whether a field is the same wherever samples differ, and not always one value.
+        """Tell whether a field is the same wherever samples differ, and not always one value.
 
         Args:
             first: number of the first sample that counts.
@@ -65,20 +68,20 @@ class Differences:
         return len({repr([parts[i] for parts in self._mine.values()]) for i in alike})
 
     def come_together_after(self, first: int) -> bool:
-        """Return whether samples are the same again after one that differs, and not by chance."""
+        """Tell whether samples are the same again after one that differs, and not by chance."""
         num_differing = sum(self.differs[first:])
         return self.num_alike_after(first) >= max(2, num_differing / _MOST_DIFFERING)
 
 
 def is_same(one: list[Part | None], other: list[Part | None] | None) -> bool:
-    """Return whether a field is the same in all samples of two readings."""
+    """Tell whether a field is the same in all samples of two readings."""
     if other is None or len(one) != len(other):
         return False
     return all(is_close(a, b) for a, b in zip(one, other, strict=True))
 
 
 def is_close(one: Part | None, other: Part | None) -> bool:
-    """Return whether two looks at a part show the same."""
+    """Tell whether two looks at a part show the same."""
     if one is None or other is None:
         return one is other
     if one[0] != other[0]:

@@ -6,16 +6,15 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PATIENCE, broadcast_object, is_distributed
-from dstrain.data.resumable import Resumable
+from dstrain.data.resumable import Resumable, tell_epoch
 
 
 class Dispatched(IterableDataset[Any]):
-    """For a source that only one rank can read, or that gives every reader something else.
+    """A stream for sources that only one rank can read, or that give every reader something else.
 
     All ranks must iterate in step, in the training process: each block of samples is a collective.
     """
@@ -41,29 +40,25 @@ class Dispatched(IterableDataset[Any]):
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def __len__(self) -> int:
-        """What the source says, which on other ranks than the main one is another's."""
+        """Return the length that this rank's source reports; the main rank's is the right one."""
         return len(self._source)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the source, in whichever way it can be told."""
-        generator = getattr(self._source, "generator", None)
-        if hasattr(self._source, "set_epoch"):
-            self._source.set_epoch(epoch)
-        elif isinstance(generator, torch.Generator):
-            generator.manual_seed(epoch)
+        """Tell the source its epoch, by its ``set_epoch`` or its generator."""
+        tell_epoch(self._source, epoch)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The source's state, on the main rank; None where it cannot tell, or is further on."""
+        """Return the source's state, on the main rank alone; None where it is not known exactly."""
         return None if self._resumable is None or self._ahead else self._resumable.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Let the next iteration begin at ``state``; a collective, false where it cannot."""
+        """Begin the next iteration at ``state``, or return False; a collective."""
         loaded = self._resumable is not None and self._resumable.load(state)
         self._begins_inside = broadcast_object(loaded, group=self._group)
         return self._begins_inside
 
     def __iter__(self) -> Iterator[Any]:
-        """The source's samples, on every rank.
+        """Yield the source's samples, on every rank.
 
         Raises:
             DataError: the source failed; on all ranks.

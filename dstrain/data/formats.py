@@ -1,4 +1,4 @@
-"""In which number formats the floats of a batch go into a model, and into its loss."""
+"""The number formats in which the floats of a batch go into a model and into its loss."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _ROUNDED_MUCH = 0.5
 
 
 class InputFormats:
-    """Casts what a model computes with to its format, and leaves labels as the data has them.
+    """A cast of a batch's inputs to the model's format, which leaves labels as the data has them.
 
     Layers in 16 bits take inputs in 16 bits only, so floats are cast, whatever their name. A label
     is compared with what the model returns: rounded to 16 bits it would be another label, and the
@@ -50,7 +50,11 @@ class InputFormats:
     """
 
     def __init__(self, module: torch.nn.Module, labels: Sequence[str]) -> None:
-        """Args: the model, and the batch keys that are labels; others with "label" are too."""
+        """Set up for a model.
+
+        Args: the model, and the batch keys that are labels; keys with "label" in their names are
+        too.
+        """
         self._labels = frozenset(labels)
         config = getattr(inner_model(module), "config", None)
         self._casts_labels = getattr(config, "model_type", None) in _LABELS_ARE_INPUTS
@@ -58,7 +62,7 @@ class InputFormats:
         self._looked_at: set[str] = set()
 
     def __call__(self, inputs: Any, device: Any, dtype: torch.dtype) -> Any:
-        """The batch on ``device``; copies do not wait.
+        """Return the batch on ``device``, all but its labels in ``dtype``; copies do not wait.
 
         Args:
             inputs: the batch, as the collator made it.
@@ -108,7 +112,7 @@ class InputFormats:
             ) from error
 
     def _own_formats(self, inputs: Any, dtype: torch.dtype) -> list[str]:
-        """What there is of labels in another float format than ``dtype``."""
+        """Name the label columns in another float format than ``dtype``, with their formats."""
         if not isinstance(inputs, Mapping):
             return []
         found = []
@@ -122,7 +126,7 @@ class InputFormats:
         return name in self._labels or (isinstance(name, str) and "label" in name)
 
     def _warn_of_rounding(self, name: str, value: Any, dtype: torch.dtype) -> None:
-        """Say once which column is not what it was; looks at a first batch in host memory."""
+        """Warn once that a column is rounded on its way; looks at a batch in host memory."""
         for tensor in tensors(value):
             if not (tensor.is_floating_point() and tensor.is_cpu and tensor.numel()):
                 continue
@@ -148,7 +152,7 @@ class InputFormats:
 
 
 class _Promoting(TorchFunctionMode):
-    """Inside, a loss is computed in the widest of the float formats that are passed to it."""
+    """A mode that computes losses in the widest of the float formats that are passed to them."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -164,7 +168,7 @@ class _Promoting(TorchFunctionMode):
 
 
 def _in_format(value: Any, dtype: torch.dtype) -> Any:
-    """Float tensors in ``dtype``, with their gradients; of keyword arguments, too."""
+    """Return float tensors in ``dtype``, with their gradients; those in a dict too."""
     if isinstance(value, dict):
         return {name: _in_format(part, dtype) for name, part in value.items()}
     floats = isinstance(value, torch.Tensor) and value.is_floating_point()

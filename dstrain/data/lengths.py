@@ -1,4 +1,4 @@
-"""How long the samples of a dataset are, read from a column where there is one."""
+"""The lengths of a dataset's samples, read from a column where there is one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BATCH_ROWS = 10_000
 def sample_lengths(
     dataset: Any, *, column: str | None, main_input: str, what: str = "group_by_length=True"
 ) -> torch.Tensor:
-    """The length of every sample: int64, shape (num_samples,).
+    """Return the length of every sample: int64, shape (num_samples,).
 
     Args:
         dataset: map-style.
@@ -49,7 +49,7 @@ def sample_lengths(
 
 
 def _list_lengths(dataset: Any, name: str) -> torch.Tensor:
-    """Lengths of a column of lists, without making Python objects of what is in them."""
+    """Return the lengths of a column of lists, without making Python objects of their elements."""
     import pyarrow.compute
 
     rows = dataset.select_columns([name]).with_format("arrow")

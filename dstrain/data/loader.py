@@ -29,11 +29,11 @@ Collator = Callable[[list[Any]], Any]
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How a loader reads; the fields are those of ``torch.utils.data.DataLoader``.
+    """The options of a loader; most are those of ``torch.utils.data.DataLoader``.
 
-    And ``dispatch``: the main rank reads a stream, and sends the others what it has read; and
-    ``rebalance``: micro-batches per optimizer step, to deal the samples of each step out by their
-    lengths; None gives each micro-batch the same number of samples.
+    ``dispatch``: the main rank reads a stream and sends the others its samples. ``rebalance``:
+    micro-batches per optimizer step, to deal the samples of each step out by their lengths; None
+    gives each micro-batch the same number of samples.
     """
 
     num_workers: int = 0
@@ -48,7 +48,7 @@ class LoaderOptions:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Inputs of one forward pass.
+    """The inputs of one forward pass.
 
     Attributes:
         inputs: what the collator made.
@@ -61,7 +61,7 @@ class MicroBatch:
 
     @property
     def masked(self) -> bool:
-        """Return whether it is a stand-in, which carries no weight."""
+        """Tell whether it is a stand-in, which carries no weight."""
         return self.num_samples == 0
 
 
@@ -81,7 +81,7 @@ class Window:
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether a dataset has no length and can only be iterated."""
+    """Tell whether a dataset has no length and can only be iterated."""
     return isinstance(dataset, IterableDataset) or not (
         isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
     )
@@ -97,7 +97,7 @@ def build_loader(
     shuffle: bool,
     lengths: Sequence[int] | torch.Tensor | None = None,
 ) -> DataLoader[Any]:
-    """A loader of this rank's micro-batches, one per micro-step.
+    """Return a loader of this rank's micro-batches, one per micro-step.
 
     A map-style dataset is read through ``RankBatchSampler``; a stream through ``RankStream`` in the
     stream's own order. ``lengths`` of a map-style dataset put similar samples beside each other, or
@@ -171,7 +171,7 @@ def _sampler(
     shuffle: bool,
     lengths: Sequence[int] | torch.Tensor | None,
 ) -> RankBatchSampler:
-    """Which samples of a map-style dataset this rank reads when."""
+    """Return the sampler that says which samples of a map-style dataset this rank reads when."""
     if options.rebalance is None or lengths is None:
         order = EpochOrder(num_samples, seed=seed, shuffle=shuffle, lengths=lengths)
         return RankBatchSampler(order, topology, drop_last=options.drop_last)
@@ -191,7 +191,7 @@ def _cannot_dispatch(what: str) -> DataError:
 
 
 def is_ours(loader: Any) -> bool:
-    """Whether ``build_loader`` made it, so that its samples are shared out over ranks."""
+    """Tell whether ``build_loader`` made the loader, so that ranks share its samples out."""
     return isinstance(getattr(loader, "batch_sampler", None), RankBatchSampler) or isinstance(
         getattr(loader, "dataset", None), RankStream
     )
@@ -208,9 +208,9 @@ def end_processes(loader: Any) -> None:
 
 
 def micro_steps(loader: Any) -> int | None:
-    """Micro-steps of a whole epoch, or None for a stream without a length.
+    """Return the micro-steps of a whole epoch, or None for a stream without a length.
 
-    That of a stream is what it says (``__len__``); where ranks have parts of their own, the longest
+    The length of a stream is its ``__len__``; where ranks have parts of their own, the longest
     counts.
     """
     sampler = getattr(loader, "batch_sampler", None)
@@ -225,7 +225,7 @@ def micro_steps(loader: Any) -> int | None:
 
 
 def num_samples(loader: Any) -> int | None:
-    """Samples of the dataset behind a loader, of all ranks; None where it has no length."""
+    """Return the samples of the dataset behind a loader over all ranks; None without a length."""
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, RankStream):
         if dataset.split:
@@ -300,23 +300,24 @@ def _tell_dataset(loader: Any, epoch: int, *, sampler: RankBatchSampler) -> None
 
 
 def keep_source_states(loader: Any) -> None:
-    """Let ``source_state`` know where the stream behind a loader is, from its next epoch on."""
+    """Keep positions of the stream behind a loader from its next epoch on, for ``source_state``."""
     if isinstance(stream := getattr(loader, "dataset", None), RankStream):
         stream.keeps_states = True
 
 
 def source_state(loader: Any, samples: int) -> dict[str, Any] | None:
-    """State of the stream behind a loader after ``samples`` samples of the epoch, of all ranks.
+    """Return the state of the stream behind a loader after ``samples`` samples of the epoch.
 
-    It is the same whatever the topology, and whoever reads, but where each rank has a part of its
-    own. None where the dataset is no stream, or cannot tell its position exactly.
+    ``samples`` counts those of all ranks. The state is the same whatever the topology, and on
+    whichever rank, unless each rank has a part of its own. None where the dataset is no stream, or
+    cannot tell its position exactly.
     """
     stream = getattr(loader, "dataset", None)
     return stream.state_at(samples) if isinstance(stream, RankStream) else None
 
 
 def iterate(loader: Any) -> Iterator[tuple[MicroBatch, int]]:
-    """Micro-batches with the number of samples that all ranks have in that micro-step.
+    """Yield micro-batches, each with the number of samples that all ranks have in that micro-step.
 
     A stream's length is not known, so at its end the number is that of a full micro-step; of a
     user's own loader, which is taken as this rank's share, nothing is known and it is 0.
@@ -340,7 +341,7 @@ def iterate(loader: Any) -> Iterator[tuple[MicroBatch, int]]:
 
 @dataclass
 class AheadHooks:
-    """What to do around micro-batches that are fetched before their step is due.
+    """Functions to call around micro-batches that are fetched before their step is due.
 
     A loader of unknown length is asked for the first micro-batch of the next window before a window
     is handed out. Fetching may draw random numbers (a collator that masks tokens), so a run that
@@ -358,7 +359,7 @@ class AheadHooks:
 
 
 def fetches_ahead(loader: Any) -> bool:
-    """Whether ``windows`` must fetch a micro-batch more to know that an epoch ends."""
+    """Tell whether ``windows`` must fetch one micro-batch more to know that an epoch ends."""
     return not isinstance(getattr(loader, "batch_sampler", None), RankBatchSampler)
 
 
@@ -387,7 +388,7 @@ def windows(
 
 
 def _in_step(loader: Any, steps: Iterator[tuple[MicroBatch, int]]) -> LocalSteps:
-    """Micro-batches of a loader that fetches ahead, in step with the other ranks."""
+    """Return the micro-batches of a loader that fetches ahead, in step with the other ranks."""
     stream = getattr(loader, "dataset", None)
     if not is_distributed():
         return LocalSteps(steps)
@@ -414,13 +415,13 @@ def _in_step(loader: Any, steps: Iterator[tuple[MicroBatch, int]]) -> LocalSteps
 
 
 def stand_in_for(micro_batch: MicroBatch) -> MicroBatch:
-    """A micro-batch without weight; whoever takes entries out of one leaves them in the other."""
+    """Return a micro-batch without weight, a shallow copy: entries may be taken out of either."""
     inputs = micro_batch.inputs
     return MicroBatch(copy.copy(inputs) if isinstance(inputs, Mapping) else inputs, num_samples=0)
 
 
 def _windows_ahead(steps: LocalSteps, accumulation: int, hooks: AheadHooks) -> Iterator[Window]:
-    """Windows of an epoch whose length is not known: it ends where nothing more can be fetched."""
+    """Yield the windows of an epoch of unknown length: it ends where fetching gives nothing."""
     batch: list[MicroBatch] = []
     samples = 0
     if hooks.before_first is not None:
@@ -446,7 +447,7 @@ def _windows_ahead(steps: LocalSteps, accumulation: int, hooks: AheadHooks) -> I
 def _counted_windows(
     steps: Iterator[tuple[MicroBatch, int]], num_steps: int, accumulation: int
 ) -> Iterator[Window]:
-    """Windows of an epoch whose length is known: nothing is fetched before it is due."""
+    """Yield the windows of an epoch whose length is known: nothing is fetched before it is due."""
     while num_steps > 0:
         part = [next(steps) for _ in range(min(accumulation, num_steps))]
         num_steps -= len(part)
@@ -455,12 +456,12 @@ def _counted_windows(
 
 
 def _as_it_is(batch: Any) -> Any:
-    """Instead of torch's conversion, which would make lists of tuples and tensors of arrays."""
+    """Return the batch unchanged, where torch would make lists of tuples and tensors of arrays."""
     return batch
 
 
 def _worker_limit(dataset: Any, wanted: int) -> int:
-    """Loader processes a stream works in; some split themselves over processes on their own."""
+    """Return how many loader processes a stream works in; some split themselves over processes."""
     import datasets
 
     if isinstance(dataset, datasets.IterableDataset):

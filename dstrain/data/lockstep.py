@@ -24,7 +24,10 @@ class LocalSteps:
     """Micro-batches of one rank alone, or of data whose length all ranks know."""
 
     def __init__(self, steps: Iterator[Step]) -> None:
-        """Args: this rank's micro-batches."""
+        """Set up for one epoch.
+
+        Args: this rank's micro-batches.
+        """
         self._steps = steps
 
     def fetch(self) -> Step | None:
@@ -32,14 +35,14 @@ class LocalSteps:
         return next(self._steps, None)
 
     def check_end(self) -> None:
-        """Check that ranks end together; called after the last window, and one that is shorter."""
+        """Check that ranks end together; called before a shorter window, and after the last."""
 
     def close(self) -> None:
-        """Give back what was taken for this epoch."""
+        """Release what was taken for this epoch."""
 
 
 class _TogetherSteps(LocalSteps):
-    """Ranks that tell each other, in a process group of their hosts, what each has."""
+    """Micro-batches of ranks that tell each other, in a host process group, what each has."""
 
     def __init__(self, steps: Iterator[Step]) -> None:
         """Form the group; a collective of all ranks."""
@@ -59,14 +62,14 @@ class _TogetherSteps(LocalSteps):
             return None
 
     def _begin_telling(self, have: bool, more: Sequence[int] = ()) -> tuple[Any, torch.Tensor]:
-        """Start adding up how many ranks have one more, how many have failed, and what is given."""
+        """Start summing over ranks: who has one more, who has failed, the numbers in ``more``."""
         import torch.distributed as dist
 
         told = torch.tensor([int(have), int(self._failure is not None), *more])
         return dist.all_reduce(told, group=self._group, async_op=True), told
 
     def _end_telling(self, telling: tuple[Any, torch.Tensor]) -> tuple[int, list[int]]:
-        """Return how many ranks have one more, and the sums of what else they told.
+        """Return how many ranks have one more micro-batch, and the sums of ``more``.
 
         Raises:
             Exception: on a rank whose data has failed.
@@ -89,7 +92,7 @@ class _TogetherSteps(LocalSteps):
         raise DataError(Problem(f"reading the training data failed on rank {rank}", text))
 
     def close(self) -> None:
-        """Give the group back."""
+        """Destroy the process group."""
         import torch.distributed as dist
 
         with contextlib.suppress(ValueError):  # all groups are gone where ranks meet anew
@@ -97,11 +100,11 @@ class _TogetherSteps(LocalSteps):
 
 
 class SameSteps(_TogetherSteps):
-    """Shares of a stream that all ranks read alike: none is waited for, but the end is checked.
+    """Shares of a stream that all ranks read alike: no rank is waited for, but the end is checked.
 
-    What a rank tells of a micro-batch is looked at when it asks for the one after. So ranks that
-    end at different places find out between two steps, and each raises the same error; so do those
-    that read other samples, while these are compared.
+    What a rank tells of a micro-batch is looked at when it asks for the next one. So ranks that end
+    at different places find out between two steps, and each raises the same error; so do ranks that
+    read other samples, while these are compared.
     """
 
     def __init__(self, steps: Iterator[Step], *, watch: StreamWatch | None = None) -> None:
@@ -146,14 +149,14 @@ class SameSteps(_TogetherSteps):
             )
 
     def close(self) -> None:
-        """Give the group back, once what was told has arrived: every rank has told as much."""
+        """Destroy the group once the last sum has arrived: every rank has started as many."""
         if self._telling is not None:
             self._telling[0].wait()
         super().close()
 
 
 class OwnSteps(_TogetherSteps):
-    """Parts of data that ranks have of their own, until the last of them ends.
+    """Micro-batches of parts of the data that ranks have of their own, until the last of them ends.
 
     A rank that has used its part up passes stand-ins that carry no weight.
     """
@@ -215,7 +218,7 @@ class OwnSteps(_TogetherSteps):
 
 
 def stream_ends_differ(number: int, world_size: int) -> DataError:
-    """Make the error of a stream that all ranks read alike, of which only ``number`` have more."""
+    """Return the error that only ``number`` ranks have more of a stream that all read alike."""
     return DataError(
         Problem(
             f"the stream ended on {world_size - number} of {world_size} ranks, and goes on on the "

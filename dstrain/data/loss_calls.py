@@ -1,4 +1,4 @@
-"""Finding out what a loss is a mean over, by the calls of torch's functions that it was made of."""
+"""Finding what a loss is a mean over, from the calls of torch's functions that computed it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AMBIGUOUS_SUM = 3  # of a sum over one target, which is its mean as well
 
 @dataclass(frozen=True)
 class Explanation:
-    """How the loss of a batch can have come about.
+    """The ways in which the loss of a batch can have come about.
 
     Attributes:
         rules: all that fit, the expected one first if it does, and how loosely each fits: 0 where
@@ -56,7 +56,7 @@ def explain(
     by_rows: bool = False,
     mixed: frozenset[str] = frozenset(),
 ) -> Explanation | None:
-    """Find the rules by which the loss of a batch can have come from the calls of its forward pass.
+    """Find the rules by which a batch's loss can follow from the loss calls of its forward pass.
 
     Args:
         calls: of the forward pass.
@@ -127,7 +127,7 @@ def explain_nothing(inputs: Any) -> Explanation | None:
 
 
 def _ignored_in(batch: Mapping[str, torch.Tensor]) -> set[int | None]:
-    """The labels that may be ones to ignore: the usual ones, and negative numbers of the batch."""
+    """Return the labels that may mean "ignore": the usual ones, and a batch's negative numbers."""
     whole = [c for c in batch.values() if not c.is_floating_point() and not c.is_complex()]
     negative = [c[c < 0].unique().tolist() for c in whole if c.dtype != torch.bool]
     few = [numbers for numbers in negative if len(numbers) <= _MOST_IGNORED]
@@ -137,7 +137,7 @@ def _ignored_in(batch: Mapping[str, torch.Tensor]) -> set[int | None]:
 def _preferred(
     ways: dict[Denominator, int], call: LossCall, mixed: frozenset[str]
 ) -> dict[Denominator, int]:
-    """Leave out denominators of which another one is certain to be better, and order the others.
+    """Leave out denominators to which another is surely preferable, and rank the rest.
 
     A call whose labels are found is not about others that are as many. Where the mean was taken by
     hand, all that went into it tells: labels that are at the same places say nothing of a mask.
@@ -151,7 +151,7 @@ def _preferred(
 
 
 def _is_certain(rule: LossRule, calls: Sequence[LossCall]) -> bool:
-    """Return whether the calls themselves took their means over the targets of this rule.
+    """Tell whether the calls themselves took their means over the targets of this rule.
 
     That the labels are at the same places is not enough: a mask that was used as well, or a
     division that came afterwards, may leave others out in another batch.
@@ -168,13 +168,13 @@ def _is_certain(rule: LossRule, calls: Sequence[LossCall]) -> bool:
 
 
 def _ratio(call: LossCall, loss: float) -> float | None:
-    """The loss by the mean that a call took; None where the call took none."""
+    """Return the loss divided by the mean that a call took; None where the call took none."""
     mean = float(call.values.mean())
     return loss / mean if call.reduction == "mean" and mean else None
 
 
 def _of_the_loss(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
-    """Leave out calls that only came beside the one that returned the loss.
+    """Leave out calls beside the one that returned the loss.
 
     Some models return the loss of each head and optimise the first.
     """
@@ -183,7 +183,7 @@ def _of_the_loss(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
 
 
 def _joined(calls: list[LossCall]) -> list[LossCall]:
-    """Make one call of those that each sum up a piece of the batch."""
+    """Merge calls that each sum up a piece of the batch into one."""
     kinds = {(call.function, call.ignored, call.weighted) for call in calls}
     summed = all(c.reduction in ("sum", "none") and c.target.dim() < 2 for c in calls)
     if len(calls) < 2 or len(kinds) > 1 or not summed:
@@ -194,7 +194,7 @@ def _joined(calls: list[LossCall]) -> list[LossCall]:
 
 
 def _is_untouched(call: LossCall, loss: Any) -> bool:
-    """Return whether the loss is what the call returned, and so no quotient by one target.
+    """Tell whether the loss is what the call returned, and so no quotient by one target.
 
     At stage 3 it is another tensor in the same memory.
     """
@@ -210,7 +210,7 @@ def _is_sum(call: LossCall, loss: float) -> bool:
 def _denominators(
     batch: Mapping[str, torch.Tensor], ignored: set[int | None], mixed: frozenset[str]
 ) -> Iterator[Denominator]:
-    """Yield all that is tried: label columns first, whole ones before masked ones."""
+    """Yield the denominators to try: label columns first, unmasked ones before masked ones."""
     names = sorted(batch, key=lambda name: "label" not in name)
     masks = [None, *(name for name in batch if "mask" in name or name in mixed)]
     for mask in masks:
@@ -222,7 +222,7 @@ def _denominators(
 
 
 def _found(ways: dict[Denominator, int]) -> dict[Denominator, int]:
-    """Keep the denominators whose labels a call was given."""
+    """Return the denominators whose labels a call was given, in place or in order."""
     return {denominator: how for denominator, how in ways.items() if how < _AS_MANY}
 
 
@@ -233,7 +233,7 @@ def _looseness(
     samples: int,
     loss: float,
 ) -> int | None:
-    """Return how loosely a denominator explains a call, as in ``explain``; None: not at all."""
+    """Return how loosely a denominator explains a call, as in ``Explanation``; None: not at all."""
     for looseness, fits in enumerate((_is_at_the_same_places, _is_in_the_same_order, _agrees)):
         if fits(denominator, call, batch, samples, loss):
             return looseness
@@ -297,7 +297,7 @@ def _agrees(
     samples: int,
     loss: float,
 ) -> bool:
-    """Return whether the call's mean is over as many targets as the denominator counts.
+    """Tell whether the call's mean is over as many targets as the denominator counts.
 
     Of targets that no column of the batch has gone into (a contrast numbers its own samples) the
     number tells nothing: each one may depend on all samples.
@@ -314,7 +314,7 @@ def _agrees(
 
 
 def _is_over_samples(call: LossCall, samples: int, loss: float) -> bool:
-    """Return whether the call's mean is over samples, of as many elements each."""
+    """Tell whether the call's mean is over samples, with as many elements in each."""
     if not call.columns:
         return False
     if _agrees(SAMPLES, call, {}, samples, loss):

@@ -18,7 +18,7 @@ SHIFTED_LABELS = "shift_labels"
 
 @dataclass(frozen=True)
 class Denominator:
-    """Counts what a mean loss is divided by, in a batch that is still in host memory.
+    """The count that a mean loss is divided by, for batches that are still in host memory.
 
     Attributes:
         column: the batch key of the labels; None counts samples.
@@ -37,7 +37,7 @@ class Denominator:
     bound: str | None = None
 
     def count(self, inputs: Any, num_samples: int) -> int:
-        """Count in a batch of ``num_samples`` samples; nothing waits for a device."""
+        """Count the targets in a batch of ``num_samples`` samples; nothing waits for a device."""
         found = self.targets(inputs)
         return num_samples if found is None else int(found[1].sum())
 
@@ -115,7 +115,7 @@ SAMPLES = Denominator()
 
 @dataclass(frozen=True)
 class LossRule:
-    """Describes a loss: a mean, a sum of means over different targets, or a sum over samples.
+    """What a loss is: a mean, a sum of means over different targets, or a sum over samples.
 
     Attributes:
         parts: the denominator of each mean; most losses have one.

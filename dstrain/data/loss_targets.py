@@ -1,4 +1,4 @@
-"""The rule of a run's loss: guessed at first, read off the first forward pass, then fixed."""
+"""The rule of a run's loss: guessed at first, found in the first forward passes, then fixed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OWN_CODE = ("transformers.", "liger_kernel.")  # whose losses are what the clas
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a rank has seen in the forward passes that it watched since ranks agreed last.
+    """The findings of a rank in the forward passes that it watched since ranks agreed last.
 
     Attributes:
         loss: whether there was a loss.
@@ -53,7 +53,7 @@ class _Seen:
 
 
 class LossTargets:
-    """Knows what a model's loss is a mean over, and so what a micro-batch weighs.
+    """The knowledge what a model's loss is a mean over, and so what a micro-batch weighs.
 
     The first forward passes are watched until one rule is left that explains them. Most often that
     is the first pass alone. Where several are left that have counted the same in each of eight
@@ -113,7 +113,7 @@ class LossTargets:
         self._said: set[str] = set()
 
     def for_evaluation(self) -> LossTargets:
-        """Make one for evaluations, which goes by what has been found for training for certain.
+        """Return a copy for evaluations, which starts from what is certain in training.
 
         Before that, or where batches of training could not tell, evaluations are watched for
         themselves: their batches may tell more or less. Training learns nothing from them.
@@ -204,7 +204,7 @@ class LossTargets:
         return inputs
 
     def so_far(self, loss: Any) -> LossRule:
-        """Return the rule as this rank sees it, inside of ``watching``.
+        """Return the rule as this rank sees it so far, inside of ``watching``.
 
         Args:
             loss: what came of the forward pass up to here.
@@ -381,7 +381,7 @@ class LossTargets:
         return any(abs(ratio - 1) > _SAME_RATIO for ratio in self._ratios)
 
     def _is_constant(self) -> bool:
-        """Return whether losses are one multiple of the means that torch's functions took."""
+        """Tell whether all losses are the same multiple of the means that torch computed."""
         largest = max(map(abs, self._ratios))
         return max(self._ratios) - min(self._ratios) <= _SAME_RATIO * largest
 
@@ -407,13 +407,13 @@ class LossTargets:
         )
 
     def _is_new(self, what: str) -> bool:
-        """Return whether this is said for the first time, in training or in an evaluation."""
+        """Tell whether this is said for the first time, in training or in an evaluation."""
         new = what not in self._said
         self._said.add(what)
         return new
 
     def _check_columns(self, inputs: Any) -> None:
-        """Say once that a batch lacks the labels that are counted: its samples are counted."""
+        """Warn once that a batch lacks the labels to count, so that its samples are counted."""
         for part in self.rule.parts:
             name = part.column
             if name is None or name in self._said or not isinstance(inputs, Mapping):
@@ -428,7 +428,7 @@ class LossTargets:
                 )
 
     def _has_no_label(self, inputs: Any) -> bool:
-        """Return whether a batch has label columns, and not a single label in them."""
+        """Tell whether a batch has label columns, and not a single label in them."""
         found = [c for name, c in columns_of(inputs) if name.split(".")[0] in self.labels]
         classes = [labels for labels in found if not labels.is_floating_point()]
         return bool(classes) and all(bool((labels == IGNORED).all()) for labels in classes)
@@ -469,13 +469,13 @@ def _together(seen: _Seen, calls: LossCalls, found: Explanation | None) -> _Seen
 
 
 def _runs_code_of(module: torch.nn.Module, packages: tuple[str, ...]) -> bool:
-    """Return whether the forward function of a model belongs to one of these packages."""
+    """Tell whether the forward function of a model belongs to one of these packages."""
     forward = getattr(inner_model(module), "forward", None)
     return str(getattr(forward, "__module__", None)).startswith(packages)
 
 
 def no_targets(inputs: Any, targets: LossTargets, *, num_steps: int) -> DataError:
-    """Make the error of a run that begins with global batches without any target.
+    """Return the error of a run that begins with global batches without any target.
 
     Args:
         inputs: a batch in host memory, whose first row is shown.

@@ -1,4 +1,4 @@
-"""Watching the calls of torch's loss functions in a forward pass, and what is made of them.
+"""Watching the calls of torch's loss functions in a forward pass, and the use of their results.
 
 A class name says little about a loss: subclasses, wrappers and losses of the user's own have any
 name, and several models of transformers do not do what theirs suggests. The loss functions of torch
@@ -36,7 +36,7 @@ _SUMS = frozenset(["__add__", "__iadd__", "__radd__", "add", "add_"])
 
 @dataclass(frozen=True)
 class LossCall:
-    """Records one call of a loss function in a forward pass.
+    """A record of one call of a loss function in a forward pass.
 
     Attributes:
         function: of ``torch.nn.functional``.
@@ -65,17 +65,20 @@ class LossCall:
 
     @property
     def tolerance(self) -> float:
-        """How far the quotient of a sum and the loss may be from a whole number of targets."""
+        """Return how far a count of targets, computed from the loss, may be from a whole number.
+
+        Relative to the count; it is larger for losses in 16 bits.
+        """
         return 1e-4 if self.is_precise else 4e-3
 
     @property
     def is_by_hand(self) -> bool:
-        """Return whether the mean was left to the code around it."""
+        """Tell whether the call took no mean, so that the code around it takes one."""
         return self.reduction in ("none", "sum")
 
     @property
     def num_targets(self) -> int:
-        """Targets that a mean of this call is divided by."""
+        """Return the number of targets that a mean of this call is divided by."""
         if self.function is functional.ctc_loss:
             return self.target.shape[0]
         if self.ignored is not None:
@@ -88,11 +91,11 @@ class LossCall:
 
     @property
     def num_rows(self) -> int:
-        """Entries of the first dimension of the target, over which any mean of elements is one."""
+        """Return the size of the target's first dimension, 1 for a target without dimensions."""
         return self.target.shape[0] if self.target.dim() else 1
 
     def num_in_mean(self, loss: float, valid: torch.Tensor | None = None) -> float:
-        """Targets that the loss is divided by, if the loss is made of this call alone.
+        """Return the number that the loss divides by, if it is made of this call alone.
 
         Args:
             loss: of the batch.
@@ -107,11 +110,11 @@ class LossCall:
 
 
 class ToldCount(int):
-    """A count that is passed to code of the user's, so that one can see whether that uses it."""
+    """A count that is passed to a user's code, so that one can see whether that code uses it."""
 
 
 class LossCalls(TorchFunctionMode):
-    """Records the calls of loss functions while it is entered; it changes none.
+    """A torch mode that records the calls of loss functions while entered; it changes none.
 
     Attributes:
         calls: of loss functions, in order.
@@ -123,7 +126,7 @@ class LossCalls(TorchFunctionMode):
     """
 
     def __init__(self, columns: Mapping[str, torch.Tensor]) -> None:
-        """Nothing seen yet.
+        """Begin with nothing seen.
 
         Args:
             columns: the tensors of the batch that the forward pass is given, by their keys.
@@ -142,14 +145,14 @@ class LossCalls(TorchFunctionMode):
         self._made: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func``, note it where it is a loss function, and what its result is made from."""
+        """Call ``func``; record it if it is a loss function, and what its result is made from."""
         kwargs = kwargs or {}
         returned = func(*args, **kwargs)
-        tensors = list(_within((args, kwargs), self._heed))
+        tensors = list(_tensors_in((args, kwargs), self._note_count))
         columns = frozenset().union(*(self._columns_of(tensor) for tensor in tensors))
         name = getattr(func, "__name__", "")
         if func in _WATCHED and isinstance(returned, torch.Tensor):
-            call = _noted(func, args, kwargs, returned, self._columns_of)
+            call = _record_of(func, args, kwargs, returned, self._columns_of)
             if any(tensor in self._selected for tensor in tensors):
                 call = replace(call, is_selected=True)
             self.calls.append(call)
@@ -160,7 +163,7 @@ class LossCalls(TorchFunctionMode):
         if columns:
             in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
             # What has been through the model's parameters is no target.
-            made = [t for t in _within(returned, None) if not t.requires_grad]
+            made = [t for t in _tensors_in(returned, None) if not t.requires_grad]
             is_selected = any(tensor in self._selected for tensor in tensors) or (
                 name in _SELECTIONS and len(tensors) > 1
             )
@@ -171,7 +174,7 @@ class LossCalls(TorchFunctionMode):
         return returned
 
     def _follow(self, name: str, tensors: list[torch.Tensor], args: Any, returned: Any) -> None:
-        """Note what a function makes of what came of the calls."""
+        """Note what a function makes of the results of recorded calls."""
         made = [tensor for tensor in tensors if tensor in self._made]
         if not made:
             return
@@ -181,14 +184,14 @@ class LossCalls(TorchFunctionMode):
         if name in _REDUCTIONS:
             self.by_rows = self.by_rows or any(t.dim() and t.numel() == 1 for t in made)
         elif name in _DIVISIONS and is_sum:
-            self.by_rows = self.by_rows or any(_is(a, 1) for a in args[1:])
+            self.by_rows = self.by_rows or any(_equals(a, 1) for a in args[1:])
         elif name in _SUMS and len(made) == 1:
             added = [a for a in args if a is not made[0]]
-            is_sum = is_sum or any(_is(other, 0) for other in added)  # where a sum begins
-        for tensor in _within(returned, None):
+            is_sum = is_sum or any(_equals(other, 0) for other in added)  # where a sum begins
+        for tensor in _tensors_in(returned, None):
             self._made[tensor] = is_sum
 
-    def _heed(self, value: Any) -> None:
+    def _note_count(self, value: Any) -> None:
         self.used_count = self.used_count or isinstance(value, ToldCount)
 
     def _columns_of(self, value: Any) -> frozenset[str]:
@@ -198,29 +201,29 @@ class LossCalls(TorchFunctionMode):
         return found
 
 
-def _is(value: Any, number: int) -> bool:
-    """Return whether a value is a number, or a tensor of one that is not learned."""
+def _equals(value: Any, number: int) -> bool:
+    """Tell whether a value is this number, or a one-element tensor of it that is not learned."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.requires_grad and float(value) == number
     plain = isinstance(value, (int, float)) and not isinstance(value, ToldCount)
     return plain and value == number
 
 
-def _within(value: Any, heed: Callable[[Any], None] | None) -> Iterator[torch.Tensor]:
-    """The tensors in the arguments or the result of a function; ``heed`` gets everything else."""
+def _tensors_in(value: Any, other: Callable[[Any], None] | None) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a function's arguments or result; call ``other`` with all the rest."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from _within(part, heed)
+            yield from _tensors_in(part, other)
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _within(part, heed)
-    elif heed is not None:
-        heed(value)
+            yield from _tensors_in(part, other)
+    elif other is not None:
+        other(value)
 
 
-def _noted(
+def _record_of(
     function: Callable[..., Any],
     args: Any,
     kwargs: Mapping[str, Any],

@@ -23,7 +23,7 @@ from dstrain.core.seeds import derived_seed, seed_everything
 
 @dataclass(frozen=True)
 class Noise:
-    """What the random numbers of a micro-batch follow from.
+    """The facts that the random numbers of a micro-batch follow from.
 
     Attributes:
         seed: of the run's data.
@@ -38,14 +38,14 @@ class Noise:
     position: int
 
     def sow(self) -> None:
-        """Seed this process's generators."""
+        """Seed this process's generators (Python, numpy, torch) for the micro-batch."""
         of_epoch = derived_seed(self.seed, step=max(0, self.epoch), rank=self.rank)
         seed_everything(derived_seed(of_epoch, step=self.position, rank=0))
 
 
 @contextlib.contextmanager
 def own_random_numbers() -> Iterator[None]:
-    """Put the generators of this process's host back after the body, as if it had drawn nothing.
+    """Restore the host's generators of this process after the body, as if it had drawn nothing.
 
     Those of a device are left alone, which a loader process cannot ask.
     """
@@ -65,12 +65,15 @@ class Indices(list[int]):
     """The dataset indices of a micro-batch, and its noise."""
 
     def __init__(self, indices: Iterable[int], noise: Noise) -> None:
-        """Args: the indices, the noise."""
+        """Keep the noise beside the list.
+
+        Args: the indices, the noise.
+        """
         super().__init__(indices)
         self.noise = noise
 
     def __reduce__(self) -> Any:
-        """On the way to a loader process."""
+        """Pickle the indices with their noise, on the way to a loader process."""
         return Indices, (list(self), self.noise)
 
 
@@ -85,7 +88,7 @@ def begin_worker(_: int) -> None:
 
 
 class _SeededFetcher(fetch._MapDatasetFetcher):
-    """Seeds the generators of a loader process before each micro-batch."""
+    """A fetcher that seeds the generators of a loader process before each micro-batch."""
 
     def fetch(self, possibly_batched_index: Any) -> Any:
         if isinstance(possibly_batched_index, Indices):

@@ -22,7 +22,7 @@ POOL_SAMPLES = 8192
 
 @dataclass(frozen=True)
 class Topology:
-    """How a global batch is spread.
+    """The spread of a global batch over ranks and micro-steps.
 
     Attributes:
         micro_batch: samples per rank and micro-step.
@@ -36,11 +36,11 @@ class Topology:
 
     @property
     def chunk(self) -> int:
-        """Samples over all ranks in one micro-step."""
+        """Return the samples over all ranks in one micro-step."""
         return self.micro_batch * self.world_size
 
     def share(self, num_samples: int) -> range:
-        """Positions of this rank's samples in a chunk that holds ``num_samples`` of them.
+        """Return the positions of this rank's samples in a chunk of ``num_samples`` samples.
 
         A full chunk gives every rank ``micro_batch`` samples; a short one, at the end of an epoch,
         is spread as evenly as possible, and ranks may get none.
@@ -91,7 +91,7 @@ class EpochOrder:
         return EpochOrder(num_samples, seed=self._seed, shuffle=self._shuffle)
 
     def indices(self, epoch: int) -> torch.Tensor:
-        """Dataset indices in the order of ``epoch``: int64, shape (num_samples,)."""
+        """Return the dataset indices in the order of ``epoch``: int64, shape (num_samples,)."""
         if not self._shuffle:
             return torch.arange(self.num_samples)
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
@@ -100,7 +100,7 @@ class EpochOrder:
 
 
 def _grouped(order: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The order with similar lengths beside each other, as transformers' ``group_by_length``.
+    """Return the order with similar lengths side by side, as transformers' ``group_by_length``.
 
     Pools of the shuffled samples, a quarter of them or ``POOL_SAMPLES``, are each sorted from long
     to short. The longest sample of all comes first, so that a lack of memory shows at once.
@@ -115,14 +115,17 @@ def _grouped(order: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 class RankBatchSampler:
-    """Yields one list of dataset indices per micro-step for this rank (a torch batch sampler).
+    """A torch batch sampler that yields a list of dataset indices per micro-step for this rank.
 
     All ranks yield the same number of lists. A rank whose share of the last chunk is empty yields
     the chunk's first sample as a stand-in, which must carry no weight.
     """
 
     def __init__(self, order: EpochOrder, topology: Topology, *, drop_last: bool = False) -> None:
-        """Args: global order, topology, whether to drop the chunk that does not fill all ranks."""
+        """Begin at the start of epoch 0.
+
+        Args: global order, topology, whether to drop the chunk that does not fill all ranks.
+        """
         self.order = order
         self.topology = topology
         self.drop_last = drop_last
@@ -136,7 +139,7 @@ class RankBatchSampler:
         self.start = start
 
     def follow_length(self, num_samples: int) -> None:
-        """Take another number of samples from now on, for a dataset that changes with the epoch.
+        """Use another number of samples from now on, for a dataset that changes with the epoch.
 
         Raises:
             DataError: the lengths of samples, by which they are grouped, are those of the old ones.
@@ -146,29 +149,29 @@ class RankBatchSampler:
 
     @property
     def remaining(self) -> int:
-        """Samples over all ranks from ``start`` to the end of the epoch, dropped ones excluded."""
+        """Return the samples over all ranks from ``start`` to the epoch's end that will be used."""
         left = max(0, self.order.num_samples - self.start)
         return left - left % self.topology.chunk if self.drop_last else left
 
     def whole(self) -> RankBatchSampler:
-        """The same from the beginning of an epoch."""
+        """Return the same sampler at the beginning of an epoch."""
         return RankBatchSampler(self.order, self.topology, drop_last=self.drop_last)
 
     def __len__(self) -> int:
-        """Micro-steps from ``start`` to the end of the epoch."""
+        """Return the micro-steps from ``start`` to the end of the epoch."""
         return -(-self.remaining // self.topology.chunk)
 
     def chunk_samples(self, step: int) -> int:
-        """Samples over all ranks in micro-step ``step``, counted from ``start``."""
+        """Return the samples over all ranks in micro-step ``step``, counted from ``start``."""
         chunk = self.topology.chunk
         return min(chunk, self.remaining - step * chunk)
 
     def share_samples(self, step: int) -> int:
-        """Samples of this rank in micro-step ``step``; 0 where it has only a stand-in."""
+        """Return the samples of this rank in micro-step ``step``; 0 for a stand-in."""
         return len(self.topology.share(self.chunk_samples(step)))
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Index lists, one per micro-step, each with the seed of its noise."""
+        """Yield lists of indices, one per micro-step, each with the seed of its noise."""
         indices = self.order.indices(self.epoch)[self.start :]
         for step in range(len(self)):
             first = step * self.topology.chunk

@@ -21,12 +21,12 @@ _ATTENTION = 0.001
 
 
 def padded_cost(num_samples: int, length: int) -> float:
-    """Cost of a micro-batch whose samples are padded to ``length``."""
+    """Return the cost of a micro-batch whose samples are padded to ``length`` tokens, in tokens."""
     return num_samples * length * (1 + _ATTENTION * length)
 
 
 def deal(lengths: Sequence[int], world_size: int, micro_steps: int) -> list[list[list[int]]]:
-    """Deal the samples of one optimizer step.
+    """Deal the samples of one optimizer step to ranks and micro-steps.
 
     The largest cost of a group is as small as any cut of the sorted samples makes it: a bisection
     over the costs that groups can have, each tried by filling groups from the longest sample on.
@@ -54,7 +54,7 @@ def deal(lengths: Sequence[int], world_size: int, micro_steps: int) -> list[list
 
 
 def _cheapest_cuts(lengths: list[int], num_groups: int) -> list[int]:
-    """Where to cut samples sorted from long to short; none of the groups is empty."""
+    """Return where to cut samples, sorted from long to short, into groups that are not empty."""
     num_groups = min(num_groups, len(lengths))
     low, high = 0.0, padded_cost(len(lengths), lengths[0])
     best = _fill(lengths, num_groups, high)
@@ -71,7 +71,7 @@ def _cheapest_cuts(lengths: list[int], num_groups: int) -> list[int]:
 
 
 def _fill(lengths: list[int], num_groups: int, most: float) -> list[int] | None:
-    """Cuts into exactly ``num_groups`` groups of at most this cost each; None if there are none."""
+    """Return cuts into ``num_groups`` groups of cost at most ``most``; None if there are none."""
     cuts = [0]
     for group in range(num_groups):
         start = cuts[-1]
@@ -87,7 +87,7 @@ def _fill(lengths: list[int], num_groups: int, most: float) -> list[int] | None:
 
 
 class RebalancedBatchSampler(RankBatchSampler):
-    """A ``RankBatchSampler`` whose micro-batches hold as many samples as cost the same.
+    """A ``RankBatchSampler`` whose micro-batches cost the same rather than have as many samples.
 
     It is cut into the same optimizer steps, of ``chunk x accumulation`` samples; only who computes
     which of them changes.
@@ -102,14 +102,17 @@ class RebalancedBatchSampler(RankBatchSampler):
         accumulation: int,
         drop_last: bool = False,
     ) -> None:
-        """Args: as of a ``RankBatchSampler``; lengths of all samples, micro-batches per step."""
+        """Begin at the start of epoch 0.
+
+        Args: as of a ``RankBatchSampler``; lengths of all samples, micro-batches per step.
+        """
         super().__init__(order, topology, drop_last=drop_last)
         self._lengths = lengths
         self._accumulation = accumulation
         self._read: tuple[tuple[int, int, int], list[list[list[int]]]] | None = None
 
     def whole(self) -> RebalancedBatchSampler:
-        """The same from the beginning of an epoch."""
+        """Return the same sampler at the beginning of an epoch."""
         return RebalancedBatchSampler(
             self.order,
             self.topology,
@@ -119,15 +122,15 @@ class RebalancedBatchSampler(RankBatchSampler):
         )
 
     def chunk_samples(self, step: int) -> int:
-        """Samples over all ranks in micro-step ``step``, counted from ``start``."""
+        """Return the samples over all ranks in micro-step ``step``, counted from ``start``."""
         return sum(len(group) for group in self._dealt_at(step))
 
     def share_samples(self, step: int) -> int:
-        """Samples of this rank in micro-step ``step``; 0 where it has only a stand-in."""
+        """Return the samples of this rank in micro-step ``step``; 0 for a stand-in."""
         return len(self._dealt_at(step)[self.topology.rank])
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Index lists, one per micro-step, each with the seed of its noise."""
+        """Yield lists of indices, one per micro-step, each with the seed of its noise."""
         indices = self._indices()
         for window in range(-(-len(self) // self._accumulation)):
             samples = self._of_window(indices, window)
@@ -150,7 +153,7 @@ class RebalancedBatchSampler(RankBatchSampler):
         return deal(self._lengths[samples].tolist(), self.topology.world_size, micro_steps)
 
     def _dealt_at(self, step: int) -> list[list[int]]:
-        """The groups of a micro-step; the optimizer step that was asked for last is remembered."""
+        """Return a micro-step's groups, one per rank; keep those of the latest optimizer step."""
         window, number = divmod(step, self._accumulation)
         key = (self.epoch, self.start, window)
         if self._read is None or self._read[0] != key:

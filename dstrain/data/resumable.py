@@ -1,4 +1,4 @@
-"""Streams that can tell where they are, and begin there: nothing that was used is read again."""
+"""Streams that can tell their position and begin there: nothing that was used is read again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 import inspect
 from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from dstrain.core.errors import CheckpointError, Problem
 
@@ -41,14 +43,17 @@ class Resumable:
     """
 
     def __init__(self, source: Iterable[Any], kind: str, *, keeps_start: bool) -> None:
-        """Args: stream, what states must be of, whether a loaded state outlives its iteration."""
+        """Keep the stream.
+
+        Args: stream, what states must be of, whether a loaded state outlives its iteration.
+        """
         self.source: Any = source
         self._kind = kind
         self._keeps_start = keeps_start
 
     @staticmethod
     def of(source: Any) -> Resumable | None:
-        """The stream as one that can tell its position; None where it cannot, or not exactly."""
+        """Return the stream as one that can tell its position exactly; None where it cannot."""
         import datasets
 
         if isinstance(source, datasets.IterableDataset):
@@ -59,7 +64,7 @@ class Resumable:
         return None
 
     def state(self) -> dict[str, Any] | None:
-        """Where the iteration that began last is, after its latest sample; None if it is not known.
+        """Return the position of the latest iteration, after its latest sample; None if not known.
 
         A copy: it stays what it is while the stream goes on.
         """
@@ -67,7 +72,7 @@ class Resumable:
         return None if state is None else {"kind": self._kind, "state": copy.deepcopy(state)}
 
     def load(self, state: dict[str, Any]) -> bool:
-        """Let the next iteration begin at ``state``; false where that is of another stream.
+        """Begin the next iteration at ``state``; return False if it is of another stream.
 
         Raises:
             CheckpointError: the stream cannot take up that state.
@@ -88,13 +93,28 @@ class Resumable:
             ) from error
 
     def begun(self) -> None:
-        """To be called after the first sample: iterations after this one begin at the beginning."""
+        """Forget a loaded state, so that later iterations begin at the beginning.
+
+        To be called after the first sample.
+        """
         if self._keeps_start:
             self.source.load_state_dict(None)
 
 
+def tell_epoch(source: Any, epoch: int) -> None:
+    """Tell a source its epoch, by its ``set_epoch`` or else its ``torch.Generator``."""
+    generator = getattr(source, "generator", None)
+    if hasattr(source, "set_epoch"):
+        source.set_epoch(epoch)
+    elif isinstance(generator, torch.Generator):
+        generator.manual_seed(epoch)
+
+
 def _steps(dataset: Any) -> str | None:
-    """How a ``datasets.IterableDataset`` is made; None where its state would not be exact."""
+    """Return the steps that a ``datasets.IterableDataset`` is made of, in words.
+
+    None where its state would not be exact.
+    """
     formatting = getattr(dataset, "_formatting", None)
     if formatting is not None and formatting.is_table:
         return None
@@ -118,7 +138,7 @@ def _steps_of(step: Any) -> str | None:
 
 
 def _reads_ahead(step: Any) -> bool:
-    """Whether a mapping works concurrently, or on tables."""
+    """Tell whether a mapping works concurrently, or on tables."""
     formatting = getattr(step, "formatting", None)
     return (
         inspect.iscoroutinefunction(getattr(step, "function", None))
@@ -133,7 +153,7 @@ def _before(step: Any) -> list[Any]:
 
 
 def _own(dataset: Any) -> Any:
-    """A dataset with steps of its own.
+    """Return a copy of a dataset with steps of its own.
 
     The position is kept in the steps, and datasets made from one another share them: evaluation
     on ``data.take(100)`` would move that of ``data.skip(100)``.
@@ -166,7 +186,7 @@ def _own_step(step: Any) -> Any:
 
 
 def _by_row(step: Any) -> Any:
-    """The same, row by row where it gives tables.
+    """Return the step in a form that gives row by row where it gives tables.
 
     A format that is given tables of several rows loses those that it has not given yet. What it is
     over may give tables in a single one of its shards, so this cannot be known beforehand.

@@ -1,4 +1,4 @@
-"""How many samples a batch holds, where the loader that made it cannot tell."""
+"""The columns of a batch, and how many samples it holds where its loader cannot tell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SAMPLES_FIRST = ("input_ids", "inputs_embeds", "attention_mask")
 
 
 def tensors(inputs: Any) -> list[torch.Tensor]:
-    """All tensors in a batch of any nesting."""
+    """Return all tensors in a batch of any nesting."""
     if isinstance(inputs, torch.Tensor):
         return [inputs]
     if isinstance(inputs, Mapping):
@@ -51,7 +51,7 @@ def with_column(inputs: Any, name: str, changed: torch.Tensor, *, inside: str = 
 
 
 def batch_size(inputs: Any) -> int:
-    """Samples in a batch that a user's own loader made, judged by its tensors.
+    """Return the number of samples in a batch of a user's own loader, judged by its tensors.
 
     A label column has an entry per sample; then come the model's usual text inputs, and last the
     first tensor of any kind, which may hold something else (Qwen2-VL's ``pixel_values`` are
@@ -71,7 +71,7 @@ def batch_size(inputs: Any) -> int:
 
 
 def _sequences_of_one_row(inputs: Mapping[str, Any]) -> int | None:
-    """Sequences in a padding-free batch of one row; None for any other batch."""
+    """Return the number of sequences in a padding-free batch of one row; None for other batches."""
     limits, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
     if isinstance(limits, torch.Tensor) and limits.dim() == 1:
         return max(1, limits.numel() - 1)

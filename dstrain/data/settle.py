@@ -1,4 +1,4 @@
-"""Before a loader is used: whether its data is shared out among ranks, or has been by the user.
+"""Finding, before a loader is used, whether its data is to be shared out or came split by rank.
 
 Data that a user has split by rank would be split again, and most of it never be used. A stream that
 was split is used as it is; a dataset with a length that differs between ranks is refused. So is a
@@ -34,7 +34,7 @@ _SAME_DATA = (
 
 @dataclass(frozen=True)
 class _Facts:
-    """What one rank knows of its data without reading any.
+    """The facts that one rank knows of its data without reading any.
 
     Attributes:
         kind: "stream", "dispatched stream" or "dataset".
@@ -50,7 +50,7 @@ class _Facts:
 
 
 def settle(loader: Any, *, what: str, epoch: int = 0, known_whole: bool = False) -> None:
-    """Find out, together with the other ranks, whose samples a loader gives; a collective.
+    """Find out with the other ranks whether they share a loader's samples; a collective.
 
     At most 16 samples of a dataset with a length are read, and eight of a stream, which an epoch
     that is read in this process then does not read again; all that ranks send is a few bytes for
@@ -82,7 +82,7 @@ def settle(loader: Any, *, what: str, epoch: int = 0, known_whole: bool = False)
 
 
 def inherit_findings(loader: Any, earlier: Any) -> None:
-    """Let a loader know what an earlier one of the same data has found out."""
+    """Give a loader what an earlier loader of the same data has found out."""
     stream, before = getattr(loader, "dataset", None), getattr(earlier, "dataset", None)
     if isinstance(stream, RankStream) and isinstance(before, RankStream):
         stream.split, stream.lengths = before.split, before.lengths
@@ -182,7 +182,7 @@ def _gathered(mine: _Facts, what: str) -> Sequence[_Facts]:
 
 
 def _check_shares(told: Sequence[tuple[int, int] | None], what: str) -> None:
-    """Refuse parts that are not one for each rank."""
+    """Refuse data that was split into other parts than one for each rank."""
     if not any(told):
         return
     if {share for share in told if share is not None} == {(r, len(told)) for r in range(len(told))}:

@@ -25,21 +25,21 @@ from dstrain.core.errors import DataError, Problem
 
 
 class ShuffledInRounds(BufferShuffledExamplesIterable):
-    """Gives rows in the order of the step of ``datasets`` whose place it takes."""
+    """A step that gives rows in the order of the step of ``datasets`` whose place it takes."""
 
     def _init_state_dict(self) -> dict[str, Any]:
-        """The state of the beginning; outer steps change it in place, before an iteration."""
+        """Return the state of the beginning; outer steps change it before an iteration."""
         self.ex_iterable._init_state_dict()
         state = {"begin": None, "rounds": 0, "given": 0, "type": type(self).__name__}
         self._state_dict: dict[str, Any] = state
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Begin there; without the warning of the step of ``datasets``, which loses rows."""
+        """Begin at a state, without the warning of the step of ``datasets``, which loses rows."""
         return super(BufferShuffledExamplesIterable, self).load_state_dict(state_dict)
 
     def __iter__(self) -> Iterator[Any]:
-        """Pairs of key and row."""
+        """Yield pairs of key and row."""
         rounds = _Rounds(self)
         rows: list[Any] = [None] * rounds.missing
         for row in self.ex_iterable:
@@ -51,7 +51,7 @@ class ShuffledInRounds(BufferShuffledExamplesIterable):
         rounds.close()
 
     def _give(self, rows: list[Any], rounds: _Rounds, keep: int) -> Generator[Any, None, list[Any]]:
-        """The rows that leave in a round; returns those kept."""
+        """Yield the rows that leave in a round; return those that are kept."""
         stop = len(rows) - keep
         order, given = rounds.end(len(rows), keep)
         for index in order[given:stop].tolist():
@@ -60,7 +60,7 @@ class ShuffledInRounds(BufferShuffledExamplesIterable):
         return [rows[index] for index in order[stop:].tolist()]
 
     def _iter_arrow(self) -> Iterator[Any]:
-        """Pairs of key and table: the rows that leave in a round."""
+        """Yield pairs of key and table: the rows that leave in a round."""
         rounds = _Rounds(self)
         tables: list[pa.Table] = []
         key, num_rows = None, rounds.missing
@@ -82,7 +82,7 @@ class ShuffledInRounds(BufferShuffledExamplesIterable):
     def _divide(
         self, tables: list[pa.Table], num_rows: int, rounds: _Rounds, keep: int
     ) -> tuple[pa.Table | None, pa.Table]:
-        """Tables of the rows that leave in a round, None where they are not to be given; and kept.
+        """Return the rows that leave in a round, None if they are not given; and those kept.
 
         ``num_rows`` are those of ``tables`` after those that are missing, which no round that is
         given has: any row will do in their place.
@@ -97,21 +97,21 @@ class ShuffledInRounds(BufferShuffledExamplesIterable):
         return shuffled.slice(0, stop), shuffled.slice(stop)
 
     def shift_rngs(self, value: int) -> ShuffledInRounds:
-        """The same with another seed (of another epoch)."""
+        """Return the same step with another seed (of another epoch)."""
         return self._alike(super().shift_rngs(value))
 
     def shuffle_data_sources(self, generator: np.random.Generator) -> ShuffledInRounds:
-        """The same over shards in another order."""
+        """Return the same step over shards in another order."""
         return self._alike(super().shuffle_data_sources(generator))
 
     def shard_data_sources(
         self, num_shards: int, index: int, contiguous: bool = True
     ) -> ShuffledInRounds:
-        """The same over some of the shards."""
+        """Return the same step over some of the shards."""
         return self._alike(super().shard_data_sources(num_shards, index, contiguous=contiguous))
 
     def reshard_data_sources(self) -> ShuffledInRounds:
-        """The same over smaller shards."""
+        """Return the same step over smaller shards."""
         return self._alike(super().reshard_data_sources())
 
     def _alike(self, step: Any) -> ShuffledInRounds:
@@ -142,7 +142,7 @@ class _Rounds:
         self._begins = deque([begin or self._begin(0)])  # of the rounds from the oldest row's on
 
     def end(self, num_rows: int, keep: int) -> tuple[np.ndarray, int]:
-        """End a round's reading: the new order, and how many of those that leave were given.
+        """End a round's reading; return the new order, and how many of those that leave were given.
 
         Args:
             num_rows: held and read.

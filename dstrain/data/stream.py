@@ -24,7 +24,7 @@ from dstrain.core.seeds import random_state, set_random_state
 from dstrain.data.alike import SampleLook, look_of
 from dstrain.data.noise import Noise, own_random_numbers
 from dstrain.data.order import Topology
-from dstrain.data.resumable import Resumable
+from dstrain.data.resumable import Resumable, tell_epoch
 from dstrain.data.stream_length import LengthWatch, length_of
 from dstrain.data.watch import WATCHED_SAMPLES, StreamWatch
 
@@ -48,13 +48,13 @@ class Share:
     looks: list[SampleLook] = field(default_factory=list)
 
     def pin_memory(self) -> Share:
-        """Asked by torch's loader."""
+        """Return a copy in page-locked memory; torch's loader asks for it."""
         return Share(pinning.pin_memory(self.inputs), self.num_samples, self.looks)
 
 
 @dataclass
 class Told:
-    """A micro-batch of a loader process, on its way.
+    """A micro-batch on its way from a loader process, with the source's position.
 
     Attributes:
         share: what the training process is to get.
@@ -67,7 +67,7 @@ class Told:
     state: bytes | None
 
     def pin_memory(self) -> Told:
-        """Asked by torch's loader."""
+        """Return a copy in page-locked memory; torch's loader asks for it."""
         return Told(self.share.pin_memory(), self.position, self.state)
 
 
@@ -83,7 +83,7 @@ def _as_in_main_process() -> Iterator[None]:
 
 
 def _whole(source: Iterable[Any]) -> Iterator[Any]:
-    """Iterate in a loader process as in a process without any.
+    """Yield a stream's samples in a loader process as in the training process.
 
     A stream that asks torch for its worker keeps a share of the samples (the pattern in torch's
     documentation); every n-th micro-batch of a share would lose the rest.
@@ -126,7 +126,10 @@ class RankStream(IterableDataset[Any]):
         *,
         drop_last: bool = False,
     ) -> None:
-        """Args: stream, topology, collator of a list of samples, whether to drop a short end."""
+        """Begin at the start of the stream.
+
+        Args: stream, topology, collator of a list of samples, whether to drop a short end.
+        """
         self.source = source
         self.topology = topology
         self.collate = collate
@@ -153,16 +156,16 @@ class RankStream(IterableDataset[Any]):
 
     @property
     def step_samples(self) -> int:
-        """Samples of this rank's source that a micro-step takes."""
+        """Return the samples of this rank's source that a micro-step takes."""
         return self.topology.micro_batch if self.split else self.topology.chunk
 
     @property
     def num_readers(self) -> int:
-        """Ranks whose samples the positions of this one's source are counted with."""
+        """Return the ranks over which positions count samples: all if the data is split, else 1."""
         return self.topology.world_size if self.split else 1
 
     def num_steps(self) -> int | None:
-        """Return the micro-steps of an epoch by what sources say; None where one says nothing."""
+        """Return the micro-steps of an epoch by stated lengths; None where a length is missing."""
         lengths = [length for length in self.lengths if length is not None]
         if len(lengths) < len(self.lengths):
             return None
@@ -171,7 +174,7 @@ class RankStream(IterableDataset[Any]):
         return max(-(-length // self.step_samples) for length in lengths)
 
     def watch_length(self) -> LengthWatch:
-        """Count the micro-steps of the epoch that is about to be read, against what was told."""
+        """Return the counter that checks the epoch's micro-steps against the stated length."""
         own = self.lengths[self.topology.rank if len(self.lengths) > 1 else 0]
         size, start = self.step_samples, int(self._position[1]) // self.num_readers
         left = 0 if own is None else max(0, own - start)
@@ -183,7 +186,7 @@ class RankStream(IterableDataset[Any]):
         return self._length_watch
 
     def look(self, *, epoch: int, at_most: int) -> list[Any] | None:
-        """Read the first samples of an epoch, which goes on after them, unless ``forget_look``.
+        """Return the first samples of an epoch, which goes on after them, unless ``forget_look``.
 
         None where they cannot be read a second time, because the source has a single iteration.
         """
@@ -199,18 +202,18 @@ class RankStream(IterableDataset[Any]):
 
     @property
     def is_iterator(self) -> bool:
-        """Return whether the source is its own iterator, so that what is read of it is gone."""
+        """Tell whether the source is its own iterator, so that what is read of it is gone."""
         return hasattr(self._reader(), "__next__")
 
     def forget_look(self) -> None:
-        """Begin anew where that can be: another iteration, which can be in another process."""
+        """Let the next iteration begin anew where it can, so that it may be in another process."""
         if self._iteration is None or self.is_iterator:
             return
         if iter(self._reader()) is not self._iteration:
             self._iteration, self._first = None, []
 
     def read_again(self, number: int) -> list[Any] | None:
-        """Read the first samples of the epoch anew, beside an iteration of it that goes on.
+        """Return the first samples of the epoch, read anew beside an iteration of it that goes on.
 
         None where that cannot be. They are those of a copy, so that what the source keeps of its
         position stays; what it shares with a copy, such as an open file, is moved on.
@@ -225,7 +228,7 @@ class RankStream(IterableDataset[Any]):
         drawn = generator.get_state() if isinstance(generator, torch.Generator) else None
         try:
             if epoch != _NO_EPOCH:
-                _tell(source, epoch)
+                tell_epoch(source, epoch)
             iteration = iter(source)
             if any(iteration is begun for begun in (self._running, self._iteration)):
                 return None
@@ -235,7 +238,7 @@ class RankStream(IterableDataset[Any]):
                 generator.set_state(drawn)
 
     def stand_in(self) -> Any:
-        """Make inputs that carry no weight, for a rank that has used up its part, or None.
+        """Return inputs that carry no weight, for a rank that has used up its part.
 
         They are read from the beginning of the source; None if that is empty.
         """
@@ -274,7 +277,7 @@ class RankStream(IterableDataset[Any]):
         return pickle.loads(state) if isinstance(state, bytes) else state
 
     def note(self, told: Told) -> Share:
-        """Keep the state that a loader process sent; returns its micro-batch."""
+        """Keep the state that a loader process sent, and return its micro-batch."""
         self._states.append((told.position, told.state))
         return told.share
 
@@ -282,7 +285,7 @@ class RankStream(IterableDataset[Any]):
         return self.source if self._resumable is None else self._resumable.source
 
     def _tell_source(self, epoch: int) -> None:
-        _tell(self._reader(), epoch)
+        tell_epoch(self._reader(), epoch)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield collated micro-batches, each a ``Share`` or a ``Told`` with one."""
@@ -350,14 +353,14 @@ class RankStream(IterableDataset[Any]):
         return None if self._resumable is None else self._resumable.state()
 
     def _load(self, epoch: int, start: int) -> bool:
-        """Let the source begin at the position that a checkpoint has, if it has this one."""
+        """Begin the source at a checkpoint's position, if that is for this epoch and start."""
         if self._begin is None or self._resumable is None or self._begin[:2] != (epoch, start):
             return False  # loader processes that outlive an epoch still hold the first one's
         return self._resumable.load(self._begin[2])
 
 
 class StreamLoader(DataLoader[Any]):
-    """Loads a ``RankStream``; states that come with micro-batches from loader processes stay here.
+    """A loader of a ``RankStream``; keeps the states that loader processes send with micro-batches.
 
     They are pickled there already: what torch's queue cannot pickle, it loses, and waits for.
     """
@@ -375,15 +378,6 @@ class StreamLoader(DataLoader[Any]):
             if share.looks and stream.watch is not None:
                 stream.watch.note(share.looks)
             yield share
-
-
-def _tell(source: Any, epoch: int) -> None:
-    """Tell a source its epoch, in whichever way it can be told."""
-    generator = getattr(source, "generator", None)
-    if hasattr(source, "set_epoch"):
-        source.set_epoch(epoch)
-    elif isinstance(generator, torch.Generator):
-        generator.manual_seed(epoch)
 
 
 def share_of(source: Any) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""What a stream says of its length, and whether that was right."""
+"""The length that a stream reports, and a warning where it is wrong."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ logger = get_logger(__name__)
 
 
 class LengthWatch:
-    """Warns where a stream gives more or fewer samples than its ``__len__`` says."""
+    """A counter that warns where a stream gives more or fewer samples than its ``__len__`` says."""
 
     def __init__(self, name: str, *, length: int, tells: bool) -> None:
-        """Args: name of the stream's class, length that it says, whether to warn at all, once."""
+        """Begin with no epoch.
+
+        Args: name of the stream's class, length that it reports, whether to warn (once).
+        """
         self._name, self._length, self._tells = name, length, tells
         self._left = 0
 
     def begin(self, num_steps: int) -> None:
-        """Begin an epoch, or go on inside of it: the micro-steps that are still to come."""
+        """Begin an epoch, or go on inside of it, with ``num_steps`` micro-steps still to come."""
         self._left = num_steps
 
     def count(self) -> None:
-        """Count one more micro-step."""
+        """Count one more micro-step, and warn if it is beyond the length."""
         self._left -= 1
         if self._tells and self._left < 0:
             self._warn(
@@ -31,7 +34,7 @@ class LengthWatch:
             )
 
     def end(self) -> None:
-        """End the epoch."""
+        """End the epoch, and warn if micro-steps are missing."""
         if self._tells and self._left > 0:
             self._warn(
                 "and gives fewer: the run ends after its epochs, in fewer steps than the schedule "
@@ -49,7 +52,7 @@ class LengthWatch:
 
 
 def length_of(source: Any) -> int | None:
-    """Return what a source says of its length, if anything."""
+    """Return the length that a source reports; None if it reports none."""
     try:
         return len(source)
     except (TypeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""What is in a batch: its tensors, samples and tokens; and its way to the device."""
+"""The tensors, samples and tokens of a batch, and its way to the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = get_logger(__name__)
 
 
 def input_tokens(inputs: Any, main_input: str = "input_ids") -> int:
-    """Tokens that the model reads, padding included; elements of the main input otherwise."""
+    """Return the tokens that the model reads, padding included; else the rows of the main input."""
     if isinstance(inputs, Mapping):
         main = inputs.get(main_input, inputs.get("input_ids"))
         if isinstance(main, torch.Tensor):
@@ -23,7 +23,7 @@ def input_tokens(inputs: Any, main_input: str = "input_ids") -> int:
 
 
 class TokenCount:
-    """Counts the input tokens of batches that are still in host memory."""
+    """A count of the input tokens of batches that are still in host memory."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class TokenCount:
         self._warned = False
 
     def __call__(self, inputs: Any) -> int:
-        """Tokens of a batch."""
+        """Return the number of tokens of a batch."""
         if self._padding or not isinstance(inputs, Mapping):
             return input_tokens(inputs, self._main_input)
         mask = inputs.get("attention_mask")
@@ -62,7 +62,7 @@ class TokenCount:
 
 
 def to_device(inputs: Any, device: Any, *, float_dtype: torch.dtype | None) -> Any:
-    """The batch on ``device``, its float tensors in the model's format; copies do not wait."""
+    """Return the batch on ``device``, float tensors in ``float_dtype``; copies do not wait."""
     if isinstance(inputs, torch.Tensor):
         dtype = float_dtype if inputs.is_floating_point() else None
         return inputs.to(device=device, dtype=dtype, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Evaluation batches of all ranks in step: as many on each, and all know which is the last."""
+"""Evaluation batches of all ranks in step: as many on each, and every rank knows the last one."""
 
 from __future__ import annotations
 
@@ -51,10 +51,13 @@ def in_step(loader: Any, *, device: Any) -> Iterator[tuple[MicroBatch, bool]]:
 
 
 class _Telling:
-    """What ranks tell each other of every batch."""
+    """The exchange between ranks about every evaluation batch."""
 
     def __init__(self, stream: Any, device: Any) -> None:
-        """Args: what the loader reads, where ranks communicate."""
+        """Set up for one pass.
+
+        Args: the dataset that the loader reads, the device where ranks communicate.
+        """
         self._device = device
         self._is_whole, self._watch = False, None
         if isinstance(stream, RankStream) and not isinstance(stream.source, Dispatched):

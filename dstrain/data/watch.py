@@ -1,4 +1,4 @@
-"""Whether streams that began alike go on alike: what ranks read first is compared as they use it.
+"""Comparing what ranks read of a stream that began alike, as they use it.
 
 A stream that is split by rank may begin with the same samples everywhere: a header, or duplicates.
 Ranks tell each other of every micro-batch whether they have it; beside that each tells a digest of
@@ -37,7 +37,7 @@ ReadAgain = Callable[[int], "list[Any] | None"]
 
 
 class StreamWatch:
-    """Compares a running digest of what ranks read of a stream, and says where they part.
+    """A comparison of running digests of what ranks read of a stream; says where they part.
 
     Per micro-step of the first ``WATCHED_SAMPLES`` samples each rank adds its digest, as 48 zeros
     and ones, to a sum that ranks make in any case; sums other than 0 or the number of ranks mean
@@ -81,7 +81,7 @@ class StreamWatch:
         self._digest = ""
 
     def begin(self, *, start: int, chunk: int) -> bool:
-        """Return whether the samples of an epoch are to be looked at, from its beginning on.
+        """Tell whether the samples of an epoch are to be looked at, from its beginning on.
 
         Args:
             start: samples that are read and left out, because they were used before.
@@ -93,11 +93,11 @@ class StreamWatch:
         return not self.is_over
 
     def note(self, looks: Sequence[SampleLook]) -> None:
-        """Take what a micro-step of the epoch read."""
+        """Keep the looks at samples that a micro-step of the epoch has read."""
         self._looks += looks
 
     def bits(self) -> list[int]:
-        """Return what this rank tells with the micro-step fetched last; nothing when it is over."""
+        """Return this rank's digest for the latest micro-step as 0s and 1s; [] when it is over."""
         if self.is_over or not self._left:
             return []
         self._left -= 1

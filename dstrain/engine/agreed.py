@@ -1,4 +1,4 @@
-"""Sending buffers in the forms that all ranks have agreed on, whatever the model makes of them."""
+"""Sending buffers in forms (shape and format) on which all ranks have agreed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMPTY: Form = ((), None)
 
 
 def form_of(slot: Slot) -> Form:
-    """Return what a buffer looks like now."""
+    """Return shape and format of a buffer as it is now."""
     if slot.is_empty:
         return EMPTY
     return tuple(slot.tensor.shape), slot.tensor.dtype
@@ -31,12 +31,12 @@ class _Agreed:
 
     @property
     def holds(self) -> bool:
-        """Return whether the buffer still has that form on this rank."""
+        """Tell whether the buffer still has that form on this rank."""
         return form_of(self.slot) == self.form
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are sent of it."""
+        """Return the number of bytes that are sent for the buffer."""
         shape, dtype = self.form
         return 0 if dtype is None else torch.Size(shape).numel() * dtype.itemsize
 
@@ -63,14 +63,14 @@ class AgreedBuffers:
     """
 
     def __init__(self, slots: Iterable[Slot] = ()) -> None:
-        """Take the buffers as they are now, which is alike on all ranks."""
+        """Agree on the buffers as they are now, which must be alike on all ranks."""
         agreed = [_Agreed(slot, form_of(slot)) for slot in slots]
         # The widest first, so that each tensor begins at a multiple of its width.
         self._agreed = sorted(agreed, key=lambda one: -_width(one.form))
         self._lengths: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator[Slot]:
-        """Go through the buffers."""
+        """Yield the buffers."""
         return (one.slot for one in self._agreed)
 
     def __len__(self) -> int:
@@ -78,12 +78,12 @@ class AgreedBuffers:
         return len(self._agreed)
 
     def deviating(self) -> list[str]:
-        """Return names of those that have another form on this rank by now."""
+        """Return the names of buffers that have another form on this rank by now."""
         return [one.slot.name for one in self._agreed if not one.holds]
 
     @torch.no_grad()
     def send(self) -> None:
-        """Give all ranks the main rank's values, in one broadcast; the host waits for no device.
+        """Send all ranks the main rank's values in one broadcast; the host waits for no device.
 
         The time grows with the number of buffers and their bytes.
         """

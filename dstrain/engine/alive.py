@@ -1,4 +1,4 @@
-"""Which engines there are on a module: two at once would tear at the same parameters."""
+"""The engines that exist on a module: two at once would change the same parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def note(engine: Engine) -> None:
 
 
 def forget(engine: Engine) -> None:
-    """The engine has been destroyed."""
+    """Remove an engine that has been destroyed."""
     _ENGINES.discard(engine)
 
 
@@ -34,13 +34,13 @@ def any_besides(engine: Engine) -> bool:
 
 
 def engine_on(module: torch.nn.Module) -> Engine | None:
-    """The engine that forward passes of ``module`` go through, whoever built it."""
+    """Return the engine that forward passes of ``module`` go through, whoever built it."""
     found = (e for e in _ENGINES if e.module is module and not e.rests)
     return next(found, None)
 
 
 def in_use(module: torch.nn.Module) -> bool:
-    """Return whether a training is running that changes parameters of ``module``."""
+    """Tell whether a training is running that changes parameters of ``module``."""
     return any(engine.in_use for engine in _sharing(module))
 
 
@@ -56,7 +56,7 @@ def let_orphans_go() -> None:
 
 
 def make_way(module: torch.nn.Module) -> None:
-    """Let all engines go that hold parameters of ``module``; whoever owns one is told.
+    """Release ``module`` from all engines that hold its parameters, and tell their owners.
 
     Raises:
         TrainingError: one of them is in the middle of a training.
@@ -76,7 +76,7 @@ def make_way(module: torch.nn.Module) -> None:
 
 
 def _sharing(module: torch.nn.Module) -> Iterator[Engine]:
-    """Engines on a module with a parameter of this one; grows with engines x parameters."""
+    """Yield engines whose modules share a parameter with this one; engines x parameters steps."""
     own = set(map(id, module.parameters()))
     for engine in list(_ENGINES):
         if any(id(parameter) in own for parameter in engine.module.parameters()):

@@ -1,4 +1,4 @@
-"""Buffers that training changes: which ones they are, and one set of values for all ranks.
+"""Buffers that training changes: finding them, and keeping one set of values on all ranks.
 
 DistributedDataParallel sends the main rank's buffers to the other ranks before the first forward
 pass of every global batch. Here that is done at the end of every global batch, so that evaluation,
@@ -53,7 +53,7 @@ class Buffers:
     """
 
     def __init__(self, module: torch.nn.Module, *, sends: bool) -> None:
-        """Note how all buffers are; a collective of all ranks.
+        """Note the values of all buffers; a collective of all ranks.
 
         Args:
             module: the model, on its device.
@@ -77,7 +77,7 @@ class Buffers:
         self.begin()
 
     def begin(self) -> None:
-        """Note how all buffers are now; changes are told from that."""
+        """Note the values of all buffers now; later looks compare with these."""
         slots = slots_of(self._module)
         sums = _checksums(slots)
         self._seen = {
@@ -88,7 +88,7 @@ class Buffers:
         }
 
     def after_micro_batches(self) -> None:
-        """Send what changes, at the end of a global batch; a collective of all ranks.
+        """Send buffers that change, at the end of a global batch; a collective of all ranks.
 
         What changes is found out at the first step, which waits for the device anyway, and again
         before evaluations and checkpoints. A buffer that takes another form on some rank in between
@@ -121,7 +121,7 @@ class Buffers:
         self._sent.send()
 
     def found(self) -> dict[str, list[str]]:
-        """Names of what there is, the same on all ranks.
+        """Return the names of the buffers found so far, the same on all ranks.
 
         Returns:
             "state": what training changes; "varying": what of it has not had one shape for all
@@ -135,7 +135,7 @@ class Buffers:
         }
 
     def take_up(self, found: Mapping[str, Iterable[str]]) -> None:
-        """Go on with what another engine has found; a collective of all ranks."""
+        """Continue with what another engine has found; a collective of all ranks."""
         self._state.update(found["state"])
         self._varying.update(found["varying"])
         self._reshaped.update(found.get("reshaped", ()))
@@ -143,21 +143,21 @@ class Buffers:
         self._settle(slots_of(self._module))
 
     def beside_model(self) -> list[Slot]:
-        """State that is in no ``state_dict`` and that all ranks have alike."""
+        """Return the state that is in no ``state_dict`` and that all ranks have alike."""
         return [slot for slot in self._sent if not slot.persistent and not slot.is_empty]
 
     def own(self) -> list[Slot]:
-        """State that each rank has for itself; a place of it may be empty."""
+        """Return the state whose values differ between ranks; a place of it may be empty."""
         sent = {slot.name for slot in self._sent}
         return [slot for slot in self._slots_of_state() if slot.name not in sent]
 
     @property
     def differ(self) -> bool:
-        """Return whether ranks have some of the state for themselves; the same on all ranks."""
+        """Tell whether some of the state has different values on ranks; the same on all ranks."""
         return len(self._sent) < len(self._state)
 
     def caches(self) -> list[str]:
-        """Names of floating-point buffers that the model has replaced and that are not saved."""
+        """Return the names of floating-point buffers that the model replaces and no one saves."""
         return [
             slot.name
             for slot in slots_of(self._module)
@@ -169,7 +169,7 @@ class Buffers:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Put the state back that forward passes inside change, as those of an evaluation may."""
+        """Restore, after the block, state that forward passes in it change, as in an evaluation."""
         before = [(slot, slot.owner._buffers[slot.key]) for slot in self._slots_of_state()]
         copies = self._copies()
         try:
@@ -180,19 +180,19 @@ class Buffers:
                 slot.replace(copies[slot.name])
 
     def keep(self) -> None:
-        """From now on hold a copy of the state as it was after the last step, for ``go_back``."""
+        """Hold a copy of the state as it was after the last step from now on, for ``go_back``."""
         self._keeps = True
         slots = slots_of(self._module)
         self._kept = {s.name: s.tensor.clone() for s in slots if _are_statistics(s)}
 
     def go_back(self) -> None:
-        """Undo what the micro-batches of a step that broke off have done to the state."""
+        """Undo what the micro-batches of an interrupted step have done to the state."""
         for slot in [*slots_of(self._module), *empty_slots_of(self._module)]:
             if slot.name in self._kept:
                 slot.replace(self._kept[slot.name])
 
     def _changed(self, slots: Sequence[Slot]) -> Iterator[Slot]:
-        """Slots that are state, and were not known to be."""
+        """Yield buffers that turn out to be state, and were not known to be."""
         unknown = [slot for slot in slots if slot.name not in self._state]
         sums = _checksums(unknown)
         for slot in unknown:
@@ -208,12 +208,12 @@ class Buffers:
                 yield slot
 
     def _thrown_away(self) -> list[str]:
-        """Names of persistent buffers that were there and are None now, which is news."""
+        """Return the names of persistent buffers that became None and are not known as state."""
         empty = [slot.name for slot in empty_slots_of(self._module) if slot.persistent]
         return [name for name in empty if name in self._seen and name not in self._state]
 
     def _in_another_form(self, slots: Sequence[Slot]) -> set[str]:
-        """Names of buffers that have not the shape and format any more that they began with."""
+        """Return the names of buffers whose shape or format is not the one that they began with."""
         kept = [slot for slot in slots if slot.persistent or slot.name in self._state]
         began = [(slot, self._seen[slot.name]) for slot in kept if slot.name in self._seen]
         return {slot.name for slot, seen in began if seen.form != form_of(slot)}
@@ -252,7 +252,7 @@ class Buffers:
 
 @contextlib.contextmanager
 def main_ranks_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterator[None]:
-    """Inside, all ranks have the main rank's persistent buffers; a collective of all ranks.
+    """Give all ranks the main rank's persistent buffers inside the block; a collective.
 
     For saving a model whose buffers may not be the same on all ranks: any rank may write any part.
     Where they are the same, ranks only tell each other a checksum.
@@ -280,7 +280,7 @@ def main_ranks_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Itera
 
 
 def _told_of(slots: Sequence[Slot]) -> list[Any]:
-    """Return what tells ranks' buffers from each other: names, forms and checksums."""
+    """Return what ranks compare of their buffers: names, forms and checksums."""
     sums = _checksums([slot for slot in slots if not slot.is_empty])
     return [(slot.name, form_of(slot), sums.get(slot.name)) for slot in slots]
 
@@ -311,7 +311,7 @@ def _said(form: Form | None) -> str:
 
 
 def _are_statistics(slot: Slot) -> bool:
-    """Return whether a normalisation keeps statistics there of what it is given in training."""
+    """Tell whether a buffer has the running statistics that a normalisation keeps in training."""
     return bool(getattr(slot.owner, "track_running_stats", False)) and slot.key in _STATISTICS
 
 
@@ -321,7 +321,7 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 def _same_on_all(value: Any) -> bool:
-    """Return whether all ranks have the same value; they tell each other a checksum of it."""
+    """Tell whether all ranks have the same value, by comparing checksums; a collective."""
     if not is_distributed():
         return True
     told = hashlib.sha256(repr(value).encode()).hexdigest()
@@ -329,14 +329,14 @@ def _same_on_all(value: Any) -> bool:
 
 
 def _union(names: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return what any rank has named; long lists are only exchanged where they differ."""
+    """Return what any rank has named; long lists are exchanged only where they differ."""
     if _same_on_all(names):
         return names
     return sorted({name for theirs in gather_objects(names) for name in theirs})
 
 
 def _checksums(slots: Sequence[Slot]) -> Mapping[str, int]:
-    """Return a checksum of each buffer whose values may change without a trace.
+    """Return a checksum of each buffer whose values may change without a trace, by name.
 
     Integers that are in no ``state_dict`` are left out: they are masks and positions, and large.
     """

@@ -1,4 +1,4 @@
-"""What an engine has learned, held in host memory while another engine takes its place."""
+"""The state of an engine, held in host memory while another engine takes its place."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def carry(engine: Engine) -> Carried:
 
 
 def put_down(engine: Engine, carried: Carried) -> None:
-    """Give a fresh engine of the same topology the state; a collective of all ranks."""
+    """Restore the state in a fresh engine of the same topology; a collective of all ranks."""
     begin_load(engine)
     held = regions(engine)
     create_state(held, carried.scalars)

@@ -11,7 +11,7 @@ __all__ = ["get_parameter_names", "register_config", "registered_config"]
 
 
 def registered_config() -> Any:
-    """What transformers builds partitioned models by, or None; it keeps only a weak reference."""
+    """Return what transformers builds partitioned models by, or None; its reference is weak."""
     reference = _integration._hf_deepspeed_config_weak_ref
     return None if reference is None else reference()
 

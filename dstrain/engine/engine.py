@@ -37,7 +37,7 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one optimizer step did.
+    """The result of one optimizer step.
 
     Attributes:
         applied: False when gradients were not finite; weights, optimizer and schedule then stayed.
@@ -161,17 +161,17 @@ class Engine:
 
     @property
     def model(self) -> Any:
-        """What to call for a forward pass (``DeepSpeedEngine``)."""
+        """Return the object to call for a forward pass (``DeepSpeedEngine``)."""
         return self._engine
 
     @property
     def buffers(self) -> Buffers:
-        """The buffers of the module; of an engine that trains."""
+        """Return the buffers of the module; only of an engine that trains."""
         assert self._buffers is not None
         return self._buffers
 
     def compile(self, backend: str, mode: str | None) -> None:
-        """Compile the module's forward where it stands: names of its parameters stay the same."""
+        """Compile the module's forward in place: names of its parameters stay the same."""
         kwargs = {} if mode is None else {"mode": mode}
         self._compiled_by = {"backend": backend, **kwargs}
         if self._told is not None:  # hooks of the module would be compiled with it
@@ -198,7 +198,7 @@ class Engine:
                 raise
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
-        """Clip, update weights and schedule, clear gradients; first make buffers agree."""
+        """Send buffers that change, clip, update weights and schedule, and clear gradients."""
         self.buffers.after_micro_batches()
         norm: torch.Tensor | float | None = None
         if want_norm and self._norm_by_hand:
@@ -213,26 +213,26 @@ class Engine:
         return StepOutcome(applied=self._engine.was_step_applied(), grad_norm=norm)
 
     def learning_rates(self) -> list[float]:
-        """The learning rate of each parameter group, to be used by the next step."""
+        """Return the learning rate of each parameter group, to be used by the next step."""
         return [float(g["lr"]) for g in self.optimizer.param_groups]
 
     def group_of(self, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
-        """The parameter group that updates a parameter of the module; None for a frozen one."""
+        """Return the parameter group that updates a parameter; None for a frozen one."""
         return group_of(self.optimizer, parameter)
 
     def loss_scale(self) -> float | None:
-        """The current fp16 loss scale; None in other formats."""
+        """Return the current fp16 loss scale; None in other formats."""
         if self.resolved.precision != "fp16":
             return None
         return float(self.optimizer.loss_scale)
 
     @property
     def is_gone(self) -> bool:
-        """Return whether it was destroyed; nothing else may be asked of it then."""
+        """Tell whether the engine was destroyed; nothing else may be asked of it then."""
         return self._engine is None
 
     def rest(self) -> None:
-        """Leave a module that ordinary torch code can use, after a training.
+        """Release the module, so that ordinary torch code can use it after a training.
 
         Optimizer, schedule and counters can still be read. At stage 3 nothing happens: there the
         hooks put the parameters of each layer together.
@@ -249,7 +249,7 @@ class Engine:
         self.rests = True
 
     def broke_off(self) -> bool:
-        """Return whether a forward or backward pass at stage 3 has not come to its end."""
+        """Tell whether a forward or backward pass at stage 3 has not come to its end."""
         if self.resolved.stage != 3:
             return False
         parameters: Any = self.module.parameters()
@@ -260,14 +260,14 @@ class Engine:
         )
 
     def hand_over(self) -> None:
-        """Let go of the module for another engine; the owner, if it still exists, is told."""
+        """Release the module for another engine, and tell the owner if it still exists."""
         close = None if self.owner is None else self.owner()
         if close is not None:
             close()
         self.destroy()
 
     def destroy(self) -> None:
-        """Let go of DeepSpeed's buffers and hooks; the module keeps its weights.
+        """Release DeepSpeed's buffers and hooks; the module keeps its weights.
 
         A partitioned module stays partitioned and can be given to a new engine. No rank waits for
         another.
@@ -292,7 +292,7 @@ class Engine:
         self.scheduler = None
 
     def _untie(self) -> None:
-        """Take all away that DeepSpeed has put on the module and keeps in the process."""
+        """Remove all that DeepSpeed has put on the module, and what it keeps in the process."""
         if self._told is not None:
             self._told.remove()
         if self._lockstep is not None:
@@ -316,11 +316,11 @@ def _has_ended(*_: object, **__: object) -> None:
 
 
 def _do_nothing() -> None:
-    """Stand for a method that has done its work."""
+    """Replace a method that has done its work."""
 
 
 def _let_deepspeed_save(engine: Any) -> None:
-    """DeepSpeed writes the parts themselves, which nobody else is to take for the weights."""
+    """Let DeepSpeed write partitions themselves, which are not to be taken for whole weights."""
     state_dict = engine.module_state_dict
 
     def module_state_dict(*args: Any, **kwargs: Any) -> Any:
@@ -331,5 +331,5 @@ def _let_deepspeed_save(engine: Any) -> None:
 
 
 def inference_engine(module: torch.nn.Module, resolved: ResolvedConfig) -> Engine:
-    """An engine without optimizer that can only run forward, for a partitioned module."""
+    """Return an engine without optimizer that can only run forward, for a partitioned module."""
     return Engine(module, resolved, trains=False)

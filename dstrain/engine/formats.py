@@ -70,7 +70,7 @@ def make_contiguous(module: torch.nn.Module) -> None:
 
 
 def is_in_order(tensor: torch.Tensor) -> bool:
-    """Return whether elements lie in memory in the order of the dimensions.
+    """Tell whether elements lie in memory in the order of the dimensions.
 
     A dimension of size 1 may have any stride, and torch calls the whole contiguous.
     """
@@ -78,7 +78,7 @@ def is_in_order(tensor: torch.Tensor) -> bool:
 
 
 def formats_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str:
-    """What a run does with formats that it can use, where a user may not expect it; else ""."""
+    """Say what a run does with formats that it can use but a user may not expect; else ""."""
     run = resolved.precision
     dtypes = [p.dtype for p in module.parameters() if p.dtype in _TRAINED]
     counts = {name: dtypes.count(dtype) for dtype, name in _TRAINED.items()}
@@ -147,7 +147,7 @@ def _sparse_problems(module: torch.nn.Module) -> list[Problem]:
 
 
 def _memory_problems(named: _Named, *, flat: bool) -> list[Problem]:
-    """List parameters that are views of the same memory, of which at least one is trained.
+    """List pairs of parameters that share memory, of which at least one is trained.
 
     A parameter that is registered under several names is one parameter, and no problem. Sorts the
     parameters, and compares those element by element whose memory interleaves.
@@ -188,13 +188,13 @@ def _has_memory(parameter: torch.Tensor) -> bool:
 
 
 def _span(tensor: torch.Tensor) -> int:
-    """Bytes from the first element of a tensor to the end of its last one."""
+    """Return the bytes from the first element of a tensor to the end of its last one."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return (sum((size - 1) * stride for size, stride in steps) + 1) * tensor.element_size()
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether two tensors, of which the first begins first, have an element in common."""
+    """Tell whether two tensors, of which the first begins first, have an element in common."""
     size = first.element_size()
     away, rest = divmod(second.data_ptr() - first.data_ptr(), size)
     if rest or second.element_size() != size:
@@ -206,7 +206,7 @@ def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def _mixed_problems(named: _Named, resolved: ResolvedConfig) -> list[Problem]:
-    """Trained parameters of an fp32 run."""
+    """List what is wrong with the formats of trained parameters in an fp32 run."""
     from deepspeed.accelerator import get_accelerator
 
     stage = resolved.stage
@@ -249,7 +249,7 @@ def _mixed_problems(named: _Named, resolved: ResolvedConfig) -> list[Problem]:
 def _cast_problems(
     module: torch.nn.Module, named: _Named, resolved: ResolvedConfig
 ) -> list[Problem]:
-    """Parameters of a 16-bit run that must not lose their format."""
+    """List parameters of a 16-bit run that must not lose their format."""
     run = resolved.precision
     problems = []
     wide = [(name, p) for name, p in named if p.dtype == torch.float64]
@@ -294,7 +294,7 @@ def _cast_problems(
 
 
 def _kept_in_fp32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Whether transformers, loading the model by itself in ``dtype``, would keep a name in fp32."""
+    """Return a test whether transformers, loading in ``dtype``, would keep a name in fp32."""
     from deepspeed.runtime.keep_in_fp32 import KEEP_IN_FP32_AUTO, keep_in_fp32_pattern
 
     pattern = keep_in_fp32_pattern(module, KEEP_IN_FP32_AUTO, dtype)
@@ -302,7 +302,7 @@ def _kept_in_fp32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str]
 
 
 def _strict(module: torch.nn.Module) -> bool:
-    """Return whether bf16 would be refused as well."""
+    """Tell whether the model keeps parameters in fp32 in a bf16 run too."""
     keeps = _kept_in_fp32(module, torch.bfloat16)
     return any(keeps(name) for name, _ in module.named_parameters())
 
@@ -312,7 +312,7 @@ def _of(named: _Named, dtype: torch.dtype) -> _Named:
 
 
 def _listed(named: _Named, *, dtype: bool = True) -> str:
-    """How many parameters, of which formats, and the first few names."""
+    """Say how many parameters there are, in which formats, and the first few names."""
     names = ", ".join(name for name, _ in named[:_SHOWN])
     more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
     formats = sorted({str(p.dtype).removeprefix("torch.") for _, p in named})

@@ -14,7 +14,7 @@ _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm
 
 
 def decay_parameter_names(module: torch.nn.Module) -> list[str]:
-    """Names of the parameters that weight decay applies to, the rule of transformers' Trainer."""
+    """Return the names of parameters with weight decay, by the rule of transformers' Trainer."""
     from dstrain.engine.compat import get_parameter_names
 
     return get_parameter_names(module, [torch.nn.LayerNorm], _NO_DECAY)
@@ -26,7 +26,7 @@ def parameter_groups(
     weight_decay: float,
     decay_names: Callable[[torch.nn.Module], list[str]] = decay_parameter_names,
 ) -> list[dict[str, Any]]:
-    """One group with ``weight_decay`` and one without; empty groups are left out.
+    """Return a group with ``weight_decay`` and one without; empty groups are left out.
 
     Raises:
         ModelError: no parameter of the module has requires_grad.

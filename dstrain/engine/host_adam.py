@@ -1,4 +1,4 @@
-"""DeepSpeed's Adam on the host: its bias correction follows from the step alone."""
+"""A correction of DeepSpeed's Adam on the host: its bias correction follows from the step alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def correct_bias_by_step(optimizer: Any) -> None:
-    """Let ``DeepSpeedCPUAdam`` compute ``beta ** step`` anew in every step.
+    """Make ``DeepSpeedCPUAdam`` compute ``beta ** step`` anew in every step.
 
     Its C++ object (``includes/cpu_adam.h``, ``IncrementStep``) keeps both powers in fp32 and
     multiplies them by beta each step, so that they gather rounding errors, and computes them with

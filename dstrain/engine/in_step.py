@@ -20,7 +20,7 @@ _REMIND_SECONDS = 30.0
 
 @contextlib.contextmanager
 def in_step(what: str, *, patience_seconds: float) -> Iterator[None]:
-    """Generate inside the block, on all ranks: transformers lets none end before another.
+    """Let ranks generate inside in step: transformers lets no rank end before another.
 
     Args:
         what: called by the user, for messages.

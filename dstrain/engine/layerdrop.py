@@ -64,7 +64,7 @@ def check_layerdrop(module: torch.nn.Module, *, leaves: Collection[str]) -> None
 
 
 def _names_in(kind: type) -> tuple[str, ...]:
-    """Attributes by which a class's ``forward`` skips layers without asking for stage 3."""
+    """Return attributes by which a ``forward`` skips layers without asking for stage 3."""
     source = _source(kind, "forward")
     if _ASKS in source:
         return ()
@@ -85,7 +85,7 @@ def _value(part: object, name: str) -> float:
 
 
 def _key(kind: type, name: str) -> str:
-    """The key of the model's config that an attribute was set by."""
+    """Return the key of the model's config that an attribute was set from."""
     if name.startswith("config."):
         return name
     pattern = rf"self\.{name}\s*=.*?config(?:\.|,\s*[\"'])(\w+)"

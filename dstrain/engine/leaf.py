@@ -20,7 +20,7 @@ _EXPERTS = re.compile(r"(^|_)experts?($|_)", re.IGNORECASE)
 
 
 def expert_blocks(module: torch.nn.Module) -> tuple[str, ...]:
-    """Full names of the classes that hold two or more experts as modules of their own.
+    """Return full names of the classes that hold two or more experts as modules of their own.
 
     Told by the module tree: a list or dict of modules, under a name that speaks of experts. Experts
     that are slices of one parameter, as in most models of transformers 5, are gathered together
@@ -36,12 +36,12 @@ def expert_blocks(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 def full_name(cls: type) -> str:
-    """Package and name of a class, as DeepSpeed compares them."""
+    """Return package and name of a class, as DeepSpeed compares them."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def leaf_classes(resolved: ResolvedConfig) -> tuple[str, ...]:
-    """The names of classes that a config makes leaves, with or without their package."""
+    """Return the names of classes that a config makes leaves, with or without their package."""
     names = resolved.values.get(CLASSES_KEY) or ()
     return (names,) if isinstance(names, str) else tuple(names)
 

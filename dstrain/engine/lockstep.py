@@ -36,7 +36,7 @@ _MOST_CHANGES = 16
 
 
 class Lockstep:
-    """Watches that all ranks run the same modules of a partitioned model in the same order."""
+    """A watch that all ranks run the same modules of a partitioned model in the same order."""
 
     def __init__(self, optimizer: Any, module: torch.nn.Module, *, patience_seconds: float) -> None:
         """Begin to watch; a collective of all ranks.
@@ -74,7 +74,7 @@ class Lockstep:
         self._has_told = False
 
     def close(self) -> None:
-        """Watch no more, and give DeepSpeed its functions back; no rank waits for another."""
+        """Stop watching, and give DeepSpeed its functions back; no rank waits for another."""
         import torch.distributed as dist
 
         if self._coordinator is None:
@@ -88,7 +88,7 @@ class Lockstep:
         self._coordinator = None
 
     def end_of_backward(self) -> None:
-        """Compare the end of a backward pass, before what is left of its gradients is reduced."""
+        """Compare ranks at the end of a backward pass, before its last gradients are reduced."""
         coordinator = self._coordinator
         if coordinator is None:
             return
@@ -98,7 +98,7 @@ class Lockstep:
             self._has_left(_END_OF_BACKWARD)
 
     def explain(self, error: BaseException) -> None:
-        """Raise in the place of an error whose cause is that another rank has left the order.
+        """Raise an error that says so, if another rank's leaving the order has caused ``error``.
 
         Raises:
             ModelError: what that rank says.
@@ -116,7 +116,7 @@ class Lockstep:
     # --- what DeepSpeed calls --------------------------------------------------------------------
 
     def _before(self, module: torch.nn.Module) -> None:
-        """Stand before ``trace_prologue``, which DeepSpeed calls before the gather of a module."""
+        """Compare ranks before ``trace_prologue``, which DeepSpeed calls before it gathers."""
         coordinator = self._coordinator
         was_complete = coordinator.is_complete_trace()
         self._follow(module)
@@ -140,7 +140,7 @@ class Lockstep:
     # --- comparing -------------------------------------------------------------------------------
 
     def _compare(self, code: int) -> None:
-        """Compare where all ranks are, which all come here as long as they are alike."""
+        """Compare which module each rank is at; a collective as long as all ranks run alike."""
         import torch.distributed as dist
 
         if self._changes > _MOST_CHANGES:
@@ -153,7 +153,7 @@ class Lockstep:
         raise self._differs(dict(enumerate(gather_objects(code, group=self._group))))
 
     def _has_left(self, code: int) -> None:
-        """Compare with ranks of which not all may come here: by the store, and with patience."""
+        """Compare with ranks that may not all come here: by the store, and with patience."""
         import torch.distributed as dist
 
         self._changes += 1
@@ -212,7 +212,7 @@ class Lockstep:
         return f"{name} ({kind})" if name else f"the model itself ({kind})"
 
     def _remedy(self, codes: set[int]) -> str:
-        """Name the smallest module that holds all of those that ranks came to."""
+        """Name the smallest module that holds all of the modules at which ranks are."""
         names = [self._names[code].split(".") for code in codes if code >= _FIRST_MODULE]
         common: list[str] = []
         for parts in zip(*names, strict=False):

@@ -1,4 +1,4 @@
-"""Changes of partitioned parameters that a forward pass makes in place, and that would be lost."""
+"""Refusing in-place changes of partitioned parameters in a forward pass, which would be lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HARMLESS = frozenset(["requires_grad_", "retain_grad_", "share_memory_", "renam
 
 
 class LostChanges(TorchFunctionMode):
-    """Ends a forward pass that changes, in place, parameters which are in parts at that moment.
+    """A torch mode that ends a forward pass which changes parameters in parts in place.
 
     A module that averages its weights in ``forward`` (an EMA teacher) finds tensors without
     elements at stage 3, where torch does nothing and says nothing. DeepSpeed gathers the parameters
@@ -33,7 +33,7 @@ class LostChanges(TorchFunctionMode):
         self._data: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function.
+        """Call ``func``.
 
         Raises:
             TrainingError: it would change a parameter that is in parts.
@@ -53,7 +53,7 @@ class LostChanges(TorchFunctionMode):
         return returned
 
     def _name_of(self, value: Any) -> str | None:
-        """Return the name of a parameter of which nothing is here at this moment."""
+        """Return the name of a parameter of which this rank has no element now, or None."""
         if not isinstance(value, torch.nn.Parameter) or not is_partitioned(value):
             return None
         is_away = value.numel() == 0 and full_numel(value) > 0

@@ -1,4 +1,4 @@
-"""What memory there is: of the accelerator, of the host, of a local disk."""
+"""The memory of an accelerator, of the host and of a local disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CGROUP_LIMITS = (
 
 
 def read_machine(ranks: Ranks, *, disk: str | None = None) -> Machine:
-    """Memory of this rank's machine: what is there in all, so that it is the same all run long.
+    """Return the memory of this rank's machine in all, which is the same all run long.
 
     Args:
         ranks: how many share the machine.
@@ -41,7 +41,7 @@ def read_machine(ranks: Ranks, *, disk: str | None = None) -> Machine:
 
 
 def least(machines: Sequence[Machine]) -> Machine:
-    """What every rank has at least: all of them must come to the same decision."""
+    """Return what every rank has at least: all of them must come to the same decision."""
     return Machine(
         ranks=max(m.ranks for m in machines),
         device_bytes=min(m.device_bytes for m in machines),
@@ -51,7 +51,7 @@ def least(machines: Sequence[Machine]) -> Machine:
 
 
 def host_memory_bytes(limits: Iterable[str] = CGROUP_LIMITS) -> int:
-    """Memory of this machine, or what this process's container may use of it."""
+    """Return the memory of this machine, or what this process's container may use of it."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in limits:
         with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit
@@ -60,7 +60,7 @@ def host_memory_bytes(limits: Iterable[str] = CGROUP_LIMITS) -> int:
 
 
 def free_memory_bytes(ranks: Ranks) -> int:
-    """Memory that this rank's device has left now; on the CPU its share of the host's."""
+    """Return the bytes that this rank's device has left now; on the CPU its share of the host's."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class MetricSchedule:
-    """Keeps DeepSpeed from stepping such a schedule after every optimizer step.
+    """A wrapper that keeps DeepSpeed from stepping such a schedule after every optimizer step.
 
     DeepSpeed 0.19.8 calls ``step()``, and where that needs an argument ``step(train_batch_size)``
     (engine.py, ``_take_model_step``): the batch size would pass for the metric. Everything else is
@@ -19,17 +19,17 @@ class MetricSchedule:
         self.schedule = schedule
 
     def step(self, metric: float | None = None, **kwargs: Any) -> None:
-        """Follow a metric; without one nothing happens."""
+        """Step by a metric; without one do nothing."""
         if metric is not None:
             self.schedule.step(metric, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Its rates, its state, ..."""
+        """Return an attribute of the schedule: its rates, its state, ..."""
         return getattr(self.schedule, name)
 
 
 def guarded(schedule: Any) -> Any:
-    """A schedule, or a function that makes one, safe for an engine to step."""
+    """Return a schedule, or a function that makes one, in a form that an engine can step."""
     if schedule is None:
         return None
     if callable(schedule):
@@ -38,7 +38,7 @@ def guarded(schedule: Any) -> Any:
 
 
 def _needs_metric(schedule: Any) -> bool:
-    """Whether ``step`` has an argument that must be given."""
+    """Tell whether ``step`` has an argument that must be given."""
     if isinstance(schedule, MetricSchedule) or not hasattr(schedule, "step"):
         return False
     try:

@@ -1,4 +1,4 @@
-"""What NVMe offload needs, looked at before a model is built: the folder, and DeepSpeed's op."""
+"""The needs of NVMe offload, checked before a model is built: the folder, and DeepSpeed's op."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SECTIONS = ("offload_optimizer", "offload_param")
 
 
 def nvme_folders(resolved: ResolvedConfig) -> dict[str, Path]:
-    """Folder by key, of what is offloaded to disk."""
+    """Return the folder of each thing that is offloaded to disk, by its config key."""
     folders = {}
     for name in _SECTIONS:
         section = f"zero_optimization.{name}"

@@ -68,7 +68,7 @@ OPS = {
 
 
 def extensions_dir() -> Path:
-    """The folder in which this environment keeps its compiled ops.
+    """Return the folder in which this environment keeps its compiled ops.
 
     TORCH_EXTENSIONS_DIR where that is set, else `torch_extensions` inside the virtual environment,
     since environments that share one folder rebuild each other's ops, else torch's own default.
@@ -99,7 +99,7 @@ def prepare_environment() -> Path:
 
 
 def is_built(name: str) -> bool:
-    """Whether the op is as `build_ops` left it, for this python, torch, DeepSpeed and processor.
+    """Tell whether the op is as `build_ops` left it, for this python, torch, DeepSpeed and CPU.
 
     Looks at two files and imports neither torch nor deepspeed. An op that a run has built again
     since, for whatever reason, may be built once more by the next, so `build_ops` has another look.
@@ -244,7 +244,7 @@ def _builder(name: str) -> Any:
 
 
 def _torch_default_dir() -> Path:
-    """What `_get_build_directory` of torch.utils.cpp_extension takes, less the op's name."""
+    """Return what torch's `_get_build_directory` takes by default, less the op's name."""
     import torch
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -259,7 +259,7 @@ def _torch_default_dir() -> Path:
 
 
 def _fingerprint() -> dict[str, str]:
-    """All that a compiled op depends on, cheap to read."""
+    """Return all that a compiled op depends on, cheap to read."""
     return {
         "python": f"{sys.implementation.cache_tag} {sys.prefix}",
         "torch": importlib.metadata.version("torch"),

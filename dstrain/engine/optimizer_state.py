@@ -36,7 +36,7 @@ _NUMBERS = (bool, int, float)
 
 
 def read_scalars(held: Iterable[Region]) -> dict[str, dict[str, Any]]:
-    """Single numbers in the state of each parameter, by its name; a step count and the like.
+    """Return single numbers in the state of each parameter by its name, such as a step count.
 
     Args:
         held: all regions of this rank: some optimizers keep one number for a whole group.
@@ -61,7 +61,7 @@ def read_scalars(held: Iterable[Region]) -> dict[str, dict[str, Any]]:
 
 
 def _latest_steps(held: list[Region]) -> dict[tuple[int, int], Any]:
-    """The step count that counts in each group of an optimizer that keeps one per group.
+    """Return the step count that is used for each group of an optimizer that keeps one per group.
 
     DeepSpeed's FusedAdam steps a whole group by the count of its last parameter, and raises only
     that one (``ops/adam/fused_adam.py:step``).
@@ -113,7 +113,7 @@ def create_state(held: Iterable[Region], saved: Mapping[str, Mapping[str, Any]])
 
 
 def _fresh_state(region: Region) -> dict[str, Any]:
-    """State as the optimizer itself would make it, found out by stepping a small tensor.
+    """Return state as the optimizer itself would make it, found out by stepping a small tensor.
 
     Raises:
         CheckpointError: the optimizer cannot step such a tensor.
@@ -148,19 +148,19 @@ def _fresh_state(region: Region) -> dict[str, Any]:
 
 
 def group_values(optimizer: Any) -> list[dict[str, Any]]:
-    """What changes during training in each parameter group: rates, momenta, counts."""
+    """Return what changes during training in each parameter group: rates, momenta, counts."""
     return [changing_values(group) for group in optimizer.param_groups]
 
 
 def changing_values(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What changes during training in a parameter group."""
+    """Return what changes during training in a parameter group."""
     return {
         key: _plain(value) for key, value in group.items() if key not in STATIC and _fits(value)
     }
 
 
 def same_for_all(saved: list[dict[str, Any]]) -> bool:
-    """Whether saved groups differ in nothing that changes, so that any number of groups fits."""
+    """Tell whether saved groups have equal changing values, so that any number of groups fits."""
     return all(values == saved[0] for values in saved[1:])
 
 
@@ -170,7 +170,7 @@ def set_group_values(
     *,
     instead: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Put back what ``group_values`` gave; what all saved groups share fits any number of them.
+    """Restore what ``group_values`` returned; values equal in all saved groups fit any number.
 
     Args:
         optimizer: whose groups.
@@ -210,7 +210,7 @@ def set_group_values(
 
 
 def check_number_of_groups(count: int, saved: list[dict[str, Any]]) -> None:
-    """See to it that saved groups are as many as this run has, or alike.
+    """Check that saved groups are as many as this run has, or alike.
 
     Raises:
         CheckpointError: they are not.
@@ -232,7 +232,10 @@ def _plain(value: Any) -> Any:
 
 
 def _alike(here: Any, there: Any) -> bool:
-    """Whether one value of a parameter group can stand for the other: numbers, or as many of them.
+    """Tell whether a saved value of a parameter group can be put in the place of this run's.
+
+    Both must be numbers, or lists of as many. A value that was None may have got one, and a value
+    of no known kind says nothing.
 
     What was None may have got a value, and a value of no known kind says nothing.
     """

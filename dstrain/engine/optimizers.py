@@ -30,7 +30,7 @@ Factory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def optimizer_class(resolved: ResolvedConfig) -> tuple[type[Any], dict[str, Any]]:
-    """The class that the config resolves to, and what its constructor takes beside the groups.
+    """Return the class that the config resolves to, and what it takes beside the groups.
 
     For what DeepSpeed builds by name as well, so that it can be built by hand.
 
@@ -69,7 +69,7 @@ def optimizer_class(resolved: ResolvedConfig) -> tuple[type[Any], dict[str, Any]
 
 
 def optimizer_factory(resolved: ResolvedConfig) -> Factory | None:
-    """What makes the optimizer from its groups, or None where DeepSpeed builds it by name."""
+    """Return a function from groups to optimizer, or None where DeepSpeed builds it by name."""
     build = resolved.optimizer
     if build is None or (build.type and build.cls != "torch.optim.Adagrad"):
         return None
@@ -95,7 +95,7 @@ def build_ops(resolved: ResolvedConfig) -> None:
 
 
 def ops_of(resolved: ResolvedConfig) -> list[str]:
-    """DeepSpeed's compiled ops that the optimizer of a run needs."""
+    """Return the names of DeepSpeed's compiled ops that the optimizer of a run needs."""
     build, values = resolved.optimizer, resolved.values
     if build is None:
         return []
@@ -141,7 +141,7 @@ def check_own(optimizer: Any, scheduler: Any, resolved: ResolvedConfig) -> None:
 
 
 def slices_remark(optimizer: Any, resolved: ResolvedConfig) -> str:
-    """What a user's own optimizer does differently on flat slices, as far as its class says it."""
+    """Say what a user's own optimizer does differently on flat slices, by what its class tells."""
     row = None if optimizer is None else _row_of(type(optimizer))
     if optimizer is None or resolved.stage == 0 or (row is not None and not row.warning):
         return ""
@@ -177,7 +177,7 @@ def adagrad_stays() -> Iterator[None]:
 
 
 def group_of(engine_optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
-    """The parameter group that updates a model's parameter, whatever slices the groups hold."""
+    """Return the parameter group that updates a model's parameter, whatever slices groups hold."""
     groups: list[dict[str, Any]] = engine_optimizer.param_groups
     lists = getattr(engine_optimizer, "bit16_groups", None)  # stages 1 and 2
     index = None
@@ -195,7 +195,7 @@ def group_of(engine_optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, 
 
 
 class _NoAdagrad:
-    """Stands for Adagrad while DeepSpeed asks whether an optimizer is one."""
+    """A stand-in for Adagrad's class while DeepSpeed asks whether an optimizer is one."""
 
 
 class _AdagradState(dict[Any, Any]):
@@ -229,7 +229,7 @@ def _import(path: str) -> type[Any]:
 
 
 def _without_switches(cls: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of DeepSpeed's config as the constructor itself names them."""
+    """Return parameters of DeepSpeed's config under the names that the constructor itself takes."""
     given = dict(given)
     given.pop("torch_adam", None)
     decoupled = given.pop("adam_w_mode", None)
@@ -246,7 +246,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def _row_of(cls: type[Any]) -> Optimizer | None:
-    """The table's row of a class; torch's classes live in modules of their own."""
+    """Return the table's row of a class, or None; torch's classes live in modules of their own."""
     path = f"{cls.__module__}.{cls.__qualname__}"
     if cls.__module__.startswith("torch.optim."):
         path = f"torch.optim.{cls.__name__}"

@@ -12,7 +12,7 @@ from dstrain.engine.zero import full_numel, full_shape, is_partitioned
 
 
 class Partitioner:
-    """Makes partitioned parameters of whole ones, by the rules of a DeepSpeed config.
+    """A maker of partitioned parameters from whole ones, by the rules of a DeepSpeed config.
 
     A share lies where the config wants it (device, host, disk) and has the format that the engine
     trains in, as if the parameter had been built under ``deepspeed.zero.Init``.
@@ -34,19 +34,19 @@ class Partitioner:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """Return the device on which this rank computes."""
         device: torch.device = self._init.local_device
         return device
 
     @property
     def next_number(self) -> int:
-        """The number that the next parameter gets; DeepSpeed compares them between ranks."""
+        """Return the number of the next parameter; DeepSpeed compares them between ranks."""
         number: int = type(self._init).param_id
         return number
 
     @next_number.setter
     def next_number(self, number: int) -> None:
-        """Go on from a number that is higher than those of all parameters so far."""
+        """Set the number of the next parameter, above those of all parameters so far."""
         type(self._init).param_id = number
 
     def split(self, parameter: torch.nn.Parameter) -> None:
@@ -72,7 +72,7 @@ class Partitioner:
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
-        """Take the parameters of every module apart that is constructed inside; a collective.
+        """Partition the parameters of each module that is constructed inside; a collective.
 
         They have the values with which the main rank has constructed them.
         """
@@ -124,7 +124,7 @@ def with_full_shapes(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]
 
 
 def is_whole(parameter: Any) -> bool:
-    """Return whether this rank has all values of a parameter at this moment."""
+    """Tell whether this rank has all values of a parameter at this moment."""
     return not is_partitioned(parameter) or parameter.ds_status.name == "AVAILABLE"
 
 

@@ -13,7 +13,7 @@ from dstrain.config import ResolvedConfig
 
 
 def take_up(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
-    """Before an engine on ``module`` is built: no settings but those that the model was built by.
+    """Reset process-wide settings to those of ``module``, before an engine on it is built.
 
     An engine takes over the groups of hpZ, whatever its own size is (``stage3.py:__init__``), and
     the formats of autocast instead of its ``communication_data_type``.

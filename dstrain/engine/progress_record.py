@@ -1,4 +1,4 @@
-"""What a checkpoint may say of an engine: the types of what ``read_progress`` gives."""
+"""The types of what a checkpoint says of an engine, which ``read_progress`` gives."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class LossScale:
-    """DeepSpeed's loss scale; of a scaler without hysteresis the last is not there."""
+    """DeepSpeed's loss scale; a scaler without hysteresis leaves the last field out."""
 
     cur_scale: Annotated[Real, Gt(0)]
     cur_iter: Integer | None = None
@@ -46,7 +46,7 @@ class LossScale:
 
 @dataclass(frozen=True)
 class BuffersFound:
-    """Names of buffers that training changes; older checkpoints do not say which it reshapes."""
+    """Names of buffers that training changes; old checkpoints leave ``reshaped`` out."""
 
     state: list[Text]
     varying: list[Text]
@@ -55,7 +55,7 @@ class BuffersFound:
 
 @dataclass(frozen=True)
 class Begun:
-    """A run before its first step."""
+    """Schedule and parameter groups of a run before its first step."""
 
     schedule: Any
     groups: list[GroupValues]
@@ -63,7 +63,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """An engine without its tensors; schedules have states of their own, of any content.
+    """An engine's state without its tensors; schedules have states of their own, of any content.
 
     Attributes:
         counters: of steps and samples.

@@ -1,4 +1,4 @@
-"""What an engine knows beside tensors: counters, loss scale, rates of the groups, the schedule."""
+"""The state of an engine beside tensors: counters, loss scale, rates of groups, schedule."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def read_begun(engine: Engine) -> dict[str, Any]:
-    """What a run's arguments say of schedule and parameter groups; before the first step."""
+    """Return schedule and parameter groups as a run's arguments say, before the first step."""
     return {
         "schedule": schedule_state(_schedule(engine)),
         "groups": group_values(_basic(engine.optimizer)),
@@ -43,7 +43,7 @@ def read_begun(engine: Engine) -> dict[str, Any]:
 
 
 def read_progress(engine: Engine) -> dict[str, Any]:
-    """Plain values of an engine that do not depend on the rank.
+    """Return plain values of an engine that do not depend on the rank.
 
     Raises:
         CheckpointError: a schedule without ``state_dict``.
@@ -73,7 +73,7 @@ def read_progress(engine: Engine) -> dict[str, Any]:
 
 
 def write_progress(engine: Engine, saved: dict[str, Any]) -> None:
-    """Put back what ``read_progress`` gave, an ``EngineRecord``; a collective of all ranks.
+    """Restore what ``read_progress`` returned, an ``EngineRecord``; a collective of all ranks.
 
     The loss scale is left alone unless both runs use fp16; a scaler without hysteresis (stage 0)
     and one with it (the other stages) take from each other what both have. Of schedule and
@@ -97,7 +97,7 @@ def write_progress(engine: Engine, saved: dict[str, Any]) -> None:
 
 
 def _write_groups(engine: Engine, saved: dict[str, Any]) -> None:
-    """Put back parameter groups and schedule."""
+    """Restore parameter groups and schedule."""
     schedule = _schedule(engine)
     if (schedule is None) != (saved["schedule"] is None):
         there, here = ("a", "none") if schedule is None else ("no", "one")
@@ -122,7 +122,7 @@ def _write_groups(engine: Engine, saved: dict[str, Any]) -> None:
 def _take_up(
     schedule: Any, groups: list[dict[str, Any]], saved: dict[str, Any], engine: Engine
 ) -> tuple[str, ...]:
-    """Put the schedule where the saved run stood; the entries of groups that are this run's."""
+    """Put the schedule where the saved run stood, and return the group entries that it sets."""
     count = len(groups)
     begun = saved.get("begun")  # older checkpoints and imported ones have none
     if begun is not None and begun["schedule"] is not None:
@@ -162,7 +162,7 @@ def _take_up(
 def _values_of_this_run(
     groups: list[dict[str, Any]], placed: tuple[str, ...], saved: dict[str, Any], engine: Engine
 ) -> list[dict[str, Any]]:
-    """What parameter groups keep: what the schedule has set, and changed arguments.
+    """Return what parameter groups keep: what the schedule has set, and changed arguments.
 
     A saved value that is what it was before the first step was an argument; a rate that a schedule
     steers is not, even where it is back at its beginning.
@@ -184,14 +184,14 @@ def _values_of_this_run(
 
 
 def _aligned(values: list[dict[str, Any]] | None, count: int) -> list[dict[str, Any]] | None:
-    """Values of ``count`` groups, where they are that many or all alike; else None."""
+    """Return values of ``count`` groups, if they are that many or all alike; else None."""
     if values and len(values) != count and same_for_all(values):
         return values[:1] * count
     return values if values is not None and len(values) == count else None
 
 
 def _for_groups(state: Any, saved: list[dict[str, Any]], count: int) -> Any:
-    """A schedule's state for another number of parameter groups, where the saved ones were alike.
+    """Return a schedule's state for another number of groups, where the saved ones were alike.
 
     torch keeps a rate per group in lists, and a list too short would leave groups without one.
     """
@@ -205,7 +205,7 @@ def _for_groups(state: Any, saved: list[dict[str, Any]], count: int) -> Any:
 
 
 def begin_load(engine: Engine) -> None:
-    """Before regions are written: let go of gathered parameters of stage 3, which would be stale.
+    """Release gathered parameters of stage 3, which would be stale, before regions are written.
 
     Not before ``finish_load`` may the model be used again.
     """
@@ -244,7 +244,7 @@ def _schedule(engine: Engine) -> Any:
 
 
 def _basic(optimizer: Any) -> Any:
-    """The optimizer below DeepSpeed's wrapper."""
+    """Return the optimizer inside DeepSpeed's wrapper."""
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """DeepSpeed prints from every rank what a user cannot act on; its errors still raise."""
+    """Suppress what DeepSpeed prints from every rank and no user can act on; errors still raise."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

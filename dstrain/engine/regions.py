@@ -1,4 +1,4 @@
-"""Where this rank's master weights and optimizer state lie, parameter by parameter.
+"""The places of this rank's master weights and optimizer state, parameter by parameter.
 
 DeepSpeed keeps master weights in flat tensors, cut in another way by every wrapper of the
 optimizer. A ``Region`` says where in such a tensor a run of one parameter lies, so that the rest of
@@ -51,30 +51,30 @@ class Region:
 
     @property
     def stop(self) -> int:
-        """Where the run ends in the whole flattened parameter."""
+        """Return where the run ends in the whole flattened parameter."""
         return self.start + self.numel
 
     @property
     def value_key(self) -> str:
-        """Key of the parameter's own values."""
+        """Return the key of the parameter's own values."""
         return WEIGHT if self.optimizer is None else MASTER
 
     @property
     def state(self) -> dict[str, Any]:
-        """The optimizer's state of the holder; empty before the first step."""
+        """Return the optimizer's state of the holder; empty before the first step."""
         if self.optimizer is None:
             return {}
         # Not by index: the state is a defaultdict, and looking must not create an entry.
         return self.optimizer.state.get(self.holder) or {}
 
     def part(self, start: int, stop: int) -> Region:
-        """The piece of this region between two places of the whole parameter."""
+        """Return the piece of this region between two places of the whole parameter."""
         assert self.start <= start <= stop <= self.stop
         offset = self.offset + start - self.start
         return replace(self, start=start, numel=stop - start, offset=offset)
 
     def tensor_keys(self) -> list[str]:
-        """Keys of all values there are: the parameter's own and the state tensors of its shape.
+        """Return the keys of the parameter's own values and of the state tensors of its shape.
 
         Raises:
             CheckpointError: state of another shape, which has no slice for this region, or of
@@ -107,7 +107,7 @@ class Region:
         return keys
 
     def is_number(self, key: str) -> bool:
-        """Return whether a tensor of the state is a single number, such as a step count.
+        """Tell whether a tensor of the state is a single number, such as a step count.
 
         A parameter of shape () that has a holder of its own (stage 0) has moments of shape () too:
         there other parameters tell, whose moments have dimensions and whose numbers have none.
@@ -122,7 +122,7 @@ class Region:
         return False
 
     def read(self, key: str) -> torch.Tensor:
-        """Values of the region, 1-D, on their device; a view wherever memory is contiguous."""
+        """Return the region's values, 1-D, on their device; a view where memory is contiguous."""
         return self._tensor(key).detach().reshape(-1).narrow(0, self.offset, self.numel)
 
     def write(self, key: str, start: int, values: torch.Tensor) -> None:
@@ -141,14 +141,14 @@ class Region:
 
 
 def is_scalar(key: str, value: torch.Tensor, holder: torch.Tensor) -> bool:
-    """Return whether a tensor in the state of a holder with dimensions is a single number."""
+    """Tell whether a tensor in the state of a holder with dimensions is a single number."""
     if key == "step":
         return value.numel() == 1
     return value.dim() == 0 and holder.dim() > 0
 
 
 def regions(engine: Engine) -> list[Region]:
-    """Every region that this rank holds, in the order of the module's parameters.
+    """Return every region that this rank holds, in the order of the module's parameters.
 
     At stage 0 each rank holds everything, at the other stages its own partition, and frozen
     parameters are held whole below stage 3.
@@ -167,7 +167,7 @@ def regions(engine: Engine) -> list[Region]:
 
 
 def optimized_names(engine: Engine) -> list[str]:
-    """Names of the parameters that the optimizer updates, whichever rank holds them."""
+    """Return names of the parameters that the optimizer updates, whichever rank holds them."""
     wrapper = engine.optimizer
     kinds = ("fp16_groups", "bit16_groups", "bf16_groups")  # stages 3 and 0, 1-2, BF16_Optimizer
     groups = next((getattr(wrapper, kind) for kind in kinds if hasattr(wrapper, kind)), None)
@@ -178,7 +178,7 @@ def optimized_names(engine: Engine) -> list[str]:
 
 
 def share(held: list[Region], *, replicated: bool, rank: int, world_size: int) -> list[Region]:
-    """The regions that this rank writes, so that each element is written by exactly one rank.
+    """Return the regions that this rank writes, so that each element is written by one rank.
 
     Args:
         held: what ``regions`` gave.
@@ -267,7 +267,7 @@ def _bf16_optimizer(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
 def _cut(
     optimizer: Any, group: int, placed: Any, flat: torch.Tensor, names: dict[int, str]
 ) -> Iterator[Region]:
-    """Where a rank's partition of a group's flat tensor meets each parameter of the group."""
+    """Yield what this rank's partition of a group's flat tensor holds of each parameter."""
     import torch.distributed as dist
 
     size = flat.numel()

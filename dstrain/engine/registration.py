@@ -1,4 +1,4 @@
-"""What transformers is told while models are partitioned, what torch is, and that both end."""
+"""Telling transformers and torch that models are partitioned, and undoing it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dstrain.engine.lost_changes import LostChanges
 
 
 class StageTold:
-    """A DeepSpeed config that transformers knows of, from its construction to ``close``.
+    """A DeepSpeed config that transformers is told of, from its construction to ``close``.
 
     At stage 3 transformers builds models partitioned, generates in step on all ranks, and runs on
     each rank the layers that chance would skip there. It keeps only a weak reference, so this
@@ -36,19 +36,19 @@ class StageTold:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The DeepSpeed config that partitioned models are built by."""
+        """Return the DeepSpeed config that partitioned models are built by."""
         return self._make_config()
 
     def is_zero3(self) -> bool:
-        """Asked by transformers when it builds a model, generates, and in some layers."""
+        """Tell whether the stage is 3: transformers asks where it builds models and generates."""
         return self._stage == 3
 
     def is_zero2(self) -> bool:
-        """Asked by transformers in few places."""
+        """Tell whether the stage is 2: transformers asks in few places."""
         return self._stage == 2
 
     def close(self) -> None:
-        """Put back what was registered before, unless a user has registered a config since."""
+        """Restore what was registered before, unless a user has registered a config since."""
         present = compat.registered_config()
         # One inside of this one, which an interrupt kept from closing, ends with it.
         if present is None or isinstance(present, StageTold):
@@ -56,7 +56,7 @@ class StageTold:
         self._previous = None
 
     def __enter__(self) -> StageTold:
-        """Itself: registered already."""
+        """Return itself, which is registered already."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -65,20 +65,20 @@ class StageTold:
 
 
 class ZeroThreeMark(StageTold):
-    """Lets transformers build models by a resolved config; to be closed when they are built."""
+    """A registration for transformers to build models by a resolved config; close it afterwards."""
 
     def __init__(self, resolved: ResolvedConfig) -> None:
         """Register with transformers when the stage is 3, unregister otherwise."""
         super().__init__(resolved.stage, resolved.to_deepspeed)
 
     def close(self) -> None:
-        """As there, and undo what DeepSpeed would leave changed in torch."""
+        """Restore what was registered before, and undo what DeepSpeed leaves changed in torch."""
         super().close()
         undo_patches()
 
 
 class ToldInForward:
-    """Registers with transformers during every forward pass of a partitioned module.
+    """Hooks that register with transformers during every forward pass of a partitioned module.
 
     LayerDrop (Wav2Vec2 and its kind) must run a layer on all ranks or on none, and AdaLoRA gathers
     parameters for its regularisation; both ask transformers. No model is built in there.
@@ -98,7 +98,7 @@ class ToldInForward:
         )
 
     def remove(self) -> None:
-        """Take the hooks away, and end what an interrupt kept from ending."""
+        """Remove the hooks, and end what an interrupt kept from ending."""
         for hook in self._hooks:
             hook.remove()
         while self._told:
@@ -127,7 +127,7 @@ def _is_compiled(module: torch.nn.Module) -> bool:
 
 
 class MemoryEfficientLinear:
-    """Lets linear layers with partitioned weights keep no gathered weight for the backward pass.
+    """Linear layers with partitioned weights that keep no gathered weight for the backward pass.
 
     DeepSpeed puts a function of its own in the place of ``torch.nn.functional.linear``, for all
     models and the rest of the process. Here it is used as long as an engine lives, and only where a
@@ -135,7 +135,7 @@ class MemoryEfficientLinear:
     """
 
     def __init__(self, resolved: ResolvedConfig) -> None:
-        """Begin, where the stage is 3 and the config does not turn it off."""
+        """Replace torch's function, if the stage is 3 and the config does not turn it off."""
         wanted = resolved.values.get("zero_optimization.memory_efficient_linear", True)
         undo_patches()
         present: Any = torch.nn.functional.linear
@@ -143,29 +143,30 @@ class MemoryEfficientLinear:
         if resolved.stage != 3 or not wanted or _is_deepspeeds(present):
             return
         if not hasattr(present, "num_engines"):
-            present = torch.nn.functional.linear = _by_weight(present)
+            present = torch.nn.functional.linear = _linear_by_weight(present)
         present.num_engines += 1
-        # Also where an engine is collected that nobody has destroyed.
-        self._end = weakref.finalize(self, _needed_no_more, present)
+        # Also when an engine is collected that nobody has destroyed.
+        self._end = weakref.finalize(self, _release_linear, present)
 
     def close(self) -> None:
-        """Put torch's function back once no engine needs the other one; nothing a second time."""
+        """Restore torch's function once no engine needs the replacement; again does nothing."""
         self._end()
 
 
 def _nothing() -> None:
-    """End nothing."""
+    """Do nothing at the end."""
 
 
-def _needed_no_more(function: Any) -> None:
+def _release_linear(function: Any) -> None:
+    """Count one engine less that needs the replacement; the last one restores torch's function."""
     plain = function.__wrapped__
     function.num_engines -= 1
     if not function.num_engines and torch.nn.functional.linear is function:
         torch.nn.functional.linear = plain
 
 
-def _by_weight(plain: Any) -> Any:
-    """``torch.nn.functional.linear`` that looks at the weight."""
+def _linear_by_weight(plain: Any) -> Any:
+    """Return a ``torch.nn.functional.linear`` that takes DeepSpeed's for partitioned weights."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     def linear(input: Any, weight: Any, bias: Any = None) -> Any:
@@ -180,7 +181,7 @@ def _by_weight(plain: Any) -> Any:
 
 
 def _is_deepspeeds(function: Any) -> bool:
-    """Return whether it is DeepSpeed's for quantised weights, which must stay."""
+    """Tell whether a function is DeepSpeed's for quantised weights, which must stay."""
     return str(getattr(function, "__module__", "")).startswith("deepspeed.")
 
 

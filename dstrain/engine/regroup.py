@@ -32,7 +32,7 @@ _Link = tuple[tuple[str, int], tuple[str, int]]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the host, has no memory left."""
+    """Tell whether an error says that the device, or the host, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
@@ -84,7 +84,7 @@ class Regroup:
             self._store.set("failed", str(self._ranks.rank))
 
     def another_failed(self) -> bool:
-        """Whether an error of this rank comes from another's lack of memory."""
+        """Tell whether an error of this rank comes from another rank's lack of memory."""
         if not self._many:
             return False
         deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -95,7 +95,7 @@ class Regroup:
         return True
 
     def leave(self) -> None:
-        """Give all process groups up, and get out those who wait for this rank in one."""
+        """Give all process groups up, and free the ranks that wait for this one in a collective."""
         if not self._many:
             return
         import torch.distributed as dist
@@ -129,7 +129,7 @@ class Regroup:
                 parameter.ds_process_group = dist.group.WORLD
 
     def close(self) -> None:
-        """The training has ended."""
+        """Stop looking out: the training has ended."""
         if self._many:
             self._ended.set()
 
@@ -152,7 +152,7 @@ class Regroup:
 
 
 def _links() -> dict[_Link, int]:
-    """TCP connections of this process: (own address, the other's) -> file descriptor."""
+    """Return TCP connections of this process: (own, peer's address) -> file descriptor."""
     found: dict[_Link, int] = {}
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -171,7 +171,7 @@ def _address(name: Any) -> tuple[str, int]:
 
 
 def _forget_groups() -> None:
-    """DeepSpeed keeps groups in its modules and would hand them to the next engine."""
+    """Remove groups that DeepSpeed keeps in its modules and would hand to the next engine."""
     from deepspeed.utils import groups
 
     for name in (

@@ -1,4 +1,4 @@
-"""Where the ranks meet: a wrong address or port is found before they wait for each other.
+"""The place where ranks meet: a wrong address or port is found before they wait for each other.
 
 torch would wait for ``ddp_timeout``, or end with the frames of its C++ code. On each machine the
 first rank looks, so that the machine of rank 0 answers one question per machine more.
@@ -27,7 +27,7 @@ _REMIND_SECONDS = 30.0
 
 
 def check_rendezvous(ranks: Ranks, *, timeout_seconds: float) -> None:
-    """Find out that this machine's ranks cannot meet the others at MASTER_ADDR and MASTER_PORT.
+    """Check that this machine's ranks can meet the others at MASTER_ADDR and MASTER_PORT.
 
     An address that nothing answers at is an error after 45 seconds. One that refuses is that of a
     machine which is there: its rank 0 may start later, and is waited for.
@@ -60,7 +60,7 @@ def check_rendezvous(ranks: Ranks, *, timeout_seconds: float) -> None:
 
 @contextlib.contextmanager
 def reminding(ranks: Ranks) -> Iterator[None]:
-    """Say once, on each machine, when the ranks take long to meet inside the block."""
+    """Warn once, on each machine, if the ranks take long to meet inside the block."""
     if ranks.world_size == 1 or not ranks.is_local_main:
         yield
         return
@@ -86,7 +86,7 @@ def _remind(ranks: Ranks) -> None:
 
 
 def did_not_meet(error: Exception, ranks: Ranks) -> ConfigError:
-    """Make the error of a process group that torch could not bring up, without its C++ frames."""
+    """Return the error of a process group that torch could not form, without C++ frames."""
     said = str(error).strip().partition("\nException raised from")[0]
     return ConfigError(
         Problem(
@@ -100,7 +100,7 @@ def did_not_meet(error: Exception, ranks: Ranks) -> ConfigError:
 
 
 def _listen(port: int) -> socket.socket:
-    """Take the port, as torch will.
+    """Listen on the port, as torch will.
 
     Raises:
         ConfigError: another process has it, or it is not for this user.
@@ -131,7 +131,7 @@ def _reach(
     *,
     listening: socket.socket | None = None,
 ) -> None:
-    """Wait until something listens at the address.
+    """Wait until something accepts connections at the address.
 
     Raises:
         ConfigError: nothing does, and nothing will.
@@ -162,7 +162,7 @@ def _reach(
 
 
 def _try(address: str, port: int) -> OSError | None:
-    """Connect, and hang up; what failed."""
+    """Connect and hang up; return the error, or None."""
     try:
         socket.create_connection((address, port), timeout=_TRY_SECONDS).close()
     except OSError as error:
@@ -179,7 +179,7 @@ def _take_calls(listening: socket.socket) -> None:
 
 
 def _is_of_this_machine(address: str) -> bool:
-    """Whether an address, or what a name stands for, is one of this machine's own."""
+    """Tell whether an address, or what a name resolves to, is one of this machine's own."""
     try:
         found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
     except OSError:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def scalars_as_bytes(*, wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """Inside, a tensor without dimensions can be viewed in another format, as one element is.
+    """Let a tensor without dimensions be viewed in another format inside, as one element is.
 
     Only calls change that would raise. Every call of torch from Python passes through it, some
     microseconds each, so it is no place for a training loop.
@@ -48,7 +48,7 @@ def clip_scalars_too(engine: Any) -> None:
 
 
 class _ScalarsAsBytes(TorchFunctionMode):
-    """Gives ``view(dtype)`` of a tensor of shape () one dimension."""
+    """A torch mode that gives ``view(dtype)`` of a tensor of shape () one dimension."""
 
     def __torch_function__(
         self,

@@ -1,4 +1,4 @@
-"""Takes a learning-rate schedule up at the step of a checkpoint, also where arguments have changed.
+"""Restoring a learning-rate schedule from a checkpoint, also where arguments have changed.
 
 With the arguments of the run that was saved, the state of its schedule comes back as it was. With
 others (more steps in all, another warm-up, rate or kind of schedule) this run's schedule counts: it
@@ -41,14 +41,14 @@ _RATE_AND_MOMENTUM = ("lr", "betas", "momentum")
 
 
 def schedule_state(schedule: Any) -> dict[str, Any] | None:
-    """A copy of a schedule's state; None where there is no schedule, or it has no state."""
+    """Return a copy of a schedule's state; None without a schedule, or if it has no state."""
     if schedule is None or not hasattr(schedule, "state_dict"):
         return None
     return copy.deepcopy(schedule.state_dict())
 
 
 def last_rates(schedule: Any) -> list[float] | None:
-    """The rates that a schedule set last; None where it does not say."""
+    """Return the rates that a schedule set last; None where it does not say."""
     rates = getattr(schedule, "_last_lr", None)
     return None if rates is None else [float(rate) for rate in rates]
 
@@ -97,7 +97,7 @@ def take_up_schedule(
 
 
 def _check_attributes(schedule: LRScheduler, state: Any) -> None:
-    """See to it that a state fits one of torch's schedules, which take anything as attributes.
+    """Check that a state fits one of torch's schedules, which take anything as attributes.
 
     Raises:
         ValueError: it would replace a method, or a value by one of another kind.
@@ -114,7 +114,7 @@ def _check_attributes(schedule: LRScheduler, state: Any) -> None:
 
 
 def _same_kind(here: Any, there: Any, *, strict: bool) -> bool:
-    """Return whether one value of a schedule's state can stand for the other.
+    """Tell whether one value of a schedule's state can be put in the place of another.
 
     Args:
         here: of this run.
@@ -138,7 +138,7 @@ def _same_kind(here: Any, there: Any, *, strict: bool) -> bool:
 
 
 def steps_done(saved: Mapping[str, Any]) -> int:
-    """Steps that changed the weights in the saved run, by its schedule or its counters.
+    """Return the steps that changed the weights in the saved run, by its schedule or counters.
 
     Raises:
         CheckpointError: the schedule says what cannot be.
@@ -164,7 +164,7 @@ def steps_done(saved: Mapping[str, Any]) -> int:
 
 
 def _step_count(value: Any, *, first: int) -> int:
-    """A schedule's count of its steps, from ``first`` on."""
+    """Return a schedule's count of its steps, which must be ``first`` or more."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= first:
         raise CheckpointError(
             Problem(f"the learning-rate schedule in the checkpoint is at step {value!r}")
@@ -173,7 +173,7 @@ def _step_count(value: Any, *, first: int) -> int:
 
 
 def unchanged_in_training(saved: Any, begun: Any) -> bool:
-    """Return whether a saved value is what it was before the first step: what an argument said."""
+    """Tell whether a saved value is what it was before the first step, as an argument set it."""
     return _plain(saved) == _plain(begun)
 
 
@@ -265,7 +265,7 @@ def _follows_metric(state: Mapping[str, Any]) -> bool:
 
 
 def _step_through(schedule: Any, num_steps: int) -> None:
-    """Step a schedule as often as the saved run has; one that was begun elsewhere only the rest."""
+    """Step a schedule until it has taken as many steps as the saved run's."""
     with warnings.catch_warnings():
         # The optimizer's steps were those of the saved run.
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*", category=UserWarning)
@@ -274,7 +274,7 @@ def _step_through(schedule: Any, num_steps: int) -> None:
 
 
 def _arguments_changed(state: Any, before: Any, fresh: Any) -> bool:
-    """Return whether a part of the state that training leaves alone is another one in this run."""
+    """Tell whether values of the state that training did not change differ in this run."""
     if before is None:
         return False
     saved, begun, now = (dict(_leaves(part)) for part in (state, before, fresh))
@@ -288,7 +288,7 @@ def _arguments_changed(state: Any, before: Any, fresh: Any) -> bool:
 
 
 def _leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The single values of a nested state, with their places."""
+    """Yield the single values of a nested state, with their places."""
     value = _plain(value)
     if isinstance(value, Mapping):
         for name, part in value.items():
@@ -305,7 +305,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers instead of a tensor."""
+    """Return a tensor's numbers, and any other value as it is."""
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 

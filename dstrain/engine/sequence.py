@@ -1,4 +1,4 @@
-"""Gradients go to DeepSpeed's buckets in one order, the same on all ranks, and none is left out.
+"""The order in which gradients go to DeepSpeed's buckets: the same on all ranks, none left out.
 
 ZeRO puts gradients into its reduce buckets as hooks of the backward pass bring them, and adds up
 the buckets of all ranks. A rank whose micro-batch does not use a parameter (a head without labels,
@@ -68,7 +68,7 @@ def gradient_sequence(optimizer: Any, module: torch.nn.Module) -> GradientSequen
 
 
 class GradientSequence(abc.ABC):
-    """Stands between the hooks of a ZeRO optimizer and its buckets.
+    """A layer between the hooks of a ZeRO optimizer and its buckets.
 
     Per gradient it takes one look-up and one comparison. The parameters that wait keep their
     gradients meanwhile, as torch's backward pass leaves them.
@@ -128,18 +128,18 @@ class GradientSequence(abc.ABC):
 
     @abc.abstractmethod
     def _given(self) -> dict[int, tuple[Any, ...]]:
-        """Return what DeepSpeed's hooks hand on, a parameter first, by the ``id`` of that."""
+        """Return the arguments of DeepSpeed's hook for each parameter, by its ``id``."""
 
     @abc.abstractmethod
     def _collects(self) -> bool:
-        """Return whether gradients of this micro-batch go into buckets."""
+        """Tell whether gradients of this micro-batch go into buckets."""
 
     @abc.abstractmethod
     def _fill(self, parameter: Any) -> None:
         """Give a parameter a gradient of zeros, unless one waits to be reduced."""
 
     def _comes_otherwise(self, parameter: Any) -> bool:
-        """Whether its gradient is handed on at another time than torch computes it."""
+        """Tell whether its gradient is handed on at another time than torch computes it."""
         return False
 
     # --- order -----------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class GradientSequence(abc.ABC):
         self._next = 0
 
     def _agree(self, loss: torch.Tensor) -> None:
-        """Take the order of the main rank's backward pass; bytes in proportion to parameters."""
+        """Adopt the order of the main rank's backward pass; sends a number per parameter."""
         import torch.distributed as dist
 
         self._has_order = True
@@ -221,7 +221,7 @@ class GradientSequence(abc.ABC):
         self._hand_on(*member)
 
     def _is_left_out(self, position: int) -> bool:
-        """Whether the pass that runs will surely not bring a gradient.
+        """Tell whether the running pass will surely bring no gradient for a parameter.
 
         Torch knows the graph that runs, but not those of re-entrant checkpoints inside of it, which
         are built later: where there are such, only the end of the pass tells. The first pass shows
@@ -274,7 +274,7 @@ class _OfStages1And2(GradientSequence):
         return {id(p): (p, i) for i, group in groups for p in group if p.requires_grad}
 
     def _collects(self) -> bool:
-        """At stage 1 only the last micro-batch of a window does."""
+        """Tell whether it does: at stage 1 only in the last micro-batch of a window."""
         optimizer = self._optimizer
         return optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()
 
@@ -317,16 +317,16 @@ class _OfStage3(GradientSequence):
             parameter.grad.data = parameter.grad.new_zeros(parameter.ds_shape)
 
     def _comes_otherwise(self, parameter: Any) -> bool:
-        """Of a leaf module all come together, when the module's backward pass has ended."""
+        """Tell whether the parameter is in a leaf module, whose gradients all come at its end."""
         return hasattr(parameter, "ds_z3_leaf_module")
 
 
 def _do_nothing() -> None:
-    """Do nothing before the end."""
+    """Do nothing at the end of a backward pass."""
 
 
 def _wait_for(stream: Any, parameter: Any) -> None:
-    """Let the stream of this moment go on after the one that computed a gradient."""
+    """Make the current stream wait for the one that computed a gradient."""
     from deepspeed.accelerator import get_accelerator
 
     present = get_accelerator().current_stream()

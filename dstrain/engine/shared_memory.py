@@ -1,4 +1,4 @@
-"""The buffers of DeepSpeed's CPU collectives in ``/dev/shm``, which it never removes.
+"""Removal of the buffers of DeepSpeed's CPU collectives in ``/dev/shm``, which it leaves there.
 
 Each rank makes one of 66 MiB, by a name, and maps those of the others while the process group comes
 up. From then on nobody needs the names: what is mapped stays usable, and the system frees it when
@@ -79,7 +79,7 @@ def remove_leftovers(folder: Path = FOLDER, *, settled_seconds: float = SETTLED_
 
 
 def _mapped(names: dict[str, os.stat_result]) -> set[str]:
-    """Those that a process of this user's has mapped."""
+    """Return those names that a process of this user's has mapped."""
     if not names:
         return set()
     mapped: set[str] = set()

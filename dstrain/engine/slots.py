@@ -1,4 +1,4 @@
-"""Places in a module that hold buffers: what is there, and putting something else there."""
+"""The places in a module that hold buffers: what is in them, and putting something else there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a module holds a buffer; a model may put another tensor there.
+    """A place in which a module holds a buffer; a model may put another tensor there.
 
     Attributes:
         name: of the buffer, from the outermost module on.
@@ -26,14 +26,14 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """What is there now."""
+        """Return the tensor that is there now."""
         tensor = self.owner._buffers[self.key]
         assert tensor is not None
         return tensor
 
     @property
     def is_empty(self) -> bool:
-        """Return whether nothing is there: the buffer is registered, and None."""
+        """Tell whether the buffer is registered as None."""
         return self.owner._buffers[self.key] is None
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class Slot:
 
     @torch.no_grad()
     def replace(self, values: torch.Tensor | None) -> None:
-        """Hold exactly these values, in their shape and format; in place where these are the same.
+        """Set the place to exactly these values, in their shape and format; in place if these fit.
 
         Args:
             values: None leaves the place empty.
@@ -67,7 +67,7 @@ class Slot:
 
 
 def slots_of(module: torch.nn.Module) -> list[Slot]:
-    """Find all buffers of a module; one that stands in two places is under its first name."""
+    """Return all buffers of a module; one that is in two places is under its first name."""
     found: dict[int, Slot] = {}
     for slot in _places(module):
         if not slot.is_empty and _is_plain(slot.tensor):
@@ -83,18 +83,18 @@ def _places(module: torch.nn.Module) -> Iterator[Slot]:
 
 
 def empty_slots_of(module: torch.nn.Module) -> list[Slot]:
-    """Find registered buffers that are None now: not made yet, or thrown away."""
+    """Return registered buffers that are None now: not made yet, or thrown away."""
     return [slot for slot in _places(module) if slot.is_empty]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether it has elements in memory that can be seen as bytes."""
+    """Tell whether a tensor has elements in memory that can be seen as bytes."""
     dense = tensor.layout == torch.strided and not tensor.is_quantized
     return dense and tensor.device.type != "meta"
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
-    """Return whether elements share their memory, as after ``expand``."""
+    """Tell whether elements share their memory, as after ``expand``."""
     return any(
         n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

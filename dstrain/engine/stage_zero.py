@@ -19,7 +19,7 @@ import torch
 
 
 class StageZeroRepair:
-    """Keeps one such optimizer right; made once per engine, asked around every step."""
+    """The repair of one such optimizer; made once per engine, asked around every step."""
 
     def __init__(self, optimizer: Any) -> None:
         """Undo the phantom step and take over the updates of the loss scale."""
@@ -32,18 +32,18 @@ class StageZeroRepair:
         _undo_phantom_step(optimizer)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss times the scale that the step will divide by."""
+        """Return the loss times the scale that the step will divide by."""
         self._scale_in_use = float(self._config.cur_scale)
         return loss * self._scale_in_use if self._scale_in_use != 1.0 else loss
 
     def unscaled(self, norm: Any) -> Any:
-        """The gradient norm without the loss scale (the unfused optimizer keeps it scaled)."""
+        """Return the gradient norm without the loss scale (the unfused optimizer keeps it)."""
         if norm is None or self._norm_is_unscaled:
             return norm
         return norm / self._scale_in_use
 
     def after_step(self) -> None:
-        """Now that gradients have been unscaled, let the scale grow if it is due."""
+        """Let the loss scale grow if it is due, now that gradients have been unscaled."""
         if self._update_is_due:
             self._update_is_due = False
             self._update_scale(False)
@@ -56,7 +56,7 @@ class StageZeroRepair:
 
 
 def repair_if_needed(optimizer: Any) -> StageZeroRepair | None:
-    """A repair for the two optimizers that need one, None for all others."""
+    """Return a repair for the two optimizers that need one, None for all others."""
     needs = hasattr(optimizer, "loss_scale_config") and hasattr(optimizer, "_update_scale")
     return StageZeroRepair(optimizer) if needs else None
 

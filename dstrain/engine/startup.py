@@ -1,4 +1,4 @@
-"""Start-up: which accelerator, which rank, one process group; before it deepspeed is unloaded."""
+"""Start-up: accelerator, rank and process group, before which deepspeed is not imported."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def start(
 
 
 def check_versions() -> None:
-    """Compare versions over ranks, once in the life of a process group; a collective of all ranks.
+    """Check that all ranks run the same versions, once per process group; a collective.
 
     ``start`` does so for a group that it brings up.
 
@@ -143,28 +143,28 @@ def choose_accelerator(*, use_cpu: bool) -> None:
 
 
 def device_type() -> str:
-    """The torch device type that DeepSpeed trains on."""
+    """Return the torch device type that DeepSpeed trains on."""
     from deepspeed.accelerator import get_accelerator
 
     return str(get_accelerator().device_name()).split(":")[0]
 
 
 def device_name() -> str:
-    """The torch device of this rank, such as "cuda:0" or "cpu"."""
+    """Return the torch device of this rank, such as "cuda:0" or "cpu"."""
     from deepspeed.accelerator import get_accelerator
 
     return str(get_accelerator().current_device_name())
 
 
 def empty_cache() -> None:
-    """Give back device memory that torch keeps for later tensors; nothing on the CPU."""
+    """Free device memory that torch keeps for later tensors; does nothing on the CPU."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().empty_cache()
 
 
 def check_precision(precision: str) -> None:
-    """Find out before a model is built that the device cannot train in a 16-bit format.
+    """Check, before a model is built, that the device can train in a format.
 
     Raises:
         ConfigError: naming the device and the formats it has.
@@ -196,7 +196,7 @@ def shut_down() -> None:
 
 
 def _end_collectives() -> None:
-    """See to it that no collective is under way when Python ends.
+    """Make sure that no collective is under way when Python ends.
 
     A worker thread of gloo lets go of the tensors of a collective a moment after the ranks have
     gone on, and needs Python for that. If Python is ending by then, it stops the thread inside of
@@ -221,7 +221,7 @@ def _end_collectives() -> None:
 
 
 def _other_accelerator() -> bool:
-    """Whether torch sees an accelerator of another kind (xpu, npu, hpu)."""
+    """Tell whether torch sees an accelerator of another kind (xpu, npu, hpu)."""
     import torch
 
     found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
@@ -235,7 +235,7 @@ def _usable_cores() -> int:
 
 
 def _single_process_environment() -> None:
-    """Without a launcher this process is the whole world; its port must not meet another run's."""
+    """Set the environment of a world of one process, where no launcher has; with a free port."""
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""What DeepSpeed leaves on a module and its parameters, and taking it away.
+"""Attributes and hooks that DeepSpeed leaves on a module, and their removal.
 
 An engine ties its buffers to parameters and modules by attributes and hooks. ``destroy`` of
 DeepSpeed 0.19.8 removes a few of them; the rest would keep its memory, break copying and pickling,
@@ -54,12 +54,12 @@ _HOOKS = {
 
 
 def leaves_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that somebody has marked as leaves of stage 3."""
+    """Return the modules that somebody has marked as leaves of stage 3."""
     return [m for m in module.modules() if _LEAF in vars(m)]
 
 
 def untie(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module]) -> None:
-    """Take away hooks and attributes of an engine; partitioned parameters stay partitioned.
+    """Remove hooks and attributes of an engine; partitioned parameters stay partitioned.
 
     They are then as zero.Init makes them: no rank holds one whole, also where a forward or backward
     pass broke off. Gradients go.
@@ -89,7 +89,7 @@ def untie(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module]) -> None
 
 
 def _remove_hooks(hooks: dict[int, Any]) -> list[int]:
-    """Remove those that are functions of DeepSpeed's; their keys."""
+    """Remove hooks that are functions of DeepSpeed's, and return their keys."""
     found = [k for k, hook in hooks.items() if _module_of(hook).startswith("deepspeed.")]
     for key in found:
         del hooks[key]
@@ -102,11 +102,11 @@ def _module_of(hook: Any) -> str:
 
 class _KeepsNothing(dict[int, Any]):
     def __setitem__(self, key: int, value: Any) -> None:
-        """Forget it."""
+        """Ignore the entry."""
 
 
 class _Outside(torch.nn.Module):
-    """Stands for the module that runs where none does, on DeepSpeed's list of those that run.
+    """A stand-in for the outermost module on DeepSpeed's list of running modules.
 
     DeepSpeed puts the model itself there for the rest of the process: it would never be freed.
     """
@@ -117,7 +117,7 @@ class _Outside(torch.nn.Module):
 
 
 def forget_modules(module: torch.nn.Module) -> None:
-    """Take a module and its parts off DeepSpeed's list of modules that run, which keeps them."""
+    """Remove a module and its parts from DeepSpeed's list of running modules, which keeps them."""
     offload: Any = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
     if offload is None:
         return

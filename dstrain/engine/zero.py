@@ -14,22 +14,22 @@ from dstrain.engine.scalars import scalars_as_bytes
 
 
 def is_partitioned(parameter: Any) -> bool:
-    """Whether ZeRO-3 holds this parameter as one slice per rank."""
+    """Tell whether ZeRO-3 holds this parameter as one slice per rank."""
     return hasattr(parameter, "ds_tensor")
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
-    """The shape of the whole parameter; a partitioned one reports (0,) itself."""
+    """Return the shape of the whole parameter; a partitioned one reports (0,) itself."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 
 
 def has_scalars(parameters: Iterable[Any]) -> bool:
-    """Return whether a parameter, whole or partitioned, has the shape ()."""
+    """Tell whether a parameter, whole or partitioned, has the shape ()."""
     return any(full_shape(parameter) == () for parameter in parameters)
 
 
 def own_partition(parameter: torch.Tensor) -> torch.Tensor | None:
-    """This rank's share of a partitioned parameter as it is trained, 1-D and padded.
+    """Return this rank's share of a partitioned parameter as it is trained, 1-D and padded.
 
     Returns:
         None where the shares of all ranks, one after another, are not the parameter: quantised
@@ -47,7 +47,7 @@ def own_partition(parameter: torch.Tensor) -> torch.Tensor | None:
 
 
 def full_numel(parameter: Any) -> int:
-    """Elements of the whole parameter."""
+    """Return the number of elements of the whole parameter."""
     return int(parameter.ds_numel if is_partitioned(parameter) else parameter.numel())
 
 
@@ -120,12 +120,12 @@ def shown_in_parts(module: torch.nn.Module) -> Iterator[None]:
 
 
 def is_shown_in_parts(module: torch.nn.Module) -> bool:
-    """Return whether it is allowed now."""
+    """Tell whether ``module.state_dict()`` is allowed now, inside of ``shown_in_parts``."""
     return _SHOWN in vars(module)
 
 
 def puts_together(module: torch.nn.Module) -> bool:
-    """Whether an engine of stage 3 gathers the parameters of ``module`` in its forward pass."""
+    """Tell whether an engine of stage 3 gathers ``module``'s parameters in its forward pass."""
     return "ds_id" in vars(module)  # parameter_offload.py:_register_deepspeed_module
 
 
@@ -154,5 +154,5 @@ _SHOWN = "_dstrain_shown_in_parts"
 
 
 def bytes_to_gather(module: torch.nn.Module) -> int:
-    """Count what a rank's device needs at most for all partitioned parameters whole."""
+    """Return the bytes that a rank's device needs at most for all partitioned parameters whole."""
     return sum(full_numel(p) * p.element_size() for p in module.parameters() if is_partitioned(p))

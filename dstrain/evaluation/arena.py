@@ -21,15 +21,15 @@ _TRIM_SHARE = 0.02  # of the time that may go into it, where the heap is large
 
 
 class Arena:
-    """Keeps copies of arrays, many small ones in one piece of memory that goes with the last."""
+    """A store of copies of arrays: many small ones share a piece of memory, freed with the last."""
 
     def __init__(self) -> None:
-        """Empty."""
+        """Begin empty."""
         self._chunk: mmap.mmap | None = None
         self._used = 0
 
     def copied(self, block: np.ndarray) -> np.ndarray:
-        """A copy that stays."""
+        """Return a copy of the array that stays."""
         if not block.nbytes:
             return block.copy()
         if self._chunk is None or self._used + block.nbytes > len(self._chunk):
@@ -46,11 +46,11 @@ class Scratch:
     """A piece of memory that is used again and again."""
 
     def __init__(self) -> None:
-        """None yet."""
+        """Begin without memory."""
         self._memory: mmap.mmap | None = None
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor in it, in the place of the one before."""
+        """Return an uninitialised tensor in this memory, in place of the one before."""
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
         if not size:
@@ -61,15 +61,15 @@ class Scratch:
 
 
 class Heap:
-    """Gives the gaps in the heap back to the system now and then, where the C library can."""
+    """The process's heap, whose gaps are freed now and then, where the C library can."""
 
     def __init__(self) -> None:
-        """Nothing given back yet."""
+        """Begin with nothing freed."""
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
         self._due = time.monotonic() + _TRIM_SECONDS
 
     def give_back(self) -> None:
-        """Do it, unless that was a moment ago."""
+        """Return gaps to the system, unless that was done a moment ago."""
         started = time.monotonic()
         if self._trim is None or started < self._due:
             return

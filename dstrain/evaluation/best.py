@@ -1,4 +1,4 @@
-"""Which evaluation, and so which checkpoint, is the best one: by one metric and its direction."""
+"""The choice of the best evaluation, and so of the best checkpoint, by one metric."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dstrain.core.errors import ConfigError, Problem
 
 @dataclass(frozen=True)
 class BestRule:
-    """How two evaluations compare.
+    """The rule by which two evaluations compare.
 
     Attributes:
         metric: its name, with or without "eval_" before it.
@@ -24,11 +24,11 @@ class BestRule:
 
     @property
     def key(self) -> str:
-        """The metric's name in what an evaluation returns."""
+        """Return the metric's name in what an evaluation returns."""
         return self.metric if self.metric.startswith("eval_") else f"eval_{self.metric}"
 
     def missing(self, known: Iterable[str]) -> ConfigError:
-        """The error for an evaluation that does not have the metric, with those that it has."""
+        """Return the error for an evaluation that lacks the metric, with those that it has."""
         return ConfigError(
             Problem(
                 f"metric_for_best_model={self.metric!r}: the evaluation has no {self.key!r}",
@@ -39,7 +39,7 @@ class BestRule:
         )
 
     def number(self, value: Any) -> float:
-        """The value of the metric as a number.
+        """Return the value of the metric as a number.
 
         Raises:
             ConfigError: it is none.
@@ -55,13 +55,13 @@ class BestRule:
         )
 
     def is_better(self, value: float, than: float | None) -> bool:
-        """Whether ``value`` beats ``than`` (None: nothing yet); equal does not, NaN never does."""
+        """Tell whether ``value`` beats ``than`` (None: nothing yet); equal or NaN does not."""
         if math.isnan(value) or than is None:
             return not math.isnan(value)
         return value > than if self.greater_is_better else value < than
 
     def best_of(self, values: Mapping[int, float]) -> int | None:
-        """The step with the best of ``values``, the earliest of equal ones; None where no number.
+        """Return the step with the best value, the first of equal ones; None without a number.
 
         Args:
             values: step -> value of the metric.

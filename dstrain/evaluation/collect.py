@@ -22,7 +22,7 @@ _PARTS = ("predictions", "labels", "inputs", "losses")
 
 @dataclass(frozen=True)
 class Collected:
-    """What the forward passes of all ranks gave, nested as the model returned it.
+    """The results of the forward passes of all ranks, nested as the model returned them.
 
     Attributes:
         predictions: the model's outputs.
@@ -39,7 +39,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class Keeping:
-    """How much of what a model predicts is kept, where, and for how long.
+    """The choice which predictions are kept, where, and for how long.
 
     Attributes:
         keep: keep predictions of all batches; False only shows each batch to ``on_batch``.
@@ -61,7 +61,7 @@ class Keeping:
 
 
 class Collector:
-    """Takes this rank's predictions batch by batch; rank 0 has those of all, others nothing.
+    """This rank's collection of predictions, batch by batch; rank 0 has those of all ranks.
 
     Every rank calls ``add`` as often as every other, with stand-ins where it has no sample.
     """
@@ -73,7 +73,7 @@ class Collector:
         *,
         on_batch: Callable[[Collected, bool], None] | None = None,
     ) -> None:
-        """Start with nothing.
+        """Begin with nothing.
 
         Args:
             transport: the way to rank 0.
@@ -93,7 +93,7 @@ class Collector:
         self._heap = Heap()
 
     def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
-        """Take what one forward pass gave; nothing after ``fail``.
+        """Keep the results of one forward pass; do nothing after ``fail``.
 
         Raises:
             DataError: it cannot be joined with what other ranks or batches gave; on all ranks.
@@ -109,7 +109,7 @@ class Collector:
 
     @property
     def has_sent_all(self) -> bool:
-        """Whether no batch is left to be sent; the same on all ranks."""
+        """Tell whether no batch is left to be sent; the same on all ranks."""
         return not self._pending
 
     def fail(self, error: Exception) -> None:
@@ -129,7 +129,7 @@ class Collector:
         self._transport.raise_together(error)
 
     def finish(self) -> Collected:
-        """All predictions as arrays on rank 0; elsewhere arrays of the same kind without rows.
+        """Return all predictions as arrays on rank 0; elsewhere such arrays without rows.
 
         Raises:
             TrainingError: they could not be written to disk; on all ranks.
@@ -156,7 +156,7 @@ class Collector:
         return self._nest(leaves, batches=not self._keeping.concat)
 
     def _nest(self, leaves: Sequence[Any], *, batches: bool = False) -> Collected:
-        """The parts in their layouts; with ``batches`` a list over batches of each."""
+        """Return the parts in their layouts; with ``batches`` a list over batches of each."""
         assert self._layouts is not None
         parts, start = [], 0
         for layout in self._layouts:
@@ -170,7 +170,7 @@ class Collector:
         return Collected(**dict(zip(_PARTS, parts, strict=True)))
 
     def _send(self, batch: EvalBatch, prediction: Prediction | None) -> None:
-        """Send one batch to rank 0, or raise on all ranks what kept one of them from it."""
+        """Send one batch to rank 0, or raise on all ranks the error that keeps a rank from it."""
         leaves: list[Any] = []
         failed = self._failure
         if prediction is not None:
@@ -223,7 +223,7 @@ class Collector:
         return tuple(layouts), [_on_host(leaf) for leaf in leaves]
 
     def _agree(self, layouts: tuple[Layout, ...], formats: list[tuple[Any, int]]) -> None:
-        """Ranks tell each other once how their predictions are nested."""
+        """Check once that predictions of all ranks are nested alike; a collective."""
         every_rank = self._transport.agree((layouts, formats))
         for rank, theirs in enumerate(every_rank):
             if theirs != every_rank[0]:
@@ -253,7 +253,7 @@ class Collector:
         return shapes
 
     def _store(self, index: int, blocks: Iterator[torch.Tensor]) -> torch.Tensor | None:
-        """On rank 0, keep one tensor's blocks of all ranks, joined where a metric wants them."""
+        """Keep one tensor's blocks of all ranks, on rank 0, joined where a metric wants them."""
         joined = None
         if self._on_batch and self._transport.is_main:  # the first is this rank's, which stays
             joined = join([b.clone() if rank else b for rank, b in enumerate(blocks)])
@@ -298,7 +298,7 @@ def _on_host(leaf: Any) -> Any:
 
 
 def _objects_on_host(value: Any) -> Any:
-    """Tensors inside of objects as arrays."""
+    """Return objects with arrays in place of the tensors in them."""
     if isinstance(value, torch.Tensor):
         return to_array(value)
     if isinstance(value, dict):
@@ -310,7 +310,7 @@ def _objects_on_host(value: Any) -> Any:
 
 
 def _kind_of(leaf: Any) -> Any:
-    """Format and width of an array; None for a list."""
+    """Return format and width of an array; None for a list."""
     return None if isinstance(leaf, list) else (leaf.dtype.str, leaf.shape[1:])
 
 

@@ -17,7 +17,7 @@ PADDING = -100
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor as an array on the host; formats that numpy lacks become float32."""
+    """Return the tensor as an array on the host; formats that numpy lacks become float32."""
     tensor = tensor.detach()
     if tensor.dtype.is_floating_point and tensor.dtype not in _NUMPY_FLOATS:
         tensor = tensor.float()
@@ -28,7 +28,7 @@ _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
 def widest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The dimensions after the first that hold rows of all these shapes; those without rows last.
+    """Return the dimensions after the first that hold rows of all these shapes.
 
     A stand-in's shape has no row and may be wider than any real one.
     """
@@ -37,7 +37,7 @@ def widest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _are_even(shapes: Sequence[tuple[int, ...]], trailing: tuple[int, ...]) -> bool:
-    """Whether all rows are as wide as the widest."""
+    """Tell whether all rows are as wide as the widest."""
     return all(shape[1:] == trailing for shape in shapes if shape[0])
 
 
@@ -45,7 +45,10 @@ class Column:
     """Blocks of rows [rows, ...] of one tensor of the predictions; blocks may differ in width."""
 
     def __init__(self, arena: Arena) -> None:
-        """Args: arena: for blocks in memory."""
+        """Begin empty.
+
+        Args: arena: for blocks in memory.
+        """
         self._arena = arena
         self._shapes: list[tuple[int, ...]] = []
         self._blocks: list[np.ndarray] = []
@@ -55,7 +58,7 @@ class Column:
         self.memory_bytes = 0
 
     def add(self, block: np.ndarray) -> None:
-        """Append a copy of a block; an empty one tells format and width where there is no other."""
+        """Append a copy of a block; an empty block sets format and width if it is the only one."""
         self._dtype = block.dtype
         self._shapes.append(block.shape)
         if self._file is None:
@@ -65,11 +68,11 @@ class Column:
             _write(self._file, block)
 
     def end_step(self) -> None:
-        """The blocks since the last call belong to one batch of all ranks."""
+        """Mark the blocks since the last call as one batch of all ranks."""
         self._ends.append(len(self._shapes))
 
     def spill(self, folder: Path) -> None:
-        """Move what is in memory to a file, and all that comes after."""
+        """Move the rows in memory to a file; later rows go there too."""
         self._file = _unnamed_file(folder)
         for block in self._blocks:
             _write(self._file, block)
@@ -77,11 +80,11 @@ class Column:
 
     @property
     def is_in_file(self) -> bool:
-        """Whether the rows are in a file."""
+        """Tell whether the rows are in a file."""
         return self._file is not None
 
     def joined(self, folder: Path) -> np.ndarray:
-        """All rows in one array, shorter ones padded at the end of every dimension.
+        """Return all rows in one array, shorter ones padded at the end of every dimension.
 
         From a file it is a memory map that may be changed and that no other file is touched by.
         The column is empty afterwards.
@@ -115,7 +118,7 @@ class Column:
         return whole
 
     def separate(self) -> list[np.ndarray]:
-        """One array per step; the column is empty afterwards."""
+        """Return one array per step; the column is empty afterwards."""
         arrays, start = [], 0
         offset = 0
         for end in self._ends:
@@ -150,7 +153,10 @@ class Columns:
     """The columns of one evaluation, within a limit of memory in all."""
 
     def __init__(self, number: int, *, memory_bytes: int, folder: Path) -> None:
-        """Args: how many columns, memory for all of them, folder of the files beyond it."""
+        """Begin empty.
+
+        Args: how many columns, memory for all of them, folder of the files beyond it.
+        """
         arena = Arena()
         self._columns = [Column(arena) for _ in range(number)]
         self._limit = memory_bytes
@@ -168,19 +174,19 @@ class Columns:
         column.add(block)
 
     def end_step(self) -> None:
-        """A batch of all ranks is complete."""
+        """Mark a batch of all ranks as complete."""
         for column in self._columns:
             column.end_step()
 
     def finish(self, *, concat: bool) -> list[Any]:
-        """Of each column one array, or a list with one per batch; they are empty afterwards."""
+        """Return an array per column, or a list with one per batch; empty the columns."""
         if concat:
             return [column.joined(self._folder) for column in self._columns]
         return [column.separate() for column in self._columns]
 
 
 def join(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Blocks of rows in one tensor, shorter ones padded."""
+    """Return blocks of rows in one tensor, shorter ones padded."""
     trailing = widest([tuple(block.shape) for block in blocks])
     blocks = [block for block in blocks if len(block)] or list(blocks[:1])
     if all(tuple(block.shape[1:]) == trailing for block in blocks):
@@ -209,12 +215,12 @@ def _padded(block: np.ndarray, trailing: tuple[int, ...], dtype: np.dtype) -> np
 
 
 def _with_padding(dtype: np.dtype) -> np.dtype:
-    """A format that can hold the padding too."""
+    """Return a format that can hold the padding too."""
     return np.dtype(np.int64) if dtype.kind in "bu" else dtype
 
 
 def _unnamed_file(folder: Path) -> Any:
-    """A file without a name: it is gone with its last user, also when that one is killed."""
+    """Return a file without a name: it is gone with its last user, also when that one is killed."""
     return tempfile.TemporaryFile(dir=folder, prefix=".predictions-")
 
 

@@ -32,7 +32,7 @@ class EvalBatch:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one forward pass gave, on any device and nested in any way.
+    """The results of one forward pass, on any device and nested in any way.
 
     Attributes:
         loss: mean loss over the targets of the batch, of one element or of one for each part of
@@ -68,10 +68,10 @@ class LossTotals:
 
 
 class Keeper(Protocol):
-    """What becomes of predictions."""
+    """The receiver of predictions."""
 
     def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
-        """Take what came of a batch; a collective of all ranks now and then.
+        """Keep a batch's results; some of the calls are collectives of all ranks.
 
         Nothing comes of those after ``fail``.
         """
@@ -82,7 +82,7 @@ class Keeper(Protocol):
         ...
 
     def abort(self, error: Exception) -> None:
-        """Nothing came of a batch on this rank: raise the error on all that will take part."""
+        """Raise the error of a batch without results on all ranks that will take part."""
         ...
 
 
@@ -102,7 +102,7 @@ def evaluate_batches(
     meet: Callable[[], None] = lambda: None,
     meet_last: Callable[[], None] = lambda: None,
 ) -> LossTotals:
-    """Mean loss over all targets of all ranks; predictions go to ``keep``.
+    """Return the mean loss over all targets of all ranks; give predictions to ``keep``.
 
     The mean of batch means would depend on how samples fall into batches; the sum of (batch mean x
     its targets) over the sum of targets does not. Ranks must pass the same number of batches, as
@@ -187,7 +187,7 @@ _MOST_PARTS = 2
 
 
 class _PartSums:
-    """Adds up losses x targets, and targets, for each part of the loss."""
+    """Sums of losses x targets, and of targets, for each part of the loss."""
 
     def __init__(self, device: Any) -> None:
         self._losses = torch.zeros(_MOST_PARTS, dtype=torch.float64, device=device)
@@ -220,7 +220,7 @@ class _PartSums:
 
 
 def _noted(error: Exception, keep: Keeper | None) -> Exception:
-    """The error, told at once in the log: until it is raised some batches may go by.
+    """Return the error, and log it at once: until it is raised some batches may go by.
 
     Raises:
         Exception: the error, where nothing is sent.

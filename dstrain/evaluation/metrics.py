@@ -22,7 +22,7 @@ ComputeMetrics = Callable[..., dict[str, Any]]
 def metric_values(
     compute_metrics: ComputeMetrics, collected: Collected, transport: Transport
 ) -> dict[str, Any]:
-    """What ``compute_metrics`` makes of all predictions; on all ranks.
+    """Return what ``compute_metrics`` makes of all predictions, on all ranks; a collective.
 
     Rank 0 alone calls it, so it must not call a collective of all ranks.
 
@@ -41,15 +41,18 @@ def metric_values(
 
 
 class BatchMetric:
-    """Calls ``compute_metrics`` with each batch of all ranks, so that none needs to be kept."""
+    """A metric that gets each batch of all ranks by itself, so that no batch needs to be kept."""
 
     def __init__(self, compute_metrics: ComputeMetrics) -> None:
-        """Args: compute_metrics: takes ``compute_result`` too, True with the last batch."""
+        """Begin without a result.
+
+        Args: compute_metrics: takes ``compute_result`` too, True with the last batch.
+        """
         self._compute_metrics = compute_metrics
         self._result: dict[str, Any] = {}
 
     def add(self, collected: Collected, is_last: bool) -> None:
-        """Show it a batch, on rank 0."""
+        """Pass a batch to the metric, on rank 0."""
         if _is_complete(collected, warn=is_last):
             prediction = _eval_prediction(collected)
             result = self._compute_metrics(prediction, compute_result=is_last)
@@ -57,7 +60,7 @@ class BatchMetric:
                 self._result = _checked(result)
 
     def values(self, transport: Transport) -> dict[str, Any]:
-        """What the last call returned, on all ranks."""
+        """Return what the metric returned for the last batch, on all ranks; a collective."""
         return transport.from_main(lambda: self._result)
 
 
@@ -79,7 +82,7 @@ def _eval_prediction(collected: Collected) -> EvalPrediction:
 
 
 def _is_complete(collected: Collected, *, warn: bool = True) -> bool:
-    """Whether there is something to compute metrics of."""
+    """Tell whether there are predictions and labels to compute metrics of."""
     missing = [n for n in ("predictions", "labels") if getattr(collected, n) is None]
     if missing and warn:
         logger.warning("compute_metrics is not called: there are no %s", " and no ".join(missing))

@@ -1,4 +1,4 @@
-"""What models return: tensors in tuples, lists and dicts of any depth, taken apart and put back."""
+"""The outputs of models: tensors in tuples, lists and dicts of any depth, taken apart and back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Layout:
     parts: tuple[Layout, ...] = ()
 
     def fill(self, leaves: Iterator[Any], empty: Callable[[], Any] = lambda: None) -> Any:
-        """The nested value with ``leaves`` in place of its tensors, in the order of ``take_apart``.
+        """Return the nested value with ``leaves`` for its tensors, in the order of ``take_apart``.
 
         Args:
             leaves: one for each tensor or list of objects.
@@ -45,7 +45,7 @@ class Layout:
 
 
 def take_apart(value: Any, path: str, *, objects: bool = False) -> tuple[Layout, list[Any]]:
-    """Layout of a nested value, and its leaves: tensors with at least one dimension.
+    """Return the layout of a nested value, and its leaves: tensors with a dimension or more.
 
     Args:
         value: tensors, arrays, numbers and None in tuples, lists and mappings.

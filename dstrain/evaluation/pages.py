@@ -17,7 +17,7 @@ _SHARE = 0.05  # of this process's time that may go into it, where there are tho
 
 @contextlib.contextmanager
 def pages_given_back(*values: Any) -> Iterator[None]:
-    """Inside, pages of memory maps do not pile up in this process.
+    """Return pages of memory maps to the system inside, so that they do not pile up.
 
     What is read of a map stays in the process until the system wants the memory, and whoever looks
     at the process (a batch system with a limit, say) takes it for used. Nothing is lost: what was

@@ -44,15 +44,15 @@ class Transport:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank receives."""
+        """Tell whether this rank receives."""
         return self.rank == 0
 
     def agree(self, mine: T) -> list[T]:
-        """A small value of every rank, on every rank."""
+        """Return a small value of every rank, on every rank."""
         return gather_objects(mine, group=self.group)
 
     def headers(self, numbers: Sequence[int], *, failed: bool) -> list[list[int]] | None:
-        """As many numbers of every rank, on every rank; None where one of them failed."""
+        """Return as many numbers of every rank, on every rank; None where a rank has failed."""
         row = torch.tensor([_FAILED if failed else _FINE, *numbers], dtype=torch.int64)
         if self.world_size == 1:
             rows = [row]
@@ -68,7 +68,7 @@ class Transport:
     def to_main(
         self, tensor: torch.Tensor, shapes: Sequence[tuple[int, ...]]
     ) -> Iterator[torch.Tensor]:
-        """On rank 0 the tensor of every rank, in rank order; each is gone when the next comes.
+        """Yield every rank's tensor, in rank order, on rank 0; each is gone when the next comes.
 
         Args:
             tensor: this rank's, on the host.
@@ -90,7 +90,7 @@ class Transport:
             yield theirs
 
     def objects_to_main(self, mine: list[Any]) -> list[Any]:
-        """On rank 0 the entries of all ranks' lists, in rank order; elsewhere none."""
+        """Return the entries of all ranks' lists in rank order, on rank 0; [] elsewhere."""
         if self.world_size == 1:
             return mine
         import torch.distributed as dist
@@ -100,7 +100,7 @@ class Transport:
         return [entry for entries in lists or [] for entry in entries]
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """The value that rank 0 makes, on every rank; its exception likewise."""
+        """Return the value that rank 0 makes, on every rank, or raise its exception there."""
         value: Any = None
         failure: Exception | None = None
         if self.is_main:
@@ -132,12 +132,12 @@ def raise_together(error: Exception | None, *, group: Any = None) -> None:
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor, whatever its format."""
+    """Return the memory of a contiguous tensor as bytes, whatever its format."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def _portable(value: Any, error: Exception | None) -> tuple[Any, Exception | None]:
-    """The value, or an error in its place, that can be pickled."""
+    """Return the value, or an error in its place, that can be pickled."""
     if error is None and (why := _why_not(value)):
         error = TrainingError(
             Problem(
@@ -165,7 +165,7 @@ def _why_not(value: Any) -> str:
 
 
 def storage_error(error: OSError) -> DstrainError:
-    """For a user: predictions that cannot be written to disk."""
+    """Return the error for predictions that cannot be written to disk."""
     return TrainingError(
         Problem(
             "the predictions of an evaluation cannot be written to disk",

@@ -54,7 +54,7 @@ def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
 
 @contextlib.contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """Say of a system's error which folder it is about.
+    """Turn an OSError of the body into an error that names the folder.
 
     Raises:
         ModelError: in the place of an ``OSError``.
@@ -82,7 +82,7 @@ def _write_card(model: Any, folder: Path) -> None:
 
 
 def _held(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The adapter's tensors in the main rank's memory, under their saved names; {} elsewhere.
+    """Return the adapter's tensors by their saved names, in host memory of the main rank; else {}.
 
     Which they are, and what they are called, is peft's to say: it is handed the parameters
     themselves, partitioned or not.
@@ -108,7 +108,7 @@ def _held(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:
 def _named_by_peft(
     model: Any, adapter: str, named: dict[str, Any], ranks: Ranks
 ) -> dict[str, torch.Tensor]:
-    """What peft saves of an adapter: parameters, and what it computes of them; on the main rank.
+    """Return the tensors that peft saves of an adapter, by name; on the main rank.
 
     Prompts come out of a forward pass, which all ranks make together: at stage 3 each gathers, and
     DeepSpeed compares the modules that ran.
@@ -133,7 +133,7 @@ def _named_by_peft(
 
 @contextlib.contextmanager
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Without dropout inside: what is saved must not be drawn, nor training draw others after."""
+    """Turn dropout off inside: saved values must not be random, nor change later random numbers."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -194,7 +194,7 @@ def merge_adapters(model: Any) -> None:
 
 
 def unloaded(model: Any) -> torch.nn.Module:
-    """The model below, after ``merge_adapters``; the PEFT model is not to be used any more."""
+    """Return the model inside PEFT's, after ``merge_adapters``; do not use PEFT's any more."""
     tuner = model.base_model
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
@@ -203,7 +203,7 @@ def unloaded(model: Any) -> torch.nn.Module:
 
 
 def _outermost(module: torch.nn.Module) -> Iterator[Any]:
-    """The layers that adapters change, without those inside of one."""
+    """Yield the layers that adapters change, without those inside of such a layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for child in module.children():

@@ -22,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def parse_model_config(spec: str, **defaults: Any) -> Any:
-    """A transformers config from ``config.json``, a folder with one, or ``type:key=value,...``.
+    """Return a transformers config from a ``config.json``, its folder, or ``type:key=value,...``.
 
     Args:
         spec: such as "llama:hidden_size=256,num_hidden_layers=4" or a path.
@@ -58,7 +58,7 @@ def parse_model_config(spec: str, **defaults: Any) -> Any:
 
 
 def _names_file(spec: str) -> bool:
-    """Whether a ``model_config`` is a path and not the short form."""
+    """Tell whether a ``model_config`` is a path and not the short form."""
     try:
         return spec.endswith(".json") or Path(spec).expanduser().exists()
     except OSError:  # a short form longer than a file name may be
@@ -66,14 +66,14 @@ def _names_file(spec: str) -> bool:
 
 
 def build_causal_lm(config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
-    """A causal language model with fresh weights, in the format that the engine trains in."""
+    """Return a causal language model with fresh weights, in the number format of the engine."""
     from transformers import AutoModelForCausalLM
 
     return _build(AutoModelForCausalLM, config, resolved)
 
 
 def build_seq2seq(config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
-    """A sequence-to-sequence model with fresh weights, in the format that the engine trains in."""
+    """Return a sequence-to-sequence model with fresh weights, in the engine's number format."""
     from transformers import AutoModelForSeq2SeqLM
 
     return _build(AutoModelForSeq2SeqLM, config, resolved)
@@ -82,7 +82,7 @@ def build_seq2seq(config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
 def load_causal_lm(
     folder: str, resolved: ResolvedConfig, *, ignore_missing: bool = False
 ) -> torch.nn.Module:
-    """A causal language model with the weights of a folder or hub model; on all ranks together.
+    """Return a causal language model with a folder's or hub model's weights; a collective.
 
     Raises:
         ModelError: as ``_load``.
@@ -95,7 +95,7 @@ def load_causal_lm(
 def load_seq2seq(
     folder: str, resolved: ResolvedConfig, *, ignore_missing: bool = False
 ) -> torch.nn.Module:
-    """A sequence-to-sequence model with the weights of a folder or hub model; on all ranks.
+    """Return a sequence-to-sequence model with a folder's or hub model's weights; a collective.
 
     Raises:
         ModelError: as ``_load``.
@@ -116,7 +116,7 @@ def _build(auto: Any, config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
 def _load(
     auto: Any, folder: str, resolved: ResolvedConfig, *, ignore_missing: bool
 ) -> torch.nn.Module:
-    """Load a model whole: every weight that the class needs, in the shape that it needs.
+    """Load a model, and check that it got every weight that its class needs, in its shape.
 
     Raises:
         ModelError: on all ranks alike: the folder has no weights, transformers cannot load it, or
@@ -150,7 +150,7 @@ def _tell_loaded(folder: str, missing: list[str], unused: list[str]) -> None:
 
 
 def max_length(config: Any) -> int | None:
-    """The longest sequence a model takes by its config; None when it sets no limit."""
+    """Return the longest sequence a model takes by its config; None when it sets no limit."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text, name, None)

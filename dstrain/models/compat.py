@@ -43,7 +43,7 @@ _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def described(conversion: Any) -> dict[str, Any]:
-    """What tells a conversion of transformers from others, as plain values.
+    """Return plain values that tell a conversion of transformers from others.
 
     Its patterns as it uses them: those it was made from are changed when it is reverted.
     """
@@ -57,7 +57,7 @@ def described(conversion: Any) -> dict[str, Any]:
 
 
 def given_patterns(conversion: Any) -> dict[str, list[str]]:
-    """What makes another conversion that is reverted to the same one."""
+    """Return the patterns to make another conversion of, which is reverted to the same one."""
     return {
         "source_patterns": list(conversion._original_source_patterns),
         "target_patterns": list(conversion._original_target_patterns),
@@ -65,13 +65,13 @@ def given_patterns(conversion: Any) -> dict[str, list[str]]:
 
 
 def marked_as_used(conversion: Any) -> Any:
-    """The conversion as if a checkpoint had been loaded with it."""
+    """Mark a conversion as if a checkpoint had been loaded with it, and return it."""
     conversion._was_used = True
     return conversion
 
 
 def tied_weight_keys(module: Any) -> list[str]:
-    """Patterns of the names that saving leaves out where a weight has several."""
+    """Return patterns of the names that saving leaves out where a weight has several."""
     from transformers import modeling_utils
 
     keys: list[str] = modeling_utils._get_tied_weight_keys(module)
@@ -90,7 +90,7 @@ LOADING_STEPS = (
 
 
 def has_loading_steps() -> bool:
-    """Return whether steps are replaced at this moment, by ``with_loading_steps``."""
+    """Tell whether steps are replaced at this moment, by ``with_loading_steps``."""
     from transformers import PreTrainedModel
 
     return hasattr(PreTrainedModel.from_pretrained, "in_place_of")
@@ -160,7 +160,7 @@ def _in_place_of(original: Callable[..., Any], step: Callable[..., Any]) -> Call
 
 @contextlib.contextmanager
 def in_context_of_zero(initialize: Callable[..., Any]) -> Iterator[None]:
-    """Build inside without a context of DeepSpeed of transformers' own, although stage 3 is on.
+    """Keep transformers from opening its own DeepSpeed context inside, although stage 3 is on.
 
     Args:
         initialize: called in the place of each of torch's functions that fill a tensor with first

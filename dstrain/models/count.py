@@ -1,4 +1,4 @@
-"""Counts the parameters of any architecture that transformers knows, without memory for them.
+"""Counting the parameters of any architecture that transformers knows, without memory for them.
 
 ``python -m dstrain.models.count SPEC`` prints ``ModelSizes`` as JSON. A program of its own, so that
 who asks need not import torch.
@@ -21,7 +21,7 @@ from dstrain.models.sizes import sizes_of_module
 
 
 def count_parameters(spec: str) -> ModelSizes:
-    """Sizes of the model that ``spec`` describes, from the modules themselves.
+    """Return sizes of the model that ``spec`` describes, from the modules themselves.
 
     Raises:
         ModelError: the config cannot be read, or no model can be built from it.
@@ -36,7 +36,7 @@ def count_parameters(spec: str) -> ModelSizes:
 
 
 def _build(config: Any) -> torch.nn.Module:
-    """The model on the meta device, by the class that the config names, else a usual one."""
+    """Return the model on the meta device, of the class that the config names, else a usual one."""
     import transformers
 
     named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
@@ -72,7 +72,7 @@ def _build(config: Any) -> torch.nn.Module:
 
 
 def _classes_of(config: Any) -> list[Any]:
-    """Model classes that are made for this type of config, the one named after it first."""
+    """Return model classes made for this type of config, the one named after it first."""
     from transformers import PreTrainedModel
 
     module = type(config).__module__.replace(".configuration_", ".modeling_")

@@ -1,4 +1,4 @@
-"""Model folders of users, looked at before anything expensive: config, and files of weights.
+"""Checks of users' model folders before anything expensive: config, and files of weights.
 
 Whatever is in them is the user's or a stranger's. Headers and tables of contents are read, never
 the weights, and nothing is executed.
@@ -25,7 +25,7 @@ _LONGEST_REASON = 600
 
 
 def check_model_folder(folder: str) -> None:
-    """Find out before anything expensive that a local folder is no model.
+    """Check, before anything expensive, that a local folder holds a model that can be loaded.
 
     Raises:
         ModelError: no config.json or one that cannot be, no weights beside it, or weights that
@@ -61,7 +61,7 @@ def check_model_folder(folder: str) -> None:
 
 @contextlib.contextmanager
 def told_of_library(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn whatever a library of models raises inside into an error that says what was asked.
+    """Turn any error of a model library inside into a ModelError that says what was asked.
 
     Constructors and loaders of transformers meet odd configs and files with any exception.
 
@@ -72,7 +72,7 @@ def told_of_library(what: str, remedy: str = "") -> Iterator[None]:
         yield
     except DstrainError:
         raise
-    except Exception as error:
+    except Exception as error:  # of libraries' own, anything: odd configs and files raise any class
         text = str(error).strip() or "no reason given"
         if len(text) > _LONGEST_REASON:
             text = f"{text[:_LONGEST_REASON]} ..."
@@ -82,7 +82,7 @@ def told_of_library(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def _files_of_weights(folder: Path) -> list[Path]:
-    """The files that transformers will load.
+    """Return the files that transformers will load.
 
     Raises:
         ModelError: an index that cannot be read, or names files that are not there.
@@ -120,7 +120,7 @@ def _files_of_index(index: Path) -> list[Path]:
 
 
 def _damage(file: Path) -> list[Problem]:
-    """What keeps a file of weights from being loaded, as far as its table of contents tells."""
+    """Return what keeps a file of weights from being loaded, as far as its contents list tells."""
     try:
         with told_of_library(f"the weights {file} cannot be read", _DAMAGED):
             (_look_at_safetensors if file.suffix == ".safetensors" else _look_at_archive)(file)
@@ -140,7 +140,7 @@ def _look_at_safetensors(file: Path) -> None:
 
 
 def _look_at_archive(file: Path) -> None:
-    """Read which classes a file of ``torch.save`` asks for; none of it is executed or loaded.
+    """Check which classes a file of ``torch.save`` asks for; none of it is executed or loaded.
 
     Older ones are no archives and are read whole: only their first bytes are looked at.
 

@@ -1,4 +1,4 @@
-"""What a partitioned model cannot do by itself: refused, or done on all ranks together.
+"""Actions that a partitioned model cannot do by itself: refused, or done on all ranks together.
 
 A rank has a share of each parameter then, and the parameter itself reads as empty. Neither torch
 nor ``transformers`` nor ``peft`` notices: they would save and copy empty tensors, add nothing to
@@ -82,13 +82,13 @@ def guard_partitioned(
 
 
 def release_guard(model: Any) -> None:
-    """Take the guard of a model away that is whole again."""
+    """Remove the guard of a model that is whole again."""
     for step in vars(model).pop(_UNDO, ()):
         step()
 
 
 def _replace(owner: Any, name: str, by: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
-    """Let a method go through ``by``, also one that a user has set; what is returned undoes it."""
+    """Let calls of a method go through ``by``, and return a function that undoes it."""
     own = vars(owner)
     had, method = name in own, getattr(owner, name)
     through = functools.partial(by, owner, method, *arguments)
@@ -171,7 +171,7 @@ def _needs_engine(module: torch.nn.Module, *_: object) -> None:
 
 
 def _needs_whole_state(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Parameters themselves may be had, to be gathered; empty tensors in their place may not."""
+    """Refuse a ``state_dict`` of empty tensors; with ``keep_vars`` parameters may be had."""
     if not keep_vars and not is_shown_in_parts(module) and _is_in_parts(module):
         raise _in_parts("state_dict()", f"{_SAVE}; {_WHOLE}")
 
@@ -187,5 +187,5 @@ def _in_parts(what: str, remedy: str) -> ModelError:
 
 
 def _is_in_parts(module: torch.nn.Module) -> bool:
-    """Whether a parameter is partitioned, and not gathered at this moment."""
+    """Tell whether a parameter is partitioned, and not gathered at this moment."""
     return any(p.numel() != full_numel(p) for p in module.parameters())

@@ -73,7 +73,7 @@ class HeldShards:
 
     @property
     def own(self) -> list[int]:
-        """The shards that this rank writes."""
+        """Return the numbers of the shards that this rank writes."""
         return _own(len(self.plan), self.rank, self.groups)
 
     def exchanged(self, group: Any) -> HeldShards:
@@ -185,13 +185,13 @@ def hold_shards(
 
 
 def _own(count: int, rank: int, groups: Groups) -> list[int]:
-    """The shards that a rank writes, of that many."""
+    """Return the numbers of the shards, of ``count`` in all, that a rank writes."""
     beside = next(group for group in groups if rank in group)
     return [number for number in range(count) if beside[number % len(beside)] == rank]
 
 
 def held_bytes(module: torch.nn.Module, ranks: Ranks, *, num_writers: int | None = None) -> int:
-    """Bytes that held shards will take on the rank that holds most.
+    """Return the bytes that held shards will take on the rank that holds most.
 
     Args:
         module: the model.
@@ -215,7 +215,7 @@ def _share_bytes(entry: Entry, world_size: int) -> int:
 
 
 def _messages(shares: tuple[_Share, ...]) -> Iterator[list[_Share]]:
-    """Neighbours of one shard and format together, up to the size of a message."""
+    """Yield neighbours of one shard together, up to the size of a message."""
     message: list[_Share] = []
     size = 0
     for share in shares:

@@ -13,17 +13,17 @@ class HostCopies:
     """
 
     def __init__(self) -> None:
-        """Nothing copied yet."""
+        """Begin with nothing copied."""
         self._kept: dict[str, torch.Tensor] = {}
         self._used: set[str] = set()
         self._unfinished = False
 
     def begin(self) -> None:
-        """A new round: copies of earlier ones may be overwritten."""
+        """Begin a new round: copies of earlier ones may be overwritten."""
         self._used = set()
 
     def copy(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy; what comes from a device has arrived once ``wait`` returns.
+        """Return a contiguous copy; one from a device has arrived once ``wait`` returns.
 
         Args:
             name: unique in the round.
@@ -41,17 +41,17 @@ class HostCopies:
         return host.copy_(values, non_blocking=on_device)
 
     def wait(self) -> None:
-        """Until all copies have arrived: those from a device run beside this thread."""
+        """Wait until all copies have arrived: those from a device run beside this thread."""
         if self._unfinished:
             torch.accelerator.synchronize()
             self._unfinished = False
 
     def end(self) -> None:
-        """The round is over: wait, and free the memory of what it had no use for."""
+        """End the round: wait, and free the memory of copies that it did not use."""
         self.wait()
         for name in self._kept.keys() - self._used:
             del self._kept[name]
 
     def free(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         self._kept.clear()

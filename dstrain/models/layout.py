@@ -1,4 +1,4 @@
-"""What a model's saved files hold: which of its tensors, under which names, in which layout.
+"""The layout of a model's saved files: which of its tensors they hold, named and arranged how.
 
 transformers stores some architectures otherwise than it trains them: under other names, or with
 weights merged, split or transposed. The rules are its own (``revert_weight_conversion``); here they
@@ -21,14 +21,14 @@ from dstrain.engine import full_numel, full_shape, is_partitioned
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the model under its name there."""
+    """A tensor of the model under its name there."""
 
     name: str
     tensor: torch.Tensor
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Return the bytes of the whole tensor."""
         return full_numel(self.tensor) * self.tensor.element_size()
 
 
@@ -42,7 +42,7 @@ class Saved:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file."""
+        """Return the bytes in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -60,7 +60,7 @@ class Group:
     _conversion: _Conversion | None = field(default=None, repr=False)
 
     def convert(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The saved tensors by name, of whole tensors in the order of ``entries``.
+        """Return the saved tensors by name, of whole tensors in the order of ``entries``.
 
         They may share memory with ``tensors`` and with each other.
         """
@@ -71,18 +71,18 @@ class Group:
 
     @property
     def is_as_trained(self) -> bool:
-        """Return whether the file has the model's one tensor as it is, but for its name."""
+        """Tell whether the file has the model's one tensor as it is, but for its name."""
         return self._conversion is None
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The model's tensors in the order of ``entries``, of the saved ones by name."""
+        """Return the model's tensors in the order of ``entries``, of the saved ones by name."""
         if self._conversion is None:
             return [tensors[self.saved[0].name]]
         return self._conversion.load([tensors[saved.name] for saved in self.saved])
 
 
 def groups_of(module: torch.nn.Module) -> list[Group]:
-    """Everything that is saved of a module; the work is one step per parameter.
+    """Return everything that is saved of a module, in groups; one step per parameter.
 
     Names, shapes and formats are those of ``save_pretrained`` of the whole model.
     """
@@ -98,7 +98,7 @@ def groups_of(module: torch.nn.Module) -> list[Group]:
 
 
 def unsaved_remark(module: torch.nn.Module) -> str | None:
-    """Say what of a module's ``state_dict`` the files of a saved model have no place for.
+    """Say which entries of a module's ``state_dict`` the files of a saved model cannot hold.
 
     ``save_pretrained`` breaks off there with an AttributeError.
 
@@ -125,7 +125,7 @@ def remark_on(names: Sequence[str]) -> str | None:
 
 
 def weights_not_in_files(module: torch.nn.Module) -> list[str]:
-    """Find trained parameters that a saved model has in no form that could be read back alone.
+    """Find trained parameters that the files of a saved model would not hold.
 
     Hooks of the module have put another tensor into its ``state_dict``, or left the parameter out.
 
@@ -138,7 +138,7 @@ def weights_not_in_files(module: torch.nn.Module) -> list[str]:
 
 
 def weights_hooks_compute_with(module: torch.nn.Module, *, above: int) -> list[str]:
-    """Find parameters in place of which the ``state_dict`` has a tensor that hooks compute of them.
+    """Find parameters that hooks of the ``state_dict`` replace by a tensor computed of them.
 
     Where such parameters are partitioned, the hooks would see nothing of them. What a hook computes
     without a gradient and under another name is not noticed. The work grows with the number of
@@ -167,7 +167,7 @@ def weights_hooks_compute_with(module: torch.nn.Module, *, above: int) -> list[s
 
 
 def entries_of(module: torch.nn.Module) -> list[Entry]:
-    """Parameters and persistent buffers, each shared tensor under one name.
+    """Return parameters and persistent buffers, each shared tensor under one name.
 
     Raises:
         ModelError: hooks of the module have made tensors out of partitioned parameters, of which
@@ -193,7 +193,7 @@ def _check_made_of_whole(module: torch.nn.Module, tensors: Mapping[int, torch.Te
 
 
 def computed_of_parts(names: Sequence[str]) -> ModelError:
-    """Make the error for weights that hooks of a ``state_dict`` would compute with at stage 3."""
+    """Return the error for weights that hooks of a ``state_dict`` would compute with at stage 3."""
     return ModelError(
         Problem(
             f"a saved model without {', '.join(names[:3])}",
@@ -210,14 +210,14 @@ def _is_tensor(value: object) -> bool:
 
 
 def _kept(names: list[str], dropped: Any) -> str:
-    """The one of several names that ``save_pretrained`` keeps."""
+    """Return the one of several names that ``save_pretrained`` keeps."""
     if len(names) == 1 or dropped is None:
         return names[0]
     return next((n for n in names if not dropped(n)), sorted(names)[-1])
 
 
 def _dropped_aliases(module: Any) -> Any:
-    """What tells whether a name is left out where a tensor has others."""
+    """Return a test whether a name is left out where a tensor has others; None if none is."""
     if not hasattr(module, "save_pretrained"):
         return None
     import re
@@ -229,7 +229,7 @@ def _dropped_aliases(module: Any) -> Any:
 
 
 def save_conversions(module: Any) -> list[Any]:
-    """The conversions of loading that saving reverts, in the order of loading; [] without any.
+    """Return the conversions of loading that saving reverts, in the order of loading; or [].
 
     The rule of ``revert_weight_conversion``: those that loading this model has used, or, for one
     that was built from a config, all of its architecture but changes of prefix.
@@ -254,7 +254,7 @@ def save_conversions(module: Any) -> list[Any]:
 def _grouped(
     entries: list[Entry], module: Any, renamings: list[Any], converters: list[tuple[Any, Any]]
 ) -> list[Group]:
-    """Put together what one use of a converter takes; the rest is only renamed.
+    """Group the tensors that one use of a converter takes; the rest is only renamed.
 
     Args:
         entries: all of the model.
@@ -300,7 +300,7 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Conversion:
-    """One use of a converter of transformers.
+    """A use of a converter of transformers on some tensors of a model.
 
     Attributes:
         key: the name by which transformers knows this use.
@@ -319,12 +319,12 @@ class _Conversion:
     module: Any = field(repr=False)
 
     def save(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is saved, always in the same order, under the names that renamings begin with."""
+        """Return what is saved, in a fixed order, under the names that renamings begin with."""
         found = zip(self.patterns, self.names, tensors, strict=True)
         return self._run(self.saving, self.key, list(found))
 
     def load(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The model's tensors, of those that ``save`` gives, in its order."""
+        """Return the model's tensors, of the tensors that ``save`` returns, in its order."""
         from dstrain.models.compat import dot_natural_key
 
         shapes = _Shapes(self.module)
@@ -350,7 +350,7 @@ class _Conversion:
 
 
 class _Shapes:
-    """A model for operations that ask for the shape of a parameter: a partitioned one is empty."""
+    """A stand-in for a model that reports whole shapes: a partitioned parameter is empty."""
 
     def __init__(self, module: Any) -> None:
         self._module = module

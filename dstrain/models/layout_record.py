@@ -1,4 +1,4 @@
-"""How a model is laid out in files, written down, so that it is known where the model is not.
+"""A record of a model's layout in files, for places where the model is not.
 
 Which conversions saving reverts depends on how the model came to be: one that was loaded goes back
 to the names that it was loaded from. A checkpoint says it, for an export from its slices.
@@ -19,7 +19,7 @@ from dstrain.models.skeleton import module_without_memory
 
 
 def record_layout(module: Any) -> list[dict[str, Any]] | None:
-    """The conversions that saving this model reverts, as plain values.
+    """Return the conversions that saving this model reverts, as plain values.
 
     Returns:
         None where there is nothing to say: neither this model nor its architecture has any.
@@ -33,7 +33,7 @@ def record_layout(module: Any) -> list[dict[str, Any]] | None:
 
 @dataclass(frozen=True)
 class RecordedLayout:
-    """What is saved of a model that is not there.
+    """The layout of the saved files of a model that is not here.
 
     Attributes:
         groups: as of the model; their tensors have shapes and no values.
@@ -47,7 +47,7 @@ class RecordedLayout:
 def recorded_layout(
     folder: Path, record: list[dict[str, Any]] | None, parameters: Mapping[str, tuple[int, ...]]
 ) -> RecordedLayout:
-    """The layout of a model that the ``config.json`` of a folder describes.
+    """Return the layout of a model that the ``config.json`` of a folder describes.
 
     Args:
         folder: has the config.
@@ -77,7 +77,7 @@ def recorded_layout(
 
 
 def _untie(module: torch.nn.Module, parameters: Mapping[str, Any]) -> None:
-    """Give parameters of their own to names that had them, although the config ties them."""
+    """Untie names that had parameters of their own in the saved model, whatever the config says."""
     first = {id(p): name for name, p in module.named_parameters()}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if name in parameters and first[id(parameter)] != name:
@@ -87,7 +87,7 @@ def _untie(module: torch.nn.Module, parameters: Mapping[str, Any]) -> None:
 
 
 def _chosen(module: Any, record: list[dict[str, Any]], folder: Path) -> list[Any]:
-    """The conversions of this version of transformers that a record names."""
+    """Return the conversions of this version of transformers that a record names."""
     from dstrain.models.compat import (
         WeightRenaming,
         described,

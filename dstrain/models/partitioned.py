@@ -74,10 +74,10 @@ def _as_it_is(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class _Loader:
-    """The steps that differ where a model is partitioned; of one model at a time."""
+    """The steps of building and loading that differ for partitioned models; one model at a time."""
 
     def __init__(self, partitioner: Partitioner) -> None:
-        """Nothing is being loaded."""
+        """Begin with nothing being loaded."""
         self.is_open = True  # until the block ends
         self._partitioner = partitioner
         self._depth = 0
@@ -88,7 +88,7 @@ class _Loader:
         self._loaded: set[int] = set()
 
     def open_partitioner(self) -> Partitioner | None:
-        """What takes resized weights apart; None once the block has ended."""
+        """Return the partitioner for resized weights; None once the block has ended."""
         return self._partitioner if self.is_open else None
 
     def from_config(self, original: Callable[..., Any], cls: Any, *args: Any, **kw: Any) -> Any:
@@ -195,7 +195,7 @@ class _Loader:
             return original(model, load_config, info)
 
     def _meet(self, error: Exception | None) -> None:
-        """Learn whether all ranks have read the checkpoint; a collective.
+        """Find out whether all ranks have read the checkpoint; a collective.
 
         Raises:
             ModelError: another rank could not.
@@ -238,7 +238,7 @@ def _check_placement(arguments: dict[str, Any]) -> None:
 
 
 def _beside(model: torch.nn.Module, lacking: set[str]) -> list[torch.nn.Parameter]:
-    """Partitioned parameters that the initialisation of lacking ones may look at.
+    """Return partitioned parameters that the initialisation of lacking ones may look at.
 
     Those near the modules with a lacking one, and near the modules around these.
     """
@@ -264,7 +264,7 @@ def _filled(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs
 
 
 class _ValuesForConstructors(TorchFunctionMode):
-    """Gathers parameters whose values a constructor reads after they have been taken apart.
+    """A torch mode that gathers partitioned parameters whose values a constructor reads.
 
     As that of DETR's backbone, which copies the weights of each BatchNorm into another module. What
     is read is a copy; a change of it is one of the parameter. Only constructors are served, as
@@ -272,12 +272,12 @@ class _ValuesForConstructors(TorchFunctionMode):
     """
 
     def __init__(self) -> None:
-        """Nothing was read yet."""
+        """Begin with nothing read."""
         super().__init__()
         self._copies: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, with whole parameters where it needs values; then a collective."""
+        """Call ``func``, with whole parameters where a constructor needs values: a collective."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
@@ -322,7 +322,7 @@ class _ValuesForConstructors(TorchFunctionMode):
         return copy
 
     def _copied(self, value: Any, parameter: torch.nn.Parameter | None) -> Any:
-        """Return what was read in memory of its own, so that the gathered weight can go.
+        """Return a copy of what was read, so that the gathered weight can be freed.
 
         Args:
             value: what was read.
@@ -351,7 +351,7 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def _is_in_constructor(*, of_user: bool) -> bool:
-    """Return whether a module is being constructed.
+    """Tell whether a module is being constructed.
 
     Args:
         of_user: whether that must be done by the function that calls torch here, and not by
@@ -388,7 +388,7 @@ def _parameters_in(value: Any) -> Iterator[torch.nn.Parameter]:
 
 
 def _parameters_near(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Partitioned parameters that initialising a module may look at, of itself and its children."""
+    """Return the partitioned parameters of a module and its children, which its init may read."""
     found: dict[int, torch.nn.Parameter] = {}
     for part in (module, *module.children()):
         computed = getattr(part, "parametrizations", None)

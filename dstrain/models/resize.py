@@ -34,7 +34,7 @@ def resize_partitioned(
 
 
 def _changing(model: Any) -> list[torch.nn.Parameter]:
-    """Partitioned parameters that resizing may replace or look at.
+    """Return partitioned parameters that resizing may replace or look at.
 
     All embeddings are among them: some models have further ones of the vocabulary (per layer).
     """

@@ -95,12 +95,12 @@ def save_configs(module: torch.nn.Module, folder: Path) -> None:
 
 
 def copied(entry: Entry) -> torch.Tensor:
-    """A gathered tensor in host memory of its own."""
+    """Return a gathered tensor in host memory of its own."""
     return entry.tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _writers(target: Path, ranks: Ranks) -> list[int]:
-    """The ranks that see the main rank's folder; others have a disk of their own there.
+    """Return the ranks that see the main rank's folder; others have a disk of their own there.
 
     Weights written to another machine's disk would be lost, so only these ranks write.
     """
@@ -184,12 +184,12 @@ def _write_shards(
 
 
 def _picked(whole: dict[str, torch.Tensor], portion: Portion) -> list[torch.Tensor]:
-    """The tensors that a portion is made of, which nothing else in its shard needs."""
+    """Return the tensors that a portion is made of, which nothing else in its shard needs."""
     return [whole.pop(entry.name) for entry in portion.entries]
 
 
 def _partial(target: Path, name: str) -> Path:
-    """Where a file is written before it takes its place: a killed save leaves the old one whole."""
+    """Return the path where a file is written first: a killed save leaves the old file whole."""
     return target / f".{name}.partial"
 
 
@@ -205,7 +205,7 @@ def _write_file(tensors: list[Stored], path: Path, mode: int) -> None:
 
 
 def _umask() -> int:
-    """This process's umask; the system only tells it when it is set."""
+    """Return this process's umask, which the system tells only when it is set."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""How the saved tensors of a model are dealt out to files, and made of the model's own tensors."""
+"""The distribution of a model's saved tensors over files, and their making from its own tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GATHER_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Portion:
-    """What one file has of a group: all of it, unless the group alone is larger than a shard.
+    """The part of a group in one file: all of it, unless the group is larger than a shard.
 
     Attributes:
         group: what is saved together.
@@ -32,16 +32,16 @@ class Portion:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The model's tensors that it is made of."""
+        """Return the model's tensors that it is made of."""
         return self.group.entries
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file."""
+        """Return the bytes in the file."""
         return sum(saved.num_bytes for saved in self.saved)
 
     def stored(self, load: Callable[[], Sequence[torch.Tensor]]) -> list[Stored]:
-        """What is written; it is made when the first tensor is written, and let go with the last.
+        """Return the tensors to write; made when the first is written, and freed with the last.
 
         Args:
             load: gives the whole tensors of ``entries``, in host memory.
@@ -91,14 +91,14 @@ def _portions(groups: Sequence[Group], shard_bytes: int) -> Iterator[Portion]:
 
 
 def shard_names(count: int) -> list[str]:
-    """File names of that many shards."""
+    """Return the file names of ``count`` shards."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def gather_batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """Neighbours that are gathered together."""
+    """Yield neighbours that are gathered together."""
     batch: list[Entry] = []
     size = 0
     for entry in entries:
@@ -113,12 +113,12 @@ def gather_batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 
 def parameters_of(batch: Iterable[Entry]) -> list[torch.nn.Parameter]:
-    """Those of the tensors that are parameters."""
+    """Return those of the tensors that are parameters."""
     return [e.tensor for e in batch if isinstance(e.tensor, torch.nn.Parameter)]
 
 
 def index_of(plan: Sequence[Sequence[Portion]], names: Sequence[str]) -> dict[str, Any]:
-    """Content of the index: which file has which tensor."""
+    """Return the content of the index: which file has which tensor."""
     weight_map = {
         saved.name: name
         for name, shard in zip(names, plan, strict=True)

@@ -1,4 +1,4 @@
-"""Sizes of a module, of one that exists or of one built without memory, for the memory plan."""
+"""The sizes of a module, existing or built without memory, for the memory plan."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _GATES = ("gate_proj", "gate_up_proj", "wi_0", "w1.")
 
 
 def count_causal_lm(config: Any) -> ModelSizes:
-    """Sizes of the causal language model of a config, before it is built with memory."""
+    """Return sizes of the causal language model of a config, before it is built with memory."""
     from transformers import AutoModelForCausalLM
 
     return _count(AutoModelForCausalLM, config)
 
 
 def count_seq2seq(config: Any) -> ModelSizes:
-    """Sizes of the sequence-to-sequence model of a config, before it is built with memory."""
+    """Return sizes of the sequence-to-sequence model of a config, before it is built."""
     from transformers import AutoModelForSeq2SeqLM
 
     return _count(AutoModelForSeq2SeqLM, config)
@@ -40,7 +40,7 @@ def _count(auto: Any, config: Any) -> ModelSizes:
 
 
 def sizes_of_module(module: torch.nn.Module, *, source: str = "the model") -> ModelSizes:
-    """Sizes of a module that exists, on any device, whole or partitioned.
+    """Return sizes of a module that exists, on any device, whole or partitioned.
 
     The form of its layers is read from a transformers config; a plain module has none.
     """
@@ -72,7 +72,7 @@ def _part(name: str) -> str:
 
 
 def _block(config: Any, names: list[str]) -> Block | None:
-    """The form of a layer as far as usual names tell it."""
+    """Return the form of a layer as far as usual names tell it."""
     hidden, heads = _first(config, "hidden_size", "d_model"), _first(config, "num_attention_heads")
     layers = _first(config, "num_hidden_layers", "num_layers", "n_layer")
     if not (hidden and heads and layers):
@@ -106,7 +106,7 @@ def _block(config: Any, names: list[str]) -> Block | None:
 
 
 def _first_norms(names: list[str]) -> dict[str, list[str]]:
-    """Normalisations of width ``hidden`` in the first layer of each stack, by the stack's name."""
+    """Return norms of width ``hidden`` in the first layer of each stack, by the stack's name."""
     found: dict[str, list[str]] = {}
     for name in names:
         stack, zero, rest = name.partition(".0.")
@@ -121,7 +121,7 @@ def _first(config: Any, *names: str) -> int:
 
 
 def _value(config: Any, name: str) -> Any:
-    """A value of the config; where it differs from layer to layer, the largest.
+    """Return a value of the config; the largest where it differs from layer to layer.
 
     Asking such a config (gemma4, dots3_note) for one value of all layers is a ``RuntimeError``.
     """

@@ -16,7 +16,7 @@ from dstrain.models.folder import told_of_library
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What a ``config.json`` says of a model.
+    """The structure of a model by its ``config.json``.
 
     Attributes:
         parameters: name -> shape in the order of the module, tied ones under their first name.
@@ -32,7 +32,7 @@ class Skeleton:
 
 
 def skeleton_of(folder: Path) -> Skeleton:
-    """What the ``config.json`` of a folder says; no code of the folder is executed.
+    """Return the model's structure by a folder's ``config.json``; none of its code is executed.
 
     Raises:
         ModelError: no config, or an architecture that transformers does not have.

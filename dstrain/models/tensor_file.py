@@ -54,7 +54,7 @@ _LONGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file.
+    """A tensor of a file.
 
     Attributes:
         name: its key.
@@ -70,12 +70,12 @@ class Stored:
 
     @staticmethod
     def of(name: str, tensor: torch.Tensor) -> Stored:
-        """A tensor that exists already."""
+        """Return a tensor that exists already as one to be stored."""
         return Stored(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file."""
+        """Return the bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -124,7 +124,7 @@ def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class _Entry:
-    """What a header says of one tensor."""
+    """A header's entry for one tensor."""
 
     dtype: Text
     shape: Shape
@@ -137,7 +137,7 @@ _Metadata: Any = Mapping[Text, Text]
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in a file, from its first byte on."""
+    """The place of a tensor in a file, from its first byte on."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -165,7 +165,7 @@ class TensorReader:
             raise
 
     def __enter__(self) -> TensorReader:
-        """Itself."""
+        """Return the reader."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -177,27 +177,27 @@ class TensorReader:
         os.close(self._file)
 
     def __contains__(self, name: str) -> bool:
-        """Whether it has a tensor of that name."""
+        """Tell whether it has a tensor of that name."""
         return name in self._places
 
     def keys(self) -> list[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return list(self._places)
 
     def numel(self, name: str) -> int:
-        """Elements of a tensor."""
+        """Return the number of elements of a tensor."""
         return math.prod(self._places[name].shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Return the shape of a tensor."""
         return self._places[name].shape
 
     def whole(self, name: str) -> torch.Tensor:
-        """A whole tensor, in memory of its own."""
+        """Return a whole tensor, in memory of its own."""
         return self.read(name, 0, self.numel(name)).view(self.shape(name))
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements from ``start`` to ``stop`` of a flattened tensor, in memory of their own.
+        """Return elements ``start`` to ``stop`` of a flattened tensor, in memory of their own.
 
         Raises:
             OSError: the file ended early or the disk failed.

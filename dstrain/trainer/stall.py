@@ -34,7 +34,7 @@ from dstrain.core.errors import Problem
 from dstrain.core.launcher import note_end
 from dstrain.core.log import get_logger
 from dstrain.core.progress import Progress
-from dstrain.core.ranks import Ranks
+from dstrain.core.ranks import Ranks, named_ranks
 from dstrain.core.stop import STALLED
 from dstrain.engine import device_type, forget_shared_memory
 
@@ -304,8 +304,8 @@ class StallWatch:
             if rank not in missing:
                 others.setdefault(_words(at), []).append(rank)
         for words, found in list(others.items())[:_MOST_LINES]:
-            lines.append(f"  {_named(found)}: {words}")
-        for_whom = _named(missing) if missing else "each other, in different collectives"
+            lines.append(f"  {named_ranks(found)}: {words}")
+        for_whom = named_ranks(missing) if missing else "each other, in different collectives"
         return Problem(
             f"the ranks waited {self._timeout:.0f} s (ddp_timeout) for {for_whom}",
             "all are needed there; they stand here:\n" + "\n".join(lines),
@@ -387,18 +387,6 @@ def _words(standing: dict[str, Any] | None) -> str:
     if standing["waits_in"]:
         return f"{where}, waits in {standing['waits_in']}"
     return f"{where}, at {standing['line']}"
-
-
-def _named(ranks: list[int]) -> str:
-    """Ranks with runs of them put together: "ranks 0, 2-4095"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    parts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
 
 
 def _line_of(frame: FrameType | None) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from dstrain import TrainingArguments
 from dstrain.core.errors import ConfigError
+from dstrain.core.ranks import named_ranks
 from dstrain.core.versions import COMPARED, different_versions, installed, source_digest
 
 
@@ -39,3 +40,17 @@ def test_an_output_dir_that_names_nothing_is_refused(empty):
     with pytest.raises(ConfigError, match="names none"):
         TrainingArguments(empty)
     assert TrainingArguments(None).output_dir == "trainer_output"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ([3], "rank 3"),
+        ([0, 1], "ranks 0-1"),
+        ([0, *range(2, 4096)], "ranks 0, 2-4095"),
+        ([0, 2, 4, 5, 9], "ranks 0, 2, 4-5, 9"),
+    ],
+)
+def test_runs_of_ranks_are_shortened(ranks, words):
+    """A message about a thousand ranks is one line."""
+    assert named_ranks(ranks) == words

@@ -12,14 +12,14 @@ from dstrain.core.errors import Problem
 
 
 def setting_of(view: View) -> optimizers.Setting:
-    """Where the optimizer would run."""
+    """Return the setting in which the optimizer would run."""
     return optimizers.Setting(
         view.stage, view.offload_optimizer, view.facts.device, view.facts.packages
     )
 
 
 def row_of(view: View) -> Optimizer | None:
-    """The optimizer of the argument, or that which the type in the config stands for."""
+    """Return the optimizer of the argument, or that which the type in the config stands for."""
     kind = view.config.get("optimizer", {}).get("type")
     return optimizers.find(view.optim, kind if isinstance(kind, str) and kind != "auto" else None)
 
@@ -42,7 +42,7 @@ def _optimizer_type(view: View) -> Derived | None:
 
 
 def _argument(kind: Any) -> tuple[Any, ...]:
-    """The argument that stands for a type in the config; unknown types stay the config's."""
+    """Return the argument that stands for a type in the config; unknown types stay the config's."""
     return (optimizers.argument_of(str(kind)),)
 
 
@@ -75,7 +75,7 @@ def _weight_decay(view: View) -> Derived | None:
 
 
 def _constant(name: str) -> Callable[[View], Derived | None]:
-    """A parameter that the implementation is always given."""
+    """Return a rule for a parameter that the implementation is always given."""
 
     def derive(view: View) -> Derived | None:
         build = _build(view)
@@ -92,7 +92,7 @@ def _constant(name: str) -> Callable[[View], Derived | None]:
 
 
 def _option(name: str) -> Callable[[View], Derived | None]:
-    """A parameter from ``optim_args``."""
+    """Return a rule for a parameter from ``optim_args``."""
 
     def derive(view: View) -> Derived | None:
         row = row_of(view)
@@ -138,7 +138,7 @@ def _reduce_scatter(view: View) -> Derived | None:
 def choose(
     view: View, explicit: Mapping[str, Any], changed: frozenset[str], label: str
 ) -> tuple[Build | None, list[Problem], list[str]]:
-    """What runs, what stands against it, and what the user should know.
+    """Return the implementation that runs, problems, and warnings.
 
     Args:
         view: the config with every rule applied.
@@ -178,7 +178,7 @@ def choose(
 def _muon_problems(
     view: View, explicit: Mapping[str, Any], shown: str, label: str
 ) -> list[Problem]:
-    """What DeepSpeed's Muon does otherwise than one would think (stage_1_and_2.py, stage3.py)."""
+    """Refuse settings that DeepSpeed's Muon takes otherwise (stage_1_and_2.py, stage3.py)."""
     problems = []
     clip = view.config.get("gradient_clipping")
     if view.stage > 0 and clip:

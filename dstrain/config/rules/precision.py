@@ -15,7 +15,7 @@ _SHORT = {
 
 
 def short_name(dtype: Any) -> str:
-    """One name for each of DeepSpeed's spellings of a format: "torch.bfloat16" -> "bf16"."""
+    """Return one name for each of DeepSpeed's spellings of a format: "torch.bfloat16" -> "bf16"."""
     text = str(dtype).lower().removeprefix("torch.")
     return _SHORT.get(text, text)
 

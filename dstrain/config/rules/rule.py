@@ -1,4 +1,4 @@
-"""What a rule is, and what it may read."""
+"""The form of a rule, and the values that it may read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dstrain.config.facts import Facts
 
 @dataclass(frozen=True)
 class View:
-    """What a rule may read: arguments after adoption, facts, and the config as filled so far."""
+    """The values that a rule may read: adopted arguments, facts, and the config filled so far."""
 
     arguments: Mapping[str, Any]
     facts: Facts
     config: Mapping[str, Any]
 
     def __getattr__(self, name: str) -> Any:
-        """An argument by name."""
+        """Return an argument by name."""
         try:
             return self.arguments[name]
         except KeyError:
@@ -27,25 +27,25 @@ class View:
 
     @property
     def stage(self) -> int:
-        """ZeRO stage after resolution."""
+        """Return the ZeRO stage after resolution."""
         return int(self.config.get("zero_optimization", {}).get("stage", 0))
 
     @property
     def precision(self) -> str:
-        """Format of weights and activations: "bf16", "fp16" or "fp32"."""
+        """Return the format of weights and activations: "bf16", "fp16" or "fp32"."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimizer runs on the host."""
+        """Tell whether the optimizer runs on the host."""
         return self.device_of("offload_optimizer") != "none"
 
     def device_of(self, name: str) -> str:
-        """Where ``offload_optimizer`` or ``offload_param`` puts things: "none", "cpu" or "nvme"."""
+        """Return the device of ``offload_optimizer`` or ``offload_param``: none, cpu or nvme."""
         return str(getattr(self, name))  # "auto" is decided before the rules run
 
     def asks(self, key: str) -> bool:
-        """Whether the user's config says "auto" at a key that is not filled yet."""
+        """Tell whether the user's config says "auto" at a key that is not filled yet."""
         node: Any = self.config
         for part in key.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
@@ -110,7 +110,7 @@ class Derivation:
 
 
 def same(name: str) -> Callable[[View], Derived | None]:
-    """The value of one argument as it stands."""
+    """Return a rule that takes the value of one argument as it stands."""
     return lambda view: Derived(getattr(view, name))
 
 
@@ -123,7 +123,7 @@ def where_set(
     adopt: Callable[[Any], tuple[Any, ...]] = lambda value: (value,),
     rule: str = "",
 ) -> Binding:
-    """A key that stays out of the config while its argument is ``unset``, as DeepSpeed's default.
+    """Return a rule for a key that stays out of the config while its argument is ``unset``.
 
     For "auto" in the config it is what ``otherwise`` derives; without that ``unset``, or left out
     where that is None.
@@ -143,5 +143,5 @@ def where_set(
 
 
 def readable_arguments(arguments: Any) -> dict[str, Any]:
-    """The arguments as a plain mapping, shallow."""
+    """Return the arguments as a plain mapping, shallow."""
     return {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments)}

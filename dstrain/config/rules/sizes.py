@@ -26,7 +26,7 @@ def _bucket(view: View) -> Derived | None:
 
 
 def _even(elements: int) -> int:
-    """DeepSpeed asserts that the all-gather bucket is a multiple of 2 (its NCCL alignment)."""
+    """Round up to an even number: DeepSpeed asserts it of the all-gather bucket (for NCCL)."""
     return max(2, elements + elements % 2)
 
 
