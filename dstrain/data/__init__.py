@@ -29,7 +29,7 @@ from dstrain.data.loader import (
     source_state,
     windows,
 )
-from dstrain.data.loss_rule import IGNORED, Denominator, LossRule
+from dstrain.data.loss_rule import IGNORED, Denominator, LossFindings, LossRule
 from dstrain.data.loss_targets import LossTargets, no_targets
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.resumable import Resumable
@@ -46,6 +46,7 @@ __all__ = [
     "IGNORED",
     "InputFormats",
     "LoaderOptions",
+    "LossFindings",
     "LossRule",
     "LossTargets",
     "MicroBatch",

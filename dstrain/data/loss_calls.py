@@ -14,7 +14,7 @@ from dstrain.data.loss_rule import IGNORED, SAMPLES, Denominator, LossRule
 from dstrain.data.loss_watch import ELEMENTWISE, LossCall
 from dstrain.data.samples import batch_size, columns_of
 
-_OFTEN_IGNORED = -1  # beside IGNORED
+_OFTEN_IGNORED = (IGNORED, -1, 0)  # 0 is often padding
 _MOST_IGNORED = 4  # negative numbers of a column; one that has more holds no classes
 _AS_MANY = 2  # how loosely a rule fits that agrees in number alone
 _AMBIGUOUS_SUM = 3  # of a sum over one target, which is its mean as well
@@ -126,12 +126,18 @@ def explain_nothing(inputs: Any) -> Explanation | None:
     return Explanation(empty, counts={rule: counts[rule] for rule in empty}) if empty else None
 
 
+def possible_rules(inputs: Any) -> list[LossRule]:
+    """List the rules by which a loss of a batch may be a mean over what some column says."""
+    batch = {k: v.cpu() for k, v in columns_of(inputs)}
+    return [LossRule((d,)) for d in _denominators(batch, _ignored_in(batch), frozenset())]
+
+
 def _ignored_in(batch: Mapping[str, torch.Tensor]) -> set[int | None]:
     """Return the labels that may mean "ignore": the usual ones, and a batch's negative numbers."""
     whole = [c for c in batch.values() if not c.is_floating_point() and not c.is_complex()]
     negative = [c[c < 0].unique().tolist() for c in whole if c.dtype != torch.bool]
     few = [numbers for numbers in negative if len(numbers) <= _MOST_IGNORED]
-    return {IGNORED, _OFTEN_IGNORED, None}.union(*few)
+    return {*_OFTEN_IGNORED, None}.union(*few)
 
 
 def _preferred(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MaxLen, MinLen
 
 from dstrain.core.adapters import inner_model
+from dstrain.core.documents import Count, Flag, Integer, Number, Text
 from dstrain.data.compat import causal_lm_names
 from dstrain.data.samples import batch_size, column, with_column
 
@@ -30,11 +32,11 @@ class Denominator:
             at or beyond the bound are no targets (answers outside of a cut text).
     """
 
-    column: str | None = None
-    shifted: bool = False
-    ignored: int | None = IGNORED
-    mask: str | None = None
-    bound: str | None = None
+    column: Text | None = None
+    shifted: Flag = False
+    ignored: Integer | None = IGNORED
+    mask: Text | None = None
+    bound: Text | None = None
 
     def count(self, inputs: Any, num_samples: int) -> int:
         """Count the targets in a batch of ``num_samples`` samples; nothing waits for a device."""
@@ -123,7 +125,7 @@ class LossRule:
     """
 
     parts: tuple[Denominator, ...] = (SAMPLES,)
-    is_sum: bool = False
+    is_sum: Flag = False
 
     def counts(self, inputs: Any, num_samples: int | None = None) -> tuple[int, ...]:
         """Count what each part of the loss of a batch is divided by: its weight.
@@ -149,6 +151,48 @@ class LossRule:
         if self.is_sum:
             return "a sum over samples"
         return " + ".join(f"a mean over {part}" for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rule that explains all losses that were watched.
+
+    Attributes:
+        rule: the rule.
+        looseness: how loosely it explains them (see ``loss_calls.Explanation``), added up.
+        mark: a number made of all that it has counted: rules that have counted the same have the
+            same.
+        is_rival: whether it may still turn out to be the right one instead of the rule in use.
+    """
+
+    rule: LossRule
+    looseness: Count
+    mark: Integer
+    is_rival: Flag
+
+
+@dataclass(frozen=True)
+class LossFindings:
+    """What a run has found out about its loss, for one that goes on from its checkpoint.
+
+    Attributes:
+        labels: the batch keys that are labels.
+        rule: in use.
+        settled: whether it is final, unless a later batch tells it from a rival.
+        is_clear: whether it is the only one left.
+        num_open: optimizer steps that it took, or has taken so far.
+        ratios: smallest and largest ratio of losses to the means that torch's functions took, one
+            of them where there was one, or none.
+        candidates: the rules that are left.
+    """
+
+    labels: list[Text]
+    rule: LossRule
+    settled: Flag
+    is_clear: Flag
+    num_open: Count
+    ratios: Annotated[list[Number], MaxLen(2)]
+    candidates: Annotated[list[Candidate], MinLen(1)]
 
 
 def expected_rule(module: torch.nn.Module, labels: Sequence[str]) -> LossRule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,15 @@ from dstrain.core.adapters import inner_model
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, gather_objects
-from dstrain.data.loss_calls import Explanation, explain, explain_nothing
-from dstrain.data.loss_rule import IGNORED, Denominator, LossRule, expected_rule
+from dstrain.data.loss_calls import Explanation, explain, explain_nothing, possible_rules
+from dstrain.data.loss_rule import (
+    IGNORED,
+    Candidate,
+    Denominator,
+    LossFindings,
+    LossRule,
+    expected_rule,
+)
 from dstrain.data.loss_watch import LossCalls, ToldCount
 from dstrain.data.samples import column, columns_of
 
@@ -108,7 +115,7 @@ class LossTargets:
         self._marks: dict[LossRule, int] = {}
         self._rivals: tuple[LossRule, ...] = ()
         self._is_reopened = False  # whether this rank has watched a batch since the rule settled
-        self._is_known_code = known
+        self._is_known_code, self._is_taken_up = known, False
         self._watched: tuple[LossCalls, dict[str, torch.Tensor]] | None = None
         self._said: set[str] = set()
 
@@ -143,6 +150,16 @@ class LossTargets:
         return counts if is_found or any(counts) else LossRule().counts(inputs, num_samples)
 
     @property
+    def is_open(self) -> bool:
+        """Whether a batch may tell more of the rule; the same on all ranks.
+
+        What the class of a model of transformers says is confirmed by any batch.
+        """
+        if not self._watches or (self._is_known_code and self._candidates is None):
+            return False
+        return not self.settled or bool(self._rivals)
+
+    @property
     def has_rivals(self) -> bool:
         """Whether the rule is used without being the only one left; the same on all ranks."""
         return bool(self._rivals)
@@ -165,16 +182,60 @@ class LossTargets:
         counts = self.rule.counts(inputs, num_samples)
         return any(rival.counts(inputs, num_samples) != counts for rival in self._rivals)
 
-    def looks_again_at(self, step: int) -> bool:
-        """Return whether an optimizer step of this run is to be watched, the same on all ranks.
+    def tells(self, inputs: Any, num_samples: int | None = None) -> int:
+        """Return how many groups of the rules that may be the right one a batch tells apart.
 
-        A loss of a user's own code may change its form during training (a curriculum).
+        Takes time with the rules, some ten at most, and waits for no device.
+        """
+        if self.settled:
+            rules: Iterable[LossRule] = (self.rule, *self._rivals)
+        else:
+            rules = self._candidates or possible_rules(inputs)
+        return len({rule.counts(inputs, num_samples) for rule in rules})
+
+    def looks_again_at(self, step: int, *, is_first: bool) -> bool:
+        """Return whether an optimizer step is watched to confirm the rule; the same on all ranks.
+
+        A loss of a user's own code may change its form during training (a curriculum), and before
+        a run goes on.
 
         Args:
-            step: counted from 0 where this run began.
+            step: optimizer steps that have been done.
+            is_first: whether the step is the first one of this run.
         """
-        watched = self.settled and self._watches and self._candidates is not None
-        return watched and not self._is_known_code and step % _LOOK_AGAIN == _LOOK_AGAIN - 1
+        if not self.settled or not self._watches or self._candidates is None:
+            return False
+        is_due = step % _LOOK_AGAIN == _LOOK_AGAIN - 1
+        return (self._is_taken_up and is_first) or (is_due and not self._is_known_code)
+
+    def findings(self) -> LossFindings | None:
+        """Return what a run that goes on from here must know; None where nothing was found out."""
+        if self._candidates is None:
+            return None
+        return LossFindings(
+            labels=list(self.labels),
+            rule=self.rule,
+            settled=self.settled,
+            is_clear=self._is_clear,
+            num_open=self._num_open,
+            ratios=list(self._ratios),
+            candidates=[
+                Candidate(rule, how, self._marks.get(rule, 0), rule in self._rivals)
+                for rule, how in self._candidates.items()
+            ],
+        )
+
+    def take_up(self, findings: LossFindings) -> None:
+        """Go on with what a run found out; its first forward pass is watched to confirm it."""
+        if self.settled or not self._watches or findings.labels != list(self.labels):
+            return
+        self.rule = findings.rule
+        self.settled = self.is_exact = findings.settled
+        self._is_clear, self._num_open = findings.is_clear, findings.num_open
+        self._ratios, self._has_calls, self._is_taken_up = list(findings.ratios), True, True
+        self._candidates = {c.rule: c.looseness for c in findings.candidates}
+        self._marks = {c.rule: c.mark for c in findings.candidates}
+        self._rivals = tuple(c.rule for c in findings.candidates if c.is_rival)
 
     def told(
         self, inputs: Any, num_samples: int | None = None, *, counts: Sequence[int] | None = None
@@ -265,7 +326,7 @@ class LossTargets:
         if not self.settled and loss and loss[0] is not None:
             self._seen = replace(self._seen, loss=True)
 
-    def settle(self, ranks: Ranks, *, final: bool) -> None:
+    def settle(self, ranks: Ranks, *, final: bool, is_told: bool = True) -> None:
         """Agree on the rule with all ranks, by what each has seen; a collective.
 
         A rank that has seen nothing (it had no sample) goes by what the others have seen. As long
@@ -275,6 +336,8 @@ class LossTargets:
         Args:
             ranks: this process among the others.
             final: whether to go by the guess where no rank has seen a loss.
+            is_told: whether a batch that was watched tells the rule from its rivals; else what was
+                watched can only confirm a rule that is settled, or not.
         """
         if self.settled and self._candidates is None:
             return
@@ -286,6 +349,8 @@ class LossTargets:
                 return
             if not all(self._explains(s.rules or {}) for s in clear):
                 self._begin_anew(ranks)
+            elif not is_told:
+                return
         used_count = any(s.used_count for s in seen)
         self._has_calls = self._has_calls or any(s.calls for s in seen)
         if clear:
@@ -335,7 +400,8 @@ class LossTargets:
             self._go_by_samples(ranks, why)
             return
         self._candidates = left
-        self._ratios += [r for s in seen for r in s.ratios if r is not None]
+        ratios = [*self._ratios, *(r for s in seen for r in s.ratios if r is not None)]
+        self._ratios = ratios if len(ratios) < 2 else [min(ratios), max(ratios)]
         certain = [s.certain for s in seen if s.certain in left]
         is_clear = bool(certain) or len(left) == 1
         self._marks = {

@@ -36,7 +36,7 @@ from dstrain.trainer.plan import Hooks, MicroStep, RunPlan
 from dstrain.trainer.position import Due, Position, Resumption
 from dstrain.trainer.preemption import EvaluationStopped, Preemption
 from dstrain.trainer.stall import Place
-from dstrain.trainer.window_weights import WindowWeights
+from dstrain.trainer.window_weights import WindowWeights, telling_first
 
 logger = get_logger(__name__)
 
@@ -144,6 +144,8 @@ class TrainLoop:
             StepOutcome(applied=position.applied, grad_norm=position.grad_norm),
             position.learning_rate,
         )
+        if position.loss is not None:
+            self.targets.take_up(position.loss)
         self._meter.restore(position.meters, rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     def _finish_resumed_point(self, resumption: Resumption) -> None:
@@ -241,11 +243,13 @@ class TrainLoop:
         """One optimizer step over a window of micro-batches."""
         self.place.enter("before its first micro-batch", in_step=True)
         self.hooks.event("on_step_begin")
-        looks_again = self.targets.looks_again_at(self.progress.step - self.steps_before)
+        micro_batches = telling_first(window.micro_batches, self.targets)
+        step = self.progress.step
+        looks_again = self.targets.looks_again_at(step, is_first=step == self.steps_before)
         self.micro_step.looks_again = looks_again
         self.micro_step.weights = weights = WindowWeights(
             self.targets,
-            window.micro_batches,
+            micro_batches,
             self.ranks,
             device=device_name(),
             host_sum=self._host_sum,
@@ -254,8 +258,8 @@ class TrainLoop:
         losses: list[torch.Tensor] = []
         tokens = 0
         self.computing = True
-        for index, micro_batch in enumerate(window.micro_batches):
-            last = index == len(window.micro_batches) - 1
+        for index, micro_batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
             self.place.enter(f"micro-batch {index + 1}", in_step=True)
             loss = self._forward_backward(micro_batch, index, last=last)
             losses.append(loss.detach().clone())  # a CUDA graph writes the next into its place
@@ -395,6 +399,7 @@ class TrainLoop:
             source=None if ended or epoch_is_over else self._source(),
             shares=num_shares(self.loader),
             due=due,
+            loss=self.targets.findings(),
         )
         self.hooks.save_in_training(position)
         self._saved_step = self.progress.step

@@ -12,6 +12,7 @@ from dstrain.checkpoint import is_plain
 from dstrain.core.documents import AtLeastOne, Count, Flag, Number, Plain, Real, Text, typed
 from dstrain.core.progress import Progress
 from dstrain.core.seeds import check_random_state, random_state, set_random_state
+from dstrain.data import LossFindings
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Position:
         shares: in how many parts the data came: as many as ranks where the user had split it by
             rank, else 1; None where a checkpoint does not say.
         due: the evaluation that a signal ended at this very point; None for most positions.
+        loss: what has been found out about what the loss is a mean over; None where nothing was to
+            be found out.
     """
 
     progress: Progress
@@ -106,6 +109,7 @@ class Position:
     source: dict[Text, Any] | None = None
     shares: AtLeastOne | None = None
     due: Due | None = None
+    loss: LossFindings | None = None
 
     def shared(self) -> dict[str, Any]:
         """The part that is the same on all ranks, as plain values."""

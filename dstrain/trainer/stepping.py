@@ -114,9 +114,7 @@ class StepHooks:
         with (
             self._computing_loss(inputs),
             self.compute_loss_context_manager(),
-            self.targets.watching(
-                loaded, step.num_samples, given=inputs, again=step.looks_again and step.index == 0
-            ) as seen,
+            self._watching_loss(loaded, inputs) as seen,
         ):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             check_loss(loss, self.compute_loss_func or type(self).compute_loss)
@@ -130,6 +128,15 @@ class StepHooks:
             parts = parts * step.weights.of(step.index)
         engine.backward(parts.sum(), last=step.last)
         return loss.detach()
+
+    def _watching_loss(
+        self, loaded: Any, given: Any
+    ) -> contextlib.AbstractContextManager[list[Any]]:
+        """Watch the first forward pass of a step for what its loss is a mean over."""
+        step = self._micro_step
+        if step.index:
+            return contextlib.nullcontext([])
+        return self.targets.watching(loaded, step.num_samples, given=given, again=step.looks_again)
 
     def _parts_of(self, loss: torch.Tensor) -> torch.Tensor:
         """The terms of a loss that ``compute_loss`` has just computed, or the loss itself.
