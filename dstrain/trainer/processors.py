@@ -35,7 +35,7 @@ def processor_writer(processing_class: Any, collate: Any) -> Callable[[Path], No
             try:
                 part.save_pretrained(folder)
             except Exception as error:
-                # What tokenizers says of a full disk is of no class of its own.
+                # tokenizers raises a plain Exception where the disk is full: no narrower class.
                 if type(error) is Exception and "os error" in str(error):
                     raise OSError(str(error)) from error
                 raise

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,6 @@ from dstrain.checkpoint import (
     TrainerStateRecord,
     check_readable,
     choose,
-    held_by_one,
     holding,
     load_into,
     place,
@@ -376,58 +373,61 @@ def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter |
         stop_on_failure=args.save_failure == "stop",
         layout="deepspeed" if args.checkpoint_format == "deepspeed" else "slices",
     )
-    return CheckpointWriter(policy, trainer.ranks, run_lock(trainer))
+    return CheckpointWriter(policy, trainer.ranks, trainer.output_lock)
 
 
-def run_lock(trainer: Trainer) -> RunLock:
-    """The run's lock on its output folder; a trial of a search has a folder of its own."""
-    folder = Path(trainer.args.output_dir).absolute()
-    if trainer._lock is None or trainer._lock[0] != folder:
-        trainer._lock = (folder, RunLock(folder, on_each_node=trainer.args.save_on_each_node))
-    return trainer._lock[1]
+def lock_on(folder: Path, present: RunLock | None, *, on_each_node: bool) -> RunLock:
+    """Return ``present`` where it is the lock on this folder, else a new lock on it.
 
-
-@contextlib.contextmanager
-def alone_in_folder(trainer: Trainer) -> Iterator[None]:
-    """Keep other runs out of the output folder inside; a collective of all ranks.
-
-    Raises:
-        CheckpointError: another run is writing there; on every rank.
+    A trial of a search has an output folder, and so a lock, of its own.
     """
-    with held_by_one(run_lock(trainer), takes=trainer.args.should_save):
-        yield
+    folder = folder.absolute()
+    if present is not None and present.folder == folder:
+        return present
+    return RunLock(folder, on_each_node=on_each_node)
 
 
-def keep_folder(trainer: Trainer) -> None:
+def keep_folder(lock: RunLock, *, takes: bool) -> None:
     """See to it that the output folder is there for what a run writes last; a collective.
+
+    Args:
+        lock: on the output folder.
+        takes: whether this rank holds it.
 
     Raises:
         CheckpointError: it was moved or removed, and another run has its place; on every rank.
     """
     with all_or_none():
-        if trainer.args.should_save:
-            run_lock(trainer).keep()
+        if takes:
+            lock.keep()
 
 
-def report_missing(trainer: Trainer, writer: CheckpointWriter | None) -> None:
-    """Say at the end of a run which checkpoints could not be written (``save_failure="continue"``).
+def report_missing(writer: CheckpointWriter | None, ranks: Ranks) -> tuple[tuple[int, ...], bool]:
+    """Log at the end of a run which checkpoints could not be written (``save_failure="continue"``).
 
-    What is missing stays in the trainer, for scripts and for the status of a command.
+    Returns:
+        Their steps, and whether the checkpoint of the last save is one of them.
     """
-    failed = sorted(writer.failed) if writer is not None else []
-    trainer.missing_checkpoints = tuple(failed)
-    trainer.last_save_failed = bool(failed) and writer is not None and writer.last in failed
-    if failed and trainer.ranks.is_main:
-        logger.error("%s", missing_text(trainer))
+    if writer is None:
+        return (), False
+    failed = tuple(sorted(writer.failed))
+    last_failed = writer.last in failed
+    if failed and ranks.is_main:
+        logger.error("%s", missing_text(failed, last_failed=last_failed))
+    return failed, last_failed
 
 
-def missing_text(trainer: Trainer) -> str:
-    """Which checkpoints are missing, in a line; "" for none."""
-    steps = trainer.missing_checkpoints
+def missing_text(steps: tuple[int, ...], *, last_failed: bool) -> str:
+    """Say in one line which checkpoints are missing; return "" where none is.
+
+    Args:
+        steps: those whose checkpoints could not be written.
+        last_failed: whether the checkpoint of the last save is one of them.
+    """
     if not steps:
         return ""
     shown = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
-    last = ", that of the last save among them" if trainer.last_save_failed else ""
+    last = ", that of the last save among them" if last_failed else ""
     plural = "s" if len(steps) > 1 else ""
     return (
         f"{len(steps)} checkpoint{plural} could not be written (step{plural} {shown}){last}; the "

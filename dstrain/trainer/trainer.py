@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import CheckpointWriter, RunLock, check_there
+from dstrain.checkpoint import CheckpointWriter, RunLock, check_there, held_by_one
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
@@ -212,7 +212,7 @@ class Trainer(
         self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
         self._micro_step = MicroStep()
         self._writer: CheckpointWriter | None = None
-        self._lock: tuple[Path, RunLock] | None = None
+        self._lock: RunLock | None = None
         self.missing_checkpoints: tuple[int, ...] = ()
         self.last_save_failed = False
         self.events = Events(self, callbacks)
@@ -271,7 +271,7 @@ class Trainer(
         return output
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
-        with saving.alone_in_folder(self):
+        with held_by_one(self.output_lock, takes=self.args.should_save):
             return self._train_alone(resume_from_checkpoint)
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None) -> Any:
@@ -296,8 +296,10 @@ class Trainer(
                 self.preempted = loop.preempted
                 if self._writer is not None:
                     self._writer.wait()
-                saving.keep_folder(self)
-                saving.report_missing(self, self._writer)
+                saving.keep_folder(self.output_lock, takes=self.args.should_save)
+                self.missing_checkpoints, self.last_save_failed = saving.report_missing(
+                    self._writer, self.ranks
+                )
                 if self.preempted:
                     saving.check_saved(self, self._writer, loop.steps_before)
                 else:
@@ -410,6 +412,13 @@ class Trainer(
         return self._loader(self.train_dataset, train=True)
 
     # --- behind the edge ------------------------------------------------------------------------
+
+    @property
+    def output_lock(self) -> RunLock:
+        """Return the lock of this run on its output folder."""
+        folder, on_each_node = Path(self.args.output_dir), self.args.save_on_each_node
+        self._lock = saving.lock_on(folder, self._lock, on_each_node=on_each_node)
+        return self._lock
 
     def save_in_training(self, position: Position) -> None:
         """Save a checkpoint because a callback asked for it."""

@@ -54,7 +54,7 @@ def cache_told() -> Iterator[None]:
         yield
     except DstrainError:
         raise
-    except Exception as error:
+    except Exception as error:  # libraries raise what they like where a disk is full
         if (problem := cache_problem(error)) is not None:
             raise DataError(problem) from error
         raise

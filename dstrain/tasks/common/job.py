@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import check_there
+from dstrain.checkpoint import check_there, held_by_one
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem, collected
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, barrier
@@ -21,7 +21,7 @@ from dstrain.models import check_model_folder, check_writable, told_of_library
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.trainer import Trainer
 from dstrain.trainer.build import resolve_config
-from dstrain.trainer.saving import alone_in_folder, missing_text
+from dstrain.trainer.saving import missing_text
 
 logger = get_logger(__name__)
 
@@ -188,7 +188,7 @@ def train_and_report(
     Raises:
         CheckpointError: another run writes into the output folder.
     """
-    with alone_in_folder(trainer):
+    with held_by_one(trainer.output_lock, takes=trainer.args.should_save):
         _train_and_report(trainer, figures, show)
     if not trainer.last_save_failed:
         return 0
@@ -220,8 +220,9 @@ def _train_and_report(
             print(f"\n{shown}\n")
         folder = Path(trainer.args.output_dir)
         print(f"model, metrics and loss_curve.png are in {folder}", flush=True)
-        if missing := missing_text(trainer):
-            print(missing, flush=True)
+        missing, last_failed = trainer.missing_checkpoints, trainer.last_save_failed
+        if missing:
+            print(missing_text(missing, last_failed=last_failed), flush=True)
 
 
 def _final_evaluation(trainer: Trainer) -> dict[str, float]:
