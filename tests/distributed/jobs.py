@@ -23,24 +23,19 @@ _BEGINS = (".writing-", ".writing-", ".writing-", ".removing-")
 
 def train(folder: Path, resume: Any = False, **settings: Any) -> None:
     """A run; its main rank writes ``outcome.json``."""
-    import xxhash
-
-    from tests.distributed.runs import history, losses, make_trainer, whole_weights
+    from tests.distributed.runs import history, losses, make_trainer, weights_digest
     from tests.models import tiny_llama
 
     build = settings.pop("build", tiny_llama)
     model = build(**settings.pop("model", {}))
     trainer = make_trainer(folder, model=model, evaluation=0, **settings)
     trainer.train(resume)
-    digest = xxhash.xxh3_64()
-    for name, weights in sorted(whole_weights(trainer).items()):
-        digest.update(name.encode())
-        digest.update(weights.float().numpy().tobytes())
+    digest = weights_digest(trainer)
     if trainer.ranks.is_main:
         outcome = {
             "losses": losses(trainer),
             "history": history(trainer)[:-1],
-            "weights": digest.hexdigest(),
+            "weights": digest,
         }
         (folder / "outcome.json").write_text(json.dumps(outcome))
 

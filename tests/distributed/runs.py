@@ -66,6 +66,17 @@ def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in parameters.items()}
 
 
+def weights_digest(trainer: Any) -> str:
+    """Hash the names and values of all parameters; a collective of all ranks at stage 3."""
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    for name, weights in sorted(whole_weights(trainer).items()):
+        digest.update(name.encode())
+        digest.update(weights.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
 _TIMES = ("tokens_per_second", "runtime", "samples_per_second", "steps_per_second")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from tests.distributed.runs import STAGES, history, losses, make_trainer, whole_weights
+from tests.distributed.streams import TellsPosition
 from tests.models import RaggedTokens, pad_collate, tiny_llama
 
 # 22 samples in micro-batches of 2 on 2 ranks: 6 micro-steps an epoch, the last one short.
@@ -245,22 +246,14 @@ def test_a_resume_reads_no_sample_that_was_used(tmp_path: Path) -> None:
     assert Counted.reads == 2 + looked_at
 
 
-class Telling(Stream):
+class Telling(TellsPosition, Stream):
     """A stream that knows where it is."""
 
-    reads = given = begin = 0
+    def num_samples(self) -> int:
+        return len(self.samples)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.begin = state["given"]
-
-    def __iter__(self) -> Iterator[Any]:
-        begin, self.begin = self.begin, 0
-        for self.given in range(begin + 1, len(self.samples) + 1):  # noqa: B020
-            Telling.reads += 1
-            yield self.samples[(self.given * 5 + self.epoch) % len(self.samples)]
+    def sample(self, number: int) -> Any:
+        return self.samples[(number * 5 + self.epoch) % len(self.samples)]
 
 
 @pytest.mark.ranks(2, timeout=300)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from tests.distributed.runs import losses, make_trainer, whole_weights
+from tests.distributed.streams import TellsPosition
 from tests.models import RaggedTokens, pad_collate
 
 SAMPLES = RaggedTokens(40, seed=5).examples
@@ -551,22 +552,14 @@ def test_the_length_of_a_stream_counts(
 # --- resuming ------------------------------------------------------------------------------------
 
 
-class Telling(Part):
+class Telling(TellsPosition, Part):
     """A part that knows where it is."""
 
-    reads = given = begin = 0
+    def num_samples(self) -> int:
+        return len(self.numbers)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.begin = state["given"]
-
-    def __iter__(self) -> Iterator[Any]:
-        begin, self.begin = self.begin, 0
-        for self.given in range(begin + 1, len(self.numbers) + 1):  # noqa: B020
-            type(self).reads += 1
-            yield rows([self.numbers[self.given - 1]])[0]
+    def sample(self, number: int) -> Any:
+        return rows([self.numbers[number - 1]])[0]
 
 
 @pytest.mark.ranks(2, timeout=300)

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 from dstrain.data.watch import WATCHED_SAMPLES
 from tests.distributed.runs import losses, whole_weights
+from tests.distributed.streams import TellsPosition
 from tests.distributed.test_split_data import (
     SAMPLES,
     Part,
@@ -569,21 +570,14 @@ def test_nothing_more_is_told_than_a_few_numbers(
 # --- resuming ------------------------------------------------------------------------------------
 
 
-class Telling(Later):
+class Telling(TellsPosition, Later):
     """A stream that knows where it is."""
 
-    begin = given = 0
+    def num_samples(self) -> int:
+        return len(self.numbers)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.begin = state["given"]
-
-    def __iter__(self) -> Iterator[Any]:
-        begin, self.begin = self.begin, 0
-        for self.given in range(begin + 1, len(self.numbers) + 1):  # noqa: B020
-            yield rows([self.numbers[self.given - 1]])[0]
+    def sample(self, number: int) -> Any:
+        return rows([self.numbers[number - 1]])[0]
 
 
 LONG = [i % len(SAMPLES) for i in range(90)]

@@ -30,16 +30,9 @@ from dstrain.tasks.common import rows as rows_module
 from dstrain.tasks.common import tokenizer as tokenizers_module
 from dstrain.tasks.common.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 WORDS = ["def", "return", "class", "import", "lambda", "yield", "self", "value", "index", "name"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Every test has a cache of its own, and none sees the user's."""
-    folder = tmp_path_factory.mktemp("hf-cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    datasets.disable_progress_bars()
-    return folder / "dstrain"
 
 
 @pytest.fixture(scope="session")

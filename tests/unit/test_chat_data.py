@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +33,8 @@ from dstrain.tasks.causal_lm.data import prepare_data
 from dstrain.tasks.common.tokenizer import train_tokenizer
 from tests.models import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>\n' }}"
@@ -59,15 +60,6 @@ TWO_TURNS = [
     {"role": "user", "content": "Another"},
     {"role": "assistant", "content": "so blue"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Every test has a cache of its own, and none sees the user's."""
-    folder = tmp_path_factory.mktemp("hf-cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    datasets.disable_progress_bars()
-    return folder / "dstrain"
 
 
 @pytest.fixture(scope="session")

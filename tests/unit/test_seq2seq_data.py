@@ -4,7 +4,6 @@ import dataclasses
 import json
 import textwrap
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,14 +29,7 @@ from dstrain.tasks.seq2seq.metrics import (
 from dstrain.tasks.seq2seq.prepare import check_tokenizer, prepare
 from dstrain.tasks.seq2seq.sources import load_pairs
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Every test has a cache of its own, and none sees the user's."""
-    folder = tmp_path_factory.mktemp("hf-cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    datasets.disable_progress_bars()
-    return folder / "dstrain"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="session")
