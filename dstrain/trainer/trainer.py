@@ -369,23 +369,23 @@ class Trainer(
 
     @property
     def model_wrapped(self) -> Any:
-        """The DeepSpeed engine while it is on the model, else the model."""
+        """Return the DeepSpeed engine while it is on the model, else the model."""
         engine = self._engines.training
         return self.model if engine is None or engine.rests else engine.model
 
     @property
     def deepspeed(self) -> Any:
-        """The DeepSpeed engine of the training that runs or ran last, or None."""
+        """Return the DeepSpeed engine of the training that runs or ran last, or None."""
         engine = self._engines.training
         return None if engine is None else engine.model
 
     @property
     def tokenizer(self) -> Any:
-        """Old name of ``processing_class``."""
+        """Return ``processing_class``, whose old name this is."""
         return self.processing_class
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
-        """A new model from ``model_init``, which may take the trial of a search."""
+        """Make a new model by ``model_init``, which may take the trial of a search."""
         assert self.model_init is not None
         return self.model_init(trial) if num_arguments(self.model_init) else self.model_init()
 
@@ -400,7 +400,7 @@ class Trainer(
     # --- what a subclass overrides --------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """This rank's training loader.
+        """Make this rank's training loader.
 
         Raises:
             DataError: there is no training data, or it is empty.
@@ -431,14 +431,14 @@ class Trainer(
         self.events("on_save")
 
     def event(self, name: str, **kwargs: Any) -> Any:
-        """Tell callbacks of an event; returns the control object."""
+        """Tell callbacks of an event; return the control object."""
         return self.events(name, **kwargs)
 
     def _fresh_model(self, trial: Any) -> torch.nn.Module:
         return fresh_model(self.call_model_init, self.args, trial)
 
     def _renew_model(self, trial: Any) -> None:
-        """Go on with a new model; the one before and all that holds its parameters are let go."""
+        """Replace the model by a new one; release the old one and all that holds its parameters."""
         self.close()
         self.model = self.optimizer = self.lr_scheduler = self._counted = None
         self._own = OwnObjects(self, None, None)
@@ -447,7 +447,7 @@ class Trainer(
         self._note_model()
 
     def _note_model(self) -> None:
-        """What the trainer must know about its model."""
+        """Find out what the trainer must know about its model."""
         check_whole(self.model)
         guard_partitioned(self.model, patience_seconds=self.args.ddp_timeout)
         self._check_generation_config()
@@ -473,7 +473,7 @@ class Trainer(
             check_generation_config(self.model)
 
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
-        """Everything before the first step: loader, config, engine, state."""
+        """Prepare everything before the first step: loader, config, engine, state."""
         assert self._preemption is not None
         self._align_special_tokens()
         self._own.notice()
@@ -537,7 +537,7 @@ class Trainer(
         )
 
     def _align_special_tokens(self) -> None:
-        """Before training, so that generating in its evaluations stops where the tokenizer says."""
+        """Give the model its tokenizer's special tokens, at which generation then stops."""
         generation = getattr(self.model, "generation_config", None)
         with contextlib.nullcontext() if generation is None else changing(generation):
             changed = align_special_tokens(self.model, self.processing_class)
@@ -549,7 +549,7 @@ class Trainer(
             )
 
     def _warn_of_mixing(self, model: Any) -> None:
-        """Say so where padding-free batches are for a model that cannot keep sequences apart."""
+        """Warn where padding-free batches go to a model that cannot keep sequences apart."""
         batch_of = flattened(self.data_collator)
         if batch_of is None:
             return
@@ -584,7 +584,7 @@ class Trainer(
         )
 
     def _finish_training(self, loop: TrainLoop, started: float) -> Any:
-        """Final metrics, log and events; speeds are those of this run, not of one resumed from."""
+        """Log final metrics and tell callbacks; speeds are of this run, not of one resumed from."""
         steps = loop.progress.step
         done = loop.steps_before
         own_samples = torch.tensor(loop.own_samples, device=device_name())

@@ -38,7 +38,7 @@ class WindowWeights:
 
     @property
     def counts(self) -> list[tuple[int, ...]]:
-        """Targets of each micro-batch, for each part of its loss; a collective the first time."""
+        """Return the targets of each micro-batch by part of its loss; at first a collective."""
         if self._counts is None:
             self._targets.settle(self._ranks, final=True)
             self._count()
@@ -47,7 +47,7 @@ class WindowWeights:
 
     @property
     def totals(self) -> Any:
-        """Targets of the window over all ranks, for each part of the loss.
+        """Return the targets of the window over all ranks, for each part of the loss.
 
         Returns:
             a number or a tensor of shape () for a loss of one part, else a tensor of (parts,).
