@@ -29,7 +29,7 @@ def _fp16_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def noisy_llama() -> Any:
-    """A llama that draws random numbers in every forward pass of training."""
+    """Return a llama that draws random numbers in every forward pass of training."""
     return tiny_llama(attention_dropout=0.3)
 
 
@@ -57,7 +57,7 @@ def run(folder: Path, *, resume: Any = False, **settings: Any) -> dict[str, Any]
 
 
 def run_file(folder: Path) -> Any:
-    """``run.json`` without what a clock says."""
+    """Read ``run.json`` without times."""
     content = json.loads((folder / "state/run.json").read_text())
     for meter in content["position"]["meters"]:
         del meter["seconds"]
@@ -65,7 +65,7 @@ def run_file(folder: Path) -> Any:
 
 
 def assert_same(resumed: dict[str, Any], whole: dict[str, Any]) -> None:
-    """Bit for bit: weights, history, master weights, optimizer state, counters, schedule."""
+    """Check, bit for bit, weights, history, master weights, optimizer state and counters."""
     for name, weights in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], weights), name
     assert resumed["history"] == whole["history"]
@@ -172,14 +172,14 @@ class Stream(IterableDataset[Any]):
 
 
 def masking_collate(examples: Any) -> dict[str, torch.Tensor]:
-    """Drops tokens at random, as a masked-language-model collator does."""
+    """Drop tokens at random, as a masked-language-model collator does."""
     batch = pad_collate(examples)
     dropped = torch.rand(batch["input_ids"].shape) < 0.2
     return batch | {"input_ids": batch["input_ids"].masked_fill(dropped, 3)}
 
 
 def masking_trainer() -> Any:
-    """A trainer class with that collator."""
+    """Return a trainer class with that collator."""
     from dstrain import Trainer
 
     class Masking(Trainer):

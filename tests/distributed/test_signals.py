@@ -26,17 +26,17 @@ dstrain_run_job "$@"
 
 
 def begun(training: Training) -> bool:
-    """Whether both ranks of the script have trained."""
+    """Tell whether both ranks of the script have trained."""
     return min(training.step(0), training.step(1)) >= 2
 
 
 def logged(training: Training) -> bool:
-    """Whether the command has trained."""
+    """Tell whether the command has trained."""
     return re.search(r"^(\r.*)?step [2-9]", training.text(), re.MULTILINE) is not None
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of the committed checkpoints."""
+    """Return the steps of the committed checkpoints."""
     return [int(p.parent.name.split("-")[1]) for p in folder.glob("out/checkpoint-*/manifest.json")]
 
 
@@ -95,7 +95,7 @@ def test_what_ends_deepspeed_lets_the_ranks_save_and_leaves_none_behind(tmp_path
 
 
 def command(folder: Path, **given: object) -> list[str]:
-    """What `launch/quickstart.sh` runs when its environment is there, of a tiny model."""
+    """Return the command that `launch/quickstart.sh` runs in the end, for a tiny model."""
     driver = folder / "driver.sh"
     driver.write_text(DRIVER.format(root=ROOT))
     words = flags(

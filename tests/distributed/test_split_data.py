@@ -22,7 +22,7 @@ EVEN, UNEVEN, SHORT = 24, 23, 7  # samples in all; on 2 and 3 ranks equal, unequ
 
 
 def rows(numbers: list[int]) -> list[dict[str, Any]]:
-    """Samples with their numbers."""
+    """Make samples that hold their numbers."""
     return [{**SAMPLES[i], "number": i} for i in numbers]
 
 
@@ -83,12 +83,12 @@ STREAMS: dict[str, Callable[[int, int, int], Any]] = {
 
 
 def collate(samples: list[Any]) -> dict[str, Any]:
-    """With the numbers of the samples."""
+    """Collate samples, with their numbers."""
     return {**pad_collate(samples), "numbers": torch.tensor([s["number"] for s in samples])}
 
 
 def recording() -> Any:
-    """A trainer that notes the samples that were trained on this rank, epoch by epoch.
+    """Return a trainer that notes the samples that were trained on this rank, epoch by epoch.
 
     Its predictions are the numbers of the samples.
     """
@@ -130,7 +130,7 @@ def trainer_of(folder: Path, data: Any, **settings: Any) -> Any:
 
 
 def everywhere(mine: list[list[int]]) -> list[int]:
-    """Samples of all ranks, in order of their numbers."""
+    """Gather the samples of all ranks, in order of their numbers."""
     from dstrain.core.ranks import gather_objects
 
     return sorted(i for part in gather_objects(mine) for batch in part for i in batch)
@@ -147,7 +147,7 @@ def check_epochs(trainer: Any, size: int, num_epochs: int) -> None:
 
 
 def check_evaluations(trainer: Any, size: int, number: int) -> None:
-    """The main rank has predicted each sample once."""
+    """Check that the main rank has predicted each sample once."""
     assert len(trainer.evaluations) == (number if trainer.ranks.is_main else 0)
     for numbers in trainer.evaluations:
         assert sorted(numbers.tolist()) == list(range(size))

@@ -32,7 +32,7 @@ BEGIN = 9  # equal samples: more than are looked at before the first step
 
 
 def numbers_of(rank: int, world_size: int, begin: int = BEGIN, size: int = SIZE) -> list[int]:
-    """The first samples on all ranks, then each rank its own."""
+    """Return the numbers of a rank's samples: the first ones on all ranks, then its own."""
     return [*range(begin), *range(begin + rank, size, world_size)]
 
 
@@ -82,7 +82,7 @@ def alike_on_all(text: str) -> bool:
 
 
 def check_refused(use: Callable[[], Any], what: str) -> str:
-    """One error on all ranks, with what was seen and what to do."""
+    """Check that all ranks raise one error, with what was seen and what to do."""
     from dstrain.core.errors import DataError
 
     with pytest.raises(DataError, match=f"{what} began alike on all ranks, and then is") as caught:
@@ -216,7 +216,7 @@ class Odd:
 
 
 def mixed(rank: int) -> list[Any]:
-    """Samples of whatever there is."""
+    """Make samples of whatever there is."""
     from PIL import Image
 
     plain = [

@@ -70,7 +70,7 @@ def tokens_of(samples):
 
 
 def prepare_tokenizer(documents, args, **kwargs):
-    """As the job does it."""
+    """Prepare the tokenizer as the job does."""
     return tokenizers_module.prepare_tokenizer(
         documents.train,
         name=args.tokenizer_name,
@@ -82,7 +82,7 @@ def prepare_tokenizer(documents, args, **kwargs):
 
 
 def message(**kwargs):
-    """The error of reading the data that the arguments name."""
+    """Return the error of reading the data that the arguments name."""
     with pytest.raises(DataError) as caught:
         load_documents(DataArguments(**kwargs))
     return str(caught.value)
@@ -307,7 +307,7 @@ def test_stream_holds_out_its_first_rows(tmp_path, monkeypatch):
 
 
 def expected_tokens(rows, tokenizer):
-    """The token stream, made the slow way."""
+    """Make the token stream the slow way."""
     eos = tokenizer.eos_token_id
     return [token for text in texts_of(rows) for token in [*tokenizer(text)["input_ids"], eos]]
 

@@ -75,7 +75,7 @@ def tokenizer(tokenizer_folder):
 
 
 def answers_of(tokenizer, ids, labels):
-    """The text of each run of labels, and a check that labels are the ids or -100."""
+    """Decode each run of labels, and check that labels are the ids or -100."""
     runs, before = [], -100
     for token, label in zip(ids, labels, strict=True):
         assert label in (-100, token)

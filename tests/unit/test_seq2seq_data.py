@@ -89,7 +89,7 @@ def test_what_is_no_python_has_no_functions():
 
 @pytest.fixture
 def small_library(tmp_path, monkeypatch):
-    """A standard library of forty modules, some with a function that is in each of them."""
+    """Give a standard library of forty modules, some with a function that is in each of them."""
     root = tmp_path / "lib"
     root.mkdir()
     for index in range(40):
@@ -324,7 +324,7 @@ def test_a_tokenizer_that_never_ends_a_target_is_refused(tokenizer, tmp_path):
 
 
 def table_length(left, right):
-    """The textbook recurrence (Lin 2004 cites Cormen et al.)."""
+    """Compute the table by the textbook recurrence (Lin 2004 cites Cormen et al.)."""
     table = np.zeros((len(left) + 1, len(right) + 1), dtype=int)
     for i, a in enumerate(left, start=1):
         for j, b in enumerate(right, start=1):
