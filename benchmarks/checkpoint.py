@@ -118,7 +118,7 @@ def _measure(options: argparse.Namespace, contender: str, stage: int) -> dict[st
 
 
 def summary(rounds: Sequence[dict[str, Any]], stage: int, world_size: int) -> dict[str, Any]:
-    """Medians over rounds and saves, ratios within rounds, and whether the goals are reached."""
+    """Compute medians over rounds and saves, ratios within rounds, and which goals are met."""
     rows: dict[str, dict[str, float]] = {}
     for name in rounds[0]:
         saves = [r[name]["save"] for r in rounds]
@@ -202,7 +202,7 @@ def _mb(number: float) -> str:
 
 
 def _page(records: Sequence[dict[str, Any]]) -> str:
-    """The report for people."""
+    """Write the report for people."""
     rows = [_TITLES, *(row for record in records for row in _rows(record))]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(_TITLES))

@@ -46,14 +46,14 @@ class Clocks:
     peaks: dict[int, int] = field(default_factory=dict)
 
     def step_begins(self, step: int) -> None:
-        """``step`` steps are done."""
+        """Note that a step begins, after ``step`` steps."""
         now = time.perf_counter()
         self.begins[step + 1] = now
         if step in self.ends:
             self.gaps[step] = now - self.ends[step]
 
     def step_ends(self, step: int) -> None:
-        """The step has ended; whatever the trainer does after it follows."""
+        """Note that the step has ended; whatever the trainer does after it follows."""
         if step == 2:  # what building the engine took is no cost of saving
             forget_peak()
         if step % self.settings.steps_between == 0:
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def _slowest(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of every number of seconds or bytes the largest over the ranks."""
+    """Return, for every number of seconds or bytes, the largest over the ranks."""
     merged = dict(ranks[0])
     for name, value in merged.items():
         if name.endswith(("_seconds", "_bytes")):
@@ -162,7 +162,7 @@ def noted_commits(times: list[float]) -> Iterator[None]:
 
 
 def plain_write(folder: Path, num_bytes: int) -> float:
-    """Seconds in which all ranks write that many bytes in all, as ``dd`` would, and fsync."""
+    """Measure the seconds in which all ranks together write and fsync so much, as ``dd`` would."""
     buffer = os.urandom(CHUNK_BYTES)
     left = num_bytes // dist.get_world_size()
     path = folder / f"plain-{dist.get_rank()}"
@@ -216,7 +216,7 @@ class LoadWatch:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """Around the load: all ranks begin and end together; a thread samples memory."""
+        """Measure a load in the block: ranks begin and end together; a thread samples memory."""
         over = threading.Event()
         peak = before = status_bytes("RssAnon")
 
@@ -283,7 +283,7 @@ def watched_transformers(watch: LoadWatch) -> Iterator[None]:
 
 
 def plain_read(files: list[Path]) -> float:
-    """Seconds in which all ranks together read the bytes of these files, each its share."""
+    """Measure the seconds in which all ranks together read these files, each its share."""
     buffer = bytearray(CHUNK_BYTES)
     dist.barrier()
     started = time.perf_counter()
@@ -301,7 +301,7 @@ def plain_read(files: list[Path]) -> float:
 
 
 def run_dstrain(settings: Settings, clocks: Clocks, resume: str | None = None) -> Any:
-    """dstrain's Trainer."""
+    """Return dstrain's Trainer."""
     from transformers import TrainerCallback
 
     from dstrain import Trainer
@@ -317,7 +317,7 @@ def run_dstrain(settings: Settings, clocks: Clocks, resume: str | None = None) -
 
 
 def run_transformers(settings: Settings, clocks: Clocks, resume: str | None = None) -> Any:
-    """transformers' Trainer, with accelerate, on the same DeepSpeed config."""
+    """Return transformers' Trainer, with accelerate, on the same DeepSpeed config."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model = build_model()  # before the arguments, which may turn on zero.Init
@@ -337,7 +337,7 @@ def run_transformers(settings: Settings, clocks: Clocks, resume: str | None = No
 
 
 def _common(settings: Settings) -> dict[str, Any]:
-    """Arguments that both trainers know."""
+    """Return arguments that both trainers know."""
     steps = settings.steps_between * (settings.saves + 1)
     last = settings.steps_between * settings.saves
     return {
@@ -368,7 +368,7 @@ def _arguments(settings: Settings) -> Any:
 
 
 def _config(settings: Settings) -> dict[str, Any]:
-    """The DeepSpeed config that dstrain resolves to, for transformers."""
+    """Return the DeepSpeed config that dstrain resolves to, for transformers."""
     from dstrain.config import Facts, resolve
     from dstrain.engine import model_facts
 
@@ -389,7 +389,7 @@ def _config(settings: Settings) -> dict[str, Any]:
 
 
 def build_model() -> Any:
-    """A llama of 32 million parameters, the same at every call."""
+    """Return a llama of 32 million parameters, the same at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
@@ -425,7 +425,7 @@ def _callback(base: type[Any], clocks: Clocks) -> Any:
 
 
 def status_bytes(name: str) -> int:
-    """A figure of this process's memory as Linux gives it."""
+    """Return a figure of this process's memory as Linux gives it."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

@@ -41,7 +41,7 @@ class Meter:
         self._thread.start()
 
     def finish(self) -> dict[str, float]:
-        """MB more at the peak."""
+        """Stop; return by how many MB each figure rose at its peak."""
         self._stop.set()
         self._thread.join()
         return {name: (self._peak[name] - self._before[name]) / 1e6 for name in self._peak}
@@ -63,19 +63,19 @@ class Meter:
 
 
 def accuracy(predictions: Any, labels: Any) -> tuple[int, int]:
-    """Tokens foretold rightly, and all."""
+    """Count the tokens that were predicted rightly, and all tokens."""
     right = predictions.argmax(-1)[:, :-1] == labels[:, 1:]
     return int(right.sum()), int(np.prod(right.shape))
 
 
 def compute_metrics(prediction: Any) -> dict[str, float]:
-    """What users write: over everything at once."""
+    """Compute the accuracy as users do, over everything at once."""
     right, number = accuracy(prediction.predictions, prediction.label_ids)
     return {"accuracy": right / number}
 
 
 def nothing(prediction: Any) -> dict[str, float]:
-    """Reads no prediction: what is left is the collecting."""
+    """Read no prediction, so that only the collecting is measured."""
     return {"rows": float(len(prediction.predictions))}
 
 
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def dstrain_trainer(settings: Settings, folder: str) -> Any:
-    """dstrain's Trainer, before training."""
+    """Return dstrain's Trainer, before training."""
     from dstrain import Trainer, TrainingArguments
 
     args = TrainingArguments(
@@ -149,7 +149,7 @@ def dstrain_trainer(settings: Settings, folder: str) -> Any:
 
 
 def transformers_trainer(settings: Settings, folder: str) -> Any:
-    """transformers' Trainer, with accelerate and the same ZeRO stage."""
+    """Return transformers' Trainer, with accelerate and the same ZeRO stage."""
     from transformers import Trainer, TrainingArguments
 
     model = _model(settings)  # before the arguments, which may turn on zero.Init
@@ -168,7 +168,7 @@ def transformers_trainer(settings: Settings, folder: str) -> Any:
 
 
 def _model(settings: Settings) -> Any:
-    """A small model with large outputs."""
+    """Return a small model with large outputs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)

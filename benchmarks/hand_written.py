@@ -35,20 +35,20 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
     """Token blocks of one length, every token of which is a target."""
 
     def __init__(self, tokens: torch.Tensor) -> None:
-        """Args: int64 tokens, shape (blocks, block size)."""
+        """Keep the blocks: int64 tokens, shape (blocks, block size)."""
         self.tokens = tokens
 
     def __len__(self) -> int:
-        """Number of blocks."""
+        """Count the blocks."""
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Block ``index`` as model inputs."""
+        """Return block ``index`` as model inputs."""
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
 def build_model(name: str, *, vocab_size: int, block_size: int, seed: int = 42) -> Any:
-    """A llama with fresh fp32 weights, whole on every rank, the same at every call."""
+    """Return a llama with fresh fp32 weights, whole on every rank, the same at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(MODELS[name])
@@ -66,7 +66,7 @@ def build_model(name: str, *, vocab_size: int, block_size: int, seed: int = 42) 
 
 
 def build_engine(model: Any, config: dict[str, Any], *, num_steps: int) -> Any:
-    """A DeepSpeed engine whose learning rate falls to zero over ``num_steps``."""
+    """Return a DeepSpeed engine whose learning rate falls to zero over ``num_steps``."""
     import deepspeed
     from transformers import get_linear_schedule_with_warmup
 
@@ -83,7 +83,7 @@ def build_engine(model: Any, config: dict[str, Any], *, num_steps: int) -> Any:
 def build_loader(
     dataset: Dataset[Any], indices: Sequence[int], *, micro_batch: int, pin_memory: bool
 ) -> DataLoader[Any]:
-    """A loader of one rank: the samples ``indices``, in that order."""
+    """Return a loader of one rank: the samples ``indices``, in that order."""
     return DataLoader(dataset, batch_size=micro_batch, sampler=indices, pin_memory=pin_memory)
 
 

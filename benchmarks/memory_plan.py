@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def plan_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """What the memory model says of a run."""
+    """Compute what the memory model predicts for a run."""
     sys.path.insert(0, str(ROOT))
     from dstrain.config.activations import Batch
     from dstrain.config.memory import footprint
@@ -120,7 +120,7 @@ def plan_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def bucket_keys(settings: dict[str, Any]) -> dict[str, Any]:
-    """The DeepSpeed config of a run: bucket sizes of its own, or nothing."""
+    """Return the DeepSpeed config of a run with its own bucket sizes; empty without any."""
     if not settings["bucket"]:
         return {}
     names = {3: ("reduce_bucket_size", "stage3_prefetch_bucket_size")}
@@ -130,12 +130,12 @@ def bucket_keys(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Leaf values by dotted path."""
+    """Return leaf values by dotted path."""
     return {f"{section}.{k}": v for section, keys in config.items() for k, v in keys.items()}
 
 
 def measure(settings: dict[str, Any], deadline_seconds: float) -> dict[str, int]:
-    """What its ranks used, the largest of them."""
+    """Measure what the ranks of a run used; return the largest."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         script = str(Path(__file__).with_name("memory_plan_rank.py"))

@@ -51,7 +51,7 @@ class ProcessMeter:
         self._base_resident = self._read("VmRSS")
 
     def now(self) -> int:
-        """Bytes in use once what was freed has gone back to the system."""
+        """Return bytes in use once what was freed has gone back to the system."""
         self._settle()
         return self._read("RssAnon") - self._base
 
@@ -61,7 +61,7 @@ class ProcessMeter:
         Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """The most bytes at once since then; file pages that were there before do not count."""
+        """Return the most bytes in use since ``reset_peak``, without file pages from before."""
         return self._read("VmHWM") - self._base_resident
 
     @staticmethod
@@ -89,7 +89,7 @@ class CudaMeter:
         self._base = self._cuda.memory_allocated()
 
     def now(self) -> int:
-        """Bytes in use."""
+        """Return bytes in use."""
         gc.collect()
         return self._cuda.memory_allocated() - self._base
 
@@ -98,7 +98,7 @@ class CudaMeter:
         self._cuda.reset_peak_memory_stats()
 
     def peak(self) -> int:
-        """The most bytes at once since then."""
+        """Return the most bytes in use since ``reset_peak``."""
         return self._cuda.max_memory_allocated() - self._base
 
 

@@ -29,7 +29,7 @@ class RunFailed(Exception):
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This environment, made fit for a measured process: offline, its own ops and packages."""
+    """Make an environment for a measured process: offline, with its own ops and packages."""
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     values = {k: v for k, v in os.environ.items() if k not in (*ranks, "MASTER_ADDR")}
     values.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
@@ -118,7 +118,7 @@ def clean_up_when_terminated() -> None:
 
 
 def die_with_parent() -> None:
-    """In a child between fork and exec: be killed when the parent is gone, however it went."""
+    """Have the system kill this child, between fork and exec, when its parent is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -132,19 +132,19 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def has_gpu() -> bool:
-    """Whether there is an NVIDIA or AMD GPU, found without torch."""
+    """Tell whether there is an NVIDIA or AMD GPU, found without torch."""
     return any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "kfd"))
 
 
 def load() -> float:
-    """Runnable processes, averaged over the last minute."""
+    """Return the number of runnable processes, averaged over the last minute."""
     return round(os.getloadavg()[0], 2)
 
 
@@ -162,7 +162,7 @@ def wait_until_quiet(limit: float, *, patience_seconds: float) -> None:
 
 
 def running_now() -> int:
-    """Runnable processes and threads at this instant, this one left out; 0 where not known."""
+    """Count runnable processes and threads at this instant but this one; 0 where not known."""
     try:
         return int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1
     except (OSError, ValueError, IndexError):
@@ -170,7 +170,7 @@ def running_now() -> int:
 
 
 def machine() -> dict[str, object]:
-    """Facts of this machine for a report."""
+    """Return facts of this machine for a report."""
     return {
         "host": platform.node(),
         "processor": _processor(),
@@ -182,7 +182,7 @@ def machine() -> dict[str, object]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first of them titles, in aligned columns: text left, numbers right."""
+    """Format rows of cells, titles first, in aligned columns: text left, numbers right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -206,7 +206,7 @@ def _free_port() -> int:
 
 
 def _remove_shared_memory(port: int) -> None:
-    """DeepSpeed never unlinks its all-reduce buffers (128 MiB per CPU rank)."""
+    """Remove DeepSpeed's all-reduce buffers (128 MiB per CPU rank), which it never unlinks."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
         buffer.unlink(missing_ok=True)
 

@@ -193,7 +193,7 @@ def _row(record: Mapping[str, Any]) -> list[str]:
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """One rank, caches of this benchmark's own."""
+    """Make the environment of one rank with caches of this benchmark's own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -203,7 +203,7 @@ def _environment(folder: str) -> dict[str, str]:
 
 
 def _text() -> bytes:
-    """Python source that every machine has."""
+    """Return Python source that every machine has."""
     return b"\n\n".join(
         Path(f"{os.path.dirname(os.__file__)}/{name}.py").read_bytes()
         for name in ("argparse", "dataclasses")

@@ -82,7 +82,7 @@ class Settings:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of each of the two loops."""
+        """Count the optimizer steps of each of the two loops."""
         return self.steps_per_block * (self.blocks + 1)
 
 
@@ -110,7 +110,7 @@ def main() -> int:
 def _measure(
     options: argparse.Namespace, contender: str, stage: int, world_size: int
 ) -> dict[str, Any]:
-    """Two runs in processes of their own, one for each order of building, as one record."""
+    """Measure two runs, one for each order of building, in own processes, as one record."""
     runs: list[dict[str, Any]] = []
     for hand_first in (False, True):
         run = _run(options, contender, stage, world_size, hand_first=hand_first)
@@ -131,7 +131,7 @@ def _measure(
 def _run(
     options: argparse.Namespace, contender: str, stage: int, world_size: int, *, hand_first: bool
 ) -> dict[str, Any]:
-    """One run, as a record of the report."""
+    """Run once; return a record of the report."""
     order = "hand-first" if hand_first else "hand-second"
     profile = f"{options.profile}.{contender}-{stage}-{world_size}-{order}"
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +174,7 @@ def _run(
 
 
 def summary(pairs: Sequence[dict[str, float]], contender: str) -> dict[str, Any]:
-    """Medians and quartiles of the ratio of steps per second within each pair of blocks."""
+    """Compute medians and quartiles of the ratio of steps per second within each pair of blocks."""
     ratios = [p["hand_seconds"] / p["trainer_seconds"] for p in pairs]
     best = min(p["hand_seconds"] for p in pairs) / min(p["trainer_seconds"] for p in pairs)
     cpu_ratios = [p["trainer_cpu_seconds"] / p["hand_cpu_seconds"] for p in pairs]
@@ -198,7 +198,7 @@ def summary(pairs: Sequence[dict[str, float]], contender: str) -> dict[str, Any]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile; the value itself when there is only one."""
+    """Compute the first and third quartile; the value itself when there is only one."""
     if len(values) == 1:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -206,7 +206,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Where the true median lies with 95% confidence, whatever the distribution.
+    """Compute where the true median lies with 95% confidence, whatever the distribution.
 
     The number of values below it is binomial, so the interval runs between the order statistics
     1.96 standard deviations, sqrt(n) / 2 each, to both sides of the middle one.
@@ -287,7 +287,7 @@ def _report(record: dict[str, Any]) -> None:
 
 
 def _page(runs: Sequence[dict[str, Any]]) -> str:
-    """The report for people: how it was measured, and a row per run."""
+    """Write the report for people: how it was measured, and a row per run."""
     rows = [_TITLES, *map(_row, runs)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(_TITLES))
@@ -318,7 +318,7 @@ def _kind(run: dict[str, Any]) -> str:
 
 
 def _milliseconds(record: dict[str, Any], side: str) -> float:
-    """Median time of an optimizer step of one of the two loops."""
+    """Format the median time of an optimizer step of one of the two loops."""
     spans = [p[f"{side}_seconds"] for p in record["pairs"]]
     return 1000 * statistics.median(spans) / float(record["steps_per_block"])
 

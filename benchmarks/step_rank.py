@@ -36,7 +36,7 @@ class Setup:
     order: torch.Tensor  # the order in which dstrain's trainer takes the samples
 
     def hand_written(self) -> LoggedSteps:
-        """The hand-written loop with an engine of its own, at its start."""
+        """Return the hand-written loop with an engine of its own, at its start."""
         settings = self.settings
         world_size, rank = dist.get_world_size(), dist.get_rank()
         engine = build_engine(model_of(settings), self.config, num_steps=settings.num_steps)
@@ -56,7 +56,13 @@ class LoggedSteps:
     """A hand-written loop that now and then logs its mean loss, one of the few waits in it."""
 
     def __init__(self, steps: Iterator[torch.Tensor], every: int, *, is_share: bool) -> None:
-        """Args: loop, steps between logs, whether losses are this rank's share of the mean."""
+        """Begin at zero.
+
+        Args:
+            steps: the loop, which yields the loss of each step.
+            every: steps between logs.
+            is_share: whether losses are this rank's share of the mean.
+        """
         self._steps = steps
         self._every = every
         self._is_share = is_share
@@ -65,7 +71,7 @@ class LoggedSteps:
         self._losses: list[float] = []
 
     def __iter__(self) -> LoggedSteps:
-        """Itself."""
+        """Return itself."""
         return self
 
     def __next__(self) -> None:
@@ -78,7 +84,7 @@ class LoggedSteps:
             print(f"step {self._step}  loss {self._losses[-1]:.4f}", flush=True)
 
     def losses_over_ranks(self) -> list[float]:
-        """The logged losses of the global batch; a collective of all ranks."""
+        """Return the logged losses of the global batch; a collective of all ranks."""
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, self._losses)
         parts = 1 if self._is_share else len(gathered)
@@ -150,7 +156,7 @@ class Alternation:
             self._profile.enable()
 
     def finish(self, trainer_losses: list[float]) -> dict[str, Any]:
-        """The measured pairs over all ranks, the first one left out, and how losses compare."""
+        """Collect the measured pairs of all ranks but the first one, and how losses compare."""
         if self.settings.profile and dist.get_rank() == 0:
             self._profile.disable()
             self._profile.dump_stats(self.settings.profile)
@@ -206,7 +212,7 @@ def main() -> None:
 
 
 def run_dstrain(setup: Setup, alternation: Alternation, folder: str) -> list[float]:
-    """dstrain's Trainer; returns the losses it logged."""
+    """Run dstrain's Trainer; return the losses it logged."""
     from transformers import TrainerCallback
 
     from dstrain import Trainer
@@ -224,7 +230,7 @@ def run_dstrain(setup: Setup, alternation: Alternation, folder: str) -> list[flo
 
 
 def run_transformers(setup: Setup, alternation: Alternation, folder: str) -> list[float]:
-    """transformers' Trainer, with accelerate, on the same DeepSpeed config."""
+    """Return transformers' Trainer, with accelerate, on the same DeepSpeed config."""
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -260,7 +266,7 @@ def run_transformers(setup: Setup, alternation: Alternation, folder: str) -> lis
 
 
 def run_control(setup: Setup, alternation: Alternation, folder: str) -> list[float]:
-    """The hand-written loop against a second one of itself: what a ratio of 1 looks like here."""
+    """Run the hand-written loop against a second one, to see what a ratio of 1 looks like here."""
     import deepspeed
 
     deepspeed.init_distributed()
@@ -281,14 +287,14 @@ RUNS: dict[str, Callable[[Setup, Alternation, str], list[float]]] = {
 
 
 def model_of(settings: Settings) -> Any:
-    """A model with fresh weights, the same for both loops."""
+    """Make a model with fresh weights, the same for both loops."""
     return build_model(
         settings.model, vocab_size=VOCAB_SIZE, block_size=settings.block_size, seed=SEED
     )
 
 
 def _setup(settings: Settings) -> Setup:
-    """The samples of the whole run in one epoch, and the one config of both engines."""
+    """Return the samples of the whole run in one epoch, and the one config of both engines."""
     from dstrain.config import Facts, resolve
     from dstrain.data import EpochOrder
     from dstrain.engine import model_facts
@@ -316,7 +322,7 @@ def _setup(settings: Settings) -> Setup:
 
 
 def _arguments(settings: Settings, folder: str) -> Any:
-    """dstrain's arguments, as a user who logs rarely would give them."""
+    """Return dstrain's arguments, as a user who logs rarely would give them."""
     from dstrain import TrainingArguments
 
     return TrainingArguments(

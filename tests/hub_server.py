@@ -47,7 +47,7 @@ class Hub:
 
 @contextlib.contextmanager
 def hub_server() -> Iterator[Hub]:
-    """A hub on a free port of this machine."""
+    """Give a hub on a free port of this machine."""
     hub = Hub()
     hub.gate.set()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, *args: Any) -> None:
-        """Nothing: a test's output is its own."""
+        """Log nothing: a test's output is its own."""
 
     def do_POST(self) -> None:
         body = self._body()

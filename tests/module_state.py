@@ -48,7 +48,7 @@ class Hears(Base):
     """Keeps a sum of its own rows as extra state, and numbers under keys that are no strings."""
 
     def __init__(self) -> None:
-        """Nothing is heard yet."""
+        """Begin with nothing heard."""
         super().__init__()
         self.heard = 0.0
 
@@ -97,7 +97,7 @@ class Counts(Base):
     """Counts its passes in a buffer."""
 
     def __init__(self) -> None:
-        """No passes yet."""
+        """Begin with no passes."""
         super().__init__()
         self.register_buffer("count", torch.tensor(0))
 
@@ -225,7 +225,7 @@ class LoadsParts(Base):
 
     @property
     def sums(self) -> list[float]:
-        """What was computed."""
+        """Return the sums that were computed."""
         return [layer.sum for layer in self.inner if isinstance(layer, Keeper)]
 
 

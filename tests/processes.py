@@ -59,7 +59,7 @@ def write_script(folder: Path, *, pause: float = 0.1, **settings: Any) -> Path:
 
 
 def deepspeed(*words: object, num_ranks: int = 2) -> list[str]:
-    """The command of DeepSpeed's launcher."""
+    """Return the command of DeepSpeed's launcher."""
     launcher = Path(sys.executable).with_name("deepspeed")
     port = str(free_port())
     options = ["--quiet", "--num_gpus", str(num_ranks), "--master_port", port]
@@ -100,7 +100,7 @@ class Training:
             remove_shared_memory(int(words[words.index("--master_port") + 1]))
 
     def members(self) -> list[int]:
-        """The living processes of the session, wherever their parents are."""
+        """Return the living processes of the session, wherever their parents are."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
@@ -111,7 +111,7 @@ class Training:
         return found
 
     def find(self, word: str) -> list[int]:
-        """Members of the session whose command line has this word as a part of one of its own."""
+        """Find the members of the session that have this word in their command line."""
         found = []
         for pid in self.members():
             with contextlib.suppress(OSError):
@@ -121,11 +121,11 @@ class Training:
         return found
 
     def pid(self, rank: int) -> int:
-        """The process of a rank that the script's file tells."""
+        """Return the process id that a rank of the script has written."""
         return int((self.folder / f"pid-{rank}").read_text())
 
     def step(self, rank: int = 0) -> int:
-        """The step that a rank has done last."""
+        """Return the last step that a rank has done."""
         try:
             return int((self.folder / f"step-{rank}").read_text() or 0)
         except FileNotFoundError:
@@ -144,5 +144,5 @@ class Training:
         return self.process.returncode
 
     def text(self) -> str:
-        """What has been printed."""
+        """Return what has been printed."""
         return (self.folder / "log").read_text()

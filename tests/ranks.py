@@ -504,7 +504,7 @@ class Worker:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self) -> Iterator[None]:
-        """After the fixtures' end, put things back and refuse leaks."""
+        """Put things back after the fixtures' end, and refuse leaks."""
         try:
             result = yield
         finally:

@@ -82,7 +82,7 @@ def rows(count: int, *, seed: int = SEED) -> list[dict[str, torch.Tensor]]:
 
 
 def trainer_of(folder: Any, model: nn.Module, stage: int, **settings: Any) -> Any:
-    """A trainer of the model on 24 rows, with 12 to evaluate on."""
+    """Make a trainer of the model on 24 rows, with 12 to evaluate on."""
     from dstrain import Trainer, TrainingArguments
 
     train = settings.pop("train", rows(24))

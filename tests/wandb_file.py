@@ -26,7 +26,7 @@ def go_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_until_written(file: Path, *, seconds: float = 20.0) -> None:
-    """Until W&B's own process has ended the file, some milliseconds after ``finish`` returns."""
+    """Wait until W&B's process has ended the file, milliseconds after ``finish`` returns."""
     deadline = time.monotonic() + seconds
     while not any(record.WhichOneof("record_type") == "exit" for record in records(file)):
         assert time.monotonic() < deadline, f"W&B has not ended {file}"
@@ -34,7 +34,7 @@ def wait_until_written(file: Path, *, seconds: float = 20.0) -> None:
 
 
 def records(file: Path) -> Iterator[Any]:
-    """The records of a ``.wandb`` file, in their order."""
+    """Yield the records of a ``.wandb`` file, in their order."""
     from wandb.proto import wandb_internal_pb2
 
     content, position, parts = file.read_bytes(), _FILE_HEADER, b""
@@ -56,7 +56,7 @@ def records(file: Path) -> Iterator[Any]:
 
 
 def history(file: Path, name: str) -> list[float]:
-    """Every logged value of a figure."""
+    """Return every logged value of a figure."""
     found = []
     for record in records(file):
         for item in record.history.item:
@@ -67,7 +67,7 @@ def history(file: Path, name: str) -> list[float]:
 
 
 def config(file: Path) -> dict[str, Any]:
-    """The run's config, later values over earlier ones."""
+    """Return the run's config, later values over earlier ones."""
     found = {}
     for record in records(file):
         updates = [*record.config.update, *record.run.config.update]

@@ -51,7 +51,7 @@ class _TensorForm:
 
 
 def encode(value: Any, *, where: str, levels: int = 0) -> Any:
-    """The JSON form of a value made of plain Python types, tensors and numpy numbers.
+    """Return the JSON form of a value made of plain Python types, tensors and numpy numbers.
 
     Args:
         value: what to write.
@@ -97,7 +97,7 @@ def encode(value: Any, *, where: str, levels: int = 0) -> Any:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether ``encode`` can write a value."""
+    """Tell whether ``encode`` can write a value."""
     try:
         encode(value, where="")
     except CheckpointError:
@@ -106,7 +106,7 @@ def is_plain(value: Any) -> bool:
 
 
 def decode(value: Any, where: str = "") -> Any:
-    """The value that ``encode`` was given.
+    """Return the value whose JSON form ``encode`` made.
 
     Args:
         value: from JSON of limited depth (``documents.parsed``).

@@ -34,22 +34,22 @@ LAYOUT = f"{STATE}/layout.json"
 
 
 def slice_file(rank: int) -> str:
-    """Path of a rank's slices in a checkpoint."""
+    """Return the path of a rank's slices inside a checkpoint."""
     return f"{STATE}/rank-{rank:05d}.safetensors"
 
 
 def rank_file(rank: int) -> str:
-    """Path of what else only one rank knows, in JSON."""
+    """Return the path of a rank's JSON file, which has its random state, in a checkpoint."""
     return f"{STATE}/rank-{rank:05d}.json"
 
 
 def buffer_file(rank: int) -> str:
-    """Path of the buffers that a rank has for itself."""
+    """Return the path of the buffers that only this rank has, inside a checkpoint."""
     return f"{STATE}/rank-{rank:05d}-buffers.safetensors"
 
 
 def is_of_a_rank(name: str) -> bool:
-    """Whether a file of a checkpoint has what only one rank knows."""
+    """Tell whether a file of a checkpoint belongs to one rank."""
     return name.startswith(f"{STATE}/rank-")
 
 
@@ -67,11 +67,11 @@ class Slices:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Count the bytes of all tensors."""
         return sum(stored.num_bytes for stored in self.tensors)
 
     def copied(self, copies: HostCopies) -> Slices:
-        """The same values in host memory of their own, so that training can go on."""
+        """Copy the values into host memory of their own, so that training can go on."""
         return Slices(
             [Stored.of(s.name, copies.copy(f"slice/{s.name}", s.load())) for s in self.tensors],
             self.metadata,
@@ -91,7 +91,7 @@ class Buffers:
     empty: tuple[str, ...] = ()
 
     def copied(self, copies: HostCopies | None, kind: str = "buffer") -> Buffers:
-        """The same in host memory of its own, so that training can go on; as is without ``copies``.
+        """Copy the buffers into host memory, unless ``copies`` is None; then training can go on.
 
         Args:
             copies: makes the copies.
@@ -103,7 +103,7 @@ class Buffers:
         return Buffers([Stored.of(name, values) for name, values in found], self.empty)
 
     def write(self, folder: Path, name: str) -> dict[str, FileRecord]:
-        """Write the file where there is something to say; the records of what was written.
+        """Write the file unless there are no buffers; return the records of what was written.
 
         Raises:
             OSError: the disk is full, the folder is gone, and so on.
@@ -115,7 +115,7 @@ class Buffers:
 
 
 def own_slices(engine: Engine, ranks: Ranks) -> Slices:
-    """What this rank writes: its share of master weights, optimizer state and frozen weights.
+    """Return this rank's share of master weights, optimizer state and frozen weights.
 
     Raises:
         CheckpointError: optimizer state that cannot be taken apart.
@@ -131,26 +131,26 @@ def own_slices(engine: Engine, ranks: Ranks) -> Slices:
 
 
 def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by name."""
+    """Return the shape of every parameter by name."""
     return {name: full_shape(p) for name, p in engine.module.named_parameters()}
 
 
 def formats(engine: Engine) -> dict[str, str]:
-    """Format of every parameter that the model has in another one than the run's, by name."""
+    """Return, by name, the format of every parameter that is not in the format of the run."""
     run = DTYPES[engine.resolved.precision]
     named = engine.module.named_parameters()
     return {name: str(p.dtype).removeprefix("torch.") for name, p in named if p.dtype != run}
 
 
 def buffers(module: torch.nn.Module) -> Buffers:
-    """The module's persistent buffers, whatever its hooks call them in the ``state_dict``."""
+    """Return a module's persistent buffers, whatever its hooks call them in the ``state_dict``."""
     return buffer_contents(
         [s for s in [*slots_of(module), *empty_slots_of(module)] if s.persistent]
     )
 
 
 def buffer_contents(slots: Sequence[Slot]) -> Buffers:
-    """Buffers of a module by their places in it."""
+    """Return the values of the buffers in ``slots``, and the names of those that are None."""
     return Buffers(
         [Stored.of(slot.name, slot.tensor.detach()) for slot in slots if not slot.is_empty],
         tuple(slot.name for slot in slots if slot.is_empty),

@@ -97,7 +97,7 @@ def _write_parameter(
     zero: Path,
     on_tensor: Callable[[str, int], object],
 ) -> set[str]:
-    """One folder per parameter, one file per kind of state; which kinds it has."""
+    """Write a parameter's folder, a file per kind of tensor; return the kinds but the weights."""
     if Path(name).name != name:
         raise CheckpointError(Problem(f"a parameter is called {name!r}", "that is no file name"))
     folder, kinds = zero / name, set()
@@ -118,7 +118,7 @@ def _file(key: str) -> str:
 
 
 def _step(number: Any) -> Any:
-    """As the optimizer itself keeps it: torch's in a tensor, DeepSpeed's as an integer."""
+    """Return a step count as its optimizer keeps it: torch in a tensor, DeepSpeed as an integer."""
     return torch.tensor(number) if isinstance(number, float) else number
 
 

@@ -86,7 +86,7 @@ class Comparison:
     num_compared: int
 
     def __bool__(self) -> bool:
-        """Whether anything differs."""
+        """Tell whether anything differs."""
         return bool(self.values or self.tensors)
 
 
@@ -132,13 +132,13 @@ def compare(
 
 
 def _read_files(folder: Path, manifest: Manifest, sliced: bool) -> list[str]:
-    """The files of one of two checkpoints that a comparison reads, by slices or without."""
+    """List the files of a checkpoint that a comparison reads, with its slices or its weights."""
     names = [n for n in (configs.RECORD_FILE, content.RUN, content.BUFFERS) if n in manifest.files]
     return names + (slice_files(folder, manifest) if sliced else _weight_files(manifest))
 
 
 def _weight_files(manifest: Manifest) -> list[str]:
-    """The model's weights as Hugging Face files."""
+    """List the Hugging Face files that hold the model's weights."""
     return [n for n in manifest.files if n.startswith("model") and n.endswith(".safetensors")]
 
 
@@ -174,7 +174,7 @@ def _run_values(first: Path, second: Path) -> Iterator[tuple[str, str, Any, Any]
 
 
 def _state_values(first: SliceIndex, second: SliceIndex) -> Iterator[tuple[str, str, Any, Any]]:
-    """Single numbers of the optimizer's state, and tensors of it that only one of the two has."""
+    """Yield differences of single numbers of the optimizer's state, and of its kinds of tensors."""
     sides = []
     for index in (first, second):
         keys: dict[str, list[str]] = {}
@@ -201,7 +201,10 @@ def _file_pairs(
     manifests: tuple[Manifest, Manifest],
     values: list[tuple[str, str, Any, Any]],
 ) -> Iterator[tuple[str, str, list[Piece], list[Piece], int]]:
-    """Tensors of whole files: buffers, and the model's weights where slices do not have them."""
+    """Yield pairs of tensors from whole files: buffers, and weights where there are no slices.
+
+    A tensor that one checkpoint lacks, or has in another size, is added to ``values``.
+    """
     sides = list(zip((first, second), manifests, strict=True))
     buffers = [_whole(f, [n for n in m.files if n == content.BUFFERS]) for f, m in sides]
     kinds = [("buffer", buffers)]
@@ -220,7 +223,7 @@ def _file_pairs(
 
 
 def _whole(folder: Path, files: list[str]) -> dict[str, Piece]:
-    """The tensors of some files of a checkpoint, each as one piece."""
+    """Index the tensors in some files of a checkpoint, each as one piece."""
     found = {}
     for path in (folder / file for file in sorted(files)):
         with reading(path) as file:
@@ -232,7 +235,7 @@ def _whole(folder: Path, files: list[str]) -> dict[str, Piece]:
 def _compared(
     files: _Files, tensor: str, ours: list[Piece], theirs: list[Piece], numel: int
 ) -> tuple[int, float]:
-    """How many elements differ, and by how much at most."""
+    """Count the elements that differ, and find the largest difference."""
     different, largest = 0, 0.0
     for start in range(0, numel, _CHUNK_NUMEL):
         stop = min(numel, start + _CHUNK_NUMEL)
@@ -261,7 +264,7 @@ class _Files(contextlib.ExitStack):
         self._open: dict[Path, TensorReader] = {}
 
     def read(self, tensor: str, pieces: list[Piece], start: int, stop: int) -> torch.Tensor:
-        """Elements from ``start`` to ``stop`` of a flattened tensor."""
+        """Read the elements from ``start`` to ``stop`` of a flattened tensor."""
         parts = []
         for piece in pieces:
             low, high = max(piece.start, start), min(piece.start + piece.numel, stop)
@@ -291,7 +294,7 @@ def _of_mappings(
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Leaves of nested values under dotted names."""
+    """Yield the leaves of nested values under dotted names, without those that are not compared."""
     if path in _NOT_COMPARED:
         return
     if isinstance(value, Mapping):

@@ -71,7 +71,7 @@ def export(
     on_tensor: Callable[[str, int], None] = lambda name, num_bytes: None,
     on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> int:
-    """Write the model of a checkpoint to ``out``; how many tensors it has.
+    """Write the model of a checkpoint to ``out``; return the number of its tensors.
 
     The files that it reads are verified before, so nothing is made of a damaged checkpoint.
 
@@ -117,7 +117,7 @@ def export(
 
 
 def _is_copied(name: str) -> bool:
-    """Return whether an export copies a file: a config, or a file of a tokenizer or processor."""
+    """Tell whether an export copies a file: a config, or a file of a tokenizer or processor."""
     is_tensors = name.endswith(".safetensors") or name == _INDEX
     inside = "/" in name or name.startswith(".")
     return not (is_tensors or inside or name in _TRAINING_FILES)
@@ -141,12 +141,12 @@ class _Source:
         self._verified |= wanted
 
     def path(self, name: str) -> Path:
-        """A verified file."""
+        """Verify a file and return its path."""
         self.verify([name])
         return self.folder / name
 
     def extra_states(self) -> dict[str, Any]:
-        """The main rank's extra states by their keys in a ``state_dict``, as far as it says."""
+        """Read the main rank's extra states by their keys in a ``state_dict``; empty if none."""
         if not self.manifest.has(content.RUN):
             return {}
         self.verify([content.RUN])
@@ -159,7 +159,7 @@ class _Source:
 
 
 def slice_files(folder: Path, manifest: Manifest) -> list[str]:
-    """The files of slices of a checkpoint that are in its folder; none where it has no slices."""
+    """List the files of slices that are in a checkpoint's folder; none where it has no slices."""
     if not manifest.has_slices:
         return []
     absent = set(manifest.not_in(folder))
@@ -170,7 +170,7 @@ def slice_files(folder: Path, manifest: Manifest) -> list[str]:
 def _tensors(
     source: _Source, dtype: torch.dtype, extra: Mapping[str, Any], *, as_trained: bool
 ) -> list[Stored]:
-    """All tensors of the model under their saved names, read when they are written.
+    """List all tensors of the model under their saved names; each is read when it is written.
 
     Args:
         source: the checkpoint.
@@ -266,7 +266,7 @@ def _converted(
     dtype: torch.dtype,
     format_of: Callable[[str], torch.dtype],
 ) -> list[Stored]:
-    """The tensors as ``save_pretrained`` lays them out, each group made when it is written."""
+    """List tensors as ``save_pretrained`` lays them out; each group is made when it is written."""
 
     def load(entry: Entry) -> torch.Tensor:
         name = layout.first_names.get(entry.name, entry.name)
@@ -300,7 +300,7 @@ def _master(index: SliceIndex, name: str, shape: tuple[int, ...], dtype: torch.d
 def assembled(
     index: SliceIndex, key: str, name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Stored:
-    """A whole tensor out of its pieces, read when it is written."""
+    """Describe a whole tensor that is put together from its pieces when it is written."""
     pieces = index.pieces.get((key, name), [])  # none of a parameter without elements
 
     def load() -> torch.Tensor:
@@ -330,7 +330,7 @@ def _from_file(path: Path, name: str, dtype: torch.dtype | None) -> Stored:
 
 
 def _stored_names(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Tensors in the checkpoint's Hugging Face files -> the file that has them."""
+    """Map each tensor in the checkpoint's Hugging Face files to its file."""
     names: dict[str, str] = {}
     for file in sorted(name for name in manifest.files if _WEIGHTS.fullmatch(name)):
         names |= dict.fromkeys(_file_names(folder / file), file)

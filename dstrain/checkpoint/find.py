@@ -32,7 +32,7 @@ def choose(
     on_each_node: bool = False,
     look: Look = lambda folder, manifest: None,
 ) -> tuple[Path, Manifest] | None:
-    """The checkpoint to resume from, the same on all ranks, which share the work of verifying it.
+    """Choose the checkpoint to resume from, the same on all ranks, which verify it together.
 
     Args:
         wanted: a folder; True for the newest of the run that verifies; "auto" likewise, but None
@@ -73,7 +73,7 @@ def choose(
 
 
 def _candidates(output_dir: Path, *, on_each_node: bool) -> tuple[list[Path], bool]:
-    """The checkpoints of a run, newest first, the same on all ranks; those of any machine.
+    """List the checkpoints of a run on any of its machines, newest first; the same on all ranks.
 
     Returns:
         Everything with a checkpoint's name, so that each that is none is skipped with its reason;
@@ -92,7 +92,7 @@ def _candidates(output_dir: Path, *, on_each_node: bool) -> tuple[list[Path], bo
 
 
 def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
-    """What ``resume_from_checkpoint`` says: a folder, True, "auto", or None for a fresh start."""
+    """Read ``resume_from_checkpoint``: a folder, True, "auto", or None for a fresh start."""
     word = given.lower() if isinstance(given, str) else given
     if word in (None, False, "false", "none", ""):
         return None
@@ -100,7 +100,7 @@ def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
 
 
 def check_there(given: str | bool | None, output_dir: Path) -> None:
-    """A quick look, before anything expensive: whether there is something to resume from.
+    """Check quickly, before anything expensive, that there is something to resume from.
 
     Raises:
         CheckpointError: there is not.
@@ -131,7 +131,7 @@ def verify(
     share: tuple[int, int] = (0, 1),
     on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> tuple[Manifest, list[str]]:
-    """A checkpoint's manifest, and everything that is wrong with it.
+    """Read a checkpoint's manifest and its files; return the manifest and everything that is wrong.
 
     Args:
         folder: the checkpoint.
@@ -170,7 +170,7 @@ def _faults_within(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def check_whole(folder: Path, ranks: Ranks, *, on_each_node: bool = False) -> Manifest:
-    """The manifest of a checkpoint, once all ranks together have read all of its files.
+    """Return the manifest of a checkpoint after all ranks together have verified its files.
 
     Args:
         folder: the checkpoint.
@@ -196,7 +196,7 @@ def _verified(
     model_alone: bool = False,
     look: Look = lambda folder, manifest: None,
 ) -> tuple[Manifest | None, list[str]]:
-    """The manifest where all ranks together found nothing wrong, and what they found.
+    """Verify a checkpoint on all ranks together; return its manifest (None: unusable) and problems.
 
     Args:
         folder: the checkpoint.
@@ -228,7 +228,7 @@ def _verified(
 
 
 def _other_saves(manifest: Manifest | None, ranks: Ranks) -> list[str]:
-    """Machines that have the part of another save than this one; a collective of all ranks."""
+    """Say which machines have parts of a different save of this step; a collective of all ranks."""
     said = gather_objects(
         ({} if manifest is None else dict(manifest.files), ranks.first_on_machine)
     )

@@ -42,18 +42,18 @@ class Found:
 
 
 def place(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step belongs."""
+    """Return the path of a step's checkpoint."""
     return output_dir / f"checkpoint-{step}"
 
 
 def step_of(name: str) -> int | None:
-    """The step in a checkpoint's name as ``place`` writes it; None of any other name."""
+    """Return the step in a checkpoint's name, as ``place`` writes it; None for any other name."""
     match = _NAME.fullmatch(name)
     return None if match is None else int(match[1])
 
 
 def named(output_dir: Path) -> list[Found]:
-    """Folders that have a checkpoint's name, whatever is in them, lowest step first."""
+    """List the folders that have a checkpoint's name, whatever is in them, lowest step first."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in output_dir.iterdir():
@@ -64,12 +64,12 @@ def named(output_dir: Path) -> list[Found]:
 
 
 def committed(output_dir: Path) -> list[Found]:
-    """The committed checkpoints of a run, oldest step first; by number, as times can lie."""
+    """List the committed checkpoints of a run, lowest step first; times of files can lie."""
     return [f for f in named(output_dir) if (f.folder / manifests.NAME).is_file()]
 
 
 def owned(output_dir: Path) -> list[Found]:
-    """List the committed checkpoints that dstrain may remove: no links, nor what they lead to."""
+    """List the committed checkpoints that dstrain may remove: none that is a symbolic link."""
     return [f for f in committed(output_dir) if manifests.is_ours(f.folder)]
 
 
@@ -101,7 +101,7 @@ def holding(folder: Path) -> Iterator[None]:
 
 
 def _lock_file(folder: Path) -> Path:
-    """Beside the folder's content and outside of the manifest; the manifest where it is committed.
+    """Return the file by which a folder is locked: the manifest of a committed one, else ``LOCK``.
 
     A committed folder gets no new file: it may be read-only.
     """
@@ -110,7 +110,7 @@ def _lock_file(folder: Path) -> Path:
 
 
 def _is_held(folder: Path, *, if_unknown: bool) -> bool:
-    """Whether a living process holds the folder; ``if_unknown`` where there are no locks."""
+    """Tell whether a living process holds the folder; ``if_unknown`` where there are no locks."""
     try:
         with open(_lock_file(folder), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,7 +196,7 @@ def check_new(folder: Path) -> None:
 
 @contextlib.contextmanager
 def made_whole(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` when the block ends well and else is removed.
+    """Make a folder to fill in the block, which becomes ``out`` if the block succeeds.
 
     Raises:
         OSError: it cannot be made.
@@ -265,12 +265,12 @@ def recover(output_dir: Path) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Return whether a killed run has left this folder, or an older dstrain this renamed link."""
+    """Tell whether a killed run has left this folder, or an older dstrain this renamed link."""
     return bool(_STAGED.fullmatch(path.name)) and (path.is_dir() or path.is_symlink())
 
 
 def rotate(output_dir: Path, *, limit: int | None, keep: list[Path]) -> list[Path]:
-    """Remove the oldest committed checkpoints until ``limit`` are left; which were removed.
+    """Remove the oldest committed checkpoints until ``limit`` are left; return those removed.
 
     The newest, those in ``keep`` (the best one) and those that somebody reads stay whatever the
     limit; the best counts towards it, as documented by transformers.
@@ -287,7 +287,7 @@ def rotate(output_dir: Path, *, limit: int | None, keep: list[Path]) -> list[Pat
 
 
 def surplus(output_dir: Path, *, limit: int, keep: list[Path]) -> list[Found]:
-    """The oldest committed checkpoints beyond ``limit``; never the newest or one in ``keep``.
+    """List the oldest committed checkpoints beyond ``limit``; never the newest or one in ``keep``.
 
     Only folders that dstrain has made count: a link takes no room here, and is never removed.
     """
@@ -298,12 +298,12 @@ def surplus(output_dir: Path, *, limit: int, keep: list[Path]) -> list[Found]:
 
 
 def is_read(folder: Path) -> bool:
-    """Whether a living process holds a committed checkpoint."""
+    """Tell whether a living process holds a committed checkpoint."""
     return _is_held(folder, if_unknown=False)
 
 
 def remove(checkpoint: Found) -> bool:
-    """Remove a committed checkpoint, which is gone as one before its files are.
+    """Remove a committed checkpoint; it stops to count as one before any of its files is removed.
 
     Returns:
         False where the system refused, which is logged.
@@ -323,7 +323,7 @@ def remove(checkpoint: Found) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that has a hidden name of ours; of a link only itself."""
+    """Remove a folder that has a hidden name of ours; of a symbolic link, only the link."""
     try:
         if folder.is_symlink():
             folder.unlink()

@@ -38,7 +38,7 @@ class Partition:
         offset: int,
         moments: Collection[str] = (),
     ) -> None:
-        """A run of a trained parameter.
+        """Add a run of consecutive elements of a trained parameter.
 
         Args:
             name: the parameter.
@@ -84,7 +84,7 @@ class Partition:
             self.scalars[name] = numbers
 
     def add_frozen(self, name: str, start: int, values: torch.Tensor) -> None:
-        """A run of a parameter that the optimizer does not update."""
+        """Add a run of consecutive elements of a parameter that the optimizer does not update."""
         self.spans[name] = (start, values.numel())
         flat = values.detach().reshape(-1)
         self.tensors.append(Stored.of(f"{WEIGHT}/{name}", flat))
@@ -137,7 +137,7 @@ def engine_record(
     schedule: Any,
     loss_scale: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What ``read_progress`` would have given in that run."""
+    """Make the record that ``read_progress`` would have returned in the imported run."""
     return {
         "counters": {
             "global_steps": step,
@@ -153,7 +153,7 @@ def engine_record(
 
 
 def moments_of(states: Iterable[tuple[tuple[int, ...], Mapping[str, Any]]]) -> frozenset[str]:
-    """Keys of an optimizer's state that have a value for each element of a parameter.
+    """Return the keys of an optimizer's state that have a value for each element of a parameter.
 
     Only parameters with dimensions tell them from single numbers; without any, all but the step
     count are taken for such.
@@ -177,7 +177,7 @@ def match_groups(
     shapes: Mapping[str, tuple[int, ...]],
     decayed: Sequence[str] | None,
 ) -> list[list[str]]:
-    """Names of the parameters of each group of a plain optimizer, which has only numbers for them.
+    """Find the names of the parameters in each group of a plain optimizer, which only numbers them.
 
     Groups are filled in the order of the module, as nearly all programs do: all parameters in one
     group, or those with weight decay in the first and the others in the second.

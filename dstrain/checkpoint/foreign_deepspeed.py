@@ -32,7 +32,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def tag_folder(folder: Path) -> Path | None:
-    """The folder with DeepSpeed's files: this one, or the one that ``latest`` names.
+    """Find the folder with DeepSpeed's files: this one, or the one that ``latest`` names.
 
     Raises:
         CheckpointError: ``latest`` names a folder that is not there.
@@ -118,7 +118,7 @@ def read_deepspeed(folder: Path, decayed: list[str] | None = None) -> Foreign:
 def _stages_one_and_two(
     states: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Partition]:
-    """A rank has a run of each flat group; its piece of a parameter follows that of lower ranks."""
+    """Read the partitions of stages 1 and 2: each rank has a run of every flat group, in order."""
     reached = dict.fromkeys(shapes, 0)
     partitions = []
     for state in states:
@@ -146,7 +146,7 @@ def _stages_one_and_two(
 
 
 def _stage_three(model: Mapping[str, Any], state: Mapping[str, Any], rank: int) -> Partition:
-    """A rank has the same share of every parameter, the last one padded, in flat sub-groups."""
+    """Read a rank's share of every parameter at stage 3; all are equal, the last one is padded."""
     base, partition = state["optimizer_state_dict"], Partition()
     world_size = int(model["dp_world_size"])
     numbers = [(p, group) for group in base["param_groups"] for p in group["params"]]
@@ -185,7 +185,7 @@ def _add_frozen_parts(
 
 
 def _stage_zero(model: Mapping[str, Any], decayed: list[str] | None) -> Foreign:
-    """Every rank had everything, so one file has it; parameters of the optimizer are numbered."""
+    """Read the one file that has everything; its optimizer knows parameters only by number."""
     saved = model["optimizer"]
     if not saved:
         raise CheckpointError(
@@ -241,7 +241,7 @@ def _match_flat(
     shapes: Mapping[str, tuple[int, ...]],
     decayed: list[str] | None,
 ) -> list[list[str]]:
-    """Names of the parameters of each flat group, whose number is not known but whose size is."""
+    """Find the names of the parameters in each flat group, of which only the size is known."""
     rules = [[n for n, shape in shapes.items() if len(shape) > 1]]
     rules.insert(0, list(shapes))
     if decayed is not None:
@@ -262,7 +262,7 @@ def _match_flat(
 
 
 def _check_same(name: str, master: torch.Tensor, weight: torch.Tensor) -> None:
-    """The rounded master weights are the weights: else numbers were matched with wrong names."""
+    """Check that rounded master weights equal the weights; else names were matched wrongly."""
     if master.numel() != weight.numel() or not torch.equal(
         master.detach().reshape(-1).to(weight.dtype), weight.detach().reshape(-1)
     ):
@@ -327,7 +327,7 @@ def _foreign(
 def _frozen_weights(
     model: Mapping[str, Any], trained: Mapping[str, tuple[int, ...]]
 ) -> dict[str, torch.Tensor]:
-    """Parameters of the module that are not in ``trained``, tied ones under their first name."""
+    """Return the module's parameters that are not in ``trained``, tied ones by their first name."""
     leave = {*trained, *(model["buffer_names"] or []), *(model.get("shared_params") or {})}
     seen: set[tuple[int, int]] = set()
     found = {}
@@ -351,7 +351,7 @@ def _shapes(shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
-    """Files of a kind by their data-parallel rank.
+    """Map data-parallel ranks to their files of one kind.
 
     Raises:
         CheckpointError: there are model-parallel ranks.

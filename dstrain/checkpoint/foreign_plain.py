@@ -86,7 +86,7 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Foreign:
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights by name; they stay in their files, which are mapped, until they are read."""
+    """Map all weights by name; they stay in their memory-mapped files until they are read."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with mapping(path) as file:
@@ -139,7 +139,7 @@ def _check_shapes(name: str, shape: tuple[int, ...], state: Mapping[str, Any]) -
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """``trainer_state.json`` of a folder; empty where it has none.
+    """Read ``trainer_state.json`` of a folder; return an empty dict where there is none.
 
     Raises:
         CheckpointError: it cannot be read.

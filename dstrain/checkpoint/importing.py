@@ -133,7 +133,7 @@ def bring_in(
 
 
 def _check_own(source: Path, on_file: Callable[[int], object]) -> None:
-    """Verify a checkpoint of ours, of which only DeepSpeed's layout can be brought in.
+    """Verify a dstrain checkpoint, and refuse one that is not in DeepSpeed's layout.
 
     Raises:
         CheckpointError: it is of slices, or damaged.
@@ -178,7 +178,7 @@ def _read(source: Path, state: Mapping[str, Any]) -> Foreign:
 def _shared(
     found: Foreign, state: Mapping[str, Any], *, samples_per_epoch: int | None, batch: int | None
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """``run.json`` and ``trainer_state.json``, and remarks on what had to be assumed."""
+    """Make ``run.json`` and ``trainer_state.json``, and remarks on what had to be assumed."""
     remarks = []
     batch = batch or found.global_batch_size
     if batch is None:
@@ -237,7 +237,7 @@ def _shared(
 
 
 def _loss_sum(state: Mapping[str, Any]) -> float:
-    """Sum of the losses of all steps, as far as they were logged: each log speaks for its steps."""
+    """Add up the losses of all steps as far as they were logged; a log stands for all its steps."""
     total, before = 0.0, 0
     for entry in state.get("log_history") or []:
         if "loss" in entry and entry.get("step", 0) > before:
@@ -247,7 +247,7 @@ def _loss_sum(state: Mapping[str, Any]) -> float:
 
 
 def _own_record(source: Path) -> dict[str, Any] | None:
-    """``run.json`` of a checkpoint of ours in DeepSpeed's layout, in its JSON form."""
+    """Read ``run.json`` of a dstrain checkpoint in DeepSpeed's layout; None where it has none."""
     path = source / content.RUN
     if not (source / NAME).exists() or not path.exists():
         return None
@@ -289,7 +289,7 @@ def _told(stored: Stored, on_tensor: Callable[[str, int], object]) -> Stored:
 
 
 def _copy_model_files(source: Path, staging: Path) -> dict[str, FileRecord]:
-    """Config, tokenizer and the like, so that an export of the checkpoint is complete."""
+    """Copy config, tokenizer and the like, so that an export of the checkpoint is complete."""
     files = {}
     for path in sorted(source.iterdir()):
         wanted = path.is_file() and path.suffix in _COPIED and path.name not in _LEFT_OUT
@@ -300,7 +300,7 @@ def _copy_model_files(source: Path, staging: Path) -> dict[str, FileRecord]:
 
 
 def _copy_random_states(source: Path, staging: Path, count: int) -> dict[str, FileRecord]:
-    """Random states of the ranks of a run of ours, where each rank has a file of slices too."""
+    """Copy the random states of a dstrain run, where each rank has a file of slices too."""
     names = [content.rank_file(rank) for rank in range(count)]
     if not all((source / name).exists() for name in names):
         return {}
@@ -314,7 +314,7 @@ def _copy_random_states(source: Path, staging: Path, count: int) -> dict[str, Fi
 
 
 def _copy_buffers(source: Path, staging: Path, count: int) -> dict[str, FileRecord]:
-    """Files of buffers of a run of ours, of as many ranks as come in."""
+    """Copy the files of buffers of the first ``count`` ranks of a dstrain run."""
     names = [content.BUFFERS, content.OTHER_BUFFERS]
     names += [content.buffer_file(rank) for rank in range(count)]
     files = {}

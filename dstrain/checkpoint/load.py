@@ -70,11 +70,11 @@ class SliceIndex:
     scalars: dict[str, dict[str, Any]]
 
     def keys_of(self, name: str) -> list[str]:
-        """Keys that a parameter has."""
+        """List the kinds of tensors that a parameter has."""
         return [key for key, parameter in self.pieces if parameter == name]
 
     def missing(self, key: str, name: str, start: int, stop: int) -> int:
-        """Elements from ``start`` to ``stop`` that no piece has."""
+        """Count the elements from ``start`` to ``stop`` that no piece has."""
         reached, missing = start, 0
         for piece in self.pieces.get((key, name), []):
             low, high = max(piece.start, reached), min(piece.start + piece.numel, stop)
@@ -174,7 +174,7 @@ def _check_spans(
 
 
 def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
-    """Parameters whose slices do not add up to the whole, or to more, a line each."""
+    """List, a line each, the parameters whose slices leave elements out or have some twice."""
     found = []
     optimized = set(manifest.optimized)
     for name, shape in manifest.parameters.items():
@@ -256,7 +256,7 @@ def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceI
 
 
 def _load_values(engine: Engine, index: SliceIndex) -> None:
-    """Read weights alone again, after something has changed them."""
+    """Read the weights alone into the engine once more, after other code has changed them."""
     begin_load(engine)
     with all_or_none():
         read_regions(regions(engine), index, values_only=True)
@@ -264,7 +264,7 @@ def _load_values(engine: Engine, index: SliceIndex) -> None:
 
 
 def _check_optimizer(engine: Engine, there: str) -> None:
-    """DeepSpeed would put the state of one optimizer into another without a word."""
+    """Refuse another optimizer's state, which DeepSpeed would load without a word."""
     here = read_progress(engine)["optimizer"]
     if here != there:
         raise CheckpointError(
@@ -285,7 +285,7 @@ def misfits(
     *,
     reshaped: Iterable[str],
 ) -> list[Problem]:
-    """What keeps a checkpoint from being loaded into this engine.
+    """List the problems that prevent loading a checkpoint into this engine.
 
     Args:
         engine: the engine.
@@ -335,7 +335,7 @@ def misfits(
 def check_here(
     held: Sequence[Region], index: SliceIndex, folder: Path, *, values_only: bool = False
 ) -> None:
-    """A folder that other machines have parts of must have all that this rank needs.
+    """Check that this machine's folder has all slices that this rank needs.
 
     Raises:
         CheckpointError: it has not.
@@ -354,7 +354,7 @@ def check_here(
 
 
 def _check_state(held: Sequence[Region], index: SliceIndex) -> None:
-    """The optimizer here must have use for the saved state, and find what it needs."""
+    """Check that the saved state has every tensor that this run's optimizer needs."""
     for region in held:
         if region.optimizer is None or region.name not in index.scalars:
             continue
@@ -392,7 +392,7 @@ def read_regions(held: Sequence[Region], index: SliceIndex, *, values_only: bool
 def _by_file(
     held: Sequence[Region], index: SliceIndex, *, values_only: bool
 ) -> dict[Path, list[tuple[Region, str, int, int, Piece]]]:
-    """What to read from each file, so that each is opened once."""
+    """Group what is to be read by file, so that each file is opened once."""
     reads: dict[Path, list[tuple[Region, str, int, int, Piece]]] = {}
     for region in held:
         for key in [region.value_key] if values_only else region.tensor_keys():

@@ -76,32 +76,32 @@ class Manifest:
     elsewhere: Mapping[FileName, FileRecord] = field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:
-        """A metric that is a number; None where there is none of that name, or it is none."""
+        """Return a metric's value; None where there is none of that name, or it is no number."""
         value = self.metrics.get(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return value if is_number else None
 
     def not_in(self, folder: Path) -> list[str]:
-        """The files on other machines' disks that are not in this folder either."""
+        """List the files of other machines that are not in this folder either."""
         return [name for name in self.elsewhere if not (folder / name).exists()]
 
     def has(self, name: str) -> bool:
-        """Return whether a file is part of the checkpoint; no other file in its folder is read."""
+        """Tell whether a file is part of the checkpoint; no other file in its folder is read."""
         return name in self.files or name in self.elsewhere
 
     @property
     def has_slices(self) -> bool:
-        """Whether it can be resumed at any topology."""
+        """Tell whether it can be resumed at any topology."""
         return self.resumable and self.layout == SLICES
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files."""
+        """Count the bytes of all files."""
         return sum(record.size for record in self.files.values())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write it durably, under its name at the very end: this is what makes a checkpoint one.
+    """Write the manifest durably, under its name at the very end, which commits the checkpoint.
 
     Raises:
         OSError: the disk is full, the folder is gone, and so on.
@@ -135,7 +135,7 @@ def _no_manifest(folder: Path) -> CheckpointError:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a newer dstrain wrote it.
@@ -187,7 +187,7 @@ def _check_consistent(manifest: Manifest) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether dstrain has written a folder as a checkpoint, whole or damaged since.
+    """Tell whether dstrain has written a folder as a checkpoint, whole or damaged since.
 
     Nothing else is ever removed, renamed or replaced: not a link, which somebody has made, nor
     a folder without a manifest, nor one with another program's.
@@ -215,7 +215,7 @@ def check_files(
     only: Collection[str] | None = None,
     on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> list[str]:
-    """What is wrong with the files of a checkpoint, a line each; empty when nothing is.
+    """List what is wrong with the files of a checkpoint, a line each; empty when nothing is.
 
     Args:
         folder: the checkpoint.
@@ -264,7 +264,7 @@ def require_files(
 
 
 def _fault_of(folder: Path, name: str, expected: FileRecord) -> str | None:
-    """What is wrong with one file; None where nothing is."""
+    """Say what is wrong with one file; return None where nothing is."""
     path = folder / name
     try:
         about = path.stat()
@@ -284,7 +284,7 @@ def _fault_of(folder: Path, name: str, expected: FileRecord) -> str | None:
 
 
 def extra_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Files in the folder that are no part of the checkpoint."""
+    """List the files in the folder that are no part of the checkpoint."""
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     return sorted(present - set(manifest.files) - set(manifest.elsewhere) - {NAME})
 

@@ -30,7 +30,7 @@ class Reader:
 
 
 def tag_of(step: int) -> str:
-    """The folder of DeepSpeed's files inside of a checkpoint, named as DeepSpeed names it."""
+    """Name the folder of DeepSpeed's files inside of a checkpoint, as DeepSpeed names it."""
     return f"global_step{step}"
 
 

@@ -34,7 +34,7 @@ _STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "
 
 
 def _stage_named(cls: Any, name: Any) -> Number:
-    """Stands in for ``getattr``, by which Python 3.11.0 to 3.11.3 store a member of an enumeration.
+    """Make the enumeration member that Python 3.11.0 to 3.11.3 store as a call of ``getattr``.
 
     Raises:
         UnpicklingError: for any other use of it.
@@ -54,7 +54,7 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
 
 
 def load_pickle(path: Path) -> Any:
-    """The content of a file that ``torch.save`` wrote; tensors stay in it until they are read.
+    """Load a file that ``torch.save`` wrote; its tensors stay in the file until they are read.
 
     Raises:
         CheckpointError: it cannot be read, or only by executing what is in it.
@@ -89,7 +89,7 @@ def _needs_execution(path: Path, names: list[str]) -> CheckpointError:
 
 
 def _foreign_classes(path: Path) -> list[str]:
-    """Names in a file that are neither torch's own nor known here; empty where it is no archive."""
+    """List the classes in a file that torch and dstrain do not know; none if it is no archive."""
     if not zipfile.is_zipfile(path):
         return []  # of an old torch: the loader itself refuses what it does not know
     try:

@@ -80,7 +80,7 @@ def prune(
 
 
 def best_of(output_dir: Path) -> Path | None:
-    """The run's best checkpoint by the records of the newest that says so."""
+    """Find the run's best checkpoint, as the newest readable ``trainer_state.json`` names it."""
     for checkpoint in reversed(folders.committed(output_dir)):
         with contextlib.suppress(CheckpointError):
             best = read_trainer_state(checkpoint.folder).best_model_checkpoint

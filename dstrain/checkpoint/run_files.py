@@ -49,7 +49,7 @@ class RunDocument:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """``RunRecord.shared`` and the engine's progress: the values of a ``RunDocument``.
+    """Read what all ranks share of a run: ``RunRecord.shared`` and the engine's progress.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -59,7 +59,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_own(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str, Any] | None:
-    """``RunRecord.own`` of this rank; None where another number of ranks wrote it, or an import.
+    """Read this rank's ``RunRecord.own``; None if another number of ranks, or an import, wrote it.
 
     Raises:
         CheckpointError: the file is damaged.

@@ -24,6 +24,9 @@ class RunLock:
 
     The kernel lets go when the process dies. Its file is removed when the run has ended. Where the
     folder cannot be written, or the file system knows no locks, this does nothing.
+
+    Attributes:
+        folder: the run's output folder.
     """
 
     def __init__(self, folder: Path, *, on_each_node: bool = False) -> None:
@@ -33,7 +36,7 @@ class RunLock:
             folder: of the run.
             on_each_node: whether every machine of this run takes its own disk's.
         """
-        self._folder = Path(folder)
+        self.folder = Path(folder)
         self._on_each_node = on_each_node
         self._file: BinaryIO | None = None
         self._of_folder: tuple[int, int] | None = None
@@ -41,7 +44,7 @@ class RunLock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold it inside; a block inside another changes nothing.
+        """Hold the lock while the block runs; a block inside another changes nothing.
 
         Raises:
             CheckpointError: another living process holds it.
@@ -67,7 +70,7 @@ class RunLock:
         """
         if self._file is None or self._is_in_place():
             return
-        gone = _id_of(self._folder) != self._of_folder
+        gone = _id_of(self.folder) != self._of_folder
         moved = self._moved_to()
         self._file.close()
         self._file = None
@@ -75,15 +78,15 @@ class RunLock:
             logger.error(
                 "%s was %s while the run was writing into it: it is made anew, and what is saved "
                 "from now on is there",
-                self._folder,
+                self.folder,
                 f"moved to {moved}" if moved else "removed",
             )
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
                 Problem(
-                    f"output_dir {str(self._folder)!r} is gone, and cannot be made anew",
+                    f"output_dir {str(self.folder)!r} is gone, and cannot be made anew",
                     error.strerror or str(error),
                     f"it was moved to {moved}" if moved else "give the run a folder that stays",
                 )
@@ -93,7 +96,7 @@ class RunLock:
     def _take(self) -> None:
         while True:
             try:
-                file = open(self._folder / RUN_LOCK, "ab")  # noqa: SIM115 - held for the run
+                file = open(self.folder / RUN_LOCK, "ab")  # noqa: SIM115 - held for the run
             except (FileNotFoundError, PermissionError):
                 return
             try:
@@ -102,7 +105,7 @@ class RunLock:
                 file.close()
                 raise CheckpointError(
                     Problem(
-                        f"another run is writing into {str(self._folder)!r}",
+                        f"another run is writing into {str(self.folder)!r}",
                         "the two would replace and remove each other's files",
                         "choose another output_dir, or wait until that run has ended"
                         + (_SHARED if self._on_each_node else ""),
@@ -111,7 +114,7 @@ class RunLock:
             except OSError:
                 file.close()  # a file system without locks
                 return
-            self._file, self._of_folder = file, _id_of(self._folder)
+            self._file, self._of_folder = file, _id_of(self.folder)
             if self._is_in_place():
                 return
             file.close()  # a run that ended has removed it meanwhile
@@ -122,18 +125,18 @@ class RunLock:
             return
         if self._is_in_place():
             with contextlib.suppress(OSError):
-                (self._folder / RUN_LOCK).unlink()
+                (self.folder / RUN_LOCK).unlink()
         self._file.close()
         self._file = None
 
     def _is_in_place(self) -> bool:
-        """Whether the file that is held is the one by that name."""
+        """Tell whether the lock file in the folder is the file that this process holds."""
         assert self._file is not None
         facts = os.fstat(self._file.fileno())
-        return _id_of(self._folder / RUN_LOCK) == (facts.st_dev, facts.st_ino)
+        return _id_of(self.folder / RUN_LOCK) == (facts.st_dev, facts.st_ino)
 
     def _moved_to(self) -> str:
-        """Where the folder is now, as far as the system tells; "" where it is removed."""
+        """Return where the folder is now, as far as the system tells; "" where it is removed."""
         assert self._file is not None
         with contextlib.suppress(OSError):
             path = Path(os.readlink(f"/proc/self/fd/{self._file.fileno()}"))
@@ -144,7 +147,7 @@ class RunLock:
 
 @contextlib.contextmanager
 def held_by_one(lock: RunLock, *, takes: bool) -> Iterator[None]:
-    """Hold a lock inside on the ranks that take it; a collective of all ranks.
+    """Hold a lock while the block runs, on the ranks that take it; a collective of all ranks.
 
     Raises:
         CheckpointError: another run holds one of them; on every rank.

@@ -150,7 +150,7 @@ class CheckpointWriter:
             self._conclude(self._finish(job), record.step)
 
     def wait(self) -> None:
-        """Until nothing is being written any more.
+        """Wait until nothing is being written any more.
 
         Raises:
             CheckpointError: that save failed and the policy says stop.
@@ -205,7 +205,7 @@ class CheckpointWriter:
             )
 
     def _copies_fit(self, engine: Engine) -> bool:
-        """Whether the machine of every rank has room for copies of its ranks' slices."""
+        """Tell whether every machine has memory for copies of its ranks' slices; a collective."""
         ranks = self._ranks
         needed = content.own_slices(engine, self._sharers).num_bytes
         if self._policy.with_weights:
@@ -384,7 +384,7 @@ class CheckpointWriter:
             self._failures = [f"rank {self._ranks.rank}: {type(error).__name__}: {error}"]
 
     def _finish(self, job: _Job) -> list[str]:
-        """Write this rank's files; commit if every rank could; what failed, the same on all."""
+        """Write this rank's files; commit if every rank could; return the failures of all ranks."""
         records: dict[str, FileRecord] = {}
         failure = None
         try:
@@ -423,13 +423,13 @@ class CheckpointWriter:
 
     @property
     def _folder_of(self) -> int:
-        """Which folder this rank writes into, as the first rank that does."""
+        """Return the first rank that writes into the same folder as this one."""
         return self._ranks.first_on_machine if self._policy.on_each_node else 0
 
     def _shared_out(
         self, parts: list[tuple[int, dict[str, FileRecord]]]
     ) -> tuple[dict[str, FileRecord], dict[str, FileRecord]]:
-        """The files of this rank's folder, and what ranks of other folders have of their own."""
+        """Split records of files into those of this rank's folder and those of other ranks."""
         files: dict[str, FileRecord] = {}
         elsewhere: dict[str, FileRecord] = {}
         for folder, records in parts:
@@ -440,7 +440,7 @@ class CheckpointWriter:
         return files, elsewhere
 
     def _together(self, act: Callable[[Path], object], staging: Staging) -> list[str]:
-        """Do something once with every folder; what failed, the same on all ranks."""
+        """Act once on every folder, on the rank that made it; return the failures of all ranks."""
         failure = None
         if staging.path is not None:
             try:
@@ -451,7 +451,7 @@ class CheckpointWriter:
 
 
 def _write_document(path: Path, document: Any) -> FileRecord:
-    """Write a document of the trainer's, in which a callback may hold credentials: masked.
+    """Write a JSON document of the trainer with credentials masked; callbacks may hold some.
 
     Raises:
         CheckpointError: it holds what JSON does not know; a callback can put anything there.
@@ -476,7 +476,7 @@ def _write_document(path: Path, document: Any) -> FileRecord:
 
 
 def _files_in(staging: Path) -> list[str]:
-    """Files that were written already."""
+    """List the files that were written already."""
     return sorted(
         str(p.relative_to(staging))
         for p in staging.rglob("*")

@@ -26,7 +26,7 @@ class Staging:
     failure: str | None = None
 
     def agreed(self, maker: int, *, group: Any = None) -> Path:
-        """The folder, which every rank that writes into it must see; a collective.
+        """Return the folder once every rank that writes into it has seen it; a collective.
 
         Args:
             maker: the rank that made this rank's folder.
@@ -54,7 +54,7 @@ class Staging:
 
 @contextlib.contextmanager
 def new_staging(output_dir: Path, step: int) -> Iterator[Staging]:
-    """A new folder for the checkpoint of a step; removed afterwards unless it was committed."""
+    """Make a new folder for a step's checkpoint; remove it afterwards unless it was committed."""
     with contextlib.ExitStack() as held:
         try:
             path = folders.new_staging(output_dir, step)

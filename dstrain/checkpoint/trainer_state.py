@@ -58,7 +58,7 @@ class ArgumentsRecord:
 
 
 def read_trainer_state(folder: Path) -> TrainerStateRecord:
-    """What a checkpoint says of ``TrainerState``.
+    """Read the ``TrainerState`` that a checkpoint holds.
 
     Raises:
         CheckpointError: there is no such file, or it is damaged.
@@ -67,7 +67,7 @@ def read_trainer_state(folder: Path) -> TrainerStateRecord:
 
 
 def read_arguments(folder: Path) -> ArgumentsRecord | None:
-    """What a checkpoint says of its run's arguments; None where it does not say any.
+    """Read the arguments of a checkpoint's run; None where the checkpoint has none.
 
     Raises:
         CheckpointError: the file is damaged.

@@ -8,5 +8,5 @@ _LIBRARIES = ("dstrain", "torch", "deepspeed", "transformers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Of python and of the installed ones."""
+    """Return the versions of Python and of the libraries that are installed."""
     return {"python": python_version(), **installed(_LIBRARIES)}

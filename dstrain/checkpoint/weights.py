@@ -108,7 +108,7 @@ def _from_model_files(engine: Engine, held: list[Region], folder: Path, manifest
 
 
 def _is_buffer(group: Group) -> bool:
-    """Tell whether it is one buffer that is saved as it is."""
+    """Tell whether a group is one buffer that is saved as it is."""
     return group.is_as_trained and not isinstance(group.entries[0].tensor, torch.nn.Parameter)
 
 
@@ -175,7 +175,7 @@ class _ShardIndex:
 
 
 def _places(folder: Path, manifest: Manifest) -> dict[str, Path]:
-    """File of every tensor of a checkpoint's model, as far as the checkpoint lists it.
+    """Map the tensors of a checkpoint's model to their files, as the checkpoint lists them.
 
     Raises:
         CheckpointError: the index is damaged, or names a file that is no part of the checkpoint.

@@ -31,7 +31,7 @@ class _Action:
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one action; 1 where ``verify`` found damage or ``diff`` a difference.
+    """Run one action; return 1 where ``verify`` found damage or ``diff`` a difference, else 0.
 
     Raises:
         ConfigError: an unknown action or flag.

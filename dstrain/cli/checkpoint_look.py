@@ -67,7 +67,7 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def verify(options: Namespace) -> int:
-    """Read every file, check every parameter; 1 where something is wrong."""
+    """Read every file, check every parameter; return 1 where something is wrong."""
     from tqdm import tqdm
 
     from dstrain import checkpoint
@@ -97,7 +97,7 @@ def verify(options: Namespace) -> int:
 
 
 def diff(options: Namespace) -> int:
-    """Say what differs between two checkpoints; 1 where something does."""
+    """Say what differs between two checkpoints; return 1 where something does."""
     from tqdm import tqdm
 
     from dstrain.checkpoint import compare

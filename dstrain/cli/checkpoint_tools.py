@@ -9,7 +9,7 @@ from dstrain.core.errors import CheckpointError, Problem
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The folder itself where it is a checkpoint, else those of the run in it, oldest first.
+    """List the folder itself if it is a checkpoint, else those of the run in it, oldest first.
 
     Raises:
         CheckpointError: it is neither.
@@ -31,12 +31,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def quiet() -> bool:
-    """Whether progress bars would only litter a file."""
+    """Tell whether to show no progress bars, because they would end up in a file."""
     return not sys.stderr.isatty()
 
 
 def size(num_bytes: int) -> str:
-    """Bytes for people."""
+    """Format a number of bytes for people."""
     size, units = float(num_bytes), ["B", "KB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]

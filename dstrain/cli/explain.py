@@ -67,7 +67,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _unsaid(resolved: ResolvedConfig) -> str:
-    """Flags of this command with which the answer would be nearer to that of a run; "" for none."""
+    """Say which flags would bring the answer nearer to that of a run; "" for none."""
     facts = resolved.facts
     unknown = {"--model_config": facts.sizes is None}
     if resolved.provenance["zero_optimization.stage"].source == "derived":
@@ -78,7 +78,7 @@ def _unsaid(resolved: ResolvedConfig) -> str:
 
 
 def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]:
-    """The command's own flags with those of the model, and the arguments of training."""
+    """Parse the command's own flags, those of the model, and the arguments of training."""
     words = list(words)
     if words[:1] == ["train"]:
         del words[0]
@@ -127,7 +127,7 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]
 
 
 def _joined(words: list[str]) -> list[str]:
-    """The flags of another run as one word with theirs: argparse takes a lone flag for its own."""
+    """Join ``--diff`` and its flags into one word: argparse takes a lone flag for its own."""
     if "--diff" not in words[:-1]:
         return words
     i = words.index("--diff")
@@ -135,7 +135,7 @@ def _joined(words: list[str]) -> list[str]:
 
 
 def _of_tasks() -> dict[str, str]:
-    """Flags that only tasks have, and the command that takes them."""
+    """Map flags that only tasks have to the command that takes them."""
     having: dict[str, list[str]] = {}
     for task in TASKS:
         for cls in find_task(task).argument_classes():
@@ -148,7 +148,7 @@ def _of_tasks() -> dict[str, str]:
 
 
 def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
-    """The record of the run to compare with.
+    """Return the record of the run to compare with.
 
     Raises:
         ConfigError: it is none of the things that can be compared with, or cannot be resolved.
@@ -227,7 +227,7 @@ def _sizes(options: argparse.Namespace) -> ModelSizes | None:
 
 
 def _machine(options: argparse.Namespace) -> Machine | None:
-    """Memory as given; None where that of a rank is not."""
+    """Return the machine's memory as given; None where that of a rank is not."""
     errors: list[Any] = []
     sizes: dict[str, int] = {}
     for name in ("gpu_memory", "host_memory"):

@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(
     prog: str, description: str, classes: Sequence[type[Any]]
 ) -> argparse.ArgumentParser:
-    """A parser with one group of flags per dataclass, and per mixin of ``TrainingArguments``."""
+    """Make a parser with a group of flags per dataclass, and per mixin of ``TrainingArguments``."""
     parser = _Parser(
         prog=prog,
         usage="%(prog)s [flags]",
@@ -99,7 +99,7 @@ def parse(
 
 
 def _is_empty(name: str, value: Any) -> bool:
-    """Whether a flag that names something is empty, as a shell variable that is not set.
+    """Tell whether a flag that names something is empty, as a shell variable that is not set.
 
     Left out it would have its default; empty, a path is the current folder. An empty ``output_dir``
     is refused by the arguments themselves, also from Python.
@@ -117,7 +117,7 @@ def _names_nothing(name: str) -> Problem:
 
 
 def _groups(cls: type[Any]) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
-    """Fields by the mixin that declares them, in the order of declaration."""
+    """Group fields by the mixin that declares them, in the order of declaration."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     groups = []
     for base in reversed(cls.__mro__):
@@ -153,7 +153,7 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], kinds: tuple[type, ...]
 
 
 def _underscored(word: str) -> str:
-    """``--learning-rate`` is ``--learning_rate``; a value stays, also one of quoted flags."""
+    """Write a flag's name with underscores (``--learning-rate``); leave values as they are."""
     name, equals, value = word[2:].partition("=")
     if not word.startswith("--") or " " in name:
         return word

@@ -42,7 +42,7 @@ LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote pr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status.
+    """Run one command; return the exit status.
 
     0; 1 for a failure, 2 for a user's mistake, 3 for training that is done but whose last
     checkpoint could not be written, 75 for training that a signal ended early. Ranks that wait for
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """The console script: ``main``, then the process group goes down and the process ends."""
+    """Run the console script: ``main``, then shut down the process group and end the process."""
     status = main()
     note_end(status)
     if status in (0, PREEMPTED, INCOMPLETE) and "torch" in sys.modules:
@@ -137,7 +137,7 @@ def _run(words: list[str]) -> int:
 
 
 def _report_user_error(error: DstrainError) -> int:
-    """Say it once: the ranks usually find the same, so the others give rank 0 time to speak."""
+    """Report a user's mistake once: ranks usually find the same, so the others let rank 0 speak."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         # Rank 0 ends within this time if it found the same; the launcher then ends this rank.

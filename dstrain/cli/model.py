@@ -14,7 +14,7 @@ COUNT_SECONDS = 300
 
 
 def local_folder(name: str) -> str:
-    """A ``model_name_or_path`` as the specification of its config; nothing is fetched.
+    """Check that ``model_name_or_path`` is a local folder with a config; fetch nothing.
 
     Raises:
         ModelError: it is no folder with a config.json.
@@ -31,7 +31,7 @@ def local_folder(name: str) -> str:
 
 
 def count_in_child(spec: str) -> ModelSizes:
-    """Sizes of a model without a closed form, counted by a process that may import torch.
+    """Count the sizes of a model without a closed form, in a process that may import torch.
 
     Raises:
         ModelError: what that process found wrong.

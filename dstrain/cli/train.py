@@ -81,7 +81,7 @@ def _refuse_credentials(words: Sequence[str]) -> None:
 
 
 def find_task(name: str) -> ModuleType:
-    """The module of a task.
+    """Import the module of a task.
 
     Raises:
         ConfigError: there is none of that name.

@@ -48,20 +48,20 @@ class OtherAttributes:
 
     @property
     def can_return_loss(self) -> bool:
-        """Whether the model's ``forward`` has ``return_loss``, and by default returns one."""
+        """Tell whether the model's ``forward`` returns a loss by default (``return_loss``)."""
         from dstrain.trainer import compat
 
         return bool(compat.can_return_loss(type(inner_model(self.model))))
 
     @property
     def neftune_noise_alpha(self) -> float | None:
-        """Strength of NEFTune's noise, as the arguments say it."""
+        """Return the strength of NEFTune's noise, as the arguments say it."""
         alpha: float | None = self.args.neftune_noise_alpha
         return alpha
 
     @property
     def label_smoother(self) -> Any:
-        """Transformers' ``LabelSmoother`` for an override of ``compute_loss``, or None.
+        """Return transformers' ``LabelSmoother`` for an override of ``compute_loss``, or None.
 
         What ``compute_loss`` itself does with ``label_smoothing_factor`` is the same, over the
         targets of the model's own loss.
@@ -78,15 +78,15 @@ class OtherAttributes:
         )
 
     def get_sp_size(self) -> int:
-        """Ranks that share a sequence: 1."""
+        """Return the number of ranks that share a sequence: 1."""
         return 1
 
     def get_cp_size(self) -> int:
-        """Ranks that share a context: 1."""
+        """Return the number of ranks that share a context: 1."""
         return 1
 
     def get_tp_size(self) -> int:
-        """Ranks that share a layer: 1."""
+        """Return the number of ranks that share a layer: 1."""
         return 1
 
     def __getattr__(self, name: str) -> Any:

@@ -151,7 +151,7 @@ class BestModel:
             logger.info("loaded the best model: %s, %s", folder, state.best_metric)
 
     def _value_in(self, folder: Path) -> float | None:
-        """Read the metric in a checkpoint's manifest, on the main rank for all; None without."""
+        """Read the metric in a checkpoint's manifest (None if it has none) for all ranks."""
         assert self.rule is not None
         value = None
         if self._trainer.ranks.is_main:

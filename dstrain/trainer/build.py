@@ -72,7 +72,7 @@ _PATIENCE_SECONDS = 5.0
 
 
 def start_run(args: TrainingArguments) -> Ranks:
-    """Process group, log levels and number formats, before anything touches the model."""
+    """Set up process group, log levels and number formats, before anything touches the model."""
     if args.full_determinism:
         make_deterministic()
     ranks = start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_seconds=args.ddp_timeout)
@@ -112,7 +112,7 @@ def _let_the_main_rank_speak() -> None:
 
 
 def default_collator(processing_class: Any) -> Collator:
-    """Padding to the longest sample where there is a tokenizer, plain stacking elsewhere."""
+    """Return a collator that pads to the longest sample; without a tokenizer, one that stacks."""
     from transformers import (
         DataCollatorWithPadding,
         PreTrainedTokenizerBase,
@@ -157,7 +157,7 @@ def prepare_dataset(
     *,
     description: str,
 ) -> tuple[Any, Collator]:
-    """The dataset and collator, without the columns that the model does not take."""
+    """Return the dataset and collator without the columns that the model does not take."""
     known = forward_columns(module) if args.remove_unused_columns else None
     if known is None:
         return dataset, collate
@@ -166,7 +166,7 @@ def prepare_dataset(
 
 
 def lengths_of(dataset: Any, args: TrainingArguments, processing_class: Any) -> Any:
-    """Lengths of the training samples where their order asks for them, else None."""
+    """Return the lengths of the training samples where their order needs them, else None."""
     if args.sampling not in ("group_by_length", "batch_rebalance"):
         return None
     names = getattr(processing_class, "model_input_names", None) or ["input_ids"]
@@ -176,7 +176,7 @@ def lengths_of(dataset: Any, args: TrainingArguments, processing_class: Any) -> 
 
 
 def _sampling_of(args: TrainingArguments) -> str:
-    """The argument that orders training samples, as the user wrote it."""
+    """Return the argument that orders training samples, as the user wrote it."""
     if args.group_by_length:
         return "group_by_length=True"
     return f"train_sampling_strategy={args.train_sampling_strategy!r}"
@@ -185,7 +185,7 @@ def _sampling_of(args: TrainingArguments) -> str:
 def token_count(
     module: torch.nn.Module, args: TrainingArguments, processing_class: Any
 ) -> TokenCount:
-    """How the input tokens of this model are counted."""
+    """Return the function that counts the input tokens of a batch for this model."""
     return TokenCount(
         getattr(inner_model(module), "main_input_name", "input_ids"),
         padding=args.counts_tokens != "non_padding",
@@ -194,7 +194,7 @@ def token_count(
 
 
 def eval_batch_size(args: TrainingArguments, ranks: Ranks) -> int:
-    """Samples per rank in an evaluation's forward pass; of the arguments as they are now."""
+    """Return the samples per rank in an evaluation's forward pass, by the present arguments."""
     batch = args.per_device_eval_batch_size
     return math.ceil(batch / ranks.world_size) if args.splits_batches else batch
 
@@ -209,7 +209,7 @@ def make_loader(
     train: bool,
     lengths: Any = None,
 ) -> Any:
-    """This rank's loader of training (shuffled) or evaluation (in order, nothing dropped)."""
+    """Make this rank's loader for training (shuffled) or evaluation (in order, nothing dropped)."""
     micro_batch = resolved.micro_batch_size if train else eval_batch_size(args, ranks)
     seed = args.seed if args.data_seed is None else args.data_seed
     return build_loader(
@@ -237,7 +237,7 @@ def make_loader(
 def training_steps(
     loader: Any, args: TrainingArguments, accumulation: int
 ) -> tuple[int, int | None]:
-    """Optimizer steps of the whole run, and of one epoch (None for a stream).
+    """Count the optimizer steps of the whole run, and of one epoch (None for a stream).
 
     Raises:
         DataError: no micro-batch in an epoch, or a stream without max_steps.
@@ -276,7 +276,7 @@ def resolve_config(
     own_optimizer: bool = False,
     own_scheduler: bool = False,
 ) -> ResolvedConfig:
-    """Resolve for this world, with what is known of the model and the run; on all ranks alike.
+    """Resolve the DeepSpeed config for these ranks, this model and run; alike on all ranks.
 
     Args:
         args: the user's arguments.
@@ -375,7 +375,7 @@ def check_shared_out(
 
 
 def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Callable[[Any], Any]:
-    """A function that makes the schedule for a basic optimizer; the engine calls and steps it."""
+    """Return a function that makes the schedule of an optimizer; the engine calls and steps it."""
 
     def make(optimizer: torch.optim.Optimizer) -> Any:
         from transformers import get_scheduler
@@ -395,7 +395,7 @@ def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Calla
 
 
 def optimizer_of(args: TrainingArguments) -> tuple[type[Any], dict[str, Any]]:
-    """The class of the optimizer that ``args`` resolve to, and its keyword arguments."""
+    """Return the class of the optimizer that ``args`` resolve to, and its keyword arguments."""
     return optimizer_class(resolve_config(args, start_run(args)))
 
 
@@ -445,7 +445,7 @@ def training_engine(
     scheduler: Any,
     decay_names: Callable[[torch.nn.Module], list[str]],
 ) -> Engine:
-    """A DeepSpeed engine with our parameter groups, or with the user's own optimizer."""
+    """Build a DeepSpeed engine with our parameter groups, or with the user's own optimizer."""
     groups = None
     check_own(optimizer, scheduler, resolved)
     if remark := slices_remark(optimizer, resolved):

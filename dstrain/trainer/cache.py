@@ -46,7 +46,7 @@ class KeyValueCache:
 
     @contextlib.contextmanager
     def as_asked(self) -> Iterator[None]:
-        """Turn the caches off or on inside; afterwards, whatever happened, they are as before."""
+        """Turn the caches off or on in the block; whatever happens, they are as before after it."""
         before = [(config, config.use_cache) for config in self._configs]
         for config, _ in before:
             config.use_cache = self._used
@@ -58,7 +58,10 @@ class KeyValueCache:
 
 
 def _configs_with_cache(module: torch.nn.Module) -> list[Any]:
-    """Configs that say whether to use a cache; in the order of the number of modules."""
+    """List the configs of a model's modules that turn a cache on.
+
+    Visits every module once.
+    """
     from transformers import PreTrainedConfig
 
     found: dict[int, Any] = {}

@@ -44,7 +44,7 @@ def write_card(trainer: Any, wishes: CardWishes) -> None:
 
 
 def card_of(trainer: Any, wishes: CardWishes, *, before: Path, ask_hub: bool = False) -> str:
-    """The text of the card, with its metadata on top.
+    """Write the text of the model card, with its metadata on top.
 
     Args:
         trainer: whose run it is.
@@ -95,7 +95,7 @@ def card_of(trainer: Any, wishes: CardWishes, *, before: Path, ask_hub: bool = F
 
 
 def last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of the last evaluation by their names without ``eval_``; no times and no memory."""
+    """Return the last evaluation's metrics, named without ``eval_``; no times and no memory."""
     found: dict[str, float] = {}
     last = max((e["step"] for e in history if _evaluated(e)), default=None)
     for entry in history:
@@ -114,7 +114,7 @@ def _evaluated(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def _curve(history: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """One row per step with an evaluation: training loss so far beside the metrics."""
+    """Make a row for each step with an evaluation: the last training loss beside the metrics."""
     rows: dict[int, dict[str, str]] = {}
     loss = ""
     for entry in history:
@@ -129,7 +129,7 @@ def _curve(history: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _arguments(trainer: Any) -> list[list[str]]:
-    """What the run used: where the DeepSpeed config or an object of the user decides, its value."""
+    """List the arguments with the values that ran, whatever decided them."""
     args, resolved = trainer.args, trainer.resolved
     own, schedule = trainer._own, args.lr_scheduler_type
     optimizer = resolved.values.get("optimizer.type", args.optim)
@@ -159,7 +159,7 @@ def _arguments(trainer: Any) -> list[list[str]]:
 
 
 def _index(wishes: CardWishes, datasets: list[str], results: dict[str, float]) -> Any:
-    """Results for the hub's ``model-index``, which wants a task and a dataset."""
+    """Make the results for the Hub's ``model-index``; None without a task, a dataset or results."""
     from huggingface_hub import EvalResult
 
     tasks, kinds = _listed(wishes.tasks), _listed(wishes.dataset_tags) or datasets
@@ -193,7 +193,7 @@ def _tags(wishes: CardWishes, model: Any, existing: Any) -> list[str]:
 
 
 def _base_model(model: Any) -> str | None:
-    """The repository that a model came from; None for one of a local folder or from scratch."""
+    """Find the repository a model came from; None for one from a local folder or from scratch."""
     peft = getattr(model, "peft_config", None)
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     if isinstance(peft, dict) and peft:
@@ -202,7 +202,7 @@ def _base_model(model: Any) -> str | None:
 
 
 def _license(base: str | None) -> str | None:
-    """The licence of the model it came from, as the hub has it, if it can be asked."""
+    """Ask the Hub for the licence of the base model; None where it does not answer."""
     if base is None:
         return None
     from huggingface_hub import HfApi

@@ -41,10 +41,10 @@ __all__ = [
 
 
 def is_as_loaded(config: Any) -> bool:
-    """Whether a generation config is what it was loaded as, by ``save_pretrained``'s own rule."""
+    """Tell, by the rule of ``save_pretrained``, whether a generation config is as it was loaded."""
     return getattr(config, "_original_object_hash", None) == hash(config)
 
 
 def mark_as_loaded(config: Any) -> None:
-    """Let a generation config count as loaded like this."""
+    """Let a generation config, as it is now, count as loaded."""
     config._original_object_hash = hash(config)

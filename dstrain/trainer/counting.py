@@ -31,7 +31,7 @@ class CountHooks:
     _counted: tuple[Any, int] | None = None
 
     def floating_point_ops(self, inputs: Any) -> int | float:
-        """Operations of the forward and backward pass of one micro-batch, by its tokens.
+        """Estimate the floating-point operations of a micro-batch (forward and backward).
 
         Six per token and parameter outside of embeddings (two forward, four backward; the
         approximation of https://arxiv.org/abs/2001.08361, section 2.1). A model with a method of
@@ -61,11 +61,11 @@ class CountHooks:
         self.current_flos = 0.0
 
     def get_num_trainable_parameters(self) -> int:
-        """Elements of all parameters with gradients, whole ones where they are partitioned."""
+        """Count the elements of all parameters with gradients, whole where they are partitioned."""
         return count_parameters(self.model, only_trainable=True)
 
     def num_examples(self, dataloader: Any) -> int:
-        """Samples behind a loader, over all ranks; an estimate where its dataset has no length.
+        """Count a loader's samples over all ranks; estimate them where its dataset has no length.
 
         Raises:
             TypeError: neither the dataset nor the loader has a length.
@@ -77,7 +77,7 @@ class CountHooks:
 
     @staticmethod
     def num_tokens(train_dl: Any, max_steps: int | None = None) -> int:
-        """Elements of ``input_ids`` that a loader of this rank gives, padding included.
+        """Count the elements of ``input_ids`` that a loader of this rank gives, padding included.
 
         The loader is read to its end; training counts as it goes and never needs this.
 
@@ -101,7 +101,7 @@ class CountHooks:
 def count_parameters(
     module: torch.nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False
 ) -> int:
-    """Elements of a module's parameters, each shared one once, whole where they are partitioned."""
+    """Count the elements of a module's parameters: shared ones once, partitioned ones whole."""
     embeddings = {
         id(part.weight)
         for part in module.modules()

@@ -31,7 +31,7 @@ class EngineKeeper:
     """Owns the engine of one module: train and evaluate work in any order, any number of times."""
 
     def __init__(self, close: Callable[[], None], *, patience_seconds: float) -> None:
-        """No engine yet.
+        """Begin without an engine.
 
         Args:
             close: a method that lets go of the engine in good order; called where another Trainer
@@ -45,7 +45,7 @@ class EngineKeeper:
 
     @property
     def training(self) -> Engine | None:
-        """The engine of the training that runs or ran last, unless it was let go since."""
+        """Return the engine of the training that runs or ran last; None once it was torn down."""
         engine = self._training
         return None if engine is None or engine.is_gone else engine
 
@@ -59,7 +59,7 @@ class EngineKeeper:
         return engine
 
     def settle(self, *, done: bool) -> None:
-        """After a training: leave a module that can be used.
+        """Leave, after a training, a module that can be used.
 
         Args:
             done: the training came to its end. One that broke off in the middle of a pass cannot go
@@ -74,7 +74,7 @@ class EngineKeeper:
             close()
 
     def forward_model(self, module: torch.nn.Module, resolved: ResolvedConfig) -> Any:
-        """What to call for a forward pass without training.
+        """Return what to call for a forward pass without training.
 
         The engine that is alive on the module, whoever trains with it. Before training at stage 3
         an engine without optimizer, which gathers partitioned parameters; below stage 3 the module
@@ -91,14 +91,14 @@ class EngineKeeper:
         return module
 
     def precision(self, module: torch.nn.Module, resolved: ResolvedConfig) -> str:
-        """The format that ``forward_model`` computes in."""
+        """Return the number format that ``forward_model`` computes in."""
         alive = engine_on(module)
         return (resolved if alive is None else alive.resolved).precision
 
     def autocast(
         self, module: torch.nn.Module, resolved: ResolvedConfig
     ) -> contextlib.AbstractContextManager[Any]:
-        """What the engine would compute in, where none is alive and the config autocasts."""
+        """Return the autocast context of an engine; an empty one where an engine is alive."""
         autocasts = resolved.values.get("torch_autocast.enabled") and engine_on(module) is None
         if not autocasts:
             return contextlib.nullcontext()
@@ -106,7 +106,7 @@ class EngineKeeper:
 
     @contextlib.contextmanager
     def passes(self, module: torch.nn.Module) -> Iterator[None]:
-        """Run forward passes; an engine in which one breaks off at stage 3 is let go.
+        """Run forward passes in the block; tear down an engine in which one breaks off at stage 3.
 
         While training runs that is left to its end.
         """
@@ -130,7 +130,7 @@ class EngineKeeper:
         return engine
 
     def _let_go(self) -> bool:
-        """Whether there was an engine, none of which is alive now."""
+        """Tear down the engines that are alive, and tell whether there was any."""
         alive = [e for e in (self._training, self._inference) if e is not None and not e.is_gone]
         for engine in alive:
             engine.destroy()

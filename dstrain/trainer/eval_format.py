@@ -13,7 +13,7 @@ from dstrain.models import DTYPES
 
 
 def full_eval_format(args: Any, resolved: Any) -> str | None:
-    """The format to evaluate in where it is another than that of training.
+    """Return the number format to evaluate in; None where it is that of training.
 
     Raises:
         ConfigError: at stage 3, where a forward pass goes through the engine and its format.
@@ -35,7 +35,7 @@ def full_eval_format(args: Any, resolved: Any) -> str | None:
 
 @contextlib.contextmanager
 def in_format(module: torch.nn.Module, name: str) -> Iterator[None]:
-    """Inside, the parameters are copies in another format; afterwards the same memory as before.
+    """Give parameters copies in another format in the block, and their own memory back after it.
 
     Buffers stay as they are: rotary frequencies in 16 bits would be wrong.
     """

@@ -21,7 +21,7 @@ class EvalLoaderHooks:
     _eval_loaders: Mapping[str | None, tuple[Any, Any]] = MappingProxyType({})
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """This rank's evaluation loader; every sample is on one rank, in the dataset's order.
+        """Make this rank's evaluation loader; every sample is on one rank, in the dataset's order.
 
         Loaders of the constructor's datasets are kept with ``dataloader_persistent_workers``.
 
@@ -58,11 +58,11 @@ class EvalLoaderHooks:
         return loader
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """This rank's loader of ``predict``."""
+        """Make this rank's loader for ``predict``."""
         return self._loader(test_dataset, train=False)
 
     def _agreed_loader(self, make: Callable[[], Any], *, method: str) -> Any:
-        """The loader of an evaluation, once all ranks have one of the same data; a collective.
+        """Make the loader of an evaluation; check that all ranks have the same data; a collective.
 
         Raises:
             DataError: one has none, or other data; on all ranks.
@@ -79,7 +79,7 @@ class EvalLoaderHooks:
         self._eval_loaders = MappingProxyType({})
 
     def _named_parts(self, eval_dataset: Any) -> dict[str, Any] | None:
-        """Of a dict of datasets what to evaluate by name; None for a single dataset."""
+        """Return the datasets to evaluate one by one, by name; None where there is only one."""
         if isinstance(eval_dataset, dict):
             return eval_dataset
         if eval_dataset is None and isinstance(self.eval_dataset, dict):

@@ -82,7 +82,7 @@ class EvaluationHooks(EvalLoaderHooks):
 
     @property
     def label_names(self) -> list[str]:
-        """Batch keys that are labels: ``label_names``, or found in the model's signature."""
+        """Return the batch keys that are labels, from ``label_names`` or the model's signature."""
         return list(self.targets.labels)
 
     # --- what a user calls ----------------------------------------------------------------------
@@ -93,7 +93,7 @@ class EvaluationHooks(EvalLoaderHooks):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Loss and metrics over a dataset, each sample once; logged and returned on all ranks.
+        """Compute loss and metrics over a dataset, each sample once; log them, on all ranks.
 
         Works before, during and after training at every ZeRO stage. The loss is the mean over all
         targets, so it depends neither on the batch size nor on the number of ranks.
@@ -143,7 +143,7 @@ class EvaluationHooks(EvalLoaderHooks):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
     ) -> Any:
-        """Predictions for a dataset, in its order; metrics too, where it has labels. Not logged.
+        """Predict a dataset, in its order; compute metrics where it has labels. Logs nothing.
 
         Args:
             test_dataset: the data.
@@ -176,7 +176,7 @@ class EvaluationHooks(EvalLoaderHooks):
     # --- what a subclass overrides --------------------------------------------------------------
 
     def derived_metrics(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
-        """Metrics computed from others after an evaluation; none by default."""
+        """Compute metrics from others after an evaluation; none by default."""
         return {}
 
     def prediction_loop(
@@ -187,7 +187,7 @@ class EvaluationHooks(EvalLoaderHooks):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """What ``evaluate`` and ``predict`` call; the older name of ``evaluation_loop``."""
+        """Run ``evaluation_loop`` under its older name; ``evaluate`` and ``predict`` call this."""
         return self.evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
@@ -278,7 +278,7 @@ class EvaluationHooks(EvalLoaderHooks):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """Loss, predictions and labels of one batch, each None where there is none.
+        """Return loss, predictions and labels of one batch, each None where there is none.
 
         Called on every rank as often as on every other; at the end of the data a rank may get a
         stand-in whose results are dropped.
@@ -326,7 +326,7 @@ class EvaluationHooks(EvalLoaderHooks):
     # --- behind the edge ------------------------------------------------------------------------
 
     def evaluate_in_training(self) -> Any:
-        """Evaluate because a callback asked for it; the noise of training stays what it was.
+        """Evaluate because a callback asked for it; random states of training stay as they were.
 
         Returns:
             the control object.
@@ -356,7 +356,7 @@ class EvaluationHooks(EvalLoaderHooks):
         return self.control
 
     def _undo_of_evaluation(self) -> Callable[[], None]:
-        """What takes back the log entries of sets that were done, and what callbacks made of them.
+        """Return a function that undoes an evaluation's log entries and effects on callbacks.
 
         It is about what a checkpoint holds: a run that goes on from there evaluates all sets.
         (Trackers have not heard of them yet.)
@@ -372,7 +372,7 @@ class EvaluationHooks(EvalLoaderHooks):
 
     @contextlib.contextmanager
     def _targets_of_evaluation(self) -> Iterator[None]:
-        """Count the targets of evaluations inside, by what their own losses are means over."""
+        """Count targets, in the block, by what the losses of evaluation are means over."""
         training = self.targets
         if self._eval_targets is None or self._eval_targets[0] is not training:
             self._eval_targets = training, training.for_evaluation()
@@ -383,7 +383,7 @@ class EvaluationHooks(EvalLoaderHooks):
             self.targets = training
 
     def _watching_for_ranks(self, description: str) -> contextlib.AbstractContextManager[None]:
-        """Name the ranks that do not come, where collectives give up for them."""
+        """Say in the block, when a collective gives up, which ranks did not come."""
         return watching_outside(
             self.ranks,
             description.lower(),
@@ -416,7 +416,7 @@ class EvaluationHooks(EvalLoaderHooks):
         return self.targets.can_count or is_given_up
 
     def _heed_signals(self, collector: Collector | None) -> None:
-        """End the evaluation where a signal ends the training that it is of."""
+        """End the evaluation where a signal ends the training around it."""
         if self._preemption is not None:
             self._preemption.heed(may_ask=collector is None or collector.has_sent_all)
 
@@ -453,7 +453,7 @@ class EvaluationHooks(EvalLoaderHooks):
 
     @contextlib.contextmanager
     def _model_for_evaluation(self, *, generates: bool) -> Iterator[Any]:
-        """What runs forward passes, for the time of one evaluation."""
+        """Give the block the model that runs the forward passes of one evaluation."""
         if self._engines.training is not None:
             self._engines.training.buffers.look()  # what began to change since the last look
         model = self._engines.forward_model(self.model, self.resolved)
@@ -472,7 +472,7 @@ class EvaluationHooks(EvalLoaderHooks):
 
     @property
     def _format(self) -> str:
-        """The format of what goes into the model."""
+        """Return the number format of what goes into the model."""
         return self._eval_format or self._engines.precision(self.model, self.resolved)
 
     def _batch_metric(self) -> BatchMetric | None:
@@ -498,7 +498,7 @@ class EvaluationHooks(EvalLoaderHooks):
     def _predict_batch(
         self, model: Any, inputs: Any, loss_only: bool, ignore_keys: list[str] | None
     ) -> Prediction:
-        """``prediction_step``, and what else metrics get."""
+        """Call ``prediction_step``, and add the inputs where metrics want them."""
         main = getattr(self.model, "main_input_name", "input_ids")
         wants_inputs = not loss_only and "inputs" in self.args.include_for_metrics
         kept = inputs.get(main) if wants_inputs and isinstance(inputs, Mapping) else None
@@ -512,7 +512,7 @@ class EvaluationHooks(EvalLoaderHooks):
         return Prediction(loss) if loss_only else Prediction(loss, logits, labels, kept)
 
     def _reduced(self, prediction: Prediction) -> Prediction:
-        """With what ``preprocess_logits_for_metrics`` makes of the logits, where there is one."""
+        """Apply ``preprocess_logits_for_metrics`` to the logits, where both are there."""
         reduce, logits = self.preprocess_logits_for_metrics, prediction.predictions
         if logits is None or reduce is None:
             return prediction
@@ -523,7 +523,7 @@ class EvaluationHooks(EvalLoaderHooks):
             yield EvalBatch(micro_batch.inputs, micro_batch.num_samples, is_last)
 
     def _computes_loss(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether there is a loss although the model takes no labels."""
+        """Tell whether there is a loss although the batch has no labels."""
         from dstrain.trainer.trainer import Trainer
 
         own = getattr(self, "compute_loss_func", None) is not None
@@ -533,7 +533,7 @@ class EvaluationHooks(EvalLoaderHooks):
         return returns_loss(self.model) if wanted is None else bool(wanted)
 
     def _ignored_keys(self) -> Sequence[str]:
-        """Outputs that the model's config calls no predictions."""
+        """Return the names of outputs that, by the model's config, are no predictions."""
         config = getattr(self.model, "config", None)
         if config is None:
             return ()

@@ -21,7 +21,7 @@ class Events:
     """Calls callbacks in transformers' order and holds their state and control."""
 
     def __init__(self, trainer: Trainer, callbacks: Sequence[Any] | None) -> None:
-        """Default flow, trackers, the user's callbacks, then progress bar or plain lines."""
+        """Set up callbacks, in order: default flow, trackers, the user's, a progress display."""
         from dstrain.reporting import compat
 
         args, ranks = trainer.args, trainer.ranks
@@ -67,7 +67,7 @@ class Events:
 
     @contextlib.contextmanager
     def reports_held(self) -> Iterator[None]:
-        """Let trackers hear of what is logged inside only when all of it is.
+        """Hold back what is logged in the block from trackers until the block ends.
 
         They cannot take a point back. So where a signal ends an evaluation of several sets they
         hear of none: the run that goes on evaluates all of them again.
@@ -97,7 +97,7 @@ class Events:
                 report()
 
     def read_checkpoints(self) -> bool:
-        """Whether a callback may read a checkpoint in ``on_save``, so that it must be there."""
+        """Tell whether a callback may read a checkpoint in ``on_save``, which then must exist."""
         from dstrain.reporting import compat
 
         return any(
@@ -106,13 +106,13 @@ class Events:
         )
 
     def exportable(self) -> list[Any]:
-        """Callbacks whose state checkpoints hold."""
+        """List the callbacks whose state checkpoints hold."""
         from dstrain.trainer.compat import ExportableState
 
         return [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
 
     def take_down(self) -> Callable[[], None]:
-        """Note what callbacks remember of a run; what is returned lets them remember that again.
+        """Record the state of callbacks; return a function that restores it.
 
         It is about those that say in ``state`` what that is, for checkpoints, as early stopping
         does. What others hold may be what a user collects over several runs.
@@ -127,7 +127,7 @@ class Events:
         return give_back
 
     def begin_run(self, loader: Any, *, max_steps: int, steps_per_epoch: int | None) -> None:
-        """A fresh state for a run of ``max_steps``; the log history of earlier runs is kept."""
+        """Reset the state for a run of ``max_steps``; the log history of earlier runs is kept."""
         from dstrain.reporting.wandb_tracker import WandbCallback
 
         trainer, args = self._trainer, self._trainer.args

@@ -50,7 +50,7 @@ def check_features(model: torch.nn.Module, args: TrainingArguments, *, device: s
 
 @contextlib.contextmanager
 def training_features(model: torch.nn.Module, args: TrainingArguments) -> Iterator[None]:
-    """Change the model for a training; entered before the engine is built.
+    """Change the model for the time of a training; entered before the engine is built.
 
     Hooks that are there first run first, so at ZeRO stage 3 ours still see a layer's parameters.
     """
@@ -80,13 +80,13 @@ def _can_checkpoint(model: Any) -> bool:
 
 
 def _enables_checkpointing(model: Any) -> tuple[str, Callable[..., Any]]:
-    """What the feature is called by this model, and the method that turns it on."""
+    """Return this model's name for activation checkpointing, and the method that turns it on."""
     name = next(name for name in _NAMES if hasattr(model, f"{name}_checkpointing_enable"))
     return name, getattr(model, f"{name}_checkpointing_enable")
 
 
 def _checkpointing_kwargs(args: TrainingArguments) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What goes to torch's function, and what the model takes itself: layers, and their place."""
+    """Split ``gradient_checkpointing_kwargs`` into those for torch and those for the model."""
     given = args.gradient_checkpointing_kwargs
     assert not isinstance(given, str), "parsed on construction"
     kwargs = dict(given or {})
@@ -167,7 +167,10 @@ def _embeddings(model: Any) -> torch.nn.Module | None:
 
 
 def _noise(alpha: float) -> Callable[..., torch.Tensor | None]:
-    """NEFTune (arXiv 2310.05914, algorithm 1): uniform noise of alpha / sqrt(length x width)."""
+    """Return a hook that adds NEFTune's uniform noise of alpha / sqrt(length x width).
+
+    arXiv 2310.05914, algorithm 1.
+    """
 
     def add(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
         if not module.training:
@@ -254,7 +257,7 @@ def _compile_problems(args: TrainingArguments) -> list[Problem]:
 
 @contextlib.contextmanager
 def _watching_for_overflow(model: torch.nn.Module) -> Iterator[None]:
-    """Every layer's weights, inputs and outputs are searched for NaN and infinity."""
+    """Search every layer's weights, inputs and outputs in the block for NaN and infinity."""
     from dstrain.trainer import compat
 
     before = {module: set(module._forward_hooks) for module in model.modules()}

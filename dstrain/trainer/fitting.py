@@ -54,7 +54,7 @@ def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:
 
 
 def begin_with_found(trainer: Trainer, start: saving.Start | None) -> None:
-    """Take the micro-batch that the run of a checkpoint had found, and need not find it again."""
+    """Begin with the micro-batch that the run of the checkpoint had found."""
     args = trainer.args
     found = None if start is None else start.state.train_batch_size
     if not args.auto_find_batch_size or not found or found >= args.per_device_train_batch_size:
@@ -66,7 +66,7 @@ def begin_with_found(trainer: Trainer, start: saving.Start | None) -> None:
 
 
 def fitted_arguments(args: TrainingArguments, fitted: tuple[int, int] | None) -> TrainingArguments:
-    """The arguments with the micro-batch that was found; the user's own stay as they are."""
+    """Return a copy of the arguments with the micro-batch that was found; None changes nothing."""
     if fitted is None:
         return args
     changed = copy.copy(args)
@@ -75,7 +75,10 @@ def fitted_arguments(args: TrainingArguments, fitted: tuple[int, int] | None) ->
 
 
 def smaller(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
-    """At most half of the micro-batch, with as many samples per step; None below one sample."""
+    """Return the largest micro-batch of at most half the size, with as many samples per step.
+
+    None where it would be less than one sample.
+    """
     total = micro_batch * accumulation
     for size in range(micro_batch // 2, 0, -1):
         if total % size == 0:
@@ -117,7 +120,7 @@ def run_fitting(trainer: Trainer, loop: TrainLoop) -> None:
 
 
 def _ran_out(run: Callable[[], None], loop: TrainLoop, regroup: Regroup) -> str:
-    """Run; what was said when memory ran out on this rank or another, "" when it did not."""
+    """Run the loop; return the error where memory ran out on any rank, "" where it did not."""
     try:
         run()
     except Exception as error:
@@ -135,7 +138,7 @@ def _ran_out(run: Callable[[], None], loop: TrainLoop, regroup: Regroup) -> str:
 
 
 def _leave_and_meet(trainer: Trainer, loop: TrainLoop, regroup: Regroup) -> Carried:
-    """Tear the engine and the process groups down and form new ones; what the engine knew."""
+    """Tear the engine and the process groups down, form new groups; return the engine's state."""
     loop.engine.buffers.go_back()
     carried = carry(loop.engine)
     if trainer._writer is not None:
@@ -151,7 +154,7 @@ def _leave_and_meet(trainer: Trainer, loop: TrainLoop, regroup: Regroup) -> Carr
 def _take_place(
     trainer: Trainer, loop: TrainLoop, carried: Carried, micro_batch: int, accumulation: int
 ) -> None:
-    """Another engine with another micro-batch in the place of the one that ran out of memory."""
+    """Replace the engine that ran out of memory by one with another micro-batch."""
     args = trainer.args
     if trainer.ranks.is_main:
         logger.warning(
@@ -174,5 +177,5 @@ def _take_place(
     engine.buffers.keep()
     trainer.events.hold(loader)
     if trainer._writer is not None:
-        trainer._writer = saving.make_writer(trainer, trainer.run_lock())
+        trainer._writer = saving.make_writer(trainer)
     loop.change(engine, loader, accumulation=trainer.resolved.accumulation)

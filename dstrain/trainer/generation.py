@@ -12,7 +12,7 @@ from dstrain.trainer import compat
 
 
 def check_generation_config(model: Any) -> None:
-    """Refuse a model whose generation config its first save would fail of.
+    """Refuse a model whose generation config cannot be saved.
 
     transformers saves back what it has loaded, whatever that says, and refuses what was changed
     since and contradicts itself.
@@ -36,7 +36,7 @@ def check_generation_config(model: Any) -> None:
 
 
 def why_not_saved(config: Any) -> ValueError | None:
-    """What ``save_pretrained`` of a generation config would raise; None where it works."""
+    """Return the error that ``save_pretrained`` of a generation config would raise, or None."""
     try:
         config.validate(strict=not compat.is_as_loaded(config))
     except ValueError as error:
@@ -46,7 +46,7 @@ def why_not_saved(config: Any) -> ValueError | None:
 
 @contextlib.contextmanager
 def changing(config: Any) -> Iterator[None]:
-    """Change a generation config on dstrain's own account.
+    """Let the block change a generation config, which still counts as loaded if it did before.
 
     One that was as published counts as published afterwards: else what it said from the beginning
     would keep it from being saved.

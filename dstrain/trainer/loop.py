@@ -110,7 +110,7 @@ class TrainLoop:
         self.plan = replace(self.plan, accumulation=accumulation)
 
     def go_on(self) -> None:
-        """``run`` from inside an epoch, after a change."""
+        """Go on with ``run`` inside an epoch, after ``change``."""
         self.engine.model.train()
         self._run_epochs(inside=True)
 
@@ -208,7 +208,7 @@ class TrainLoop:
         self._react("on_epoch_end", *self._last, epoch_is_over=False)
 
     def _windows(self) -> Iterator[Window]:
-        """The windows of an epoch, from inside of it where the run goes on from a checkpoint."""
+        """Yield the windows of an epoch; in a resumed run, those that are left of the first one."""
         resumption, self._random_ahead = self.resumption, None
         self.resumption = None  # it is for the first epoch only
         if not fetches_ahead(self.loader):
@@ -240,7 +240,7 @@ class TrainLoop:
             )
 
     def _train_step(self, window: Window) -> tuple[StepOutcome, float]:
-        """One optimizer step over a window of micro-batches."""
+        """Take one optimizer step over a window of micro-batches."""
         self.place.enter("before its first micro-batch", in_step=True)
         self.hooks.event("on_step_begin")
         micro_batches = telling_first(window.micro_batches, self.targets)
@@ -297,7 +297,7 @@ class TrainLoop:
         return outcome, learning_rate
 
     def _note_skipped(self) -> None:
-        """Count a step that changed nothing; only in fp16 is that how a loss scale is found."""
+        """Count a step that changed nothing, as fp16 takes to find its loss scale."""
         self.skipped_steps += 1
         what = f"step {self.progress.step} skipped: its gradients were not finite"
         if self.engine.loss_scale() is None:
@@ -308,7 +308,7 @@ class TrainLoop:
             logger.warning("%s", what)
 
     def _forward_backward(self, micro_batch: MicroBatch, index: int, *, last: bool) -> torch.Tensor:
-        """Run one micro-batch; returns its mean loss, or the parts of one that has several."""
+        """Run one micro-batch; return its mean loss, or its parts where the loss has several."""
         step, inputs = self.micro_step, micro_batch.inputs
         assert step.weights is not None
         counts = step.weights.expected(index)
@@ -361,7 +361,7 @@ class TrainLoop:
     def _evaluate_and_save(
         self, event: str, outcome: StepOutcome, learning_rate: float, *, epoch_is_over: bool
     ) -> None:
-        """What callbacks decided; a signal during the evaluation ends the run here."""
+        """Evaluate and save as callbacks decided; a signal in the evaluation ends the run."""
         if self.control.should_evaluate:
             due = Due.of(event, self.control)
             if not self._evaluate():
@@ -406,7 +406,7 @@ class TrainLoop:
         self._meter.exclude(time.perf_counter() - started)
 
     def _source(self) -> dict[str, Any] | None:
-        """State of the stream behind the loader, which a resumed run may not have begun to read."""
+        """Return the state of the stream behind the loader; the saved one until it is read."""
         if self.resumption is not None:
             return self.resumption.position.source
         return source_state(self.loader, self.progress.samples_in_epoch)
@@ -445,7 +445,7 @@ class TrainLoop:
             self._save("on_step_end", *self._last, epoch_is_over=epoch_is_over)
 
     def _evaluate(self) -> bool:
-        """Evaluate, which is no training time, and go back to training mode; False: not done."""
+        """Evaluate, outside of training time; return False where a signal ended it."""
         started, done = time.perf_counter(), True
         self.place.enter("an evaluation")
         try:
@@ -474,7 +474,7 @@ class TrainLoop:
         self.hooks.log(logs)
 
     def _note(self, reading: Reading) -> None:
-        """Keep the run's totals, and act on a loss that is no number."""
+        """Update the run's totals, and act on a loss that is not finite."""
         self.loss_sum += reading.loss_sum
         self.state.num_input_tokens_seen += reading.num_tokens
         if reading.first_bad_step is None:
@@ -504,14 +504,14 @@ class TrainLoop:
         )
 
     def _logs_after(self, window: Window) -> bool:
-        """Whether the step about to be taken will probably be logged."""
+        """Tell whether the step about to be taken will probably be logged."""
         step = self.progress.step + 1
         if self.plan.log_every:
             return step % self.plan.log_every == 0 or step in (1, self.plan.max_steps)
         return window.ends_epoch
 
     def _epoch_position(self, window: Window) -> float:
-        """Epochs done, as a fraction; for a stream the share of max_steps in its first epoch."""
+        """Compute the epochs done; a stream's fraction is the share of ``max_steps`` done."""
         if self.plan.steps_per_epoch is None:
             return self.progress.epoch + min(1.0, self.progress.step / self.plan.max_steps)
         if window.ends_epoch:
@@ -523,7 +523,7 @@ class TrainLoop:
 
 
 def _no_sample(epoch: int) -> DataError:
-    """Make the error of an epoch that began and had nothing in it."""
+    """Return the error for an epoch without a sample."""
     if not epoch:
         return DataError(
             Problem(

@@ -103,7 +103,7 @@ class LossTerms:
         )
 
     def apply_to(self, inputs: Any) -> bool:
-        """Whether a batch has the labels of every term; the model's own loss has no term else."""
+        """Tell whether a batch has the labels of every term, which the model's loss needs."""
         return isinstance(inputs, Mapping) and all(
             isinstance(inputs.get(term.labels), torch.Tensor) for term in self.terms
         )
@@ -138,7 +138,7 @@ def _takes_spans(model: torch.nn.Module) -> bool:
 
 
 def _mean(logits: torch.Tensor, labels: torch.Tensor, term: Term) -> torch.Tensor:
-    """The mean cross entropy over targets, 0 where there is none; nothing waits for the device."""
+    """Compute the mean cross entropy over targets, 0 without any; do not wait for the device."""
     logits = logits.float().flatten(0, -2)
     labels, ignored = labels.flatten(), IGNORED
     if term.is_position:

@@ -78,7 +78,12 @@ class TrainMeter:
     """
 
     def __init__(self, device: Any, *, filter_bad: bool) -> None:
-        """Args: where ranks sum up, and whether bad losses are left out of the mean."""
+        """Begin at zero.
+
+        Args:
+            device: where ranks sum up.
+            filter_bad: whether losses that are not finite are left out of the mean.
+        """
         self._device = device
         self._filter = filter_bad
         self._windows: list[_Window] = []
@@ -150,7 +155,7 @@ class TrainMeter:
         return reading
 
     def state(self) -> dict[str, float]:
-        """What has been added since the last reading, of this rank; waits for the device."""
+        """Return this rank's sums since the last reading; wait for the device."""
         self._fold()
         return {
             "loss": self._loss,
@@ -185,7 +190,7 @@ class TrainMeter:
 
 
 def _read(parts: list[torch.Tensor | float]) -> Iterator[float]:
-    """The elements of tensors, and numbers, in order; one wait for each dtype."""
+    """Yield the elements of tensors, and numbers, in order; wait once for each dtype and device."""
     read: list[list[float]] = [[] for _ in parts]
     alike: dict[Any, list[tuple[int, torch.Tensor]]] = {}
     for place, part in enumerate(parts):
@@ -201,7 +206,7 @@ def _read(parts: list[torch.Tensor | float]) -> Iterator[float]:
 
 
 def _merged(states: list[dict[str, float]], filtered: bool, rank: int) -> dict[str, float]:
-    """One rank's part when other ranks than these go on: all of it for the main rank."""
+    """Merge all ranks' sums when a run goes on at other ranks: the main rank gets all of them."""
     steps = states[0]["steps"]
     merged = {**states[0], "loss": 0.0, "finite": float(steps), "bad": -1.0, "tokens": 0}
     if rank == 0 and steps:

@@ -67,7 +67,7 @@ def check_whole(model: Any) -> None:
 
 
 def num_arguments(model_init: Callable[..., Any]) -> int:
-    """0, or 1 where it takes the trial.
+    """Count the arguments of ``model_init``: 0, or 1 where it takes the trial.
 
     Raises:
         ConfigError: it takes more.
@@ -89,7 +89,7 @@ def num_arguments(model_init: Callable[..., Any]) -> int:
 def fresh_model(
     make: Callable[[Any], torch.nn.Module | None], args: TrainingArguments, trial: Any
 ) -> torch.nn.Module:
-    """A new model from the run's seed, partitioned while it is built where stage 3 is asked for.
+    """Make a new model from the run's seed, partitioned while it is built at stage 3.
 
     Raises:
         ModelError: the function returned none.

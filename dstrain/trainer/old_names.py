@@ -9,7 +9,7 @@ from dstrain.core.errors import ConfigError, Problem
 
 
 def one_name(processing_class: Any, tokenizer: Any) -> Any:
-    """``tokenizer`` is the old name of ``processing_class``.
+    """Return what was passed as ``processing_class``, or by its old name ``tokenizer``.
 
     Raises:
         ConfigError: both were passed.
@@ -29,7 +29,7 @@ def one_name(processing_class: Any, tokenizer: Any) -> Any:
 
 
 def old_resume(resume: str | bool | None, kwargs: dict[str, Any]) -> str | bool | None:
-    """``model_path`` is the old name of ``resume_from_checkpoint``.
+    """Return ``resume_from_checkpoint``, or what was passed by its old name ``model_path``.
 
     Raises:
         TypeError: another keyword.

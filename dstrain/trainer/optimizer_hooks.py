@@ -57,7 +57,7 @@ class OptimizerHooks:
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The learning-rate schedule of the basic ``optimizer``; the engine steps it."""
+        """Make the learning-rate schedule of ``optimizer``; the engine steps it."""
         if self.lr_scheduler is None:
             steered = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = build.scheduler_factory(self.args, num_training_steps)(steered)
@@ -70,18 +70,18 @@ class OptimizerHooks:
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """The class that ``args.optim`` resolves to, and what its constructor takes.
+        """Return the class that ``args.optim`` resolves to, and what its constructor takes.
 
         With optimizer offload that is the implementation for host cores. A collective of all ranks.
         """
         return build.optimizer_of(args)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Names of the parameters that weight decay applies to."""
+        """Return the names of the parameters that weight decay applies to."""
         return decay_parameter_names(model)
 
     def get_learning_rates(self) -> list[float]:
-        """The learning rate of each parameter group.
+        """Return the learning rate of each parameter group.
 
         Raises:
             ValueError: there is no optimizer yet.
@@ -89,7 +89,7 @@ class OptimizerHooks:
         return [float(group["lr"]) for group in self._set_up_optimizer().param_groups]
 
     def get_optimizer_group(self, param: torch.nn.Parameter | None = None) -> Any:
-        """The group that updates ``param`` (None for a frozen one); all groups' params without it.
+        """Return the group that updates ``param``, None if frozen; without ``param``, all groups.
 
         Under ZeRO the groups hold flat slices; the parameter is one of the model's all the same.
 
@@ -123,18 +123,18 @@ class OwnObjects:
 
     @property
     def makes_optimizer(self) -> bool:
-        """Whether one is made for every training."""
+        """Tell whether the user's code makes an optimizer for every training."""
         given = self._trainer.optimizer_cls_and_kwargs is not None
         return given or any(_overrides(self._trainer, name) for name in _MAKERS)
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether the optimizer is not the config's."""
+        """Tell whether the optimizer is the user's own, and not the config's."""
         return self.optimizer is not None or self.makes_optimizer
 
     @property
     def has_scheduler(self) -> bool:
-        """Whether the schedule is not the config's."""
+        """Tell whether the schedule is the user's own, and not the config's."""
         return self.scheduler is not None or any(
             _overrides(self._trainer, name)
             for name in ("create_scheduler", "create_optimizer_and_scheduler")
@@ -161,7 +161,7 @@ class OwnObjects:
             group["params"] = params
 
     def for_run(self, num_training_steps: int) -> tuple[Any, Any]:
-        """Optimizer (None: the config's) and schedule, or a function that makes it, for an engine.
+        """Return the user's optimizer (None: the config's) and schedule, or the schedule's maker.
 
         Raises:
             ConfigError: an override made no optimizer.

@@ -11,7 +11,7 @@ from dstrain.core.errors import Problem, TrainingError
 
 
 def loss_of(outputs: Any, *, only_scalar: bool = False) -> torch.Tensor | None:
-    """The loss in a model's outputs: their "loss", or the first of a tuple.
+    """Return the loss in a model's outputs: their "loss", or the first of a tuple.
 
     Args:
         outputs: of a forward pass.
@@ -67,7 +67,7 @@ def check_loss(loss: Any, function: Callable[..., Any]) -> None:
 
 
 def logits_of(outputs: Any, ignore_keys: Sequence[str], *, has_loss: bool) -> Any:
-    """The predictions: all outputs but the loss and those ignored; a single one is no tuple.
+    """Return all outputs but the loss and those ignored; a single one without a tuple.
 
     Args:
         outputs: of a forward pass.

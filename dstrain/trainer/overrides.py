@@ -42,7 +42,7 @@ _ELSEWHERE = {
 
 
 def unheard(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
-    """What would be a silent difference from what was written.
+    """Find overrides and arguments that would be ignored silently.
 
     Args:
         cls: the user's class.

@@ -17,7 +17,7 @@ class Hooks(Protocol):
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its mean loss."""
+        """Run forward and backward of one micro-batch; return its mean loss."""
         ...
 
     def count_flos(self, inputs: Any) -> None:

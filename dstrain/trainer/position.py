@@ -56,13 +56,13 @@ class Due:
 
     @staticmethod
     def of(event: Any, control: Any) -> Due:
-        """What callbacks have decided in ``event``, before the evaluation."""
+        """Record what callbacks have decided in ``event``, before the evaluation."""
         return Due(
             event, control.should_save, control.should_training_stop, control.should_epoch_stop
         )
 
     def give_to(self, control: Any) -> None:
-        """Have it decided (again)."""
+        """Set these decisions in ``control`` again."""
         control.should_evaluate = True
         control.should_save = self.saves
         control.should_training_stop = self.stops_training
@@ -112,14 +112,14 @@ class Position:
     loss: LossFindings | None = None
 
     def shared(self) -> dict[str, Any]:
-        """The part that is the same on all ranks, as plain values."""
+        """Return the part that is the same on all ranks, as plain values."""
         values = asdict(replace(self, random_ahead=None, source=None))
         del values["random_ahead"]
         source = None if self.is_split else self.source
         return values | {"source": source if is_plain(source) else None}
 
     def own(self) -> dict[str, Any]:
-        """The part of this rank: its random state now, and before what it has fetched.
+        """Return this rank's part: its random state now, and before what it has fetched ahead.
 
         And the state of its own part of the data, where it has one.
         """
@@ -135,12 +135,12 @@ class Position:
 
     @property
     def is_inside_epoch(self) -> bool:
-        """Whether samples of an epoch are still to come that others of it have been used of."""
+        """Tell whether some samples of an epoch have been used and others are still to come."""
         return bool(self.progress.samples_in_epoch) and not self.epoch_is_over
 
     @staticmethod
     def of(shared: dict[str, Any]) -> Position:
-        """The position that ``shared`` came from.
+        """Rebuild the position from which ``shared`` was made.
 
         Raises:
             ValueError: naming what in it is none of a position.
@@ -172,15 +172,15 @@ class Resumption:
 
     @property
     def random_ahead(self) -> dict[str, Any] | None:
-        """Random state for fetching what had been fetched before the checkpoint, if anything."""
+        """Return the random state before what was fetched ahead of the checkpoint, or None."""
         return None if self.own is None else self.own["random_ahead"]
 
     def restore_random_ahead(self) -> None:
-        """Random state in which the first micro-batch had been fetched."""
+        """Restore the random state in which the first micro-batch had been fetched."""
         if self.random_ahead is not None:
             set_random_state(self.random_ahead)
 
     def restore_random(self) -> None:
-        """Random state of the checkpoint."""
+        """Restore the random state of the checkpoint."""
         if self.own is not None:
             set_random_state(self.own["random"])

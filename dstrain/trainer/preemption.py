@@ -66,7 +66,7 @@ class Preemption:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Take the signals over inside the block; a collective of all ranks.
+        """Handle the signals inside the block; a collective of all ranks.
 
         Only a process's main thread can; a run in another one hears of the other ranks' signals.
         """
@@ -87,7 +87,7 @@ class Preemption:
             signal.raise_signal(self._caught)
 
     def renew(self) -> None:
-        """Exchange on another group, where all process groups were formed anew; a collective."""
+        """Use a new process group, where all of them were formed anew; a collective."""
         self._work = self._message = None
         self._steps_left = self._steps = 1
         if self._group is not None:
@@ -116,7 +116,7 @@ class Preemption:
         )
 
     def answer(self) -> bool:
-        """Whether a rank was sent a signal before it last asked; the same on all ranks."""
+        """Tell whether any rank was sent a signal before it last asked; the same on all ranks."""
         number = rank = 0
         if self._work is not None:
             assert self._message is not None
@@ -151,7 +151,7 @@ class Preemption:
         self._pace_anew()
 
     def heed(self, *, may_ask: bool) -> None:
-        """Between two batches: end the evaluation where a rank was sent a signal.
+        """End the evaluation, between two batches, where a rank was sent a signal.
 
         Args:
             may_ask: whether a rank that fails from here on would fail all in the next exchange of
@@ -169,7 +169,7 @@ class Preemption:
             self.ask()
 
     def _pace_anew(self) -> None:
-        """A batch of an evaluation and a step do not last as long as each other."""
+        """Measure anew how often to ask: a batch of an evaluation and a step differ in length."""
         self._steps_left = self._steps = 1
         self._asked_at = time.perf_counter()
 
@@ -202,7 +202,7 @@ class Preemption:
         self._caught = self._caught or number
 
     def _new_group(self) -> Any:
-        """A patient one: a metric of one batch may take longer than any step of training."""
+        """Make a group with a long timeout: a metric of one batch may take longer than any step."""
         import torch.distributed as dist
 
         return dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -215,7 +215,7 @@ class Preemption:
 
 
 def _is_to_stop(number: signal.Signals, previous: Any) -> bool:
-    """Whether a signal is a wish to stop early and go on later.
+    """Tell whether a signal asks to stop early and go on later.
 
     A terminal that goes away sends SIGHUP, unless nohup has it ignored. Ctrl-C stops a process
     that was started by itself, a notebook's too, where it is; under a launcher it reaches all

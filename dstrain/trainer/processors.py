@@ -18,7 +18,7 @@ _TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 def processor_writer(processing_class: Any, collate: Any) -> Callable[[Path], None] | None:
-    """What writes tokenizer or processor into a model's folder; None where there is none.
+    """Return a function that writes tokenizer or processor into a folder; None if there is none.
 
     Without a ``processing_class`` those that the data collator works with are written, or the saved
     model could not be used.
@@ -35,7 +35,7 @@ def processor_writer(processing_class: Any, collate: Any) -> Callable[[Path], No
             try:
                 part.save_pretrained(folder)
             except Exception as error:
-                # What tokenizers says of a full disk is of no class of its own.
+                # tokenizers raises a plain Exception where the disk is full: no narrower class.
                 if type(error) is Exception and "os error" in str(error):
                     raise OSError(str(error)) from error
                 raise
@@ -81,13 +81,13 @@ def align_special_tokens(module: torch.nn.Module, processing_class: Any) -> dict
 
 
 def stop_at(module: Any, token: int) -> bool:
-    """Let generation stop at a token, beside those at which it stops; whether it did not."""
+    """Let generation stop at one more token; tell whether that is a change."""
     generation = getattr(module, "generation_config", None)
     return generation is not None and _set(generation, "eos_token_id", token, adds=True)
 
 
 def _set(config: Any, name: str, token: int, *, adds: bool) -> bool:
-    """Make ``token`` the value, or the first of several; whether it was none of them."""
+    """Make ``token`` the value, or the first of several; tell whether that is a change."""
     value = getattr(config, name, None)
     known = value if isinstance(value, (list, tuple)) else [value]
     if token in known:

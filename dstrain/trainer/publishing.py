@@ -44,7 +44,7 @@ class HubHooks:
 
     @property
     def hub_model_id(self) -> str | None:
-        """Owner/name of the repository, on the main rank once it is known to be there."""
+        """Return owner/name of the repository, on the main rank once it is known to be there."""
         return None if self._publisher is None else self._publisher.repo_id
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -189,7 +189,7 @@ class HubHooks:
             )
 
     def checkpoint_upload(self) -> Callable[[Path], None] | None:
-        """What uploads the checkpoint of this step once it is committed, in any thread.
+        """Return a function that uploads this step's checkpoint after its commit, in any thread.
 
         None on other ranks, and where checkpoints are not uploaded.
         """
@@ -251,7 +251,7 @@ class HubHooks:
 
 
 def _files(folder: Path, *, leave_out: Any) -> dict[str, Path]:
-    """Files below a folder by their path in it; none hidden, nor settings with credentials."""
+    """Map paths inside a folder to its files; none hidden, nor settings with credentials."""
     found = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
@@ -265,7 +265,7 @@ def _files(folder: Path, *, leave_out: Any) -> dict[str, Path]:
 
 
 def _holds_credentials(path: Path) -> bool:
-    """Whether a file is settings of the user's, such as a DeepSpeed config, with a credential."""
+    """Tell whether a file holds settings, such as a DeepSpeed config, with a credential in them."""
     if path.suffix != ".json" or path.name.startswith(_OF_A_MODEL):
         return False
     try:
@@ -282,13 +282,13 @@ def _is_of_a_resume(path: Path) -> bool:
 
 
 def _is_aside(path: Path) -> bool:
-    """Of a run's folder: checkpoints, trials, private files and what is being written."""
+    """Tell whether a path of a run's folder is a checkpoint, a trial, private or being written."""
     return path.parts[0].startswith(("_", "checkpoint-", "run-")) or path.suffix == ".partial"
 
 
 @contextlib.contextmanager
 def _snapshot(folder: Path) -> Iterator[Path]:
-    """The files of a run's folder as they are now, whatever becomes of them inside the block.
+    """Copy a run's folder aside for the block, so that files may change in it meanwhile.
 
     Large ones are linked: weights are never changed in place, only replaced.
     """

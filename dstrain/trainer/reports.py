@@ -127,15 +127,15 @@ class ReportHooks:
 
     @property
     def callback_handler(self) -> Any:
-        """Transformers' ``CallbackHandler``; its ``callbacks`` are called in their order."""
+        """Return transformers' ``CallbackHandler``; its ``callbacks`` are called in their order."""
         return self.events.handler
 
     def is_world_process_zero(self) -> bool:
-        """Whether this is rank 0 of all machines."""
+        """Tell whether this is rank 0 of all machines."""
         return self.ranks.is_main
 
     def is_local_process_zero(self) -> bool:
-        """Whether this is the first rank of its machine."""
+        """Tell whether this is the first rank of its machine."""
         return self.ranks.is_local_main
 
 

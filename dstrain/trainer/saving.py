@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +74,7 @@ class Start:
 
 
 def check_hooks(model: Any, args: TrainingArguments, resolved: ResolvedConfig) -> None:
-    """Refuse hooks of a model that could not compute what checkpoints are to have of its weights.
+    """Refuse hooks of a model that would save something made of its weights, at stage 3.
 
     Raises:
         ModelError: they make tensors of weights that will be partitioned, at stage 3.
@@ -91,7 +90,7 @@ def check_hooks(model: Any, args: TrainingArguments, resolved: ResolvedConfig) -
 
 
 def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
-    """The checkpoint to resume from, verified; None to start afresh. A collective of all ranks.
+    """Find and verify the checkpoint to resume from, None to start afresh; a collective.
 
     Args:
         trainer: whose run it is.
@@ -131,7 +130,7 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
 
 
 def _read_start(folder: Path, manifest: Manifest, ranks: Ranks) -> Start:
-    """Read what a run goes on from beside tensors, and look at what it will read later.
+    """Read what a run resumes from, tensors aside, and check what it will read later.
 
     Raises:
         CheckpointError: a document is not what it must be.
@@ -161,7 +160,7 @@ def _reader(trainer: Trainer) -> Reader:
 
 
 def steps_in_all(start: Start, *, max_steps: int, per_epoch: int | None, batch: int) -> int:
-    """Optimizer steps of the whole run once it goes on with global batches of ``batch`` samples.
+    """Count the steps of the whole run when it goes on with global batches of ``batch`` samples.
 
     Where the length of the run follows from epochs, steps done with another batch count as they
     were, and the rest of the data is what is left to do.
@@ -174,7 +173,7 @@ def steps_in_all(start: Start, *, max_steps: int, per_epoch: int | None, batch: 
 
 
 def check_shares(loader: Any, ranks: Ranks, start: Start | None) -> None:
-    """See to it that every sample is on one rank, and that a run can go on inside of an epoch.
+    """Check that every sample is on one rank, and that a run can go on inside of an epoch.
 
     A collective of all ranks.
 
@@ -216,7 +215,10 @@ def check_shares(loader: Any, ranks: Ranks, start: Start | None) -> None:
 
 
 def num_epochs(loader: Any, args: TrainingArguments, per_epoch: int | None) -> int | None:
-    """Epochs after which a run ends where a stream says its length, which may be wrong."""
+    """Return the epochs after which a run ends on a stream that says its length, else None.
+
+    The stated length may be wrong, so steps alone would not tell.
+    """
     tells = is_ours(loader) and is_stream(loader.dataset) and per_epoch is not None
     return math.ceil(args.num_train_epochs) if tells and args.max_steps <= 0 else None
 
@@ -277,7 +279,7 @@ def _warn_of_other_arguments(state: Any, saved: TrainerStateRecord) -> None:
 
 
 def _restore_state(trainer: Trainer, start: Start) -> None:
-    """What ``TrainerState`` has gathered; its limits and intervals are those of this run."""
+    """Restore what ``TrainerState`` has gathered; its limits and intervals stay this run's."""
     state, saved = trainer.state, start.state
     for name in (
         "global_step",
@@ -312,7 +314,7 @@ def _restore_callbacks(callbacks: list[Any], saved: Mapping[str, Any], *, is_mai
 
 
 def _restored(callback: Any, state: Mapping[str, Any]) -> Any:
-    """A callback of the same class with a saved state, as transformers' ``ExportableState`` does.
+    """Make a callback of the same class from a saved state, as ``ExportableState`` does.
 
     Credentials are not in a checkpoint: they are those of this run's callback.
 
@@ -341,21 +343,18 @@ def _restored(callback: Any, state: Mapping[str, Any]) -> Any:
 
 
 def _with_own_credentials(saved: Mapping[str, Any], callback: Any) -> dict[str, Any]:
-    """What is saved of a callback, with this one's values where masks stand for them."""
+    """Return a callback's saved values, with its present ones where a credential is masked."""
     return {
         name: getattr(callback, name, None) if is_mask(name, value) else value
         for name, value in saved.items()
     }
 
 
-def make_writer(
-    trainer: Trainer, lock: RunLock, *, wanted: bool = False
-) -> CheckpointWriter | None:
+def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter | None:
     """Make the writer of a run's checkpoints; a collective.
 
     Args:
         trainer: whose run it is.
-        lock: of the run, on its output folder.
         wanted: make one even where ``save_strategy`` is "no".
 
     Returns:
@@ -377,22 +376,56 @@ def make_writer(
         stop_on_failure=args.save_failure == "stop",
         layout="deepspeed" if args.checkpoint_format == "deepspeed" else "slices",
     )
-    return CheckpointWriter(policy, trainer.ranks, lock)
+    return CheckpointWriter(policy, trainer.ranks, trainer.output_lock)
 
 
-def lost_checkpoints(writer: CheckpointWriter | None) -> tuple[tuple[int, ...], bool]:
-    """Return the steps whose checkpoints could not be written, and whether the last one is lost."""
-    if writer is None:
-        return (), False
-    return tuple(sorted(writer.failed)), writer.last in writer.failed
+def lock_on(folder: Path, present: RunLock | None, *, on_each_node: bool) -> RunLock:
+    """Return ``present`` where it is the lock on this folder, else a new lock on it.
+
+    A trial of a search has an output folder, and so a lock, of its own.
+    """
+    folder = folder.absolute()
+    if present is not None and present.folder == folder:
+        return present
+    return RunLock(folder, on_each_node=on_each_node)
 
 
-def missing_text(steps: Sequence[int], *, last_failed: bool) -> str:
-    """Say in a line which checkpoints could not be written; "" for none.
+def keep_folder(lock: RunLock, *, takes: bool) -> None:
+    """Make sure that the output folder is there for what a run writes last; a collective.
 
     Args:
-        steps: after which they were to be written (``save_failure="continue"``), in order.
-        last_failed: whether the last save of the run is among them.
+        lock: on the output folder.
+        takes: whether this rank holds it.
+
+    Raises:
+        CheckpointError: it was moved or removed, and another run has its place; on every rank.
+    """
+    with all_or_none():
+        if takes:
+            lock.keep()
+
+
+def report_missing(writer: CheckpointWriter | None, ranks: Ranks) -> tuple[tuple[int, ...], bool]:
+    """Log at the end of a run which checkpoints could not be written (``save_failure="continue"``).
+
+    Returns:
+        Their steps, and whether the checkpoint of the last save is one of them.
+    """
+    if writer is None:
+        return (), False
+    failed = tuple(sorted(writer.failed))
+    last_failed = writer.last in failed
+    if failed and ranks.is_main:
+        logger.error("%s", missing_text(failed, last_failed=last_failed))
+    return failed, last_failed
+
+
+def missing_text(steps: tuple[int, ...], *, last_failed: bool) -> str:
+    """Say in one line which checkpoints are missing; return "" where none is.
+
+    Args:
+        steps: those whose checkpoints could not be written.
+        last_failed: whether the checkpoint of the last save is one of them.
     """
     if not steps:
         return ""
@@ -406,7 +439,7 @@ def missing_text(steps: Sequence[int], *, last_failed: bool) -> str:
 
 
 def _in_background(trainer: Trainer) -> bool | None:
-    """What the user says, or no where a callback reads the checkpoint; None leaves it open."""
+    """Return ``save_async``, or False where that is None and a callback reads checkpoints."""
     if trainer.args.save_async is None and trainer.events.read_checkpoints():
         logger.info("checkpoints are written while training waits: a callback has an on_save")
         return False
@@ -444,7 +477,7 @@ def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: P
 
 
 def check_saved(trainer: Trainer, writer: CheckpointWriter | None, steps_before: int) -> None:
-    """Whether a run that a signal ended left a checkpoint of its last step.
+    """Check that a run which a signal ended left a checkpoint of its last step.
 
     Raises:
         CheckpointError: that one could not be written, whatever ``save_failure`` is.
@@ -461,7 +494,7 @@ def check_saved(trainer: Trainer, writer: CheckpointWriter | None, steps_before:
 
 
 def _state_values(trainer: Trainer) -> dict[str, Any]:
-    """``trainer_state.json`` as transformers writes it, with the states of callbacks."""
+    """Make ``trainer_state.json`` as transformers writes it, with the states of callbacks."""
     values = dataclasses.asdict(trainer.state)
     states: dict[str, Any] = {}
     for callback in [*trainer.events.exportable(), trainer.control]:
@@ -477,7 +510,7 @@ def _state_values(trainer: Trainer) -> dict[str, Any]:
 
 
 def _last_metrics(state: Any) -> dict[str, float]:
-    """Metrics of the evaluation at this very step, of all sets where there are several."""
+    """Return the metrics of the evaluation at this very step, of all sets if there are several."""
     metrics: dict[str, float] = {}
     for entry in reversed(state.log_history):
         if entry.get("step") != state.global_step:

@@ -168,7 +168,7 @@ class SearchHooks:
 
 
 def default_objective(metrics: dict[str, float]) -> float:
-    """The evaluation loss, or the sum of the other metrics where there are any.
+    """Return the sum of the metrics, or the evaluation loss where there is no other metric.
 
     Times, speeds and memory are no metrics of the model.
     """
@@ -184,7 +184,7 @@ def default_objective(metrics: dict[str, float]) -> float:
 
 
 def with_values(args: TrainingArguments, values: dict[str, Any]) -> TrainingArguments:
-    """Arguments like ``args`` with some other values, checked; names that are none are only told.
+    """Return a checked copy of ``args`` with other values; warn of names that are no argument.
 
     Raises:
         ConfigError: values that cannot be used.
@@ -218,7 +218,7 @@ class Ended:
 
 
 def run_trial(trainer: Any, trial: Any, trial_id: str) -> Any:
-    """Train and evaluate with a trial; its objective. A collective of all ranks."""
+    """Train and evaluate with a trial, and return its objective; a collective of all ranks."""
     trainer._trial_id, trainer.objective = trial_id, None
     trainer._give_back_callbacks()
     try:
@@ -232,12 +232,12 @@ def run_trial(trainer: Any, trial: Any, trial_id: str) -> Any:
 
 
 def tell(order: Any) -> None:
-    """On the main rank: say to the others what comes next."""
+    """Tell the other ranks, from the main rank, what comes next."""
     gather_objects(order)
 
 
 def follow(trainer: Any, trial_of: Callable[[Any], tuple[Any, str]]) -> Any:
-    """On the other ranks: run what the main rank says until it says that the search is over.
+    """Run, on the other ranks, what the main rank tells until the search is over.
 
     Args:
         trainer: whose search it is.
@@ -261,7 +261,7 @@ def follow(trainer: Any, trial_of: Callable[[Any], tuple[Any, str]]) -> Any:
 
 
 def _backend(wanted: Any) -> str:
-    """The backend's name.
+    """Return the name of the backend to use.
 
     Raises:
         ConfigError: unknown, gone, or not installed.
@@ -307,5 +307,5 @@ def _runner(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Values of array libraries as Python's own."""
+    """Convert values of array libraries to Python's own."""
     return {n: v.item() if hasattr(v, "item") else v for n, v in values.items()}

@@ -92,12 +92,18 @@ class AgreedTrial(optuna.trial.BaseTrial):
     """
 
     def __init__(self, ranks: Ranks, trial: optuna.Trial | None, number: int) -> None:
-        """Args: ranks, the study's trial on the main rank, its number."""
+        """Begin without any value.
+
+        Args:
+            ranks: facts of this process.
+            trial: the study's own, on the main rank; None elsewhere.
+            number: its place among the trials of the study.
+        """
         self._ranks, self._trial, self._number = ranks, trial, number
         self._params: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """What only the study's own trial knows, which is on the main rank."""
+        """Return an attribute of the study's own trial, which is on the main rank."""
         trial = self.__dict__.get("_trial")
         if trial is None:
             raise AttributeError(f"{name}: the study and its trial are on rank 0")
@@ -114,29 +120,29 @@ class AgreedTrial(optuna.trial.BaseTrial):
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        """A number in [low, high], on a logarithmic scale or in steps."""
+        """Suggest a number in [low, high], on a logarithmic scale or in steps."""
         return self._suggest("suggest_float", name, low, high, step=step, log=log)
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
-        """A whole number in [low, high]."""
+        """Suggest a whole number in [low, high]."""
         return self._suggest("suggest_int", name, low, high, step=step, log=log)
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
-        """One of ``choices``."""
+        """Suggest one of ``choices``."""
         return self._suggest("suggest_categorical", name, choices)
 
     def suggest_uniform(self, name: str, low: float, high: float) -> float:
-        """Old name of ``suggest_float``."""
+        """Call ``suggest_float``, whose old name this is."""
         return self.suggest_float(name, low, high)
 
     def suggest_loguniform(self, name: str, low: float, high: float) -> float:
-        """Old name of ``suggest_float`` with ``log=True``."""
+        """Call ``suggest_float`` with ``log=True``, whose old name this is."""
         return self.suggest_float(name, low, high, log=True)
 
     def suggest_discrete_uniform(self, name: str, low: float, high: float, q: float) -> float:
-        """Old name of ``suggest_float`` with ``step``."""
+        """Call ``suggest_float`` with ``step``, whose old name this is."""
         return self.suggest_float(name, low, high, step=q)
 
     def report(self, value: float, step: int) -> None:
@@ -144,7 +150,7 @@ class AgreedTrial(optuna.trial.BaseTrial):
         self._agree(lambda trial: trial.report(value, step))
 
     def should_prune(self) -> bool:
-        """Whether the study's pruner gives this trial up."""
+        """Tell whether the study's pruner gives this trial up."""
         return self._agree(lambda trial: bool(trial.should_prune()))
 
     def set_user_attr(self, key: str, value: Any) -> None:
@@ -159,32 +165,32 @@ class AgreedTrial(optuna.trial.BaseTrial):
 
     @property
     def params(self) -> dict[str, Any]:
-        """Every value suggested so far."""
+        """Return every value suggested so far."""
         return dict(self._params)
 
     @property
     def number(self) -> int:
-        """Its place among the trials of the study."""
+        """Return its place among the trials of the study."""
         return self._number
 
     @property
     def distributions(self) -> dict[str, Any]:
-        """Where the values come from; of the main rank's trial."""
+        """Return the distributions of the values, from the main rank's trial."""
         return self._agree(lambda trial: trial.distributions)
 
     @property
     def user_attrs(self) -> dict[str, Any]:
-        """What ``set_user_attr`` has kept; of the main rank's trial."""
+        """Return what ``set_user_attr`` has kept, from the main rank's trial."""
         return self._agree(lambda trial: trial.user_attrs)
 
     @property
     def constraints(self) -> dict[str, float]:
-        """What ``set_constraint`` has kept; of the main rank's trial."""
+        """Return what ``set_constraint`` has kept, from the main rank's trial."""
         return self._agree(lambda trial: trial.constraints)
 
     @property
     def datetime_start(self) -> datetime.datetime | None:
-        """When the trial began; of the main rank's trial."""
+        """Return when the trial began, from the main rank's trial."""
         return self._agree(lambda trial: trial.datetime_start)
 
 

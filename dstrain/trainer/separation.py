@@ -20,7 +20,7 @@ def mixes_sequences(
     batch_of: Callable[[Sequence[list[int]]], Any],
     prepare: Callable[[Any], Any],
 ) -> bool | None:
-    """Whether tokens of one sequence change what a causal model makes of the next in its row.
+    """Test whether a sequence changes a causal model's outputs for the next one in its row.
 
     Which models look at ``position_ids`` for that, with which attention, is written down nowhere,
     and what they do when they do not is to train on, silently. So two short sequences go through
@@ -69,7 +69,7 @@ def mixes_sequences(
 
 
 def flattened(collate: Any) -> Callable[[Sequence[list[int]]], Any] | None:
-    """What ``batch_of`` is for a collator that makes one row of all samples; None for others."""
+    """Return ``batch_of`` for a collator that makes one row of all samples; None for others."""
     from transformers import DataCollatorWithFlattening
 
     if not isinstance(collate, DataCollatorWithFlattening):

@@ -31,7 +31,7 @@ class Seq2SeqTrainer(Trainer):
     _synced = False  # whether ranks must generate in step, token by token
 
     def __init__(self, model: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> None:
-        """As ``Trainer``, with ``Seq2SeqTrainingArguments``.
+        """Begin as ``Trainer`` does, with ``Seq2SeqTrainingArguments``.
 
         Args:
             model: as of ``Trainer``.
@@ -68,7 +68,7 @@ class Seq2SeqTrainer(Trainer):
 
     @staticmethod
     def load_generation_config(gen_config_arg: Any) -> Any:
-        """The ``GenerationConfig`` of the argument ``generation_config``.
+        """Load the ``GenerationConfig`` of the argument ``generation_config``.
 
         Args:
             gen_config_arg: a ``GenerationConfig``, or a file, folder or model to load one from.
@@ -108,7 +108,7 @@ class Seq2SeqTrainer(Trainer):
         metric_key_prefix: str = "eval",
         **gen_kwargs: Any,
     ) -> dict[str, float]:
-        """As ``Trainer.evaluate``; with ``predict_with_generate`` predictions are generated tokens.
+        """Evaluate as ``Trainer`` does; with ``predict_with_generate`` on generated tokens.
 
         Args:
             eval_dataset: as there.
@@ -133,7 +133,7 @@ class Seq2SeqTrainer(Trainer):
         metric_key_prefix: str = "test",
         **gen_kwargs: Any,
     ) -> Any:
-        """As ``Trainer.predict``; with ``predict_with_generate`` predictions are generated tokens.
+        """Predict as ``Trainer`` does; with ``predict_with_generate`` generated tokens.
 
         Args:
             test_dataset: as there.
@@ -153,7 +153,7 @@ class Seq2SeqTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> tuple[Any, Any, Any]:
-        """Loss, generated tokens and labels of one batch.
+        """Return loss, generated tokens and labels of one batch.
 
         Tokens and labels are padded with the pad token to the generation config's ``max_length``
         (or ``max_new_tokens`` + 1) where they are shorter.
@@ -182,7 +182,7 @@ class Seq2SeqTrainer(Trainer):
         return loss, tokens, self._padded(to_device(labels, device_name(), float_dtype=None))
 
     def _to_generate_from(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch without labels, and without decoder inputs that were made of them."""
+        """Return the batch without labels, and without decoder inputs that were made of them."""
         left_out = set(self.label_names) | {"labels"}
         labels, start = inputs.get("labels"), inputs.get("decoder_input_ids")
         if labels is not None and start is not None and labels.shape == start.shape:
@@ -209,7 +209,7 @@ class Seq2SeqTrainer(Trainer):
         return torch.nn.functional.pad(tokens, (0, missing), value=self._pad_token_id())
 
     def _pad_token_id(self) -> int:
-        """What fills short rows.
+        """Return the token that fills short rows.
 
         Raises:
             ConfigError: neither the tokenizer nor the model knows one.
@@ -229,7 +229,7 @@ class Seq2SeqTrainer(Trainer):
 
     @contextlib.contextmanager
     def _model_for_evaluation(self, *, generates: bool) -> Iterator[Any]:
-        """At stage 3 ranks generate in step, with the weights whole where they fit."""
+        """Give the block the model to evaluate; to generate at stage 3, whole if it fits."""
         with (
             super()._model_for_evaluation(generates=generates) as model,
             contextlib.ExitStack() as stack,
@@ -243,7 +243,7 @@ class Seq2SeqTrainer(Trainer):
             yield model
 
     def _gathers_once(self, needed_bytes: int) -> bool:
-        """The same decision on all ranks."""
+        """Decide, alike on all ranks, whether to gather weights once to generate."""
         wanted = self.args.generation_gather_weights
         if wanted != "auto":
             return bool(wanted == "always")

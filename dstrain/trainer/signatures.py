@@ -28,7 +28,7 @@ class Call:
     named: tuple[str, ...] = ()
 
     def fits(self, signature: inspect.Signature) -> bool:
-        """Return whether a callable of this signature takes it."""
+        """Tell whether a callable of this signature takes the call."""
         try:
             signature.bind(*[None] * self.positional, **dict.fromkeys(self.named))
         except TypeError:
@@ -77,7 +77,13 @@ class Served:
     """An override that is called with those arguments that it takes."""
 
     def __init__(self, name: str, override: Callable[..., Any], base: inspect.Signature) -> None:
-        """Args: the method's name, the override, and the signature that callers know."""
+        """Compare an override's signature with the one that callers know.
+
+        Args:
+            name: the method's name.
+            override: the user's function.
+            base: the signature that callers know.
+        """
         self.override = override
         self._name, self._base = name, base
         signature = inspect.signature(override)
@@ -91,7 +97,7 @@ class Served:
         self._defaults = {p.name: defaults[p.name] for p in required if p.name in defaults}
 
     def knows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call is one of the method that was overridden."""
+        """Tell whether a call fits the method that was overridden."""
         try:
             self._base.bind(*args, **kwargs)
         except TypeError:
@@ -101,7 +107,7 @@ class Served:
     def reduced(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
-        """What the override is called with, by position and by name, and what is left out.
+        """Choose the arguments for the override, by position and by name, and those left out.
 
         Args:
             args: by position, of a call that ``knows`` knows.
@@ -148,7 +154,7 @@ class ServedLoss(Served):
     """A ``compute_loss`` that cannot be asked for the model's outputs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss; asked for outputs too, with what raises an error where these are used."""
+        """Return the override's loss; outputs, where asked for, raise an error when used."""
         if not self.knows(args, kwargs):
             return self.override(*args, **kwargs)
         positional, named, left_out = self.reduced(args, kwargs)
@@ -194,7 +200,7 @@ class Functions:
 
 
 def serve_overrides(trainer: Any, *, wants_predictions: bool) -> list[Problem]:
-    """Let the trainer's older overrides be called as they can be; what cannot be called at all.
+    """Let older overrides be called as they can be; return problems of those that cannot.
 
     Args:
         trainer: whose class, or the instance itself, overrides methods.
@@ -217,7 +223,7 @@ def serve_overrides(trainer: Any, *, wants_predictions: bool) -> list[Problem]:
 
 
 def serve_loss_function(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """A ``compute_loss_func`` that can be called with ``num_items_in_batch``, taken or not."""
+    """Return a ``compute_loss_func`` that may be called with ``num_items_in_batch``."""
     if function is None or not callable(function):  # which ``misfits_of`` refuses
         return function
     base = inspect.signature(_loss_function)
@@ -226,7 +232,7 @@ def serve_loss_function(function: Callable[..., Any] | None) -> Callable[..., An
 
 
 def misfits_of(functions: Functions) -> list[Problem]:
-    """What of a user's functions cannot be called as this package does."""
+    """List the problems of a user's functions that cannot be called as this package does."""
     problems = []
     for name, base, calls in (
         ("compute_loss_func", _loss_function, _LOSS_CALLS),
@@ -252,7 +258,7 @@ def misfits_of(functions: Functions) -> list[Problem]:
 
 
 def callback_misfits(callback: Any) -> list[Problem]:
-    """Methods of a callback that cannot take what events pass; a class or an instance."""
+    """List the problems of a callback's methods that cannot take what events pass."""
     cls = callback if isinstance(callback, type) else type(callback)
     problems = []
     for name in sorted(n for n in dir(cls) if n.startswith("on_")):
@@ -278,7 +284,7 @@ def _serve(
     base: inspect.Signature,
     calls: tuple[Call, ...],
 ) -> tuple[Served | None, Problem | None]:
-    """What calls an older override (None: it takes all calls), or what is wrong with it."""
+    """Wrap an older override (None: it takes all calls as it is), or say what is wrong."""
     signature = _signature(override)
     if signature is None or all(call.fits(signature) for call in calls):
         return None, None
@@ -296,7 +302,7 @@ def _serve(
 
 
 def _override_and_base(trainer: Any, name: str) -> tuple[Any, Any]:
-    """A user's method of this name, and the one of this package that it overrides, both bound."""
+    """Find a user's method of this name and this package's method that it overrides, both bound."""
     cls = type(trainer)
     owners = [part for part in cls.__mro__ if name in vars(part)]
     ours = next((part for part in owners if _is_ours(part)), None)
@@ -345,7 +351,7 @@ def _signature(function: Any) -> inspect.Signature | None:
 
 
 def _plain(signature: inspect.Signature) -> list[inspect.Parameter]:
-    """Parameters that are neither ``*args`` nor ``**kwargs``."""
+    """List the parameters that are neither ``*args`` nor ``**kwargs``."""
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p for p in signature.parameters.values() if p.kind not in several]
 

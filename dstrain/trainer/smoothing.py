@@ -32,7 +32,7 @@ class LabelSmoothing:
 
     @staticmethod
     def of(model: Any, args: TrainingArguments) -> LabelSmoothing | None:
-        """What the arguments ask for; None for none, and for several labels at once."""
+        """Make the smoothing that the arguments ask for; None without, or with several labels."""
         if not args.label_smoothing_factor:
             return None
         config = getattr(model, "config", None)
@@ -48,7 +48,7 @@ class LabelSmoothing:
     def __call__(
         self, model: Any, module: Any, inputs: Any, targets: LossTargets
     ) -> tuple[torch.Tensor, Any]:
-        """Run the model without labels; the smoothed loss and the outputs.
+        """Run the model without labels; return the smoothed loss and the outputs.
 
         As long as the targets of its own loss are not known it is given the labels too.
 

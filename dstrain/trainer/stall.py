@@ -69,7 +69,7 @@ class Place:
         self.what, self.in_step, self.count, self.since = "the start", False, 0, time.monotonic()
 
     def enter(self, what: str, *, in_step: bool = False) -> None:
-        """Be somewhere else.
+        """Note that the loop has come to another place.
 
         Args:
             what: of the loop begins, for messages.
@@ -107,7 +107,7 @@ class StallWatch:
     """Watches the main thread of a training; ``watching`` is entered by all ranks."""
 
     def __init__(self, ranks: Ranks, loop: Any, *, timeout_seconds: float) -> None:
-        """Get ready.
+        """Prepare to watch.
 
         Args:
             ranks: facts of this process.
@@ -172,7 +172,7 @@ class StallWatch:
         self._deciding = False
 
     def _within(self, seconds: float, ask: Callable[[], T]) -> T | None:
-        """What ``ask`` finds in the store; None where that does not answer.
+        """Return what ``ask`` finds in the store; None where the store does not answer.
 
         torch's client waits without limit for a server whose process has stopped, so each question
         has a thread of its own; after the first without an answer there are no more.
@@ -191,7 +191,7 @@ class StallWatch:
         return found[0] if found else None
 
     def _has_waited(self) -> bool:
-        """Whether the main thread has been in one collective of a step too long."""
+        """Tell whether the main thread has been in one collective of a step too long."""
         place = self._loop.place
         now = time.monotonic()
         if place.count != self._count or not place.in_step:
@@ -207,7 +207,7 @@ class StallWatch:
         return frame is not None and now - self._waits_since > self._timeout
 
     def _collective(self, frame: FrameType | None) -> FrameType | None:
-        """The call in which the main thread waits for other ranks, None where it does not.
+        """Find the call in which the main thread waits for other ranks; None where it does not.
 
         On an accelerator it waits for the device, and only from there for other ranks: then it is
         the call of a library.
@@ -224,7 +224,7 @@ class StallWatch:
         return innermost if device_type() != "cpu" else None
 
     def _is_asked(self) -> bool:
-        """Whether another rank has waited too long, where this one makes no progress either."""
+        """Tell whether another rank has waited too long while this one makes no progress either."""
         now = time.monotonic()
         if now - self._loop.place.since < self._timeout / 2 or now - self._asked < _ASK_SECONDS:
             return False
@@ -237,7 +237,7 @@ class StallWatch:
         return bool(self._within(2 * _STORE_SECONDS, ask))
 
     def _decide(self) -> str:
-        """Say where this rank stands, and hear what came of it: the message, or "" to go on.
+        """Tell the store where this rank stands; return the message that was decided, "" to go on.
 
         Raises:
             RuntimeError: the rank that was to tell has not.
@@ -263,7 +263,7 @@ class StallWatch:
         return str(store.get(key).decode())
 
     def _judge(self, store: Any, number: int) -> str:
-        """Read where all ranks stand; the message, "" where the run may go on.
+        """Read where all ranks stand; return the message, "" where the run may go on.
 
         Grows with the number of ranks, on this one, once.
         """
@@ -328,7 +328,7 @@ class StallWatch:
         )
 
     def _standing(self) -> dict[str, Any]:
-        """Where this rank is, and whether it waits there."""
+        """Return where this rank is, and whether it waits there."""
         frame = sys._current_frames().get(self._main)
         in_collective = self._collective(frame) is not None or self._must_tell.is_set()
         waits_in = (self._waits_in or "a collective") if in_collective else ""
@@ -342,7 +342,7 @@ class StallWatch:
         }
 
     def _connect(self) -> Any:
-        """A connection to the store beside the main thread's, in whose calls it may be."""
+        """Return a second connection to the store; the main thread may be in a call of its own."""
         if self._store is None:
             import torch.distributed as dist
 
@@ -361,7 +361,7 @@ class StallWatch:
         return self._store
 
     def _round(self, store: Any) -> int:
-        """How often all have been asked and went on."""
+        """Return how often all ranks have been asked and went on."""
         return int(store.add("round", 0))
 
     def _end(self, told: str) -> None:
@@ -378,7 +378,7 @@ class StallWatch:
 
 
 def _words(standing: dict[str, Any] | None) -> str:
-    """One line of where a rank stands."""
+    """Say in one line where a rank stands."""
     if standing is None:
         return "has not answered: its process has stopped or is gone, or just now goes on"
     done = standing["step"]
@@ -390,7 +390,7 @@ def _words(standing: dict[str, Any] | None) -> str:
 
 
 def _line_of(frame: FrameType | None) -> str:
-    """The innermost line of a user's code, or else of any."""
+    """Find the innermost line of a user's code, or else of any code."""
     innermost, found = frame, None
     while frame is not None and found is None:
         if not frame.f_code.co_filename.startswith((*_LIBRARIES, _HOME, "<")):
@@ -406,7 +406,7 @@ def _line_of(frame: FrameType | None) -> str:
 
 
 def _is_debugged(frame: FrameType | None) -> bool:
-    """Whether somebody looks at the process: in pdb, or by a debugger that traces it."""
+    """Tell whether the process is in pdb, or traced by a debugger."""
     while frame is not None:
         if os.path.basename(frame.f_code.co_filename) in _DEBUGGERS:
             return True

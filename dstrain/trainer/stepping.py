@@ -43,7 +43,7 @@ class StepHooks:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean loss over the targets of one micro-batch.
+        """Compute the mean loss over the targets of one micro-batch.
 
         The loop weights it by its number of targets, so the optimised loss is the mean over all
         targets of the global batch. An override (or ``compute_loss_func``) may use
@@ -93,7 +93,7 @@ class StepHooks:
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its mean loss, detached.
+        """Run forward and backward of one micro-batch; return its mean loss, detached.
 
         Raises:
             TrainingError: called outside of ``train()``.
@@ -139,7 +139,7 @@ class StepHooks:
         return self.targets.watching(loaded, step.num_samples, given=given, again=step.looks_again)
 
     def _parts_of(self, loss: torch.Tensor) -> torch.Tensor:
-        """The terms of a loss that ``compute_loss`` has just computed, or the loss itself.
+        """Return the terms of a loss that ``compute_loss`` has just computed, or the loss itself.
 
         A loss that an override has changed is none of theirs, and is shared out among the parts.
         """
@@ -150,7 +150,7 @@ class StepHooks:
         return loss if num_parts == 1 else (loss / num_parts).expand(num_parts)
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
-        """What the loss is computed in: the context of ``autocast_smart_context_manager``."""
+        """Return the context to compute the loss in: that of ``autocast_smart_context_manager``."""
         stack = contextlib.ExitStack()
         stack.enter_context(self.autocast_smart_context_manager())
         return stack
@@ -158,7 +158,7 @@ class StepHooks:
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
     ) -> contextlib.AbstractContextManager[Any]:
-        """No context where an engine runs the model, which autocasts itself if the config says so.
+        """Return an autocast context where no engine, which would autocast itself, runs the model.
 
         Args:
             cache_enabled: for drop-in use.
@@ -166,7 +166,7 @@ class StepHooks:
         return self._engines.autocast(self.model, self.resolved)
 
     def _loss_of_function(self, model: Any, inputs: Any, num_items: Any) -> tuple[Any, Any]:
-        """The loss that the user's function makes of outputs and labels; the model sees no labels.
+        """Compute the user function's loss of outputs and labels; the model gets no labels.
 
         Without a count (in evaluation) the function is told the batch's own, so that a sum divided
         by it is a mean there too.

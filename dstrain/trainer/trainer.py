@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ class Trainer(
         self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
         self._micro_step = MicroStep()
         self._writer: CheckpointWriter | None = None
-        self._lock: tuple[Path, RunLock] | None = None
+        self._lock: RunLock | None = None
         self.missing_checkpoints: tuple[int, ...] = ()
         self.last_save_failed = False
         self.events = Events(self, callbacks)
@@ -271,11 +271,11 @@ class Trainer(
         return output
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
-        with self.alone_in_folder():
+        with held_by_one(self.output_lock, takes=self.args.should_save):
             return self._train_alone(resume_from_checkpoint)
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None) -> Any:
-        self._writer = saving.make_writer(self, self.run_lock())
+        self._writer = saving.make_writer(self)
         self._memory.start("train")
         self.missing_checkpoints, self.last_save_failed = (), False
         done = False
@@ -296,8 +296,10 @@ class Trainer(
                 self.preempted = loop.preempted
                 if self._writer is not None:
                     self._writer.wait()
-                self._check_folder_is_there()
-                self._note_lost_checkpoints()
+                saving.keep_folder(self.output_lock, takes=self.args.should_save)
+                self.missing_checkpoints, self.last_save_failed = saving.report_missing(
+                    self._writer, self.ranks
+                )
                 if self.preempted:
                     saving.check_saved(self, self._writer, loop.steps_before)
                 else:
@@ -367,23 +369,23 @@ class Trainer(
 
     @property
     def model_wrapped(self) -> Any:
-        """The DeepSpeed engine while it is on the model, else the model."""
+        """Return the DeepSpeed engine while it is on the model, else the model."""
         engine = self._engines.training
         return self.model if engine is None or engine.rests else engine.model
 
     @property
     def deepspeed(self) -> Any:
-        """The DeepSpeed engine of the training that runs or ran last, or None."""
+        """Return the DeepSpeed engine of the training that runs or ran last, or None."""
         engine = self._engines.training
         return None if engine is None else engine.model
 
     @property
     def tokenizer(self) -> Any:
-        """Old name of ``processing_class``."""
+        """Return ``processing_class``, whose old name this is."""
         return self.processing_class
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
-        """A new model from ``model_init``, which may take the trial of a search."""
+        """Make a new model by ``model_init``, which may take the trial of a search."""
         assert self.model_init is not None
         return self.model_init(trial) if num_arguments(self.model_init) else self.model_init()
 
@@ -398,7 +400,7 @@ class Trainer(
     # --- what a subclass overrides --------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """This rank's training loader.
+        """Make this rank's training loader.
 
         Raises:
             DataError: there is no training data, or it is empty.
@@ -411,62 +413,32 @@ class Trainer(
 
     # --- behind the edge ------------------------------------------------------------------------
 
+    @property
+    def output_lock(self) -> RunLock:
+        """Return the lock of this run on its output folder."""
+        folder, on_each_node = Path(self.args.output_dir), self.args.save_on_each_node
+        self._lock = saving.lock_on(folder, self._lock, on_each_node=on_each_node)
+        return self._lock
+
     def save_in_training(self, position: Position) -> None:
         """Save a checkpoint because a callback asked for it."""
         engine = self._engines.training
         assert engine is not None
         if self._writer is None:  # a callback's wish, with save_strategy="no"
-            self._writer = saving.make_writer(self, self.run_lock(), wanted=True)
+            self._writer = saving.make_writer(self, wanted=True)
         assert self._writer is not None
         saving.save(self, engine, self._writer, position)
         self.events("on_save")
 
-    @contextlib.contextmanager
-    def alone_in_folder(self) -> Iterator[None]:
-        """Keep other runs out of the output folder inside the block; a collective of all ranks.
-
-        Raises:
-            CheckpointError: another run is writing there; on every rank.
-        """
-        with held_by_one(self.run_lock(), takes=self.args.should_save):
-            yield
-
-    def run_lock(self) -> RunLock:
-        """Return the lock on the output folder; each trial of a search has a folder of its own."""
-        folder = Path(self.args.output_dir).absolute()
-        if self._lock is None or self._lock[0] != folder:
-            self._lock = (folder, RunLock(folder, on_each_node=self.args.save_on_each_node))
-        return self._lock[1]
-
-    def _check_folder_is_there(self) -> None:
-        """Make the output folder anew where it was moved or removed; a collective.
-
-        Raises:
-            CheckpointError: another run has its place; on every rank.
-        """
-        with all_or_none():
-            if self.args.should_save:
-                self.run_lock().keep()
-
-    def _note_lost_checkpoints(self) -> None:
-        """Keep, for scripts and the status of a command, which checkpoints are missing."""
-        self.missing_checkpoints, self.last_save_failed = saving.lost_checkpoints(self._writer)
-        if self.missing_checkpoints and self.ranks.is_main:
-            logger.error("%s", self.missing_text())
-
-    def missing_text(self) -> str:
-        """Say in a line which checkpoints of the last training are missing; "" for none."""
-        return saving.missing_text(self.missing_checkpoints, last_failed=self.last_save_failed)
-
     def event(self, name: str, **kwargs: Any) -> Any:
-        """Tell callbacks of an event; returns the control object."""
+        """Tell callbacks of an event; return the control object."""
         return self.events(name, **kwargs)
 
     def _fresh_model(self, trial: Any) -> torch.nn.Module:
         return fresh_model(self.call_model_init, self.args, trial)
 
     def _renew_model(self, trial: Any) -> None:
-        """Go on with a new model; the one before and all that holds its parameters are let go."""
+        """Replace the model by a new one; release the old one and all that holds its parameters."""
         self.close()
         self.model = self.optimizer = self.lr_scheduler = self._counted = None
         self._own = OwnObjects(self, None, None)
@@ -475,7 +447,7 @@ class Trainer(
         self._note_model()
 
     def _note_model(self) -> None:
-        """What the trainer must know about its model."""
+        """Find out what the trainer must know about its model."""
         check_whole(self.model)
         guard_partitioned(self.model, patience_seconds=self.args.ddp_timeout)
         self._check_generation_config()
@@ -501,7 +473,7 @@ class Trainer(
             check_generation_config(self.model)
 
     def _prepare_training(self, start: saving.Start | None) -> TrainLoop:
-        """Everything before the first step: loader, config, engine, state."""
+        """Prepare everything before the first step: loader, config, engine, state."""
         assert self._preemption is not None
         self._align_special_tokens()
         self._own.notice()
@@ -565,7 +537,7 @@ class Trainer(
         )
 
     def _align_special_tokens(self) -> None:
-        """Before training, so that generating in its evaluations stops where the tokenizer says."""
+        """Give the model its tokenizer's special tokens, at which generation then stops."""
         generation = getattr(self.model, "generation_config", None)
         with contextlib.nullcontext() if generation is None else changing(generation):
             changed = align_special_tokens(self.model, self.processing_class)
@@ -577,7 +549,7 @@ class Trainer(
             )
 
     def _warn_of_mixing(self, model: Any) -> None:
-        """Say so where padding-free batches are for a model that cannot keep sequences apart."""
+        """Warn where padding-free batches go to a model that cannot keep sequences apart."""
         batch_of = flattened(self.data_collator)
         if batch_of is None:
             return
@@ -612,7 +584,7 @@ class Trainer(
         )
 
     def _finish_training(self, loop: TrainLoop, started: float) -> Any:
-        """Final metrics, log and events; speeds are those of this run, not of one resumed from."""
+        """Log final metrics and tell callbacks; speeds are of this run, not of one resumed from."""
         steps = loop.progress.step
         done = loop.steps_before
         own_samples = torch.tensor(loop.own_samples, device=device_name())

@@ -95,7 +95,7 @@ class WindowWeights:
 
     @property
     def totals(self) -> Any:
-        """Targets of the window over all ranks, for each part of the loss.
+        """Return the targets of the window over all ranks, for each part of the loss.
 
         Returns:
             a number or a tensor of shape () for a loss of one part, else a tensor of (parts,).

@@ -249,7 +249,7 @@ class Front:
     # ---- the end
 
     def _reap(self) -> None:
-        """Notice which ssh processes have ended."""
+        """Note which ssh processes have ended."""
         now = time.monotonic()
         for machine in self._running():
             assert machine.process is not None

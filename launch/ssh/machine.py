@@ -37,23 +37,23 @@ class Machine:
 
     @property
     def ranks(self) -> str:
-        """The ranks of this machine, in words."""
+        """Return the ranks of this machine, in words."""
         last = self.first_rank + self.slots - 1
         return f"rank {last}" if self.slots == 1 else f"ranks {self.first_rank} to {last}"
 
     @property
     def is_connecting(self) -> bool:
-        """Whether it is not yet known if this machine is ready."""
+        """Tell whether the connection is still being made: it has neither failed nor reported."""
         return self.process is not None and self.ready is None and self.ended_at is None
 
     @property
     def exit_status(self) -> int:
-        """The status of its part of the run; `LOST` where the connection ended before that."""
+        """Return the status of its part of the run; `LOST` if the connection ended before that."""
         return LOST if self.status is None else self.status
 
     @property
     def failed_at(self) -> float:
-        """When its part of the run failed, as well as is known here."""
+        """Return when its part of the run failed, as well as is known here."""
         assert self.ended_at is not None
         return self.ended_at if self.rank_ended_at is None else self.rank_ended_at
 
@@ -81,7 +81,7 @@ class Machine:
 
     @property
     def has_unsent(self) -> bool:
-        """Whether ssh has still to take something."""
+        """Tell whether ssh has still to take something."""
         return bool(self._unsent)
 
     def send(self, data: bytes) -> None:

@@ -49,12 +49,12 @@ class Connection:
 
     @property
     def is_full(self) -> bool:
-        """Whether more output has to wait."""
+        """Tell whether more output has to wait."""
         return not self.lost and len(self._unsent) >= MOST_UNSENT_BYTES
 
     @property
     def has_unsent(self) -> bool:
-        """Whether the connection has still to take something."""
+        """Tell whether the connection has still to take something."""
         return not self.lost and bool(self._unsent)
 
     def send(self, data: bytes) -> None:
@@ -237,7 +237,7 @@ class Part:
         return status if status >= 0 else 128 - status
 
     def _has_ended(self) -> bool:
-        """Whether the script has ended. It stays a zombie, so that nobody else gets its number."""
+        """Tell whether the script has ended; as a zombie it stays, so its number is not reused."""
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         ended = os.waitid(os.P_PID, self._script.pid, options)
         self._failed = ended is not None and (
@@ -315,7 +315,7 @@ class Part:
         return (self._failed or self._stopped) and bool(session_members(self._script.pid))
 
     def _watch_ranks(self) -> None:
-        """Notice the end of ranks at once.
+        """Watch the processes of the ranks, so that their end is noticed at once.
 
         The launcher looks once a second, which would hide whose ranks ended first.
         """
@@ -331,7 +331,7 @@ class Part:
 
 
 def main() -> int:
-    """Greet, wait until all machines are ready, run."""
+    """Send the greeting, wait until all machines are ready, and run this machine's part."""
     connection = Connection()
     connection.send(GREETING)
     try:

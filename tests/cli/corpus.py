@@ -28,7 +28,7 @@ WORDS = [
 
 
 def text(seed: int, num_lines: int = 60) -> str:
-    """Lines of words, always the same ones for a seed."""
+    """Make lines of words, always the same ones for a seed."""
     draw = random.Random(seed)
     return "".join(f"    {' '.join(draw.choices(WORDS, k=6))}\n" for _ in range(num_lines))
 
@@ -42,7 +42,7 @@ def write_corpus(folder: Path, num_files: int = 8) -> Path:
 
 
 def flags(output_dir: Path | str, /, **given: object) -> list[str]:
-    """Flags of a tiny run; ``given`` is added or replaces, None removes."""
+    """Make the flags of a tiny run; ``given`` adds or replaces some, None removes one."""
     values: dict[str, object] = {
         "output_dir": output_dir,
         "model_config": TINY_MODEL,

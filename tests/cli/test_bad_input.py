@@ -34,7 +34,7 @@ def refused(monkeypatch, capsys):
 
 
 def the_error(status: int, captured: pytest.CaptureResult[str]) -> str:
-    """The text of the one error on standard error."""
+    """Return the text of the one error on standard error."""
     assert captured.err.count("dstrain: error: ") == 1, captured.err
     assert "Traceback" not in captured.err
     assert status == 2, captured.err
@@ -179,7 +179,7 @@ def test_a_config_file_is_named_in_its_errors(refused, tmp_path):
 
 @pytest.fixture
 def job(monkeypatch):
-    """The training job, whose expensive parts fail when they are reached."""
+    """Give the training job, whose expensive parts fail when they are reached."""
     from dstrain.tasks.causal_lm import job
 
     def reached(*args, **kwargs):
@@ -192,7 +192,7 @@ def job(monkeypatch):
 
 @pytest.fixture
 def before_data(job, monkeypatch):
-    """Data is among the expensive parts."""
+    """Let the reading of data fail too, which is one of the expensive parts."""
 
     def reached(*args, **kwargs):
         raise AssertionError("data was read before the error was found")
@@ -202,7 +202,7 @@ def before_data(job, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path_factory, monkeypatch):
-    """A cache of its own for the data of a test."""
+    """Give a cache of its own for the data of a test."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
@@ -455,7 +455,7 @@ def test_model_with_too_small_a_vocabulary(tmp_path, capsys):
 
 @pytest.fixture
 def diverging(tmp_path, monkeypatch):
-    """Flags of a run whose first step ruins the weights, so that the loss of the second is NaN."""
+    """Give flags of a run whose first step ruins the weights; the loss of the second is NaN."""
 
     return flags(
         tmp_path / "out",

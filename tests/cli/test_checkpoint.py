@@ -15,7 +15,7 @@ from tests.distributed.test_restart import job
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """Two checkpoints of a run of two ranks at stage 3 in bf16."""
+    """Train two ranks at stage 3 in bf16; give the folder with two checkpoints."""
     folder = tmp_path_factory.mktemp("run")
     job(
         folder, ranks=2, stage=3, bf16=True, max_steps=4, save_steps=2,

@@ -152,7 +152,7 @@ def test_each_line_is_printed_by_one_rank(run):
 
 @pytest.fixture
 def loaded(run):
-    """Tokenizer and model as transformers loads them, without anything of ours."""
+    """Give tokenizer and model as transformers loads them, without anything of ours."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoTokenizer.from_pretrained(run.folder), AutoModelForCausalLM.from_pretrained(

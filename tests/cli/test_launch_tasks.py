@@ -78,7 +78,7 @@ def shown_figures(run: Run) -> dict[str, tuple[float, float]]:
 
 @pytest.fixture(scope="module")
 def pairs_run(tmp_path_factory) -> Run:
-    """At stage 3, where the model never exists whole."""
+    """Run the pairs task at stage 3, where the model never exists whole."""
     draw = random.Random(0)
     rows = []
     for _ in range(150):
@@ -174,7 +174,7 @@ def test_a_saved_model_of_pairs_starts_and_stops_right(pairs_run):
 
 @pytest.fixture(scope="module")
 def chat_run(tmp_path_factory) -> Run:
-    """Packed, with turns of different lengths."""
+    """Run the chat task, packed, with turns of different lengths."""
     draw = random.Random(0)
     rows = []
     for _ in range(150):

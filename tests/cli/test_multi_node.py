@@ -90,7 +90,7 @@ def pids(folder: Path) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits for its parent does not."""
+    """Tell whether a process runs; one that has ended and waits for its parent does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -339,7 +339,7 @@ def test_a_cut_link_ends_the_front_and_all_ranks(tmp_path):
 
 
 def is_rank(process: Path, folder: Path) -> bool:
-    """Whether a process trains into a folder below ``folder``."""
+    """Tell whether a process trains into a folder below ``folder``."""
     try:
         words = (process / "cmdline").read_bytes().split(b"\0")
         launched = b"\0LOCAL_RANK=" in b"\0" + (process / "environ").read_bytes()

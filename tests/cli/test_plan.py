@@ -22,7 +22,7 @@ MACHINES = ("--gpus", "16", "--gpu_memory", "80GB", "--host_memory", "1TB")
 
 @pytest.fixture
 def printed(capsys, monkeypatch):
-    """Standard output of a command that succeeds."""
+    """Give standard output of a command that succeeds."""
     monkeypatch.delenv("RANK", raising=False)
 
     def run(*words: str) -> str:
@@ -34,7 +34,7 @@ def printed(capsys, monkeypatch):
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """Standard error of a command that a user got wrong."""
+    """Give standard error of a command that a user got wrong."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 

@@ -71,7 +71,7 @@ class Ranks:
             os._exit(status)
 
     def poll(self) -> bool:
-        """Whether a rank is still alive; takes note of those that have ended."""
+        """Tell whether a rank is still alive; note those that have ended."""
         for pid in list(self.living):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -80,7 +80,7 @@ class Ranks:
         return bool(self.living)
 
     def wait(self, seconds: float) -> None:
-        """Until all have ended, and well."""
+        """Wait until all have ended, and well."""
         deadline = time.monotonic() + seconds
         while self.poll() and not self.failed:
             if time.monotonic() > deadline:

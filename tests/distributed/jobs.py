@@ -22,31 +22,26 @@ _BEGINS = (".writing-", ".writing-", ".writing-", ".removing-")
 
 
 def train(folder: Path, resume: Any = False, **settings: Any) -> None:
-    """A run; its main rank writes ``outcome.json``."""
-    import xxhash
-
-    from tests.distributed.runs import history, losses, make_trainer, whole_weights
+    """Train in ``folder``; the main rank writes ``outcome.json``."""
+    from tests.distributed.runs import history, losses, make_trainer, weights_digest
     from tests.models import tiny_llama
 
     build = settings.pop("build", tiny_llama)
     model = build(**settings.pop("model", {}))
     trainer = make_trainer(folder, model=model, evaluation=0, **settings)
     trainer.train(resume)
-    digest = xxhash.xxh3_64()
-    for name, weights in sorted(whole_weights(trainer).items()):
-        digest.update(name.encode())
-        digest.update(weights.float().numpy().tobytes())
+    digest = weights_digest(trainer)
     if trainer.ranks.is_main:
         outcome = {
             "losses": losses(trainer),
             "history": history(trainer)[:-1],
-            "weights": digest.hexdigest(),
+            "weights": digest,
         }
         (folder / "outcome.json").write_text(json.dumps(outcome))
 
 
 def outcome_of(folder: Path) -> Any:
-    """What the run in a folder came to."""
+    """Read the outcome of the run in a folder."""
     return json.loads((folder / "outcome.json").read_text())
 
 
@@ -115,7 +110,7 @@ def _kill_while_saving(
 
 
 def _look_at(folder: Path, newest: int) -> list[str]:
-    """What is wrong after a kill."""
+    """Say what is wrong after a kill."""
     from dstrain.checkpoint import committed, verify
 
     there = committed(folder)
@@ -131,7 +126,7 @@ def _look_at(folder: Path, newest: int) -> list[str]:
 
 
 def topologies(folder: Path) -> dict[str, Any]:
-    """What every run of the table in ``test_topologies`` came to, by the run's folder."""
+    """Return the outcome of every run of the table in ``test_topologies``, by the run's folder."""
     from tests.distributed.test_topologies import SAVED_AT, STEPS, TABLE, Place, resumed_name
 
     found: dict[str, Any] = {}
@@ -155,7 +150,7 @@ def topologies(folder: Path) -> dict[str, Any]:
 
 
 def scalars(folder: Path) -> dict[str, Any]:
-    """The same of ``test_scalars_elsewhere``, whose model has parameters of shape ()."""
+    """Return the outcomes of ``test_scalars_elsewhere``, whose model has parameters of shape ()."""
     from tests.distributed.test_scalars_elsewhere import OPTIMIZERS, SAVED_AT, STEPS, TABLE, name_of
     from tests.scaled import scaled_llama
 
@@ -182,7 +177,7 @@ def scalars(folder: Path) -> dict[str, Any]:
 
 
 def buffers(folder: Path) -> dict[str, Any]:
-    """Buffers that a checkpoint of two ranks had on the main one, and a resumed run begins with."""
+    """Return the main rank's buffers in a checkpoint of two ranks, and those of a resumed run."""
     from transformers import TrainerCallback
 
     from tests.distributed.test_buffers import TOPOLOGIES, buffers_of
@@ -227,7 +222,7 @@ def buffers(folder: Path) -> dict[str, Any]:
 
 
 def module_state(folder: Path) -> dict[str, Any]:
-    """State of modules on two ranks, and what a run on one rank begins with."""
+    """Return state of modules on two ranks, and what a run on one rank begins with."""
     from tests.module_state import KINDS, trainer_of
 
     def note(at: Path, event: str, told: Any) -> None:
@@ -257,7 +252,7 @@ def module_state(folder: Path) -> dict[str, Any]:
 
 
 def streams(folder: Path) -> dict[str, Any]:
-    """What the runs of ``test_streams`` came to, and how many rows they read."""
+    """Return the outcomes of the runs of ``test_streams``, and how many rows they read."""
     from tests.distributed.test_streams import PLACES, READ, SAVED_AT, STEPS, mixture
 
     found: dict[str, Any] = {}
@@ -284,7 +279,7 @@ def streams(folder: Path) -> dict[str, Any]:
 
 
 def split(folder: Path) -> dict[str, Any]:
-    """What is said where two ranks' parts were saved, and three ranks' parts go on."""
+    """Return what is said where the parts of two ranks were saved and three ranks go on."""
     from dstrain.core.errors import DataError
     from tests.distributed.test_split_data import EVEN, Part, trainer_of
 

@@ -10,25 +10,20 @@ import json
 import sys
 from pathlib import Path
 
-import xxhash
-
 
 def main() -> None:
     """Run."""
-    from tests.distributed.runs import history, losses, make_trainer, whole_weights
+    from tests.distributed.runs import history, losses, make_trainer, weights_digest
 
     folder, settings, resume = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
     trainer = make_trainer(folder, **settings)
     trainer.train(resume or False)
-    digest = xxhash.xxh3_64()
-    for name, weights in sorted(whole_weights(trainer).items()):
-        digest.update(name.encode())
-        digest.update(weights.float().numpy().tobytes())
+    digest = weights_digest(trainer)
     if trainer.ranks.is_main:
         outcome = {
             "losses": losses(trainer),
             "history": history(trainer),
-            "weights": digest.hexdigest(),
+            "weights": digest,
             "step": trainer.state.global_step,
         }
         (folder / "outcome.json").write_text(json.dumps(outcome))

@@ -21,7 +21,7 @@ def make_trainer(
     evaluation: Any = 7,
     **arguments: Any,
 ) -> Any:
-    """A trainer of a tiny llama on ``train`` samples, with ``evaluation`` samples to evaluate."""
+    """Make a trainer of a tiny llama on ``train`` samples, with ``evaluation`` to evaluate."""
     from dstrain import Trainer, TrainingArguments
 
     data = arguments.pop("data", None)
@@ -53,12 +53,12 @@ def make_trainer(
 
 
 def losses(trainer: Any) -> list[float]:
-    """The logged training losses."""
+    """Return the logged training losses."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
-    """A copy of every parameter, gathered at stage 3."""
+    """Return a copy of every parameter, gathered at stage 3."""
     from dstrain.engine import gathered
 
     parameters = dict(trainer.model.named_parameters())
@@ -66,11 +66,22 @@ def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in parameters.items()}
 
 
+def weights_digest(trainer: Any) -> str:
+    """Hash the names and values of all parameters; a collective of all ranks at stage 3."""
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    for name, weights in sorted(whole_weights(trainer).items()):
+        digest.update(name.encode())
+        digest.update(weights.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
 _TIMES = ("tokens_per_second", "runtime", "samples_per_second", "steps_per_second")
 
 
 def history(trainer: Any) -> list[dict[str, float]]:
-    """The log history without what a clock says."""
+    """Return the log history without times and speeds."""
     return [
         {k: v for k, v in entry.items() if not k.endswith(_TIMES)}
         for entry in trainer.state.log_history

@@ -26,7 +26,7 @@ class Notifier(TrainerCallback, ExportableState):
         self.kwargs = {"headers": {"Authorization": f"{MARK}-header"}, "seen": 0}
 
     def state(self) -> dict[str, Any]:
-        """Both of them."""
+        """Return both secrets, as the state that a checkpoint keeps."""
         return {"args": {"api_key": self.api_key}, "attributes": {"kwargs": self.kwargs}}
 
 

@@ -17,7 +17,7 @@ peft = pytest.importorskip("peft")
 
 
 def _adapted(**overrides: Any) -> Any:
-    """LoRA on two projections, and a head that is trained whole; the same on every rank."""
+    """Make a model with LoRA on two projections and a head trained whole; alike on every rank."""
     config = peft.LoraConfig(
         r=4,
         lora_alpha=16,

@@ -23,7 +23,7 @@ def _fp16_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scored(folder: Path, scores: dict[int, float] = SCORES, **settings: Any) -> Any:
-    """A trainer whose evaluations have a score that the test decides."""
+    """Return a trainer whose evaluations have a score that the test decides."""
     from dstrain import Trainer
 
     class Scored(Trainer):
@@ -43,7 +43,7 @@ def scored(folder: Path, scores: dict[int, float] = SCORES, **settings: Any) -> 
 
 
 def steps_of(folder: Path) -> list[int]:
-    """The checkpoints that are there, on the word of the main rank."""
+    """Return the steps of the checkpoints that the main rank sees."""
     from dstrain.checkpoint import committed
     from dstrain.core.ranks import barrier, gather_objects
 

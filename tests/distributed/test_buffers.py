@@ -40,7 +40,7 @@ def assert_equal(found: Any, expected: Any, *, but: set[str] = frozenset()) -> N
 
 
 def by_ddp(model: nn.Module, order: list[int], rank: int, *, accumulation: int) -> list[float]:
-    """Torch's DistributedDataParallel by hand; the mean loss of every step."""
+    """Train with torch's DistributedDataParallel by hand; return the mean loss of every step."""
     import contextlib
 
     import torch.distributed as dist

@@ -37,12 +37,12 @@ class StopAt(TrainerCallback):  # type: ignore[misc]
     """Ends training after a step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """As an early stop does."""
+        """Stop the training as an early stop does."""
         control.should_training_stop |= state.global_step == CUT
 
 
 def losses(folder: Path, data: Any, resume: bool, *callbacks: Any, **arguments: Any) -> list[float]:
-    """The loss of each step that this run has trained."""
+    """Return the loss of each step that this run has trained."""
     from dstrain import Trainer, TrainingArguments
 
     arguments = {"save_strategy": "epoch", **arguments}

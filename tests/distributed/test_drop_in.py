@@ -24,14 +24,14 @@ def small() -> Any:
 
 
 def short(folder: Path, **arguments: Any) -> Any:
-    """A trainer of two steps."""
+    """Return a trainer of two steps."""
     return make_trainer(
         folder, **{"model": small(), "train": 4, "evaluation": 0, "stage": 0, **arguments}
     )
 
 
 def _public_attributes() -> set[str]:
-    """Everything that transformers' Trainer sets on itself."""
+    """Return everything that transformers' Trainer sets on itself."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(transformers.Trainer)))
     return {
         node.attr

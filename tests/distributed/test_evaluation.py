@@ -13,7 +13,7 @@ from tests.models import RaggedTokens, pad_collate, tiny_llama
 
 
 def _exact(num_samples: int) -> float:
-    """The mean loss over all targets, by one forward pass over everything."""
+    """Compute the mean loss over all targets, by one forward pass over everything."""
     data = RaggedTokens(num_samples, seed=99)
     with torch.no_grad():
         return tiny_llama()(**pad_collate([data[i] for i in range(num_samples)])).loss.item()

@@ -19,7 +19,7 @@ SETTINGS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "evaluati
 
 @contextlib.contextmanager
 def small_disk(folder: Path, rank: int, *, megabytes: int) -> Iterator[bool]:
-    """A file system of that size at ``folder``; whether this machine lets us have one."""
+    """Mount a file system of that size at ``folder``; tell whether this machine allows it."""
     from dstrain.core.ranks import barrier, gather_objects
 
     mounted = False

@@ -13,7 +13,7 @@ from tests.models import RaggedTokens, pad_collate, tiny_llama
 
 
 def _run(folder: Path, **arguments: Any) -> Any:
-    """A trainer after a short run, closed; its model is an ordinary one."""
+    """Train shortly and close the trainer, whose model is then an ordinary one."""
     trainer = make_trainer(folder, **{"max_steps": 3, "evaluation": 0, **arguments})
     trainer.train()
     trainer.close(whole=True)
@@ -99,7 +99,7 @@ def test_noise_on_embeddings_is_for_training_alone(stage: int, tmp_path: Path) -
 
 
 def _smoothed(model: Any, examples: Any, share: float) -> float:
-    """The loss of all examples by transformers' own LabelSmoother."""
+    """Compute the loss of all examples by transformers' own LabelSmoother."""
     from transformers.trainer_pt_utils import LabelSmoother
 
     batch = pad_collate(examples)

@@ -67,7 +67,7 @@ def trainer_of(folder: Path, model: nn.Module, stage: int, **settings: Any) -> A
 
 
 def by_hand(model: nn.Module) -> list[float]:
-    """Four steps of plain torch on all of the data."""
+    """Train four steps by plain torch on all of the data."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, found = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0), []
     for _ in range(4):
@@ -264,7 +264,7 @@ def test_a_trained_parameter_without_elements(stage: int, tmp_path: Path, rank: 
 
 
 def router(strict: bool) -> Any:
-    """A llama whose class says that its head stays in fp32."""
+    """Return a llama whose class says that its head stays in fp32."""
     model = tiny_llama()
     name = "_keep_in_fp32_modules_strict" if strict else "_keep_in_fp32_modules"
     setattr(model, name, {"lm_head"})

@@ -13,7 +13,7 @@ from tests.models import tiny_llama
 
 
 def layers(trainable: bool, at_step: int) -> Any:
-    """A callback that sets requires_grad of the first layer at a step."""
+    """Return a callback that sets requires_grad of the first layer at a step."""
     from transformers import TrainerCallback
 
     from dstrain.engine import gathered

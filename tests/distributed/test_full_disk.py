@@ -19,7 +19,7 @@ SIZE = 256 * 1024
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own of 256 KiB, the same for both ranks; needs to be root."""
+    """Give both ranks a disk of 256 KiB, which takes root to mount."""
     disk = tmp_path / "disk"
     if os.environ.get("RANK", "0") == "0":
         disk.mkdir(exist_ok=True)

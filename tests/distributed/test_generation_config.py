@@ -13,7 +13,7 @@ from tests.models import tiny_llama
 
 
 def published(folder: Path) -> Any:
-    """A model whose published generation config says what transformers would not write itself."""
+    """Make a model whose published generation config is one that transformers would not write."""
     from transformers import LlamaForCausalLM
 
     tiny_llama().save_pretrained(folder)

@@ -15,7 +15,7 @@ from tests.hub_server import Hub, hub_server
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub of each rank's own; only the main rank ever speaks to one."""
+    """Give a hub of each rank's own; only the main rank ever speaks to one."""
     from huggingface_hub import constants
 
     with hub_server() as server:

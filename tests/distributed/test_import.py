@@ -31,13 +31,13 @@ class Even(Dataset[dict[str, torch.Tensor]]):
 
 
 def loader() -> DataLoader[Any]:
-    """Two samples per rank and step, in order."""
+    """Make a loader of two samples per rank and step, in order."""
     data = Even()
     return DataLoader(data, batch_size=2, sampler=DistributedSampler(data, shuffle=False))
 
 
 def model(kind: str) -> Any:
-    """A llama; a "mixed" one has tied, frozen and never touched tensors too."""
+    """Return a llama; a "mixed" one has tied, frozen and never touched tensors too."""
     made = tiny_llama(tie_word_embeddings=kind == "mixed")
     if kind == "mixed":
         made.model.layers[0].requires_grad_(False)
@@ -46,7 +46,7 @@ def model(kind: str) -> Any:
 
 
 def with_other_values(made: Any) -> Any:
-    """What a new run begins with: nothing in it may survive the resume."""
+    """Change the model's values, none of which may survive the resume."""
     with torch.no_grad():
         for tensor in (*made.parameters(), *made.buffers()):
             if tensor.is_floating_point() and tensor.numel() != 8:  # not the rotary frequencies
@@ -55,7 +55,7 @@ def with_other_values(made: Any) -> Any:
 
 
 def groups(made: Any) -> list[dict[str, Any]]:
-    """With decay and without, as transformers' Trainer makes them."""
+    """Make groups with and without weight decay, as transformers' Trainer does."""
     trained = [p for p in made.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
@@ -70,7 +70,7 @@ def schedule(optimizer: Any) -> Any:
 
 
 def train_by_hand(folder: Path, kind: str, config: dict[str, Any]) -> list[float]:
-    """DeepSpeed alone: saves after ``SAVED`` steps, then goes on; the losses of all ranks."""
+    """Train with DeepSpeed alone, save after ``SAVED`` steps, go on; return all ranks' losses."""
     import deepspeed
 
     made = model(kind)
@@ -87,7 +87,7 @@ def train_by_hand(folder: Path, kind: str, config: dict[str, Any]) -> list[float
 
 
 def by_hand(engine: Any, *, from_step: int = 0, to_step: int = STEPS) -> list[float]:
-    """DeepSpeed's plain loop over some of the batches; the losses of all ranks."""
+    """Run DeepSpeed's plain loop over some of the batches; return the losses of all ranks."""
     import torch.distributed as dist
 
     found = []
@@ -103,7 +103,7 @@ def by_hand(engine: Any, *, from_step: int = 0, to_step: int = STEPS) -> list[fl
 
 
 def train_on(folder: Path, start: Path | None, kind: str, stage: int, **settings: Any) -> Any:
-    """dstrain from ``start`` on, or from the beginning; the trainer."""
+    """Train with dstrain from ``start`` on, or from the beginning; return the trainer."""
     from dstrain import Trainer
 
     class SameBatches(Trainer):

@@ -268,7 +268,7 @@ def test_a_nan_loss_is_left_out_of_the_log_when_told_to_go_on(tmp_path: Path) ->
 
 
 def _poison(*, at_step: int) -> Any:
-    """A callback that makes the weights of one rank NaN before a step, so that its loss is NaN."""
+    """Return a callback that makes one rank's weights, and so its loss, NaN before a step."""
     from transformers import TrainerCallback
 
     class Poison(TrainerCallback):

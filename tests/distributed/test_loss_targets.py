@@ -19,7 +19,7 @@ SPLITS = ((4, 1), (2, 2), (1, 4))  # of a global batch on two ranks: micro-batch
 
 
 def trained(folder: Path, model: Any, data: Any, collate: Any, **arguments: Any) -> Any:
-    """A trainer after training."""
+    """Train, and return the trainer."""
     from dstrain import Trainer, TrainingArguments
 
     cls = arguments.pop("cls", Trainer)
@@ -41,7 +41,7 @@ def trained(folder: Path, model: Any, data: Any, collate: Any, **arguments: Any)
 
 
 def first_figures(trainer: Any) -> tuple[float, float]:
-    """Loss and gradient norm of the first step."""
+    """Return loss and gradient norm of the first step."""
     first = trainer.state.log_history[0]
     return first["loss"], first["grad_norm"]
 

@@ -46,7 +46,7 @@ class Averaging(nn.Module):
 
 
 def by_hand() -> torch.Tensor:
-    """The teacher after four steps of plain torch."""
+    """Train four steps by plain torch; return the teacher."""
     from torch.utils.data import default_collate
 
     model = Averaging("parameter")

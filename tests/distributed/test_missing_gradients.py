@@ -80,7 +80,7 @@ def global_batches(size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
 
 
 def plain_torch(model: nn.Module, size: int) -> list[tuple[float, float]]:
-    """One process over global batches; loss and gradient norm of every step."""
+    """Train in one process over global batches; return loss and gradient norm of every step."""
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [

@@ -87,7 +87,7 @@ def shards(folder: Path, *, lose: bool) -> None:
 
 
 def nested(levels: int) -> str:
-    """A JSON text that deep."""
+    """Return a JSON text nested as deep as asked."""
     return '{"a":' * levels + "1" + "}" * levels
 
 

@@ -31,7 +31,7 @@ _OF_TRANSFORMERS = (
 
 
 def traces(model: torch.nn.Module) -> dict[str, Any]:
-    """Everything that can hang on a module and its parameters, without the values."""
+    """Return everything that can hang on a module and its parameters, without the values."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -54,7 +54,7 @@ def traces(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def globals_of_torch() -> dict[str, Any]:
-    """The functions that DeepSpeed replaces in torch, and what it keeps them as."""
+    """Return the functions that DeepSpeed replaces in torch, and those that it keeps of them."""
     found: dict[str, Any] = {}
     for owner in (torch, torch.nn.functional, torch.nn.Module, torch.nn.Linear, torch.nn.Embedding):
         for name, value in vars(owner).items():
@@ -68,7 +68,7 @@ def _batch() -> dict[str, torch.Tensor]:
 
 
 def _own_training(model: Any) -> list[float]:
-    """Three steps of a loop that knows nothing of dstrain; the same on every rank."""
+    """Train three steps in a loop that knows nothing of dstrain; the same on every rank."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     curve = []
@@ -83,7 +83,7 @@ def _own_training(model: Any) -> list[float]:
 
 
 def _copy_of(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
-    """A model that was never near an engine, with these weights."""
+    """Return a model that was never near an engine, with these weights."""
     model = tiny_llama()
     for name, parameter in model.named_parameters():
         parameter.data = weights[name].to(dtype, copy=True)  # buffers stay in fp32

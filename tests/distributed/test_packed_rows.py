@@ -26,7 +26,7 @@ GROUPED = SMALL | {"num_key_value_heads": 2}
 
 
 def _build(family: str, attention: str = "sdpa") -> Any:
-    """A tiny model; all have the cache on in their config, as they are published."""
+    """Build a tiny model with the cache on in its config, as published ones have it."""
     import transformers as t
 
     configs = {
@@ -51,7 +51,7 @@ def _flattened(folder: Path, **arguments: Any) -> Any:
 
 
 def _figures(trainer: Any) -> tuple[float, list[float], list[float]]:
-    """Evaluation loss, training losses, gradient norms."""
+    """Return evaluation loss, training losses, gradient norms."""
     evaluation = trainer.evaluate()["eval_loss"]
     trainer.train()
     norms = [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e]
@@ -60,7 +60,7 @@ def _figures(trainer: Any) -> tuple[float, list[float], list[float]]:
 
 
 def _alone(model: Any) -> tuple[float, float, float]:
-    """By plain torch, one sequence at a time: evaluation loss, and loss and norm of a step."""
+    """Compute evaluation loss, and a step's loss and norm, by torch, one sequence at a time."""
     from dstrain.data import EpochOrder
 
     model.config.use_cache = False

@@ -23,7 +23,7 @@ MERGED = ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "Qwen3VLMoeForConditional
 
 
 def tiny(name: str, **overrides: Any) -> Any:
-    """A whole tiny model of transformers, always with the same weights."""
+    """Return a whole tiny model of transformers, always with the same weights."""
     import transformers
 
     from tests.families.tiny import build
@@ -32,7 +32,7 @@ def tiny(name: str, **overrides: Any) -> Any:
 
 
 def saved_by_one(model: Any, folder: Path, rank: int) -> Path:
-    """``save_pretrained`` of a whole model, by the first rank."""
+    """Save a whole model with ``save_pretrained``, on the first rank."""
     if rank == 0:
         model.save_pretrained(folder)
     barrier()
@@ -40,7 +40,7 @@ def saved_by_one(model: Any, folder: Path, rank: int) -> Path:
 
 
 def block(folder: Path, **settings: Any) -> Any:
-    """``partitioned(args)`` at stage 3."""
+    """Return ``partitioned(args)`` at stage 3."""
     import dstrain
     from dstrain import TrainingArguments
 
@@ -50,14 +50,14 @@ def block(folder: Path, **settings: Any) -> Any:
 
 
 def assert_partitioned(model: torch.nn.Module) -> None:
-    """Every parameter is, and none is whole at this moment."""
+    """Check that every parameter is partitioned, and that none is whole at this moment."""
     from dstrain.engine import is_partitioned
 
     assert all(is_partitioned(p) and p.numel() == 0 for p in model.parameters())
 
 
 def detr_config() -> Any:
-    """Of a model whose constructor copies the weights of its backbone's BatchNorm."""
+    """Make the config of a model whose constructor copies the weights of a BatchNorm."""
     import transformers
 
     sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "out_features": ["stage2"]}
@@ -188,7 +188,7 @@ def test_checkpoints_and_exports_have_the_layout_of_save_pretrained(
 
 
 def trained(folder: Path, model: Any, *, stage: int, **settings: Any) -> Any:
-    """A trainer that has made two steps on texts, and a checkpoint."""
+    """Train two steps on texts and save a checkpoint; return the trainer."""
     from tests.models import RaggedTokens
 
     data = RaggedTokens(8)
@@ -252,7 +252,7 @@ def in_shards(folder: Path, rank: int) -> tuple[Any, Path]:
 
 
 def pickled(folder: Path, rank: int) -> tuple[Any, Path]:
-    """With both names of a tied weight, as torch's own files have them."""
+    """Save with both names of a tied weight, as torch's own files have them."""
     model = tiny("LlamaForCausalLM", tie_word_embeddings=True)
     saved_by_one(model, folder, rank)
     if rank == 0:
@@ -263,7 +263,7 @@ def pickled(folder: Path, rank: int) -> tuple[Any, Path]:
 
 
 def tied_in_config_alone(folder: Path, rank: int) -> tuple[Any, Path]:
-    """Two values under names that the config ties: transformers keeps both."""
+    """Save two values under names that the config ties; transformers keeps both."""
     model = tiny("LlamaForCausalLM", tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[-1] += 1.0  # in the share of the last rank alone
@@ -280,7 +280,7 @@ def with_buffers(folder: Path, rank: int) -> tuple[Any, Path]:
 
 
 def with_older_names(folder: Path, rank: int) -> tuple[Any, Path]:
-    """``gamma`` and ``beta``, which a conversion of all models renames."""
+    """Save under ``gamma`` and ``beta``, which a conversion of all models renames."""
     from safetensors.torch import save_file
 
     model = tiny("BertForSequenceClassification")

@@ -54,7 +54,7 @@ class Stream(IterableDataset[Any]):
 
 
 def _expected(num_samples: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Logits and labels of each sample, by a forward pass of its own."""
+    """Compute logits and labels of each sample by a forward pass of its own."""
     logits, labels = [], []
     model = tiny_llama()
     for sample in RaggedTokens(num_samples, seed=99):

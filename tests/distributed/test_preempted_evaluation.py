@@ -22,14 +22,14 @@ NUM_BATCHES = 9  # of each set, on each rank
 
 @pytest.fixture(autouse=True)
 def _asks_after_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batches of these runs are so short that twice a second would be too late."""
+    """Ask after every batch: those of these runs are too short for twice a second."""
     from dstrain.trainer import preemption
 
     monkeypatch.setattr(preemption, "_EXCHANGE_SECONDS", 0.0)
 
 
 def interrupting(step: int, *, which: int, here: bool) -> Any:
-    """Sends a signal in the ``which``-th evaluation of a step; counts its batches after that."""
+    """Send a signal in the ``which``-th evaluation of a step, and count its batches after that."""
     from transformers import TrainerCallback
 
     class Interrupting(TrainerCallback):
@@ -70,12 +70,12 @@ class BatchMetric:
 
 
 def collected_metric(prediction: Any) -> dict[str, float]:
-    """Of all predictions; the smaller, the "better"."""
+    """Compute a metric of all predictions; the smaller, the "better"."""
     return {"odd": float(prediction.predictions.mean())}
 
 
 def t5_collate(examples: Sequence[Any]) -> dict[str, Any]:
-    """Token ids that the tiny T5 has."""
+    """Make a batch of token ids that the tiny T5 has."""
     from tests.models import pad_collate
 
     batch = pad_collate(examples)
@@ -85,7 +85,7 @@ def t5_collate(examples: Sequence[Any]) -> dict[str, Any]:
 
 
 def generating(folder: Path, *, callbacks: Any, **settings: Any) -> Any:
-    """Draws in training and when it generates: the random state of an evaluation counts."""
+    """Make a trainer that draws random numbers in training and when it generates."""
     from dstrain import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     trainer = Seq2SeqTrainer(
@@ -110,7 +110,7 @@ def generating(folder: Path, *, callbacks: Any, **settings: Any) -> Any:
 
 
 def llama(folder: Path, **settings: Any) -> Any:
-    """Of a stage, on one evaluation set or two, with or without metrics."""
+    """Make a trainer of a stage, on one evaluation set or two, with or without metrics."""
     from dstrain import Trainer
 
     metric = settings.pop("metric", None)
@@ -170,7 +170,7 @@ CASES = {
 
 
 def outcome(trainer: Any, folder: Path) -> dict[str, Any]:
-    """What a run has come to, without what a clock says."""
+    """Return the outcome of a run, without times and speeds."""
     from dstrain.checkpoint import committed, read_manifest
 
     last = committed(folder)[-1].folder
@@ -189,7 +189,7 @@ def outcome(trainer: Any, folder: Path) -> dict[str, Any]:
 
 
 def content(folder: Path) -> Any:
-    """Of a checkpoint: its metrics, the position, the state of ranks, weights and optimizer."""
+    """Read a checkpoint's metrics, position, state of ranks, weights and optimizer."""
     from dstrain.checkpoint import read_manifest
 
     manifest = read_manifest(folder)
@@ -203,7 +203,7 @@ def content(folder: Path) -> Any:
 
 
 def callbacks_of(case: Case) -> list[Any]:
-    """One that counts evaluations which found nothing better, and never stops for it."""
+    """Make a callback that counts evaluations which found nothing better, and never stops."""
     from transformers import EarlyStoppingCallback
 
     if "metric_for_best_model" not in case.settings:
@@ -212,7 +212,7 @@ def callbacks_of(case: Case) -> list[Any]:
 
 
 def evaluated_points(folder: Path) -> list[tuple[str, int]]:
-    """What TensorBoard was told of evaluations by the runs in a folder."""
+    """Return what TensorBoard was told of evaluations by the runs in a folder."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     return sorted(

@@ -22,14 +22,14 @@ from tests.distributed.test_resume import (
 
 @pytest.fixture(autouse=True)
 def _asks_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The steps of these runs are so short that twice a second would be too late."""
+    """Ask after every step: those of these runs are too short for twice a second."""
     from dstrain.trainer import preemption
 
     monkeypatch.setattr(preemption, "_EXCHANGE_SECONDS", 0.0)
 
 
 def callback(event: str, at: int, act: Any) -> Any:
-    """A callback that acts once, at an event of step ``at``."""
+    """Return a callback that acts once, at an event of step ``at``."""
     from transformers import TrainerCallback
 
     class Acting(TrainerCallback):
@@ -45,7 +45,7 @@ def callback(event: str, at: int, act: Any) -> Any:
 
 
 def send(number: int, *, here: bool, children: bool = False) -> Any:
-    """Sends a signal to this process, as a scheduler does; and to its loader processes."""
+    """Send a signal to this process and its loader processes, as a scheduler does."""
 
     def act() -> None:
         import multiprocessing

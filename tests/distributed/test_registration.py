@@ -18,7 +18,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vo
 
 
 def _built() -> Any:
-    """A model as a user builds one, from a seed; leaves the noise of the run as it is."""
+    """Build a model as a user does, from a seed; leave the random state of the run as it is."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -138,7 +138,7 @@ def test_a_judge_in_the_loss_is_a_plain_model(tmp_path: Path) -> None:
 
 
 def _prompts(rank: int) -> dict[str, torch.Tensor]:
-    """As long on each rank, with continuations of other lengths: see ``_ends``."""
+    """Make prompts as long on each rank, with continuations of other lengths: see ``_ends``."""
     ids = torch.tensor([[5, 6, 7]]) if rank == 0 else torch.tensor([[8, 9, 10]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 

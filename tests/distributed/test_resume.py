@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from tests.distributed.runs import STAGES, history, losses, make_trainer, whole_weights
+from tests.distributed.streams import TellsPosition
 from tests.models import RaggedTokens, pad_collate, tiny_llama
 
 # 22 samples in micro-batches of 2 on 2 ranks: 6 micro-steps an epoch, the last one short.
@@ -28,7 +29,7 @@ def _fp16_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def noisy_llama() -> Any:
-    """A llama that draws random numbers in every forward pass of training."""
+    """Return a llama that draws random numbers in every forward pass of training."""
     return tiny_llama(attention_dropout=0.3)
 
 
@@ -56,7 +57,7 @@ def run(folder: Path, *, resume: Any = False, **settings: Any) -> dict[str, Any]
 
 
 def run_file(folder: Path) -> Any:
-    """``run.json`` without what a clock says."""
+    """Read ``run.json`` without times."""
     content = json.loads((folder / "state/run.json").read_text())
     for meter in content["position"]["meters"]:
         del meter["seconds"]
@@ -64,7 +65,7 @@ def run_file(folder: Path) -> Any:
 
 
 def assert_same(resumed: dict[str, Any], whole: dict[str, Any]) -> None:
-    """Bit for bit: weights, history, master weights, optimizer state, counters, schedule."""
+    """Check, bit for bit, weights, history, master weights, optimizer state and counters."""
     for name, weights in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], weights), name
     assert resumed["history"] == whole["history"]
@@ -171,14 +172,14 @@ class Stream(IterableDataset[Any]):
 
 
 def masking_collate(examples: Any) -> dict[str, torch.Tensor]:
-    """Drops tokens at random, as a masked-language-model collator does."""
+    """Drop tokens at random, as a masked-language-model collator does."""
     batch = pad_collate(examples)
     dropped = torch.rand(batch["input_ids"].shape) < 0.2
     return batch | {"input_ids": batch["input_ids"].masked_fill(dropped, 3)}
 
 
 def masking_trainer() -> Any:
-    """A trainer class with that collator."""
+    """Return a trainer class with that collator."""
     from dstrain import Trainer
 
     class Masking(Trainer):
@@ -245,22 +246,14 @@ def test_a_resume_reads_no_sample_that_was_used(tmp_path: Path) -> None:
     assert Counted.reads == 2 + looked_at
 
 
-class Telling(Stream):
+class Telling(TellsPosition, Stream):
     """A stream that knows where it is."""
 
-    reads = given = begin = 0
+    def num_samples(self) -> int:
+        return len(self.samples)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.begin = state["given"]
-
-    def __iter__(self) -> Iterator[Any]:
-        begin, self.begin = self.begin, 0
-        for self.given in range(begin + 1, len(self.samples) + 1):  # noqa: B020
-            Telling.reads += 1
-            yield self.samples[(self.given * 5 + self.epoch) % len(self.samples)]
+    def sample(self, number: int) -> Any:
+        return self.samples[(number * 5 + self.epoch) % len(self.samples)]
 
 
 @pytest.mark.ranks(2, timeout=300)

@@ -23,7 +23,7 @@ def deepspeed(kind: str, **params: Any) -> dict[str, Any]:
 
 
 def longer(**settings: Any) -> Change:
-    """The same with more epochs."""
+    """Return the arguments of a saved run, and of one that goes on with more epochs."""
     return {"num_train_epochs": 1, **settings}, {"num_train_epochs": 2, **settings}
 
 
@@ -108,7 +108,7 @@ def run(folder: Path, resume: Any = False, **settings: Any) -> list[Any]:
 
 
 def check(folder: Path, change: Change, **settings: Any) -> None:
-    """The resumed run's rates are those of the run that had its arguments from the beginning."""
+    """Check that a resumed run's rates are as if it had had its arguments from the beginning."""
     before, after = change
     whole = run(folder / "whole", **after, **settings)
     saves = {"save_strategy": "steps", "save_steps": SHORT}

@@ -29,7 +29,7 @@ TOGETHER = 25  # models have cycles, and looking for these takes longer than a m
 
 
 def classes(mapping: str) -> Iterator[tuple[str, Any]]:
-    """(model type, class) for the classes of a mapping.
+    """Yield (model type, class) for the classes of a mapping.
 
     Of an architecture (a module of transformers) that an earlier mapping has, only classes with
     conversions of their own.
@@ -48,7 +48,7 @@ def classes(mapping: str) -> Iterator[tuple[str, Any]]:
 
 
 def saved_whole(cls: Any, config: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """What transformers saves of a model with this state that was built whole."""
+    """Save, by transformers, a model with this state that was built whole."""
     with torch.device("meta"):
         model = cls(config)
     model.load_state_dict(state, assign=True, strict=False)

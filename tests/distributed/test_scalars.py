@@ -36,7 +36,7 @@ def _fp16_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(folder: Path, stage: int, **settings: Any) -> Any:
-    """A trainer of the scaled llama whose global batch is 6 samples at 1 to 3 ranks."""
+    """Return a trainer of the scaled llama whose global batch is 6 samples at 1 to 3 ranks."""
     from dstrain.core.ranks import launched_ranks
 
     batch = 6 // launched_ranks().world_size
@@ -47,7 +47,7 @@ def make(folder: Path, stage: int, **settings: Any) -> Any:
 
 @functools.cache
 def torch_losses() -> tuple[float, ...]:
-    """The same training in one process of plain torch, clipped at a norm of 0.5."""
+    """Train likewise in one process of plain torch, clipped at a norm of 0.5."""
     from dstrain.data import EpochOrder
 
     model, data = scaled_llama(), RaggedTokens(24)

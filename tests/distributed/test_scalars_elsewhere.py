@@ -30,7 +30,7 @@ TOLERANCES = {"fp32": 2e-6, "bf16": 2e-4, "fp16": 2e-4}
 
 
 def name_of(saved: Place, place: Place) -> str:
-    """Folder of the run at ``place`` that goes on from ``saved``'s checkpoint, or of itself."""
+    """Name the folder of the run at ``place`` that goes on from the checkpoint of ``saved``."""
     number = list(TABLE).index(saved)
     return str(number) if place is saved else f"{number}-{TABLE[saved].index(place)}"
 

@@ -17,7 +17,7 @@ optuna = pytest.importorskip("optuna")
 
 
 def make_searcher(folder: Path, model_init: Any, **arguments: Any) -> Any:
-    """A trainer with ``model_init`` and little data."""
+    """Return a trainer with ``model_init`` and little data."""
     from dstrain import Trainer
 
     class Searcher(Trainer):
@@ -29,14 +29,14 @@ def make_searcher(folder: Path, model_init: Any, **arguments: Any) -> Any:
 
 
 def on_all_ranks(value: Any) -> list[Any]:
-    """The value of every rank."""
+    """Return the values of all ranks."""
     from dstrain.core.ranks import gather_objects
 
     return gather_objects(value)
 
 
 def small_model(trial: Any = None) -> Any:
-    """A Llama of one layer, or as many as the trial says."""
+    """Return a Llama of one layer, or as many as the trial says."""
     from transformers import AutoModelForCausalLM
 
     layers = 1 if trial is None else trial.suggest_int("layers", 1, 2)
@@ -272,7 +272,7 @@ def test_a_sweep_of_wandb_runs_on_all_ranks(
 
 
 def _ray(calls: dict[str, Any]) -> types.ModuleType:
-    """As much of ray as a search uses, its trials one after another in this process."""
+    """Make as much of ray as a search uses; trials run one by one in this process."""
     ray, tune = types.ModuleType("ray"), types.ModuleType("ray.tune")
     ray.tune = tune  # type: ignore[attr-defined]
     ray.__spec__ = tune.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]

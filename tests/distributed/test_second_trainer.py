@@ -18,7 +18,7 @@ _SECOND: dict[str, Any] = {"max_steps": 3, "learning_rate": 5e-3}
 
 
 def _second_alone(folder: Path, weights: dict[str, torch.Tensor], stage: int) -> Any:
-    """A second run in which there never was a first: from a copy of the weights."""
+    """Train the second run as if there had been no first, from a copy of the weights."""
     model = tiny_llama()
     model.load_state_dict(weights)
     trainer = make_trainer(folder, model=model, stage=stage, **_SECOND)
@@ -27,7 +27,7 @@ def _second_alone(folder: Path, weights: dict[str, torch.Tensor], stage: int) ->
 
 
 def _break_off(how: str) -> Any:
-    """A callback that ends a training in the middle."""
+    """Return a callback that ends a training in the middle."""
     from transformers import TrainerCallback
 
     class Break(TrainerCallback):

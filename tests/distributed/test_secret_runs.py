@@ -15,7 +15,7 @@ MARK = "marked-c0ffee"
 
 
 def files_with_mark(folder: Path) -> list[str]:
-    """Files below a folder that hold the mark."""
+    """Return files below a folder that hold the mark."""
     return [
         str(path.relative_to(folder))
         for path in folder.rglob("*")

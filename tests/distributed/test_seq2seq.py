@@ -49,7 +49,7 @@ def _trainer(folder: Path, data: Any, *, stage: int = 2, **arguments: Any) -> An
 
 
 def _expected(data: Any, **kwargs: Any) -> np.ndarray:
-    """Tokens of each sample generated alone, padded to the model's own limit of 20."""
+    """Generate the tokens of each sample alone, padded to the model's own limit of 20."""
     rows = []
     for sample in data:
         tokens = tiny_t5().generate(sample["input_ids"][None], **{"max_length": LENGTH} | kwargs)
@@ -84,7 +84,7 @@ def test_tokens_are_those_of_each_sample_alone(
 
 
 def _watched(trainer: Any, *, whole: bool, in_step: bool) -> Any:
-    """Whether the weights are whole all the time that the model generates, or never all at once.
+    """Note whether the weights are whole all the time that the model generates.
 
     Ranks must be in step at stage 3 with whole weights too, where forward passes have collectives.
     """

@@ -33,7 +33,7 @@ time.sleep(600)
 
 
 def names_of(port: str) -> list[str]:
-    """Buffers of the run at a port."""
+    """Return the names of the buffers of the run at a port."""
     return [p.name for p in FOLDER.glob(f"deepspeed_allreduce_buffer_*_{port}_*")]
 
 

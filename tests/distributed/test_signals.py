@@ -26,18 +26,43 @@ dstrain_run_job "$@"
 
 
 def begun(training: Training) -> bool:
-    """Whether both ranks of the script have trained."""
+    """Tell whether both ranks of the script have trained."""
     return min(training.step(0), training.step(1)) >= 2
 
 
 def logged(training: Training) -> bool:
-    """Whether the command has trained."""
+    """Tell whether the command has trained."""
     return re.search(r"^(\r.*)?step [2-9]", training.text(), re.MULTILINE) is not None
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of the committed checkpoints."""
+    """Return the steps of the committed checkpoints."""
     return [int(p.parent.name.split("-")[1]) for p in folder.glob("out/checkpoint-*/manifest.json")]
+
+
+def send(number: int, target: str, training: Training) -> None:
+    """Send a signal to a part of a training.
+
+    Args:
+        number: the signal.
+        target: "first" is the process that was started, "group" its process group, "all" every
+            process of the session, as a scheduler does; else a word of the command line of the one
+            process, beside the first, that is meant.
+        training: which runs.
+    """
+    first = training.process.pid
+    if target == "group":
+        os.killpg(first, number)
+        return
+    if target == "first":
+        pids = [first]
+    elif target == "all":
+        pids = training.members()
+    else:
+        (pid,) = (p for p in training.find(target) if p != first)
+        pids = [pid]
+    for pid in pids:
+        os.kill(pid, number)
 
 
 # --- deepspeed by itself --------------------------------------------------------------------------
@@ -46,9 +71,9 @@ def saved_steps(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("target", "number"),
     [
-        ("front", signal.SIGTERM),
-        ("front", signal.SIGUSR1),
-        ("launch", signal.SIGKILL),
+        ("first", signal.SIGTERM),
+        ("first", signal.SIGUSR1),
+        ("deepspeed.launcher.launch", signal.SIGKILL),
         ("group", signal.SIGINT),
         ("group", signal.SIGHUP),
     ],
@@ -58,12 +83,7 @@ def test_what_ends_deepspeed_lets_the_ranks_save_and_leaves_none_behind(tmp_path
     path = write_script(tmp_path, max_steps=10_000, use_cpu=True, zero_stage=2)
     with Training(deepspeed(path), tmp_path) as training:
         training.wait_for(lambda: begun(training))
-        if target == "group":
-            os.killpg(training.process.pid, number)
-        else:
-            word = {"front": "bin/deepspeed", "launch": "deepspeed.launcher.launch"}[target]
-            (pid,) = training.find(word)
-            os.kill(pid, number)
+        send(number, target, training)
         training.wait_for_end(END_SECONDS)
         assert len(saved_steps(tmp_path)) == 1, training.text()
         assert not (tmp_path / "done-0").exists()
@@ -75,7 +95,7 @@ def test_what_ends_deepspeed_lets_the_ranks_save_and_leaves_none_behind(tmp_path
 
 
 def command(folder: Path, **given: object) -> list[str]:
-    """What `launch/quickstart.sh` runs when its environment is there, of a tiny model."""
+    """Return the command that `launch/quickstart.sh` runs in the end, for a tiny model."""
     driver = folder / "driver.sh"
     driver.write_text(DRIVER.format(root=ROOT))
     words = flags(
@@ -89,9 +109,9 @@ def command(folder: Path, **given: object) -> list[str]:
 @pytest.mark.parametrize(
     ("target", "number"),
     [
-        ("script", signal.SIGUSR1),
-        ("script", signal.SIGINT),
-        ("group", signal.SIGTERM),
+        ("first", signal.SIGUSR1),
+        ("first", signal.SIGINT),
+        ("all", signal.SIGTERM),
         ("bin/deepspeed", signal.SIGKILL),
         ("deepspeed.launcher.launch", signal.SIGKILL),
         ("deepspeed.launcher.launch", signal.SIGTERM),
@@ -100,14 +120,7 @@ def command(folder: Path, **given: object) -> list[str]:
 def test_the_scripts_of_launch_end_with_75_after_a_save(tmp_path, target, number):
     with Training(command(tmp_path), tmp_path) as training:
         training.wait_for(lambda: logged(training))
-        if target == "script":
-            os.kill(training.process.pid, number)
-        elif target == "group":  # all of it, as a scheduler does
-            for pid in training.members():
-                os.kill(pid, number)
-        else:
-            (pid,) = [p for p in training.find(target) if p != training.process.pid]
-            os.kill(pid, number)
+        send(number, target, training)
         assert training.wait_for_end(END_SECONDS) == PREEMPTED, training.text()
         assert len(saved_steps(tmp_path)) == 1, training.text()
 

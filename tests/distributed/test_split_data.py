@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from tests.distributed.runs import losses, make_trainer, whole_weights
+from tests.distributed.streams import TellsPosition
 from tests.models import RaggedTokens, pad_collate
 
 SAMPLES = RaggedTokens(40, seed=5).examples
@@ -21,7 +22,7 @@ EVEN, UNEVEN, SHORT = 24, 23, 7  # samples in all; on 2 and 3 ranks equal, unequ
 
 
 def rows(numbers: list[int]) -> list[dict[str, Any]]:
-    """Samples with their numbers."""
+    """Make samples that hold their numbers."""
     return [{**SAMPLES[i], "number": i} for i in numbers]
 
 
@@ -82,12 +83,12 @@ STREAMS: dict[str, Callable[[int, int, int], Any]] = {
 
 
 def collate(samples: list[Any]) -> dict[str, Any]:
-    """With the numbers of the samples."""
+    """Collate samples, with their numbers."""
     return {**pad_collate(samples), "numbers": torch.tensor([s["number"] for s in samples])}
 
 
 def recording() -> Any:
-    """A trainer that notes the samples that were trained on this rank, epoch by epoch.
+    """Return a trainer that notes the samples that were trained on this rank, epoch by epoch.
 
     Its predictions are the numbers of the samples.
     """
@@ -129,7 +130,7 @@ def trainer_of(folder: Path, data: Any, **settings: Any) -> Any:
 
 
 def everywhere(mine: list[list[int]]) -> list[int]:
-    """Samples of all ranks, in order of their numbers."""
+    """Gather the samples of all ranks, in order of their numbers."""
     from dstrain.core.ranks import gather_objects
 
     return sorted(i for part in gather_objects(mine) for batch in part for i in batch)
@@ -146,7 +147,7 @@ def check_epochs(trainer: Any, size: int, num_epochs: int) -> None:
 
 
 def check_evaluations(trainer: Any, size: int, number: int) -> None:
-    """The main rank has predicted each sample once."""
+    """Check that the main rank has predicted each sample once."""
     assert len(trainer.evaluations) == (number if trainer.ranks.is_main else 0)
     for numbers in trainer.evaluations:
         assert sorted(numbers.tolist()) == list(range(size))
@@ -551,22 +552,14 @@ def test_the_length_of_a_stream_counts(
 # --- resuming ------------------------------------------------------------------------------------
 
 
-class Telling(Part):
+class Telling(TellsPosition, Part):
     """A part that knows where it is."""
 
-    reads = given = begin = 0
+    def num_samples(self) -> int:
+        return len(self.numbers)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.begin = state["given"]
-
-    def __iter__(self) -> Iterator[Any]:
-        begin, self.begin = self.begin, 0
-        for self.given in range(begin + 1, len(self.numbers) + 1):  # noqa: B020
-            type(self).reads += 1
-            yield rows([self.numbers[self.given - 1]])[0]
+    def sample(self, number: int) -> Any:
+        return rows([self.numbers[number - 1]])[0]
 
 
 @pytest.mark.ranks(2, timeout=300)

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 from dstrain.data.watch import WATCHED_SAMPLES
 from tests.distributed.runs import losses, whole_weights
+from tests.distributed.streams import TellsPosition
 from tests.distributed.test_split_data import (
     SAMPLES,
     Part,
@@ -31,7 +32,7 @@ BEGIN = 9  # equal samples: more than are looked at before the first step
 
 
 def numbers_of(rank: int, world_size: int, begin: int = BEGIN, size: int = SIZE) -> list[int]:
-    """The first samples on all ranks, then each rank its own."""
+    """Return the numbers of a rank's samples: the first ones on all ranks, then its own."""
     return [*range(begin), *range(begin + rank, size, world_size)]
 
 
@@ -81,7 +82,7 @@ def alike_on_all(text: str) -> bool:
 
 
 def check_refused(use: Callable[[], Any], what: str) -> str:
-    """One error on all ranks, with what was seen and what to do."""
+    """Check that all ranks raise one error, with what was seen and what to do."""
     from dstrain.core.errors import DataError
 
     with pytest.raises(DataError, match=f"{what} began alike on all ranks, and then is") as caught:
@@ -215,7 +216,7 @@ class Odd:
 
 
 def mixed(rank: int) -> list[Any]:
-    """Samples of whatever there is."""
+    """Make samples of whatever there is."""
     from PIL import Image
 
     plain = [
@@ -569,21 +570,14 @@ def test_nothing_more_is_told_than_a_few_numbers(
 # --- resuming ------------------------------------------------------------------------------------
 
 
-class Telling(Later):
+class Telling(TellsPosition, Later):
     """A stream that knows where it is."""
 
-    begin = given = 0
+    def num_samples(self) -> int:
+        return len(self.numbers)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.begin = state["given"]
-
-    def __iter__(self) -> Iterator[Any]:
-        begin, self.begin = self.begin, 0
-        for self.given in range(begin + 1, len(self.numbers) + 1):  # noqa: B020
-            yield rows([self.numbers[self.given - 1]])[0]
+    def sample(self, number: int) -> Any:
+        return rows([self.numbers[number - 1]])[0]
 
 
 LONG = [i % len(SAMPLES) for i in range(90)]

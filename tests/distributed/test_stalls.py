@@ -61,7 +61,7 @@ def script(
     timeout: int = TIMEOUT_SECONDS,
     **settings: Any,
 ) -> Path:
-    """A run of which rank 1 stands still in step 4."""
+    """Write the script of a run in which rank 1 stands still in step 4."""
     text = SCRIPT
     words: dict[str, object] = {"SLEEP": sleep, "TIMEOUT": timeout, "SETTINGS": settings}
     words |= {"EVALUATION": evaluation, "METHOD": method}

@@ -16,12 +16,12 @@ from tests.cli.test_launch_tasks import TINY_T5
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own, shared by all ranks."""
+    """Give a cache of its own, shared by all ranks."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def run(task: str, folder: Path, rows: Path, **given: Any) -> dict[str, Any]:
-    """A job as the command runs it; its record."""
+    """Run a job as the command does; return its record."""
     values: dict[str, Any] = {
         "output_dir": folder, "train_file": rows, "streaming": True, "vocab_size": 300,
         "max_steps": 4, "save_steps": 2, "save_strategy": "steps", "logging_steps": 1,

@@ -39,7 +39,7 @@ def _rows(shards: list[int]) -> Iterator[Any]:
 
 
 def mixture() -> Any:
-    """Two shuffled sources, from which samples are drawn in turn."""
+    """Make a stream that draws samples in turn from two shuffled sources."""
     import datasets
 
     shards = _ROWS // _SHARD

@@ -19,7 +19,7 @@ def _numel(model: torch.nn.Module) -> int:
 
 
 def make_own(folder: Path, *, given: dict[str, Any], **arguments: Any) -> Any:
-    """A trainer whose constructor is ``given`` something that ``make_trainer`` does not know."""
+    """Make a trainer with constructor arguments that ``make_trainer`` does not know."""
     from dstrain import Trainer
 
     class Given(Trainer):
@@ -169,7 +169,7 @@ def test_where_a_model_comes_from_is_clear_or_refused(tmp_path: Path) -> None:
 
 
 def _cross_entropy(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-    """The sum over the targets of a causal language model, divided as the trainer says."""
+    """Compute a causal language model's summed loss, divided as the trainer says."""
     logits = outputs.logits[:, :-1].flatten(0, 1)
     summed = torch.nn.functional.cross_entropy(
         logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"

@@ -29,7 +29,7 @@ class Place:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For ``make_trainer``."""
+        """Return the settings for ``make_trainer``."""
         batch, accumulation = {1: (2, 3), 2: (3, 1), 3: (2, 1)}[self.ranks]
         scale = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 3}
         return {
@@ -63,7 +63,7 @@ TOLERANCES = {"fp32": 1e-6, "bf16": 1e-4, "fp16": 2e-5}
 
 
 def resumed_name(saved: Place, resumed: Place) -> str:
-    """Folder of a run that goes on from another's checkpoint."""
+    """Name the folder of a run that goes on from another's checkpoint."""
     return f"{list(TABLE).index(saved)}-{TABLE[saved].index(resumed)}"
 
 

@@ -19,7 +19,7 @@ STEPS = 3
 def run(
     folder: Path, *, look: Callable[[Any], None] = lambda engine: None, **arguments: Any
 ) -> list[float]:
-    """Losses of a short run; ``look`` is shown DeepSpeed's engine before it is torn down."""
+    """Train shortly, call ``look`` with DeepSpeed's engine; return the losses."""
     settings = {"max_steps": STEPS, "train": 24, "evaluation": 0, **arguments}
     trainer = make_trainer(folder, **settings)
     trainer.train()
@@ -34,7 +34,7 @@ def close(a: list[float], b: list[float], tolerance: float) -> None:
 
 
 def has_optimizer(**expected: Any) -> Callable[[Any], None]:
-    """Checks attributes of the engine's ZeRO optimizer."""
+    """Return a check of attributes of the engine's ZeRO optimizer."""
 
     def look(engine: Any) -> None:
         for name, value in expected.items():
@@ -44,7 +44,7 @@ def has_optimizer(**expected: Any) -> Callable[[Any], None]:
 
 
 def has_config(**expected: Any) -> Callable[[Any], None]:
-    """Checks the engine's own ZeRO config."""
+    """Return a check of the engine's own ZeRO config."""
 
     def look(engine: Any) -> None:
         for name, value in expected.items():

@@ -9,7 +9,7 @@ import torch
 
 
 def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the state, with partitioned parameters gathered; a collective of all ranks."""
+    """Copy the state, with partitioned parameters gathered; a collective of all ranks."""
     from dstrain.engine import gathered
 
     with gathered(model.parameters()):
@@ -17,7 +17,7 @@ def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def in_files(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything in the safetensors files of a folder."""
+    """Return everything in the safetensors files of a folder."""
     from safetensors.torch import load_file
 
     found: dict[str, torch.Tensor] = {}
@@ -29,7 +29,7 @@ def in_files(folder: Path) -> dict[str, torch.Tensor]:
 def differences(
     expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
 ) -> list[str]:
-    """A line for each tensor that only one has, or that differs in shape, format or a bit."""
+    """Say in a line for each tensor that only one has, or that differs at all."""
     lines = [f"lacks {name}" for name in expected.keys() - found.keys()]
     lines += [f"has {name}" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():

@@ -22,7 +22,7 @@ def _draw(seed: int) -> torch.Generator:
 
 
 def _lengths(n: int, longest: int, shortest: int, draw: torch.Generator) -> list[int]:
-    """Random lengths of which no two neighbours agree."""
+    """Return random lengths of which no two neighbours agree."""
     lengths = torch.randint(shortest, longest + 1, (n,), generator=draw).tolist()
     for i in range(1, n):
         if lengths[i] == lengths[i - 1]:
@@ -33,7 +33,7 @@ def _lengths(n: int, longest: int, shortest: int, draw: torch.Generator) -> list
 def tokens(
     n: int, length: int = LENGTH, *, seed: int = 1, shortest: int = 4, last_id: int = LAST_ID
 ) -> list[Sample]:
-    """Token ids padded on the right, with their attention mask: each [length]."""
+    """Return token ids padded on the right, with their attention mask: each [length]."""
     draw, rows = _draw(seed), []
     for size in _lengths(n, length, shortest, draw):
         ids = torch.full((length,), PAD)
@@ -43,7 +43,7 @@ def tokens(
 
 
 def prompted(row: Sample, index: int) -> Tensor:
-    """Labels of a row of tokens: its own ids, without padding and every second time a prompt."""
+    """Return labels of a row of tokens: its ids but padding and, every second time, a prompt."""
     size = int(row["attention_mask"].sum())
     labels = row["input_ids"].masked_fill(row["attention_mask"] == 0, IGNORED)
     labels[: size // 2 if index % 2 else 0] = IGNORED
@@ -51,17 +51,17 @@ def prompted(row: Sample, index: int) -> Tensor:
 
 
 def causal(n: int) -> list[Sample]:
-    """Tokens, and labels for the prediction of the next token."""
+    """Return tokens, and labels for the prediction of the next token."""
     return [row | {"labels": prompted(row, i)} for i, row in enumerate(tokens(n))]
 
 
 def causal_unmasked(n: int) -> list[Sample]:
-    """As `causal`, for models that read no attention mask."""
+    """Return tokens as `causal` does, for models that read no attention mask."""
     return [{k: row[k] for k in ("input_ids", "labels")} for row in causal(n)]
 
 
 def with_labels_of_zeros(n: int) -> list[Sample]:
-    """As `causal`, with the pad id itself as an ordinary label in some rows."""
+    """Return tokens as `causal` does, with the pad id as an ordinary label in some rows."""
     rows = causal(n)
     for row in rows[::3]:
         row["labels"][2] = PAD
@@ -69,7 +69,7 @@ def with_labels_of_zeros(n: int) -> list[Sample]:
 
 
 def masked(n: int) -> list[Sample]:
-    """Tokens of which some are to be guessed: at least one in a row, never the same number."""
+    """Return tokens of which some are to be guessed: one or more in a row, of varying number."""
     draw, rows = _draw(2), []
     for index, row in enumerate(tokens(n)):
         size = int(row["attention_mask"].sum())
@@ -83,23 +83,23 @@ def masked(n: int) -> list[Sample]:
 
 
 def pretraining(n: int, second: str = "next_sentence_label") -> list[Sample]:
-    """Masked tokens, and one label for the row."""
+    """Return masked tokens, and one label for the row."""
     return [row | {second: torch.tensor(i % 2)} for i, row in enumerate(masked(n))]
 
 
 def replaced(n: int) -> list[Sample]:
-    """Tokens with a label 0 or 1 at each, for ELECTRA's discriminator."""
+    """Return tokens with a label 0 or 1 at each, for ELECTRA's discriminator."""
     draw = _draw(3)
     return [row | {"labels": torch.randint(0, 2, (LENGTH,), generator=draw)} for row in tokens(n)]
 
 
 def classes(n: int, name: str = "labels") -> list[Sample]:
-    """Tokens, and one of three classes."""
+    """Return tokens, and one of three classes."""
     return [row | {name: torch.tensor(i % NUM_LABELS)} for i, row in enumerate(tokens(n))]
 
 
 def classes_with_gaps(n: int) -> list[Sample]:
-    """As `classes`, but every fourth row has no label."""
+    """Return rows as `classes` does, but every fourth one has no label."""
     rows = classes(n)
     for row in rows[1::4]:
         row["labels"] = torch.tensor(IGNORED)
@@ -107,7 +107,7 @@ def classes_with_gaps(n: int) -> list[Sample]:
 
 
 def several_classes(n: int) -> list[Sample]:
-    """Tokens, and a float 0 or 1 for each of three classes."""
+    """Return tokens, and a float 0 or 1 for each of three classes."""
     draw = _draw(4)
     return [
         row | {"labels": torch.randint(0, 2, (NUM_LABELS,), generator=draw).float()}
@@ -116,13 +116,13 @@ def several_classes(n: int) -> list[Sample]:
 
 
 def scores(n: int) -> list[Sample]:
-    """Tokens, and a float to be predicted."""
+    """Return tokens, and a float to be predicted."""
     draw = _draw(5)
     return [row | {"labels": torch.randn((), generator=draw)} for row in tokens(n)]
 
 
 def token_classes(n: int) -> list[Sample]:
-    """Tokens, and a class for each of them, but not for padding and prompts."""
+    """Return tokens, and a class for each of them, but not for padding and prompts."""
     rows = causal(n)
     for row in rows:
         counts = row["labels"] != IGNORED
@@ -131,7 +131,7 @@ def token_classes(n: int) -> list[Sample]:
 
 
 def spans(n: int) -> list[Sample]:
-    """Tokens with an answer's first and last position; of every fourth row it is outside."""
+    """Return tokens with an answer's first and last position; of every fourth row it is outside."""
     rows = tokens(n)
     for i, row in enumerate(rows):
         start, end = (OUTSIDE, OUTSIDE) if i % 4 == 2 else (i % 3, i % 3 + 1)
@@ -140,7 +140,7 @@ def spans(n: int) -> list[Sample]:
 
 
 def cut_spans(n: int) -> list[Sample]:
-    """As `spans`, but of some rows only the last position is outside: two counts, not one."""
+    """Return rows as `spans` does, but of some only the last position is outside."""
     rows = spans(n)
     for row in rows[::4]:
         row["end_positions"] = torch.tensor(OUTSIDE)
@@ -148,7 +148,7 @@ def cut_spans(n: int) -> list[Sample]:
 
 
 def choices(n: int) -> list[Sample]:
-    """Two texts each, and which is right: input_ids [2, length]."""
+    """Return two texts each, and which is right: input_ids [2, length]."""
     first, second = tokens(n, seed=6), tokens(n, seed=7)
     return [
         {name: torch.stack([a[name], b[name]]) for name in a} | {"labels": torch.tensor(i % 2)}
@@ -157,7 +157,7 @@ def choices(n: int) -> list[Sample]:
 
 
 def double_heads(n: int, second: str = "mc_labels") -> list[Sample]:
-    """Two texts each with their labels, the right one, and the token that classifies.
+    """Return two texts each with their labels, the right one, and the token that classifies.
 
     There is no attention mask: OpenAI-GPT takes none for several texts in a row.
     """
@@ -174,7 +174,7 @@ def double_heads(n: int, second: str = "mc_labels") -> list[Sample]:
 
 
 def targets(n: int, *, eos: int = 2) -> list[Tensor]:
-    """Labels of a decoder, of different lengths: each [TARGETS]."""
+    """Return labels of a decoder, of different lengths: each [TARGETS]."""
     draw, rows = _draw(8), []
     for size in _lengths(n, TARGETS, 2, draw):
         labels = torch.full((TARGETS,), IGNORED)
@@ -185,23 +185,23 @@ def targets(n: int, *, eos: int = 2) -> list[Tensor]:
 
 
 def translations(n: int) -> list[Sample]:
-    """Tokens for an encoder, labels for a decoder."""
+    """Return tokens for an encoder, labels for a decoder."""
     return [row | {"labels": t} for row, t in zip(tokens(n), targets(n), strict=True)]
 
 
 def images(n: int, size: int = 32) -> list[Sample]:
-    """Pixels: [3, size, size]."""
+    """Return pixels: [3, size, size]."""
     draw = _draw(9)
     return [{"pixel_values": torch.randn(3, size, size, generator=draw)} for _ in range(n)]
 
 
 def image_classes(n: int, size: int = 32) -> list[Sample]:
-    """Pixels, and one of three classes."""
+    """Return pixels, and one of three classes."""
     return [row | {"labels": torch.tensor(i % NUM_LABELS)} for i, row in enumerate(images(n, size))]
 
 
 def segments(n: int, void: int = 255) -> list[Sample]:
-    """Pixels, and a class for each of them; some are void, and in one image all."""
+    """Return pixels, and a class for each of them; some are void, and in one image all."""
     draw, rows = _draw(10), images(n)
     for i, row in enumerate(rows):
         labels = torch.randint(0, NUM_LABELS, (32, 32), generator=draw)
@@ -211,7 +211,7 @@ def segments(n: int, void: int = 255) -> list[Sample]:
 
 
 def masked_images(n: int, patches: int = 16) -> list[Sample]:
-    """Pixels, and which patches are hidden: not the same number in each."""
+    """Return pixels, and which patches are hidden: not the same number in each."""
     draw, rows = _draw(11), images(n)
     for i, row in enumerate(rows):
         hidden = torch.zeros(patches, dtype=torch.bool)
@@ -221,13 +221,13 @@ def masked_images(n: int, patches: int = 16) -> list[Sample]:
 
 
 def noisy_images(n: int, patches: int = 16) -> list[Sample]:
-    """Pixels, and the noise that chooses which patches ViT-MAE hides."""
+    """Return pixels, and the noise that chooses which patches ViT-MAE hides."""
     draw = _draw(12)
     return [row | {"noise": torch.rand(patches, generator=draw)} for row in images(n)]
 
 
 def sounds(n: int, length: int = 800) -> list[Sample]:
-    """Waves of different lengths, with their attention mask: each [length]."""
+    """Return waves of different lengths, with their attention mask: each [length]."""
     draw, rows = _draw(13), []
     for size in _lengths(n, length, length // 2, draw):
         mask = (torch.arange(length) < size).long()
@@ -238,7 +238,7 @@ def sounds(n: int, length: int = 800) -> list[Sample]:
 
 
 def transcripts(n: int) -> list[Sample]:
-    """Waves, and the ids that are said in them: fewer than frames, never twice the same in turn."""
+    """Return waves and the ids said in them: fewer than frames, no two neighbours alike."""
     draw, rows = _draw(14), sounds(n)
     for i, row in enumerate(rows):
         labels = torch.full((6,), IGNORED)
@@ -249,12 +249,12 @@ def transcripts(n: int) -> list[Sample]:
 
 
 def sound_classes(n: int) -> list[Sample]:
-    """Waves, and one of three classes."""
+    """Return waves, and one of three classes."""
     return [row | {"labels": torch.tensor(i % NUM_LABELS)} for i, row in enumerate(sounds(n))]
 
 
 def frame_classes(n: int, frames: int) -> list[Sample]:
-    """Waves, and one class for each frame as a one-hot vector: [frames, classes]."""
+    """Return waves, and one class for each frame as a one-hot vector: [frames, classes]."""
     draw, eye = _draw(15), torch.eye(NUM_LABELS)
     return [
         row | {"labels": eye[torch.randint(0, NUM_LABELS, (frames,), generator=draw)]}
@@ -263,13 +263,13 @@ def frame_classes(n: int, frames: int) -> list[Sample]:
 
 
 def spectrograms(n: int, bins: int = 8, frames: int = 64, *, time_first: bool) -> list[Sample]:
-    """Spectrograms, and the labels of a decoder: [frames, bins], or [bins, frames]."""
+    """Return spectrograms, and the labels of a decoder: [frames, bins], or [bins, frames]."""
     draw, shape = _draw(16), (frames, bins) if time_first else (bins, frames)
     return [{"input_features": torch.randn(shape, generator=draw), "labels": t} for t in targets(n)]
 
 
 def numbers(n: int, width: int = 8) -> list[Sample]:
-    """Float features [width], and a float label."""
+    """Return float features [width], and a float label."""
     draw = _draw(17)
     return [
         {"x": torch.randn(width, generator=draw), "labels": torch.randn((), generator=draw)}
@@ -278,7 +278,7 @@ def numbers(n: int, width: int = 8) -> list[Sample]:
 
 
 def either_head(n: int, width: int = 8) -> list[Sample]:
-    """Float features, and a class for one of two heads: for the second in every fourth row."""
+    """Return float features, and a class for one of two heads: the second in every fourth row."""
     rows = []
     for i, row in enumerate(numbers(n, width)):
         label, none, second = torch.tensor(i % NUM_LABELS), torch.tensor(IGNORED), i % 4 == 3
@@ -290,7 +290,7 @@ def either_head(n: int, width: int = 8) -> list[Sample]:
 def pictured(
     n: int, image_token: int, num_tokens: int, *, before: int = 1, after: tuple[int, ...] = ()
 ) -> list[Sample]:
-    """A text after an image: input_ids start with the image's tokens, whose labels do not count.
+    """Return a text after an image, whose tokens begin the input_ids and have no label.
 
     The first token of all is a label, which counts only where the model does not shift.
     """

@@ -157,19 +157,19 @@ def contrasted(samples: Sequence[Sample]) -> Batch:
 
 
 def captioned_pairs(n: int) -> list[Sample]:
-    """A text and an image each, without labels."""
+    """Return a text and an image each, without labels."""
     rows = batches.tokens(n, last_id=60)
     return [row | image for row, image in zip(rows, batches.images(n), strict=True)]
 
 
 def captions(n: int) -> list[Sample]:
-    """An image, and a text with labels."""
+    """Return an image, and a text with labels."""
     rows = zip(batches.causal(n), batches.images(n), strict=True)
     return [row | image for row, image in rows]
 
 
 def patches(n: int) -> list[Sample]:
-    """As Qwen2-VL reads images: 16 patches for each, in one dimension with those of all others."""
+    """Return images as Qwen2-VL reads them: 16 patches each, those of all in one dimension."""
     from tests.families.tiny import tiny_config
 
     config = tiny_config("qwen2_vl")
@@ -193,7 +193,7 @@ def _pictured(
     several: bool = False,
     **overrides: Any,
 ) -> Family:
-    """A text after one image.
+    """Return a text after one image.
 
     Args:
         name: of the family.

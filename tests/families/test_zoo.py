@@ -14,12 +14,12 @@ MAX_PARAMETERS = 300_000
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """The loss of a model's output, whatever form it has."""
+    """Return the loss of a model's output, whatever form it has."""
     return output["loss"] if hasattr(output, "keys") else output[0]
 
 
 def num_targets(family: Family, sample: dict[str, torch.Tensor]) -> int:
-    """Labels of one sample that are not ignored, in all of its label columns."""
+    """Count the labels of one sample that are not ignored, in all of its label columns."""
     columns = family.labels or ("labels",)
     found = [sample[name] for name in columns if name in sample]
     return sum(int((labels != family.ignored).sum()) for labels in found)

@@ -117,7 +117,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _shrunk(name: str, default: Any) -> Any:
-    """The tiny value of a field; None to leave it at its default."""
+    """Return the tiny value of a field; None to leave it at its default."""
     if isinstance(default, bool):
         return None
     if name in OFF_NAMES or any(name.endswith(end) for end in OFF):
@@ -140,7 +140,7 @@ def _like(default: Any, value: Any) -> Any:
 
 
 def _token_ids(config_class: type[PreTrainedConfig], base: dict[str, Any]) -> dict[str, Any]:
-    """Ids of special tokens below the tiny vocabulary: one for each name."""
+    """Return ids of special tokens below the tiny vocabulary: one for each name."""
     found: dict[str, Any] = {}
     free = iter(MODALITY_IDS)
     for field in dataclasses.fields(config_class):

@@ -54,7 +54,7 @@ class OwnLoss(nn.Module):
         return self.scored(input_ids, labels, None)
 
     def scored(self, input_ids: Tensor, labels: Tensor | None, count: Tensor | int | None) -> Any:
-        """Scores, and the sum of the losses divided by ``count``, or by their own number."""
+        """Return scores, and the sum of the losses divided by ``count``, or by their own number."""
         scores = logits = self.head(self.mix(self.embed(input_ids))[0])
         if labels is None:
             return {"logits": logits}
@@ -133,7 +133,7 @@ def lora(target: str = "q_proj") -> nn.Module:
 
 
 def _not_zero(config: Any) -> Any:
-    """With B at 0, as LoRA starts, A has no gradient: start from something else."""
+    """Set B, which is 0 at LoRA's start, to other values: at 0, A has no gradient."""
     config.init_lora_weights = False
     return config
 

@@ -18,7 +18,7 @@ EPOCHS = 2
 
 
 def global_batches(num_samples: int, orders: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices of each optimizer step: consecutive pieces of every epoch's order."""
+    """Yield indices of each optimizer step: consecutive pieces of every epoch's order."""
     for order in orders:
         assert sorted(order) == list(range(num_samples))
         for first in range(0, num_samples, GLOBAL_BATCH):
@@ -26,7 +26,7 @@ def global_batches(num_samples: int, orders: Sequence[Sequence[int]]) -> Iterato
 
 
 def linear_decay(num_steps: int) -> Any:
-    """Factor of the learning rate at each step: from 1 down to 0, no warm-up."""
+    """Compute the factor of the learning rate at a step: from 1 down to 0, no warm-up."""
     return lambda step: max(0.0, (num_steps - step) / num_steps)
 
 
@@ -55,7 +55,7 @@ def plain_torch(
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = _adamw,
     clip: float = CLIP,
 ) -> list[float]:
-    """One process, one forward pass per global batch, torch's optimizer; the loss of every step."""
+    """Train in one process by plain torch, a pass per global batch; return each step's loss."""
     steps = list(global_batches(len(data), orders))
     optimizer = make(groups(model))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(len(steps)))
@@ -84,7 +84,7 @@ def plain_deepspeed(
     rank: int,
     world_size: int,
 ) -> list[float]:
-    """A DeepSpeed loop as one writes it by hand; the global mean loss of every step."""
+    """Train by a DeepSpeed loop written by hand; return the global mean loss of every step."""
     import deepspeed
 
     steps = list(global_batches(len(data), orders))

@@ -78,19 +78,19 @@ class Expected:
 
 
 def _cut(order: Sequence[int], micro_batch: int) -> list[list[int]]:
-    """Rows of each micro-batch of all ranks: consecutive pieces of each chunk."""
+    """Cut chunks into the rows of each micro-batch of all ranks: consecutive pieces."""
     return [list(order[i : i + micro_batch]) for i in range(0, len(order), micro_batch)]
 
 
 def _train_order() -> list[int]:
-    """The trainer's own order of samples."""
+    """Return the trainer's own order of samples."""
     from dstrain.data import EpochOrder
 
     return EpochOrder(GLOBAL_BATCH, seed=42, shuffle=True).indices(0).tolist()
 
 
 def _weights(family: Family, parts: Sequence[Sequence[Sample]]) -> list[float]:
-    """The share of each part in the global batch."""
+    """Return the share of each part in the global batch."""
     if family.name not in WEIGHTED:
         assert len(parts) == 1
         return [1.0]
@@ -101,7 +101,7 @@ def _weights(family: Family, parts: Sequence[Sequence[Sample]]) -> list[float]:
 def _mean_loss(
     model: nn.Module, family: Family, rows: Sequence[Sequence[int]], *, then: Callable[[Any], None]
 ) -> float:
-    """The weighted mean of the losses of parts; ``then`` is told each weighted loss."""
+    """Compute the weighted mean of the losses of parts; call ``then`` with each weighted loss."""
     samples, total = family.samples(GLOBAL_BATCH), 0.0
     parts = [[samples[i] for i in part] for part in rows]
     for part, weight in zip(parts, _weights(family, parts), strict=True):
@@ -114,7 +114,7 @@ def _mean_loss(
 
 @functools.cache
 def _plain_torch(name: str, micro_batch: int) -> Expected:
-    """One process, without dstrain and DeepSpeed."""
+    """Train in one process, without dstrain and DeepSpeed."""
     family = FAMILIES[name]
     model = family.build()
     everything = list(range(GLOBAL_BATCH))
@@ -169,14 +169,14 @@ def _trainer(folder: Path, family: Family, *, stage: int, micro_batch: int) -> A
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the weight files in a folder."""
+    """Read all tensors of the weight files in a folder."""
     from safetensors.torch import load_file
 
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def _differences(ours: Path, theirs: Path, *, parameters: set[str] | None) -> list[str]:
-    """What two saved models differ in; only ``parameters``, if given."""
+    """Say in what two saved models differ; only of ``parameters``, if given."""
     mine, right = _read(ours), _read(theirs)
     found = [f"missing {key}" for key in sorted(right.keys() - mine.keys())]
     found += [f"unexpected {key}" for key in sorted(mine.keys() - right.keys())]

@@ -55,7 +55,7 @@ OFFLOADED = [name for name in IN_TORCH if name not in ("adamw_torch_fused", "ada
 
 @pytest.fixture(autouse=True)
 def _eager() -> Iterator[None]:
-    """DeepSpeed's Muon compiles its Newton-Schulz steps, which takes minutes on a CPU."""
+    """Keep DeepSpeed's Muon from compiling its steps, which takes minutes on a CPU."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -106,7 +106,7 @@ def _trainer(folder: Path, world_size: int, *, cls: Any = None, **arguments: Any
 
 
 def _trained(trainer: Any) -> tuple[list[float], Any]:
-    """The curve, and the basic optimizer that ran."""
+    """Train; return the curve, and the basic optimizer that ran."""
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     basic = trainer.deepspeed.basic_optimizer

@@ -19,7 +19,7 @@ def _data(num_samples: int) -> RaggedTokens:
 
 
 def _orders(num_samples: int) -> list[list[int]]:
-    """The trainer's own order of samples; everything after it is written again by hand."""
+    """Return the trainer's own order of samples; everything after it is written again by hand."""
     from dstrain.data import EpochOrder
 
     order = EpochOrder(num_samples, seed=42, shuffle=True)

@@ -45,7 +45,7 @@ def fields_of(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
 
 
 def owner(name: str) -> type[Any]:
-    """A class that has the argument."""
+    """Return a class that has the argument."""
     return next(cls for cls in CLASSES.values() if name in fields_of(cls))
 
 
@@ -54,7 +54,7 @@ def names_of(*kinds: str) -> list[str]:
 
 
 def other_value(name: str) -> Any:
-    """A legal value that is not the default."""
+    """Return a legal value that is not the default."""
     special = {
         "save_strategy": "epoch", "past_index": 2, "tp_size": 2, "report_to": ["wandb"],
         "fsdp_config": {"min_num_params": 1}, "evaluation_strategy": "epoch",
@@ -128,7 +128,7 @@ def test_the_data_file_is_what_the_reference_documents_say():
 
 
 def _signature(cls: str) -> dict[str, Any]:
-    """Names and defaults in the signature of a reference document."""
+    """Return names and defaults in the signature of a reference document."""
     if cls == "SentenceTransformerTrainingArguments":
         text = (REFERENCE / "sentence-transformer-training-arguments.txt").read_text()
         line = next(line for line in text.splitlines() if line.startswith("*[class]"))

@@ -362,7 +362,7 @@ def test_records_have_plain_values_of_libraries_objects():
 
 @pytest.fixture
 def unpended(monkeypatch):
-    """Embedding arguments as if the trainer had them."""
+    """Let the embedding arguments be as if the trainer had them."""
     from dstrain.arguments import enforce
 
     monkeypatch.setattr(enforce, "refusals", lambda arguments: [])

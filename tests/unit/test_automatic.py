@@ -29,7 +29,7 @@ def llama_8b() -> ModelSizes:
 
 
 def facts(gpu_gib: float, *, host: int | None = TIB, **others: Any) -> Facts:
-    """Eight ranks on one machine that train the 8B model, unless told otherwise."""
+    """Return facts: eight ranks on one machine that train the 8B model, unless told otherwise."""
     sizes = others.pop("sizes", llama_8b())
     usual: dict[str, Any] = {"world_size": 8, "sequence_length": 2048}
     return Facts(
@@ -46,7 +46,7 @@ def chosen(known: Facts, config: Any = None, **arguments: Any) -> ResolvedConfig
 
 
 def with_auto(known: Facts, **asked: str) -> dict[str, str]:
-    """The choice where arguments are "auto", also those whose own choices do not list it yet."""
+    """Choose where arguments are "auto", also those whose own choices do not list it yet."""
     arguments = readable_arguments(TrainingArguments(bf16=True, per_device_train_batch_size=1))
     explicit: dict[str, Any] = {}
     return dict(choose_placement({**arguments, **asked}, known, explicit).values)

@@ -24,7 +24,7 @@ time.sleep(60)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty extensions folder on what passes for a local disk, where locks settle at once."""
+    """Give an empty extensions folder that counts as on a local disk; locks settle at once."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(build_locks, "SETTLE_SECONDS", 0.05)
     monkeypatch.setattr(build_locks, "_filesystem", lambda path: "ext4")
@@ -42,7 +42,7 @@ def make_lock(folder, op="fused_adam", age_seconds=60.0):
 
 @contextlib.contextmanager
 def running(*command, **options):
-    """A process that runs during the body and is killed, as with `kill -9`, after it."""
+    """Give a process that runs during the body and is killed, as with `kill -9`, after it."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
     try:
         assert process.stdout.readline()

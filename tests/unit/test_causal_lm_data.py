@@ -30,16 +30,9 @@ from dstrain.tasks.common import rows as rows_module
 from dstrain.tasks.common import tokenizer as tokenizers_module
 from dstrain.tasks.common.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 WORDS = ["def", "return", "class", "import", "lambda", "yield", "self", "value", "index", "name"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Every test has a cache of its own, and none sees the user's."""
-    folder = tmp_path_factory.mktemp("hf-cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    datasets.disable_progress_bars()
-    return folder / "dstrain"
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +70,7 @@ def tokens_of(samples):
 
 
 def prepare_tokenizer(documents, args, **kwargs):
-    """As the job does it."""
+    """Prepare the tokenizer as the job does."""
     return tokenizers_module.prepare_tokenizer(
         documents.train,
         name=args.tokenizer_name,
@@ -89,7 +82,7 @@ def prepare_tokenizer(documents, args, **kwargs):
 
 
 def message(**kwargs):
-    """The error of reading the data that the arguments name."""
+    """Return the error of reading the data that the arguments name."""
     with pytest.raises(DataError) as caught:
         load_documents(DataArguments(**kwargs))
     return str(caught.value)
@@ -314,7 +307,7 @@ def test_stream_holds_out_its_first_rows(tmp_path, monkeypatch):
 
 
 def expected_tokens(rows, tokenizer):
-    """The token stream, made the slow way."""
+    """Make the token stream the slow way."""
     eos = tokenizer.eos_token_id
     return [token for text in texts_of(rows) for token in [*tokenizer(text)["input_ids"], eos]]
 

@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +33,8 @@ from dstrain.tasks.causal_lm.data import prepare_data
 from dstrain.tasks.common.tokenizer import train_tokenizer
 from tests.models import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>\n' }}"
@@ -61,15 +62,6 @@ TWO_TURNS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Every test has a cache of its own, and none sees the user's."""
-    folder = tmp_path_factory.mktemp("hf-cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    datasets.disable_progress_bars()
-    return folder / "dstrain"
-
-
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -83,7 +75,7 @@ def tokenizer(tokenizer_folder):
 
 
 def answers_of(tokenizer, ids, labels):
-    """The text of each run of labels, and a check that labels are the ids or -100."""
+    """Decode each run of labels, and check that labels are the ids or -100."""
     runs, before = [], -100
     for token, label in zip(ids, labels, strict=True):
         assert label in (-100, token)

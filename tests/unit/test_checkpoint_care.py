@@ -30,7 +30,7 @@ def made(
     buffer: float = 1.0,
     **manifest: Any,
 ) -> Path:
-    """A checkpoint of step 4 of one parameter; as many ranks as runs between ``cuts``."""
+    """Make a checkpoint of step 4 of one parameter, of as many ranks as runs between ``cuts``."""
     staging = folders.new_staging(output_dir, 4)
     values = {"master": torch.arange(NUMEL, dtype=torch.float32)}
     values["exp_avg"] = -values["master"]

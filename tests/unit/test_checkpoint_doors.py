@@ -65,7 +65,7 @@ def position(step: int) -> Position:
 
 
 def whole(output_dir: Path, step: int = 4) -> Path:
-    """A checkpoint of one rank with every document that a run writes."""
+    """Make a checkpoint of one rank with every document that a run writes."""
     staging = folders.new_staging(output_dir, step)
     values = torch.arange(NUMEL, dtype=torch.float32)
     tensors = [Stored.of("master/w", values), Stored.of("exp_avg/w", -values)]
@@ -141,7 +141,7 @@ def relist(folder: Path, name: str) -> None:
 
 
 def resumed(output_dir: Path) -> str:
-    """The checkpoint that a run would go on from."""
+    """Find the checkpoint that a run would go on from."""
     chosen = choose(
         True,
         output_dir,
@@ -546,7 +546,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutated(document: Any, draw: random.Random) -> Any:
-    """One or two places replaced, removed or added."""
+    """Replace, remove or add values at one or two places."""
     for _ in range(draw.choice((1, 1, 2))):
         at = draw.choice(list(places(document)))
         value = draw.choice(HOSTILE)()
@@ -585,7 +585,7 @@ def forge_header(folder: Path, name: str, draw: random.Random) -> None:
 
 
 def spoil(folder: Path, draw: random.Random) -> str:
-    """Damage or forge one thing of a checkpoint; most of it with right checksums."""
+    """Damage or forge one thing of a checkpoint, mostly with right checksums."""
     kind = draw.random()
     if kind < 0.65:
         name = draw.choice(DOCUMENTS)

@@ -42,7 +42,7 @@ from dstrain.models.tensor_file import Stored, TensorReader, write_tensor_file
 
 
 def run_values(step: int = 0, **engine: Any) -> dict[str, Any]:
-    """The least that a ``run.json`` says."""
+    """Return the least that a ``run.json`` says."""
     counters = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
     return {
         "engine": {
@@ -58,7 +58,7 @@ def run_values(step: int = 0, **engine: Any) -> dict[str, Any]:
 
 
 def make_checkpoint(output_dir: Path, step: int, *, size: int = 5000) -> Path:
-    """A committed checkpoint of a model with one parameter, written by two ranks."""
+    """Make a committed checkpoint of a model with one parameter, written by two ranks."""
     staging = folders.new_staging(output_dir, step)
     values = torch.arange(size, dtype=torch.float32)
     cut = size // 3

@@ -75,7 +75,7 @@ def shapes(module: nn.Module) -> Iterator[tuple[int, ...]]:
 
 
 def check(module: nn.Module, stage: int) -> dict[str, int]:
-    """The sizes hold no more than the model, and keep norms and biases whole."""
+    """Check that the sizes hold no more than the model, and keep norms and biases whole."""
     found = keys(resolve(TrainingArguments(zero_stage=str(stage)), known(module)))
     total = sum(p.numel() for p in module.parameters())
     vector = max(prod(s) for s in shapes(module) if len(s) <= 1)

@@ -24,7 +24,7 @@ def resolved(
 def problems(
     facts: Facts = CUDA_8, config: Mapping[str, Any] | str | None = None, **arguments: Any
 ) -> list[Problem]:
-    """The problems of the one error; none where it resolves."""
+    """Return the problems of the one error; none where it resolves."""
     try:
         resolved(facts, config, **arguments)
     except ConfigError as error:

@@ -37,7 +37,7 @@ SERIAL = LoaderOptions()
 
 
 def as_list(samples: list[Any]) -> list[Any]:
-    """A collator that leaves samples as they are, and that loader processes can pickle."""
+    """Collate by leaving samples as they are; loader processes can pickle this function."""
     return list(samples)
 
 
@@ -96,7 +96,7 @@ def loaders(
     *,
     shuffle: bool = False,
 ) -> list[Any]:
-    """The loaders of all ranks."""
+    """Return the loaders of all ranks."""
     return [
         build_loader(
             dataset,
@@ -111,12 +111,12 @@ def loaders(
 
 
 def read(loader: Any) -> list[tuple[list[Any], bool]]:
-    """Inputs and whether they are masked, per micro-step."""
+    """Return inputs and whether they are masked, per micro-step."""
     return [(micro_batch.inputs, micro_batch.masked) for micro_batch, _ in iterate(loader)]
 
 
 def used(loader: Any) -> list[Any]:
-    """Samples that carry weight, in order."""
+    """Return samples that carry weight, in order."""
     return list(chain(*(inputs for inputs, masked in read(loader) if not masked)))
 
 
@@ -494,7 +494,7 @@ def test_a_rank_stream_can_be_sent_to_a_loader_process():
 
 
 def as_one_row(samples: list[int]) -> dict[str, torch.Tensor]:
-    """A padding-free batch: one row, and as many patches as the row has tokens."""
+    """Collate to a padding-free batch: one row, and as many patches as the row has tokens."""
     return {"pixel_values": torch.zeros(5, 3), "input_ids": torch.tensor([samples])}
 
 

@@ -28,7 +28,7 @@ def samplers(
     epoch: int = 0,
     start: int = 0,
 ) -> list[RankBatchSampler]:
-    """The samplers of all ranks."""
+    """Return the samplers of all ranks."""
     made = []
     for rank in range(world_size):
         order = EpochOrder(num_samples, seed=seed, shuffle=shuffle)
@@ -41,7 +41,7 @@ def samplers(
 
 
 def used_in_order(ranks: list[RankBatchSampler]) -> list[list[int]]:
-    """Indices that carry weight, per micro-step over all ranks in rank order."""
+    """Return indices that carry weight, per micro-step over all ranks in rank order."""
     batches = [list(sampler) for sampler in ranks]
     steps = []
     for step, of_ranks in enumerate(zip(*batches, strict=True)):

@@ -34,7 +34,7 @@ def by_name(this: dict[str, Any], other: dict[str, Any]) -> dict[tuple[str, str]
 
 @pytest.fixture
 def compared(capsys):
-    """Standard output and exit status of a comparison."""
+    """Give standard output and exit status of a comparison."""
 
     def run(*words: str) -> tuple[str, int]:
         status = explain.run(words)

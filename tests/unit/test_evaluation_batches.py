@@ -33,7 +33,7 @@ class Keeper:
 
 
 def breaking(where: str, keep: Keeper | None, read: list[int]) -> Any:
-    """An evaluation in which something breaks at the second batch."""
+    """Run an evaluation in which something breaks at the second batch."""
 
     def batches() -> Iterator[EvalBatch]:
         for index in range(NUM_BATCHES):

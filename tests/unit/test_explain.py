@@ -25,7 +25,7 @@ CONFIG = {
 
 
 def example(**arguments: Any) -> ResolvedConfig:
-    """A config with keys of every origin, and a warning."""
+    """Return a config with keys of every origin, and a warning."""
     return resolve(TrainingArguments(deepspeed=CONFIG, **arguments), Facts(world_size=2))
 
 
@@ -34,7 +34,7 @@ def lines_by_key(resolved: ResolvedConfig) -> dict[str, str]:
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What ``dstrain explain`` prints."""
+    """Return what ``dstrain explain`` prints."""
     assert explain.run(words) == 0
     return capsys.readouterr().out
 

@@ -42,7 +42,7 @@ def read(*words: str, classes: list[type[Any]] | None = None) -> tuple[TrainingA
 
 
 def refusal(*words: str) -> list[str]:
-    """The problems, as text, of the one error that these words give."""
+    """Return the problems, as text, of the one error that these words give."""
     with pytest.raises(ConfigError) as caught:
         read(*words)
     return [str(problem) for problem in caught.value.problems]

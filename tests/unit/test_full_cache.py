@@ -20,7 +20,7 @@ from tests.cli.corpus import text
 
 @pytest.fixture
 def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache on a disk of 256 KiB; needs to be root."""
+    """Give a cache on a disk of 256 KiB, which takes root to mount."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]

@@ -13,7 +13,7 @@ from dstrain.engine.layerdrop import check_layerdrop
 
 
 def arrivals(loss: torch.Tensor, model: nn.Module) -> list[str]:
-    """The names of parameters in the order in which backward() reaches them."""
+    """Return the names of parameters in the order in which backward() reaches them."""
     found: list[str] = []
     hooks = [
         p.register_post_accumulate_grad_hook(lambda _, name=name: found.append(name))

@@ -151,7 +151,7 @@ STAGE_3_KEYS = {
 
 
 def vision_language() -> nn.Module:
-    """Hidden sizes only deeper in its config, which a look at ``config.hidden_size`` misses."""
+    """Make a model whose config has hidden sizes only deeper, not as ``config.hidden_size``."""
     import transformers
 
     text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 99,

@@ -28,7 +28,7 @@ def model_of(name: str) -> Any:
 
 
 def saved_by_groups(groups: list[Any]) -> dict[str, torch.Tensor]:
-    """What the groups make of the model's own tensors."""
+    """Return what the groups make of the model's own tensors."""
     saved: dict[str, torch.Tensor] = {}
     for group in groups:
         made = group.convert([entry.tensor.detach() for entry in group.entries])

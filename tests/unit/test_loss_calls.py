@@ -45,7 +45,7 @@ class Reader:
             self.targets.settle(MAIN, final=True)
 
     def parts(self, rows: list[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """The parts of the loss of some samples, and what they weigh."""
+        """Return the parts of the loss of some samples, and what they weigh."""
         batch = self.collate([self.samples[row] for row in rows])
         if self.terms is not None:
             loss, _ = self.terms(self.model, batch)
@@ -56,7 +56,7 @@ class Reader:
         return loss.reshape(-1), self.targets.counts(batch, len(rows))
 
     def gradient(self, parts: torch.Tensor) -> torch.Tensor:
-        """Gradients of each part: (parts, numbers of the model)."""
+        """Compute the gradients of each part: (parts, numbers of the model)."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         rows = []
         for part in parts:
@@ -144,7 +144,7 @@ def read(
     *,
     steps: int = 8,
 ) -> Any:
-    """The rule that is read off one loss function of (scores, batch); None for samples."""
+    """Find the rule of one loss function of (scores, batch); None for samples."""
     model = Scores()
     batch = {"input_ids": IDS, "labels": LABELS, "attention_mask": MASK} if batch is None else batch
     targets = LossTargets(model, labels)
@@ -160,7 +160,7 @@ def flat_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any
 
 
 def pieces(scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """A loss computed row by row, to save memory."""
+    """Compute a loss row by row, to save memory."""
     rows = zip(scores, batch["labels"], strict=True)
     total = sum(flat_cross_entropy(s, t, reduction="sum") for s, t in rows)
     return total / (batch["labels"] != -100).sum()
@@ -176,7 +176,7 @@ def shifted(scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def per_row(scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """A mean over rows of means over their targets: no single count weights it."""
+    """Compute a mean over rows of means over their targets, which no single count weights."""
     rows = zip(scores, batch["labels"], strict=True)
     return torch.stack([functional.cross_entropy(s, t) for s, t in rows]).mean()
 
@@ -285,7 +285,7 @@ def test_heads_of_as_many_labels_are_not_taken_for_one():
 
 
 def settled(losses: Any, batches: Any, **kinds: Any) -> LossTargets:
-    """What is known after a step with each of these losses and batches."""
+    """Return what is known after a step with each of these losses and batches."""
     model = Scores()
     targets = LossTargets(model, kinds.pop("labels", ("labels",)), **kinds)
     for loss, batch in zip(losses, batches, strict=True):
@@ -296,7 +296,7 @@ def settled(losses: Any, batches: Any, **kinds: Any) -> LossTargets:
 
 
 def divided(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
-    """A sum over classes, divided by hand."""
+    """Compute a loss by a sum over classes, divided by hand."""
     each = functional.cross_entropy(scores[:, 0], batch["labels"], reduction="sum")
     return each / len(batch["labels"])
 
@@ -469,7 +469,7 @@ ONE = {"input_ids": IDS[:1], "labels": LABELS[:1]}
 
 
 def of_one_sample(make: Any) -> Any:
-    """A loss made from the cross-entropy of each token, where the batch has one sample."""
+    """Compute a loss from the cross-entropy of each token, where the batch has one sample."""
 
     def loss(scores: torch.Tensor, batch: Mapping[str, Any], told: Any) -> torch.Tensor:
         tokens = functional.cross_entropy(
@@ -582,7 +582,7 @@ def test_a_divergence_of_the_tokens_that_have_labels_is_a_mean_over_them(reducti
 
 
 def even_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss of each token, of a model that knows nothing yet: all tokens have the same."""
+    """Compute the loss of each token for a model that knows nothing: the same for all."""
     even = scores * 0
     return functional.cross_entropy(even.flatten(0, 1), labels.flatten(), reduction="none").view(
         labels.shape

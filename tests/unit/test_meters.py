@@ -24,7 +24,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
-    """The clock of the meters."""
+    """Give the clock of the meters."""
     clock = Clock()
     monkeypatch.setattr(meters, "time", clock)
     return clock

@@ -18,7 +18,7 @@ TINY = "llama:hidden_size=32,intermediate_size=64,num_hidden_layers=1,num_attent
 
 
 def refusal(spec: str, **defaults: Any) -> str:
-    """The message for a specification that cannot be used."""
+    """Return the message for a specification that cannot be used."""
     with pytest.raises(ModelError) as caught:
         parse_model_config(spec, **defaults)
     return str(caught.value)

@@ -43,18 +43,18 @@ def resolved(
 
 @pytest.fixture(scope="module")
 def deepspeed() -> Any:
-    """The installed DeepSpeed, imported for the CPU."""
+    """Give the installed DeepSpeed, imported for the CPU."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return pytest.importorskip("deepspeed")
 
 
 def builds(row: Any) -> list[Build]:
-    """All implementations of an optimizer."""
+    """Return all implementations of an optimizer."""
     return [build for build in (*row.builds, row.offload) if build is not None]
 
 
 def class_of(path: str) -> Any:
-    """The class at a dotted path, or a skip where its package is not installed."""
+    """Import the class at a dotted path; skip the test where its package is not installed."""
     module, _, name = path.rpartition(".")
     pytest.importorskip(module.split(".")[0], reason=f"{path} is not installed")
     return getattr(importlib.import_module(module), name)

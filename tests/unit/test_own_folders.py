@@ -19,7 +19,7 @@ ODD = ["checkpoint-0006", "checkpoint-٧", "checkpoint-5\n", "checkpoint-5 ", "c
 
 
 def theirs(folder: Path, **files: str) -> Path:
-    """A folder of the user's."""
+    """Make a folder of the user's."""
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name.replace("_", ".")).write_text(content)
@@ -27,7 +27,7 @@ def theirs(folder: Path, **files: str) -> Path:
 
 
 def content_of(root: Path) -> dict[str, Any]:
-    """Everything below a folder."""
+    """Read everything below a folder."""
     return {
         str(p.relative_to(root)): os.readlink(p) if p.is_symlink() else p.read_bytes()
         for p in sorted(root.rglob("*"))
@@ -121,7 +121,7 @@ def test_other_names_are_no_checkpoints(tmp_path, name):
 
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
-    """A run whose first checkpoint is on another disk, with a link in its place."""
+    """Give a run whose first checkpoint is on another disk, with a link in its place."""
     run = tmp_path / "run"
     make_checkpoint(run, 1)
     (tmp_path / "archive").mkdir()

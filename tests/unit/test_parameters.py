@@ -46,7 +46,7 @@ def shapes(sizes: ModelSizes) -> Counter[tuple[int, ...]]:
 
 
 def built(name: str, values: dict[str, Any]) -> Any:
-    """The model itself, without memory."""
+    """Build the model itself on the meta device."""
     import torch
     import transformers
 

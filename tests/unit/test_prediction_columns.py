@@ -31,7 +31,7 @@ def _columns(blocks: list[torch.Tensor], folder: Path, limit: int, *, concat: bo
 
 
 def _ragged(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Blocks of different heights and widths, one without rows and wider than all others."""
+    """Return blocks of different heights and widths, one without rows and wider than all others."""
     shapes = [(2, 3, 2), (1, 5, 2), (0, 9, 9), (3, 1, 4), (2, 5, 4)]
     return [torch.arange(np.prod(s)).reshape(s).to(dtype) for s in shapes]
 

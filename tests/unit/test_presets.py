@@ -43,7 +43,7 @@ def resolved(preset: str, world_size: int, device: str = "cuda", **arguments: An
 
 @pytest.fixture(scope="module")
 def read_by_deepspeed() -> Iterator[Any]:
-    """DeepSpeed's own reader, in a group of as many ranks as the config was resolved for."""
+    """Give DeepSpeed's own reader, in a group of as many ranks as the config was resolved for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         from deepspeed.runtime import config as module
@@ -59,7 +59,7 @@ def read_by_deepspeed() -> Iterator[Any]:
 
 
 def at(config: Any, path: str) -> Any:
-    """An attribute of one of DeepSpeed's config objects by dotted path."""
+    """Return an attribute of one of DeepSpeed's config objects by dotted path."""
     for part in path.split("."):
         config = getattr(config, part)
     return getattr(config, "value", config)  # enums

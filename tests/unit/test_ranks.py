@@ -118,7 +118,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float) -> bool:
-    """Poll ``condition`` until it is true or ``seconds`` have passed."""
+    """Wait until ``condition`` is true or ``seconds`` have passed."""
     deadline = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -127,7 +127,7 @@ def wait_for(condition: Callable[[], bool], *, seconds: float) -> bool:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What pytest prints for `STORIES`."""
+    """Give what pytest prints for `STORIES`."""
     return run_pytest(tmp_path_factory.mktemp("stories"), STORIES)
 
 

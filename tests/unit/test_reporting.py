@@ -85,14 +85,14 @@ class Run:
         self.send("on_step_end")
 
     def lines(self) -> list[str]:
-        """What was written since the last look, each redraw of a bar as a line of its own."""
+        """Return what was written since the last look, each redraw of a bar as a line."""
         text = self.capture.readouterr().err.replace("\r", "\n").replace("\x1b[A", "")
         return [line.rstrip() for line in text.split("\n") if line.strip()]
 
 
 @pytest.fixture
 def run(capsys) -> Iterator[Run]:
-    """A run of four steps on the main rank, its standard error in a file."""
+    """Run four steps on the main rank, with standard error in a file."""
     run = Run(capsys)
     yield run
     run.send("on_evaluate")
@@ -100,7 +100,7 @@ def run(capsys) -> Iterator[Run]:
 
 
 def train(run: Run) -> None:
-    """A run of four steps with one log."""
+    """Run four steps with one log."""
     run.send("on_train_begin")
     for number in range(1, 5):
         run.step(number)
@@ -239,7 +239,7 @@ def test_nothing_to_draw_leaves_no_file(tmp_path, history):
 
 @pytest.fixture
 def drawn(monkeypatch) -> Callable[[list[dict[str, float]]], dict[str, Any]]:
-    """Draws a history without writing it; the lines of the picture by their label."""
+    """Draw a history without writing it; return the lines of the picture by their label."""
     from matplotlib.figure import Figure
 
     figures: list[Figure] = []
@@ -272,7 +272,7 @@ def test_a_single_point_is_visible(drawn):
 
 @pytest.fixture
 def installed(monkeypatch) -> list[str]:
-    """The trackers that count as installed: change the list. W&B has no key."""
+    """Give the list of trackers that count as installed, for tests to change; W&B has no key."""
     names = ["tensorboard", "wandb"]
     monkeypatch.setattr(compat, "get_available_reporting_integrations", lambda: list(names))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -464,7 +464,7 @@ def test_every_tracker_of_transformers_is_known_by_the_name_it_is_detected_by():
 
 @pytest.fixture
 def tensorboard_variable(monkeypatch) -> str:
-    """The variable's name; what a test sets is undone after it."""
+    """Give the variable's name, and undo after the test what it sets."""
     name = "TENSORBOARD_LOGGING_DIR"
     monkeypatch.setenv(name, "set before")
     return name

@@ -44,7 +44,7 @@ def resolved(
 
 
 def nested(path: str, value: Any, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A config with ``value`` at a dotted path, on top of a copy of ``base``."""
+    """Return a config with ``value`` at a dotted path, on top of a copy of ``base``."""
     config: dict[str, Any] = copy.deepcopy(dict(base or {}))
     *parents, last = path.split(".")
     node = config
@@ -55,7 +55,7 @@ def nested(path: str, value: Any, base: Mapping[str, Any] | None = None) -> dict
 
 
 def problems_of(action: Callable[[], Any]) -> list[str]:
-    """The problems, as text, of the one ConfigError that an action raises."""
+    """Return the problems, as text, of the one ConfigError that an action raises."""
     with pytest.raises(ConfigError) as caught:
         action()
     return [str(problem) for problem in caught.value.problems]
@@ -957,7 +957,7 @@ def test_a_folder_does_not_hide_the_preset_of_its_name(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def deepspeed_config_module() -> Any:
-    """DeepSpeed's own reader of configs, on a machine with or without a GPU."""
+    """Give DeepSpeed's own reader of configs, on a machine with or without a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         from deepspeed.runtime import config
@@ -967,7 +967,7 @@ def deepspeed_config_module() -> Any:
 
 @pytest.fixture(scope="module")
 def accepted_by_deepspeed(deepspeed_config_module) -> Callable[[ResolvedConfig], Any]:
-    """Reads a resolved config with DeepSpeed's own reader, as in a group of that many ranks."""
+    """Read a resolved config with DeepSpeed's own reader, as in a group of that many ranks."""
 
     def read(got: ResolvedConfig) -> Any:
         ranks = types.SimpleNamespace(
@@ -1024,7 +1024,7 @@ FREE_KEYS: dict[str, st.SearchStrategy[Any]] = {
 
 @st.composite
 def situations(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any], Facts]:
-    """Arguments, a config over a random subset of keys, facts.
+    """Draw arguments, a config over a random subset of keys, and facts.
 
     A key repeats its argument more often than not, or hardly any situation would resolve.
     """

@@ -43,7 +43,7 @@ MACHINES = [None, *(Machine(8, size * GIB, 512 * GIB) for size in (4, 16, 80))]
 
 
 def on_top(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with the values of ``config``."""
+    """Return ``base`` with the values of ``config``."""
     merged = copy.deepcopy(dict(base))
     for key, value in config.items():
         old = merged.get(key)
@@ -64,7 +64,7 @@ def put(config: dict[str, Any], path: str, value: Any) -> None:
 
 @st.composite
 def anything(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any], Facts]:
-    """Arguments; a config on top of a preset or nothing, with random keys at "auto" and other
+    """Draw arguments; a config on a preset or nothing, with random keys at "auto" and other
     ones at DeepSpeed's default; facts."""
     arguments, config, facts = draw(situations())
     preset = draw(st.sampled_from([None, *PRESETS]))

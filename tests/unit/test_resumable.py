@@ -96,7 +96,7 @@ def as_list(samples: list[Any]) -> list[Any]:
 def ranks_of(
     source: Callable[[], Any], micro_batch: int, world_size: int, options: LoaderOptions = SERIAL
 ) -> list[Any]:
-    """A loader of each rank, over a source of its own as in processes."""
+    """Return a loader of each rank, over a source of its own as in processes."""
     return [
         build_loader(
             source(),
@@ -111,7 +111,7 @@ def ranks_of(
 
 
 def samples_of(ranks: list[Any], accumulation: int) -> Iterator[list[Any]]:
-    """The samples of each window, in the order of the stream."""
+    """Yield the samples of each window, in the order of the stream."""
     for parts in zip(*(windows(loader, accumulation) for loader in ranks), strict=True):
         micro_batches = zip(*(window.micro_batches for window in parts), strict=True)
         yield [s for step in micro_batches for m in step if not m.masked for s in m.inputs]
@@ -124,7 +124,7 @@ def flat(parts: Iterator[list[Any]]) -> list[Any]:
 def stop_after(
     source: Callable[[], Any], num_windows: int, epoch: int, options: LoaderOptions = SERIAL
 ) -> tuple[list[Any], Any]:
-    """What 2 ranks with micro-batch 2 used in windows of 2, and the state as a file would hold it.
+    """Return what 2 ranks used (micro-batch 2, windows of 2), and the state as in a file.
 
     8 samples each; the first micro-batch of the next window has been fetched too.
     """

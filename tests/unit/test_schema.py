@@ -391,7 +391,7 @@ def deepspeed() -> Any:
 
 @pytest.fixture(scope="module")
 def models(deepspeed: Any) -> dict[str, Any]:
-    """DeepSpeed's pydantic models by the section that they describe, nested ones included."""
+    """Give DeepSpeed's pydantic models by the section that they describe, nested ones included."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.inference.config import WeightQuantConfig
@@ -538,7 +538,7 @@ class _Spy(dict):
 
 @pytest.fixture(scope="module")
 def spies(deepspeed: Any) -> dict[str, _Spy]:
-    """Blocks that DeepSpeed reads without a model, after it has read a config made of them."""
+    """Give the blocks that DeepSpeed reads without a model, which record what it reads."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     writer, parallel = _Spy("checkpoint.writer"), _Spy("checkpoint.parallel_write")
@@ -722,7 +722,7 @@ def test_model_info_keys(deepspeed: Any) -> None:
 
 
 def _signature(*functions: Any) -> dict[str, Any]:
-    """Parameters of constructors with their defaults; those of the first win."""
+    """Return parameters of constructors with their defaults; those of the first win."""
     found: dict[str, Any] = {}
     for function in functions:
         for name, parameter in inspect.signature(function).parameters.items():
@@ -941,7 +941,7 @@ def _section(path: str) -> Section:
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """The members of a union with generics reduced to their origin; literals as they are."""
+    """List the members of a union, generics reduced to their origin, literals as they are."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [part for arg in typing.get_args(annotation) for part in _parts(arg)]
     origin = typing.get_origin(annotation)

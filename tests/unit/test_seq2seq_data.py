@@ -4,7 +4,6 @@ import dataclasses
 import json
 import textwrap
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,14 +29,7 @@ from dstrain.tasks.seq2seq.metrics import (
 from dstrain.tasks.seq2seq.prepare import check_tokenizer, prepare
 from dstrain.tasks.seq2seq.sources import load_pairs
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Every test has a cache of its own, and none sees the user's."""
-    folder = tmp_path_factory.mktemp("hf-cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    datasets.disable_progress_bars()
-    return folder / "dstrain"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +89,7 @@ def test_what_is_no_python_has_no_functions():
 
 @pytest.fixture
 def small_library(tmp_path, monkeypatch):
-    """A standard library of forty modules, some with a function that is in each of them."""
+    """Give a standard library of forty modules, some with a function that is in each of them."""
     root = tmp_path / "lib"
     root.mkdir()
     for index in range(40):
@@ -332,7 +324,7 @@ def test_a_tokenizer_that_never_ends_a_target_is_refused(tokenizer, tmp_path):
 
 
 def table_length(left, right):
-    """The textbook recurrence (Lin 2004 cites Cormen et al.)."""
+    """Compute the table by the textbook recurrence (Lin 2004 cites Cormen et al.)."""
     table = np.zeros((len(left) + 1, len(right) + 1), dtype=int)
     for i, a in enumerate(left, start=1):
         for j, b in enumerate(right, start=1):

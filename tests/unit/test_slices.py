@@ -26,7 +26,7 @@ def small_model() -> nn.Module:
 
 
 def engine_of(module: nn.Module, optimizer: Any) -> Any:
-    """What ``regions`` looks at, for a basic optimizer as at stage 0 in fp32."""
+    """Make what ``regions`` looks at, for a basic optimizer as at stage 0 in fp32."""
     return SimpleNamespace(module=module, optimizer=optimizer)
 
 

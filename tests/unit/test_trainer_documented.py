@@ -134,7 +134,7 @@ def test_the_data_file_is_what_the_reference_document_says():
 
 
 def _signature(line: str) -> dict[str, Any]:
-    """Names and defaults in ``< source >( name: Type = default ... )``."""
+    """Return names and defaults in ``< source >( name: Type = default ... )``."""
     body = line.partition("(")[2].partition("→")[0].rpartition(")")[0].strip()
     found = {}
     pattern = r"(\*{0,2}\w+)(?:: [\w\[\]\".]+)?(?: = (\([^)]*\)|'[^']*'|\S+))?(?=\s|$)"

@@ -113,7 +113,7 @@ class DataArguments(SourceArguments):
 
     @property
     def is_chat(self) -> bool:
-        """Whether rows are conversations."""
+        """Tell whether rows are conversations."""
         return self.data_format == "chat"
 
     def _problems(self) -> list[Problem]:

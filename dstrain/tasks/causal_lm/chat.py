@@ -46,7 +46,7 @@ class ChatEncoder:
     def __call__(
         self, messages: list[dict[str, str]], place: str = "a conversation"
     ) -> tuple[list[int], list[int]]:
-        """Token ids, and labels that are -100 outside answers, both of one length.
+        """Encode a conversation: token ids, and as many labels, which are -100 outside answers.
 
         The first label is always -100: no token before it could predict it.
 
@@ -68,11 +68,11 @@ class ChatEncoder:
         return ids, labels
 
     def question(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation that waits for an answer, as ``__call__`` trains it."""
+        """Encode a conversation that waits for an answer, as ``__call__`` trains it."""
         return self._ids(self._render(messages, "the conversation", asks=True))
 
     def end_of_answer(self) -> int | None:
-        """The special token by which the template ends an answer; None where it is plain text."""
+        """Return the special token by which the template ends an answer; None if there is none."""
         asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         _, labels = self(asked)
         special = set(self._tokenizer.all_special_ids) | {
@@ -83,7 +83,7 @@ class ChatEncoder:
     def answer_spans(
         self, messages: list[dict[str, str]], place: str = "a conversation"
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and where answers start and end in it, in characters.
+        """Return the whole text, and where answers start and end in it, in characters.
 
         A greeting, a first message of the assistant, answers nothing.
         """
@@ -119,7 +119,7 @@ class ChatEncoder:
             ) from error
 
     def _pieces(self, text: str, edges: Sequence[int]) -> list[list[int]]:
-        """Token ids of the text between edges: those of the whole text where it can be cut so."""
+        """Encode the text between edges; cut the tokens of the whole text where possible."""
         whole = self._ids(text)
         cuts = [0]
         for edge in edges:
@@ -152,7 +152,7 @@ def _no_prefix(turn: int, place: str, text: str, part: str, name: str) -> DataEr
 
 
 def shorten(ids: list[int], labels: list[int], length: int) -> tuple[list[int], list[int]] | None:
-    """The first ``length`` tokens; None when no token of an answer is among them."""
+    """Return the first ``length`` tokens; None when no token of an answer is among them."""
     ids, labels = ids[:length], labels[:length]
     return (ids, labels) if any(label != IGNORED for label in labels) else None
 
@@ -176,7 +176,7 @@ def pack(
 
 
 def joined(block: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
-    """The sample that a block is: its conversations one after the other, each from position 0."""
+    """Join a block's conversations into one sample; positions of each begin at 0."""
     return {
         "input_ids": [token for ids, _ in block for token in ids],
         "labels": [label for _, labels in block for label in labels],
@@ -187,7 +187,7 @@ def joined(block: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[int]]
 def collate_conversations(
     samples: Sequence[dict[str, Any]], *, pad_token_id: int = 0
 ) -> dict[str, torch.Tensor]:
-    """A batch of samples, padded on the right to the longest of them.
+    """Make a batch of samples, padded on the right to the longest of them.
 
     Returns:
         ``input_ids`` and ``labels``, int64 of shape (batch, length), labels -100 on padding. With

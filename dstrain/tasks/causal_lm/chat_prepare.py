@@ -88,7 +88,7 @@ def prepare_chat(
     ranks: Ranks | None = None,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> ChatSamples:
-    """Tokenise both splits of ``conversations``, or find them done by an earlier run.
+    """Tokenise both splits of ``conversations``, or load what an earlier run has cached.
 
     A conversation of more than ``block_size`` tokens keeps the first ones; it is left out when no
     token of an answer is among them. Both are counted in the log. With ``packing`` whole

@@ -52,11 +52,11 @@ class LeftOut:
     """Warns of what is left out of a stream: each once, though its start is read several times."""
 
     def __init__(self) -> None:
-        """Nothing so far."""
+        """Begin with nothing said."""
         self._said: set[str] = set()
 
     def __call__(self, what: str) -> None:
-        """Say it on the main rank, unless it was said before."""
+        """Log a message on the main rank, unless it was logged before."""
         if what not in self._said and launched_ranks().is_main:
             logger.warning("left out: %s", what)
         self._said.add(what)
@@ -97,7 +97,7 @@ def load_conversations(
 
 
 def messages_of(row: dict[str, str]) -> Messages:
-    """The messages of a row that ``load_conversations`` has read."""
+    """Return the messages of a row that ``load_conversations`` has read."""
     messages: Messages = json.loads(row["conversation"])
     return messages
 
@@ -146,7 +146,7 @@ def _load_rows(origin: Origin, args: DataArguments) -> Any:
 
 
 def _stream(origin: Origin, args: DataArguments) -> IterableDataset:
-    """Conversations that are read while they are used; what is none is left out."""
+    """Stream conversations, read while they are used; leave rows out that are none."""
     with explained(origin):
         if origin.builder == "json" and origin.files:
             judged = IterableDataset.from_generator(
@@ -177,7 +177,7 @@ def _stream(origin: Origin, args: DataArguments) -> IterableDataset:
 
 
 def _judged(row: Any, place: str) -> dict[str, str]:
-    """A row of a stream as a conversation, or with what is wrong with it."""
+    """Convert a row of a stream to a conversation, or say what is wrong with it."""
     messages = messages_in(row, place)
     if isinstance(messages, Problem):
         return {"conversation": "", "place": place, "problem": str(messages)}
@@ -201,7 +201,7 @@ def _is_kept(conversation: str, problem: str, *, left_out: LeftOut) -> bool:
 
 
 def read_conversations(origin: Origin, rows: Dataset | None) -> Iterator[dict[str, str]]:
-    """The conversations of JSON files, or of the rows of another source.
+    """Yield the conversations of JSON files, or of the rows of another source.
 
     Raises:
         DataError: the first ``MOST_PROBLEMS`` rows that are none, each with its place.
@@ -223,7 +223,7 @@ def read_conversations(origin: Origin, rows: Dataset | None) -> Iterator[dict[st
 
 
 def _placed_json(spans: Iterable[Span]) -> Iterator[tuple[str, Any]]:
-    """Values of JSON files with their places: one per line, or the items of one array."""
+    """Yield values of JSON files with their places: one per line, or the items of one array."""
     for span in spans:
         file, start, _ = span
         if start == 0:
@@ -242,7 +242,7 @@ def _placed_rows(rows: Dataset, origin: Origin) -> Iterator[tuple[str, Any]]:
 
 
 def messages_in(row: Any, place: str) -> Messages | Problem:
-    """The messages of a row as it was written, or what is wrong with it."""
+    """Return the messages of a row as it was written, or what is wrong with it."""
     if not isinstance(row, dict):
         return Problem(f"{place} is not an object", f"it holds {_kind(row)}", _shapes())
     for key in ("messages", "conversations"):

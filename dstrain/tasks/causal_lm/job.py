@@ -111,7 +111,7 @@ def _check(
 def _fresh_config(
     model_args: ModelArguments, data_args: DataArguments, tokenizer: Any = None
 ) -> Any:
-    """The config of a model to train from scratch; a short form is completed with what is known.
+    """Make the config of a model to train from scratch; complete a short form with what is known.
 
     Without a tokenizer, before there is one, its sizes and ids are those of transformers.
     """
@@ -135,7 +135,7 @@ def _check_block_size(data_args: DataArguments, config: Any) -> None:
 
 
 def _check_packing(model: Any) -> None:
-    """Refuse to pack for a model that cannot even be told where conversations begin.
+    """Refuse to pack for a model that has no ``position_ids`` to tell where conversations begin.
 
     Raises:
         ConfigError: its ``forward`` takes no ``position_ids``.
@@ -159,7 +159,7 @@ def _stop_at_answers(model: Any, data: PreparedData) -> None:
 
 
 def _shown(trainer: CausalLMTrainer, data: PreparedData, model_args: ModelArguments) -> str:
-    """What the trained model makes of the prompt; nothing where the prompt is empty."""
+    """Show what the trained model makes of the prompt; return "" where the prompt is empty."""
     prompt, length = model_args.completion_prompt, model_args.completion_tokens
     if prompt == "":
         return ""
@@ -188,7 +188,7 @@ def _shown(trainer: CausalLMTrainer, data: PreparedData, model_args: ModelArgume
 
 
 def _generate(trainer: CausalLMTrainer, prompt: list[int], length: int) -> list[int]:
-    """The greedy continuation of a prompt; all ranks generate together, as ZeRO-3 needs."""
+    """Generate the greedy continuation of a prompt; all ranks together, as ZeRO-3 needs."""
     model: Any = trainer.model
     model.eval()
     limit = max_length(model.config)

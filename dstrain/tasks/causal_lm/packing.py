@@ -32,7 +32,7 @@ _READ_ROWS = 64
 def collate_blocks(
     samples: Sequence[dict[str, Any]], *, pad_token_id: int = 0
 ) -> dict[str, torch.Tensor]:
-    """A batch of samples, padded on the right to the longest of them.
+    """Make a batch of samples, padded on the right to the longest of them.
 
     Returns:
         ``input_ids`` and ``labels``, both int64 of shape (batch, length), labels -100 on padding
@@ -83,7 +83,7 @@ class Packer:
             self._start = []  # the EOS of the document before it is already there
 
     def add(self, texts: Sequence[str]) -> np.ndarray:
-        """Blocks that are full after ``texts``: int32, shape (num_blocks, block_size)."""
+        """Add texts; return the blocks that are now full: int32, shape (num_blocks, block_size)."""
         encoded = self._tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -103,7 +103,7 @@ class Packer:
         return tokens[:full].reshape(-1, self._block_size)
 
     def rest(self) -> np.ndarray:
-        """The tokens after the last full block: int32, shape (fewer than block_size,)."""
+        """Return the tokens after the last full block: int32, shape (fewer than block_size,)."""
         return self._held
 
 
@@ -158,11 +158,11 @@ class PackedStream(torch.utils.data.IterableDataset):
         self._begin: _Place | None = None
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Where the iteration that began last is; None where the documents cannot tell."""
+        """Return where the iteration that began last is; None where the documents cannot tell."""
         return None if self._place is None else dict(vars(self._place))
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Let the next iteration, and only that, begin behind the block that ``state`` is of.
+        """Let the next iteration, and only that, begin after the block where ``state`` was taken.
 
         Returns:
             false where that was cut from other documents or in another size.
@@ -176,7 +176,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         return True
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Samples ``{"input_ids": int64 (block_size,)}``, the last one possibly shorter."""
+        """Iterate over samples ``{"input_ids": (block_size,)}``, the last one possibly shorter."""
         worker = torch.utils.data.get_worker_info()
         if worker is not None and worker.id > 0:
             return iter(())
@@ -187,7 +187,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         return islice(self._blocks(begin), limit)
 
     def measure_tokens_per_byte(self) -> float:
-        """Tokens per UTF-8 byte of the first ``STREAM_MEASURED_DOCUMENTS`` documents."""
+        """Measure tokens per UTF-8 byte over the first ``STREAM_MEASURED_DOCUMENTS`` documents."""
         packer = Packer(self._tokenizer, self.block_size)
         texts = islice(read_texts(self._rows), STREAM_MEASURED_DOCUMENTS)
         for batch in in_batches(texts, STREAM_BATCH_CHARACTERS):
@@ -219,7 +219,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 def _placed_texts(
     rows: Resumable, begin: _Place | None, places: deque[tuple[dict[str, Any] | None, int]]
 ) -> Iterator[str]:
-    """The texts of ``rows`` from a place on; that of each is added to ``places``.
+    """Yield the texts of ``rows`` from a place on; add the place of each to ``places``.
 
     A place is a state between two reads, and a number of texts after it.
     """
@@ -238,14 +238,14 @@ def _placed_texts(
 
 
 def read_texts(rows: Dataset | IterableDataset) -> Iterator[str]:
-    """The texts of a split, one by one."""
+    """Yield the texts of a split, one by one."""
     # iter(), unlike __iter__, gives every row in every worker process of a DataLoader.
     for batch in rows.iter(_READ_ROWS):
         yield from batch["text"]
 
 
 def in_batches(texts: Iterable[str], num_characters: int) -> Iterator[list[str]]:
-    """Lists of texts of about ``num_characters`` characters together."""
+    """Yield lists of texts with about ``num_characters`` characters together."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -259,7 +259,7 @@ def in_batches(texts: Iterable[str], num_characters: int) -> Iterator[list[str]]
 
 
 def too_short(name: str) -> DataError:
-    """What to raise for a split that makes no sample."""
+    """Return the error for a split that makes no sample."""
     return DataError(
         Problem(
             f"the {name} text has fewer than 2 tokens",

@@ -86,7 +86,7 @@ def prepare(
     ranks: Ranks | None = None,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> PackedData:
-    """Tokenise and pack both splits of ``documents``, or find them packed by an earlier run.
+    """Tokenise and pack both splits of ``documents``, or load what an earlier run has cached.
 
     Args:
         documents: raw text, from ``sources.load_documents``.

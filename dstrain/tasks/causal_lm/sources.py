@@ -96,7 +96,7 @@ def load_documents(
 
 
 def _read_whole(origin: Origin, args: DataArguments) -> Side:
-    """All of a named validation text."""
+    """Read all of a named validation text."""
     if not origin.builder:
         return split_text(origin, 0.0, streaming=False)[0]
     if origin.files:  # --validation_file

@@ -29,7 +29,7 @@ _logger = get_logger(__name__)
 
 
 def read_pieces(parts: Sequence[TextPart], *, strict: bool) -> Iterator[dict[str, str]]:
-    """The documents of ``parts`` in order, each at most ``PIECE_BYTES`` long, blank ones left out.
+    """Yield the documents of ``parts`` in order, at most ``PIECE_BYTES`` long, without blank ones.
 
     The pieces of a part joined are its text unchanged, line endings included. ``parts`` are shards
     of a stream: it can begin at any, so that none may need to read what comes before it.
@@ -75,7 +75,7 @@ def _not_utf8(part: TextPart, position: int, reason: str) -> Problem:
 
 
 def _shards(part: TextPart) -> Iterator[TextPart]:
-    """Parts of a large part, cut where its pieces may be."""
+    """Yield the shards of a part, cut at a line, word or character."""
     start = part.start
     while part.stop - start > SHARD_BYTES:
         stop = _boundary(part.path, start + SHARD_BYTES - PIECE_BYTES // 2, start + SHARD_BYTES)
@@ -94,7 +94,7 @@ def _cuts(part: TextPart) -> Iterator[tuple[int, int]]:
 
 
 def _boundary(path: str, low: int, high: int) -> int:
-    """Where to cut between bytes ``low`` and ``high``: after the last line, word or character."""
+    """Find where to cut in bytes ``low`` to ``high``: after the last line, word or character."""
     with open(path, "rb") as file:
         file.seek(low)
         data = file.read(high - low)
@@ -110,7 +110,7 @@ def _boundary(path: str, low: int, high: int) -> int:
 
 
 def split_text(origin: Origin, percentage: float, *, streaming: bool) -> tuple[Side, Side | None]:
-    """The two sides of text files: by file, or for one file its head and its tail."""
+    """Split text files into two sides: by file, or a single file into head and tail."""
     if origin.one_file:
         part = origin.parts[0]
         cut = part.stop
@@ -128,7 +128,7 @@ def split_text(origin: Origin, percentage: float, *, streaming: bool) -> tuple[S
 
 
 def _text_side(parts: list[TextPart], origin: Origin, *, streaming: bool = False) -> Side | None:
-    """The documents of ``parts``, or None when all of them are blank."""
+    """Make a side of the documents of ``parts``; None when all of them are blank."""
     shards = [shard for part in parts for shard in _shards(part)]
     kwargs: dict[str, Any] = {"parts": shards, "strict": origin.one_file}
     with explained(origin):

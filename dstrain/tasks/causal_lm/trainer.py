@@ -25,7 +25,7 @@ class CausalLMTrainer(Trainer):
         sequence_length: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """What a language model adds; the rest goes to ``Trainer``.
+        """Keep what a language model adds; pass the rest to ``Trainer``.
 
         Args:
             *args: of ``Trainer``.
@@ -38,7 +38,7 @@ class CausalLMTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def refuse_mixing(self) -> None:
-        """Refuse to pack for a model that does not keep conversations apart; tried, on all ranks.
+        """Refuse to pack for a model that mixes conversations, as a trial on all ranks shows.
 
         Raises:
             ConfigError: a conversation would see those before it in its sample.
@@ -64,7 +64,7 @@ class CausalLMTrainer(Trainer):
             )
 
     def derived_metrics(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
-        """Perplexity, and bits per byte, which tokenizers of any vocabulary can be compared by.
+        """Compute perplexity, and bits per byte, which are comparable across tokenizers.
 
         bits per byte = loss (nats per token) x tokens per byte / ln 2.
         """

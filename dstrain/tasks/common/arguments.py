@@ -126,7 +126,7 @@ class SourceArguments:
         raise_problems(self._problems(), error=DataError)
 
     def _problems(self) -> list[Problem]:
-        """What is wrong; a task adds its own."""
+        """List what is wrong with the arguments; a task adds its own problems."""
         problems = _source_problems(self)
         problems += too_small(
             self,
@@ -150,7 +150,7 @@ class SourceArguments:
 
 
 def too_small(args: object, minimums: dict[str, tuple[int, str]]) -> list[Problem]:
-    """A problem for each field of ``args`` below its minimum; None is none."""
+    """Return a problem for each field of ``args`` below its minimum; a field may be None."""
     problems = []
     for name, (minimum, why) in minimums.items():
         value = getattr(args, name)

@@ -28,13 +28,13 @@ _SIGNS = ("No space left on device", "Not enough disk space", "Disk quota exceed
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """The folder that keeps packed splits and trained tokenizers."""
+    """Return the folder that keeps packed splits and trained tokenizers."""
     return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dstrain").expanduser()
 
 
 @contextlib.contextmanager
 def main_caches_first(ranks: Ranks) -> Iterator[None]:
-    """Run the body, which caches data, as ``main_first`` does; a cache that fails is said to.
+    """Run the block, which caches data, as ``main_first`` does; name the cache if that fails.
 
     Raises:
         DataError: the disk of the cache is full, or it cannot be written; on every rank.
@@ -45,7 +45,7 @@ def main_caches_first(ranks: Ranks) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cache_told() -> Iterator[None]:
-    """Turn the failure of a library to write the cache inside into an error that says so.
+    """Turn a library's failure to write the cache, in the block, into an error that says so.
 
     Raises:
         DataError: in the place of what was raised.
@@ -54,14 +54,14 @@ def cache_told() -> Iterator[None]:
         yield
     except DstrainError:
         raise
-    except Exception as error:
+    except Exception as error:  # libraries raise what they like where a disk is full
         if (problem := cache_problem(error)) is not None:
             raise DataError(problem) from error
         raise
 
 
 def cache_problem(error: BaseException) -> Problem | None:
-    """What is wrong with the cache where that is why something failed; None where it is not.
+    """Say what is wrong with the cache where that caused ``error``; None where it did not.
 
     ``datasets``, pyarrow and tokenizers each say it in their own way, the first of them as the
     cause of another error.
@@ -93,7 +93,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
-    """Make ``folder`` by ``build`` unless it exists; True when it was made now.
+    """Make ``folder`` by ``build`` unless it exists; return True when it was made now.
 
     ``build`` writes into a temporary folder beside it, which is renamed when complete, so a killed
     process leaves nothing that looks finished; the next one removes what it left. A file lock,
@@ -124,7 +124,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides how ``tokenizer`` encodes a document."""
+    """Hash everything that decides how ``tokenizer`` encodes a document."""
     facts: dict[str, Any] = {
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         "split_special_tokens": getattr(tokenizer, "split_special_tokens", False),

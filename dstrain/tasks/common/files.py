@@ -30,7 +30,7 @@ _FOLDER_REMEDY = "give a folder of text files, or of nothing but .jsonl or .parq
 
 
 def origins(args: SourceArguments) -> tuple[Origin, Origin | None]:
-    """Where the training data comes from, and the validation data where it is named."""
+    """Find where training data comes from, and validation data where that is named."""
     if args.dataset_name is not None:
         label = f"--dataset_name {args.dataset_name}"
         train = Origin(label, builder=args.dataset_name, split=args.train_split)
@@ -46,7 +46,7 @@ def origins(args: SourceArguments) -> tuple[Origin, Origin | None]:
 
 
 def library_origin() -> Origin:
-    """The source of the standard library of the running interpreter."""
+    """Describe the source code of the running interpreter's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         path
@@ -69,7 +69,7 @@ def library_origin() -> Origin:
 
 
 def file_origin(name: str, flag: str) -> Origin:
-    """What the path given as ``--flag`` holds: text, or shards of rows."""
+    """Find out what the path given as ``--flag`` holds: text, or shards of rows."""
     path, label = Path(name).expanduser(), f"--{flag} {name}"
     if not path.exists():
         raise DataError(
@@ -141,7 +141,7 @@ def _has_rows(path: Path, suffix: str) -> bool:
 
 
 def _list_files(root: Path, skipped_folders: frozenset[str] = frozenset()) -> list[Path]:
-    """Files under ``root`` in order, without hidden ones and what Python compiled."""
+    """List the files under ``root`` in order, without hidden ones and what Python compiled."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
@@ -154,7 +154,7 @@ def _list_files(root: Path, skipped_folders: frozenset[str] = frozenset()) -> li
 
 
 def _text_parts(files: Sequence[Path], root: Path) -> tuple[tuple[TextPart, ...], int]:
-    """Those of ``files`` that hold text, and how many are not readable UTF-8 text."""
+    """Return those of ``files`` that hold text, and how many are not readable UTF-8 text."""
     parts, skipped = [], 0
     for path in files:
         try:

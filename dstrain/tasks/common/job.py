@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import check_there
+from dstrain.checkpoint import check_there, held_by_one
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem, collected
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, barrier
@@ -21,6 +21,7 @@ from dstrain.models import check_model_folder, check_writable, told_of_library
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.trainer import Trainer
 from dstrain.trainer.build import resolve_config
+from dstrain.trainer.saving import missing_text
 
 logger = get_logger(__name__)
 
@@ -43,7 +44,7 @@ class Architecture:
 def start_errors(
     args: TrainingArguments, data_args: SourceArguments, ranks: Ranks
 ) -> list[DstrainError]:
-    """What can be seen to be wrong with neither data nor a model; a task adds its own."""
+    """Find the errors that show without data and model; a task adds its own."""
     errors: list[DstrainError] = []
     with collected(errors):
         if ranks.is_main:
@@ -87,7 +88,7 @@ def refuse_evaluation(args: TrainingArguments, why: str) -> None:
 
 
 def saved_config(name: str) -> Any:
-    """The config of a model folder, which must hold weights, or of a model of the Hub.
+    """Load the config of a model folder, which must hold weights, or of a model of the Hub.
 
     Raises:
         ModelError: a folder that is no model, or a config that transformers cannot read.
@@ -103,7 +104,7 @@ def saved_config(name: str) -> Any:
 
 
 def known_of(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer says of the config of a new model."""
+    """Return the values of a new model's config that the tokenizer decides."""
     return {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -123,7 +124,7 @@ def make_model(
     sequence_length: int,
     ranks: Ranks,
 ) -> Any:
-    """The model, partitioned while it is built where the config is one of stage 3.
+    """Make the model, partitioned while it is built where the config is one of stage 3.
 
     DeepSpeed's config must be final by then, so it is resolved with the sizes of the model that is
     to be.
@@ -172,7 +173,7 @@ def _check_vocabulary(config: Any, tokenizer: Any) -> None:
 def train_and_report(
     trainer: Trainer, *, figures: Sequence[str], show: Callable[[], str] | None = None
 ) -> int:
-    """Evaluate, train, evaluate again; save the model and the records; print what came of it.
+    """Evaluate, train, evaluate again; save the model and the records; print the results.
 
     No other run may write into the output folder meanwhile.
 
@@ -187,7 +188,7 @@ def train_and_report(
     Raises:
         CheckpointError: another run writes into the output folder.
     """
-    with trainer.alone_in_folder():
+    with held_by_one(trainer.output_lock, takes=trainer.args.should_save):
         _train_and_report(trainer, figures, show)
     if not trainer.last_save_failed:
         return 0
@@ -219,12 +220,13 @@ def _train_and_report(
             print(f"\n{shown}\n")
         folder = Path(trainer.args.output_dir)
         print(f"model, metrics and loss_curve.png are in {folder}", flush=True)
-        if missing := trainer.missing_text():
-            print(missing, flush=True)
+        missing, last_failed = trainer.missing_checkpoints, trainer.last_save_failed
+        if missing:
+            print(missing_text(missing, last_failed=last_failed), flush=True)
 
 
 def _final_evaluation(trainer: Trainer) -> dict[str, float]:
-    """The evaluation of the last step if the run made one there, else a new one."""
+    """Return the evaluation of the last step if the run made one there, else a new one."""
     last = trainer.state.log_history[-2:]
     for entry in last:
         if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
@@ -233,7 +235,7 @@ def _final_evaluation(trainer: Trainer) -> dict[str, float]:
 
 
 def _comparison(before: dict[str, float], after: dict[str, float], figures: Sequence[str]) -> str:
-    """A small table of evaluation before and after training."""
+    """Format a small table of the evaluations before and after training."""
     lines = [f"\n{'evaluation':<16}{'before':>12}{'after':>12}"]
     for name in figures:
         if f"eval_{name}" in after:

@@ -18,7 +18,7 @@ _SNIFF_BYTES = 16 * 1024 * 1024
 
 
 def spans_of(file: str) -> list[Span]:
-    """The whole of a file with an object per line, in spans of at most ``SHARD_BYTES``.
+    """Cut a file with an object per line into spans of at most ``SHARD_BYTES``.
 
     Of another form (one array, an object over several lines) it is one span.
     """
@@ -28,7 +28,7 @@ def spans_of(file: str) -> list[Span]:
 
 
 def holds_lines(file: str) -> bool:
-    """Whether a file has an object per line, by its first one."""
+    """Tell whether a file has an object per line, by its first line."""
     with open(file, "rb") as lines:
         for line in iter(lambda: lines.readline(_SNIFF_BYTES), b""):
             if line.strip():
@@ -40,7 +40,7 @@ def holds_lines(file: str) -> bool:
 
 
 def placed_values(span: Span) -> Iterator[tuple[str, Any]]:
-    """The values in the lines that begin in a span, with their places; blank lines left out.
+    """Yield the values of the lines that begin in a span, with their places; skip blank lines.
 
     Raises:
         DataError: a line that is not JSON.
@@ -69,7 +69,7 @@ def placed_values(span: Span) -> Iterator[tuple[str, Any]]:
 
 
 def stream_lines(files: Sequence[str], columns: Sequence[str]) -> IterableDataset | None:
-    """The texts of files with an object per line, or None where a file is not like that.
+    """Stream the texts of files with an object per line; None where a file is not like that.
 
     ``datasets`` would read a file from its beginning to reach a row in it. Other values than text
     and null in a column are an error, when they are met.
@@ -87,7 +87,7 @@ def stream_lines(files: Sequence[str], columns: Sequence[str]) -> IterableDatase
 
 
 def read_texts(spans: Sequence[Span], columns: Sequence[str]) -> Iterator[dict[str, str | None]]:
-    """The ``columns`` of the objects in the lines that begin in ``spans``.
+    """Yield the ``columns`` of the objects in the lines that begin in ``spans``.
 
     Raises:
         DataError: a line that is no object, or that has neither text nor null in a column.

@@ -72,23 +72,23 @@ class Origin:
 
     @property
     def is_csv(self) -> bool:
-        """Whether these are files of comma-separated values."""
+        """Tell whether these are files of comma-separated values."""
         return self.builder == "csv" and bool(self.files)
 
     def empty(self) -> DataError:
-        """The error for a source without a document."""
+        """Return the error for a source without a document."""
         why = "there is not one document with anything but white space in it"
         return DataError(Problem(f"{self.label} holds no text", why, "give data with text in it"))
 
 
 def unit_hash(key: str) -> float:
-    """A number in [0, 1) that depends on ``key`` alone, the same on every machine."""
+    """Hash ``key`` to a number in [0, 1), the same on every machine."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def num_held_out(hashes: list[float], percentage: float) -> int:
-    """How many of the sorted hashes are held out: at least one, and not all, where possible."""
+    """Count how many of the sorted hashes are held out: at least one, and not all, if possible."""
     if percentage == 0:
         return 0
     return min(max(bisect_left(hashes, percentage / 100), 1), len(hashes) - 1)
@@ -97,7 +97,7 @@ def num_held_out(hashes: list[float], percentage: float) -> int:
 def split_parts(
     parts: Sequence[TextPart], percentage: float
 ) -> tuple[list[TextPart], list[TextPart]]:
-    """Files to train on and files held out, chosen by the hash of their names, both in order."""
+    """Split files, by the hash of their names, into those to train on and those held out."""
     ranked = sorted(parts, key=lambda part: unit_hash(part.name))
     hashes = [unit_hash(part.name) for part in ranked]
     names = {part.name for part in ranked[: num_held_out(hashes, percentage)]}
@@ -106,7 +106,7 @@ def split_parts(
 
 
 def fingerprint_of(facts: list[Any]) -> str:
-    """A hash of facts that JSON can hold, and of the version of what is made of them."""
+    """Hash facts that JSON can hold, and the version of what is made of them."""
     return hashlib.sha256(json.dumps([_VERSION, facts]).encode()).hexdigest()[:32]
 
 

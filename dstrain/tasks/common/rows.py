@@ -28,7 +28,7 @@ STREAMED_TOGETHER = 32
 def load_rows(
     origin: Origin, args: SourceArguments, columns: Mapping[str, str], *, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Rows of one split without those that have a blank text.
+    """Load the rows of one split, without those that have a blank text.
 
     Args:
         origin: what to read.
@@ -87,7 +87,7 @@ def load_rows(
 def _in_shards(
     rows: IterableDataset, first: dict[str, Any], origin: Origin, columns: Iterable[str]
 ) -> IterableDataset:
-    """The same rows with more shards, where the format has them: a stream begins at one's start."""
+    """Give a stream of rows more shards, at whose starts it can begin, where the format has any."""
     if origin.builder == "parquet":
         return rows.reshard()
     lines = stream_lines(origin.files, tuple(columns)) if origin.builder == "json" else None
@@ -97,7 +97,7 @@ def _in_shards(
 
 
 def text_options(origin: Origin, columns: Iterable[str]) -> dict[str, Any]:
-    """What makes ``load_dataset`` read columns of a CSV file as they are written.
+    """Return options that make ``load_dataset`` read columns of a CSV file as they are written.
 
     Else pandas would guess: a column of figures would be numbers, and "None" no text.
     """
@@ -137,7 +137,7 @@ def split_rows(
     *,
     key: str = "text",
 ) -> tuple[Side, Side | None]:
-    """The rows to train on, and those held out by the hash of their ``key``.
+    """Split rows into those to train on, and those held out by the hash of their ``key``.
 
     Of a stream, whose rows hold texts only, the first ones are held out.
     """
@@ -195,7 +195,7 @@ def _split_stream(
 
 
 def rows_side(rows: Dataset | IterableDataset) -> Side:
-    """A side of rows, with the size and fingerprint that map-style rows know."""
+    """Make a side of rows, with the size and fingerprint that map-style rows know."""
     if isinstance(rows, IterableDataset):
         return Side(rows, None, None, "stream")
     return Side(rows, None, rows._fingerprint, f"{len(rows):,} rows")

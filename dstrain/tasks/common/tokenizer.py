@@ -61,7 +61,7 @@ def prepare_tokenizer(
     cache_dir: str | Path | None = None,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer called ``name``, else one trained here.
+    """Load the tokenizer called ``name``, else train one here.
 
     A trained one is kept beside the prepared data and found again for the same text and size. Of a
     stream it is trained on the first rows.
@@ -162,7 +162,7 @@ def train_tokenizer(
 def sample_texts(
     rows: Dataset | IterableDataset, text_of: Callable[[dict[str, Any]], str]
 ) -> Iterator[str]:
-    """Text for the tokenizer: that of all rows, else of rows drawn evenly, logged as such.
+    """Yield text to train the tokenizer: of all rows, or of rows drawn evenly, which is logged.
 
     Of a stream the first rows are taken.
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def argument_classes() -> list[type[Any]]:
-    """The dataclasses whose fields are this task's flags; imports no torch."""
+    """Return the dataclasses whose fields are this task's flags; import no torch."""
     from dstrain.arguments import Seq2SeqTrainingArguments
     from dstrain.tasks.seq2seq.arguments import DataArguments, ModelArguments
 
@@ -14,7 +14,7 @@ def argument_classes() -> list[type[Any]]:
 
 
 def run(*instances: Any) -> int:
-    """Run the task with instances of ``argument_classes``, in that order; the exit status."""
+    """Run the task with instances of ``argument_classes``, in order; return the exit status."""
     from dstrain.tasks.seq2seq.job import run as run_job
 
     return run_job(*instances)

@@ -142,7 +142,7 @@ def _check_lengths(config: Any, data_args: DataArguments) -> None:
 def _fresh_config(
     model_args: ModelArguments, data_args: DataArguments, tokenizer: Any = None
 ) -> Any:
-    """The config of a model to train from scratch; a short form is completed with what is known.
+    """Make the config of a model to train from scratch; complete a short form with what is known.
 
     Without a tokenizer, before there is one, its sizes and ids are those of transformers.
     """
@@ -164,7 +164,7 @@ def _fresh_config(
 def _prepare_data(
     data_args: DataArguments, model_args: ModelArguments, ranks: Ranks
 ) -> tuple[Pairs, Any, EncodedPairs]:
-    """Pairs, tokenizer and samples; one rank per machine prepares, the others load."""
+    """Prepare pairs, tokenizer and samples; one rank per machine prepares, the others load."""
     first = functools.partial(main_caches_first, ranks)
     pairs = load_pairs(data_args, main_first=first)
     tokenizer = prepare_tokenizer(
@@ -185,12 +185,12 @@ def _prepare_data(
 
 
 def _sequence_length(data_args: DataArguments) -> int:
-    """Tokens of the longest sample: encoder and decoder both keep activations."""
+    """Count the tokens of the longest sample: encoder and decoder both keep activations."""
     return data_args.max_source_length + data_args.max_target_length
 
 
 def _samples(trainer: PairsTrainer, encoded: EncodedPairs, count: int) -> str:
-    """Sources, predictions and references of validation samples drawn evenly.
+    """Show sources, predictions and references of validation samples drawn evenly.
 
     Of a stream the first ones are taken. All ranks generate the same ones together, as ZeRO-3
     needs, and so without drawing tokens.

@@ -25,7 +25,10 @@ FEATURES = Features({"source": Value("string"), "target": Value("string")})
 def split_library(
     origin: Origin, percentage: float, *, streaming: bool = False
 ) -> tuple[Side, Side | None]:
-    """Pairs to train on and pairs held out, by file; no source is on both sides."""
+    """Split the library's pairs by file into those to train on and those held out.
+
+    No source is on both sides.
+    """
     train, held_out = split_parts(origin.parts, percentage)
     side = _stream(train, origin) if streaming else _side(train, (), origin)
     if side is None:
@@ -63,7 +66,7 @@ def _stream(parts: list[TextPart], origin: Origin) -> Side | None:
 def read_pairs(
     parts: tuple[TextPart, ...], without: tuple[TextPart, ...]
 ) -> Iterator[dict[str, str]]:
-    """The pairs of Python files, in order, without those whose source is also in ``without``."""
+    """Yield the pairs of Python files, in order, but those whose source is in ``without`` too."""
     taken = {pair["source"] for part in without for pair in functions_of(_text(part))}
     for part in parts:
         for pair in functions_of(_text(part)):
@@ -72,7 +75,7 @@ def read_pairs(
 
 
 def functions_of(text: str) -> list[dict[str, str]]:
-    """The documented functions of a module in the order in which they stand.
+    """List the documented functions of a module in the order in which they stand.
 
     ``source`` is the body without its docstring and without common indentation; ``target`` is the
     first line of the docstring with anything in it. A function without another statement, or on one

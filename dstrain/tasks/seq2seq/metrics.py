@@ -23,12 +23,12 @@ IGNORED = -100
 
 
 def words_of(text: str) -> list[str]:
-    """The words that ROUGE compares."""
+    """Split a text into the words that ROUGE compares."""
     return _WORD.findall(text.lower())
 
 
 def lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
-    """Length of the longest common subsequence of two sequences."""
+    """Compute the length of the longest common subsequence of two sequences."""
     places: dict[str, int] = {}
     for index, word in enumerate(left):
         places[word] = places.get(word, 0) | 1 << index
@@ -42,7 +42,7 @@ def lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L F-measure of one prediction, 0 to 1; 0 where a side has no word."""
+    """Compute ROUGE-L (F-measure) of one prediction, 0 to 1; 0 where a side has no word."""
     predicted, expected = words_of(prediction), words_of(reference)
     common = lcs_length(predicted, expected)
     if not common:
@@ -52,7 +52,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def text_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """``rouge_l`` and ``exact_match`` (surrounding white space aside), means from 0 to 1."""
+    """Compute ``rouge_l`` and ``exact_match``, means from 0 to 1; ends are stripped."""
     pairs = [(p.strip(), r.strip()) for p, r in zip(predictions, references, strict=True)]
     return {
         "rouge_l": float(np.mean([rouge_l(p, r) for p, r in pairs])),
@@ -68,7 +68,7 @@ class GenerationMetrics:
         self.tokenizer = tokenizer
 
     def __call__(self, prediction: Any) -> dict[str, float]:
-        """Metrics of an ``EvalPrediction`` of token ids, padded with -100 or the padding token.
+        """Compute metrics of an ``EvalPrediction`` of token ids, padded with -100 or the pad token.
 
         ``generated_length`` is the mean number of tokens generated, without special ones.
         """
@@ -81,7 +81,7 @@ class GenerationMetrics:
         return metrics
 
     def decode(self, ids: Any) -> list[str]:
-        """Texts of rows of token ids, shape (rows, length)."""
+        """Decode rows of token ids, shape (rows, length), to texts."""
         ids = np.where(np.asarray(ids) == IGNORED, self.tokenizer.pad_token_id, ids)
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return texts

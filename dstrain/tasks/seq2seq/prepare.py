@@ -76,7 +76,7 @@ def prepare(
     *,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> EncodedPairs:
-    """Tokenise both splits of ``pairs``, or find them done by an earlier run.
+    """Tokenise both splits of ``pairs``, or load what an earlier run has cached.
 
     A source is ``source_prefix`` and the text, cut to ``max_source_length`` tokens; a target is cut
     to ``max_target_length``. Both end with EOS, also where they are cut.

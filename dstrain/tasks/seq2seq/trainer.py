@@ -11,7 +11,7 @@ class PairsTrainer(Seq2SeqTrainer):
     """A ``Seq2SeqTrainer`` that knows the tokens of a sample before it sees one."""
 
     def __init__(self, *args: Any, sequence_length: int | None = None, **kwargs: Any) -> None:
-        """What the task adds; the rest goes to ``Seq2SeqTrainer``.
+        """Keep what the task adds; pass the rest to ``Seq2SeqTrainer``.
 
         Args:
             *args: of ``Seq2SeqTrainer``.
