@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import alias, implemented, refused
 from dstrain.core.errors import Problem, nearest
+from dstrain.core.files import expanded
 
 _OWN_ORDER = "the order is always seeded, sharded by rank and complete"
 # Key of accelerator_config -> values that describe what our loaders do, and what they do.
@@ -174,7 +174,7 @@ class DataArguments:
         ):
             self.accelerator_config = None
             try:
-                self.accelerator_config = json.loads(Path(given).expanduser().read_text())
+                self.accelerator_config = json.loads(expanded(given).read_text())
             except (OSError, ValueError) as error:
                 return [Problem(f"accelerator_config={str(given)!r}", f"no JSON file: {error}")]
         return []

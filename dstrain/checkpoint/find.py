@@ -12,6 +12,7 @@ from dstrain.checkpoint.run_files import read_run
 from dstrain.checkpoint.trainer_state import STATE as TRAINER_STATE
 from dstrain.checkpoint.trainer_state import read_trainer_state
 from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.files import expanded
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, gather_objects
 
@@ -51,7 +52,7 @@ def choose(
         CheckpointError: the named one does not verify, or none does; with the reasons.
     """
     if wanted is not True and wanted != AUTO:
-        folder = Path(str(wanted)).expanduser()
+        folder = expanded(str(wanted))
         manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, look=look)
         if manifest is None:
             raise _unusable(folder, problems, output_dir)
@@ -118,7 +119,7 @@ def check_there(given: str | bool | None, output_dir: Path) -> None:
                     skipped += [f"{found.folder.name}: {line}" for line in _lines(error)]
             raise _none_to_resume(output_dir, skipped)
         return
-    folder = Path(str(wanted)).expanduser()
+    folder = expanded(str(wanted))
     try:
         read_manifest(folder)
     except CheckpointError as error:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 from dstrain.config.parameters import ModelSizes
 from dstrain.core.errors import ModelError, Problem, raise_problems
+from dstrain.core.files import expanded
 
 COUNT_SECONDS = 300
 
@@ -19,7 +19,7 @@ def local_folder(name: str) -> str:
     Raises:
         ModelError: it is no folder with a config.json.
     """
-    if not (Path(name).expanduser() / "config.json").is_file():
+    if not (expanded(name) / "config.json").is_file():
         raise ModelError(
             Problem(
                 f"model_name_or_path={name!r}",

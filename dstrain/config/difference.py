@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from dstrain.config.explain import leaf
 from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.files import expanded
 from dstrain.core.secrets import without_secrets
 
 RECORD_FILE = "resolved_config.json"
@@ -122,7 +122,7 @@ def read_record(given: str) -> dict[str, Any] | None:
     """
     from dstrain.core.documents import parsed
 
-    path = Path(given).expanduser()
+    path = expanded(given)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError:  # a text too long for a file name

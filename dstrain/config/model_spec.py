@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.core.errors import ModelError, Problem
+from dstrain.core.files import expanded
 
 # Sizes that a model cannot be without, and others that some models set to 0 for "none".
 _POSITIVE = frozenset(
@@ -36,7 +37,7 @@ def read_spec(spec: str) -> tuple[dict[str, Any], bool]:
     Raises:
         ModelError: the file cannot be read, or names no model type; a size that can be none.
     """
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if not (spec.endswith(".json") or _exists(path)):
         kind, _, rest = spec.partition(":")
         pairs = [pair.partition("=") for pair in filter(None, map(str.strip, rest.split(",")))]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.core.errors import ConfigError, Problem, nearest
+from dstrain.core.files import expanded
 from dstrain.core.secrets import is_mask, without_secrets
 
 
@@ -54,7 +55,7 @@ def _read_given(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], 
         return copy.deepcopy(dict(given)), "your config"
     if given.lstrip().startswith("{"):
         return _parse(given, "the JSON text of `deepspeed`"), "your config"
-    path = Path(given).expanduser()
+    path = expanded(given)
     if _is_file(path):
         return _parse(_read(path), str(path)), f"your config ({path.name})"
     presets = {p.stem: p for p in preset_folder().glob("*.json")}
@@ -126,6 +127,10 @@ def _parse(text: str, label: str) -> dict[str, Any]:
                 f"{label} is not valid JSON",
                 f"{error.msg} at line {error.lineno}, column {error.colno}",
             )
+        ) from error
+    except RecursionError as error:
+        raise ConfigError(
+            Problem(f"{label} is nested too deep", "a DeepSpeed config has a few levels")
         ) from error
     if not isinstance(config, dict):
         raise ConfigError(

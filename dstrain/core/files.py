@@ -172,3 +172,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` or ``~user`` at its begin replaced; as it is for an unknown user."""
+    return Path(os.path.expanduser(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -63,7 +64,8 @@ class Dispatched(IterableDataset[Any]):
         Raises:
             DataError: the source failed; on all ranks.
         """
-        samples = iter(self._source) if self._is_main else iter(())
+        # A generator of ours calls the source's ``__iter__`` where its failure is told to all.
+        samples = (sample for source in self._sources() for sample in source)
         while True:
             block, failure = self._next(samples)
             if failure:
@@ -77,12 +79,20 @@ class Dispatched(IterableDataset[Any]):
             if len(block) < self._block:
                 return
 
+    def _sources(self) -> Iterator[Iterable[Any]]:
+        if self._is_main:
+            yield self._source
+
     def _next(self, samples: Iterator[Any]) -> tuple[list[Any], str]:
         block: list[Any] = []
-        failure = ""
+        sent, failure = b"", ""
         if self._is_main:
             try:
                 block = list(islice(samples, self._block))
+                sent = pickle.dumps(block)
             except Exception as error:  # the others wait for an answer
                 failure = f"{type(error).__name__}: {error}"
-        return broadcast_object((block, failure), group=self._group)
+        sent, failure = broadcast_object((sent, failure), group=self._group)
+        if not self._is_main and not failure:
+            block = pickle.loads(sent)  # of a rank of this run
+        return block, failure

@@ -236,7 +236,7 @@ def num_samples(loader: Any) -> int | None:
     for found in (dataset, getattr(dataset, "dataset", None)):
         try:
             return len(found)  # type: ignore[arg-type]
-        except TypeError:
+        except (TypeError, NotImplementedError):
             continue
     return None
 

@@ -109,6 +109,7 @@ class RebalancedBatchSampler(RankBatchSampler):
         super().__init__(order, topology, drop_last=drop_last)
         self._lengths = lengths
         self._accumulation = accumulation
+        self._left: tuple[tuple[int, int], torch.Tensor] | None = None
         self._read: tuple[tuple[int, int, int], list[list[list[int]]]] | None = None
 
     def whole(self) -> RebalancedBatchSampler:
@@ -141,8 +142,11 @@ class RebalancedBatchSampler(RankBatchSampler):
                 yield Indices(samples[mine].tolist(), noise)
 
     def _indices(self) -> torch.Tensor:
-        left = self.order.indices(self.epoch)[self.start :]
-        return left[: self.remaining]
+        """Return the samples that are left of the epoch; kept, as an order is long to make."""
+        key = (self.epoch, self.start)
+        if self._left is None or self._left[0] != key:
+            self._left = key, self.order.indices(self.epoch)[self.start :][: self.remaining]
+        return self._left[1]
 
     def _of_window(self, indices: torch.Tensor, window: int) -> torch.Tensor:
         size = self.topology.chunk * self._accumulation

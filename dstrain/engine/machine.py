@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dstrain.config import Machine
+from dstrain.core.files import expanded
 from dstrain.core.ranks import Ranks
 
 # The limit that a container or a batch system sets, in cgroups version 2 and 1.
@@ -36,7 +37,7 @@ def read_machine(ranks: Ranks, *, disk: str | None = None) -> Machine:
     free = None
     if disk is not None:
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(Path(disk).expanduser()).free
+            free = shutil.disk_usage(expanded(disk)).free
     return Machine(ranks.local_world_size, device, host, free)
 
 

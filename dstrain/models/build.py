@@ -10,6 +10,7 @@ import torch
 from dstrain.config import ResolvedConfig
 from dstrain.config.model_spec import check_sizes, read_config_file, value_of
 from dstrain.core.errors import ModelError, Problem, nearest
+from dstrain.core.files import expanded
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, launched_ranks
 from dstrain.models import compat
@@ -33,7 +34,7 @@ def parse_model_config(spec: str, **defaults: Any) -> Any:
             that transformers refuses.
     """
     if _names_file(spec):
-        return _read_config(Path(spec).expanduser())
+        return _read_config(expanded(spec))
     kind, _, rest = spec.partition(":")
     values = _parse_pairs(rest, spec)
     plain = _make_config(kind, {}, spec)
@@ -60,7 +61,7 @@ def parse_model_config(spec: str, **defaults: Any) -> Any:
 def _names_file(spec: str) -> bool:
     """Tell whether a ``model_config`` is a path and not the short form."""
     try:
-        return spec.endswith(".json") or Path(spec).expanduser().exists()
+        return spec.endswith(".json") or expanded(spec).exists()
     except OSError:  # a short form longer than a file name may be
         return False
 

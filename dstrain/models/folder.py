@@ -17,6 +17,7 @@ import torch
 from dstrain.config.model_spec import check_sizes, read_config_file
 from dstrain.core.documents import loaded, parsed
 from dstrain.core.errors import DstrainError, ModelError, Problem
+from dstrain.core.files import expanded
 
 # In the order in which transformers takes them.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -31,7 +32,7 @@ def check_model_folder(folder: str) -> None:
         ModelError: no config.json or one that cannot be, no weights beside it, or weights that
             cannot be read.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     if not path.is_dir():
         if path.is_absolute() or folder.startswith((".", "~")):
             raise ModelError(Problem(f"model_name_or_path={folder!r}", "there is no such folder"))

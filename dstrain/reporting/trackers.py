@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.core.errors import ConfigError, Problem, nearest
+from dstrain.core.files import expanded
 from dstrain.core.log import get_logger
 from dstrain.core.secrets import without_secrets
 from dstrain.reporting import compat
@@ -122,7 +123,7 @@ def set_tensorboard_folder(logging_dir: str | None, output_dir: str) -> str:
 
 def _wandb_is_set_up() -> bool:
     mode = os.environ.get("WANDB_MODE", "").lower()
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    netrc = expanded(os.environ.get("NETRC", "~/.netrc"))
     has_key = bool(os.environ.get("WANDB_API_KEY")) or (
         netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
     )

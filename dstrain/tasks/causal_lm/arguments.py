@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dstrain.core.errors import Problem
+from dstrain.core.files import expanded
 from dstrain.tasks.common.arguments import SourceArguments, StartArguments, too_small
 
 DEFAULT_MODEL = (
@@ -157,11 +157,11 @@ def _chat_problems(args: DataArguments) -> list[Problem]:
                 "drop --text_column, and rename the column",
             )
         )
-    if args.chat_template is not None and not Path(args.chat_template).expanduser().is_file():
+    if args.chat_template is not None and not expanded(args.chat_template).is_file():
         problems.append(
             Problem(
                 f"--chat_template {args.chat_template} is no file",
-                f"looked for {Path(args.chat_template).expanduser().absolute()}",
+                f"looked for {expanded(args.chat_template).absolute()}",
                 "give a file with a Jinja template",
             )
         )

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from dstrain.core.errors import DataError, Problem
+from dstrain.core.files import expanded
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks
 from dstrain.tasks.causal_lm.arguments import DataArguments
@@ -58,7 +58,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Non
     """
     if args.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(args.chat_template).expanduser().read_text("utf-8")
+            tokenizer.chat_template = expanded(args.chat_template).read_text("utf-8")
         except (OSError, ValueError) as error:
             raise DataError(
                 Problem(

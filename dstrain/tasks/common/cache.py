@@ -19,7 +19,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from dstrain.core.errors import DataError, DstrainError, Problem
-from dstrain.core.files import unwritten
+from dstrain.core.files import expanded, unwritten
 from dstrain.core.ranks import Ranks, main_first
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -29,7 +29,7 @@ _SIGNS = ("No space left on device", "Not enough disk space", "Disk quota exceed
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the folder that keeps packed splits and trained tokenizers."""
-    return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dstrain").expanduser()
+    return expanded(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dstrain")
 
 
 @contextlib.contextmanager

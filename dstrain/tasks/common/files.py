@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from dstrain.core.errors import DataError, Problem
+from dstrain.core.files import expanded
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.tasks.common.origin import ROW_BUILDERS, Origin, TextPart
 
@@ -70,7 +71,7 @@ def library_origin() -> Origin:
 
 def file_origin(name: str, flag: str) -> Origin:
     """Find out what the path given as ``--flag`` holds: text, or shards of rows."""
-    path, label = Path(name).expanduser(), f"--{flag} {name}"
+    path, label = expanded(name), f"--{flag} {name}"
     if not path.exists():
         raise DataError(
             Problem(
