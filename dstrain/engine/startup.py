@@ -56,6 +56,7 @@ def start(
 
     folder = ops.prepare_environment()
     ops.clear_stale_locks(folder)
+    ops.guard_builds()
     # DeepSpeed calls collectives by names that torch 2.13 is renaming.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     ranks = launched_ranks()
