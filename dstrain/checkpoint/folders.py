@@ -252,7 +252,11 @@ def recover(output_dir: Path) -> None:
                 "run has left; move it away, or remove it",
                 path,
             )
-        elif replaced and manifests.is_ours(path) and not os.path.lexists(place(output_dir, int(replaced[1]))):
+        elif (
+            replaced
+            and manifests.is_ours(path)
+            and not os.path.lexists(place(output_dir, int(replaced[1])))
+        ):
             try:
                 os.rename(path, place(output_dir, int(replaced[1])))
             except OSError as error:
