@@ -203,7 +203,7 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
         if hasattr(value, "_fields"):
             names = list(value._fields) if not inner else [inner] * len(value)
         elif _is_named_pair(value):
-            names = [inner, value[0]]
+            names = [inner, next(iter(value))]
         else:
             names = [inner] * len(value)
         listed = [_hidden(v, n, inside=inside) for v, n in zip(value, names, strict=True)]

@@ -163,7 +163,7 @@ def guard_builds() -> None:
     if cpp_extension.FileBaton is not file_baton.FileBaton:
         return
 
-    class Baton(file_baton.FileBaton):  # type: ignore[misc]
+    class Baton(file_baton.FileBaton):
         """Takes over the build of an owner that was killed."""
 
         def try_acquire(self) -> bool:
@@ -175,7 +175,7 @@ def guard_builds() -> None:
         def wait(self) -> None:
             wait_for_build(Path(self.lock_file_path))
 
-    cpp_extension.FileBaton = Baton
+    cpp_extension.FileBaton = Baton  # type: ignore[misc]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
