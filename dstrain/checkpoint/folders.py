@@ -4,7 +4,8 @@ A checkpoint is written under a hidden name of its own and gets its place by ren
 manifest is on the disk. Whatever is killed when: `checkpoint-N` is a whole checkpoint or absent.
 
 A run's folder is the user's. What is removed, renamed or replaced in it is what dstrain has made: a
-hidden folder of its own naming, or a folder that `manifest.is_ours`. Links are the user's.
+hidden folder of its own naming and content, or a folder that `manifest.is_ours`. Links are the
+user's.
 """
 
 from __future__ import annotations
@@ -238,14 +239,24 @@ def discard_if_there(staging: Path) -> None:
 def recover(output_dir: Path) -> None:
     """Clear up after killed runs: put back what was being replaced, remove what was unfinished.
 
-    Folders that a living process writes are left alone. So is what has a checkpoint's name and is
-    none of dstrain's, which is said: no checkpoint of that step can be saved there.
+    Folders that a living process writes are left alone. So is what has such a name and is none of
+    dstrain's, which is said: no checkpoint of that step can be saved there.
     """
     if not output_dir.is_dir():
         return
     for path in sorted(output_dir.iterdir()):
         replaced = _REPLACED.fullmatch(path.name)
-        if replaced and not os.path.lexists(place(output_dir, int(replaced[1]))):
+        if _STAGED.fullmatch(path.name) and path.is_dir() and not _has_our_content(path):
+            logger.warning(
+                "%s is left as it is: it has files, and none by which dstrain knows what a killed "
+                "run has left; move it away, or remove it",
+                path,
+            )
+        elif (
+            replaced
+            and manifests.is_ours(path)
+            and not os.path.lexists(place(output_dir, int(replaced[1])))
+        ):
             try:
                 os.rename(path, place(output_dir, int(replaced[1])))
             except OSError as error:
@@ -267,6 +278,23 @@ def recover(output_dir: Path) -> None:
 def _is_leftover(path: Path) -> bool:
     """Tell whether a killed run has left this folder, or an older dstrain this renamed link."""
     return bool(_STAGED.fullmatch(path.name)) and (path.is_dir() or path.is_symlink())
+
+
+def _has_our_content(folder: Path) -> bool:
+    """Whether a folder of a hidden name holds what dstrain writes there, or nothing at all.
+
+    A save begins with an empty `state` and its lock; the removal of a checkpoint ends with its
+    manifest.
+    """
+    if folder.is_symlink() or manifests.is_ours(folder):
+        return True
+    staged = _STAGED.fullmatch(folder.name)
+    marks = {STATE, LOCK} if staged is not None and staged[1] == "writing" else set()
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError:
+        return False
+    return not names or not marks.isdisjoint(names)
 
 
 def rotate(output_dir: Path, *, limit: int | None, keep: list[Path]) -> list[Path]:
@@ -328,6 +356,17 @@ def _remove(folder: Path) -> None:
         if folder.is_symlink():
             folder.unlink()
         else:
-            shutil.rmtree(folder)
+            _remove_content(folder)
+            folder.rmdir()
     except OSError as error:
         logger.warning("%s could not be removed whole: %s", folder, error)
+
+
+def _remove_content(folder: Path) -> None:
+    """Remove what is in a folder, last that by which ``recover`` knows it if this is killed."""
+    last = (STATE, LOCK, manifests.NAME)
+    for path in sorted(folder.iterdir(), key=lambda p: (p.name in last, p.name == manifests.NAME)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -16,14 +18,16 @@ from dstrain.core.ranks import all_or_none
 logger = get_logger(__name__)
 
 RUN_LOCK = ".dstrain-run.lock"
+_CANNOT_BE_WRITTEN = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS)
 _SHARED = "; if it is this one on another machine, they share the disk: leave save_on_each_node out"
 
 
 class RunLock:
     """A lock of one process on a folder, which may be taken several times over.
 
-    The kernel lets go when the process dies. Its file is removed when the run has ended. Where the
-    folder cannot be written, or the file system knows no locks, this does nothing.
+    The kernel lets go when the process dies. Its file is empty, and is removed when the run has
+    ended. Where the folder cannot be written, or the file system knows no locks, this does nothing.
+    Anything else by that name is the user's: a link is not followed, and nothing is removed.
 
     Attributes:
         folder: the run's output folder.
@@ -47,7 +51,7 @@ class RunLock:
         """Hold the lock while the block runs; a block inside another changes nothing.
 
         Raises:
-            CheckpointError: another living process holds it.
+            CheckpointError: another living process holds it, or the file cannot be made.
         """
         if not self._times:
             self._take()
@@ -95,9 +99,8 @@ class RunLock:
 
     def _take(self) -> None:
         while True:
-            try:
-                file = open(self.folder / RUN_LOCK, "ab")  # noqa: SIM115 - held for the run
-            except (FileNotFoundError, PermissionError):
+            file = self._opened()
+            if file is None:
                 return
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,10 +123,37 @@ class RunLock:
             file.close()  # a run that ended has removed it meanwhile
             self._file = None
 
+    def _opened(self) -> BinaryIO | None:
+        """Open the file by that name, made where there is none; None where it cannot be written.
+
+        Raises:
+            CheckpointError: something else has the name, or the system refuses.
+        """
+        path = self.folder / RUN_LOCK
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            if _is_something_else(path):
+                raise _taken(path) from error
+            if error.errno in _CANNOT_BE_WRITTEN:
+                return None
+            raise CheckpointError(
+                Problem(
+                    f"{path}, which keeps other runs out of the folder, cannot be opened",
+                    error.strerror or str(error),
+                    "see to the disk, or choose another output_dir",
+                )
+            ) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise _taken(path)
+        return open(descriptor, "ab")
+
     def _release(self) -> None:
         if self._file is None:
             return
-        if self._is_in_place():
+        if self._is_in_place() and not os.fstat(self._file.fileno()).st_size:
             with contextlib.suppress(OSError):
                 (self.folder / RUN_LOCK).unlink()
         self._file.close()
@@ -133,7 +163,8 @@ class RunLock:
         """Tell whether the lock file in the folder is the file that this process holds."""
         assert self._file is not None
         facts = os.fstat(self._file.fileno())
-        return _id_of(self.folder / RUN_LOCK) == (facts.st_dev, facts.st_ino)
+        path = self.folder / RUN_LOCK
+        return _id_of(path) == (facts.st_dev, facts.st_ino) and not path.is_symlink()
 
     def _moved_to(self) -> str:
         """Return where the folder is now, as far as the system tells; "" where it is removed."""
@@ -157,6 +188,25 @@ def held_by_one(lock: RunLock, *, takes: bool) -> Iterator[None]:
             if takes:
                 stack.enter_context(lock.held())
         yield
+
+
+def _is_something_else(path: Path) -> bool:
+    """Whether a name is that of anything but a file."""
+    try:
+        return not stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _taken(path: Path) -> CheckpointError:
+    kind = "symbolic link" if path.is_symlink() else "folder" if path.is_dir() else "special file"
+    return CheckpointError(
+        Problem(
+            f"{path} is a {kind}, and is left as it is",
+            "a run keeps other runs out of its folder by an empty file of this name",
+            "move it away, or choose another output_dir",
+        )
+    )
 
 
 def _id_of(path: Path) -> tuple[int, int] | None:

@@ -2,8 +2,9 @@
 
 torch's ``load`` guards the folder of each op that it compiles with a file named `lock`. A process
 killed while it builds leaves it, after which every later run waits for it for ever:
-``clear_stale_locks`` removes the ones that no living process holds. Imports neither torch nor
-deepspeed, so that a launcher can clear them in no time.
+``clear_stale_locks`` removes the ones that no living process holds, and waits for nobody. A run
+waits for a build only when it needs that op, in ``wait_for_build``, which says for whom and has a
+limit. Imports neither torch nor deepspeed, so that a launcher can clear them in no time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dstrain.core.errors import ConfigError, Problem
@@ -26,6 +27,12 @@ logger = logging.getLogger(__name__)
 SETTLE_SECONDS = 2.0
 # Where the owner may be out of sight only age tells; no op takes this long to build.
 UNSEEN_OWNER_SECONDS = 1800.0
+# The same for builds that are waited for; of those who take turns, each may build several ops.
+WAIT_SECONDS = 1800.0
+TURN_SECONDS = 3600.0
+_LOOK_SECONDS = 5.0
+_REMIND_SECONDS = 60.0
+_TRY_SECONDS = 0.1
 
 # File systems that no other machine can write to.
 _LOCAL_FILESYSTEMS = frozenset(
@@ -39,24 +46,74 @@ def clear_stale_locks(folder: Path) -> list[Path]:
     """Remove the build locks under `folder` that belong to no living process; return their paths.
 
     Safe while other ranks build or clear. torch keeps a lock open for as long as it builds, so one
-    that no process has open, on two looks, is nobody's; ninja and compilers that outlived their
-    build are waited for. Processes that clear take turns: between that finding and the removal
-    nobody else can have removed the lock and a new build put its own in the same place.
+    that no process has open, on two looks, is nobody's. One beside which ninja or compilers are at
+    work that outlived their build stays, and is said: `wait_for_build` waits for them, in a run
+    that needs the op. Processes that clear take turns: between that finding and the removal nobody
+    else can have removed the lock and a new build put its own in the same place.
 
     Processes of another user, or of another machine where the disk is shared, cannot be seen: there
     a lock goes only once it is older than `UNSEEN_OWNER_SECONDS`. Containers that share a folder on
     one machine cannot see each other either, and cannot be told apart: give each its own.
 
-    Raises:
-        ConfigError: a stale lock cannot be removed.
+    A lock that cannot be removed is a warning: this run may not need the op.
     """
-    if not _locks(folder):
-        return []
-    cleared = []
-    with taking_turns(folder / ".dstrain-clear.lock"):
-        for lock in _locks(folder):
-            if not _is_stale(lock):
-                continue
+    cleared: list[Path] = []
+    locks = [lock for lock in _locks(folder) if _may_be_stale(lock, says=True) is not None]
+    try:
+        _clear(folder, locks, cleared)
+    except ConfigError as error:
+        logger.warning("%s", error)
+    return cleared
+
+
+def wait_for_build(lock: Path) -> bool:
+    """Wait until the build that a lock is of has ended, and say on standard error who is at it.
+
+    Returns:
+        Whether its owner has released the lock; False where that was killed, and the lock has been
+        removed here: the op is still to build.
+
+    Raises:
+        ConfigError: it has not ended after `WAIT_SECONDS`, or the lock cannot be removed.
+    """
+    op, folder = lock.parent.name, lock.parent
+    started, said, looked = time.monotonic(), None, -_LOOK_SECONDS
+    while lock.exists():
+        waited = time.monotonic() - started
+        if waited - looked >= _LOOK_SECONDS:
+            looked = waited
+            cleared: list[Path] = []
+            if _may_be_stale(lock) is not None:
+                _clear(folder.parent, [lock], cleared)
+            if cleared:
+                return False
+            owners, compiling = _users(lock)
+            who = " and ".join(owners or compiling) or "a process that cannot be seen from here"
+            how = "builds it" if owners or not compiling else "goes on after its build was killed"
+            if waited > WAIT_SECONDS:
+                raise ConfigError(_stands_still(lock, who, waited))
+            if lock.exists() and (said is None or waited - said >= _REMIND_SECONDS):
+                said = waited
+                _say(f"Waiting for DeepSpeed's {op}: {who} {how} in {folder} ({waited:.0f} s) ...")
+        time.sleep(_TRY_SECONDS)
+    return True
+
+
+def _stands_still(lock: Path, who: str, waited: float) -> Problem:
+    return Problem(
+        f"DeepSpeed's {lock.parent.name} is not built after waiting {waited:.0f} s for {who}",
+        f"it works in {lock.parent}, of which {lock} keeps others out; no op takes this long",
+        f"end that process (kill its number) and start again; where it runs no more, remove {lock}"
+        "; or set TORCH_EXTENSIONS_DIR to a folder of your own",
+    )
+
+
+def _clear(folder: Path, locks: Sequence[Path], cleared: list[Path]) -> None:
+    """Remove those of the locks in an extensions folder that are stale, and list them."""
+    if not locks:
+        return
+    with taking_turns(folder / ".dstrain-clear.lock", limit_seconds=_most_seconds(locks)):
+        for lock in _stale(locks):
             try:
                 lock.unlink(missing_ok=True)
             except OSError as error:
@@ -69,79 +126,142 @@ def clear_stale_locks(folder: Path) -> list[Path]:
                 ) from error
             logger.warning("Removed %s, left by a build that was killed.", lock)
             cleared.append(lock)
-    return cleared
+
+
+def _most_seconds(locks: Sequence[Path]) -> float:
+    """How long to wait for others that clear: each of a machine's ranks may look at all locks."""
+    return 60.0 + SETTLE_SECONDS * (os.cpu_count() or 1) + len(locks)
 
 
 @contextlib.contextmanager
-def taking_turns(path: Path, *, waiting: str = "") -> Iterator[None]:
-    """Hold an exclusive lock on `path` for the body; the kernel drops it when the process dies."""
+def taking_turns(
+    path: Path, *, waiting: str = "", limit_seconds: float = TURN_SECONDS
+) -> Iterator[None]:
+    """Hold an exclusive lock on `path` for the body; the kernel drops it when the process dies.
+
+    The file says the number of the process that holds it, or did last.
+
+    Args:
+        path: of the lock's file, which stays.
+        waiting: is said where another process holds it.
+        limit_seconds: how long to wait for others.
+
+    Raises:
+        ConfigError: another process has not let go by then.
+    """
     with contextlib.ExitStack() as stack:
         # Where we cannot write or the file system knows no locks, going on alone is what is left.
         with contextlib.suppress(OSError):
             file = stack.enter_context(open(path, "a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if waiting:
-                    print(waiting, file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+            _take(file.fileno(), path, waiting, limit_seconds)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         yield
+
+
+def _take(descriptor: int, path: Path, waiting: str, limit_seconds: float) -> None:
+    started, said = time.monotonic(), 0.0
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            waited = time.monotonic() - started
+        holder = _holder(path)
+        if waited > limit_seconds:
+            raise ConfigError(
+                Problem(
+                    f"{holder} has kept {path} for {waited:.0f} s",
+                    "processes that build or clear DeepSpeed's ops in a folder take turns, and "
+                    "none takes this long",
+                    f"see what {holder} does and end it (kill), or set TORCH_EXTENSIONS_DIR to a "
+                    "folder of your own",
+                )
+            )
+        if (waiting and not said) or waited - said >= _REMIND_SECONDS:
+            said = max(waited, _TRY_SECONDS)
+            _say(waiting or f"Waiting for {holder}, which has {path} ({waited:.0f} s) ...")
+        time.sleep(_TRY_SECONDS)
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        if number := path.read_text().strip():
+            return f"process {number}"
+    return "another process"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _locks(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/lock"))
 
 
-def _is_stale(lock: Path) -> bool:
-    first: os.stat_result | None = None
-    while True:
-        try:
-            seen = lock.stat()
-        except FileNotFoundError:
-            return False
-        asked_before = first is not None
-        if first is None:
-            first = seen
-        elif (first.st_ino, first.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
-            return False  # a new build took the place of the one that ended
-        owned, compiling = _users(lock)
-        if owned:
-            return False
-        age_seconds = time.time() - seen.st_mtime
-        if age_seconds >= UNSEEN_OWNER_SECONDS:
-            return True
-        if _owner_may_be_unseen(lock, seen):
+def _stale(locks: Sequence[Path]) -> list[Path]:
+    """Those that are the same and nobody's on two looks, between which all settle at once."""
+    first = {lock: seen for lock in locks if (seen := _may_be_stale(lock)) is not None}
+    if first:
+        time.sleep(SETTLE_SECONDS)
+    found = []
+    for lock, seen in first.items():
+        again = _may_be_stale(lock)
+        # A new build may have taken the place of the one that ended.
+        if again is not None and _identity(again) == _identity(seen):
+            found.append(lock)
+    return found
+
+
+def _identity(seen: os.stat_result) -> tuple[int, int]:
+    return seen.st_ino, seen.st_mtime_ns
+
+
+def _may_be_stale(lock: Path, *, says: bool = False) -> os.stat_result | None:
+    """What a lock is that seems to be nobody's, at one look; None for one that is somebody's."""
+    try:
+        seen = lock.stat()
+    except FileNotFoundError:
+        return None
+    owners, compiling = _users(lock)
+    if owners:
+        return None
+    if compiling:
+        if says:
+            logger.warning(
+                "%s still at work in %s after its build was killed: a run that needs this op "
+                "waits for it. To build it anew at once, end that process.",
+                " and ".join(compiling),
+                lock.parent,
+            )
+        return None
+    if time.time() - seen.st_mtime < UNSEEN_OWNER_SECONDS and _owner_may_be_unseen(lock, seen):
+        if says:
             logger.warning(
                 "%s may belong to a build by another user or on another machine. If none is under "
                 "way, remove it: every run that needs the op waits for it.",
                 lock,
             )
-            return False
-        if asked_before and not compiling:
-            return True
-        if compiling and not asked_before:
-            logger.warning(
-                "Waiting for %s, still at work in %s after its build was killed.",
-                " and ".join(compiling),
-                lock.parent,
-            )
-        time.sleep(SETTLE_SECONDS)
+        return None
+    return seen
 
 
-def _users(lock: Path) -> tuple[bool, list[str]]:
-    """Tell whether a visible process has the lock open, and list the processes at work beside it.
+def _users(lock: Path) -> tuple[list[str], list[str]]:
+    """List the visible processes that have the lock open, and those at work beside it.
 
     The latter are ninja and compilers that outlived the process that started them; they hold no
     lock, but a second build at the same time would write the same files.
     """
-    owned = False
+    owners: list[str] = []
     compiling: list[str] = []
     try:
         lock_id, folder_id = _file_id(lock), _file_id(lock.parent)
     except FileNotFoundError:
-        return owned, compiling
+        return owners, compiling
     for process in Path("/proc").glob("[0-9]*"):
         # Processes end while we look, and those of other users are closed to us.
+        command = ""
         with contextlib.suppress(OSError):
             command = (process / "comm").read_text().strip()
             if command not in _INTERACTIVE_SHELLS and _file_id(process / "cwd") == folder_id:
@@ -149,8 +269,10 @@ def _users(lock: Path) -> tuple[bool, list[str]]:
         with contextlib.suppress(OSError), os.scandir(process / "fd") as opened:
             for descriptor in opened:
                 with contextlib.suppress(OSError):
-                    owned = owned or _file_id(descriptor.path) == lock_id
-    return owned, compiling
+                    if _file_id(descriptor.path) == lock_id:
+                        owners.append(f"{command} (process {process.name})")
+                        break
+    return owners, compiling
 
 
 def _file_id(path: Path | str) -> tuple[int, int]:

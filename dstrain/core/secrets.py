@@ -25,7 +25,10 @@ _ALWAYS = frozenset(
         *("hubtoken", "hftoken", "jwt", "cookie", "cookies", "webhook"),
     }
 )
-# Words before `key` that make it a credential; other keys name entries of a table, or columns.
+# Words that say so where a name ends in them, or goes on with one of the words below.
+_CODES = frozenset({"pin", "otp", "totp", "psk", "passkey"})
+_OF_CODES = frozenset({"code", "codes", "number"})
+# What a key is that opens something; others name entries of a table, or columns.
 _KEYS = frozenset(
     {
         *("api", "access", "secret", "private", "signing", "encryption", "account", "license"),
@@ -50,6 +53,9 @@ _OPENING = frozenset(
 )
 _MARK = re.compile(r"</?[^<>\s]+>|\[[\w|]+\]|\$?\{[\w.]+\}")
 _PLAIN = frozenset({"", "none", "null", "true", "false", "auto"})
+_ELLIPSIS = re.compile(r"(?:\.{3}|…|\*+)[`.,:;!?]*")
+_IDENTIFIER = re.compile(r"-{0,2}[A-Za-z_][\w.\-]*")
+_COLUMN = re.compile(r"[a-z]+(?:_[a-z]+)*")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
@@ -168,7 +174,9 @@ def _is_always_secret(name: str) -> bool:
     pairs = zip(words, words[1:], strict=False)
     if any(first in _KEYS and second in ("key", "keys") for first, second in pairs):
         return True
-    if words[-1:] == ["auth"]:
+    if words[-1:] == ["auth"] or not _CODES.isdisjoint(words[-1:]):
+        return True
+    if not _CODES.isdisjoint(words[-2:-1]) and not _OF_CODES.isdisjoint(words[-1:]):
         return True
     return words[-1:] == ["tokens"] and words[-2:-1] != [] and words[-2] in _OPENING
 
@@ -187,11 +195,19 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
     inside = inside or _is_always_secret(name)
     if isinstance(value, Mapping):
         parts = {k: _hidden(v, str(k), inside=inside) for k, v in value.items()}
+        if _names_its_value(value):
+            parts["value"] = _hidden(value["value"], _name_in(value), inside=inside)
         same = all(parts[k] is v for k, v in value.items())
         return value if same else parts
     if isinstance(value, (list, tuple, set, frozenset)):
         inner = name if inside or _is_token(name) else ""
-        listed = [_hidden(v, inner, inside=inside) for v in value]
+        if hasattr(value, "_fields"):
+            names = list(value._fields) if not inner else [inner] * len(value)
+        elif _is_named_pair(value):
+            names = [inner, next(iter(value))]
+        else:
+            names = [inner] * len(value)
+        listed = [_hidden(v, n, inside=inside) for v, n in zip(value, names, strict=True)]
         if all(new is old for new, old in zip(listed, value, strict=True)):
             return value
         if hasattr(value, "_fields"):
@@ -217,16 +233,41 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
     return value
 
 
+def _name_in(value: Mapping[Any, Any]) -> str:
+    """Return the name of an entry of a list of settings, as ``{"name": ..., "value": ...}``."""
+    named = (value.get(key) for key in ("name", "key", "header"))
+    return next((name for name in named if isinstance(name, str)), "")
+
+
+def _names_its_value(value: Mapping[Any, Any]) -> bool:
+    return "value" in value and is_secret_name(_name_in(value))
+
+
+def _is_named_pair(value: Any) -> bool:
+    """Tell whether a sequence is a credential's name and value: a header, an item of a mapping.
+
+    A list of two words such as ["token", "label"] is one of columns.
+    """
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not isinstance(value[0], str):
+        return False
+    name, part = value
+    if not _IDENTIFIER.fullmatch(name) or not is_secret_name(name):
+        return False
+    is_columns = isinstance(value, list) and isinstance(part, str) and _COLUMN.fullmatch(part)
+    return _is_always_secret(name) or not is_columns
+
+
 def _shows_nothing(text: str) -> bool:
-    """Tell whether a text is no credential whatever its name: empty, None, a mark like ``<s>``."""
-    return text.strip().lower() in _PLAIN or _MARK.fullmatch(text.strip()) is not None
+    """Tell whether a text is no credential whatever its name: none, "...", or a mark as ``<s>``."""
+    bare = text.strip()
+    return bare.lower() in _PLAIN or any(form.fullmatch(bare) for form in (_MARK, _ELLIPSIS))
 
 
 # --- text ----------------------------------------------------------------------------------------
 
 # Without one of these there is nothing to look for; most lines have none.
 _MAY_HOLD = re.compile(
-    r"token|pass|pwd|secret|credential|auth|key|bearer|basic|jwt|cookie|webhook|://|@"
+    r"token|pass|pwd|(?:pin|otp|psk)(?![a-z])|(?:pin|otp|psk)[_\-]?(?:code|number)|secret|credential|auth|key|bearer|basic|jwt|cookie|webhook|://|@"
     r"|hf_|sk-|gh[pousr]_|github_pat|glpat|xox|AKIA|e[yw3][A-Za-z0-9]",
     re.IGNORECASE,
 )
@@ -246,6 +287,10 @@ _NAMED = re.compile(
 _FLAG = re.compile(
     r"(?<![\w.\-])(?P<open>[\"']?)(?P<name>--[A-Za-z][\w.\-]*+)(?P=open)(?P<sign>(?:\s*+,)?\s++)"
 )
+# A word of a sentence: letters, such as no generator makes for a key, with a stop after it.
+_PROSE = re.compile(r"(?:[A-Z]?[a-z]{1,15}|[A-Za-z]'[a-z]+)[.,:;!?]?")
+_AFTER_VALUE = re.compile(r"[ \t]*(?:$|[\n\r]|-{1,2}[A-Za-z]|[|&;<>)\]}\\]|\d>)")
+_SAID_LAST = frozenset({"instead.", "instead", "again", "again.", "out", "out.", "too", "twice"})
 _VALUE = re.compile(
     r"(?P<quote>\\*[bf]?\\*[\"'])(?P<inner>(?:\\.|(?!(?P=quote)).)*)(?P<end>(?P=quote)?)"
     r"|\[[^\]]*\]?|\([^)]*\)?|\{[^}]*\}?|[^\s,;&)}\]\"']+"
@@ -260,6 +305,8 @@ def _hidden_after(names: re.Pattern[str], text: str) -> str:
             continue
         value = _VALUE.match(text, match.end())
         if value is None or not _is_worth_hiding(match, value):
+            continue
+        if names is _FLAG and _is_prose(match, value, text):
             continue
         quote, end = value["quote"] or "", value["end"] or ""
         shown += [text[position : match.end()], quote, mask_of(match["name"]), end]
@@ -278,6 +325,17 @@ def _is_worth_hiding(named: re.Match[str], value: re.Match[str]) -> bool:
     # Prose such as "no such token: ..." is none.
     is_prose = named["sign"].strip() == ":" and not named["open"]
     return not (is_prose and len(_words(named["name"])) < 2)
+
+
+def _is_prose(flag: re.Match[str], value: re.Match[str], text: str) -> bool:
+    """Tell whether a sentence goes on after the name of a flag: "--hub_token is wrong".
+
+    What stands there is a plain word, and no command: that has a value and then nothing more, the
+    next flag, or a sign of the shell. In doubt it is a value.
+    """
+    if value["quote"] is not None or flag["open"] or not _PROSE.fullmatch(value[0]):
+        return False
+    return _AFTER_VALUE.match(text, value.end()) is None or value[0] in _SAID_LAST
 
 
 def _hidden_base64(match: re.Match[str]) -> str:

@@ -4,7 +4,7 @@ DeepSpeed compiles an op when a run first needs it, through torch's `load`, whic
 folder with a file named `lock`. Two things go wrong with that. The first run seems to hang for a
 minute, so `build_ops` does the work ahead and says so. And a process killed while it builds leaves
 its lock behind, after which every later run waits for it for ever, so stale ones are removed first
-(`core/build_locks.py`).
+(`core/build_locks.py`), and a run that needs an op waits in our way (`guard_builds`).
 
 `python -m dstrain.engine.ops shm_comm fused_adam cpu_adam` does both.
 """
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.core.build_locks import clear_stale_locks, taking_turns
+from dstrain.core.build_locks import clear_stale_locks, taking_turns, wait_for_build
 from dstrain.core.errors import ConfigError, DstrainError, Problem, nearest
 
 
@@ -153,6 +152,32 @@ def build_ops(names: Sequence[str]) -> None:
                 _build(name, folder)
 
 
+def guard_builds() -> None:
+    """Have torch wait for a build by another process in our way; for this process, once.
+
+    torch's own waits without a word or a limit for the file `lock`, also where its owner was
+    killed, and then loads what that has not built.
+    """
+    from torch.utils import cpp_extension, file_baton
+
+    if cpp_extension.FileBaton is not file_baton.FileBaton:
+        return
+
+    class Baton(file_baton.FileBaton):
+        """Takes over the build of an owner that was killed."""
+
+        def try_acquire(self) -> bool:
+            while not super().try_acquire():
+                if wait_for_build(Path(self.lock_file_path)):
+                    return False
+            return True
+
+        def wait(self) -> None:
+            wait_for_build(Path(self.lock_file_path))
+
+    cpp_extension.FileBaton = Baton  # type: ignore[misc]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Clear stale locks and build the ops named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dstrain.engine.ops", description=__doc__)
@@ -194,7 +219,7 @@ def _build(name: str, folder: Path) -> None:
         shutil.rmtree(library.parent)
     if lock.exists():
         _say(f"Waiting for the run that builds DeepSpeed's {name} ...")
-        _wait_for(lock)
+        wait_for_build(lock)
     elif library.exists():
         _say(f"Checking DeepSpeed's {name} (about {op.typical_seconds} s if it is outdated) ...")
     else:
@@ -205,20 +230,11 @@ def _build(name: str, folder: Path) -> None:
     _say(f"DeepSpeed's {name} is ready ({time.monotonic() - started:.1f} s).")
 
 
-def _wait_for(lock: Path) -> None:
-    """Wait until the lock is gone. Unlike torch's wait, this one ends when its owner is killed."""
-    for half_seconds in itertools.count(1):
-        if not lock.exists():
-            return
-        time.sleep(0.5)
-        if half_seconds % 20 == 0:
-            clear_stale_locks(lock.parent.parent)
-
-
 def _load(name: str) -> None:
     """Have DeepSpeed compile the op, where that is still to do, and load it."""
     builder = _builder(name)
     also = f"; {_op(name).needs}" if _op(name).needs else ""
+    guard_builds()
     try:
         builder.load(verbose=False)
     except (ImportError, OSError, RuntimeError) as error:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.errors import ConfigError, DstrainError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks
 
@@ -93,10 +93,25 @@ def did_not_meet(error: Exception, ranks: Ranks) -> ConfigError:
             f"the {ranks.world_size} ranks did not meet at MASTER_ADDR={os.environ['MASTER_ADDR']},"
             f" port {os.environ['MASTER_PORT']}",
             next(iter(said.splitlines()), type(error).__name__),
-            "see what the other ranks show: one of them has failed, was not started, or cannot "
-            "reach that address",
+            "see what the other ranks show: one of them has failed, was not started, cannot "
+            "reach that address, or belongs to another run, which has this port already",
         )
     )
+
+
+@contextlib.contextmanager
+def meeting(ranks: Ranks) -> Iterator[None]:
+    """Turn errors of torch in the first collective into that of ranks that did not meet.
+
+    Raises:
+        ConfigError: they did not.
+    """
+    try:
+        yield
+    except DstrainError:
+        raise
+    except RuntimeError as error:
+        raise did_not_meet(error, ranks) from error
 
 
 def _listen(port: int) -> socket.socket:

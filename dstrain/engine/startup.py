@@ -52,10 +52,11 @@ def start(
     if not started:
         _single_process_environment()
     from dstrain.engine import ops, shared_memory
-    from dstrain.engine.rendezvous import check_rendezvous, did_not_meet, reminding
+    from dstrain.engine.rendezvous import check_rendezvous, did_not_meet, meeting, reminding
 
     folder = ops.prepare_environment()
     ops.clear_stale_locks(folder)
+    ops.guard_builds()
     # DeepSpeed calls collectives by names that torch 2.13 is renaming.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     ranks = launched_ranks()
@@ -111,9 +112,15 @@ def start(
                 verbose=False,
                 auto_mpi_discovery=False,
             )
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
+        except RuntimeError as error:
+            # gloo's and NCCL's errors have no class of their own. Once the group is up it is
+            # DeepSpeed that fails, at an op that does not compile.
+            if dist.is_initialized() and not isinstance(error, dist.DistError):
+                raise
             raise did_not_meet(error, ranks) from error
-    check_versions()
+    # Some backends connect the ranks only here, at their first collective.
+    with meeting(ranks):
+        check_versions()
     if on_cpu:
         shared_memory.let_go_of_names()
     return ranks

@@ -35,7 +35,7 @@ from dstrain.trainer.eval_format import full_eval_format, in_format
 from dstrain.trainer.eval_loaders import EvalLoaderHooks
 from dstrain.trainer.outputs import logits_of, loss_of
 from dstrain.trainer.preemption import EvaluationStopped, Preemption
-from dstrain.trainer.stall import watching_outside
+from dstrain.trainer.watches import over, watched
 
 logger = get_logger(__name__)
 
@@ -87,6 +87,7 @@ class EvaluationHooks(EvalLoaderHooks):
 
     # --- what a user calls ----------------------------------------------------------------------
 
+    @watched(_EVALUATION.lower())
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -137,6 +138,7 @@ class EvaluationHooks(EvalLoaderHooks):
         metrics |= self._memory.stop("eval")
         return metrics
 
+    @watched(_PREDICTION.lower())
     def predict(
         self,
         test_dataset: Any,
@@ -219,8 +221,7 @@ class EvaluationHooks(EvalLoaderHooks):
         if loss_only is None:
             loss_only = self.args.prediction_loss_only
         with contextlib.ExitStack() as stack:
-            if not self.is_in_train:
-                stack.enter_context(self._watching_for_ranks(description))
+            stack.enter_context(over(self, description.lower()))
             stack.enter_context(KeyValueCache(self.model, used=self.args.use_cache).as_asked())
             stack.enter_context(self._targets_of_evaluation())
             model = stack.enter_context(self._model_for_evaluation(generates=not loss_only))
@@ -381,15 +382,6 @@ class EvaluationHooks(EvalLoaderHooks):
             yield
         finally:
             self.targets = training
-
-    def _watching_for_ranks(self, description: str) -> contextlib.AbstractContextManager[None]:
-        """Say in the block, when a collective gives up, which ranks did not come."""
-        return watching_outside(
-            self.ranks,
-            description.lower(),
-            step=self.state.global_step,
-            timeout_seconds=self.args.ddp_timeout,
-        )
 
     def _watching(self, inputs: Any) -> contextlib.AbstractContextManager[list[Any]]:
         """Watch an evaluation's first forward passes for what its loss is a mean over."""

@@ -10,9 +10,10 @@ for one key every few seconds, on a connection of its own, whatever the number o
 are then ranks / 5 small requests a second to the store. Only when the run is lost does one rank
 read a key of every rank, once.
 
-Nothing is measured from outside of a step. An evaluation, a checkpoint or a callback may last as
-long as it does on all ranks together; a rank that stays in one while the others are in the next
-step is one that does not come.
+Nothing is measured from outside of a step. The preparation of training, an evaluation, a checkpoint
+or a callback may last as long as it does on all ranks together; a rank that stays in one while the
+others are in the next step is one that does not come. Where gloo itself gives up in one, the ranks
+tell each other in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -33,7 +33,6 @@ from typing import Any, TypeVar
 from dstrain.core.errors import Problem
 from dstrain.core.launcher import note_end
 from dstrain.core.log import get_logger
-from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks, named_ranks
 from dstrain.core.stop import STALLED
 from dstrain.engine import device_type, forget_shared_memory
@@ -79,39 +78,15 @@ class Place:
         self.count += 1
 
 
-@dataclass
-class Outside:
-    """What the watch sees of a run that is in no training: an evaluation by itself."""
-
-    place: Place
-    progress: Progress
-
-
-def watching_outside(
-    ranks: Ranks, what: str, *, step: int, timeout_seconds: float
-) -> contextlib.AbstractContextManager[None]:
-    """Watch a block outside of training, where no wait is cut short but gloo's own ends are told.
-
-    Args:
-        ranks: facts of this process.
-        what: is done in the block, for messages.
-        step: that training had come to.
-        timeout_seconds: of collectives.
-    """
-    run = Outside(Place(), Progress(step=step))
-    run.place.enter(what)
-    return StallWatch(ranks, run, timeout_seconds=timeout_seconds).watching()
-
-
 class StallWatch:
-    """Watches the main thread of a training; ``watching`` is entered by all ranks."""
+    """Watches the main thread of a run; ``watching`` is entered by all ranks."""
 
     def __init__(self, ranks: Ranks, loop: Any, *, timeout_seconds: float) -> None:
         """Prepare to watch.
 
         Args:
             ranks: facts of this process.
-            loop: of training, with its ``place`` and ``progress``.
+            loop: of training, or what else is done, with its ``place`` and ``progress``.
             timeout_seconds: how long a rank may keep the others waiting in a step.
         """
         self._ranks, self._loop, self._timeout = ranks, loop, timeout_seconds
@@ -123,6 +98,11 @@ class StallWatch:
         self._count = self._excused = -1
         self._waits_in = ""
         self._deciding = self._judges = self._store_is_lost = False
+
+    def follow(self, loop: Any) -> None:
+        """Watch something else from here on, with its own ``place`` and ``progress``."""
+        self._loop, self._frame = loop, None
+        self._count = self._excused = -1
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

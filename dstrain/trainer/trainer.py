@@ -65,8 +65,8 @@ from dstrain.trainer.search import SearchHooks
 from dstrain.trainer.separation import flattened, mixes_sequences
 from dstrain.trainer.signatures import Functions, serve_loss_function
 from dstrain.trainer.smoothing import LabelSmoothing
-from dstrain.trainer.stall import StallWatch
 from dstrain.trainer.stepping import StepHooks
+from dstrain.trainer.watches import following, over, watched
 
 logger = get_logger(__name__)
 
@@ -157,6 +157,7 @@ class Trainer(
         self.args = args if args is not None else TrainingArguments("tmp_trainer")
         self._memory = MemoryMetrics(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
+        self.watch_for_ranks: Any = None
         self.ranks = build.start_run(self.args)
         check_versions()  # where the group was there already
         functions = Functions(
@@ -257,15 +258,16 @@ class Trainer(
         self._check_generation_config()
         self.ignore_keys_for_eval = ignore_keys_for_eval
         self._take_up_trial(trial)
-        if self.model_init is not None:
-            self._renew_model(trial)
-        watch = Preemption(self.ranks, watches=self.args.preemption != "ignore")
-        self.preempted, self._preemption = False, watch
-        with watch.watching():
-            output = self._train(resume_from_checkpoint)
-            ends = self.preempted and self.args.preemption == "exit"
-            if ends:
-                note_saved(PREEMPTED)
+        with over(self, "the preparation of training"):
+            if self.model_init is not None:
+                self._renew_model(trial)
+            watch = Preemption(self.ranks, watches=self.args.preemption != "ignore")
+            self.preempted, self._preemption = False, watch
+            with watch.watching():
+                output = self._train(resume_from_checkpoint)
+                ends = self.preempted and self.args.preemption == "exit"
+                if ends:
+                    note_saved(PREEMPTED)
         if ends:
             raise Preempted(f"{watch.cause}: training has ended early and is saved")
         return output
@@ -287,8 +289,7 @@ class Trainer(
                 loop = self._prepare_training(start)
                 self.is_in_train = True
                 started = time.time()
-                watch = StallWatch(self.ranks, loop, timeout_seconds=self.args.ddp_timeout)
-                with watch.watching():
+                with following(self, loop):
                     if self.args.auto_find_batch_size:
                         run_fitting(self, loop)
                     else:
@@ -324,6 +325,7 @@ class Trainer(
                 self._writer.close()
                 self._writer = None
 
+    @watched("saving the model")
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a complete Hugging Face folder at every ZeRO stage; all ranks must call it.
 

@@ -105,6 +105,72 @@ def test_a_rank_that_does_not_come_in_an_evaluation_by_itself_is_named(tmp_path)
     assert "Traceback" not in text, text
 
 
+READS = """
+import os, pathlib, time, torch
+from dstrain import Trainer, TrainingArguments
+from transformers import TrainerCallback
+from tests.models import RaggedTokens, pad_collate, tiny_llama
+
+rank = os.environ["RANK"]
+pathlib.Path(f"pid-{rank}").write_text(str(os.getpid()))
+
+def hang(where):
+    if where == "WHERE" and rank == "1":
+        pathlib.Path("stands").write_text(str(time.time()))
+        time.sleep(3600)
+
+class Stands(RaggedTokens):
+    def __getitem__(self, index):
+        hang("data")
+        return super().__getitem__(index)
+
+class AtTheEnd(TrainerCallback):
+    def on_train_end(self, *args, **kwargs):
+        hang("end")
+
+trainer = Trainer(
+    tiny_llama(),
+    TrainingArguments(
+        "out", report_to="none", use_cpu=True, disable_tqdm=True, ddp_timeout=TIMEOUT,
+        zero_stage=STAGE, max_steps=2, save_strategy="no", load_best_model_at_end=False,
+    ),
+    data_collator=pad_collate,
+    train_dataset=Stands(64),
+    eval_dataset=Stands(64),
+    callbacks=[AtTheEnd],
+)
+trainer.METHOD()
+trainer.save_model("model")
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "where", "words"),
+    [
+        ("train", 3, "data", "after step 0, the preparation of training, at"),
+        ("evaluate", 2, "data", "after step 0, evaluation, at"),
+        ("train", 2, "end", "after step 2, the end of training, at"),
+    ],
+)
+def test_a_rank_that_stands_still_around_training_is_named(tmp_path, method, stage, where, words):
+    """In a dataset's first row it once left its own process alive, and gloo's traceback."""
+    path = tmp_path / "script.py"
+    text = READS.replace("TIMEOUT", str(TIMEOUT_SECONDS)).replace("STAGE", str(stage))
+    path.write_text(text.replace("METHOD", method).replace("WHERE", where))
+    with Training(deepspeed(path), tmp_path) as training:
+        status = training.wait_for_end(300)
+        waited = time.time() - float((tmp_path / "stands").read_text())
+        text = training.text()
+    assert status == STALLED, text
+    assert waited < WITHIN_SECONDS
+    assert text.count("dstrain: error:") == 1, text
+    assert f"the ranks waited {TIMEOUT_SECONDS} s (ddp_timeout) for rank 1\n" in text
+    assert f"rank 1: {words}" in text
+    assert "script.py:" in text
+    assert "in hang" in text
+    assert "Traceback" not in text, text
+
+
 def test_a_stopped_process_that_holds_the_store_is_named(tmp_path):
     path = script(tmp_path, zero_stage=2, max_steps=10_000, sleep="pass")
     with Training(deepspeed(path), tmp_path) as training:

@@ -75,13 +75,51 @@ def test_lock_stays_while_its_owner_lives_and_goes_when_it_is_killed(folder):
     assert build_locks.clear_stale_locks(folder) == [lock]
 
 
-def test_compilers_that_outlived_their_build_are_waited_for(folder, caplog):
+def test_a_start_waits_for_no_compilers_that_outlived_their_build(folder, caplog):
+    # One orphaned build once stopped every run on the machine, whatever op it needed.
+    orphaned, stale = make_lock(folder), make_lock(folder, op="cpu_adam")
+    with subprocess.Popen(["sleep", "60"], cwd=orphaned.parent) as ninja:
+        started = time.monotonic()
+        assert build_locks.clear_stale_locks(folder) == [stale]
+        assert time.monotonic() - started < 10
+        assert orphaned.exists()
+        ninja.kill()
+    assert f"sleep (process {ninja.pid}) still at work in {orphaned.parent}" in caplog.text
+
+
+def test_a_run_that_needs_the_op_waits_for_them_and_says_so(folder, monkeypatch, capsys):
     # Python was killed but not its ninja: a second build would write the same object files.
+    monkeypatch.setattr(build_locks, "_LOOK_SECONDS", 0.1)
     lock = make_lock(folder)
-    with subprocess.Popen(["sleep", "0.4"], cwd=lock.parent) as ninja:
-        assert build_locks.clear_stale_locks(folder) == [lock]
+    with subprocess.Popen(["sleep", "0.6"], cwd=lock.parent) as ninja:
+        assert not build_locks.wait_for_build(lock), "the op is still to build"
         assert ninja.poll() is not None
-    assert f"sleep (process {ninja.pid})" in caplog.text
+    assert not lock.exists()
+    said = capsys.readouterr().err
+    assert "Waiting for DeepSpeed's fused_adam: sleep" in said
+    assert f"(process {ninja.pid}) goes on after its build was killed in {lock.parent}" in said
+
+
+def test_a_wait_for_a_build_has_a_limit_and_says_what_to_do(folder, monkeypatch):
+    monkeypatch.setattr(build_locks, "WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(build_locks, "_LOOK_SECONDS", 0.1)
+    lock = make_lock(folder)
+    with subprocess.Popen(["sleep", "60"], cwd=lock.parent) as ninja:
+        with pytest.raises(ConfigError, match="no op takes this long") as caught:
+            build_locks.wait_for_build(lock)
+        ninja.kill()
+    assert f"sleep (process {ninja.pid})" in str(caught.value)
+    assert "end that process" in str(caught.value)
+    assert str(lock) in str(caught.value)
+
+
+def test_a_build_that_is_under_way_is_waited_for_by_name(folder, capsys):
+    lock = folder / "fused_adam" / "lock"
+    lock.parent.mkdir()
+    release_soon = HOLD_LOCK.replace("sleep(60)", "sleep(0.8); os.remove(sys.argv[1])")
+    with running(sys.executable, "-c", release_soon, str(lock)) as owner:
+        assert build_locks.wait_for_build(lock)
+        assert f"(process {owner.pid}) builds it" in capsys.readouterr().err
 
 
 def test_a_shell_in_the_folder_is_no_compiler(folder):
@@ -126,7 +164,7 @@ def test_another_users_lock_is_left_alone(folder, monkeypatch, caplog):
     assert "another user" in caplog.text
 
 
-def test_lock_that_cannot_be_removed_is_an_error_with_a_remedy(folder, monkeypatch):
+def test_lock_that_cannot_be_removed_is_an_error_with_a_remedy(folder, monkeypatch, caplog):
     lock = make_lock(folder)
 
     def refuse(self, missing_ok=False):
@@ -134,8 +172,10 @@ def test_lock_that_cannot_be_removed_is_an_error_with_a_remedy(folder, monkeypat
 
     monkeypatch.setattr(build_locks.Path, "unlink", refuse)
     with pytest.raises(ConfigError, match="TORCH_EXTENSIONS_DIR") as caught:
-        build_locks.clear_stale_locks(folder)
+        build_locks.wait_for_build(lock)
     assert str(lock) in str(caught.value)
+    assert build_locks.clear_stale_locks(folder) == []  # this run may not need the op
+    assert str(caught.value) in caplog.text
 
 
 def test_nothing_is_written_where_there_is_nothing_to_clear(folder):
@@ -155,6 +195,27 @@ def test_those_who_clear_take_turns(folder):
         assert lock.exists()
     other.join(timeout=20)
     assert not lock.exists()
+
+
+def test_a_process_that_never_ends_its_turn_is_named(folder, capsys, caplog, monkeypatch):
+    """Once the rest waited for it without a word, for ever."""
+    lock = make_lock(folder)
+    turn = folder / ".dstrain-clear.lock"
+    hold = "import sys, time\nfrom pathlib import Path\n"
+    hold += "from dstrain.core.build_locks import taking_turns\n"
+    hold += "with taking_turns(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    monkeypatch.setattr(build_locks, "_REMIND_SECONDS", 0.2)
+    monkeypatch.setattr(build_locks, "_most_seconds", lambda locks: 0.6)
+    with running(sys.executable, "-c", hold, str(turn)) as holder:
+        assert build_locks.clear_stale_locks(folder) == []
+        assert f"Waiting for process {holder.pid}, which has {turn}" in capsys.readouterr().err
+        assert f"process {holder.pid} has kept {turn}" in caplog.text
+        with (
+            pytest.raises(ConfigError, match=f"see what process {holder.pid} does"),
+            build_locks.taking_turns(turn, limit_seconds=0.2),
+        ):
+            pass
+    assert build_locks.clear_stale_locks(folder) == [lock]
 
 
 def _build_in_a_loop(lock, until, lost):

@@ -171,6 +171,42 @@ def test_torch_still_guards_its_builds_with_a_lock_held_open():
     )
 
 
+TORCHS_BATON = """
+import sys, time
+from torch.utils import cpp_extension
+from dstrain.core import build_locks
+from dstrain.engine import ops
+build_locks.SETTLE_SECONDS, build_locks._filesystem = 0.05, lambda path: "ext4"
+build_locks._LOOK_SECONDS = 0.2
+ops.guard_builds()
+ops.guard_builds()  # of each Trainer
+baton = cpp_extension.FileBaton(sys.argv[1])
+print("builds" if baton.try_acquire() else "loads")
+"""
+
+
+def test_torch_takes_over_the_build_of_one_that_was_killed_and_loads_that_of_another(folder):
+    """Where it once waited for ever, or loaded what was not there."""
+    import_is_slow = 120
+    lock = make_lock(folder)
+    command = [sys.executable, "-c", TORCHS_BATON, str(lock)]
+    with subprocess.Popen(["sleep", "12"], cwd=lock.parent) as ninja:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=import_is_slow
+        )
+        assert ninja.poll() is not None
+    assert done.stdout.strip() == "builds", done.stderr
+    assert f"(process {ninja.pid}) goes on after its build was killed" in done.stderr
+    lock.unlink()
+    release_soon = HOLD_LOCK.replace("sleep(60)", "sleep(12); os.remove(sys.argv[1])")
+    with running(sys.executable, "-c", release_soon, str(lock)) as owner:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=import_is_slow
+        )
+    assert done.stdout.strip() == "loads", done.stderr
+    assert f"(process {owner.pid}) builds it" in done.stderr
+
+
 def test_asking_whether_an_op_is_built_needs_no_torch(folder):
     # launch/setup.sh asks at each start, in this way.
     check = (

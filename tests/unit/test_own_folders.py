@@ -173,6 +173,62 @@ def test_a_hidden_link_that_an_older_version_left_goes_once(linked, caplog):
     assert content_of(linked.parent / "archive") == before
 
 
+# --- hidden names --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["replaced", "removing", "writing"])
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_hidden_folder_of_the_users_is_neither_put_back_nor_removed(
+    tmp_path, caplog, kind, has_checkpoint
+):
+    """One with a note in it once became checkpoint-1."""
+    if has_checkpoint:
+        make_checkpoint(tmp_path, 1)
+    folder = theirs(tmp_path / f".checkpoint-1.{kind}-deadbeef", notes_txt="mine")
+    before = content_of(folder)
+    with caplog.at_level(logging.WARNING, logger="dstrain"):
+        folders.recover(tmp_path)
+    assert content_of(folder) == before
+    assert (tmp_path / "checkpoint-1").exists() == has_checkpoint
+    (said,) = caplog.messages
+    assert f"{folder} is left as it is" in said
+
+
+@pytest.mark.parametrize("kind", ["replaced", "removing"])
+def test_a_state_alone_is_no_checkpoint_that_was_to_go(tmp_path, kind):
+    """Such a name dstrain gives to whole checkpoints alone."""
+    folder = theirs(tmp_path / f".checkpoint-1.{kind}-deadbeef/state", run_json="{}").parent
+    folders.recover(tmp_path)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert (folder / "state/run.json").exists()
+
+
+def test_a_removal_that_is_killed_at_any_file_is_ended_later(tmp_path, monkeypatch):
+    """What is left of a checkpoint is known as one until the last file."""
+    import shutil
+
+    names = sorted(p.name for p in make_checkpoint(tmp_path, 1).iterdir())
+    assert len(names) > 2
+    unlink, rmtree = Path.unlink, shutil.rmtree
+    for killed_after in range(len(names)):
+        hidden = tmp_path / ".checkpoint-1.removing-0123abcd"
+        os.rename(make_checkpoint(tmp_path, 1), hidden)
+        left = [killed_after]
+
+        def count(left: list[int] = left) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", lambda p, missing_ok=False: (count(), unlink(p)))
+            patch.setattr(shutil, "rmtree", lambda p: (count(), rmtree(p)))
+            with pytest.raises(KeyboardInterrupt):
+                folders.recover(tmp_path)
+        folders.recover(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
 # --- what is made whole --------------------------------------------------------------------------
 
 

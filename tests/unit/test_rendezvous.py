@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -10,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from dstrain.core.errors import ConfigError
+from dstrain.core.errors import CheckpointError, ConfigError
 from dstrain.core.ranks import Ranks
 from dstrain.engine import rendezvous
-from tests.launch import free_port
+from tests.launch import free_port, quiet_environment, remove_shared_memory
 
 FIRST, SECOND = Ranks(0, 0, 2, 1), Ranks(1, 0, 2, 1)
 NOWHERE = "192.0.2.1"  # reserved for documentation: no machine has it
@@ -100,6 +102,61 @@ def test_rank_0_leaves_the_port_free_again(monkeypatch):
 
 def test_other_ranks_of_a_machine_ask_nobody(monkeypatch):
     check(monkeypatch, Ranks(3, 1, 4, 2), NOWHERE, 70000)
+
+
+GROUP = """
+import sys, time
+from dstrain.core.errors import DstrainError
+from dstrain.engine.startup import start
+try:
+    start(use_cpu=True, timeout_seconds=int(sys.argv[1]))
+except DstrainError as error:
+    print("refused:", error, flush=True)
+    sys.exit(2)
+print("up", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_rank_that_meets_another_runs_ranks_is_one_error(tmp_path):
+    """Two runs with one port: rank 1 of the second finds the store of the first."""
+    port = free_port()
+
+    def rank(number: int, timeout: int, seconds: int) -> subprocess.Popen[str]:
+        facts = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        facts |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return subprocess.Popen(
+            [sys.executable, "-c", GROUP, str(timeout), str(seconds)],
+            env=quiet_environment() | {name: str(value) for name, value in facts.items()},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        )  # fmt: skip
+
+    first = [rank(0, 120, 600), rank(1, 120, 600)]
+    try:
+        for process in first:
+            assert process.stdout is not None
+            assert any(line == "up\n" for line in process.stdout)
+        second = rank(1, 8, 0)
+        told, _ = second.communicate(timeout=200)
+    finally:
+        for process in first:
+            process.kill()
+            process.communicate()
+        remove_shared_memory(port)
+    assert second.returncode == 2, told
+    assert f"refused: the 2 ranks did not meet at MASTER_ADDR=127.0.0.1, port {port}" in told
+    assert "belongs to another run" in told
+    assert "Traceback" not in told, told
+
+
+def test_a_failure_of_gloo_in_the_first_collective_is_told_and_a_users_error_stays(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    told = r"did not meet(.|\n)*connectFullMesh failed"
+    with pytest.raises(ConfigError, match=told), rendezvous.meeting(FIRST):
+        raise RuntimeError("Gloo connectFullMesh failed with [...] no error")
+    with pytest.raises(CheckpointError, match="mine"), rendezvous.meeting(FIRST):
+        raise CheckpointError("mine")
 
 
 def test_the_frames_of_torchs_own_error_are_left_out(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import time
@@ -32,6 +33,55 @@ def test_what_a_killed_run_has_left_holds_nobody_off(tmp_path: Path):
     with RunLock(tmp_path).held():
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def _make(kind: str, path: Path) -> None:
+    if kind == "folder":
+        path.mkdir()
+        (path / "mine").touch()
+    elif kind == "symbolic link":
+        (path.parent / "notes").write_text("mine")
+        path.symlink_to(path.parent / "notes")
+    else:
+        os.mkfifo(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "symbolic link", "special file"])
+def test_what_a_user_has_by_that_name_is_an_error_and_stays(tmp_path: Path, kind: str):
+    """A link was once written through and removed, a folder a bare IsADirectoryError."""
+    path = tmp_path / RUN_LOCK
+    _make(kind, path)
+    before = os.lstat(path)
+    with pytest.raises(CheckpointError, match=f"is a {kind}") as caught, RunLock(tmp_path).held():
+        pass
+    assert str(path) in str(caught.value)
+    assert "move it away" in str(caught.value)
+    assert os.lstat(path) == before
+
+
+def test_a_link_that_leads_nowhere_is_no_way_to_make_a_file(tmp_path: Path):
+    (tmp_path / RUN_LOCK).symlink_to(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="is a symbolic link"), RunLock(tmp_path).held():
+        pass
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_file_with_content_is_not_removed(tmp_path: Path):
+    (tmp_path / RUN_LOCK).write_text("mine")
+    with RunLock(tmp_path).held():
+        pass
+    assert (tmp_path / RUN_LOCK).read_text() == "mine"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_whatever_the_system_says_is_one_error_with_a_remedy(tmp_path: Path, monkeypatch, code):
+    def refuse(*args: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(CheckpointError, match=os.strerror(code)), RunLock(tmp_path).held():
+            pass
 
 
 def test_a_lock_of_another_run_stays_where_the_folder_was_moved(tmp_path: Path):

@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import time
+from collections import namedtuple
 from contextlib import nullcontext
 
 import pytest
@@ -28,11 +29,13 @@ from dstrain.core.secrets import (
 SECRET = "s3cr3t-value"
 
 
+NamedPair = namedtuple("NamedPair", ["user", "password"])
+
 NAMES = """api_key comet.api_key apiKey API-KEY WANDB_API_KEY hub_token push_to_hub_token token
 use_auth_token access_key aws_secret_access_key access_key_id secret client_secret password
 db_password passwd authorization Authorization proxy-authorization credentials HF_TOKEN
 private_key --hub_token --hub-token auth_tokens apikey hf_token secrets session_token
-tracker_token webhook_url basic_auth"""
+tracker_token webhook_url basic_auth pin PIN card_pin userPin pin_code otp wifi_psk"""
 
 
 @pytest.mark.parametrize("name", NAMES.split())
@@ -59,6 +62,8 @@ def test_names_of_credentials(name):
             ("api_key", "auto"),
         ),
         ("include_num_input_tokens_seen", "all"),
+        *(("pin_memory", "x"), ("dataloader_pin_memory", True), ("pin", True), ("mapping", "a")),
+        *(("opinion", "a"), ("pinned", 3), ("spin", "up"), ("pins", 2)),
     ],
 )
 def test_what_is_no_credential(name, value):
@@ -117,6 +122,77 @@ def test_texts_with_a_credential(text):
     shown = hidden_in_text(text)
     assert SECRET not in shown
     assert hidden_in_text(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(("auth", SECRET), [("auth", SECRET)], [["Authorization", SECRET], ["Accept", "x"]]),
+        *({"headers": [("X-Auth-Token", SECRET)]}, {"a": {"b": (("pin", 4711), ("n", 3))}}),
+        *(["hub_token", SECRET], ("auth", ("me", SECRET)), ("auth", {"me": SECRET})),
+        *([("password", "hunter")], {"basic_auth": ("me", SECRET)}, [{"auth": ["me", SECRET]}]),
+        *({"name": "Authorization", "value": SECRET}, [{"key": "api_key", "value": SECRET}]),
+        *(NamedPair("me", SECRET), [("auth", SECRET.encode())], {"pin": 4711}, {"pin": "4711"}),
+    ],
+)
+def test_pairs_of_a_name_and_a_value_hide_it(given):
+    """Headers, items of mappings, basic authentication."""
+    shown = str(without_secrets(given))
+    assert not any(part in shown for part in (SECRET, "4711", "hunter"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["token", "label"], ["input_ids", "token"], ("pin_memory", "true"), [("lr", 1), ("n", "x")],
+     {"name": "token_count", "value": "x"}, {"name": "a", "value": "b"}, ["token"], []],
+)  # fmt: skip
+def test_pairs_without_a_credential_stay(given):
+    """Columns of a table, settings."""
+    assert without_secrets(given) is given
+
+
+OF_COMMANDS = """train.py --hub_token hunter
+train.py --hub_token hunter --lr 1
+train.py --password hunter; echo
+train.py --password hunter > log
+train.py --password=hunter
+train.py --hub_token Hunter2 is used
+train.py --hub_token hunter_two is used
+train.py --hub_token hunterhunterhunterhunter is used
+'--hub_token', 'hunter', 'is'
+--hub_token 'hunter' is wrong
+HF_TOKEN=hunter train.py
+--password hunTer is used"""
+
+
+@pytest.mark.parametrize("text", OF_COMMANDS.splitlines())
+def test_flags_of_commands_in_a_text_hide_their_values(text):
+    """Plain words too, where no sentence goes on after them."""
+    shown = hidden_in_text(text)
+    assert "hunter" not in shown.lower()
+    assert hidden_in_text(shown) == shown
+
+
+OF_SENTENCES = """leave --hub_token out: `export HF_TOKEN=...` before
+--hub_token is wrong
+without --hub_token the Hub refuses
+say `export HF_TOKEN=...` in place of --hub_token, which everybody sees
+pass --password once, or export PASSWORD=*** instead
+use HF_TOKEN=... instead"""
+
+
+@pytest.mark.parametrize("text", OF_SENTENCES.splitlines())
+def test_flags_in_sentences_stay(text):
+    """Our own messages were once garbled."""
+    assert hidden_in_text(text) == text
+
+
+def test_our_own_refusal_of_a_credential_is_readable():
+    """The message that the rule is for."""
+    with pytest.raises(ConfigError) as caught:
+        _refuse_credentials(["--hub_token", SECRET])
+    assert "<HUB_TOKEN>" not in str(caught.value).partition("fix:")[2]
+    assert "HF_TOKEN=..." in str(caught.value)
 
 
 @pytest.mark.parametrize("known", ["hf_" + "aB3" * 10, "ghp_" + "x1Y" * 10, "AKIA" + "ABCD" * 4])
