@@ -21,6 +21,7 @@ from dstrain.engine.leaf import check_leaf_modules, leaf_classes
 from dstrain.engine.lockstep import Lockstep
 from dstrain.engine.metric_schedule import guarded
 from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
+from dstrain.engine.own_passes import OwnPasses, no_second_gradient
 from dstrain.engine.progress_state import read_begun
 from dstrain.engine.quiet import quiet
 from dstrain.engine.registration import MemoryEfficientLinear, ToldInForward, undo_patches
@@ -139,6 +140,7 @@ class Engine:
             clip_scalars_too(self._engine)
         self._repair = repair_if_needed(self.optimizer) if trains else None
         self._sequence = gradient_sequence(self.optimizer, module) if trains else None
+        self._passes = OwnPasses(self._engine, module)
         # What arguments said, to be told from what training makes of it.
         self.begun = read_begun(self) if trains else None
         # As DistributedDataParallel, which sends them unless it is told not to.
@@ -189,12 +191,14 @@ class Engine:
         order = (
             contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss)
         )
-        with order:
+        with self._passes.begun_by(loss), order:
             try:
                 self._engine.backward(loss, scale_wrt_gas=False)
             except RuntimeError as error:
                 if self._lockstep is not None:
                     self._lockstep.explain(error)
+                if self.resolved.stage == 3 and self._passes.has_graph:
+                    raise no_second_gradient() from error
                 raise
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
