@@ -24,6 +24,7 @@ from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, opt
 from dstrain.engine.own_passes import OwnPasses, no_second_gradient
 from dstrain.engine.progress_state import read_begun
 from dstrain.engine.quiet import quiet
+from dstrain.engine.reads_in_parts import watching_reads
 from dstrain.engine.registration import MemoryEfficientLinear, ToldInForward, undo_patches
 from dstrain.engine.scalars import clip_scalars_too, scalars_as_bytes
 from dstrain.engine.sequence import gradient_sequence
@@ -155,7 +156,7 @@ class Engine:
             if self._sequence is not None:
                 self._sequence.before_end = self._lockstep.end_of_backward
         self._compiled_by: dict[str, Any] | None = None
-        self.in_use = self.rests = False
+        self.in_use = self.rests = self._has_computed = False
         self.owner: Callable[[], Callable[[], None] | None] | None = None
         # Ours lives as long as DeepSpeed's, which the hooks on a module hold.
         self._engine.__dict__["engine_of_dstrain"] = self
@@ -182,6 +183,13 @@ class Engine:
         if self._lockstep is not None:
             self._lockstep.close()
         self._engine.compile(backend=backend, compile_kwargs=kwargs)
+
+    def computing_loss(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute the loss of a micro-batch inside; the first one is watched at stage 3."""
+        if self._has_computed or self.resolved.stage != 3:
+            return contextlib.nullcontext()
+        self._has_computed = True
+        return watching_reads(self._engine, self.module)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Back-propagate one micro-batch; ``last`` marks the end of the accumulation window."""
