@@ -139,6 +139,12 @@ class Engine:
         self._norm_by_hand = resolved.stage == 0 and resolved.precision == "fp32"
         if self._norm_by_hand and scalars:
             clip_scalars_too(self._engine)
+        self._clip: Callable[[], object] = _do_nothing
+        self._is_ready = False  # whether gradients are clipped, and their norm known
+        self._norm: torch.Tensor | None = None
+        if self._norm_by_hand and trains and not self._engine.torch_autocast_z0_gradscaler:
+            self._clip = self._engine.clip_fp32_gradients
+            self._engine.clip_fp32_gradients = _do_nothing
         self._repair = repair_if_needed(self.optimizer) if trains else None
         self._sequence = gradient_sequence(self.optimizer, module) if trains else None
         self._passes = OwnPasses(self._engine, module)
@@ -209,13 +215,30 @@ class Engine:
                     raise no_second_gradient() from error
                 raise
 
+    def clip(self, *, want_norm: bool = False) -> None:
+        """Clip gradients where they are torch's (stage 0 in fp32), so that callbacks may go on.
+
+        transformers clips before ``on_pre_optimizer_step``. Elsewhere DeepSpeed clips in ``step``
+        what nobody else can reach.
+
+        Args:
+            want_norm: whether ``step`` will be asked for the norm of before.
+        """
+        if self._is_ready:
+            return
+        self._is_ready = True
+        if want_norm and self._norm_by_hand:
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(grads)
+        if self._engine.gradient_clipping() > 0:
+            self._clip()
+
     def step(self, *, want_norm: bool = False) -> StepOutcome:
         """Clip, update weights and schedule, clear gradients; first make buffers agree."""
         self.buffers.after_micro_batches()
-        norm: torch.Tensor | float | None = None
-        if want_norm and self._norm_by_hand:
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
+        self.clip(want_norm=want_norm)
+        norm: torch.Tensor | float | None = self._norm
+        self._is_ready, self._norm = False, None
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()

@@ -263,10 +263,12 @@ class TrainLoop:
             self.agree()
         self.computing = False
         learning_rate = self.engine.learning_rates()[0]
+        wants_norm = self._logs_after(window)
+        self.engine.clip(want_norm=wants_norm)
         self.hooks.event("on_pre_optimizer_step")
         self.preemption.ask()
         self.place.enter("the optimizer's step", in_step=True)
-        outcome = self.engine.step(want_norm=self._logs_after(window))
+        outcome = self.engine.step(want_norm=wants_norm)
         self.hooks.event("on_optimizer_step")
         self.progress = self.progress.advance(samples=window.num_samples, tokens=tokens)
         self.samples_seen += window.num_samples
