@@ -35,7 +35,7 @@ from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.resumable import Resumable
 from dstrain.data.samples import batch_size
 from dstrain.data.settle import inherit_findings, num_shares, settle
-from dstrain.data.targets import TokenCount, input_tokens, to_device
+from dstrain.data.targets import TokenCount, empty_columns, input_tokens, to_device
 from dstrain.data.together import in_step
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "Window",
     "batch_size",
     "build_loader",
+    "empty_columns",
     "end_processes",
     "fetches_ahead",
     "forward_columns",

@@ -127,7 +127,7 @@ def _settle_stream(
                 "give all ranks the same stream, or each a part of its own that begins otherwise",
             )
         )
-    if verdict.found == ALIKE:
+    if not stream.split:
         columns = used_columns(stream.collate)
         stream.watch = StreamWatch(what, columns, stream.read_again, noisy=verdict.noisy)
     if stream.topology.rank == 0:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from dstrain.core.log import get_logger
-from dstrain.data.samples import batch_size
+from dstrain.data.loss_rule import IGNORED
+from dstrain.data.samples import batch_size, columns_of
 
 logger = get_logger(__name__)
 
@@ -59,6 +60,27 @@ class TokenCount:
                 "attention_mask, and no padding token is known"
             )
         return input_tokens(inputs, self._main_input)
+
+
+def empty_columns(inputs: Any) -> frozenset[str]:
+    """Return the columns of labels without a single target, in a batch in host memory.
+
+    Every label of such a column is ignored, or NaN, and so a mean over it is 0/0. Only of a column
+    that begins with such a label is more than one element looked at, and of none on a device, which
+    one would have to wait for.
+    """
+    return frozenset(name for name, values in columns_of(inputs) if _has_no_target(values))
+
+
+def _has_no_target(values: torch.Tensor) -> bool:
+    plain = values.device.type == "cpu" and values.layout is torch.strided and not values.is_nested
+    if not plain or not values.numel() or values.dtype == torch.bool or values.is_complex():
+        return False
+    first = values[(0,) * values.dim()].item()
+    if first != IGNORED and first == first:
+        return False
+    ignored = values.isnan() if values.is_floating_point() else values == IGNORED
+    return bool(ignored.all())
 
 
 def to_device(inputs: Any, device: Any, *, float_dtype: torch.dtype | None) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
+from dstrain.core.ranks import broadcast_object, gather_objects
 from dstrain.data.alike import (
     DIFFERENT,
     MOST_SAMPLES,
@@ -32,6 +33,9 @@ WATCHED_SAMPLES = 64
 _FIRST_WINDOW = MOST_SAMPLES + 2  # samples
 _LONG_WINDOW = 3 * MOST_SAMPLES
 _NUM_BITS = 48
+# Noise that takes one of a few hundred values would do as much, without one of them twice in 64
+# samples of either rank, once in more than ten thousand streams.
+_FEWEST_MOVED = 12
 
 ReadAgain = Callable[[int], "list[Any] | None"]
 
@@ -126,6 +130,8 @@ class StreamWatch:
             self._num_alike = self._num_told
         elif is_last or self._num_told - self._num_judged >= MOST_SAMPLES:
             self._compare(group, is_last=is_last)
+        if is_last and self._noisy:
+            self._compare_order(group)
         if is_last:
             self.is_over = True
             self._begin_anew(num_steps=0)
@@ -162,6 +168,29 @@ class StreamWatch:
         self._noisy |= differing - found.rare
         self._digest, self._num_alike, self._num_judged = "", self._num_told, self._num_told
 
+    def _compare_order(self, group: Any) -> None:
+        """Find out whether what was taken for noise is another order of samples; a collective.
+
+        The main rank sends what it has seen, which does not grow with the number of ranks.
+        """
+        mine = by_field(self._looks)
+        theirs = broadcast_object(mine, group=group)
+        counts = gather_objects(num_moved(mine, theirs), group=group)
+        most = max(counts)
+        if most >= _FEWEST_MOVED:
+            rank = counts.index(most)
+            raise DataError(
+                Problem(
+                    f"{self._what} is read in another order on rank {rank} than on rank 0: {most} "
+                    f"of its first {len(self._looks)} samples are among those of rank 0, at other "
+                    "places",
+                    "of a stream that all ranks read each takes its share by the place of a "
+                    "sample: some samples would be used twice and others never",
+                    "shuffle it with the same seed on all ranks, or not at all; "
+                    "dispatch_batches=True lets the main rank read a whole stream for all",
+                )
+            )
+
     def _differs(self, why: str) -> DataError:
         return DataError(
             Problem(
@@ -175,6 +204,26 @@ class StreamWatch:
                 "dispatch_batches=True lets the main rank read a whole stream for all",
             )
         )
+
+
+def num_moved(mine: Look, theirs: Look) -> int:
+    """Count the samples of this rank that the main rank has read at other places.
+
+    Noise that happens to be the same at two places would also be the same twice on one rank. So
+    where a rank has a sample twice nothing is counted, and nothing where a column tells that the
+    order is the same.
+    """
+    fields = sorted(set(without_count(mine)) & set(theirs))
+    mine, theirs = {f: mine[f] for f in fields}, {f: theirs[f] for f in fields}
+    if not fields or Differences(mine, theirs).have_column_in_common():
+        return 0
+    here, there = [
+        [repr(sample) for sample in zip(*look.values(), strict=True)] for look in (mine, theirs)
+    ]
+    places = {sample: place for place, sample in enumerate(there)}
+    if len(places) < len(there) or len(set(here)) < len(here):
+        return 0
+    return sum(places.get(sample, place) != place for place, sample in enumerate(here))
 
 
 def find_other_samples(mine: Look, theirs: Look) -> Finding | None:

@@ -21,8 +21,10 @@ from dstrain.engine.leaf import check_leaf_modules, leaf_classes
 from dstrain.engine.lockstep import Lockstep
 from dstrain.engine.metric_schedule import guarded
 from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
+from dstrain.engine.own_passes import OwnPasses, no_second_gradient
 from dstrain.engine.progress_state import read_begun
 from dstrain.engine.quiet import quiet
+from dstrain.engine.reads_in_parts import watching_reads
 from dstrain.engine.registration import MemoryEfficientLinear, ToldInForward, undo_patches
 from dstrain.engine.scalars import clip_scalars_too, scalars_as_bytes
 from dstrain.engine.sequence import gradient_sequence
@@ -137,8 +139,15 @@ class Engine:
         self._norm_by_hand = resolved.stage == 0 and resolved.precision == "fp32"
         if self._norm_by_hand and scalars:
             clip_scalars_too(self._engine)
+        self._clip: Callable[[], object] = _do_nothing
+        self._is_ready = False  # whether gradients are clipped, and their norm known
+        self._norm: torch.Tensor | None = None
+        if self._norm_by_hand and trains and not self._engine.torch_autocast_z0_gradscaler:
+            self._clip = self._engine.clip_fp32_gradients
+            self._engine.clip_fp32_gradients = _do_nothing
         self._repair = repair_if_needed(self.optimizer) if trains else None
         self._sequence = gradient_sequence(self.optimizer, module) if trains else None
+        self._passes = OwnPasses(self._engine, module)
         # What arguments said, to be told from what training makes of it.
         self.begun = read_begun(self) if trains else None
         # As DistributedDataParallel, which sends them unless it is told not to.
@@ -153,7 +162,7 @@ class Engine:
             if self._sequence is not None:
                 self._sequence.before_end = self._lockstep.end_of_backward
         self._compiled_by: dict[str, Any] | None = None
-        self.in_use = self.rests = False
+        self.in_use = self.rests = self._has_computed = False
         self.owner: Callable[[], Callable[[], None] | None] | None = None
         # Ours lives as long as DeepSpeed's, which the hooks on a module hold.
         self._engine.__dict__["engine_of_dstrain"] = self
@@ -181,6 +190,13 @@ class Engine:
             self._lockstep.close()
         self._engine.compile(backend=backend, compile_kwargs=kwargs)
 
+    def computing_loss(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute the loss of a micro-batch inside; the first one is watched at stage 3."""
+        if self._has_computed or self.resolved.stage != 3:
+            return contextlib.nullcontext()
+        self._has_computed = True
+        return watching_reads(self._engine, self.module)
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Back-propagate one micro-batch; ``last`` marks the end of the accumulation window."""
         if self._repair is not None:
@@ -189,21 +205,40 @@ class Engine:
         order = (
             contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss)
         )
-        with order:
+        with self._passes.begun_by(loss), order:
             try:
                 self._engine.backward(loss, scale_wrt_gas=False)
             except RuntimeError as error:
                 if self._lockstep is not None:
                     self._lockstep.explain(error)
+                if self.resolved.stage == 3 and self._passes.has_graph:
+                    raise no_second_gradient() from error
                 raise
+
+    def clip(self, *, want_norm: bool = False) -> None:
+        """Clip gradients where they are torch's (stage 0 in fp32), so that callbacks may go on.
+
+        transformers clips before ``on_pre_optimizer_step``. Elsewhere DeepSpeed clips in ``step``
+        what nobody else can reach.
+
+        Args:
+            want_norm: whether ``step`` will be asked for the norm of before.
+        """
+        if self._is_ready:
+            return
+        self._is_ready = True
+        if want_norm and self._norm_by_hand:
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(grads)
+        if self._engine.gradient_clipping() > 0:
+            self._clip()
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
         """Send buffers that change, clip, update weights and schedule, and clear gradients."""
         self.buffers.after_micro_batches()
-        norm: torch.Tensor | float | None = None
-        if want_norm and self._norm_by_hand:
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
+        self.clip(want_norm=want_norm)
+        norm: torch.Tensor | float | None = self._norm
+        self._is_ready, self._norm = False, None
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()

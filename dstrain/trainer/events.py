@@ -9,12 +9,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dstrain.core.log import get_logger
 from dstrain.reporting import progress_callback, set_tensorboard_folder, tracker_callbacks
 from dstrain.trainer.freezing import LOOKS_AFTER, FreezeWatch
 from dstrain.trainer.preemption import EvaluationStopped
 
 if TYPE_CHECKING:
     from dstrain.trainer.trainer import Trainer
+
+
+logger = get_logger(__name__)
 
 
 class Events:
@@ -149,7 +153,29 @@ class Events:
         control.should_training_stop = control.should_epoch_stop = False
         if trainer.ranks.is_main:
             self._freezing = FreezeWatch(trainer.model, trainer.get_optimizer_group)
+            self._warn_of_parts()
         self.hold(loader)
+
+    def _warn_of_parts(self) -> None:
+        """Say that gradients are in parts, where a callback may look for them."""
+        from dstrain.reporting import compat
+
+        stage, plain = self._trainer.resolved.stage, compat.TrainerCallback.on_pre_optimizer_step
+        names = [
+            type(callback).__name__
+            for callback in self.handler.callbacks
+            if type(callback).on_pre_optimizer_step is not plain
+        ]
+        if stage == 0 or not names:
+            return
+        logger.warning(
+            "%s has on_pre_optimizer_step, and at ZeRO stage %d gradients are partitioned: "
+            "parameter.grad is None there, and code that reads or changes it does nothing. To read "
+            "gradients call deepspeed.utils.safe_get_full_grad(parameter), on all ranks; to change "
+            "them set zero_stage to 0",
+            ", ".join(names),
+            stage,
+        )
 
     def hold(self, loader: Any) -> None:
         """Give callbacks the model, optimizer, schedule and training loader in use, or let go."""

@@ -20,6 +20,7 @@ from dstrain.data import (
     MicroBatch,
     TokenCount,
     Window,
+    empty_columns,
     fetches_ahead,
     is_ours,
     keep_source_states,
@@ -257,13 +258,16 @@ class TrainLoop:
         )
         losses: list[torch.Tensor] = []
         tokens = 0
+        empty: frozenset[str] = frozenset()
         self.computing = True
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             self.place.enter(f"micro-batch {index + 1}", in_step=True)
             loss = self._forward_backward(micro_batch, index, last=last)
             losses.append(loss.detach().clone())  # a CUDA graph writes the next into its place
-            tokens += 0 if micro_batch.masked else self.count_tokens(micro_batch.inputs)
+            if not micro_batch.masked:
+                tokens += self.count_tokens(micro_batch.inputs)
+                empty |= empty_columns(micro_batch.inputs)
             if not last:
                 self.hooks.event("on_substep_end")
         self.micro_step.weights, self.micro_step.looks_again = None, False
@@ -273,10 +277,12 @@ class TrainLoop:
             self.agree()
         self.computing = False
         learning_rate = self.engine.learning_rates()[0]
+        wants_norm = self._logs_after(window)
+        self.engine.clip(want_norm=wants_norm)
         self.hooks.event("on_pre_optimizer_step")
         self.preemption.ask()
         self.place.enter("the optimizer's step", in_step=True)
-        outcome = self.engine.step(want_norm=self._logs_after(window))
+        outcome = self.engine.step(want_norm=wants_norm)
         self.hooks.event("on_optimizer_step")
         self.progress = self.progress.advance(samples=window.num_samples, tokens=tokens)
         self.samples_seen += window.num_samples
@@ -287,23 +293,26 @@ class TrainLoop:
             weights.totals,
             step=self.progress.step,
             num_tokens=tokens,
+            empty=empty,
         )
         if not outcome.applied:
-            self._note_skipped()
+            self._note_skipped(empty)
         if self.plan.empty_cache_steps and self.progress.step % self.plan.empty_cache_steps == 0:
             empty_cache()
         self.state.global_step = self.progress.step
         self.state.epoch = self._epoch_position(window)
         return outcome, learning_rate
 
-    def _note_skipped(self) -> None:
+    def _note_skipped(self, empty: frozenset[str]) -> None:
         """Count a step that changed nothing, as fp16 takes to find its loss scale."""
         self.skipped_steps += 1
         what = f"step {self.progress.step} skipped: its gradients were not finite"
         if self.engine.loss_scale() is None:
             if self.plan.nan_loss == "stop":
                 self._note(self._meter.read())  # a loss that was no number says more
-            self._bad_number(what, "no loss scale will be lowered: the next steps may be no better")
+            why = "no loss scale will be lowered: the next steps may be no better"
+            names = {name for of_rank in gather_objects(empty) for name in of_rank}
+            self._bad_number(what, why, tuple(sorted(names)))
         elif self.ranks.is_main:
             logger.warning("%s", what)
 
@@ -482,9 +491,10 @@ class TrainLoop:
         self._bad_number(
             f"the training loss was NaN or infinite at step {reading.first_bad_step}",
             f"seen when step {self.progress.step} was logged; what was trained since may be spoilt",
+            reading.empty_columns,
         )
 
-    def _bad_number(self, what: str, why: str) -> None:
+    def _bad_number(self, what: str, why: str, empty: tuple[str, ...]) -> None:
         """Stop the run, or go on with a warning where ``nan_loss`` says so; on all ranks alike.
 
         Raises:
@@ -494,6 +504,8 @@ class TrainLoop:
             if self.ranks.is_main:
                 logger.warning("%s; going on, as nan_loss='continue' says", what)
             return
+        if empty:
+            raise TrainingError(_mean_over_nothing(what, empty))
         raise TrainingError(
             Problem(
                 what,
@@ -520,6 +532,18 @@ class TrainLoop:
         return self.progress.epoch + min(
             1.0, self.progress.steps_in_epoch / self.plan.steps_per_epoch
         )
+
+
+def _mean_over_nothing(what: str, empty: tuple[str, ...]) -> Problem:
+    """Say what a loss that is no number probably comes of, where label columns had no target."""
+    names = ", ".join(empty)
+    return Problem(
+        f"{what}; {names} held no target in one of its micro-batches",
+        "all labels there are ignored (-100, or NaN), and a mean over them is 0/0",
+        "let the loss leave out such rows: sum over the targets of each column and divide by "
+        "max(1, their number); or give every micro-batch a target of each. If the loss does that, "
+        "lower learning_rate or check the data around that step. nan_loss='continue' would go on",
+    )
 
 
 def _no_sample(epoch: int) -> DataError:

@@ -29,6 +29,7 @@ class Reading:
         num_tokens: input tokens.
         seconds: wall-clock time.
         first_bad_step: the first step of the run with a NaN or infinite loss, or None.
+        empty_columns: columns of its batches that held no target in some micro-batch.
     """
 
     loss: float
@@ -37,6 +38,7 @@ class Reading:
     num_tokens: int
     seconds: float
     first_bad_step: int | None
+    empty_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class _Window:
         losses: of this rank's micro-batches, with one element for each part of the loss.
         counts: the targets of each part.
         totals: those of the window over all ranks; a tensor where they are still on the device.
+        empty: columns of this rank's batches without a target in some micro-batch.
     """
 
     step: int
     losses: list[torch.Tensor]
     counts: list[tuple[int, ...]]
     totals: torch.Tensor | float
+    empty: frozenset[str] = frozenset()
 
     def share(self, numbers: Iterator[float]) -> float:
         """Add up this rank's share of the global batch's loss.
@@ -90,6 +94,7 @@ class TrainMeter:
         self._loss = 0.0
         self._finite = 0
         self._bad = -1
+        self._empty: frozenset[str] = frozenset()  # of the first bad step
         self._steps = 0
         self._tokens = 0
         self._since = time.perf_counter()
@@ -102,6 +107,7 @@ class TrainMeter:
         *,
         step: int,
         num_tokens: int,
+        empty: frozenset[str] = frozenset(),
     ) -> None:
         """Add a step: the mean losses of this rank's micro-batches, and what they weigh.
 
@@ -112,8 +118,9 @@ class TrainMeter:
                 counts / totals.
             step: of the run.
             num_tokens: input tokens of this rank.
+            empty: columns that held no target in some micro-batch of this rank.
         """
-        self._windows.append(_Window(step, losses, counts, totals))
+        self._windows.append(_Window(step, losses, counts, totals, empty))
         self._steps += 1
         self._tokens += num_tokens
         if len(self._windows) >= _MOST_WINDOWS:
@@ -127,7 +134,7 @@ class TrainMeter:
             share = window.share(numbers)
             finite = math.isfinite(share)
             if not finite and self._bad < 0:
-                self._bad = window.step
+                self._bad, self._empty = window.step, window.empty
             self._finite += finite
             self._loss += share if finite or not self._filter else 0.0
 
@@ -139,7 +146,7 @@ class TrainMeter:
         mean = self._loss / steps if steps else math.nan
         mine = torch.tensor([mean, self._bad >= 0, self._tokens], dtype=torch.float64)
         loss, num_bad, tokens = sum_over_ranks(mine.to(self._device)).tolist()
-        first_bad = self._first_bad_step() if num_bad else None
+        first_bad, empty = self._first_bad_step() if num_bad else (None, ())
         now = time.perf_counter()
         reading = Reading(
             loss=loss,
@@ -148,8 +155,10 @@ class TrainMeter:
             num_tokens=int(tokens),
             seconds=now - self._since,
             first_bad_step=first_bad,
+            empty_columns=empty,
         )
         self._loss, self._finite, self._bad = 0.0, 0, -1
+        self._empty = frozenset()
         self._steps = self._tokens = 0
         self._since = now
         return reading
@@ -183,10 +192,14 @@ class TrainMeter:
         """Leave time that was not training (an evaluation, a save) out of the speed."""
         self._since += seconds
 
-    def _first_bad_step(self) -> int:
+    def _first_bad_step(self) -> tuple[int, tuple[str, ...]]:
+        """Return it, and the columns that held no target there, of all ranks."""
         from dstrain.core.ranks import gather_objects
 
-        return min(s for s in gather_objects(self._bad) if s >= 0)
+        told = gather_objects((self._bad, self._empty))
+        found = [(step, names) for step, names in told if step >= 0]
+        first = min(step for step, _ in found)
+        return first, tuple(sorted({n for step, names in found if step == first for n in names}))
 
 
 def _read(parts: list[torch.Tensor | float]) -> Iterator[float]:

@@ -115,6 +115,7 @@ class StepHooks:
             self._computing_loss(inputs),
             self.compute_loss_context_manager(),
             self._watching_loss(loaded, inputs) as seen,
+            engine.computing_loss(),
         ):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             check_loss(loss, self.compute_loss_func or type(self).compute_loss)

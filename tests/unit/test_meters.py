@@ -181,9 +181,13 @@ def test_the_first_bad_step_is_that_of_any_rank(monkeypatch):
     """The NaN may be in the data of another rank."""
     monkeypatch.setattr(meters, "sum_over_ranks", lambda t: t + torch.tensor([0.0, 1.0, 0.0]))
     monkeypatch.setattr(
-        "dstrain.core.ranks.gather_objects", lambda own: [own, 4, -1, 2], raising=True
+        "dstrain.core.ranks.gather_objects",
+        lambda own: [own, (4, {"b"}), (-1, {"c"}), (2, {"two", "one"})],
+        raising=True,
     )
-    assert metered([1.0, 1.0, math.nan]).read().first_bad_step == 2
+    reading = metered([1.0, 1.0, math.nan]).read()
+    assert reading.first_bad_step == 2
+    assert reading.empty_columns == ("one", "two")
 
 
 # --- speed ---------------------------------------------------------------------------------------
