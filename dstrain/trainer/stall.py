@@ -51,10 +51,10 @@ _MOST_LINES = 16
 _TIMED_OUT = ("Timed out waiting", "collective operation timeout")
 _LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_HOME = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 _COLLECTIVES = (
-    os.path.join("", "torch", "distributed", ""),
-    os.path.join("", "deepspeed", "comm", ""),
+    os.path.join(os.sep, "torch", "distributed", ""),
+    os.path.join(os.sep, "deepspeed", "comm", ""),
     os.path.join(_HOME, "core", "ranks.py"),
 )
 _DEBUGGERS = ("pdb.py", "bdb.py")
@@ -348,7 +348,8 @@ class StallWatch:
         """End the process; the main thread cannot, as it waits in C++ code."""
         if told:
             print(f"\ndstrain: error: {told}", file=sys.stderr, flush=True)
-            time.sleep(2 * _LOOK_SECONDS)  # the others ask this rank for the verdict
+        if told or self._ranks.is_main:
+            time.sleep(2 * _LOOK_SECONDS)  # others still ask for the verdict in rank 0's store
         forget_shared_memory()
         note_end(STALLED)
         for stream in (sys.stdout, sys.stderr):
