@@ -32,7 +32,8 @@ from dstrain.engine.shared_memory import let_go_of_names
 from dstrain.engine.stage_zero import repair_if_needed
 from dstrain.engine.startup import device_type
 from dstrain.engine.traces import forget_modules, leaves_of, untie
-from dstrain.engine.zero import has_scalars, is_partitioned, shown_in_parts
+from dstrain.engine.weight_changes import WeightChanges
+from dstrain.engine.zero import has_scalars, is_partitioned, keep_whole, shown_in_parts
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
@@ -61,6 +62,7 @@ class Engine:
     A module has one engine at a time: building another lets go of the one before.
 
     Attributes:
+        changes: takes over weights that code of the user's changes; None where none are lost.
         in_use: whether a training is running, so that the engine cannot be let go.
         rests: whether the module is free of the engine, which can still be read.
         owner: leads to what lets go of the engine in good order, as long as that exists; or None.
@@ -115,6 +117,7 @@ class Engine:
         self._leaves = leaves_of(module)
         self._linear: MemoryEfficientLinear | None = None
         self._told: ToldInForward | None = None
+        self.changes: WeightChanges | None = None
         self._lockstep: Lockstep | None = None
         process_wide.take_up(module, resolved)
         try:
@@ -166,6 +169,9 @@ class Engine:
         self.owner: Callable[[], Callable[[], None] | None] | None = None
         # Ours lives as long as DeepSpeed's, which the hooks on a module hold.
         self._engine.__dict__["engine_of_dstrain"] = self
+        # In fp32 at stage 0 the optimizer has the model's weights themselves.
+        if trains and (resolved.stage > 0 or resolved.precision != "fp32"):
+            self.changes = WeightChanges(self)
         alive.note(self)
 
     @property
@@ -183,6 +189,8 @@ class Engine:
         """Compile the module's forward in place: names of its parameters stay the same."""
         kwargs = {} if mode is None else {"mode": mode}
         self._compiled_by = {"backend": backend, **kwargs}
+        if self.changes is not None:
+            self.changes.knows_step = True  # nothing of torch's is called there to be seen
         if self._told is not None:  # hooks of the module would be compiled with it
             self._told.remove()
             self._told = ToldInForward(self._engine, self.resolved)
@@ -236,6 +244,8 @@ class Engine:
     def step(self, *, want_norm: bool = False) -> StepOutcome:
         """Send buffers that change, clip, update weights and schedule, and clear gradients."""
         self.buffers.after_micro_batches()
+        if self.changes is not None:
+            self.changes.before_step()
         self.clip(want_norm=want_norm)
         norm: torch.Tensor | float | None = self._norm
         self._is_ready, self._norm = False, None
@@ -309,6 +319,7 @@ class Engine:
         """
         if self._engine is None:
             return
+        keep_whole(self.module.parameters())
         self._engine.destroy()
         if not self.rests:
             self._untie()
@@ -328,6 +339,8 @@ class Engine:
 
     def _untie(self) -> None:
         """Remove all that DeepSpeed has put on the module, and what it keeps in the process."""
+        if self.changes is not None:
+            self.changes.close()
         if self._told is not None:
             self._told.remove()
         if self._lockstep is not None:

@@ -23,6 +23,8 @@ def save_native(engine: Engine, folder: Path, tag: str) -> None:
         ModelError: a rank could not write; raised on every rank.
     """
     failures: list[Exception] = []
+    if engine.changes is not None:
+        engine.changes.take_over()
     with quiet(), _to_the_end(engine.model, failures):
         engine.model.save_checkpoint(str(folder), tag=tag, save_latest=False)
     with all_or_none():

@@ -156,6 +156,8 @@ def regions(engine: Engine) -> list[Region]:
     Raises:
         CheckpointError: state on NVMe, experts or a wrapper whose layout is not known.
     """
+    if engine.changes is not None:
+        engine.changes.take_over()  # whoever asks is to read the weights as they are
     names = {id(p): name for name, p in engine.module.named_parameters()}
     order = {name: index for index, name in enumerate(names.values())}
     found = list(_optimized(engine.optimizer, names))

@@ -11,7 +11,6 @@ import torch
 
 from dstrain.config import ResolvedConfig
 from dstrain.engine import compat
-from dstrain.engine.lost_changes import LostChanges
 
 
 class StageTold:
@@ -82,16 +81,12 @@ class ToldInForward:
 
     LayerDrop (Wav2Vec2 and its kind) must run a layer on all ranks or on none, and AdaLoRA gathers
     parameters for its regularisation; both ask transformers. No model is built in there.
-
-    The first forward pass with gradients is watched for changes of parameters that would be lost.
     """
 
     def __init__(self, module: torch.nn.Module, resolved: ResolvedConfig) -> None:
         """Hook ``module``: a model, or the engine around it."""
         self._resolved = resolved
         self._told: list[StageTold] = []
-        self._watches: list[LostChanges] = []
-        self._to_watch: torch.nn.Module | None = None if _is_compiled(module) else module
         self._hooks = (
             module.register_forward_pre_hook(self._begin, prepend=True),
             module.register_forward_hook(self._end, always_call=True),
@@ -106,21 +101,10 @@ class ToldInForward:
 
     def _begin(self, *_: object) -> None:
         self._told.append(StageTold(3, self._resolved.to_deepspeed))
-        if self._to_watch is not None and torch.is_grad_enabled():
-            watch = LostChanges(self._to_watch)
-            self._to_watch = None
-            watch.__enter__()
-            self._watches.append(watch)
 
     def _end(self, *_: object) -> None:
-        if self._watches:
-            self._watches.pop().__exit__(None, None, None)
         if self._told:
             self._told.pop().close()
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    return any(getattr(part, "_compiled_call_impl", None) for part in module.modules())
 
 
 # --- torch.nn.functional.linear ------------------------------------------------------------------

@@ -46,6 +46,41 @@ def own_partition(parameter: torch.Tensor) -> torch.Tensor | None:
     return cast(torch.Tensor, share.detach())
 
 
+def is_whole_now(parameter: Any) -> bool:
+    """Return whether a partitioned parameter has all its elements at this moment."""
+    return parameter.ds_status.name == "AVAILABLE" and parameter.shape == parameter.ds_shape
+
+
+@torch.no_grad()
+def updated_share(parameter: Any) -> torch.Tensor | None:
+    """``own_partition``, with the present values of a parameter that is whole now."""
+    import torch.distributed as dist
+
+    share = own_partition(parameter)
+    if share is not None and is_whole_now(parameter):
+        size = int(parameter.partition_numel())
+        start = min(dist.get_rank(group=parameter.ds_process_group) * size, parameter.ds_numel)
+        values = parameter.detach().reshape(-1)[start : start + size]
+        share[: values.numel()].copy_(values)
+    return share
+
+
+def keep_whole(parameters: Iterable[Any]) -> None:
+    """Keep what a user has changed, after a training, in parameters that are whole between steps.
+
+    DeepSpeed leaves small ones so, and takes them apart without a look at their values. Grows with
+    the number of parameters; no rank waits for another.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    for parameter in parameters:
+        kept = is_partitioned(parameter) and getattr(parameter, "ds_persist", False)
+        if kept and is_whole_now(parameter):
+            updated_share(parameter)
+
+
 def full_numel(parameter: Any) -> int:
     """Return the number of elements of the whole parameter."""
     return int(parameter.ds_numel if is_partitioned(parameter) else parameter.numel())
@@ -95,6 +130,7 @@ def gathered(
         return
     import deepspeed
 
+    keep_whole(split)
     whole = deepspeed.zero.GatheredParameters(split, modifier_rank=write_from)
     whole.enable_sanity_checks &= checks
     sends_scalars = write_from is not None and has_scalars(split)

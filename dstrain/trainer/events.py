@@ -63,11 +63,18 @@ class Events:
         if name == "on_prediction_step":
             self.handler.eval_dataloader = kwargs.pop("eval_dataloader", None)
         extra = (kwargs.pop(positional),) if positional else ()
-        self.control = event(trainer.args, trainer.state, self.control, *extra, **kwargs)
+        with self._taking_changes():
+            self.control = event(trainer.args, trainer.state, self.control, *extra, **kwargs)
         trainer.control = self.control
         if self._freezing is not None and name in LOOKS_AFTER:
             self._freezing.look()
         return self.control
+
+    def _taking_changes(self) -> contextlib.AbstractContextManager[None]:
+        """Let weights that callbacks change inside be those that training goes on with."""
+        engine = self._trainer._engines.training
+        changes = None if engine is None or engine.rests else engine.changes
+        return contextlib.nullcontext() if changes is None else changes.in_callbacks()
 
     @contextlib.contextmanager
     def reports_held(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -326,7 +327,9 @@ class TrainLoop:
         step.index, step.last, step.parts = index, last, None
         step.num_samples, step.inputs = micro_batch.num_samples, inputs
         told = self.targets.told(inputs, micro_batch.num_samples, counts=counts)
-        with self.cache.as_asked():
+        changes = self.engine.changes
+        watch = contextlib.nullcontext() if changes is None else changes.in_training_step()
+        with self.cache.as_asked(), watch:
             loss = self.hooks.training_step(self.engine.model, inputs, told)
         step.inputs = None
         if not micro_batch.masked:
