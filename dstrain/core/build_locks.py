@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import importlib.util
 import logging
 import os
 import sys
@@ -56,14 +58,32 @@ def clear_stale_locks(folder: Path) -> list[Path]:
     one machine cannot see each other either, and cannot be told apart: give each its own.
 
     A lock that cannot be removed is a warning: this run may not need the op.
+
+    Does nothing where torch's locks are the kernel's, which end with their process.
     """
     cleared: list[Path] = []
+    if not torch_leaves_locks():
+        return cleared
     locks = [lock for lock in _locks(folder) if _may_be_stale(lock, says=True) is not None]
     try:
         _clear(folder, locks, cleared)
     except ConfigError as error:
         logger.warning("%s", error)
     return cleared
+
+
+@functools.cache
+def torch_leaves_locks() -> bool:
+    """Tell whether the installed torch guards a build by a file that a killed process leaves.
+
+    Releases from 2.15 on lock an open file instead, which stays and means nothing. torch is not
+    imported.
+    """
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return True
+    code = Path(torch.origin).parent / "utils" / "cpp_extension.py"
+    return not code.is_file() or "FileBaton" in code.read_text(encoding="utf-8")
 
 
 def wait_for_build(lock: Path) -> bool:

@@ -27,7 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.core.build_locks import clear_stale_locks, taking_turns, wait_for_build
+from dstrain.core.build_locks import (
+    clear_stale_locks,
+    taking_turns,
+    torch_leaves_locks,
+    wait_for_build,
+)
 from dstrain.core.errors import ConfigError, DstrainError, Problem, nearest
 
 
@@ -156,8 +161,11 @@ def guard_builds() -> None:
     """Have torch wait for a build by another process in our way; for this process, once.
 
     torch's own waits without a word or a limit for the file `lock`, also where its owner was
-    killed, and then loads what that has not built.
+    killed, and then loads what that has not built. Nothing is to be done where torch locks an open
+    file: no lock outlives its process there.
     """
+    if not torch_leaves_locks():
+        return
     from torch.utils import cpp_extension, file_baton
 
     if cpp_extension.FileBaton is not file_baton.FileBaton:

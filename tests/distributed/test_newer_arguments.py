@@ -129,7 +129,9 @@ def test_a_cache_is_filled_in_training_where_it_is_asked_for(used: bool, tmp_pat
     model.config.use_cache = not used
     seen: list[bool] = []
     model.model.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["past_key_values"] is not None),
+        lambda module, args, kwargs: seen.append(
+            kwargs.get("past_key_values", kwargs.get("cache")) is not None
+        ),
         with_kwargs=True,
     )
     run(tmp_path, model=model, use_cache=used, train=4, max_steps=1)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from dstrain.core.build_locks import torch_leaves_locks
 from dstrain.core.errors import ConfigError
 from dstrain.engine import ops
 from tests.unit.test_build_locks import HOLD_LOCK, folder, make_lock, running
@@ -161,6 +162,12 @@ def test_ninja_of_an_unactivated_venv_comes_before_the_systems(monkeypatch, tmp_
     assert os.environ["PATH"] == path
 
 
+LEAVES_LOCKS = pytest.mark.skipif(
+    not torch_leaves_locks(), reason="torch's locks are the kernel's, and end with their process"
+)
+
+
+@LEAVES_LOCKS
 def test_torch_still_guards_its_builds_with_a_lock_held_open():
     # All of clear_stale_locks stands on this.
     import inspect
@@ -185,6 +192,7 @@ print("builds" if baton.try_acquire() else "loads")
 """
 
 
+@LEAVES_LOCKS
 def test_torch_takes_over_the_build_of_one_that_was_killed_and_loads_that_of_another(folder):
     """Where it once waited for ever, or loaded what was not there."""
     import_is_slow = 120
