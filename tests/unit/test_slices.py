@@ -27,7 +27,7 @@ def small_model() -> nn.Module:
 
 def engine_of(module: nn.Module, optimizer: Any) -> Any:
     """Make what ``regions`` looks at, for a basic optimizer as at stage 0 in fp32."""
-    return SimpleNamespace(module=module, optimizer=optimizer)
+    return SimpleNamespace(module=module, optimizer=optimizer, changes=None)
 
 
 def train(module: nn.Module, optimizer: Any, steps: int, *, seed: int) -> None:
