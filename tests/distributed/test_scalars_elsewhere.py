@@ -198,7 +198,7 @@ def test_a_region_of_shape_nothing_tells_moments_from_numbers() -> None:
     optimizer = torch.optim.NAdam(trained, lr=1e-2)
     model(**pad_collate(RaggedTokens(2).examples)).loss.backward()
     optimizer.step()
-    engine: Any = SimpleNamespace(module=model, optimizer=optimizer)
+    engine: Any = SimpleNamespace(module=model, optimizer=optimizer, changes=None)
     held = regions(engine)
     keys = {region.name: region.tensor_keys() for region in held}
     assert keys["scale"] == keys["lm_head.weight"] == ["master", "exp_avg", "exp_avg_sq"]
