@@ -145,6 +145,9 @@ def test_only_weights_that_are_merged_are_converted_together(tmp_path: Path, ran
     ]
 
 
+ALL_IN_BF16 = {"data_types": {"keep_in_fp32_modules": []}}
+
+
 @pytest.mark.slow
 @pytest.mark.ranks(2, timeout=600)
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -154,7 +157,7 @@ def test_checkpoints_and_exports_have_the_layout_of_save_pretrained(
 ) -> None:
     """A model that was loaded whole, after training: both ways to save, and out of the slices.
 
-    GLM-4's routing has a buffer that stays in fp32.
+    GLM-4's routing has a buffer that stays in fp32, and a weight that transformers would keep so.
     """
     from dstrain.checkpoint.export import export
 
@@ -163,7 +166,9 @@ def test_checkpoints_and_exports_have_the_layout_of_save_pretrained(
         model = type(tiny(name)).from_pretrained(tmp_path / "stored")
         whole = copy.deepcopy(model)
         folder = tmp_path / f"run-{asynchronous}"
-        trainer = trained(folder, model, stage=stage, bf16=True, save_async=asynchronous)
+        trainer = trained(
+            folder, model, stage=stage, bf16=True, save_async=asynchronous, deepspeed=ALL_IN_BF16
+        )
         checkpoint = folder / "checkpoint-2"
         trainer.save_model()
         state = whole_state(model)
