@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from annotated_types import MaxLen, MinLen
+from annotated_types import MaxLen
 
 from dstrain.core.adapters import inner_model
 from dstrain.core.documents import Count, Flag, Integer, Number, Text
@@ -117,7 +117,7 @@ SAMPLES = Denominator()
 
 @dataclass(frozen=True)
 class LossRule:
-    """What a loss is: a mean, a sum of means over different targets, or a sum over samples.
+    """The kind of a loss: a mean, a sum of means over different targets, or a sum over samples.
 
     Attributes:
         parts: the denominator of each mean; most losses have one.
@@ -173,26 +173,28 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LossFindings:
-    """What a run has found out about its loss, for one that goes on from its checkpoint.
+    """The findings of a run about its loss, for a run that goes on from its checkpoint.
 
     Attributes:
         labels: the batch keys that are labels.
         rule: in use.
         settled: whether it is final, unless a later batch tells it from a rival.
+        is_exact: whether it is the loss's own; samples for want of one are not.
         is_clear: whether it is the only one left.
         num_open: optimizer steps that it took, or has taken so far.
         ratios: smallest and largest ratio of losses to the means that torch's functions took, one
             of them where there was one, or none.
-        candidates: the rules that are left.
+        candidates: the rules that are left; none where losses go by samples.
     """
 
     labels: list[Text]
     rule: LossRule
     settled: Flag
+    is_exact: Flag
     is_clear: Flag
     num_open: Count
     ratios: Annotated[list[Number], MaxLen(2)]
-    candidates: Annotated[list[Candidate], MinLen(1)]
+    candidates: list[Candidate]
 
 
 def expected_rule(module: torch.nn.Module, labels: Sequence[str]) -> LossRule:

@@ -60,7 +60,7 @@ class _Seen:
 
 
 class LossTargets:
-    """The knowledge what a model's loss is a mean over, and so what a micro-batch weighs.
+    """Knows what a model's loss is a mean over, and so what a micro-batch weighs.
 
     The first forward passes are watched until one rule is left that explains them. Most often that
     is the first pass alone. Where several are left that have counted the same in each of eight
@@ -116,6 +116,7 @@ class LossTargets:
         self._rivals: tuple[LossRule, ...] = ()
         self._is_reopened = False  # whether this rank has watched a batch since the rule settled
         self._is_known_code, self._is_taken_up = known, False
+        self._is_given = rule is not None
         self._watched: tuple[LossCalls, dict[str, torch.Tensor]] | None = None
         self._said: set[str] = set()
 
@@ -151,7 +152,7 @@ class LossTargets:
 
     @property
     def is_open(self) -> bool:
-        """Whether a batch may tell more of the rule; the same on all ranks.
+        """Tell whether a batch may show more of the rule; the same on all ranks.
 
         What the class of a model of transformers says is confirmed by any batch.
         """
@@ -161,12 +162,12 @@ class LossTargets:
 
     @property
     def has_rivals(self) -> bool:
-        """Whether the rule is used without being the only one left; the same on all ranks."""
+        """Tell whether the rule is used without being the only one left; the same on all ranks."""
         return bool(self._rivals)
 
     @property
     def can_count(self) -> bool:
-        """Whether the batches that this rank has seen can be counted: the rule is settled for them.
+        """Tell whether the rule is settled for the batches that this rank has seen.
 
         Ranks may differ in it; they agree in ``settle``.
         """
@@ -185,7 +186,8 @@ class LossTargets:
     def tells(self, inputs: Any, num_samples: int | None = None) -> int:
         """Return how many groups of the rules that may be the right one a batch tells apart.
 
-        Takes time with the rules, some ten at most, and waits for no device.
+        Takes time with the rules: some ten once a loss has been seen, before that a hundred or so
+        for a batch of five columns. Waits for no device.
         """
         if self.settled:
             rules: Iterable[LossRule] = (self.rule, *self._rivals)
@@ -210,32 +212,41 @@ class LossTargets:
 
     def findings(self) -> LossFindings | None:
         """Return what a run that goes on from here must know; None where nothing was found out."""
-        if self._candidates is None:
+        is_new = self._candidates is None and not self.settled
+        if self._is_given or is_new or not self._watches:
             return None
         return LossFindings(
             labels=list(self.labels),
             rule=self.rule,
             settled=self.settled,
+            is_exact=self.is_exact,
             is_clear=self._is_clear,
             num_open=self._num_open,
             ratios=list(self._ratios),
             candidates=[
                 Candidate(rule, how, self._marks.get(rule, 0), rule in self._rivals)
-                for rule, how in self._candidates.items()
+                for rule, how in (self._candidates or {}).items()
             ],
         )
 
-    def take_up(self, findings: LossFindings) -> None:
-        """Go on with what a run found out; its first forward pass is watched to confirm it."""
+    def take_up(self, findings: LossFindings, ranks: Ranks) -> None:
+        """Go on with what a run found out; the first forward pass is watched to confirm a rule.
+
+        Args:
+            findings: of the run that goes on.
+            ranks: this process among the others.
+        """
         if self.settled or not self._watches or findings.labels != list(self.labels):
             return
         self.rule = findings.rule
-        self.settled = self.is_exact = findings.settled
+        self.settled, self.is_exact = findings.settled, findings.is_exact
         self._is_clear, self._num_open = findings.is_clear, findings.num_open
         self._ratios, self._has_calls, self._is_taken_up = list(findings.ratios), True, True
-        self._candidates = {c.rule: c.looseness for c in findings.candidates}
+        self._candidates = {c.rule: c.looseness for c in findings.candidates} or None
         self._marks = {c.rule: c.mark for c in findings.candidates}
         self._rivals = tuple(c.rule for c in findings.candidates if c.is_rival)
+        if self.settled and not self.is_exact:
+            self._go_by_samples(ranks, "was found to be no mean over labels before")
 
     def told(
         self, inputs: Any, num_samples: int | None = None, *, counts: Sequence[int] | None = None

@@ -147,7 +147,7 @@ class TrainLoop:
             position.learning_rate,
         )
         if position.loss is not None:
-            self.targets.take_up(position.loss)
+            self.targets.take_up(position.loss, self.ranks)
         self._meter.restore(position.meters, rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     def _finish_resumed_point(self, resumption: Resumption) -> None:

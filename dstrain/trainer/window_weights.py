@@ -17,7 +17,8 @@ def telling_first(
     """Put first the micro-batch that tells most of what a target is, where that is still open.
 
     Only the first forward pass of a step is watched, before its micro-batches are weighted. Which
-    one comes first changes nothing else: their gradients are added up.
+    one comes first changes nothing else, as their gradients are added up, but which random numbers
+    (of dropout) each one meets.
     """
     if len(micro_batches) < 2 or not targets.is_open:
         return micro_batches

@@ -23,7 +23,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
     made = []
     for index in range(BATCH * STEPS):
         mask = torch.ones(6, dtype=torch.long)
-        if index >= BATCH * CLEAN and index % 4 == 3:
+        if index >= BATCH * CLEAN and index % 8 == 5:
             mask[: 1 + index % 5] = 0
         labels = torch.randint(1, 5, (6,), generator=draw)
         made.append({
@@ -57,6 +57,13 @@ def divided_sum(model: Any, batch: Any) -> torch.Tensor:
         model(batch["x"]).transpose(1, 2), batch["labels"], reduction="none"
     )
     return (each * batch["mask"]).sum() / batch["mask"].sum()
+
+
+def weighted_mean(model: Any, batch: Any) -> torch.Tensor:
+    """A mean that no count of targets explains, so that micro-batches weigh by their samples."""
+    weights = torch.tensor([0.1, 1.0, 2.0, 3.0, 4.0])
+    scores = model(batch["x"]).transpose(1, 2)
+    return functional.cross_entropy(scores, batch["labels"], weight=weights)
 
 
 LOSSES = {"selected": masked_mean, "divided": divided_sum}
@@ -124,23 +131,28 @@ def test_a_mask_that_comes_late_is_found_in_the_step_that_has_it(way: str, tmp_p
 
 
 @pytest.mark.ranks(2, timeout=240)
-@pytest.mark.parametrize("stop", [2, CLEAN - 1])
+@pytest.mark.parametrize(
+    ("loss_of", "stop"),
+    [(masked_mean, 2), (masked_mean, CLEAN - 1), (weighted_mean, CLEAN + 1)],
+)
 def test_a_resume_knows_what_the_run_had_found_out(
-    stop: int, rank: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    loss_of: Any, stop: int, rank: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Bit for bit, before and after the rule was settled with rivals."""
-    whole = trainer_of(tmp_path / "whole", masked_mean)
+    """Bit for bit, before and after the rule was settled with rivals, and by samples."""
+    whole = trainer_of(tmp_path / "whole", loss_of)
     whole.train()
-    first = trainer_of(tmp_path / "parts", masked_mean, save_strategy="steps", save_steps=stop)
+    first = trainer_of(tmp_path / "parts", loss_of, save_strategy="steps", save_steps=stop)
     first.train()
     assert losses(first) == losses(whole)
-    again = trainer_of(tmp_path / "parts", masked_mean)
+    again = trainer_of(tmp_path / "parts", loss_of)
     with caplog.at_level(logging.WARNING):
         again.train(str(tmp_path / "parts" / f"checkpoint-{stop}"))
     assert losses(again) == losses(whole)
     for name, weight in weights(whole).items():
         assert torch.equal(weights(again)[name], weight), name
     assert "is not any more" not in caplog.text
+    by_samples = loss_of is weighted_mean
+    assert ("weighted by their samples" in caplog.text) == (by_samples and rank == 0)
     for trainer in (whole, first, again):
         trainer.close()
 
