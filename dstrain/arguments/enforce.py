@@ -1,4 +1,4 @@
-"""What the declared treatments do: move old names, warn, refuse."""
+"""Applying what is declared of arguments: moving old names, warning, refusing."""
 
 from __future__ import annotations
 

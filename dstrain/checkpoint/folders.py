@@ -281,7 +281,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _has_our_content(folder: Path) -> bool:
-    """Whether a folder of a hidden name holds what dstrain writes there, or nothing at all.
+    """Tell whether a folder of a hidden name holds what dstrain writes there, or nothing at all.
 
     A save begins with an empty `state` and its lock; the removal of a checkpoint ends with its
     manifest.

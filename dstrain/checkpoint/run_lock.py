@@ -191,7 +191,7 @@ def held_by_one(lock: RunLock, *, takes: bool) -> Iterator[None]:
 
 
 def _is_something_else(path: Path) -> bool:
-    """Whether a name is that of anything but a file."""
+    """Tell whether a name is that of anything but a file."""
     try:
         return not stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:

@@ -164,10 +164,12 @@ class CheckpointWriter:
         self._conclude(failures, self._writing)
 
     def close(self) -> None:
-        """Wait, and give everything back; a failure is only logged."""
+        """Wait, and give everything back; a failure is logged and noted, and no error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            if self._failures and self._writing is not None:
+                self.failed.add(self._writing)
             self._report(self._failures, self._writing)
         self._held.close()
         self._copies.free()

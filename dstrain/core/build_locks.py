@@ -149,7 +149,7 @@ def _clear(folder: Path, locks: Sequence[Path], cleared: list[Path]) -> None:
 
 
 def _most_seconds(locks: Sequence[Path]) -> float:
-    """How long to wait for others that clear: each of a machine's ranks may look at all locks."""
+    """Return the longest wait for others that clear: each rank may look at all locks."""
     return 60.0 + SETTLE_SECONDS * (os.cpu_count() or 1) + len(locks)
 
 
@@ -221,7 +221,7 @@ def _locks(folder: Path) -> list[Path]:
 
 
 def _stale(locks: Sequence[Path]) -> list[Path]:
-    """Those that are the same and nobody's on two looks, between which all settle at once."""
+    """Return the locks that are nobody's on two looks, between which all settle at once."""
     first = {lock: seen for lock in locks if (seen := _may_be_stale(lock)) is not None}
     if first:
         time.sleep(SETTLE_SECONDS)
@@ -239,7 +239,7 @@ def _identity(seen: os.stat_result) -> tuple[int, int]:
 
 
 def _may_be_stale(lock: Path, *, says: bool = False) -> os.stat_result | None:
-    """What a lock is that seems to be nobody's, at one look; None for one that is somebody's."""
+    """Return the facts of a lock that seems to be nobody's, at one look; else None."""
     try:
         seen = lock.stat()
     except FileNotFoundError:

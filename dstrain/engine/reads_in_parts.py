@@ -9,7 +9,6 @@ reason either.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.core.errors import Problem, TrainingError
+from dstrain.engine import compat
+from dstrain.engine.callers import is_called_by_a_library
 from dstrain.engine.zero import full_numel, is_partitioned
 
 # They ask what a tensor is, and not for its elements.
@@ -50,7 +51,7 @@ def watching_reads(
         engine: DeepSpeed's.
         module: the model inside of it.
     """
-    if any(getattr(part, "_compiled_call_impl", None) for part in module.modules()):
+    if compat.is_compiled(module):
         return contextlib.nullcontext()
     return ReadsInParts(engine, module)
 
@@ -105,7 +106,7 @@ class ReadsInParts(TorchFunctionMode):
         if read is None:
             return func(*args, **kwargs)
         is_harmless = name in _ASKS or name in _MAKES or _changes(name)
-        if not is_harmless and not _knows_of_parts():
+        if not is_harmless and not is_called_by_a_library(passing_on=_PASS_ON):
             raise _in_parts(read, name)
         returned = func(*args, **kwargs)
         is_tensor = isinstance(returned, torch.Tensor)
@@ -159,16 +160,3 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
-
-
-def _knows_of_parts() -> bool:
-    """Return whether DeepSpeed or this package has called the function."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None:
-        module = str(frame.f_globals.get("__name__"))
-        package = module.split(".")[0]
-        is_in_between = package == "torch" or frame.f_code.co_name == "__torch_function__"
-        if not is_in_between and module not in _PASS_ON:
-            return package in ("deepspeed", "dstrain")
-        frame = frame.f_back
-    return False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dstrain.core.errors import CheckpointError, Problem, TrainingError
+from dstrain.engine import compat
 from dstrain.engine.regions import MASTER, Region, regions
 from dstrain.engine.scalars import scalars_as_bytes
 from dstrain.engine.weight_watch import WeightWatch
@@ -49,8 +50,7 @@ class WeightChanges:
         # DeepSpeed's GatheredParameters cannot send them.
         stage = engine.resolved.stage
         self._has_scalars = stage == 3 and has_scalars(engine.module.parameters())
-        parts = engine.module.modules()
-        self.knows_step = any(getattr(part, "_compiled_call_impl", None) for part in parts)
+        self.knows_step = compat.is_compiled(engine.module)
 
     @contextlib.contextmanager
     def in_callbacks(self) -> Iterator[None]:

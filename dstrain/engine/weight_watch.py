@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.core.errors import Problem, TrainingError
-from dstrain.engine.zero import full_numel, is_partitioned
+from dstrain.engine.callers import is_called_by_a_library
+from dstrain.engine.zero import is_away, is_partitioned
 
 _Tensor: Any = torch.Tensor
 _GET_DATA, _SET_DATA = _Tensor.data.__get__, _Tensor.data.__set__
@@ -27,7 +28,6 @@ _IN_PLACE += ["and", "or", "xor", "lshift", "rshift"]
 _OPERATORS = frozenset(["__setitem__", *[f"__i{name}__" for name in _IN_PLACE]])
 # Under which names functions of torch.nn.init, and others, take the tensor that they change.
 _CHANGED = ("tensor", "input", "self", "out")
-_LIBRARIES = ("deepspeed", "dstrain")
 
 
 class WeightWatch(TorchFunctionMode):
@@ -100,8 +100,8 @@ class WeightWatch(TorchFunctionMode):
             return returned
         touched = [self._origin(t) for t in _changed_by(func, name, args, kwargs)]
         changed = [parameter for parameter in touched if parameter is not None]
-        away = [p for p in changed if _is_away(p)] or self._prepared(args)
-        if away and not _is_called_by_a_library():
+        away = [p for p in changed if is_away(p)] or self._prepared(args)
+        if away and not is_called_by_a_library():
             raise self._lost(away[0], name)
         if func == _SET_DATA and changed and not is_partitioned(changed[0]):
             self.replaced.setdefault(id(changed[0]), changed[0].data)
@@ -135,7 +135,7 @@ class WeightWatch(TorchFunctionMode):
         if not fills and caller.f_globals.get("__name__") != "torch.nn.init":
             return []
         parameter = self._origin(args[0]) if args else None
-        return [parameter] if parameter is not None and _is_away(parameter) else []
+        return [parameter] if parameter is not None and is_away(parameter) else []
 
     def _lost(self, parameter: Any, function: str) -> TrainingError:
         name = self._names.get(id(parameter), "a parameter")
@@ -167,25 +167,9 @@ def _changed_by(
         yield from _tensors(kwargs.get(key))
 
 
-def _is_away(parameter: Any) -> bool:
-    """Return whether nothing of a parameter is here at this moment."""
-    return is_partitioned(parameter) and parameter.numel() == 0 and full_numel(parameter) > 0
-
-
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     """Yield a tensor, or those of a list that a ``_foreach`` function is given."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         yield from (tensor for tensor in value if isinstance(tensor, torch.Tensor))
-
-
-def _is_called_by_a_library() -> bool:
-    """Return whether it is DeepSpeed's code, or ours, that a function of torch is called from."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None:
-        package = str(frame.f_globals.get("__name__")).split(".")[0]
-        if package != "torch" and frame.f_code.co_name != "__torch_function__":
-            return package in _LIBRARIES
-        frame = frame.f_back
-    return False

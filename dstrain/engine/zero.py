@@ -46,6 +46,11 @@ def own_partition(parameter: torch.Tensor) -> torch.Tensor | None:
     return cast(torch.Tensor, share.detach())
 
 
+def is_away(parameter: Any) -> bool:
+    """Tell whether no element of a partitioned parameter is here at this moment."""
+    return is_partitioned(parameter) and parameter.numel() == 0 and full_numel(parameter) > 0
+
+
 def is_whole_now(parameter: Any) -> bool:
     """Return whether a partitioned parameter has all its elements at this moment."""
     return parameter.ds_status.name == "AVAILABLE" and parameter.shape == parameter.ds_shape
@@ -53,7 +58,7 @@ def is_whole_now(parameter: Any) -> bool:
 
 @torch.no_grad()
 def updated_share(parameter: Any) -> torch.Tensor | None:
-    """``own_partition``, with the present values of a parameter that is whole now."""
+    """Return ``own_partition``, first given the present values of a parameter that is whole now."""
     import torch.distributed as dist
 
     share = own_partition(parameter)

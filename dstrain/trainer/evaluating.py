@@ -35,7 +35,7 @@ from dstrain.trainer.eval_format import full_eval_format, in_format
 from dstrain.trainer.eval_loaders import EvalLoaderHooks
 from dstrain.trainer.outputs import logits_of, loss_of
 from dstrain.trainer.preemption import EvaluationStopped, Preemption
-from dstrain.trainer.watches import over, watched
+from dstrain.trainer.watches import RankWatches, watched
 
 logger = get_logger(__name__)
 
@@ -61,6 +61,7 @@ class EvaluationHooks(EvalLoaderHooks):
     resolved: Any
     ranks: Any
     targets: Any
+    _watches: RankWatches
     _eval_targets: tuple[Any, Any] | None = None  # those of training, and made from them
     events: Any
     is_in_train: bool
@@ -221,7 +222,7 @@ class EvaluationHooks(EvalLoaderHooks):
         if loss_only is None:
             loss_only = self.args.prediction_loss_only
         with contextlib.ExitStack() as stack:
-            stack.enter_context(over(self, description.lower()))
+            stack.enter_context(self._watching_ranks(description.lower()))
             stack.enter_context(KeyValueCache(self.model, used=self.args.use_cache).as_asked())
             stack.enter_context(self._targets_of_evaluation())
             model = stack.enter_context(self._model_for_evaluation(generates=not loss_only))
@@ -382,6 +383,11 @@ class EvaluationHooks(EvalLoaderHooks):
             yield
         finally:
             self.targets = training
+
+    def _watching_ranks(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Name the ranks that do not come in a block, in which ``what`` is done."""
+        step, timeout = self.state.global_step, self.args.ddp_timeout
+        return self._watches.over(what, step=step, timeout_seconds=timeout)
 
     def _watching(self, inputs: Any) -> contextlib.AbstractContextManager[list[Any]]:
         """Watch an evaluation's first forward passes for what its loss is a mean over."""

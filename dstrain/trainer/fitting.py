@@ -177,5 +177,5 @@ def _take_place(
     engine.buffers.keep()
     trainer.events.hold(loader)
     if trainer._writer is not None:
-        trainer._writer = saving.make_writer(trainer)
+        trainer._writer = saving.make_writer(trainer, before=trainer._writer)
     loop.change(engine, loader, accumulation=trainer.resolved.accumulation)

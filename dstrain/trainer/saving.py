@@ -350,12 +350,15 @@ def _with_own_credentials(saved: Mapping[str, Any], callback: Any) -> dict[str, 
     }
 
 
-def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter | None:
+def make_writer(
+    trainer: Trainer, *, wanted: bool = False, before: CheckpointWriter | None = None
+) -> CheckpointWriter | None:
     """Make the writer of a run's checkpoints; a collective.
 
     Args:
         trainer: whose run it is.
         wanted: make one even where ``save_strategy`` is "no".
+        before: the writer whose place it takes in the same run: what failed there stays known.
 
     Returns:
         None where the run writes no checkpoint.
@@ -376,7 +379,10 @@ def make_writer(trainer: Trainer, *, wanted: bool = False) -> CheckpointWriter |
         stop_on_failure=args.save_failure == "stop",
         layout="deepspeed" if args.checkpoint_format == "deepspeed" else "slices",
     )
-    return CheckpointWriter(policy, trainer.ranks, trainer.output_lock)
+    writer = CheckpointWriter(policy, trainer.ranks, trainer.output_lock)
+    if before is not None:
+        writer.failed, writer.last = set(before.failed), before.last
+    return writer
 
 
 def lock_on(folder: Path, present: RunLock | None, *, on_each_node: bool) -> RunLock:

@@ -66,7 +66,7 @@ from dstrain.trainer.separation import flattened, mixes_sequences
 from dstrain.trainer.signatures import Functions, serve_loss_function
 from dstrain.trainer.smoothing import LabelSmoothing
 from dstrain.trainer.stepping import StepHooks
-from dstrain.trainer.watches import following, over, watched
+from dstrain.trainer.watches import RankWatches, watched
 
 logger = get_logger(__name__)
 
@@ -157,8 +157,8 @@ class Trainer(
         self.args = args if args is not None else TrainingArguments("tmp_trainer")
         self._memory = MemoryMetrics(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
-        self.watch_for_ranks: Any = None
         self.ranks = build.start_run(self.args)
+        self._watches = RankWatches(self.ranks)
         check_versions()  # where the group was there already
         functions = Functions(
             compute_loss_func=compute_loss_func,
@@ -258,7 +258,7 @@ class Trainer(
         self._check_generation_config()
         self.ignore_keys_for_eval = ignore_keys_for_eval
         self._take_up_trial(trial)
-        with over(self, "the preparation of training"):
+        with self._watching_ranks("the preparation of training"):
             if self.model_init is not None:
                 self._renew_model(trial)
             watch = Preemption(self.ranks, watches=self.args.preemption != "ignore")
@@ -289,7 +289,7 @@ class Trainer(
                 loop = self._prepare_training(start)
                 self.is_in_train = True
                 started = time.time()
-                with following(self, loop):
+                with self._watches.following(loop):
                     if self.args.auto_find_batch_size:
                         run_fitting(self, loop)
                     else:

@@ -1,4 +1,4 @@
-"""Over what a trainer watches for ranks that do not come; one watch at a time (see ``stall``)."""
+"""Watching all that a trainer does for ranks that do not come, one watch at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dstrain.core.progress import Progress
+from dstrain.core.ranks import Ranks
 from dstrain.trainer.stall import Place, StallWatch
 
 P = ParamSpec("P")
@@ -17,50 +18,60 @@ T = TypeVar("T")
 
 @dataclass
 class Outside:
-    """What the watch sees where no training loop runs."""
+    """The place and progress that a watch sees where no training loop runs."""
 
     place: Place
     progress: Progress
 
 
-@contextlib.contextmanager
-def over(trainer: Any, what: str) -> Iterator[None]:
-    """Watch a block, unless it stands in one that is watched already.
+class RankWatches:
+    """Watches blocks, of which one may stand in another (see ``stall``)."""
 
-    No wait is cut short in it, however long it lasts on all ranks together. Where gloo gives up, it
-    is said which rank did not come, and all end.
+    def __init__(self, ranks: Ranks) -> None:
+        """Watch nothing yet.
 
-    Args:
-        trainer: with its ``ranks``, ``state`` and ``args``.
-        what: is done in the block, for messages.
-    """
-    if trainer.watch_for_ranks is not None:
-        yield
-        return
-    run = _outside(what, step=trainer.state.global_step)
-    watch = StallWatch(trainer.ranks, run, timeout_seconds=trainer.args.ddp_timeout)
-    trainer.watch_for_ranks = watch
-    try:
-        with watch.watching():
+        Args:
+            ranks: facts of this process.
+        """
+        self._ranks = ranks
+        self._present: StallWatch | None = None
+
+    @contextlib.contextmanager
+    def over(self, what: str, *, step: int, timeout_seconds: float) -> Iterator[None]:
+        """Watch a block, unless it stands in one that is watched already.
+
+        No wait is cut short in it, however long it lasts on all ranks together. Where gloo gives
+        up, it is said which rank did not come, and all end.
+
+        Args:
+            what: is done in the block, for messages.
+            step: that training has come to.
+            timeout_seconds: of collectives.
+        """
+        if self._present is not None:
             yield
-    finally:
-        trainer.watch_for_ranks = None
+            return
+        run = _outside(what, step=step)
+        self._present = StallWatch(self._ranks, run, timeout_seconds=timeout_seconds)
+        try:
+            with self._present.watching():
+                yield
+        finally:
+            self._present = None
 
+    @contextlib.contextmanager
+    def following(self, loop: Any) -> Iterator[None]:
+        """Watch a training loop in a block inside ``over``, and then what ends training.
 
-@contextlib.contextmanager
-def following(trainer: Any, loop: Any) -> Iterator[None]:
-    """Watch the steps of a training loop in a block inside ``over``, and then what ends training.
-
-    Args:
-        trainer: that the loop is of.
-        loop: with its ``place`` and ``progress``.
-    """
-    watch: StallWatch = trainer.watch_for_ranks
-    watch.follow(loop)
-    try:
-        yield
-    finally:
-        watch.follow(_outside("the end of training", step=loop.progress.step))
+        Args:
+            loop: with its ``place`` and ``progress``.
+        """
+        assert self._present is not None
+        self._present.follow(loop)
+        try:
+            yield
+        finally:
+            self._present.follow(_outside("the end of training", step=loop.progress.step))
 
 
 def watched(
@@ -71,7 +82,7 @@ def watched(
     def decorate(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
         @functools.wraps(method)
         def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
-            with over(self, what):
+            with self._watching_ranks(what):
                 return method(self, *args, **kwargs)
 
         return call

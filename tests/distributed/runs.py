@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,24 @@ def make_trainer(
         callbacks=callbacks,
         optimizers=optimizers,
     )
+
+
+def trainer_with_loss(loss_of: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Any:
+    """Return a Trainer class whose loss and outputs are ``loss_of(trainer, model, inputs)``."""
+    from dstrain import Trainer
+
+    class OwnLoss(Trainer):
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            loss, outputs = loss_of(self, model, inputs)
+            return (loss, outputs) if return_outputs else loss
+
+    return OwnLoss
 
 
 def losses(trainer: Any) -> list[float]:

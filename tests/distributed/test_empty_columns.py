@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
+from tests.distributed.runs import trainer_with_loss
 from tests.distributed.test_formats import SEED
 
 
@@ -52,19 +53,11 @@ def rows(*, unknown: bool) -> list[dict[str, torch.Tensor]]:
 
 
 def trainer_of(folder: Path, stage: int, loss: Any, data: Any, **settings: Any) -> Any:
-    from dstrain import Trainer, TrainingArguments
+    from dstrain import TrainingArguments
 
-    class OwnLoss(Trainer):
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: Any,
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            outputs = model(inputs["x"])
-            both = loss(outputs["one"], inputs["one"]) + loss(outputs["two"], inputs["two"])
-            return (both, outputs) if return_outputs else both
+    def both(trainer: Any, model: Any, inputs: Any) -> tuple[Any, Any]:
+        outputs = model(inputs["x"])
+        return loss(outputs["one"], inputs["one"]) + loss(outputs["two"], inputs["two"]), outputs
 
     args = TrainingArguments(
         str(folder), zero_stage=str(stage), max_steps=3, learning_rate=1e-3, report_to="none",
@@ -72,7 +65,9 @@ def trainer_of(folder: Path, stage: int, loss: Any, data: Any, **settings: Any) 
         remove_unused_columns=False, label_names=["one", "two"],
         train_sampling_strategy="sequential", **settings,
     )  # fmt: skip
-    return OwnLoss(TwoHeads(), args, data_collator=default_collate, train_dataset=data)
+    return trainer_with_loss(both)(
+        TwoHeads(), args, data_collator=default_collate, train_dataset=data
+    )
 
 
 @pytest.mark.ranks(2, timeout=240)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from tests.distributed.runs import whole_weights
+from tests.distributed.runs import trainer_with_loss, whole_weights
 
 STEPS, ROWS = 3, 8
 
@@ -79,18 +79,7 @@ def by_hand(way: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def trainer_of(folder: Path, way: str, stage: int, accumulation: int) -> Any:
-    from dstrain import Trainer, TrainingArguments
-
-    class OwnLoss(Trainer):
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: Any,
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            loss, outputs = LOSSES[way](model, inputs)
-            return (loss, outputs) if return_outputs else loss
+    from dstrain import TrainingArguments
 
     args = TrainingArguments(
         str(folder), zero_stage=str(stage), max_steps=STEPS, learning_rate=1e-2,
@@ -99,7 +88,9 @@ def trainer_of(folder: Path, way: str, stage: int, accumulation: int) -> Any:
         save_strategy="no", logging_steps=1, disable_tqdm=True, max_grad_norm=0.0,
         remove_unused_columns=False,
     )  # fmt: skip
-    return OwnLoss(Classifier(), args, data_collator=default_collate, train_dataset=data())
+    return trainer_with_loss(lambda trainer, model, inputs: LOSSES[way](model, inputs))(
+        Classifier(), args, data_collator=default_collate, train_dataset=data()
+    )
 
 
 @pytest.mark.ranks(2, timeout=240)

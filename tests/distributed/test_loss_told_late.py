@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
+from tests.distributed.runs import trainer_with_loss
+
 CLEAN = 10  # global batches whose masks leave nothing out
 STEPS = 14
 BATCH = 8
@@ -84,14 +86,7 @@ def by_hand(loss_of: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def trainer_of(folder: Path, loss_of: Any, *, data: Any = None, **settings: Any) -> Any:
-    from dstrain import Trainer, TrainingArguments
-
-    class Own(Trainer):  # type: ignore[misc]
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = 0
-        ) -> Any:
-            loss = loss_of(model, inputs)
-            return (loss, {"loss": loss}) if return_outputs else loss
+    from dstrain import TrainingArguments
 
     arguments = {
         "zero_stage": "2", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4,
@@ -102,7 +97,8 @@ def trainer_of(folder: Path, loss_of: Any, *, data: Any = None, **settings: Any)
         logging_steps=1, disable_tqdm=True, remove_unused_columns=False, max_grad_norm=0.0,
         train_sampling_strategy="sequential", label_names=["labels"], **arguments,
     )  # fmt: skip
-    return Own(
+    own = trainer_with_loss(lambda trainer, model, inputs: (loss_of(model, inputs), None))
+    return own(
         Tagger(), args, data_collator=default_collate, train_dataset=data or rows(),
         eval_dataset=rows(),
     )  # fmt: skip

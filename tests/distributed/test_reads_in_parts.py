@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from tests.distributed.runs import whole_weights
+from tests.distributed.runs import trainer_with_loss, whole_weights
 from tests.distributed.test_gradients_in_losses import STEPS, Classifier, data
 
 
@@ -79,19 +79,11 @@ def gathered(module: Any, outputs: Any, inputs: Any) -> torch.Tensor:
 
 
 def trainer_of(folder: Path, extra: Any, stage: int) -> Any:
-    from dstrain import Trainer, TrainingArguments
+    from dstrain import TrainingArguments
 
-    class OwnLoss(Trainer):
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: Any,
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            outputs = model(**inputs)
-            loss = outputs["loss"] + extra(self.model, outputs, inputs)
-            return (loss, outputs) if return_outputs else loss
+    def with_extra(trainer: Any, model: Any, inputs: Any) -> tuple[Any, Any]:
+        outputs = model(**inputs)
+        return outputs["loss"] + extra(trainer.model, outputs, inputs), outputs
 
     args = TrainingArguments(
         str(folder), max_steps=STEPS, learning_rate=1e-2, per_device_train_batch_size=4,
@@ -101,7 +93,9 @@ def trainer_of(folder: Path, extra: Any, stage: int) -> Any:
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}
         },
     )  # fmt: skip
-    return OwnLoss(Classifier(), args, data_collator=default_collate, train_dataset=data())
+    return trainer_with_loss(with_extra)(
+        Classifier(), args, data_collator=default_collate, train_dataset=data()
+    )
 
 
 def by_hand(extra: Any) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -90,16 +90,22 @@ def test_a_rank_that_does_not_come_is_named_and_all_end(tmp_path, stage, num_ran
     assert "Traceback" not in text, text
 
 
-def test_a_rank_that_does_not_come_in_an_evaluation_by_itself_is_named(tmp_path):
-    evaluation = "3600 if rank == '1' else 0"
-    path = script(tmp_path, zero_stage=2, evaluation=evaluation, method="evaluate")
-    with Training(deepspeed(path), tmp_path) as training:
+def text_of_one_that_stalls(path, folder):
+    """Run a script until it ends, in time and with one error; return what it printed."""
+    with Training(deepspeed(path), folder) as training:
         status = training.wait_for_end(300)
-        waited = time.time() - float((tmp_path / "stands").read_text())
+        waited = time.time() - float((folder / "stands").read_text())
         text = training.text()
     assert status == STALLED, text
     assert waited < WITHIN_SECONDS
     assert text.count("dstrain: error:") == 1, text
+    return text
+
+
+def test_a_rank_that_does_not_come_in_an_evaluation_by_itself_is_named(tmp_path):
+    evaluation = "3600 if rank == '1' else 0"
+    path = script(tmp_path, zero_stage=2, evaluation=evaluation, method="evaluate")
+    text = text_of_one_that_stalls(path, tmp_path)
     assert "rank 1: after step 0, evaluation, at" in text
     assert "in prediction_step" in text
     assert "Traceback" not in text, text
@@ -157,13 +163,7 @@ def test_a_rank_that_stands_still_around_training_is_named(tmp_path, method, sta
     path = tmp_path / "script.py"
     text = READS.replace("TIMEOUT", str(TIMEOUT_SECONDS)).replace("STAGE", str(stage))
     path.write_text(text.replace("METHOD", method).replace("WHERE", where))
-    with Training(deepspeed(path), tmp_path) as training:
-        status = training.wait_for_end(300)
-        waited = time.time() - float((tmp_path / "stands").read_text())
-        text = training.text()
-    assert status == STALLED, text
-    assert waited < WITHIN_SECONDS
-    assert text.count("dstrain: error:") == 1, text
+    text = text_of_one_that_stalls(path, tmp_path)
     assert f"the ranks waited {TIMEOUT_SECONDS} s (ddp_timeout) for rank 1\n" in text
     assert f"rank 1: {words}" in text
     assert "script.py:" in text
