@@ -53,6 +53,8 @@ def check_rendezvous(ranks: Ranks, *, timeout_seconds: float) -> None:
             if not _is_of_this_machine(address):
                 _reach(address, int(port), ranks, timeout_seconds, listening=listening)
         finally:
+            with contextlib.suppress(OSError):  # the thread that takes calls would keep the port
+                listening.shutdown(socket.SHUT_RDWR)
             listening.close()
         return
     _reach(address, int(port), ranks, timeout_seconds)

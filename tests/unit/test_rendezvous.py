@@ -93,11 +93,21 @@ def test_a_first_machine_that_starts_later_is_waited_for(monkeypatch):
         thread.join()
 
 
-def test_rank_0_leaves_the_port_free_again(monkeypatch):
+@pytest.mark.parametrize("is_own", [True, False])
+def test_rank_0_leaves_the_port_free_again(monkeypatch, is_own):
+    """Where the address is not the machine's own too (behind a service), as it answers itself."""
+    reach = rendezvous._reach
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        reach(*args, **kwargs)
+        time.sleep(0.3)  # the thread that answers waits for the next call
+
+    monkeypatch.setattr(rendezvous, "_is_of_this_machine", lambda address: is_own)
+    monkeypatch.setattr(rendezvous, "_reach", slowly)
     port = free_port()
     check(monkeypatch, FIRST, "127.0.0.1", port)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", port))
+    with socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True):
+        pass
 
 
 def test_other_ranks_of_a_machine_ask_nobody(monkeypatch):
