@@ -99,6 +99,10 @@ class TrainMeter:
         self._tokens = 0
         self._since = time.perf_counter()
 
+    def start(self) -> None:
+        """Count time from here on."""
+        self._since = time.perf_counter()
+
     def add(
         self,
         losses: list[torch.Tensor],

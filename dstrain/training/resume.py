@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from annotated_types import MinLen
 from pydantic import AfterValidator, AllowInfNan, ConfigDict, with_config
 
@@ -13,6 +14,9 @@ from dstrain.core.documents import AtLeastOne, Count, Flag, Number, Plain, Real,
 from dstrain.core.progress import Progress
 from dstrain.core.seeds import check_random_state, random_state, set_random_state
 from dstrain.data import LossFindings
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,25 @@ def _check_random(state: Plain) -> Plain:
     return state
 
 
+Event = Literal["on_step_end", "on_epoch_end"]
+"""A point of the run at which callbacks decide whether to log, evaluate and save."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did, as logs and checkpoints tell it.
+
+    Attributes:
+        applied: False where gradients were not finite, so that the weights stayed as they were.
+        grad_norm: global gradient norm before clipping; None where it was not computed.
+        learning_rate: of the first parameter group.
+    """
+
+    applied: bool
+    grad_norm: torch.Tensor | float | None
+    learning_rate: float
+
+
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Due:
@@ -49,19 +72,19 @@ class Due:
         stops_epoch: whether a callback had ended the epoch.
     """
 
-    event: Literal["on_step_end", "on_epoch_end"]
+    event: Event
     saves: Flag
     stops_training: Flag
     stops_epoch: Flag
 
     @staticmethod
-    def of(event: Any, control: Any) -> Due:
+    def of(event: Event, control: TrainerControl) -> Due:
         """Record what callbacks have decided in ``event``, before the evaluation."""
         return Due(
             event, control.should_save, control.should_training_stop, control.should_epoch_stop
         )
 
-    def give_to(self, control: Any) -> None:
+    def give_to(self, control: TrainerControl) -> None:
         """Set these decisions in ``control`` again."""
         control.should_evaluate = True
         control.should_save = self.saves
