@@ -32,13 +32,13 @@ from dstrain.data import (
     windows,
 )
 from dstrain.engine import Engine, StepOutcome, device_name, empty_cache
-from dstrain.trainer.cache import KeyValueCache
-from dstrain.trainer.meters import Reading, TrainMeter
-from dstrain.trainer.plan import Hooks, MicroStep, RunPlan
-from dstrain.trainer.position import Due, Position, Resumption
-from dstrain.trainer.preemption import EvaluationStopped, Preemption
-from dstrain.trainer.stall import Place
-from dstrain.trainer.window_weights import WindowWeights, telling_first
+from dstrain.training.key_value_cache import KeyValueCache
+from dstrain.training.metrics import Reading, TrainMeter
+from dstrain.training.preemption import EvaluationStopped, Preemption
+from dstrain.training.resume import Due, Position, Resumption
+from dstrain.training.settings import Hooks, MicroStep, RunPlan
+from dstrain.training.stall import Place
+from dstrain.training.window_weights import WindowWeights, telling_first
 
 logger = get_logger(__name__)
 

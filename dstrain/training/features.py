@@ -217,7 +217,7 @@ def _liger_problems(model: torch.nn.Module, device: str) -> list[Problem]:
 
 def _apply_liger(model: torch.nn.Module, args: TrainingArguments) -> None:
     """Replace layers by Liger's; they stay, since they compute the same."""
-    from dstrain.trainer import compat
+    from dstrain.training import compat
 
     config = args.liger_kernel_config
     assert not isinstance(config, str), "parsed on construction"
@@ -258,7 +258,7 @@ def _compile_problems(args: TrainingArguments) -> list[Problem]:
 @contextlib.contextmanager
 def _watching_for_overflow(model: torch.nn.Module) -> Iterator[None]:
     """Search every layer's weights, inputs and outputs in the block for NaN and infinity."""
-    from dstrain.trainer import compat
+    from dstrain.training import compat
 
     before = {module: set(module._forward_hooks) for module in model.modules()}
     compat.DebugUnderflowOverflow(model)

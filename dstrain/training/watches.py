@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks
-from dstrain.trainer.stall import Place, StallWatch
+from dstrain.training.stall import Place, StallWatch
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
 from dstrain.data import IGNORED, LossTargets
-from dstrain.trainer.outputs import loss_of
+from dstrain.training.model_outputs import loss_of
 
 logger = get_logger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from dstrain.trainer.position import Position
-from dstrain.trainer.window_weights import WindowWeights
+from dstrain.training.resume import Position
+from dstrain.training.window_weights import WindowWeights
 
 
 class Hooks(Protocol):

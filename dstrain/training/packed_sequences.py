@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dstrain.trainer.cache import KeyValueCache
+from dstrain.training.key_value_cache import KeyValueCache
 
 _FIRST, _SECOND = 5, 4  # tokens of the two sequences
 # Kernels may add in another order where other experts are busy; a leak is not of that size.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstrain.arguments import TrainingArguments
+from dstrain.config import ResolvedConfig
 from dstrain.core.files import write_record
 from dstrain.core.secrets import without_secrets
 from dstrain.core.versions import installed, python_version
@@ -36,37 +39,55 @@ class CardWishes:
     dataset_args: str | list[str] | None = None
 
 
-def write_card(trainer: Any, wishes: CardWishes) -> None:
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells of a run.
+
+    Attributes:
+        output_dir: the run's folder.
+        model: that was trained.
+        train_dataset: that it was trained on.
+        log_history: of ``TrainerState``.
+        arguments: the values that ran, by name; see ``arguments_that_ran``.
+    """
+
+    output_dir: Path
+    model: object
+    train_dataset: object
+    log_history: Sequence[dict[str, Any]]
+    arguments: Mapping[str, object]
+
+
+def write_card(facts: CardFacts, wishes: CardWishes) -> None:
     """Write ``README.md`` into the run's folder; tags and library of one that is there stay."""
-    path = Path(trainer.args.output_dir) / "README.md"
-    text = card_of(trainer, wishes, before=path, ask_hub=True)
-    write_record(path, text)
+    path = facts.output_dir / "README.md"
+    write_record(path, card_of(facts, wishes, ask_hub=True))
 
 
-def card_of(trainer: Any, wishes: CardWishes, *, before: Path, ask_hub: bool = False) -> str:
+def card_of(facts: CardFacts, wishes: CardWishes, *, ask_hub: bool = False) -> str:
     """Write the text of the model card, with its metadata on top.
 
     Args:
-        trainer: whose run it is.
+        facts: of the run.
         wishes: what the user says.
-        before: a card that may be there.
         ask_hub: look up the licence of the model that this one came from.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     existing: Any = None
+    before = facts.output_dir / "README.md"
     if before.is_file():
         with contextlib.suppress(Exception):  # a card of the user's that is no card for the hub
             existing = ModelCard.load(before).data
-    base = wishes.finetuned_from or _base_model(trainer.model)
-    name = wishes.model_name or Path(trainer.args.output_dir).absolute().name
-    datasets = _listed(wishes.dataset) or _dataset_names(trainer.train_dataset)
-    results = last_evaluation(trainer.state.log_history)
+    base = wishes.finetuned_from or _base_model(facts.model)
+    name = wishes.model_name or facts.output_dir.absolute().name
+    datasets = _listed(wishes.dataset) or _dataset_names(facts.train_dataset)
+    results = last_evaluation(facts.log_history)
     data = ModelCardData(
         language=wishes.language,
         license=wishes.license or (_license(base) if ask_hub else None),
-        library_name=getattr(existing, "library_name", None) or _library(trainer.model),
-        tags=_tags(wishes, trainer.model, existing),
+        library_name=getattr(existing, "library_name", None) or _library(facts.model),
+        tags=_tags(wishes, facts.model, existing),
         base_model=base,
         datasets=_listed(wishes.dataset_tags) or None,
         metrics=sorted(n for n in results if n != "loss") or None,
@@ -83,8 +104,8 @@ def card_of(trainer: Any, wishes: CardWishes, *, before: Path, ask_hub: bool = F
         parts.append("On the evaluation set it achieves:\n")
         parts.append("".join(f"- {_title(n)}: {_number(v)}\n" for n, v in results.items()))
     parts.append("## Training\n")
-    parts.append(_table(("Argument", "Value"), _arguments(trainer)))
-    if rows := _curve(trainer.state.log_history):
+    parts.append(_table(("Argument", "Value"), _argument_rows(facts.arguments)))
+    if rows := _curve(facts.log_history):
         columns = list(dict.fromkeys(column for row in rows for column in row))
         parts.append("## Results\n")
         parts.append(_table(columns, [[row.get(c, "") for c in columns] for row in rows]))
@@ -94,7 +115,7 @@ def card_of(trainer: Any, wishes: CardWishes, *, before: Path, ask_hub: bool = F
     return "\n".join(parts)
 
 
-def last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
+def last_evaluation(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the last evaluation's metrics, named without ``eval_``; no times and no memory."""
     found: dict[str, float] = {}
     last = max((e["step"] for e in history if _evaluated(e)), default=None)
@@ -113,7 +134,7 @@ def _evaluated(entry: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _curve(history: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _curve(history: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Make a row for each step with an evaluation: the last training loss beside the metrics."""
     rows: dict[int, dict[str, str]] = {}
     loss = ""
@@ -128,34 +149,49 @@ def _curve(history: list[dict[str, Any]]) -> list[dict[str, str]]:
     return list(rows.values())
 
 
-def _arguments(trainer: Any) -> list[list[str]]:
-    """List the arguments with the values that ran, whatever decided them."""
-    args, resolved = trainer.args, trainer.resolved
-    own, schedule = trainer._own, args.lr_scheduler_type
+def arguments_that_ran(
+    args: TrainingArguments,
+    resolved: ResolvedConfig,
+    *,
+    num_steps: int,
+    user_optimizer: Any,
+    user_scheduler: Any,
+) -> dict[str, object]:
+    """Return the arguments worth showing, with the values that ran, whatever decided them.
+
+    Args:
+        args: the user's arguments.
+        resolved: what ran.
+        num_steps: optimizer steps done.
+        user_optimizer: an optimizer of the user's own; None where the config's ran.
+        user_scheduler: a schedule of the user's own; None where the config's ran.
+    """
     optimizer = resolved.values.get("optimizer.type", args.optim)
-    rate = resolved.value("learning_rate")
-    if own.has_optimizer and trainer.optimizer is not None:
-        optimizer = type(trainer.optimizer).__name__
-        rate = trainer.optimizer.defaults.get("lr", rate)
+    rate, schedule = resolved.value("learning_rate"), args.lr_scheduler_type
+    if user_optimizer is not None:
+        optimizer = type(user_optimizer).__name__
+        rate = user_optimizer.defaults.get("lr", rate)
     if resolved.has_scheduler:
         schedule = resolved.values["scheduler.type"]
-    if own.has_scheduler and trainer.lr_scheduler is not None:
-        schedule = type(trainer.lr_scheduler).__name__
-    rows = {
-        "ranks": trainer.ranks.world_size,
+    if user_scheduler is not None:
+        schedule = type(user_scheduler).__name__
+    shown: dict[str, object] = {
+        "ranks": resolved.facts.world_size,
         "global batch size": resolved.global_batch_size,
         "ZeRO stage": resolved.stage,
         "precision": resolved.precision,
         "learning_rate": rate,
         "lr_scheduler_type": schedule,
         "optimizer": optimizer,
-        "steps": trainer.state.global_step,
+        "steps": num_steps,
     }
     values = args.to_dict() | dict(resolved.adopted)
-    shown = (args.changed_fields() | set(resolved.adopted)) - _LEFT_OUT - set(rows)
-    rows |= {name: values[name] for name in sorted(shown)}
-    shown_rows = without_secrets(rows)
-    return [[name, f"`{getattr(value, 'value', value)}`"] for name, value in shown_rows.items()]
+    names = (args.changed_fields() | set(resolved.adopted)) - _LEFT_OUT - set(shown)
+    return without_secrets(shown | {name: values[name] for name in sorted(names)})
+
+
+def _argument_rows(arguments: Mapping[str, object]) -> list[list[str]]:
+    return [[name, f"`{getattr(value, 'value', value)}`"] for name, value in arguments.items()]
 
 
 def _index(wishes: CardWishes, datasets: list[str], results: dict[str, float]) -> Any:

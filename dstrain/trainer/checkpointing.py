@@ -43,8 +43,8 @@ from dstrain.data import is_ours, is_stream, num_shares
 from dstrain.engine import Engine
 from dstrain.models import computed_of_parts, weights_hooks_compute_with
 from dstrain.trainer import build
-from dstrain.trainer.position import OwnRecord, Position, Resumption
-from dstrain.trainer.processors import processor_writer
+from dstrain.trainer.processing import processor_writer
+from dstrain.training.resume import OwnRecord, Position, Resumption
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

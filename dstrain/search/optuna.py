@@ -10,12 +10,12 @@ import optuna
 
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.ranks import Ranks, from_main
-from dstrain.trainer import compat
-from dstrain.trainer.search import Ended, follow, run_trial, tell
+from dstrain.search import compat
+from dstrain.search.trials import Ended, Trials, follow, tell
 
 
 def run(
-    trainer: Any,
+    trials: Trials,
     n_trials: int,
     direction: str | list[str],
     *,
@@ -39,19 +39,25 @@ def run(
                 "leave n_jobs out; several searches can share a study in one storage",
             )
         )
-    ranks = trainer.ranks
+    ranks = trials.ranks
     several: Any = list(direction) if isinstance(direction, (list, tuple)) else None
-    single: Any = None if several else direction
-    trainer.prunes = several is None or len(several) == 1
+    prunes = several is None or len(several) == 1  # optuna prunes by one objective only
     if not ranks.is_main:
-        return follow(trainer, lambda number: (AgreedTrial(ranks, None, number), str(number)))
+        return follow(
+            trials, lambda number: (AgreedTrial(ranks, None, number, prunes=prunes), str(number))
+        )
 
     def objective(trial: optuna.Trial) -> Any:
         tell(trial.number)
-        return run_trial(trainer, AgreedTrial(ranks, trial, trial.number), str(trial.number))
+        agreed = AgreedTrial(ranks, trial, trial.number, prunes=prunes)
+        return trials.run(agreed, str(trial.number))
 
     try:
-        study = optuna.create_study(direction=single, directions=several, **study_kwargs)
+        study = optuna.create_study(
+            direction=None if several else str(direction),  # type: ignore[arg-type]
+            directions=several,
+            **study_kwargs,
+        )
         study.optimize(
             objective,
             n_trials=n_trials,
@@ -70,18 +76,23 @@ def run(
     return best
 
 
-def prune_if_told(trainer: Any) -> None:
+def prune_if_told(trial: Any, objective: Any, *, step: int, on_prune: Callable[[], object]) -> None:
     """Report the objective of an evaluation, and end the trial on all ranks if the pruner says so.
+
+    Args:
+        trial: of this search; one that cannot be reported to is left alone.
+        objective: that the evaluation gave.
+        step: that training has come to.
+        on_prune: called before the trial ends.
 
     Raises:
         optuna.TrialPruned: on every rank.
     """
-    trial = trainer._trial
-    if not trainer.prunes or not hasattr(trial, "report"):
+    if not getattr(trial, "prunes", True) or not hasattr(trial, "report"):
         return
-    trial.report(trainer.objective, trainer.state.global_step)
+    trial.report(objective, step)
     if trial.should_prune():
-        trainer.events("on_train_end")
+        on_prune()
         raise optuna.TrialPruned
 
 
@@ -91,15 +102,19 @@ class AgreedTrial(optuna.trial.BaseTrial):
     All ranks must ask the same in the same order, as ``hp_space`` and ``model_init`` do.
     """
 
-    def __init__(self, ranks: Ranks, trial: optuna.Trial | None, number: int) -> None:
+    def __init__(
+        self, ranks: Ranks, trial: optuna.Trial | None, number: int, *, prunes: bool = True
+    ) -> None:
         """Begin without any value.
 
         Args:
             ranks: facts of this process.
             trial: the study's own, on the main rank; None elsewhere.
             number: its place among the trials of the study.
+            prunes: whether the search may end the trial early.
         """
         self._ranks, self._trial, self._number = ranks, trial, number
+        self.prunes = prunes
         self._params: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
