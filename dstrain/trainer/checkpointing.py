@@ -31,7 +31,7 @@ from dstrain.checkpoint import (
 )
 from dstrain.config import ResolvedConfig
 from dstrain.config.explain import as_record
-from dstrain.config.placement import Buckets
+from dstrain.config.memory.placement import Buckets
 from dstrain.core.adapters import has_adapters
 from dstrain.core.documents import typed
 from dstrain.core.errors import CheckpointError, DataError, Problem

@@ -19,8 +19,8 @@ from dstrain.engine import MetricSchedule, is_out_of_memory
 from dstrain.engine.metric_schedule import guarded
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build
-from dstrain.training import compat
 from dstrain.trainer.fitting import smaller
+from dstrain.training import compat
 from dstrain.training.features import check_features, training_features
 from dstrain.training.label_smoothing import LabelSmoothing
 from tests.models import RegressionModel, tiny_llama

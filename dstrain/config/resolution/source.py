@@ -77,7 +77,7 @@ def _read_given(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], 
 
 def preset_folder() -> Path:
     """Return the folder of presets: in an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parents[2]
     inside = package / "ds_configs"
     return inside if inside.is_dir() else package.parent / "ds_configs"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dstrain.config import optimizers
 from dstrain.config.optimizer_table import Build, Optimizer
-from dstrain.config.rules.rule import Binding, Derivation, Derived, View, same
+from dstrain.config.resolution.rules.rule import Binding, Derivation, Derived, View, same
 from dstrain.core.errors import Problem
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dstrain.config.rules.rule import Binding, Derivation, Derived, View, same
+from dstrain.config.resolution.rules.rule import Binding, Derivation, Derived, View, same
 
 # DeepSpeed's schedules, in lower case, and the lr_scheduler_type with the same curve.
 SCHEDULES = {

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from dstrain.config.filled import Config
-from dstrain.config.rules.precision import short_name
+from dstrain.config.resolution.effective import EffectiveConfig
+from dstrain.config.resolution.rules.precision import short_name
 from dstrain.core.errors import Problem
 
 
-def _formats(config: Config) -> Iterator[Problem]:
+def _formats(config: EffectiveConfig) -> Iterator[Problem]:
     if config.get("bf16.enabled") and config.get("fp16.enabled"):
         yield Problem(
             "bf16.enabled and fp16.enabled are both true",
@@ -23,7 +23,7 @@ def _formats(config: Config) -> Iterator[Problem]:
         yield from _autocast(config)
 
 
-def _autocast(config: Config) -> Iterator[Problem]:
+def _autocast(config: EffectiveConfig) -> Iterator[Problem]:
     what = "torch_autocast.enabled=True"
     if config.precision != "fp32":
         yield Problem(
@@ -55,7 +55,7 @@ def _autocast(config: Config) -> Iterator[Problem]:
         )
 
 
-def _accumulation(config: Config) -> Iterator[Problem]:
+def _accumulation(config: EffectiveConfig) -> Iterator[Problem]:
     given = config.get("data_types.grad_accum_dtype")
     if given is None:
         return
@@ -76,7 +76,7 @@ def _accumulation(config: Config) -> Iterator[Problem]:
         )
 
 
-def _masters(config: Config) -> Iterator[Problem]:
+def _masters(config: EffectiveConfig) -> Iterator[Problem]:
     """Check master weights in 16 bits (base_optimizer.py: _configure_master_weights)."""
     for training in ("bf16", "fp16"):
         key = f"{training}.{training}_master_weights_and_grads"
@@ -110,13 +110,13 @@ def _masters(config: Config) -> Iterator[Problem]:
             )
 
 
-def _is_cpu_adam(config: Config) -> bool:
+def _is_cpu_adam(config: EffectiveConfig) -> bool:
     kind = str(config.get("optimizer.type") or "").lower()
     own, torch_adam = config.facts.own_optimizer, config.values.get("optimizer.params.torch_adam")
     return own or (kind in ("adam", "adamw") and not torch_adam)
 
 
-def _scaling(config: Config) -> Iterator[Problem]:
+def _scaling(config: EffectiveConfig) -> Iterator[Problem]:
     # stage_1_and_2.py and stage3.py __init__: "not yet supported with reduce scatter enabled"
     if config.stage < 2 or not config.get("zero_optimization.reduce_scatter"):
         return
@@ -134,7 +134,7 @@ def _scaling(config: Config) -> Iterator[Problem]:
             )
 
 
-def coarse_sums(config: Config) -> Iterator[str]:
+def coarse_sums(config: EffectiveConfig) -> Iterator[str]:
     """Warn of sums of gradients in bf16, to which the stage leads that may have been chosen."""
     steps = int(config.get("gradient_accumulation_steps") or 1)
     chosen = config.values.get("data_types.grad_accum_dtype") is not None
@@ -147,7 +147,7 @@ def coarse_sums(config: Config) -> Iterator[str]:
     )
 
 
-FORMAT_CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+FORMAT_CHECKS: tuple[Callable[[EffectiveConfig], Iterator[Problem]], ...] = (
     _formats,
     _accumulation,
     _masters,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstrain.config.rules.rule import Binding, Derivation, Derived, View, same, where_set
+from dstrain.config.resolution.rules.rule import Binding, Derivation, Derived, View, same, where_set
 
 _AUTOCAST = "torch_autocast.enabled"
 _AUTOCAST_DTYPE = "torch_autocast.dtype"

@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dstrain.config import optimizers
-from dstrain.config.activations import Batch
-from dstrain.config.facts import Facts, Machine, ModelFacts
-from dstrain.config.memory import GIB
-from dstrain.config.placement import WIDTHS, Buckets, Placement, Work
-from dstrain.config.planner import (
+from dstrain.config.facts import Facts, Machine
+from dstrain.config.memory.activations import Batch
+from dstrain.config.memory.bucket_rule import derived_buckets
+from dstrain.config.memory.footprint import GIB
+from dstrain.config.memory.placement import WIDTHS, Buckets, Placement, Work
+from dstrain.config.memory.planner import (
     ORDER,
     Limits,
     choose,
     first_checkpointed,
     plan,
-    resolved_buckets,
 )
+from dstrain.config.memory.sizes import ModelFacts
 
 # Kept free for activations where the tokens of a sample or the form of the layers are not known.
 ACTIVATION_SHARE = 0.3
@@ -162,9 +163,8 @@ def _planned(
     guessed = facts.sequence_length is None or sizes.block is None
     usable = int(machine.device_bytes * (1 - ACTIVATION_SHARE if guessed else 1))
 
-    def buckets(model: ModelFacts, work: Work, placement: Placement) -> Buckets:
-        derived = resolved_buckets(model, work, placement)
-        return Buckets.of_config(explicit, derived)
+    def buckets(model: ModelFacts, stage: int) -> Buckets:
+        return Buckets.of_config(explicit, derived_buckets(model, stage))
 
     work = Work(
         world_size=facts.world_size,

@@ -6,12 +6,14 @@ class. ``tests/unit/test_parameters.py`` compares every form with the model buil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from dstrain.config import families_classic as classic
-from dstrain.config.families_classic import Reader, linear
-from dstrain.config.parameters import Block, Tensors
+from dstrain.config.memory import classic_forms as classic
+from dstrain.config.memory.classic_forms import Reader, linear
+from dstrain.config.memory.model_spec import read_spec
+from dstrain.config.memory.sizes import Block, ModelSizes, Tensors, merged
 
 # Keys of a config that change neither parameters nor the form of a layer.
 READ_BY_NOTHING = {
@@ -143,3 +145,47 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(("BertForMaskedLM",), classic.bert, 30522),
     "t5": Family(("T5ForConditionalGeneration",), classic.t5, 32128),
 }  # fmt: skip
+
+
+def sizes_of(spec: str, count: Callable[[str], ModelSizes]) -> ModelSizes:
+    """Return the sizes of the model that a config describes.
+
+    Args:
+        spec: as for ``read_spec``.
+        count: builds the model without memory; asked where there is no closed form.
+
+    Raises:
+        ModelError: the config cannot be read.
+    """
+    values, short = read_spec(spec)
+    found = closed_form(values, strict=short)
+    return found if found is not None else count(spec)
+
+
+def closed_form(values: Mapping[str, Any], *, strict: bool = False) -> ModelSizes | None:
+    """Return the sizes by formula, or None where no formula is known to hold.
+
+    Args:
+        values: of a model config, with ``model_type``.
+        strict: refuse a config with keys that the formula does not read.
+    """
+    family = FAMILIES.get(str(values.get("model_type")))
+    architectures = values.get("architectures") or []
+    if family is None or (architectures and architectures[0] not in family.architectures):
+        return None
+    if values.get("quantization_config"):
+        return None
+    reader = Reader(values)
+    try:
+        tensors, block = family.sizes(reader)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    if strict and set(values) - reader.names - READ_BY_NOTHING:
+        return None
+    return ModelSizes(
+        str(values["model_type"]),
+        "closed form",
+        merged(tensors),
+        reader.number(family.vocab_size, "vocab_size"),
+        block,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dstrain.config.rules.rule import Binding, Derivation, Derived, View, same, where_set
+from dstrain.config.resolution.rules.rule import Binding, Derivation, Derived, View, same, where_set
 
 
 def _train_batch_size(view: View) -> Derived:

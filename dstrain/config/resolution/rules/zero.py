@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dstrain.config import schema
-from dstrain.config.rules.rule import Binding, Derivation, Derived, View, where_set
+from dstrain.config.resolution.rules.rule import Binding, Derivation, Derived, View, where_set
 
 _LEAVES = "zero_optimization.leaf_module.classes"
 _SUB_GROUP = "zero_optimization.sub_group_size"

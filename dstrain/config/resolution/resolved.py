@@ -9,8 +9,8 @@ from typing import Any
 
 from dstrain.config.facts import Facts
 from dstrain.config.optimizer_table import Build
-from dstrain.config.rules.precision import short_name
-from dstrain.config.tree import put
+from dstrain.config.resolution.rules.precision import short_name
+from dstrain.config.resolution.tree import put
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dstrain.config.activations import Batch
-from dstrain.config.facts import Facts, ModelFacts
-from dstrain.config.memory import GIB, Footprint, footprint
-from dstrain.config.parameters import ModelSizes
-from dstrain.config.placement import Buckets, Placement, Work
+from dstrain.config.memory.activations import Batch
+from dstrain.config.memory.bucket_rule import derived_buckets
+from dstrain.config.memory.footprint import GIB, Footprint, footprint
+from dstrain.config.memory.placement import Buckets, Placement, Work
+from dstrain.config.memory.sizes import ModelFacts, ModelSizes
 
 ORDER: tuple[tuple[Placement, str], ...] = (
     (
@@ -134,17 +134,7 @@ class Choice:
     remedies: tuple[str, ...] = ()
 
 
-BucketsOf = Callable[[ModelFacts, Work, Placement], Buckets]
-
-
-def resolved_buckets(model: ModelFacts, work: Work, placement: Placement) -> Buckets:
-    """Return the bucket sizes that the resolver writes for this model and stage."""
-    from dstrain.arguments import TrainingArguments
-    from dstrain.config.resolve import resolve
-
-    arguments = TrainingArguments(output_dir="plan", zero_stage=str(placement.stage))
-    facts = Facts(world_size=work.world_size, device=work.device, model=model)
-    return Buckets.of_config(resolve(arguments, facts).values)
+BucketsOf = Callable[[ModelFacts, int], Buckets]  # of a model and a ZeRO stage
 
 
 def plan(
@@ -153,7 +143,7 @@ def plan(
     batch: Batch,
     limits: Limits,
     *,
-    buckets: BucketsOf = resolved_buckets,
+    buckets: BucketsOf = derived_buckets,
     placements: Sequence[Placement] = SHOWN,
 ) -> Plan:
     """Return the bytes of every choice, and what each of them lacks.
@@ -163,11 +153,11 @@ def plan(
         work: ranks, precision, optimizer.
         batch: one micro-batch.
         limits: memory and disk.
-        buckets: bucket sizes of a stage; by default those of the resolved config.
+        buckets: bucket sizes of a stage; by default those that the resolver derives.
         placements: the choices.
     """
     stages = {placement.stage for placement in placements}
-    by_stage = {s: buckets(sizes.facts, work, Placement(s)) for s in stages}
+    by_stage = {s: buckets(sizes.facts, s) for s in stages}
     rows = []
     for placement in placements:
         plain, checkpointed = (

@@ -1,18 +1,15 @@
 """The parameters of a model from its config alone: shapes, counts, and the form of a layer.
 
-Closed forms are in ``families.py``; for every other architecture ``dstrain.models.count`` builds
-the model without memory in a process of its own and reports in the same form.
+Closed forms are in ``closed_forms.py``; for every other architecture ``dstrain.models.count``
+builds the model without memory in a process of its own and reports in the same form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
-
-from dstrain.config.facts import ModelFacts
-from dstrain.config.model_spec import read_spec
 
 PARTS = ("embedding", "layer", "head", "other")
 
@@ -76,6 +73,38 @@ class Block:
     dropout: bool = False
     cross_layers: int = 0
     fp32_loss: bool = True
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a model's parameters, counted in elements.
+
+    Attributes:
+        num_parameters: all parameters, shared ones once.
+        num_trainable: those with gradients.
+        largest: elements of the largest parameter.
+        largest_vector: elements of the largest parameter with one dimension (a norm or a bias).
+    """
+
+    num_parameters: int
+    num_trainable: int
+    largest: int
+    largest_vector: int
+
+    @staticmethod
+    def of_shapes(shapes: Iterable[tuple[tuple[int, ...], bool]]) -> ModelFacts:
+        """Return the facts of a sequence of (shape, requires gradient)."""
+        total = trainable = largest = vector = 0
+        for shape, requires_grad in shapes:
+            numel = 1
+            for side in shape:
+                numel *= side
+            total += numel
+            trainable += numel if requires_grad else 0
+            largest = max(largest, numel)
+            if len(shape) <= 1:
+                vector = max(vector, numel)
+        return ModelFacts(total, trainable, largest, vector)
 
 
 @dataclass(frozen=True)
@@ -163,52 +192,6 @@ class ModelSizes:
             block,
             bool(data["text_only"]),
         )
-
-
-def sizes_of(spec: str, count: Callable[[str], ModelSizes]) -> ModelSizes:
-    """Return the sizes of the model that a config describes.
-
-    Args:
-        spec: as for ``read_spec``.
-        count: builds the model without memory; asked where there is no closed form.
-
-    Raises:
-        ModelError: the config cannot be read.
-    """
-    values, short = read_spec(spec)
-    found = closed_form(values, strict=short)
-    return found if found is not None else count(spec)
-
-
-def closed_form(values: Mapping[str, Any], *, strict: bool = False) -> ModelSizes | None:
-    """Return the sizes by formula, or None where no formula is known to hold.
-
-    Args:
-        values: of a model config, with ``model_type``.
-        strict: refuse a config with keys that the formula does not read.
-    """
-    from dstrain.config.families import FAMILIES, READ_BY_NOTHING, Reader
-
-    family = FAMILIES.get(str(values.get("model_type")))
-    architectures = values.get("architectures") or []
-    if family is None or (architectures and architectures[0] not in family.architectures):
-        return None
-    if values.get("quantization_config"):
-        return None
-    reader = Reader(values)
-    try:
-        tensors, block = family.sizes(reader)
-    except (TypeError, ValueError, ZeroDivisionError):
-        return None
-    if strict and set(values) - reader.names - READ_BY_NOTHING:
-        return None
-    return ModelSizes(
-        str(values["model_type"]),
-        "closed form",
-        merged(tensors),
-        reader.number(family.vocab_size, "vocab_size"),
-        block,
-    )
 
 
 def merged(tensors: Iterable[Tensors]) -> tuple[Tensors, ...]:

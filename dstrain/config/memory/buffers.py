@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dstrain.config.parameters import ModelSizes
-from dstrain.config.placement import Buckets, Placement, Work
+from dstrain.config.memory.placement import Buckets, Placement, Work
+from dstrain.config.memory.sizes import ModelSizes
 
 STAGE_0_BUFFER_ELEMENTS = 500_000_000
 """``engine.py:buffered_allreduce_fallback`` copies at most this many gradients at once."""

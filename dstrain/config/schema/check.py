@@ -2,7 +2,7 @@
 
 DeepSpeed ignores unknown keys at the top level and stops at the first bad one inside a block, after
 the model is built. ``check`` lists all problems at once; ``normalise`` gives numbers written as
-strings their type and old spellings their present name. The keys are data, in ``schema_keys``.
+strings their type and old spellings their present name. The keys are data, in ``keys.py``.
 
 The string "auto" passes for every single value: the resolver fills it in, except where
 ``auto_is_a_value`` says that DeepSpeed itself understands it.
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dstrain.config.schema_keys import (
+from dstrain.config.schema.keys import (
     CONFIG,
     DEEPSPEED_VERSION,
     NO_DEFAULT,
@@ -28,7 +28,7 @@ from dstrain.config.schema_keys import (
     Refused,
     Section,
 )
-from dstrain.config.schema_values import (
+from dstrain.config.schema.values import (
     MISFIT,
     NO,
     YES,
@@ -41,17 +41,6 @@ from dstrain.config.schema_values import (
     show,
 )
 from dstrain.core.errors import Problem, nearest
-
-__all__ = [
-    "NO_DEFAULT",
-    "auto_is_a_value",
-    "check",
-    "default_of",
-    "is_known",
-    "known_paths",
-    "normalise",
-    "read_text",
-]
 
 AUTO: Final = "auto"
 COMMENTS: Final = ("_", "//", "#")  # JSON has no comments: people write them as keys like these

@@ -1,4 +1,4 @@
-"""A filled config as constraints read it: any key has a value, DeepSpeed's default if need be."""
+"""The effective config: the value that DeepSpeed uses at any key, its own default included."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ZERO = "zero_optimization"
 
 
 @dataclass(frozen=True)
-class Config:
-    """A filled config as the constraints read it.
+class EffectiveConfig:
+    """A filled config in which every key has a value: where it has none, DeepSpeed's default.
 
     Attributes:
         values: leaf values by dotted path.

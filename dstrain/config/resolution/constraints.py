@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from dstrain.config.filled import ZERO, Config
-from dstrain.config.format_constraints import FORMAT_CHECKS, coarse_sums
+from dstrain.config.resolution.effective import ZERO, EffectiveConfig
+from dstrain.config.resolution.format_constraints import FORMAT_CHECKS, coarse_sums
 from dstrain.core.errors import Problem
 
 
-def find_problems(config: Config) -> list[Problem]:
+def find_problems(config: EffectiveConfig) -> list[Problem]:
     """Return every pair of keys that exclude each other, and every key without a reader."""
     return [problem for check in _CHECKS for problem in check(config)]
 
 
-def find_warnings(config: Config, by_argument: frozenset[str]) -> tuple[list[Problem], list[str]]:
+def find_warnings(
+    config: EffectiveConfig, by_argument: frozenset[str]
+) -> tuple[list[Problem], list[str]]:
     """Return problems and warnings of keys that only tune at other stages, and of coarse sums.
 
     A problem where an argument set such a key. A config that was written for another stage keeps
@@ -57,7 +59,7 @@ _TUNING: dict[str, tuple[tuple[int, ...], str]] = {
 # --- samples -------------------------------------------------------------------------------------
 
 
-def _shared_samples(config: Config) -> Iterator[Problem]:
+def _shared_samples(config: EffectiveConfig) -> Iterator[Problem]:
     """Refuse parallelism in which several ranks work on the same samples.
 
     The batch would be micro-batch x accumulation x groups, and each group would have to read the
@@ -82,7 +84,7 @@ def _shared_samples(config: Config) -> Iterator[Problem]:
 # --- offload -------------------------------------------------------------------------------------
 
 
-def _offload(config: Config) -> Iterator[Problem]:
+def _offload(config: EffectiveConfig) -> Iterator[Problem]:
     needs = {"offload_optimizer": (1, "ZeRO stage 1, 2 or 3"), "offload_param": (3, "ZeRO stage 3")}
     for name, (least, text) in needs.items():
         device = config.device(name)
@@ -127,7 +129,7 @@ def _offload(config: Config) -> Iterator[Problem]:
         )
 
 
-def _super_offload(config: Config) -> Iterator[Problem]:
+def _super_offload(config: EffectiveConfig) -> Iterator[Problem]:
     if not config.zero("offload_optimizer.super_offload"):
         return
     # engine.py: _configure_zero_optimizer; superoffload_stage3.py: __init__ and
@@ -150,7 +152,7 @@ def _super_offload(config: Config) -> Iterator[Problem]:
         )
 
 
-def _zenflow(config: Config) -> Iterator[Problem]:
+def _zenflow(config: EffectiveConfig) -> Iterator[Problem]:
     if config.has(f"{ZERO}.zenflow"):
         # zenflow_stage_1_and_2.py: __init__ (one weight decay for all groups), group_step with
         # param.selected_grad (unclipped), sync_fp32_param_from_gpu (masters);
@@ -167,7 +169,7 @@ def _zenflow(config: Config) -> Iterator[Problem]:
 # --- ZeRO++ --------------------------------------------------------------------------------------
 
 
-def _hpz(config: Config) -> Iterator[Problem]:
+def _hpz(config: EffectiveConfig) -> Iterator[Problem]:
     size, ranks = config.zero("zero_hpz_partition_size"), config.facts.world_size
     if size is None or size <= 1:
         return
@@ -195,7 +197,7 @@ _QUANTIZED = {
 }
 
 
-def _quantized(config: Config) -> Iterator[Problem]:
+def _quantized(config: EffectiveConfig) -> Iterator[Problem]:
     for key, argument in _QUANTIZED.items():
         if not config.zero(key):
             continue
@@ -238,7 +240,7 @@ def _quantized(config: Config) -> Iterator[Problem]:
 # --- activation checkpointing --------------------------------------------------------------------
 
 
-def _activation_checkpointing(config: Config) -> Iterator[Problem]:
+def _activation_checkpointing(config: EffectiveConfig) -> Iterator[Problem]:
     section = "activation_checkpointing"
     # checkpointing.py: CheckpointFunction.forward divides by mp_size, which is 1 without an mpu.
     for name in ("partition_activations", "contiguous_memory_optimization"):
@@ -258,7 +260,7 @@ def _activation_checkpointing(config: Config) -> Iterator[Problem]:
         )
 
 
-def _gradient_norm(config: Config) -> Iterator[Problem]:
+def _gradient_norm(config: EffectiveConfig) -> Iterator[Problem]:
     """Check a step without gradient norm (zero/config.py, stage_1_and_2.py: compute_grad_norm)."""
     if config.zero("compute_grad_norm"):
         return
@@ -280,7 +282,7 @@ def _gradient_norm(config: Config) -> Iterator[Problem]:
             )
 
 
-_CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+_CHECKS: tuple[Callable[[EffectiveConfig], Iterator[Problem]], ...] = (
     _shared_samples,
     *FORMAT_CHECKS,
     _offload,

@@ -1,6 +1,6 @@
 """Closed forms of architectures with LayerNorm or without gates, and T5; parts shared by all forms.
 
-``families.py`` has the table, and those that follow Llama.
+``closed_forms.py`` has the table, and the forms that follow Llama.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dstrain.config.parameters import Block, Tensors
+from dstrain.config.memory.sizes import Block, Tensors
 
 
 class Reader:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dstrain.config.parameters import Block
+from dstrain.config.memory.sizes import Block
 
 FP32 = 4
 ATTENTION = ("sdpa", "flash_attention_2", "eager")

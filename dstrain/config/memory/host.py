@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dstrain.config.parameters import ModelSizes
-from dstrain.config.placement import FP32, Buckets, Placement, Work
+from dstrain.config.memory.placement import FP32, Buckets, Placement, Work
+from dstrain.config.memory.sizes import ModelSizes
 
 # Python, torch with its CUDA libraries, and a data loader. Assumed, not measured.
 PROCESS_BYTES = 3 * 2**30

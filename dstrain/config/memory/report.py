@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstrain.config.activations import layer_bytes
-from dstrain.config.memory import CUDA_OVERHEAD_BYTES, GIB, Footprint
-from dstrain.config.planner import Choice, Plan, Row, describe
+from dstrain.config.memory.activations import layer_bytes
+from dstrain.config.memory.footprint import CUDA_OVERHEAD_BYTES, GIB, Footprint
+from dstrain.config.memory.planner import Choice, Plan, Row, describe
 
 KINDS = {
     "parameters": "params",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from dstrain.config.rules.rule import Binding, Derivation, Derived, View, where_set
+from dstrain.config.resolution.rules.rule import Binding, Derivation, Derived, View, where_set
 
 _ZERO = "zero_optimization"
 

@@ -12,17 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dstrain.config.activations import (
+from dstrain.config.memory.activations import (
     Batch,
     activation_bytes,
     logits_bytes,
     logits_gradient_bytes,
     recomputed_bytes,
 )
-from dstrain.config.buffers import gathered_bytes, reduction_bytes, unfilled
-from dstrain.config.host_memory import host_bytes, nvme_bytes
-from dstrain.config.parameters import ModelSizes
-from dstrain.config.placement import FP32, Buckets, Placement, Work
+from dstrain.config.memory.buffers import gathered_bytes, reduction_bytes, unfilled
+from dstrain.config.memory.host import host_bytes, nvme_bytes
+from dstrain.config.memory.placement import FP32, Buckets, Placement, Work
+from dstrain.config.memory.sizes import ModelSizes
 
 GIB = 2**30
 # CUDA context and kernels (about 0.5 GiB), NCCL's channels (about 0.5 GiB), cuBLAS workspaces and

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dstrain.config.rules.rule import Binding, Derivation, Derived, View, where_set
+from dstrain.config.resolution.rules.rule import Binding, Derivation, Derived, View, where_set
 
 _ZERO = "zero_optimization"
 _OVERLAP = f"{_ZERO}.overlap_comm"

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
-from dstrain.config import constraints, optimizers, schema
-from dstrain.config.automatic import choose_placement
+from dstrain.config import optimizers, schema
 from dstrain.config.facts import Facts
-from dstrain.config.resolved import Provenance, ResolvedConfig
-from dstrain.config.rules import (
+from dstrain.config.resolution import constraints
+from dstrain.config.resolution.automatic import choose_placement
+from dstrain.config.resolution.resolved import Provenance, ResolvedConfig
+from dstrain.config.resolution.rules import (
     RULES,
     SCHEDULES,
     Binding,
@@ -29,10 +30,10 @@ from dstrain.config.rules import (
     View,
     readable_arguments,
 )
-from dstrain.config.rules.optimizer import choose
-from dstrain.config.source import read_config
-from dstrain.config.tree import drop, get, leaves, put
-from dstrain.config.unread import find_unread
+from dstrain.config.resolution.rules.optimizer import choose
+from dstrain.config.resolution.source import read_config
+from dstrain.config.resolution.tree import drop, get, leaves, put
+from dstrain.config.resolution.unread import find_unread
 from dstrain.core.errors import ConfigError, Problem, raise_problems
 
 
@@ -317,12 +318,12 @@ def _constraints(
 ) -> list[Problem]:
     """Return problems of the filled config: keys that exclude each other or that nothing reads."""
     values = {path: value for path, value in leaves(config) if not _is_auto(path, value)}
-    filled = constraints.Config(values, facts, label)
+    effective = constraints.EffectiveConfig(values, facts, label)
     by_argument = frozenset(p for p, reason in provenance.items() if reason.source == "argument")
-    ignored, remarks = constraints.find_warnings(filled, by_argument)
+    ignored, remarks = constraints.find_warnings(effective, by_argument)
     unread, without_effect = find_unread(values, chosen, label)
     warnings += [*remarks, *without_effect]
-    return [*constraints.find_problems(filled), *ignored, *unread]
+    return [*constraints.find_problems(effective), *ignored, *unread]
 
 
 def _unused(chosen: Mapping[str, Any], config: Mapping[str, Any]) -> list[Problem]:

@@ -4,7 +4,7 @@ One module per subject. Their order is that in which keys are filled and shown: 
 those before it have written.
 """
 
-from dstrain.config.rules import (
+from dstrain.config.resolution.rules import (
     communication,
     offload,
     optimizer,
@@ -14,15 +14,14 @@ from dstrain.config.rules import (
     training,
     zero,
 )
-from dstrain.config.rules.rule import (
+from dstrain.config.resolution.rules.rule import (
     Binding,
     Derivation,
     Derived,
     View,
     readable_arguments,
 )
-from dstrain.config.rules.scheduler import SCHEDULES
-from dstrain.config.rules.sizes import BUCKET_ELEMENTS, SMALL_PARAMETER_ELEMENTS
+from dstrain.config.resolution.rules.scheduler import SCHEDULES
 
 RULES: tuple[Binding | Derivation, ...] = (
     *zero.RULES,
@@ -36,10 +35,8 @@ RULES: tuple[Binding | Derivation, ...] = (
 )
 
 __all__ = [
-    "BUCKET_ELEMENTS",
     "RULES",
     "SCHEDULES",
-    "SMALL_PARAMETER_ELEMENTS",
     "Binding",
     "Derivation",
     "Derived",
