@@ -48,7 +48,7 @@ def check_source(model: Any, model_init: Any, optimizers: tuple[Any, Any]) -> No
         num_arguments(model_init)
 
 
-def check_whole(model: Any) -> None:
+def check_on_one_device(model: Any) -> None:
     """Refuse a model whose layers lie on several devices.
 
     Raises:

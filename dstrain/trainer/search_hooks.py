@@ -11,14 +11,15 @@ from typing import Any
 from dstrain.arguments import TrainingArguments
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, from_main
+from dstrain.core.ranks import all_or_none, from_main
 from dstrain.models import check_writable
 from dstrain.trainer import build
+from dstrain.trainer.evaluation_hooks import EvaluationHooks
 
 logger = get_logger(__name__)
 
 
-class SearchHooks:
+class SearchHooks(EvaluationHooks):
     """The methods of transformers' Trainer about a search.
 
     Attributes:
@@ -29,19 +30,6 @@ class SearchHooks:
         objective: of the trial, once one of its evaluations is over.
     """
 
-    args: Any
-    state: Any
-    ranks: Ranks
-    events: Any
-    model: Any
-    model_init: Any
-    train: Any
-    evaluate: Any
-    close: Any
-    callback_handler: Any
-    add_callback: Any
-    pop_callback: Any
-    _renew_model: Any
     hp_search_backend: str | None = None
     hp_space: Callable[[Any], Any] | None = None
     hp_name: Callable[[Any], str] | None = None
@@ -189,8 +177,8 @@ class SearchHooks:
         # A trial's process has a working folder of its own.
         self.args = with_values(outside, {"output_dir": os.path.abspath(outside.output_dir)})
         board = self.pop_callback(INTEGRATION_TO_CALLBACK["tensorboard"])
-        self.model = None
-        self.events.hold(None)
+        self.model = None  # type: ignore[assignment]
+        self._show_objects(None)
         try:
             yield
         finally:
@@ -259,7 +247,7 @@ class SearchHooks:
                 self._trial,
                 self.objective,
                 step=self.state.global_step,
-                on_prune=lambda: self.events("on_train_end"),
+                on_prune=lambda: self.event("on_train_end"),
             )
         elif self.hp_search_backend == "ray":
             from dstrain.search import ray

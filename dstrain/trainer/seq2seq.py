@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _DEFAULT_MAX_LENGTH = 20  # of generate(), where nothing else is said
 class Seq2SeqTrainer(Trainer):
     """A ``Trainer`` that can evaluate what the model generates (``predict_with_generate``)."""
 
+    args: Seq2SeqTrainingArguments
     _gen_kwargs: dict[str, Any] | None = None
     _synced = False  # whether ranks must generate in step, token by token
 
@@ -175,7 +176,8 @@ class Seq2SeqTrainer(Trainer):
         labels = inputs.get("labels")
         with torch.no_grad():
             given = self._prepare_inputs(self._to_generate_from(inputs))
-            tokens = self._padded(self.model.generate(**given, **gen_kwargs))
+            generate: Callable[..., torch.Tensor] = getattr(self.model, "generate")  # noqa: B009
+            tokens = self._padded(generate(**given, **gen_kwargs))
         if labels is None:
             return None, tokens, None
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)

@@ -38,7 +38,7 @@ class Call:
 
 _LOOP = ("description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
 # Method -> how this package calls it.
-_METHODS: dict[str, tuple[Call, ...]] = {
+METHODS: dict[str, tuple[Call, ...]] = {
     "training_step": (Call(3),),
     "compute_loss": (Call(2, ("num_items_in_batch",)), Call(2, (_OUTPUTS, "num_items_in_batch"))),
     "prediction_step": (Call(3, ("ignore_keys",)),),
@@ -199,27 +199,52 @@ class Functions:
     optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None
 
 
-def serve_overrides(trainer: Any, *, wants_predictions: bool) -> list[Problem]:
-    """Let older overrides be called as they can be; return problems of those that cannot.
+@dataclass(frozen=True)
+class Overridden:
+    """A method of ours that a user has replaced.
+
+    Attributes:
+        name: of both.
+        override: the user's, bound.
+        base: ours, bound.
+        title: how messages call it.
+    """
+
+    name: str
+    override: Callable[..., Any]
+    base: Callable[..., Any]
+    title: str
+
+
+def serve_overrides(
+    overridden: Iterable[Overridden], *, wants_predictions: bool
+) -> tuple[dict[str, Served], list[Problem]]:
+    """Find out how older overrides can be called, and which cannot.
 
     Args:
-        trainer: whose class, or the instance itself, overrides methods.
+        overridden: the methods that a user has replaced.
         wants_predictions: whether evaluations need the outputs of ``compute_loss``.
+
+    Returns:
+        by name, what is to be called in place of an override; and the problems of those that cannot
+        be called.
     """
+    to_call: dict[str, Served] = {}
     problems = []
-    for name, calls in _METHODS.items():
-        override, base = _override_and_base(trainer, name)
-        if override is None or isinstance(override, Served):
+    for method in overridden:
+        if isinstance(method.override, Served):
             continue
-        known = inspect.signature(base)
-        served, problem = _serve(_title(trainer, name), name, override, known, calls)
+        known = inspect.signature(method.base)
+        served, problem = _serve(
+            method.title, method.name, method.override, known, METHODS[method.name]
+        )
         if problem is not None:
             problems.append(problem)
         elif served is not None:
-            setattr(trainer, name, served)
+            to_call[method.name] = served
         if isinstance(served, ServedLoss) and wants_predictions:
             problems.append(_WITHOUT_OUTPUTS)
-    return problems
+    return to_call, problems
 
 
 def serve_loss_function(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
@@ -301,25 +326,9 @@ def _serve(
     return served, None
 
 
-def _override_and_base(trainer: Any, name: str) -> tuple[Any, Any]:
-    """Find a user's method of this name and this package's method that it overrides, both bound."""
-    cls = type(trainer)
-    owners = [part for part in cls.__mro__ if name in vars(part)]
-    ours = next((part for part in owners if _is_ours(part)), None)
-    if ours is None:
-        return None, None
-    base = vars(ours)[name].__get__(trainer, cls)
-    if name in vars(trainer):
-        return vars(trainer)[name], base
-    return (None, None) if owners[0] is ours else (getattr(trainer, name), base)
-
-
-def _is_ours(cls: type) -> bool:
+def is_ours(cls: type) -> bool:
+    """Tell whether a class is of this package."""
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
-
-
-def _title(trainer: Any, name: str) -> str:
-    return f"{type(trainer).__name__}.{name}"
 
 
 def _optimizer_misfits(cls_and_kwargs: tuple[Any, dict[str, Any]] | None) -> list[Problem]:

@@ -103,7 +103,7 @@ class EpochReader:
 
     @property
     def shares(self) -> int | None:
-        """Return in how many parts the data comes: as many as ranks where users split it by rank."""
+        """Return the parts that the data comes in: as many as ranks where a user has split it."""
         return num_shares(self.loader)
 
     def _note_random(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from dstrain.trainer.fitting import smaller
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,6 @@ from dstrain.engine import MetricSchedule, is_out_of_memory
 from dstrain.engine.metric_schedule import guarded
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build
-from dstrain.trainer.fitting import smaller
 from dstrain.training import compat
 from dstrain.training.features import check_features, training_features
 from dstrain.training.label_smoothing import LabelSmoothing

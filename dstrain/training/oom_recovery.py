@@ -5,24 +5,40 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import require_equal
+from dstrain.core.ranks import Ranks, require_equal
 from dstrain.data import inherit_findings
-from dstrain.engine import Carried, Regroup, carry, is_out_of_memory, put_down
-from dstrain.trainer import checkpointing as saving
+from dstrain.engine import Carried, Engine, Regroup, carry, is_out_of_memory, put_down
 from dstrain.training.loop import TrainLoop
-
-if TYPE_CHECKING:
-    from dstrain.trainer.trainer import Trainer
 
 logger = get_logger(__name__)
 
+T = TypeVar("T", bound=TrainingArguments)
+
 _DECIDED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+@dataclass(frozen=True)
+class Rebuilding:
+    """How the owner of a run puts another engine in the place of one that ran out of memory.
+
+    Attributes:
+        pause: lets go of what uses the process groups, beside the engine; no collective.
+        release: tears the engine down, once new groups are there.
+        build: (micro-batch, accumulation) -> a new engine, and a loader of such micro-batches.
+    """
+
+    pause: Callable[[], None]
+    release: Callable[[], None]
+    build: Callable[[int, int], tuple[Engine, Any]]
 
 
 def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:
@@ -53,19 +69,23 @@ def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:
     raise_problems(problems, error=ConfigError)
 
 
-def begin_with_found(trainer: Trainer, start: saving.Start | None) -> None:
-    """Begin with the micro-batch that the run of the checkpoint had found."""
-    args = trainer.args
-    found = None if start is None else start.state.train_batch_size
+def found_before(args: TrainingArguments, found: int | None) -> tuple[int, int] | None:
+    """Return micro-batch and accumulation to begin with, where an earlier run had found them.
+
+    Args:
+        args: the user's arguments.
+        found: the micro-batch of the run that the checkpoint is from; None without one.
+
+    Returns:
+        None where the arguments' own are used.
+    """
     if not args.auto_find_batch_size or not found or found >= args.per_device_train_batch_size:
-        return
+        return None
     total = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if total % found == 0:
-        trainer.fitted = found, total // found
-        trainer.resolved = trainer._resolve(None)
+    return (found, total // found) if total % found == 0 else None
 
 
-def fitted_arguments(args: TrainingArguments, fitted: tuple[int, int] | None) -> TrainingArguments:
+def fitted_arguments(args: T, fitted: tuple[int, int] | None) -> T:
     """Return a copy of the arguments with the micro-batch that was found; None changes nothing."""
     if fitted is None:
         return args
@@ -86,11 +106,29 @@ def smaller(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
     return None
 
 
-def run_fitting(trainer: Trainer, loop: TrainLoop) -> None:
+def run_with_recovery(
+    loop: TrainLoop,
+    module: torch.nn.Module,
+    ranks: Ranks,
+    rebuilding: Rebuilding,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    timeout_seconds: float,
+) -> None:
     """Run the loop; where a micro-batch does not fit, go on at that step with a smaller one.
 
     The step that broke off had changed no weight, and the global batch stays, so the curve is that
     of a run that had begun with the smaller micro-batch.
+
+    Args:
+        loop: of a training.
+        module: the model that is trained.
+        ranks: this process among the others.
+        rebuilding: puts another engine in the place of one that ran out of memory.
+        micro_batch: samples per rank in one forward pass, to begin with.
+        accumulation: micro-batches per step, to begin with.
+        timeout_seconds: of collectives.
 
     Raises:
         TrainingError: one sample does not fit, or memory ran out outside of forward and backward.
@@ -98,24 +136,37 @@ def run_fitting(trainer: Trainer, loop: TrainLoop) -> None:
     run = loop.run
     loop.engine.buffers.keep()
     while True:
-        regroup = Regroup(trainer.ranks, timeout_seconds=trainer.args.ddp_timeout)
-        loop.agree = regroup.vote
-        said = _ran_out(run, loop, regroup)
-        if not said:
+        regroup = Regroup(ranks, timeout_seconds=timeout_seconds)
+        loop.passes.vote = regroup.vote
+        error = _ran_out(run, loop, regroup)
+        if not error:
             regroup.close()
             return
-        carried = _leave_and_meet(trainer, loop, regroup)
-        fitting = smaller(trainer.resolved.micro_batch_size, trainer.resolved.accumulation)
+        captured = _abort(loop, module, rebuilding, regroup)
+        fitting = smaller(micro_batch, accumulation)
         if fitting is None:
             raise TrainingError(
                 Problem(
                     "memory ran out with a micro-batch of one sample",
-                    said,
+                    error,
                     "shorten the samples, set gradient_checkpointing, a higher zero_stage or "
                     "offload (dstrain plan shows what each needs)",
                 )
             )
-        _take_place(trainer, loop, carried, *fitting)
+        if ranks.is_main:
+            logger.warning(
+                "memory ran out at step %d with a micro-batch of %d: going on with %d, and %d of "
+                "them per step",
+                loop.progress.step + 1,
+                micro_batch,
+                *fitting,
+            )
+        micro_batch, accumulation = fitting
+        engine, loader = rebuilding.build(micro_batch, accumulation)
+        inherit_findings(loader, loop.loader)
+        put_down(engine, captured)
+        engine.buffers.keep()
+        loop.change(engine, loader, accumulation=accumulation)
         run = loop.go_on
 
 
@@ -125,7 +176,7 @@ def _ran_out(run: Callable[[], None], loop: TrainLoop, regroup: Regroup) -> str:
         run()
     except Exception as error:
         here = is_out_of_memory(error)
-        if not loop.computing:
+        if not loop.passes.computing:
             raise
         if here:
             regroup.say_failed()
@@ -133,49 +184,20 @@ def _ran_out(run: Callable[[], None], loop: TrainLoop, regroup: Regroup) -> str:
             raise
         # The frames hold what did not fit.
         traceback.clear_frames(error.__traceback__)
-        return str(error).splitlines()[0] if here else "another rank said so"
+        return str(error).splitlines()[0] if here else "reported by another rank"
     return ""
 
 
-def _leave_and_meet(trainer: Trainer, loop: TrainLoop, regroup: Regroup) -> Carried:
+def _abort(
+    loop: TrainLoop, module: torch.nn.Module, rebuilding: Rebuilding, regroup: Regroup
+) -> Carried:
     """Tear the engine and the process groups down, form new groups; return the engine's state."""
     loop.engine.buffers.go_back()
-    carried = carry(loop.engine)
-    if trainer._writer is not None:
-        trainer._writer.close()
+    captured = carry(loop.engine)
+    rebuilding.pause()
     regroup.leave()
-    regroup.meet(trainer.model)
-    trainer.close()  # it asks for its rank
+    regroup.meet(module)
+    rebuilding.release()
     loop.preemption.renew()
     require_equal("the number of optimizer steps done", loop.progress.step, TrainingError)
-    return carried
-
-
-def _take_place(
-    trainer: Trainer, loop: TrainLoop, carried: Carried, micro_batch: int, accumulation: int
-) -> None:
-    """Replace the engine that ran out of memory by one with another micro-batch."""
-    args = trainer.args
-    if trainer.ranks.is_main:
-        logger.warning(
-            "memory ran out at step %d with a micro-batch of %d: going on with %d, and %d of them "
-            "per step",
-            loop.progress.step + 1,
-            trainer.resolved.micro_batch_size,
-            micro_batch,
-            accumulation,
-        )
-    each = trainer.ranks.world_size if args.splits_batches else 1
-    trainer.fitted = micro_batch * each, accumulation
-    trainer.state.train_batch_size = micro_batch * each
-    trainer.resolved = trainer._resolve(loop.plan.max_steps)
-    loader = trainer.get_train_dataloader()
-    inherit_findings(loader, loop.loader)
-    engine = trainer._engines.train(lambda: trainer._build_engine(loop.plan.max_steps))
-    trainer.optimizer, trainer.lr_scheduler = engine.optimizer, engine.scheduler
-    put_down(engine, carried)
-    engine.buffers.keep()
-    trainer.events.hold(loader)
-    if trainer._writer is not None:
-        trainer._writer = saving.make_writer(trainer, before=trainer._writer)
-    loop.change(engine, loader, accumulation=trainer.resolved.accumulation)
+    return captured

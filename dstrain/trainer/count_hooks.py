@@ -12,23 +12,19 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import sum_over_ranks
 from dstrain.data import num_samples
 from dstrain.engine import device_name, full_numel, is_partitioned
+from dstrain.trainer.base import TrainerBase
 
 logger = get_logger(__name__)
 
 
-class CountHooks:
+class CountHooks(TrainerBase):
     """The methods of transformers' Trainer that count; right for partitioned parameters too.
 
     Attributes:
         current_flos: operations of this rank that ``state.total_flos`` does not have yet.
     """
 
-    args: Any
-    model: Any
-    state: Any
-    resolved: Any
     current_flos: float = 0.0
-    _counted: tuple[Any, int] | None = None
 
     def floating_point_ops(self, inputs: Any) -> int | float:
         """Estimate the floating-point operations of a micro-batch (forward and backward).

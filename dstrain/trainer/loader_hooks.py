@@ -1,4 +1,4 @@
-"""Loaders of evaluation data, which may be one dataset or several with names."""
+"""The data loaders of a ``Trainer``: of training, and of evaluation data with or without names."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import all_or_none
 from dstrain.data import end_processes
 from dstrain.trainer import build
+from dstrain.trainer.base import TrainerBase
 
 
-class EvalLoaderHooks:
-    """The methods of transformers' Trainer about the data of an evaluation."""
+class LoaderHooks(TrainerBase):
+    """The methods of transformers' Trainer about data loaders."""
 
-    eval_dataset: Any
-    ranks: Any
-    _loader: Any
     _eval_loaders: Mapping[str | None, tuple[Any, Any]] = MappingProxyType({})
+
+    def get_train_dataloader(self) -> Any:
+        """Make this rank's training loader.
+
+        Raises:
+            DataError: there is no training data, or it is empty.
+        """
+        if self.train_dataset is None:
+            raise DataError(
+                Problem("train() without train_dataset", "", "pass train_dataset to the Trainer")
+            )
+        return self._loader(self.train_dataset, train=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Make this rank's evaluation loader; every sample is on one rank, in the dataset's order.
@@ -60,6 +70,17 @@ class EvalLoaderHooks:
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Make this rank's loader for ``predict``."""
         return self._loader(test_dataset, train=False)
+
+    def _loader(self, dataset: Any, *, train: bool) -> Any:
+        """Make this rank's loader of a dataset; the model gets the columns that it takes."""
+        description = "training" if train else "evaluation"
+        lengths = build.lengths_of(dataset, self.args, self.processing_class) if train else None
+        dataset, collate = build.prepare_dataset(
+            dataset, self.data_collator, self.model, self.args, description=description
+        )
+        return build.make_loader(
+            dataset, collate, self.resolved, self.args, self.ranks, train=train, lengths=lengths
+        )
 
     def _agreed_loader(self, make: Callable[[], Any], *, method: str) -> Any:
         """Make the loader of an evaluation; check that all ranks have the same data; a collective.
