@@ -72,7 +72,7 @@ class HeldShards:
     groups: Groups
 
     @property
-    def own(self) -> list[int]:
+    def rank_shards(self) -> list[int]:
         """Return the numbers of the shards that this rank writes."""
         return _own(len(self.plan), self.rank, self.groups)
 
@@ -114,7 +114,7 @@ class HeldShards:
         assert not self.shares
         names = shard_names(len(self.plan))
         records = {}
-        for number in self.own:
+        for number in self.rank_shards:
             tensors = []
             for portion in self.plan[number]:
                 tensors += portion.stored(partial(self._picked, number, portion))

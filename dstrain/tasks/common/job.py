@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import check_there, held_by_one
+from dstrain.checkpoint import check_there, held_lock
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem, collected
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, barrier
@@ -188,7 +188,7 @@ def train_and_report(
     Raises:
         CheckpointError: another run writes into the output folder.
     """
-    with held_by_one(trainer.output_lock, takes=trainer.args.should_save):
+    with held_lock(trainer.output_lock, takes=trainer.args.should_save):
         _train_and_report(trainer, figures, show)
     if not trainer.last_save_failed:
         return 0
