@@ -243,7 +243,7 @@ class LoadWatch:
 @contextlib.contextmanager
 def watched_dstrain(watch: LoadWatch) -> Iterator[None]:
     """Watch what puts a checkpoint into the engine, and the check of its files before that."""
-    from dstrain.trainer import saving
+    from dstrain.trainer import checkpointing as saving
 
     load_into, choose = saving.load_into, saving.choose
 

@@ -87,11 +87,11 @@ def main() -> int:
 def plan_of(settings: dict[str, Any]) -> dict[str, Any]:
     """Compute what the memory model predicts for a run."""
     sys.path.insert(0, str(ROOT))
-    from dstrain.config.activations import Batch
-    from dstrain.config.memory import footprint
-    from dstrain.config.parameters import closed_form
-    from dstrain.config.placement import Buckets, Placement, Work
-    from dstrain.config.planner import resolved_buckets
+    from dstrain.config.memory.activations import Batch
+    from dstrain.config.memory.bucket_rule import derived_buckets
+    from dstrain.config.memory.closed_forms import closed_form
+    from dstrain.config.memory.footprint import footprint
+    from dstrain.config.memory.placement import Buckets, Placement, Work
 
     sizes = closed_form({"model_type": "llama", **settings["model"]})
     assert sizes is not None
@@ -106,7 +106,7 @@ def plan_of(settings: dict[str, Any]) -> dict[str, Any]:
         settings["checkpointing"],
     )  # fmt: skip
     placement = Placement(settings["stage"], settings["optimizer"], settings["parameters"])
-    sizes_of_buckets = resolved_buckets(sizes.facts, work, placement)
+    sizes_of_buckets = derived_buckets(sizes.facts, placement.stage)
     buckets = Buckets.of_config(flat(bucket_keys(settings)), sizes_of_buckets)
     found = footprint(sizes, work, batch, placement, buckets)
     host = sum(found.host.values()) if settings["device"] == "cpu" else 0

@@ -20,8 +20,9 @@ from dstrain.cli.train import TASKS, find_task
 from dstrain.config import Facts, Machine, ResolvedConfig, resolve
 from dstrain.config.difference import as_data, as_text, differences, read_record
 from dstrain.config.explain import as_record, as_table
-from dstrain.config.parameters import ModelSizes, sizes_of
-from dstrain.config.placement import parse_size
+from dstrain.config.memory.closed_forms import sizes_of
+from dstrain.config.memory.placement import parse_size
+from dstrain.config.memory.sizes import ModelSizes
 from dstrain.core.errors import ConfigError, Problem, collected, raise_errors, raise_problems
 
 CLASSES = [TrainingArguments]

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from dstrain.config.parameters import ModelSizes
+from dstrain.config.memory.sizes import ModelSizes
 from dstrain.core.errors import ModelError, Problem, raise_problems
 from dstrain.core.files import expanded
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dstrain.cli.flags import make_parser, parse
 from dstrain.cli.model import count_in_child
 from dstrain.config import optimizers
-from dstrain.config.activations import ATTENTION, Batch
-from dstrain.config.parameters import sizes_of
-from dstrain.config.placement import WIDTHS, Work, parse_size
-from dstrain.config.plan_report import as_dict, as_table
-from dstrain.config.planner import Limits, choose, plan
+from dstrain.config.memory.activations import ATTENTION, Batch
+from dstrain.config.memory.closed_forms import sizes_of
+from dstrain.config.memory.placement import WIDTHS, Work, parse_size
+from dstrain.config.memory.planner import Limits, choose, plan
+from dstrain.config.memory.report import as_dict, as_table
 from dstrain.core.errors import ConfigError, Problem, raise_problems
 
 

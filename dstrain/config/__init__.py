@@ -1,7 +1,7 @@
 """Arguments and facts become one complete DeepSpeed config, with a reason for every key."""
 
 from dstrain.config.facts import Facts, Machine, ModelFacts
-from dstrain.config.resolve import resolve
-from dstrain.config.resolved import Provenance, ResolvedConfig
+from dstrain.config.resolution.resolve import resolve
+from dstrain.config.resolution.resolved import Provenance, ResolvedConfig
 
 __all__ = ["Facts", "Machine", "ModelFacts", "Provenance", "ResolvedConfig", "resolve"]

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
-from dstrain.config.resolved import ResolvedConfig
+from dstrain.config.resolution.resolved import ResolvedConfig
 from dstrain.core.secrets import hidden_in_text, without_secrets
 from dstrain.core.versions import installed, python_version
 

@@ -2,44 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dstrain.config.parameters import ModelSizes
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Sizes of a model's parameters, counted in elements.
-
-    Attributes:
-        num_parameters: all parameters, shared ones once.
-        num_trainable: those with gradients.
-        largest: elements of the largest parameter.
-        largest_vector: elements of the largest parameter with one dimension (a norm or a bias).
-    """
-
-    num_parameters: int
-    num_trainable: int
-    largest: int
-    largest_vector: int
-
-    @staticmethod
-    def of_shapes(shapes: Iterable[tuple[tuple[int, ...], bool]]) -> ModelFacts:
-        """Return the facts of a sequence of (shape, requires gradient)."""
-        total = trainable = largest = vector = 0
-        for shape, requires_grad in shapes:
-            numel = 1
-            for side in shape:
-                numel *= side
-            total += numel
-            trainable += numel if requires_grad else 0
-            largest = max(largest, numel)
-            if len(shape) <= 1:
-                vector = max(vector, numel)
-        return ModelFacts(total, trainable, largest, vector)
+from dstrain.config.memory.sizes import ModelFacts, ModelSizes
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dstrain.config import optimizers
-from dstrain.config.rules import RULES, Binding, Derivation
-from dstrain.config.unread import as_rows
+from dstrain.config.resolution.rules import RULES, Binding, Derivation
+from dstrain.config.resolution.unread import as_rows
 
 PAGE = Path(__file__).with_name("README.md")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dstrain.config import ResolvedConfig
-from dstrain.config.model_spec import check_sizes, read_config_file, value_of
+from dstrain.config.memory.model_spec import check_sizes, read_config_file, value_of
 from dstrain.core.errors import ModelError, Problem, nearest
 from dstrain.core.files import expanded
 from dstrain.core.log import get_logger

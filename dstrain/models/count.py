@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dstrain.config.parameters import ModelSizes
+from dstrain.config.memory.sizes import ModelSizes
 from dstrain.core.errors import DstrainError, ModelError, Problem
 from dstrain.models.build import parse_model_config
 from dstrain.models.folder import told_of_library

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dstrain.config.model_spec import check_sizes, read_config_file
+from dstrain.config.memory.model_spec import check_sizes, read_config_file
 from dstrain.core.documents import loaded, parsed
 from dstrain.core.errors import DstrainError, ModelError, Problem
 from dstrain.core.files import expanded

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from dstrain.config.parameters import Block, ModelSizes, Tensors, closed_form, merged
+from dstrain.config.memory.closed_forms import closed_form
+from dstrain.config.memory.sizes import Block, ModelSizes, Tensors, merged
 from dstrain.engine import full_shape
 from dstrain.models.folder import told_of_library
 

@@ -19,7 +19,7 @@ from dstrain.arguments.optimizer import METRIC_SCHEDULERS
 from dstrain.config import Facts, ResolvedConfig, optimizers, resolve
 from dstrain.config.difference import RECORD_FILE
 from dstrain.config.explain import as_record, as_table
-from dstrain.config.parameters import ModelSizes
+from dstrain.config.memory.sizes import ModelSizes
 from dstrain.core import log
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem

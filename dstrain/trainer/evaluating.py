@@ -30,12 +30,12 @@ from dstrain.evaluation import (
     with_prefix,
 )
 from dstrain.trainer import build, compat
-from dstrain.trainer.cache import KeyValueCache
 from dstrain.trainer.eval_format import full_eval_format, in_format
 from dstrain.trainer.eval_loaders import EvalLoaderHooks
-from dstrain.trainer.outputs import logits_of, loss_of
-from dstrain.trainer.preemption import EvaluationStopped, Preemption
-from dstrain.trainer.watches import RankWatches, watched
+from dstrain.training.key_value_cache import KeyValueCache
+from dstrain.training.model_outputs import logits_of, loss_of
+from dstrain.training.preemption import EvaluationStopped, Preemption
+from dstrain.training.watches import RankWatches, watched
 
 logger = get_logger(__name__)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dstrain.core.log import get_logger
 from dstrain.reporting import progress_callback, set_tensorboard_folder, tracker_callbacks
-from dstrain.trainer.freezing import LOOKS_AFTER, FreezeWatch
-from dstrain.trainer.preemption import EvaluationStopped
+from dstrain.training.freeze_watch import LOOKS_AFTER, FreezeWatch
+from dstrain.training.preemption import EvaluationStopped
 
 if TYPE_CHECKING:
     from dstrain.trainer.trainer import Trainer

@@ -14,8 +14,8 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import require_equal
 from dstrain.data import inherit_findings
 from dstrain.engine import Carried, Regroup, carry, is_out_of_memory, put_down
-from dstrain.trainer import saving
-from dstrain.trainer.loop import TrainLoop
+from dstrain.trainer import checkpointing as saving
+from dstrain.training.loop import TrainLoop
 
 if TYPE_CHECKING:
     from dstrain.trainer.trainer import Trainer

@@ -16,7 +16,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, gather_objects
 from dstrain.data import to_device
 from dstrain.engine import bytes_to_gather, device_name, free_memory_bytes, kept_whole
-from dstrain.trainer.generation import why_not_saved
+from dstrain.trainer.generation_config import why_not_saved
 from dstrain.trainer.trainer import Trainer
 
 logger = get_logger(__name__)

@@ -13,8 +13,8 @@ from dstrain.core.log import get_logger
 from dstrain.data import LossTargets, needs_target_count
 from dstrain.engine import device_name
 from dstrain.models import DTYPES
-from dstrain.trainer.loss_terms import LossTerms
-from dstrain.trainer.outputs import check_loss, loss_of
+from dstrain.training.loss_terms import LossTerms
+from dstrain.training.model_outputs import check_loss, loss_of
 
 logger = get_logger(__name__)
 

@@ -32,41 +32,42 @@ from dstrain.engine import (
 )
 from dstrain.models import check_writable, guard_partitioned, save_model, unsaved_remark
 from dstrain.reporting.memory import MemoryMetrics
-from dstrain.trainer import build, compat, saving
+from dstrain.trainer import build, compat
+from dstrain.trainer import checkpointing as saving
 from dstrain.trainer.adapter_hooks import AdapterHooks
 from dstrain.trainer.attributes import OtherAttributes
 from dstrain.trainer.best import BestModel
-from dstrain.trainer.cache import KeyValueCache
 from dstrain.trainer.counting import CountHooks, count_whole_parameters
 from dstrain.trainer.engines import EngineKeeper, check_parts, make_ordinary
 from dstrain.trainer.evaluating import EvaluationHooks
 from dstrain.trainer.events import Events
-from dstrain.trainer.features import check_features, training_features
 from dstrain.trainer.fitting import (
     begin_with_found,
     check_fitting,
     fitted_arguments,
     run_fitting,
 )
-from dstrain.trainer.generation import changing, check_generation_config
-from dstrain.trainer.loop import TrainLoop
-from dstrain.trainer.loss_terms import LossTerms
+from dstrain.trainer.generation_config import changing, check_generation_config
+from dstrain.trainer.hub_hooks import HubHooks
 from dstrain.trainer.model_init import check_source, check_whole, fresh_model, num_arguments
 from dstrain.trainer.old_names import old_resume, one_name
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
 from dstrain.trainer.overrides import refuse_misfits
-from dstrain.trainer.plan import MicroStep, RunPlan
-from dstrain.trainer.position import Position
-from dstrain.trainer.preemption import Preemption
-from dstrain.trainer.processors import align_special_tokens, processor_writer
-from dstrain.trainer.publishing import HubHooks
+from dstrain.trainer.processing import align_special_tokens, processor_writer
 from dstrain.trainer.reports import ReportHooks
-from dstrain.trainer.search import SearchHooks
-from dstrain.trainer.separation import flattened, mixes_sequences
+from dstrain.trainer.search_hooks import SearchHooks
 from dstrain.trainer.signatures import Functions, serve_loss_function
-from dstrain.trainer.smoothing import LabelSmoothing
 from dstrain.trainer.stepping import StepHooks
-from dstrain.trainer.watches import RankWatches, watched
+from dstrain.training.features import check_features, training_features
+from dstrain.training.key_value_cache import KeyValueCache
+from dstrain.training.label_smoothing import LabelSmoothing
+from dstrain.training.loop import TrainLoop
+from dstrain.training.loss_terms import LossTerms
+from dstrain.training.packed_sequences import flattened, mixes_sequences
+from dstrain.training.preemption import Preemption
+from dstrain.training.resume import Position
+from dstrain.training.settings import MicroStep, RunPlan
+from dstrain.training.watches import RankWatches, watched
 
 logger = get_logger(__name__)
 

@@ -29,7 +29,10 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"core", "engine"},
     "checkpoint": {"core", "config", "engine", "models"},
     "reporting": {"core"},
+    "hub": {"core", "arguments", "config", "checkpoint"},
+    "search": {"core", "arguments", "engine"},
 }
+ROOMS["training"] = set(ROOMS) - {"hub", "search"}
 ROOMS["trainer"] = set(ROOMS)
 ROOMS["tasks"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)  # and the front door

@@ -11,7 +11,7 @@ import pytest
 
 from dstrain.config import Machine
 from dstrain.config.difference import RECORD_FILE, read_record
-from dstrain.config.memory import CPU_OVERHEAD_BYTES
+from dstrain.config.memory.footprint import CPU_OVERHEAD_BYTES
 from tests.distributed.runs import losses, make_trainer
 from tests.models import RaggedTokens, pad_collate, tiny_llama_config
 

@@ -166,7 +166,7 @@ def test_tokens_memory_and_determinism(tmp_path: Path, monkeypatch: pytest.Monke
                  "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"):  # fmt: skip
         monkeypatch.setenv(name, "")
     emptied: list[int] = []
-    monkeypatch.setattr("dstrain.trainer.loop.empty_cache", lambda: emptied.append(1))
+    monkeypatch.setattr("dstrain.training.loop.empty_cache", lambda: emptied.append(1))
     data = RaggedTokens(12)
     text = sum(len(example["input_ids"]) for example in data.examples)
     try:

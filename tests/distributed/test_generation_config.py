@@ -49,7 +49,7 @@ def test_what_cannot_be_saved_is_refused_with_its_fields(tmp_path: Path) -> None
 @pytest.mark.ranks(1)
 def test_what_was_published_like_this_is_saved_like_this(tmp_path: Path) -> None:
     """As transformers does; also where a change of our own has come to it."""
-    from dstrain.trainer.generation import changing, why_not_saved
+    from dstrain.trainer.generation_config import changing, why_not_saved
 
     model = published(tmp_path / "hub")
     trainer = make_trainer(

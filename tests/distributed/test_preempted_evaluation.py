@@ -23,7 +23,7 @@ NUM_BATCHES = 9  # of each set, on each rank
 @pytest.fixture(autouse=True)
 def _asks_after_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask after every batch: those of these runs are too short for twice a second."""
-    from dstrain.trainer import preemption
+    from dstrain.training import preemption
 
     monkeypatch.setattr(preemption, "_EXCHANGE_SECONDS", 0.0)
 

@@ -23,7 +23,7 @@ from tests.distributed.test_resume import (
 @pytest.fixture(autouse=True)
 def _asks_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask after every step: those of these runs are too short for twice a second."""
-    from dstrain.trainer import preemption
+    from dstrain.training import preemption
 
     monkeypatch.setattr(preemption, "_EXCHANGE_SECONDS", 0.0)
 

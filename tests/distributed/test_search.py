@@ -374,7 +374,7 @@ def test_a_search_that_cannot_work_is_refused(
     monkeypatch.setitem(sys.modules, "ray.tune", ray.tune)
     with pytest.raises(ConfigError, match="backend='ray' on 2 ranks"):
         trainer.hyperparameter_search(lambda trial: {}, backend="ray")
-    monkeypatch.setattr("dstrain.trainer.search.find_spec", lambda name: None)
+    monkeypatch.setattr("dstrain.search.trials.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="no backend is installed"):
         trainer.hyperparameter_search()
     trainer.close()

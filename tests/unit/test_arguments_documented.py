@@ -22,7 +22,7 @@ from dstrain.arguments import (
 from dstrain.arguments.choice import Choice
 from dstrain.arguments.fields import default_of, kinds_of, treatment_of
 from dstrain.arguments.treatment import NOT_YET
-from dstrain.config.rules import RULES, Binding
+from dstrain.config.resolution.rules import RULES, Binding
 from dstrain.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,12 @@ import pytest
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, Machine, ResolvedConfig, resolve
-from dstrain.config.automatic import ACTIVATION_SHARE, choose_placement
-from dstrain.config.memory import GIB
-from dstrain.config.parameters import ModelSizes, Tensors, closed_form
-from dstrain.config.planner import speed_rank
-from dstrain.config.rules import readable_arguments
+from dstrain.config.memory.closed_forms import closed_form
+from dstrain.config.memory.footprint import GIB
+from dstrain.config.memory.planner import speed_rank
+from dstrain.config.memory.sizes import ModelSizes, Tensors
+from dstrain.config.resolution.automatic import ACTIVATION_SHARE, choose_placement
+from dstrain.config.resolution.rules import readable_arguments
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -220,7 +221,7 @@ def test_deciding_is_repeatable_and_accepted_by_the_rules_that_follow():
 
 
 def test_the_order_is_one_order():
-    from dstrain.config.planner import ORDER
+    from dstrain.config.memory.planner import ORDER
 
     ranks = [speed_rank(placement) for placement, _ in ORDER]
     assert ranks == sorted(ranks)

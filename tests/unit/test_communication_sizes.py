@@ -14,7 +14,7 @@ from torch import nn
 from dstrain.arguments import TrainingArguments
 from dstrain.cli import explain
 from dstrain.config import Facts, ResolvedConfig, resolve
-from dstrain.config.rules import BUCKET_ELEMENTS, SMALL_PARAMETER_ELEMENTS
+from dstrain.config.memory.bucket_rule import BUCKET_ELEMENTS, SMALL_PARAMETER_ELEMENTS
 from dstrain.models import sizes_of_module
 from tests.models import RegressionModel
 

@@ -292,7 +292,7 @@ def test_the_page_has_every_key_and_only_known_arguments():
     import dataclasses
     import re
 
-    from dstrain.config.rules import RULES
+    from dstrain.config.resolution.rules import RULES
     from dstrain.config.table import page
 
     rows = [

@@ -18,10 +18,11 @@ from dstrain.data import Denominator, EpochOrder, LossRule, LossTargets, TokenCo
 from dstrain.engine import MetricSchedule, is_out_of_memory
 from dstrain.engine.optimizers.metric_schedule import guarded
 from dstrain.reporting.memory import MemoryMetrics
-from dstrain.trainer import build, compat
-from dstrain.trainer.features import check_features, training_features
+from dstrain.trainer import build
 from dstrain.trainer.fitting import smaller
-from dstrain.trainer.smoothing import LabelSmoothing
+from dstrain.training import compat
+from dstrain.training.features import check_features, training_features
+from dstrain.training.label_smoothing import LabelSmoothing
 from tests.models import RegressionModel, tiny_llama
 
 quick = settings(max_examples=60, deadline=None, database=None, derandomize=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.reporting.hub import Publisher, Upload
+from dstrain.hub.publisher import Publisher, Upload
 from tests.hub_server import Hub, hub_server
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from dstrain.arguments import TrainingArguments
 from dstrain.cli import explain
 from dstrain.config import Facts, ModelFacts, ResolvedConfig, resolve
-from dstrain.config.rules import BUCKET_ELEMENTS
+from dstrain.config.memory.bucket_rule import BUCKET_ELEMENTS
 from dstrain.core.errors import ConfigError
 from dstrain.core.ranks import launched_ranks
 from dstrain.models import sizes_of_module

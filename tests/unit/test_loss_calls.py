@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from dstrain.data import Denominator, LossRule, LossTargets, label_columns
-from dstrain.trainer.loss_terms import LossTerms
-from dstrain.trainer.outputs import loss_of
+from dstrain.training.loss_terms import LossTerms
+from dstrain.training.model_outputs import loss_of
 from tests.families.zoo import FAMILIES
 
 MAIN: Any = SimpleNamespace(is_main=True)

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.config.activations import Batch, activation_bytes, layer_bytes, logits_bytes
-from dstrain.config.host_memory import pinned
-from dstrain.config.memory import Footprint, footprint
-from dstrain.config.parameters import Block, ModelSizes, closed_form
-from dstrain.config.placement import Buckets, Placement, Work, parse_size
+from dstrain.config.memory.activations import Batch, activation_bytes, layer_bytes, logits_bytes
+from dstrain.config.memory.closed_forms import closed_form
+from dstrain.config.memory.footprint import Footprint, footprint
+from dstrain.config.memory.host import pinned
+from dstrain.config.memory.placement import Buckets, Placement, Work, parse_size
+from dstrain.config.memory.sizes import Block, ModelSizes
 from dstrain.core.errors import ConfigError
 
 BUCKETS = Buckets(reduce=1000, prefetch=1000, persistence=10)

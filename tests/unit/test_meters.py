@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from dstrain.trainer import meters
-from dstrain.trainer.meters import TrainMeter
+from dstrain.training import metrics as meters
+from dstrain.training.metrics import TrainMeter
 
 
 class Clock:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, resolve
-from dstrain.config.model_spec import check_sizes, read_spec
+from dstrain.config.memory.model_spec import check_sizes, read_spec
 from dstrain.core.errors import ModelError
 from dstrain.models import build_causal_lm, check_model_folder, max_length, parse_model_config
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dstrain.config.parameters import closed_form
+from dstrain.config.memory.closed_forms import closed_form
 from dstrain.models import count_causal_lm, sizes_of_module
 from tests.models import RegressionModel, tiny_llama, tiny_llama_config
 
@@ -33,7 +33,7 @@ def test_the_form_of_a_layer_is_that_of_the_formula(kind):
     """Names alone do not tell dropout or what an activation function keeps."""
     import transformers
 
-    from dstrain.config.families import FAMILIES
+    from dstrain.config.memory.closed_forms import FAMILIES
 
     config = transformers.AutoConfig.for_model(kind)
     with torch.device("meta"):

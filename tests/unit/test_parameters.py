@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dstrain.config.families import FAMILIES
-from dstrain.config.model_spec import read_spec
-from dstrain.config.parameters import ModelSizes, closed_form, sizes_of
+from dstrain.config.memory.closed_forms import FAMILIES, closed_form, sizes_of
+from dstrain.config.memory.model_spec import read_spec
+from dstrain.config.memory.sizes import ModelSizes
 from dstrain.core.errors import ModelError
 
 # Beside every family's defaults: what the defaults do not reach.
@@ -92,7 +92,7 @@ def test_parts_are_told_apart():
 
 def test_partition_is_padded_per_parameter():
     """As ``partition_parameters.py`` does: 3 ranks hold 34 + 1 of 100 + 2 elements."""
-    from dstrain.config.parameters import Tensors
+    from dstrain.config.memory.sizes import Tensors
 
     sizes = ModelSizes("x", "test", (Tensors("other", (100,)), Tensors("other", (2,))), 0, None)
     assert sizes.partition_elements(3) == 35

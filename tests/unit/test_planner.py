@@ -7,12 +7,12 @@ import json
 import pytest
 
 from dstrain.config import ModelFacts
-from dstrain.config.activations import Batch
-from dstrain.config.memory import GIB
-from dstrain.config.parameters import ModelSizes, closed_form
-from dstrain.config.placement import Buckets, Placement, Work
-from dstrain.config.plan_report import as_dict
-from dstrain.config.planner import (
+from dstrain.config.memory.activations import Batch
+from dstrain.config.memory.bucket_rule import derived_buckets
+from dstrain.config.memory.closed_forms import closed_form
+from dstrain.config.memory.footprint import GIB
+from dstrain.config.memory.placement import Buckets, Placement, Work
+from dstrain.config.memory.planner import (
     ORDER,
     SHOWN,
     Choice,
@@ -20,8 +20,9 @@ from dstrain.config.planner import (
     Plan,
     choose,
     plan,
-    resolved_buckets,
 )
+from dstrain.config.memory.report import as_dict
+from dstrain.config.memory.sizes import ModelSizes
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -117,7 +118,7 @@ def test_buckets_are_those_of_the_resolver(stage):
     from dstrain.config import Facts, resolve
 
     facts = ModelFacts(10_000_000, 10_000_000, 1_000_000, 1000)
-    got = resolved_buckets(facts, Work(4), Placement(stage))
+    got = derived_buckets(facts, stage)
     values = resolve(
         TrainingArguments(output_dir="x", zero_stage=str(stage)), Facts(world_size=4, model=facts)
     ).values

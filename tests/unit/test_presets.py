@@ -11,7 +11,7 @@ import pytest
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, Machine, ModelFacts, ResolvedConfig, resolve
-from dstrain.config.source import preset_folder
+from dstrain.config.resolution.source import preset_folder
 from dstrain.core.errors import ConfigError
 
 PRESETS = sorted(path.stem for path in preset_folder().glob("*.json"))

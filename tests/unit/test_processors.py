@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from dstrain.tasks.causal_lm.chat import DEFAULT_TEMPLATE, ChatEncoder
-from dstrain.trainer.processors import align_special_tokens, processor_writer, stop_at
+from dstrain.trainer.processing import align_special_tokens, processor_writer, stop_at
 from tests.models import tiny_llama
 
 WORDS = ["<pad>", "<s>", "</s>", "<|im_end|>", "a", "b", "user", "assistant", "\n"]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, ModelFacts, ResolvedConfig, resolve
-from dstrain.config.rules import BUCKET_ELEMENTS, RULES, SMALL_PARAMETER_ELEMENTS, Binding
+from dstrain.config.memory.bucket_rule import BUCKET_ELEMENTS, SMALL_PARAMETER_ELEMENTS
+from dstrain.config.resolution.rules import RULES, Binding
 from dstrain.core.errors import ConfigError
 
 DEFAULTS = TrainingArguments()

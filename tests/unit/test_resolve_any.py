@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, Machine, schema
-from dstrain.config.memory import GIB
-from dstrain.config.parameters import closed_form
-from dstrain.config.resolve import resolve
-from dstrain.config.rules import RULES
-from dstrain.config.source import preset_folder
+from dstrain.config.memory.closed_forms import closed_form
+from dstrain.config.memory.footprint import GIB
+from dstrain.config.resolution.resolve import resolve
+from dstrain.config.resolution.rules import RULES
+from dstrain.config.resolution.source import preset_folder
 from dstrain.core.errors import ConfigError
 from tests.unit.test_presets import ONLY_CUDA, PRESETS
 from tests.unit.test_resolve import (

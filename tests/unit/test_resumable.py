@@ -26,7 +26,7 @@ from dstrain.data import (
     windows,
 )
 from dstrain.data.stream import Share, Told
-from dstrain.trainer.position import Position
+from dstrain.training.resume import Position
 
 SERIAL = LoaderOptions()
 READ: list[int] = []  # samples that were made, in the order in which they were

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from dstrain.config import schema
-from dstrain.config.schema_keys import (
+from dstrain.config.schema.check import _find, _walk
+from dstrain.config.schema.keys import (
     CONFIG,
     DEEPSPEED_OPTIMIZERS,
     DEEPSPEED_SCHEDULERS,
@@ -706,7 +707,7 @@ def test_data_pipeline_constants_are_keys_choices_or_state(deepspeed: Any) -> No
 
     values = {v for n, v in vars(constants).items() if n.isupper() and isinstance(v, str)}
     section = _section("data_efficiency")
-    keys = {name for _, name, _ in schema._walk(section)} | {"data_efficiency"}
+    keys = {name for _, name, _ in _walk(section)} | {"data_efficiency"}
     assert values - keys == CHOICES_AND_STATE
     # Written out as strings where DeepSpeed reads them, not as constants: none.
     assert keys - values == set()
@@ -839,7 +840,7 @@ def test_choices_of_keys_without_a_model(deepspeed: Any) -> None:
         "data_types.grad_accum_dtype": dtypes,
     }
     for path, choices in expected.items():
-        (key,) = schema._find(path, None)
+        (key,) = _find(path, None)
         assert isinstance(key, Key)
         ours = {str(c).lower() for c in (*key.choices, *key.any_case)}
         assert ours == {str(c).lower() for c in choices}, path
@@ -852,7 +853,7 @@ def test_expert_parallel_choices_are_those_of_its_validator(deepspeed: Any) -> N
     lists = dict(re.findall(r"valid_(\w+) = (\(.*\))", source))
     assert len(lists) == 6
     for name, text in lists.items():
-        (key,) = schema._find(f"expert_parallel.{name}", None)
+        (key,) = _find(f"expert_parallel.{name}", None)
         assert isinstance(key, Key)
         ours = {*key.choices, *(["auto"] if key.auto_is_value else [])}
         assert ours == set(ast.literal_eval(text)), name
@@ -910,11 +911,11 @@ def _nest(path: str, value: Any) -> dict[str, Any]:
 
 
 def _is_plain(path: str) -> bool:
-    return not isinstance(schema._find(path, None)[0], Section)
+    return not isinstance(_find(path, None)[0], Section)
 
 
 def _all_names() -> set[str]:
-    return {name for _, name, _ in schema._walk(CONFIG)}
+    return {name for _, name, _ in _walk(CONFIG)}
 
 
 def _merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

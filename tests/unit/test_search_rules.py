@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 
 from dstrain.arguments import TrainingArguments
 from dstrain.core.errors import ConfigError
-from dstrain.trainer.search import _PACKAGES, default_objective, with_values
-from dstrain.trainer.search_elsewhere import _check_ray
+from dstrain.search.ray import check as check_ray
+from dstrain.search.trials import _PACKAGES, default_objective, with_values
 
 
 @pytest.mark.parametrize(
@@ -60,8 +58,10 @@ def test_values_of_array_libraries_are_taken():
     ],
 )
 def test_schedulers_of_ray_that_cannot_work_are_refused(scheduler, strategy, match):
-    trainer = types.SimpleNamespace(
-        ranks=types.SimpleNamespace(world_size=1), args=TrainingArguments(eval_strategy=strategy)
-    )
     with pytest.raises(ConfigError, match=match):
-        _check_ray(trainer, "minimize", type(scheduler, (), {})())
+        check_ray(
+            world_size=1,
+            direction="minimize",
+            scheduler=type(scheduler, (), {})(),
+            evaluates=strategy != "no",
+        )

@@ -14,7 +14,7 @@ import pytest
 from dstrain.arguments import TrainingArguments
 from dstrain.cli.train import _refuse_credentials
 from dstrain.config.difference import as_text, differences
-from dstrain.config.source import read_config
+from dstrain.config.resolution.source import read_config
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.secrets import (

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from dstrain.core.ranks import Ranks
-from dstrain.trainer import stall
-from dstrain.trainer.stall import Place, StallWatch
+from dstrain.training import stall
+from dstrain.training.stall import Place, StallWatch
 
 WAITS = {
     "step": 6, "in_step": True, "what": "micro-batch 1", "waits_in": "all_reduce", "line": "",

@@ -8,7 +8,7 @@ import pytest
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, ResolvedConfig, resolve
-from dstrain.config.unread import find_unread
+from dstrain.config.resolution.unread import find_unread
 from dstrain.core.errors import ConfigError
 
 

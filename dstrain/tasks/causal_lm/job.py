@@ -38,7 +38,7 @@ from dstrain.tasks.common.job import (
     train_and_report,
 )
 from dstrain.trainer.build import start_run
-from dstrain.trainer.processors import stop_at
+from dstrain.trainer.processing import stop_at
 
 logger = get_logger(__name__)
 

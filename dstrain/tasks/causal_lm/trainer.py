@@ -12,7 +12,7 @@ from dstrain.core.ranks import gather_objects
 from dstrain.tasks.causal_lm.chat import joined
 from dstrain.trainer import Trainer
 from dstrain.trainer.build import eval_batch_size
-from dstrain.trainer.separation import mixes_sequences
+from dstrain.training.packed_sequences import mixes_sequences
 
 
 class CausalLMTrainer(Trainer):

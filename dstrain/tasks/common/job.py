@@ -21,7 +21,7 @@ from dstrain.models import check_model_folder, check_writable, told_of_library
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.trainer import Trainer
 from dstrain.trainer.build import resolve_config
-from dstrain.trainer.saving import missing_text
+from dstrain.trainer.checkpointing import missing_text
 
 logger = get_logger(__name__)
 

@@ -33,7 +33,7 @@ from dstrain.tasks.seq2seq.prepare import EncodedPairs, check_tokenizer, prepare
 from dstrain.tasks.seq2seq.sources import Pairs, load_pairs
 from dstrain.tasks.seq2seq.trainer import PairsTrainer
 from dstrain.trainer.build import start_run
-from dstrain.trainer.generation import changing
+from dstrain.trainer.generation_config import changing
 
 logger = get_logger(__name__)
 

@@ -1,0 +1,1 @@
+"""The memory plan: bytes per rank of a model at every ZeRO stage and offload, and what fits."""

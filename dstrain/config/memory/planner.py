@@ -1,0 +1,283 @@
+"""The ZeRO stages and offloads that fit, and the fastest of them.
+
+``plan`` computes every choice; ``choose`` takes the first that fits in ``ORDER``, which goes from
+the least communication to the most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dstrain.config.memory.activations import Batch
+from dstrain.config.memory.bucket_rule import derived_buckets
+from dstrain.config.memory.footprint import GIB, Footprint, footprint
+from dstrain.config.memory.placement import Buckets, Placement, Work
+from dstrain.config.memory.sizes import ModelFacts, ModelSizes
+
+ORDER: tuple[tuple[Placement, str], ...] = (
+    (
+        Placement(1),
+        "the least communication: gradients are reduced and weights gathered once per step",
+    ),
+    (
+        Placement(2),
+        "as many bytes as stage 1, but gradients are reduced in every micro-batch",
+    ),
+    (
+        Placement(3),
+        "parameters are gathered in forward and again in backward: 1.5 times the bytes of stage 2",
+    ),
+    (
+        Placement(1, "cpu"),
+        "the optimizer runs on host cores: gradients and weights cross PCIe in every step",
+    ),
+    (
+        Placement(2, "cpu"),
+        "the optimizer runs on host cores, and gradients are reduced in every micro-batch",
+    ),
+    (
+        Placement(3, "cpu"),
+        "the optimizer runs on host cores, and parameters are gathered in forward and backward",
+    ),
+    (
+        Placement(3, "cpu", "cpu"),
+        "parameters come over PCIe too, in forward and again in backward",
+    ),
+    (
+        Placement(3, "nvme", "cpu"),
+        "optimizer states are read from disk and written back in every step",
+    ),
+    (
+        Placement(3, "nvme", "nvme"),
+        "optimizer states and parameters are read from disk",
+    ),
+)
+SHOWN = (Placement(0), *(placement for placement, _ in ORDER))
+MOST_RANKS = 65536
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The memory and disk that there is; None where it is not known.
+
+    Attributes:
+        gpu_bytes: memory of one accelerator; of a rank that trains on the CPU, its share of the
+            host's.
+        host_bytes: host memory of one machine.
+        nvme_bytes: local disk of one machine.
+    """
+
+    gpu_bytes: int
+    host_bytes: int | None = None
+    nvme_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A choice, as asked for, and with both settings of activation checkpointing.
+
+    Attributes:
+        footprint: bytes per rank as asked for.
+        plain: bytes per rank without activation checkpointing.
+        checkpointed: bytes per rank with it.
+        lacking: resource -> bytes that are missing; None where it is not known how much there is.
+        fits_checkpointed: whether nothing is missing with activation checkpointing.
+    """
+
+    footprint: Footprint
+    plain: Footprint
+    checkpointed: Footprint
+    lacking: Mapping[str, int | None]
+    fits_checkpointed: bool
+
+    @property
+    def placement(self) -> Placement:
+        """Return stage and offloads."""
+        return self.footprint.placement
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether nothing is missing."""
+        return not self.lacking
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every choice for a model, a workload and machines."""
+
+    sizes: ModelSizes
+    work: Work
+    batch: Batch
+    limits: Limits
+    rows: tuple[Row, ...]
+
+    def row(self, placement: Placement) -> Row:
+        """Return the row of one choice."""
+        return next(row for row in self.rows if row.placement == placement)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The choice for ``zero_stage="auto"``.
+
+    Attributes:
+        placement: the fastest that fits, or where none does the one that lacks least.
+        fits: whether it fits.
+        reason: why this one and none before it, in words.
+        remedies: what would help where nothing fits.
+    """
+
+    placement: Placement
+    fits: bool
+    reason: str
+    remedies: tuple[str, ...] = ()
+
+
+BucketsOf = Callable[[ModelFacts, int], Buckets]  # of a model and a ZeRO stage
+
+
+def plan(
+    sizes: ModelSizes,
+    work: Work,
+    batch: Batch,
+    limits: Limits,
+    *,
+    buckets: BucketsOf = derived_buckets,
+    placements: Sequence[Placement] = SHOWN,
+) -> Plan:
+    """Return the bytes of every choice, and what each of them lacks.
+
+    Args:
+        sizes: the model.
+        work: ranks, precision, optimizer.
+        batch: one micro-batch.
+        limits: memory and disk.
+        buckets: bucket sizes of a stage; by default those that the resolver derives.
+        placements: the choices.
+    """
+    stages = {placement.stage for placement in placements}
+    by_stage = {s: buckets(sizes.facts, s) for s in stages}
+    rows = []
+    for placement in placements:
+        plain, checkpointed = (
+            footprint(
+                sizes,
+                work,
+                replace(batch, checkpointing=checkpointing),
+                placement,
+                by_stage[placement.stage],
+            )
+            for checkpointing in (False, True)
+        )
+        asked = checkpointed if batch.checkpointing else plain
+        lacking = _lacking(asked, work, limits)
+        fits_checkpointed = not _lacking(checkpointed, work, limits)
+        rows.append(Row(asked, plain, checkpointed, lacking, fits_checkpointed))
+    return Plan(sizes, work, batch, limits, tuple(rows))
+
+
+def choose(plan: Plan, *, advise: bool = True) -> Choice:
+    """Return the fastest choice that fits, and why.
+
+    Args:
+        plan: the choices; stage 0 is taken only where there is no other, since stage 1 does all
+            that it does with less memory and as much communication.
+        advise: look for changes that would help where nothing fits.
+    """
+    passed: list[str] = []
+    rows = {row.placement: row for row in plan.rows}
+    order = sorted((p for p in rows if p.stage or len(rows) == 1), key=speed_rank)
+    for placement in order:
+        row = rows[placement]
+        if row.fits:
+            why = dict(ORDER).get(placement)
+            reason = "; ".join([*passed, f"{placement} fits{f': {why}' if why else ''}"])
+            return Choice(placement, True, reason)
+        passed.append(f"{placement} lacks {describe(row.lacking)}")
+    refused = [rows[placement] for placement in order]
+    known = [row for row in refused if None not in row.lacking.values()] or refused
+    least = min(known, key=lambda row: sum(v or 0 for v in row.lacking.values()))
+    reason = f"nothing fits; {least.placement} lacks least: {describe(least.lacking)}"
+    return Choice(least.placement, False, reason, tuple(_remedies(plan)) if advise else ())
+
+
+def first_checkpointed(plan: Plan) -> Placement | None:
+    """Return the fastest choice that fits with activation checkpointing; None where none does."""
+    fitting = [row.placement for row in plan.rows if row.fits_checkpointed and row.placement.stage]
+    return min(fitting, key=speed_rank, default=None)
+
+
+def speed_rank(placement: Placement) -> tuple[int, int, int]:
+    """Return a sort key from fastest to slowest, the order of ``ORDER`` for choices in it."""
+    places = ("none", "cpu", "nvme")
+    return (
+        places.index(placement.optimizer),
+        places.index(placement.parameters),
+        placement.stage,
+    )
+
+
+def describe(lacking: Mapping[str, int | None]) -> str:
+    """Return missing resources in words."""
+    return " and ".join(
+        f"{name} (size not known)" if missing is None else f"{missing / GIB:,.1f} GiB of {name}"
+        for name, missing in lacking.items()
+    )
+
+
+def _lacking(found: Footprint, work: Work, limits: Limits) -> dict[str, int | None]:
+    """Return the bytes missing on an accelerator, and on a machine with all of its ranks."""
+    ranks = min(work.ranks_per_machine, work.world_size)
+    host, disk = sum(found.host.values()), ranks * sum(found.nvme.values())
+    lacking: dict[str, int | None] = {}
+    if work.device == "cpu":  # what is offloaded stays in the same memory
+        if found.needed + host > limits.gpu_bytes:
+            lacking["host memory per rank"] = found.needed + host - limits.gpu_bytes
+    else:
+        if found.needed > limits.gpu_bytes:
+            lacking["GPU memory"] = found.needed - limits.gpu_bytes
+        if limits.host_bytes is None:
+            if found.placement.optimizer != "none" or found.placement.parameters != "none":
+                lacking["host memory"] = None
+        elif ranks * host > limits.host_bytes:
+            lacking["host memory"] = ranks * host - limits.host_bytes
+    if disk and limits.nvme_bytes is None:
+        lacking["disk"] = None
+    elif disk > (limits.nvme_bytes or 0):
+        lacking["disk"] = disk - (limits.nvme_bytes or 0)
+    return lacking
+
+
+def _remedies(plan: Plan) -> list[str]:
+    """Return changes after which something fits: the first of them that does, or more GPUs."""
+    flags: list[tuple[str, Batch]] = []
+    if not plan.batch.checkpointing:
+        flags.append(("--gradient_checkpointing", replace(plan.batch, checkpointing=True)))
+    if plan.batch.micro_batch > 1:
+        flags.append(("--micro_batch 1", replace(plan.batch, micro_batch=1)))
+    if len(flags) == 2:
+        both = replace(plan.batch, checkpointing=True, micro_batch=1)
+        flags.append((" and ".join(flag for flag, _ in flags), both))
+    found = []
+    for flag, batch in flags:
+        if placement := _first_that_fits(plan, plan.work, batch):
+            found.append(f"with {flag} {placement} fits")
+            break
+    ranks = 2 * plan.work.world_size
+    how, batch = flags[-1] if flags else ("", plan.batch)
+    while not found and ranks <= MOST_RANKS:
+        if placement := _first_that_fits(plan, replace(plan.work, world_size=ranks), batch):
+            words = " and ".join(filter(None, [f"{ranks} GPUs", how]))
+            found.append(f"with {words} {placement} fits")
+        ranks *= 2
+    if not found:
+        found.append("what helps: a shorter --seq_len, or GPUs with more memory")
+    if plan.limits.host_bytes is None:
+        found.append("offload is left out of the choice: give --host_memory")
+    return found
+
+
+def _first_that_fits(old: Plan, work: Work, batch: Batch) -> Placement | None:
+    again = plan(old.sizes, work, batch, old.limits)
+    return next((placement for placement, _ in ORDER if again.row(placement).fits), None)

@@ -1,0 +1,84 @@
+"""Whether a model keeps the sequences of a packed row apart; found out by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dstrain.training.key_value_cache import KeyValueCache
+
+_FIRST, _SECOND = 5, 4  # tokens of the two sequences
+# Kernels may add in another order where other experts are busy; a leak is not of that size.
+_NOISE_FACTOR = 8.0
+
+
+def mixes_sequences(
+    model: Any,
+    module: torch.nn.Module,
+    batch_of: Callable[[Sequence[list[int]]], Any],
+    prepare: Callable[[Any], Any],
+) -> bool | None:
+    """Test whether a sequence changes a causal model's outputs for the next one in its row.
+
+    Which models look at ``position_ids`` for that, with which attention, is written down nowhere,
+    and what they do when they do not is to train on, silently. So two short sequences go through
+    the model, then the same with another first one: what comes out for the second must not change.
+    How much it may change by rounding alone (in a mixture of experts) is seen with the sequences
+    the other way round, where none can see what comes later. Four forward passes over a few tokens;
+    at ZeRO stage 3 all ranks must call it.
+
+    Args:
+        model: what to call; in evaluation mode afterwards.
+        module: the core model.
+        batch_of: two sequences of token ids -> the batch that a collator makes of them in one row,
+            or in several equal rows.
+        prepare: batch -> inputs on the model's device.
+
+    Returns:
+        None where it cannot be told: the vocabulary is not known, or there are no logits.
+    """
+    size = _vocabulary_size(module)
+    if size is None:
+        return None
+    draw = torch.Generator().manual_seed(0)
+    first, second = (  # not from the ends of the vocabulary, where special tokens are
+        torch.randint(size // 10, size // 2, (length,), generator=draw).tolist()
+        for length in (_FIRST, _SECOND)
+    )
+    changed = [token + 1 for token in first]
+    model.eval()
+
+    def logits(*sequences: list[int]) -> Any:
+        batch = batch_of(sequences)
+        inputs = prepare({k: v for k, v in batch.items() if "label" not in k})
+        outputs = model(**inputs)
+        found: Any = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        whole = isinstance(found, torch.Tensor) and found.dim() == 3
+        return found.float() if whole and found.shape[1] == _FIRST + _SECOND else None
+
+    with torch.no_grad(), KeyValueCache(module).as_asked():
+        behind = [logits(other, second) for other in (first, changed)]
+        before = [logits(second, other) for other in (first, changed)]
+    if any(found is None for found in (*behind, *before)):
+        return None
+    leaked = (behind[0] - behind[1])[:, _FIRST:].abs().max()
+    noise = (before[0] - before[1])[:, :_SECOND].abs().max()
+    return bool(leaked > _NOISE_FACTOR * noise)
+
+
+def flattened(collate: Any) -> Callable[[Sequence[list[int]]], Any] | None:
+    """Return ``batch_of`` for a collator that makes one row of all samples; None for others."""
+    from transformers import DataCollatorWithFlattening
+
+    if not isinstance(collate, DataCollatorWithFlattening):
+        return None
+    return lambda sequences: collate([{"input_ids": tokens} for tokens in sequences])
+
+
+def _vocabulary_size(module: Any) -> int | None:
+    config = getattr(module, "config", None)
+    text = getattr(config, "get_text_config", None)
+    size = getattr(config if text is None else text(), "vocab_size", None)
+    return size if isinstance(size, int) and size > 2 * _FIRST else None

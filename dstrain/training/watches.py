@@ -1,0 +1,96 @@
+"""Watching all that a trainer does for ranks that do not come, one watch at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from dstrain.core.progress import Progress
+from dstrain.core.ranks import Ranks
+from dstrain.training.stall import Place, StallWatch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass
+class Outside:
+    """The place and progress that a watch sees where no training loop runs."""
+
+    place: Place
+    progress: Progress
+
+
+class RankWatches:
+    """Watches blocks, of which one may stand in another (see ``stall``)."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        """Watch nothing yet.
+
+        Args:
+            ranks: facts of this process.
+        """
+        self._ranks = ranks
+        self._present: StallWatch | None = None
+
+    @contextlib.contextmanager
+    def over(self, what: str, *, step: int, timeout_seconds: float) -> Iterator[None]:
+        """Watch a block, unless it stands in one that is watched already.
+
+        No wait is cut short in it, however long it lasts on all ranks together. Where gloo gives
+        up, it is said which rank did not come, and all end.
+
+        Args:
+            what: is done in the block, for messages.
+            step: that training has come to.
+            timeout_seconds: of collectives.
+        """
+        if self._present is not None:
+            yield
+            return
+        run = _outside(what, step=step)
+        self._present = StallWatch(self._ranks, run, timeout_seconds=timeout_seconds)
+        try:
+            with self._present.watching():
+                yield
+        finally:
+            self._present = None
+
+    @contextlib.contextmanager
+    def following(self, loop: Any) -> Iterator[None]:
+        """Watch a training loop in a block inside ``over``, and then what ends training.
+
+        Args:
+            loop: with its ``place`` and ``progress``.
+        """
+        assert self._present is not None
+        self._present.follow(loop)
+        try:
+            yield
+        finally:
+            self._present.follow(_outside("the end of training", step=loop.progress.step))
+
+
+def watched(
+    what: str,
+) -> Callable[[Callable[Concatenate[Any, P], T]], Callable[Concatenate[Any, P], T]]:
+    """Have a method of a trainer watched as a whole; ``what`` is done in it, for messages."""
+
+    def decorate(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+        @functools.wraps(method)
+        def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+            with self._watching_ranks(what):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _outside(what: str, *, step: int) -> Outside:
+    run = Outside(Place(), Progress(step=step))
+    run.place.enter(what)
+    return run
