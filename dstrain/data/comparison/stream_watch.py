@@ -14,7 +14,8 @@ from typing import Any
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import broadcast_object, gather_objects
-from dstrain.data.alike import (
+from dstrain.data.comparison.differences import Differences, Look, SampleLook
+from dstrain.data.comparison.looks import (
     DIFFERENT,
     MOST_SAMPLES,
     UNCLEAR,
@@ -25,7 +26,6 @@ from dstrain.data.alike import (
     second_look,
     without_count,
 )
-from dstrain.data.differences import Differences, Look, SampleLook
 
 logger = get_logger(__name__)
 

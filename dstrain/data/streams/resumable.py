@@ -172,7 +172,7 @@ def _own(dataset: Any) -> Any:
 
 def _own_step(step: Any) -> Any:
     if type(step).__name__ == "BufferShuffledExamplesIterable":
-        from dstrain.data.shuffled import ShuffledInRounds
+        from dstrain.data.streams.shuffle_buffer import ShuffledInRounds
 
         return ShuffledInRounds(_own_step(step.ex_iterable), step.buffer_size, step.generator)
     own = copy.copy(step)

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PATIENCE, broadcast_object, is_distributed
-from dstrain.data.resumable import Resumable, tell_epoch
+from dstrain.data.streams.resumable import Resumable, tell_epoch
 
 
 class Dispatched(IterableDataset[Any]):

@@ -7,14 +7,13 @@ from typing import Any
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PendingSum, is_distributed
-from dstrain.data.dispatch import Dispatched
-from dstrain.data.loader import MicroBatch, iterate, stand_in_for
 from dstrain.data.lockstep import stream_ends_differ
 from dstrain.data.order import RankBatchSampler
-from dstrain.data.stream import RankStream
+from dstrain.data.streams import Dispatched, RankStream
+from dstrain.data.windows import MicroBatch, iterate, padding_batch
 
 
-def in_step(loader: Any, *, device: Any) -> Iterator[tuple[MicroBatch, bool]]:
+def synchronized_batches(loader: Any, *, device: Any) -> Iterator[tuple[MicroBatch, bool]]:
     """Yield micro-batches, and whether each is the last of all ranks.
 
     Where the loader's length is not known to be the same on all ranks (a stream, a user's own
@@ -36,21 +35,21 @@ def in_step(loader: Any, *, device: Any) -> Iterator[tuple[MicroBatch, bool]]:
         for step, (micro_batch, _) in enumerate(iterate(loader)):
             yield micro_batch, step == num_steps - 1
         return
-    telling = _Telling(getattr(loader, "dataset", None), device)
+    exchange = _BatchExchange(getattr(loader, "dataset", None), device)
     batches = (micro_batch for micro_batch, _ in iterate(loader))
     coming = next(batches, None)
-    number = telling.how_many(coming is not None, is_first=True)
+    number = exchange.num_ranks_with_batch(coming is not None, is_first=True)
     while number:
         if coming is not None:
-            present, spare = coming, stand_in_for(coming)
+            present, spare = coming, padding_batch(coming)
             coming = next(batches, None)
         else:
-            present = stand_in_for(spare)
-        number = telling.how_many(coming is not None)
+            present = padding_batch(spare)
+        number = exchange.num_ranks_with_batch(coming is not None)
         yield present, not number
 
 
-class _Telling:
+class _BatchExchange:
     """The exchange between ranks about every evaluation batch."""
 
     def __init__(self, stream: Any, device: Any) -> None:
@@ -63,11 +62,11 @@ class _Telling:
         if isinstance(stream, RankStream) and not isinstance(stream.source, Dispatched):
             self._is_whole, self._watch = not stream.split, stream.watch
 
-    def how_many(self, have: bool, *, is_first: bool = False) -> int:
+    def num_ranks_with_batch(self, have: bool, *, is_first: bool = False) -> int:
         """Return how many ranks have a batch; a collective.
 
         Raises:
-            DataError: see ``in_step``.
+            DataError: see ``synchronized_batches``.
         """
         if not is_distributed():
             return int(have)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dstrain.core.log import get_logger
-from dstrain.data.loss_rule import IGNORED
+from dstrain.data.loss.rule import IGNORED
 from dstrain.data.samples import batch_size, columns_of
 
 logger = get_logger(__name__)

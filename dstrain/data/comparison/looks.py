@@ -21,7 +21,14 @@ import xxhash
 
 from dstrain.core.ranks import broadcast_object, gather_objects
 from dstrain.core.seeds import random_state, seed_everything, set_random_state
-from dstrain.data.differences import Differences, Look, Part, SampleLook, is_close, is_same
+from dstrain.data.comparison.differences import (
+    Differences,
+    Look,
+    Part,
+    SampleLook,
+    is_close,
+    is_same,
+)
 
 ALIKE, DIFFERENT, UNCLEAR = "alike", "different", "unclear"
 """Ranks read the same data; each reads other data; no field that stays the same tells which."""

@@ -22,7 +22,7 @@ from dstrain.core.seeds import derived_seed, seed_everything
 
 
 @dataclass(frozen=True)
-class Noise:
+class MicroBatchSeed:
     """The facts that the random numbers of a micro-batch follow from.
 
     Attributes:
@@ -37,14 +37,14 @@ class Noise:
     rank: int
     position: int
 
-    def sow(self) -> None:
+    def seed_generators(self) -> None:
         """Seed this process's generators (Python, numpy, torch) for the micro-batch."""
         of_epoch = derived_seed(self.seed, step=max(0, self.epoch), rank=self.rank)
         seed_everything(derived_seed(of_epoch, step=self.position, rank=0))
 
 
 @contextlib.contextmanager
-def own_random_numbers() -> Iterator[None]:
+def host_generators_restored() -> Iterator[None]:
     """Restore the host's generators of this process after the body, as if it had drawn nothing.
 
     Those of a device are left alone, which a loader process cannot ask.
@@ -61,23 +61,23 @@ def own_random_numbers() -> Iterator[None]:
         torch.set_rng_state(of_torch)
 
 
-class Indices(list[int]):
-    """The dataset indices of a micro-batch, and its noise."""
+class SeededIndices(list[int]):
+    """The dataset indices of a micro-batch, and the seed of its random numbers."""
 
-    def __init__(self, indices: Iterable[int], noise: Noise) -> None:
-        """Keep the noise beside the list.
+    def __init__(self, indices: Iterable[int], seed: MicroBatchSeed) -> None:
+        """Keep the seed beside the list.
 
-        Args: the indices, the noise.
+        Args: the indices, the seed.
         """
         super().__init__(indices)
-        self.noise = noise
+        self.seed = seed
 
     def __reduce__(self) -> Any:
-        """Pickle the indices with their noise, on the way to a loader process."""
-        return Indices, (list(self), self.noise)
+        """Pickle the indices with their seed, on the way to a loader process."""
+        return SeededIndices, (list(self), self.seed)
 
 
-def begin_worker(_: int) -> None:
+def prepare_worker(_: int) -> None:
     """Prepare a loader process (torch's ``worker_init_fn``)."""
     drop_what_cannot_be_written()  # a process that was forked does so already
     fetch._MapDatasetFetcher = _SeededFetcher  # type: ignore[misc]
@@ -91,6 +91,6 @@ class _SeededFetcher(fetch._MapDatasetFetcher):
     """A fetcher that seeds the generators of a loader process before each micro-batch."""
 
     def fetch(self, possibly_batched_index: Any) -> Any:
-        if isinstance(possibly_batched_index, Indices):
-            possibly_batched_index.noise.sow()
+        if isinstance(possibly_batched_index, SeededIndices):
+            possibly_batched_index.seed.seed_generators()
         return super().fetch(possibly_batched_index)

@@ -11,64 +11,24 @@ import copy
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data._utils import pin_memory as pinning
 from torch.utils.data._utils import worker as worker_module
 
 from dstrain.core.seeds import random_state, set_random_state
-from dstrain.data.alike import SampleLook, look_of
-from dstrain.data.noise import Noise, own_random_numbers
+from dstrain.data.comparison.looks import SampleLook, look_of
+from dstrain.data.comparison.stream_watch import WATCHED_SAMPLES, StreamWatch
 from dstrain.data.order import Topology
-from dstrain.data.resumable import Resumable, tell_epoch
-from dstrain.data.stream_length import LengthWatch, length_of
-from dstrain.data.watch import WATCHED_SAMPLES, StreamWatch
+from dstrain.data.streams.length import LengthWatch, length_of
+from dstrain.data.streams.resumable import Resumable, tell_epoch
+from dstrain.data.streams.share import Share, ShareWithState
+from dstrain.data.worker_seeds import MicroBatchSeed, host_generators_restored
 
 _NO_EPOCH = -1
 _END = object()
-
-
-@dataclass
-class Share:
-    """A rank's part of a micro-step, collated.
-
-    Attributes:
-        inputs: the micro-batch.
-        num_samples: samples that were collated; 0 where this rank had none left and ``inputs`` is a
-            stand-in, which must carry no weight.
-        looks: what the samples of all ranks said, while these are compared.
-    """
-
-    inputs: Any
-    num_samples: int
-    looks: list[SampleLook] = field(default_factory=list)
-
-    def pin_memory(self) -> Share:
-        """Return a copy in page-locked memory; torch's loader asks for it."""
-        return Share(pinning.pin_memory(self.inputs), self.num_samples, self.looks)
-
-
-@dataclass
-class Told:
-    """A micro-batch on its way from a loader process, with the source's position.
-
-    Attributes:
-        share: what the training process is to get.
-        position: samples of the epoch up to its end, over all ranks.
-        state: the source's state there, pickled; None where that cannot be.
-    """
-
-    share: Share
-    position: int
-    state: bytes | None
-
-    def pin_memory(self) -> Told:
-        """Return a copy in page-locked memory; torch's loader asks for it."""
-        return Told(self.share.pin_memory(), self.position, self.state)
 
 
 @contextlib.contextmanager
@@ -112,7 +72,7 @@ class RankStream(IterableDataset[Any]):
 
     Attributes:
         split: whether each rank's source is a part of its own.
-        is_settled: whether that is known, and not only assumed.
+        is_split_known: whether that is known, and not only assumed.
         lengths: what sources say of their length: that of this rank, or, once all ranks have told
             each other, those of all that are read.
         watch: compares what ranks read of a stream that began alike on all.
@@ -136,7 +96,7 @@ class RankStream(IterableDataset[Any]):
         self.drop_last = drop_last
         share = share_of(source)
         self.split = share is not None and share[1] == topology.world_size
-        self.is_settled = False
+        self.is_split_known = False
         self.lengths = [length_of(source)]
         self.watch: StreamWatch | None = None
         self._length_watch: LengthWatch | None = None
@@ -147,7 +107,7 @@ class RankStream(IterableDataset[Any]):
         self._position = torch.tensor(
             [_NO_EPOCH, 0, 0]
         )  # epoch, start, whether samples are compared
-        self.noise_seed = 0  # of loader processes; the loader's builder sets it
+        self.worker_seed = 0  # of loader processes; the loader's builder sets it
         self.keeps_states = False  # where a checkpoint may want to know the source's position
         self._resumable = Resumable.of(source)
         self._begin: tuple[int, int, dict[str, Any]] | None = None  # epoch, start, source's state
@@ -276,7 +236,7 @@ class RankStream(IterableDataset[Any]):
         state = dict(self._states).get(samples)
         return pickle.loads(state) if isinstance(state, bytes) else state
 
-    def note(self, told: Told) -> Share:
+    def note(self, told: ShareWithState) -> Share:
         """Keep the state that a loader process sent, and return its micro-batch."""
         self._states.append((told.position, told.state))
         return told.share
@@ -288,7 +248,7 @@ class RankStream(IterableDataset[Any]):
         tell_epoch(self._reader(), epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield collated micro-batches, each a ``Share`` or a ``Told`` with one."""
+        """Yield collated micro-batches, each a ``Share`` or a ``ShareWithState`` with one."""
         worker = get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch, start, compares = self._position.tolist()
@@ -299,28 +259,29 @@ class RankStream(IterableDataset[Any]):
         size = self.step_samples
         start //= self.num_readers  # of this rank's source, as all positions here
         position = start if begun else 0
-        tells = self.keeps_states and self._resumable is not None
+        keeps_states = self.keeps_states and self._resumable is not None
         step = 0
         looks: list[SampleLook] = []
         columns = None if self.watch is None else self.watch.columns
         self._states.clear()
         while True:
             if worker:  # also for what is left out: the source may draw random numbers too
-                Noise(self.noise_seed, epoch, self.topology.rank, position).sow()
+                rank = self.topology.rank
+                MicroBatchSeed(self.worker_seed, epoch, rank, position).seed_generators()
             used = max(0, start - position)
             chunk = list(islice(samples, min(used, size) or size))
             if begun and self._resumable is not None:
                 self._resumable.begun()
                 begun = False
             if compares and step % turns == turn and position < WATCHED_SAMPLES:
-                with own_random_numbers():  # what is lazy may draw some when it is looked at
+                with host_generators_restored():  # what is lazy may draw some when it is looked at
                     looks += [look_of(s, columns) for s in chunk[: WATCHED_SAMPLES - position]]
             position += len(chunk)
             if not chunk:
                 return
-            told = (position if not self.split else -(-position // size) * size) * self.num_readers
-            if tells and not worker:
-                self._states.append((told, self._state()))
+            end = (position if not self.split else -(-position // size) * size) * self.num_readers
+            if keeps_states and not worker:
+                self._states.append((end, self._state()))
             if used:
                 continue
             if self.drop_last and len(chunk) < size:
@@ -330,7 +291,10 @@ class RankStream(IterableDataset[Any]):
                 mine = chunk if self.split else [chunk[i] for i in share]
                 part = Share(self.collate(mine or chunk[:1]), len(mine), looks)
                 looks = []
-                yield Told(part, told, _pickled(self._state())) if worker and tells else part
+                if worker and keeps_states:
+                    yield ShareWithState(part, end, _pickled(self._state()))
+                else:
+                    yield part
             step += 1
 
     def _samples(self, epoch: int, *, begins_inside: bool, in_worker: bool) -> Iterator[Any]:
@@ -374,7 +338,7 @@ class StreamLoader(DataLoader[Any]):
         """Yield micro-batches, each with its number of samples."""
         stream: Any = self.dataset
         for part in super().__iter__():
-            share = stream.note(part) if isinstance(part, Told) else part
+            share = stream.note(part) if isinstance(part, ShareWithState) else part
             if share.looks and stream.watch is not None:
                 stream.watch.note(share.looks)
             yield share

@@ -14,12 +14,12 @@ from typing import Any
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
-from dstrain.data.alike import ALIKE, DIFFERENT, MOST_SAMPLES, UNCLEAR, Verdict, compare
 from dstrain.data.columns import used_columns
-from dstrain.data.dispatch import Dispatched
+from dstrain.data.comparison.looks import ALIKE, DIFFERENT, MOST_SAMPLES, UNCLEAR, Verdict, compare
+from dstrain.data.comparison.stream_watch import StreamWatch
 from dstrain.data.order import RankBatchSampler
-from dstrain.data.stream import RankStream, share_of
-from dstrain.data.watch import StreamWatch
+from dstrain.data.streams.dispatch import Dispatched
+from dstrain.data.streams.rank_stream import RankStream, share_of
 
 logger = get_logger(__name__)
 
@@ -49,7 +49,7 @@ class _Facts:
     fingerprint: str | None
 
 
-def settle(loader: Any, *, what: str, epoch: int = 0, known_whole: bool = False) -> None:
+def detect_split(loader: Any, *, what: str, epoch: int = 0, known_whole: bool = False) -> None:
     """Find out with the other ranks whether they share a loader's samples; a collective.
 
     At most 16 samples of a dataset with a length are read, and eight of a stream, which an epoch
@@ -70,18 +70,18 @@ def settle(loader: Any, *, what: str, epoch: int = 0, known_whole: bool = False)
     """
     stream = getattr(loader, "dataset", None)
     if isinstance(stream, RankStream):
-        if stream.is_settled:
+        if stream.is_split_known:
             return
-        stream.is_settled = True
+        stream.is_split_known = True
         if not is_distributed():
             _check_shares([share_of(stream.source)], what)
             return
-        _settle_stream(loader, stream, what=what, epoch=epoch, known_whole=known_whole)
+        _detect_split_of_stream(loader, stream, what=what, epoch=epoch, known_whole=known_whole)
     elif is_distributed() and isinstance(getattr(loader, "batch_sampler", None), RankBatchSampler):
-        _settle_dataset(loader, what=what)
+        _check_dataset(loader, what=what)
 
 
-def inherit_findings(loader: Any, earlier: Any) -> None:
+def inherit_split(loader: Any, earlier: Any) -> None:
     """Give a loader what an earlier loader of the same data has found out."""
     stream, before = getattr(loader, "dataset", None), getattr(earlier, "dataset", None)
     if isinstance(stream, RankStream) and isinstance(before, RankStream):
@@ -96,7 +96,7 @@ def num_shares(loader: Any) -> int:
     return stream.topology.world_size if isinstance(stream, RankStream) and stream.split else 1
 
 
-def _settle_stream(
+def _detect_split_of_stream(
     loader: Any, stream: RankStream, *, what: str, epoch: int, known_whole: bool
 ) -> None:
     dispatched = isinstance(stream.source, Dispatched)
@@ -153,7 +153,7 @@ def _compare(stream: RankStream, loader: Any, *, epoch: int) -> Verdict:
     return found
 
 
-def _settle_dataset(loader: Any, *, what: str) -> None:
+def _check_dataset(loader: Any, *, what: str) -> None:
     dataset = loader.dataset
     fingerprint = getattr(dataset, "_fingerprint", None)
     mine = _Facts("dataset", len(dataset), None, None if fingerprint is None else str(fingerprint))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from dstrain.data.loss_rule import IGNORED, SAMPLES, Denominator, LossRule
-from dstrain.data.loss_watch import ELEMENTWISE, LossCall
+from dstrain.data.loss.recorder import ELEMENTWISE, LossCall
+from dstrain.data.loss.rule import IGNORED, SAMPLES, Denominator, LossRule
 from dstrain.data.samples import batch_size, columns_of
 
 _OFTEN_IGNORED = (IGNORED, -1, 0)  # 0 is often padding
@@ -73,7 +73,7 @@ def explain(
         the targets of a part of the loss that is not seen now.
     """
     value = float(torch.as_tensor(loss).detach().double().mean())
-    calls = _joined(_of_the_loss(calls, value))
+    calls = _joined(_that_made(calls, value))
     batch = {k: v.cpu() for k, v in columns_of(inputs)}
     samples = batch_size(inputs) if num_samples is None else num_samples
     of_labels = [column for name, column in batch.items() if name.split(".")[0] in labels]
@@ -113,7 +113,7 @@ def explain(
     return Explanation(fitting, certain[0] if certain else None, ratio, counts)
 
 
-def explain_nothing(inputs: Any) -> Explanation | None:
+def explain_zero_loss(inputs: Any) -> Explanation | None:
     """Find the rules that count no target in a batch whose loss is 0, without a call.
 
     Code that selects the rows that have a label calls no loss function where there is none.
@@ -179,7 +179,7 @@ def _ratio(call: LossCall, loss: float) -> float | None:
     return loss / mean if call.reduction == "mean" and mean else None
 
 
-def _of_the_loss(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
+def _that_made(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
     """Leave out calls beside the one that returned the loss.
 
     Some models return the loss of each head and optimise the first.

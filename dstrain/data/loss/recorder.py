@@ -109,16 +109,16 @@ class LossCall:
         return float(values.sum()) / loss if loss else float("nan")
 
 
-class ToldCount(int):
+class TargetCount(int):
     """A count that is passed to a user's code, so that one can see whether that code uses it."""
 
 
-class LossCalls(TorchFunctionMode):
+class LossCallRecorder(TorchFunctionMode):
     """A torch mode that records the calls of loss functions while entered; it changes none.
 
     Attributes:
         calls: of loss functions, in order.
-        used_count: whether some function of torch was given a ``ToldCount``, such as a division.
+        used_count: whether some function of torch was given a ``TargetCount``, such as a division.
         by_rows: whether the loss looks like a mean over samples of a batch that has one sample: a
             mean or sum was taken of a tensor with one element, or a sum was divided by 1. The value
             of the loss does not show it.
@@ -192,7 +192,7 @@ class LossCalls(TorchFunctionMode):
             self._made[tensor] = is_sum
 
     def _note_count(self, value: Any) -> None:
-        self.used_count = self.used_count or isinstance(value, ToldCount)
+        self.used_count = self.used_count or isinstance(value, TargetCount)
 
     def _columns_of(self, value: Any) -> frozenset[str]:
         """Return the batch keys that a value was made from; none for what is no tensor."""
@@ -205,7 +205,7 @@ def _equals(value: Any, number: int) -> bool:
     """Tell whether a value is this number, or a one-element tensor of it that is not learned."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.requires_grad and float(value) == number
-    plain = isinstance(value, (int, float)) and not isinstance(value, ToldCount)
+    plain = isinstance(value, (int, float)) and not isinstance(value, TargetCount)
     return plain and value == number
 
 
