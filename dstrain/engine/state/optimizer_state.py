@@ -9,7 +9,7 @@ import torch
 
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
-from dstrain.engine.regions import Region, is_scalar
+from dstrain.engine.state.shards import Region, is_scalar
 
 logger = get_logger(__name__)
 

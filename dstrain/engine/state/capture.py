@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dstrain.engine.optimizer_state import create_state, read_scalars
-from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
-from dstrain.engine.regions import WEIGHT, regions
+from dstrain.engine.state.optimizer_state import create_state, read_scalars
+from dstrain.engine.state.progress import begin_load, finish_load, read_progress, write_progress
+from dstrain.engine.state.shards import WEIGHT, regions
 
 if TYPE_CHECKING:
     from dstrain.engine.engine import Engine

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dstrain.core.ranks import is_distributed
-from dstrain.engine.slots import Slot
+from dstrain.engine.buffers.slots import Slot
 
 Form = tuple[tuple[int, ...], torch.dtype | None]
 """Shape and format of a buffer; ``EMPTY`` for a registered one that is None."""
@@ -92,7 +92,7 @@ class AgreedBuffers:
             return
         import torch.distributed as dist
 
-        from dstrain.engine.startup import device_name
+        from dstrain.engine.process_group import device_name
 
         device = device_name()
         held = [one.holds for one in self._agreed]

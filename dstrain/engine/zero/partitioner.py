@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dstrain.engine.zero import full_numel, full_shape, is_partitioned
+from dstrain.engine.zero.parameters import full_numel, full_shape, is_partitioned
 
 
 class Partitioner:

@@ -51,8 +51,14 @@ def start(
     choose_accelerator(use_cpu=use_cpu)
     if not started:
         _single_process_environment()
-    from dstrain.engine import ops, shared_memory
-    from dstrain.engine.rendezvous import check_rendezvous, did_not_meet, meeting, reminding
+    from dstrain.engine import ops
+    from dstrain.engine.process_group import shared_memory
+    from dstrain.engine.process_group.rendezvous import (
+        check_rendezvous,
+        did_not_meet,
+        meeting,
+        reminding,
+    )
 
     folder = ops.prepare_environment()
     ops.clear_stale_locks(folder)

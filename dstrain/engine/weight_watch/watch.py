@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.core.errors import Problem, TrainingError
-from dstrain.engine.callers import is_called_by_a_library
+from dstrain.engine.weight_watch.callers import is_called_by_a_library
 from dstrain.engine.zero import is_away, is_partitioned
 
 _Tensor: Any = torch.Tensor

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.core.errors import Problem, TrainingError
 from dstrain.engine import compat
-from dstrain.engine.callers import is_called_by_a_library
+from dstrain.engine.weight_watch.callers import is_called_by_a_library
 from dstrain.engine.zero import full_numel, is_partitioned
 
 # They ask what a tensor is, and not for its elements.
@@ -39,7 +39,7 @@ _MAKES = frozenset([
 # Of their arguments only the first is computed with.
 _TAKES_ONE = frozenset(["to", "type_as"])
 # They pass on what others compute with.
-_PASS_ON = ("deepspeed.runtime.zero.linear", "dstrain.engine.registration")
+_PASS_ON = ("deepspeed.runtime.zero.linear", "dstrain.engine.zero.registration")
 
 
 def watching_reads(

@@ -57,7 +57,7 @@ class Slot:
         if values is None:
             self.owner._buffers[self.key] = None
         elif present is None:
-            from dstrain.engine.startup import device_name
+            from dstrain.engine.process_group import device_name
 
             self.owner._buffers[self.key] = values.to(device_name(), copy=True)
         elif present.dtype == values.dtype:

@@ -14,10 +14,15 @@ import torch
 
 from dstrain.core.errors import CheckpointError, Problem, TrainingError
 from dstrain.engine import compat
-from dstrain.engine.regions import MASTER, Region, regions
-from dstrain.engine.scalars import scalars_as_bytes
-from dstrain.engine.weight_watch import WeightWatch
-from dstrain.engine.zero import has_scalars, is_partitioned, is_whole_now, updated_share
+from dstrain.engine.state import MASTER, Region, regions
+from dstrain.engine.weight_watch.watch import WeightWatch
+from dstrain.engine.zero import (
+    has_scalars,
+    is_partitioned,
+    is_whole_now,
+    scalars_as_bytes,
+    updated_share,
+)
 
 if TYPE_CHECKING:
     from dstrain.engine.engine import Engine

@@ -17,7 +17,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dstrain.core.errors import CheckpointError, Problem
-from dstrain.engine.metric_schedule import MetricSchedule
+from dstrain.engine.optimizers import MetricSchedule
 
 Groups = Sequence[dict[str, Any]]
 

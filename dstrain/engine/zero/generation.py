@@ -10,7 +10,7 @@ from typing import Any
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import is_distributed
-from dstrain.engine.registration import StageTold
+from dstrain.engine.zero.registration import StageTold
 
 logger = get_logger(__name__)
 

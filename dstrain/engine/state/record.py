@@ -10,7 +10,7 @@ from annotated_types import Gt
 from pydantic import AfterValidator, Strict
 
 from dstrain.core.documents import Count, Integer, Number, Real, Text
-from dstrain.engine.optimizer_state import STATIC
+from dstrain.engine.state.optimizer_state import STATIC
 
 _GroupValue = Number | Text | None | tuple[Number | None, ...]
 

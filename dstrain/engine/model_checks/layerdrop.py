@@ -14,7 +14,7 @@ from collections.abc import Collection
 import torch
 
 from dstrain.core.errors import ModelError, Problem, raise_problems
-from dstrain.engine.leaf import full_name
+from dstrain.engine.model_checks.leaf_modules import full_name
 
 _USE = re.compile(r"self\.((?:config\.)?\w*layer_?drop\w*)", re.IGNORECASE)
 _ASKS = "is_deepspeed_zero3_enabled"

@@ -10,7 +10,7 @@ import torch
 
 from dstrain.config import ModelFacts
 from dstrain.core.errors import ModelError, Problem
-from dstrain.engine.scalars import scalars_as_bytes
+from dstrain.engine.zero.scalar_parameters import scalars_as_bytes
 
 
 def is_partitioned(parameter: Any) -> bool:

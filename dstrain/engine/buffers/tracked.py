@@ -25,8 +25,8 @@ import torch
 
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
-from dstrain.engine.agreed import EMPTY, AgreedBuffers, Form, form_of
-from dstrain.engine.slots import Slot, empty_slots_of, slots_of
+from dstrain.engine.buffers.broadcast import EMPTY, AgreedBuffers, Form, form_of
+from dstrain.engine.buffers.slots import Slot, empty_slots_of, slots_of
 
 # Of torch's normalisations with running statistics, whose layers need not all run in each step.
 _STATISTICS = frozenset(["running_mean", "running_var", "num_batches_tracked"])

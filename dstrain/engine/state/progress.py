@@ -9,13 +9,13 @@ import torch
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none
-from dstrain.engine.optimizer_state import (
+from dstrain.engine.state.optimizer_state import (
     check_number_of_groups,
     group_values,
     same_for_all,
     set_group_values,
 )
-from dstrain.engine.schedule_state import (
+from dstrain.engine.state.schedule import (
     STEERED,
     last_rates,
     schedule_state,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dstrain.engine.zero import full_numel, gathered, is_partitioned
+from dstrain.engine.zero.parameters import full_numel, gathered, is_partitioned
 
 # Gathering parameters one by one would pay a latency for each.
 _GATHER_BYTES = 256 * 2**20

@@ -29,7 +29,7 @@ import torch
 
 from dstrain.core.errors import Problem, TrainingError
 from dstrain.core.ranks import broadcast_object
-from dstrain.engine.arrival import arrival_order
+from dstrain.engine.stepping.gradient_arrival import arrival_order
 
 # What is used of DeepSpeed 0.19.8's ZeRO optimizers, of stages 1 and 2 and of stage 3.
 _OF_BOTH = (
