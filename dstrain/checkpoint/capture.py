@@ -32,13 +32,13 @@ from dstrain.engine import (
     save_native,
 )
 from dstrain.models import (
-    HeldShards,
     HostCopies,
-    held_bytes,
-    hold_shards,
+    WeightSnapshot,
     record_layout,
     save_configs,
     save_model,
+    snapshot_bytes,
+    snapshot_weights,
     unsaved_remark,
     write_tensor_file,
 )
@@ -101,7 +101,7 @@ class Captured:
     manifest: Manifest
     folder: Path | None
     slices: content.Slices | None
-    weights: HeldShards | None
+    weights: WeightSnapshot | None
     rank_state: Any
     shared: Any
     layout: Any
@@ -186,7 +186,7 @@ class ContentCapture:
         ranks, sharers = self._ranks, self._writers.sharers
         needed = content.rank_slices(engine, sharers).num_bytes
         if self._policy.with_weights:
-            needed += held_bytes(engine.module, ranks, num_writers=sharers.world_size)
+            needed += snapshot_bytes(engine.module, ranks, num_writers=sharers.world_size)
         available = available_bytes()
         fits = available is None or needed * ranks.local_world_size <= _MEMORY_SHARE * available
         everywhere = all(gather_objects(fits))
@@ -240,7 +240,7 @@ class ContentCapture:
         with main_ranks_buffers(engine.module, wanted=engine.buffers.differ):
             if policy.with_weights and copies is not None:
                 groups = self._writers.groups
-                weights = hold_shards(engine.module, self._ranks, copies, groups=groups)
+                weights = snapshot_weights(engine.module, self._ranks, copies, groups=groups)
             if copies is None or (policy.with_weights and weights is None):
                 folder = staging.agreed(self._writers.first)  # else in the thread, beside training
             if folder is not None and policy.with_weights:

@@ -17,7 +17,7 @@ from dstrain.core.ranks import Ranks, barrier
 from dstrain.core.seeds import seed_everything
 from dstrain.core.stop import INCOMPLETE
 from dstrain.engine import full_numel
-from dstrain.models import check_model_folder, check_writable, told_of_library
+from dstrain.models import check_model_folder, check_writable, library_errors
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.trainer import Trainer
 from dstrain.trainer.build import resolve_config
@@ -96,7 +96,7 @@ def saved_config(name: str) -> Any:
     from transformers import AutoConfig
 
     check_model_folder(name)
-    with told_of_library(
+    with library_errors(
         f"model_name_or_path={name!r} cannot be read",
         "check the name: a folder written by save_pretrained, or a model of the Hub",
     ):
