@@ -255,7 +255,7 @@ class EvaluationHooks(EvaluationParts):
         if forward_columns(self.model) is None:  # it may take labels, or none
             names = [name for name in names if name in given]
         has_labels = bool(names) and all(given.get(name) is not None for name in names)
-        told = self.targets.told(inputs)
+        told = self.targets.target_count(inputs)
         # Not in the model's format: labels in 16 bits would be others than those of the data.
         labels = [to_device(given[n], device_name(), float_dtype=None) for n in names * has_labels]
         inputs = self._prepare_inputs(inputs)

@@ -10,7 +10,7 @@ from typing import Any
 
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
-from dstrain.data import LossTargets, in_step, returns_loss
+from dstrain.data import LossTargets, returns_loss, synchronized_batches
 from dstrain.engine import device_name
 from dstrain.evaluation import (
     BatchMetric,
@@ -78,7 +78,7 @@ class EvaluationParts(ModelHooks, ReportHooks):
         """Agree with the other ranks after a batch: on what a target is, and on signals."""
         self._num_watched += 1
         if not self.targets.settled and self._num_watched <= _MOST_WATCHED:
-            self.targets.settle(self.ranks, final=False)
+            self.targets.agree(self.ranks, final=False)
         elif self._num_watched % _MOST_WATCHED == 0:
             self._settle_rivals()
         self._heed_signals(collector)
@@ -86,7 +86,7 @@ class EvaluationParts(ModelHooks, ReportHooks):
     def _settle_rivals(self) -> None:
         """Agree on what a target is, where later batches may have told; a collective."""
         if self.targets.has_rivals:
-            self.targets.settle(self.ranks, final=False)
+            self.targets.agree(self.ranks, final=False)
 
     def _can_count(self) -> bool:
         """Return whether the batches so far can be counted; others are held until ranks agree."""
@@ -167,7 +167,7 @@ class EvaluationParts(ModelHooks, ReportHooks):
         return replace(prediction, predictions=reduce(logits, prediction.labels))
 
     def _eval_batches(self, loader: Any) -> Iterator[EvalBatch]:
-        for micro_batch, is_last in in_step(loader, device=device_name()):
+        for micro_batch, is_last in synchronized_batches(loader, device=device_name()):
             yield EvalBatch(micro_batch.inputs, micro_batch.num_samples, is_last)
 
     def _computes_loss(self, inputs: Mapping[str, Any]) -> bool:

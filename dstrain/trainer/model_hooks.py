@@ -10,7 +10,7 @@ import torch
 from dstrain.core.adapters import inner_model
 from dstrain.core.log import get_logger
 from dstrain.data import InputFormats, takes_target_count
-from dstrain.models import guard_partitioned, merge_adapters, unloaded
+from dstrain.models import guard_partitioned, merge_adapters, without_adapters
 from dstrain.trainer import build
 from dstrain.trainer.engine_hooks import EngineHooks
 from dstrain.trainer.generation_config import changing, check_generation_config
@@ -45,7 +45,7 @@ class ModelHooks(StepHooks, EngineHooks):
         model = self.model
         merge_adapters(model)  # while there is an engine: it may hold what is offloaded
         self._release_model()
-        self._take_model(unloaded(model))
+        self._take_model(without_adapters(model))
         return self.model
 
     # --- behind the edge --------------------------------------------------------------------------
@@ -80,15 +80,15 @@ class ModelHooks(StepHooks, EngineHooks):
         self.model_accepts_loss_kwargs = takes_target_count(self.model)
         self._smoothing = LabelSmoothing.of(self.model, self.args)
         self._terms = None
-        own_loss = self.compute_loss_func is None and not self._overrides("compute_loss")
-        if own_loss and self._smoothing is None:
+        model_loss = self.compute_loss_func is None and not self._overrides("compute_loss")
+        if model_loss and self._smoothing is None:
             self._terms = LossTerms.of(self.model)
         self.targets = build.targets_of(
             self.model,
             self.args,
             rule=None if self._terms is None else self._terms.rule(),
-            own_loss=own_loss,
-            is_told=self.compute_loss_func is not None or self.model_accepts_loss_kwargs,
+            model_loss=model_loss,
+            receives_count=self.compute_loss_func is not None or self.model_accepts_loss_kwargs,
         )
         self._formats = InputFormats(self.model, self.targets.labels)
 

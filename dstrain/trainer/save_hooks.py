@@ -97,7 +97,7 @@ class SaveHooks(HubHooks):
                 "position": position.shared(),
                 "global_batch_size": self.resolved.global_batch_size,
             },
-            own=position.own(),
+            rank_state=position.rank_state(),
             documents={
                 "trainer_state.json": state_values(
                     self.state, [*self.events.exportable(), self.control]

@@ -13,11 +13,11 @@ from dstrain.checkpoint import (
     Reader,
     TrainerStateRecord,
     check_readable,
-    choose,
+    choose_checkpoint,
     holding,
     load_into,
     read_arguments,
-    read_own,
+    read_rank_state,
     read_run,
     read_trainer_state,
     wanted_checkpoint,
@@ -31,7 +31,7 @@ from dstrain.core.seeds import seed_rank
 from dstrain.data import is_ours, is_stream, num_shares
 from dstrain.engine import Engine
 from dstrain.trainer import build
-from dstrain.training.resume import OwnRecord, Position, Resumption
+from dstrain.training.resume import Position, RankRecord, Resumption
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -81,7 +81,7 @@ def find_start(
     def look(folder: Path, manifest: Manifest) -> None:
         looked[folder] = _read_start(folder, manifest, ranks)
 
-    chosen = choose(
+    chosen = choose_checkpoint(
         wanted, Path(args.output_dir), ranks, on_each_node=args.save_on_each_node, look=look
     )
     if chosen is None:
@@ -109,11 +109,11 @@ def _read_start(folder: Path, manifest: Manifest, ranks: Ranks) -> Start:
     Raises:
         CheckpointError: a document is not what it must be.
     """
-    run, own = read_run(folder), read_own(folder, manifest, ranks)
+    run, rank_state = read_run(folder), read_rank_state(folder, manifest, ranks)
     try:
         position = Position.of(run["position"])
-        if own is not None:
-            typed(own, OwnRecord)
+        if rank_state is not None:
+            typed(rank_state, RankRecord)
     except ValueError as error:
         raise CheckpointError(
             Problem(
@@ -216,8 +216,8 @@ def load(
     position = start.position
     with holding(start.folder):
         restored = load_into(engine, start.folder, start.manifest, ranks, unpickles=unpickles)
-    if position.is_split and restored.own is not None:
-        position = replace(position, source=restored.own.get("source"))
+    if position.is_split and restored.rank_state is not None:
+        position = replace(position, source=restored.rank_state.get("source"))
     batch = resolved.global_batch_size
     if batch != start.global_batch_size:
         steps = math.ceil(position.progress.samples_in_epoch / batch)
@@ -231,14 +231,14 @@ def load(
         ):
             if there != here:
                 logger.warning("%s: %s in the checkpoint, %s in this run", what, there, here)
-    if restored.own is None:
+    if restored.rank_state is None:
         seed_rank(seed, step=position.progress.step, rank=ranks.rank)
         if ranks.is_main:
             logger.warning(
                 "random states are those of (seed, step, rank) and not of the checkpoint, which "
                 "has none for this number of ranks"
             )
-    return Resumption(position, restored.own)
+    return Resumption(position, restored.rank_state)
 
 
 def restore_state(state: TrainerState, saved: TrainerStateRecord) -> None:

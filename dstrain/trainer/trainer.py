@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import check_there, held_by_one
+from dstrain.checkpoint import check_there, held_lock
 from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
 from dstrain.core.launcher import note_saved
 from dstrain.core.log import get_logger
@@ -236,7 +236,7 @@ class Trainer(RunHooks, OtherAttributes):
             watch = Preemption(self.ranks, watches=self.args.preemption != "ignore")
             self.preempted, self._preemption = False, watch
             with watch.watching():
-                with held_by_one(self.output_lock, takes=self.args.should_save):
+                with held_lock(self.output_lock, takes=self.args.should_save):
                     output = self._train(resume_from_checkpoint)
                 ends = self.preempted and self.args.preemption == "exit"
                 if ends:

@@ -138,7 +138,7 @@ class Accumulation:
             self.place.enter(f"micro-batch {index + 1}", in_step=True)
             loss = self._pass(micro_batch, index, weights, is_last=is_last, looks_again=looks_again)
             losses.append(loss.detach().clone())  # a CUDA graph writes the next into its place
-            if not micro_batch.masked:
+            if not micro_batch.is_padding:
                 num_tokens += self.count_tokens(micro_batch.inputs)
                 empty |= empty_columns(micro_batch.inputs)
             if not is_last:
@@ -177,11 +177,11 @@ class Accumulation:
         micro_step = MicroStep(
             inputs, micro_batch.num_samples, index, is_last, weights, looks_again
         )
-        told = self.targets.told(inputs, micro_batch.num_samples, counts=counts)
+        told = self.targets.target_count(inputs, micro_batch.num_samples, counts=counts)
         changes = self.engine.changes
         watch = contextlib.nullcontext() if changes is None else changes.in_training_step()
         with self.cache.as_asked(), watch:
             loss = self.hooks.train_micro_batch(micro_step, told)
-        if not micro_batch.masked:
+        if not micro_batch.is_padding:
             self.hooks.count_flos(inputs)
         return loss

@@ -150,7 +150,7 @@ class TrainLoop:
         self.place.enter("before its first micro-batch", in_step=True)
         self.hooks.event("on_step_begin")
         step = self.progress.step
-        looks_again = self.targets.looks_again_at(step, is_first=step == self.steps_before)
+        looks_again = self.targets.is_due_again(step, is_first=step == self.steps_before)
         done = self.passes.run(window.micro_batches, looks_again=looks_again)
         first = window.micro_batches[0].inputs
         self._health.look_for_targets(done.weights, first, self.targets, step=step + 1)
@@ -319,7 +319,7 @@ class TrainLoop:
         self.tokens_before = self.state.num_input_tokens_seen
         self._last = StepRecord(position.applied, position.grad_norm, position.learning_rate)
         if position.loss is not None:
-            self.targets.take_up(position.loss, self.ranks)
+            self.targets.restore(position.loss, self.ranks)
         self._meter.restore(position.meters, rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     def _finish_resumed_point(self, position: Position) -> None:

@@ -15,7 +15,7 @@ from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, require_equal
-from dstrain.data import inherit_findings
+from dstrain.data import inherit_split
 from dstrain.engine import Carried, Engine, Regroup, carry, is_out_of_memory, put_down
 from dstrain.training.loop import TrainLoop
 
@@ -163,7 +163,7 @@ def run_with_recovery(
             )
         micro_batch, accumulation = fitting
         engine, loader = rebuilding.build(micro_batch, accumulation)
-        inherit_findings(loader, loop.loader)
+        inherit_split(loader, loop.loader)
         put_down(engine, captured)
         engine.buffers.keep()
         loop.change(engine, loader, accumulation=accumulation)

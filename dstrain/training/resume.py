@@ -141,15 +141,15 @@ class Position:
         source = None if self.is_split else self.source
         return values | {"source": source if is_plain(source) else None}
 
-    def own(self) -> dict[str, Any]:
+    def rank_state(self) -> dict[str, Any]:
         """Return this rank's part: its random state now, and before what it has fetched ahead.
 
         And the state of its own part of the data, where it has one.
         """
-        own: dict[str, Any] = {"random": random_state(), "random_ahead": self.random_ahead}
+        state: dict[str, Any] = {"random": random_state(), "random_ahead": self.random_ahead}
         if self.is_split and self.source is not None and is_plain(self.source):
-            own["source"] = self.source
-        return own
+            state["source"] = self.source
+        return state
 
     @property
     def is_split(self) -> bool:
@@ -172,8 +172,8 @@ class Position:
 
 
 @dataclass(frozen=True)
-class OwnRecord:
-    """What a rank has for itself in a checkpoint: the values of ``Position.own``."""
+class RankRecord:
+    """What a rank has for itself in a checkpoint: the values of ``Position.rank_state``."""
 
     random: Annotated[Plain, AfterValidator(_check_random)]
     random_ahead: Annotated[Plain, AfterValidator(_check_random)] | None = None
@@ -186,17 +186,17 @@ class Resumption:
 
     Attributes:
         position: of the checkpoint.
-        own: this rank's part of the checkpoint; None where other ranks wrote it, and the random
-            state has been derived anew.
+        rank_state: this rank's part of the checkpoint; None where other ranks wrote it, and the
+            random state has been derived anew.
     """
 
     position: Position
-    own: dict[str, Any] | None
+    rank_state: dict[str, Any] | None
 
     @property
     def random_ahead(self) -> dict[str, Any] | None:
         """Return the random state before what was fetched ahead of the checkpoint, or None."""
-        return None if self.own is None else self.own["random_ahead"]
+        return None if self.rank_state is None else self.rank_state["random_ahead"]
 
     def restore_random_ahead(self) -> None:
         """Restore the random state in which the first micro-batch had been fetched."""
@@ -205,5 +205,5 @@ class Resumption:
 
     def restore_random(self) -> None:
         """Restore the random state of the checkpoint."""
-        if self.own is not None:
-            set_random_state(self.own["random"])
+        if self.rank_state is not None:
+            set_random_state(self.rank_state["random"])

@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from dstrain.checkpoint import (
-    bring_in,
-    choose,
+    choose_checkpoint,
     compare,
     convert,
     export,
     folders,
+    import_checkpoint,
     read_manifest,
     verify,
 )
@@ -84,7 +84,7 @@ def whole(output_dir: Path, step: int = 4) -> Path:
     run = run_values(step, **engine) | {"position": position(step).shared(), "formats": {}}
     documents = {
         RUN: encode(run, where="run"),
-        OWN: encode(position(step).own(), where="own"),
+        OWN: encode(position(step).rank_state(), where="own"),
         STATE: {
             "global_step": step, "epoch": 0.5, "log_history": [{"loss": 2.0, "step": 1}],
             "best_metric": 1.0, "best_global_step": step, "best_model_checkpoint": "x/checkpoint-2",
@@ -142,7 +142,7 @@ def relist(folder: Path, name: str) -> None:
 
 def resumed(output_dir: Path) -> str:
     """Find the checkpoint that a run would go on from."""
-    chosen = choose(
+    chosen = choose_checkpoint(
         True,
         output_dir,
         Ranks(),
@@ -322,11 +322,11 @@ def test_an_import_verifies_what_has_checksums_and_executes_nothing(folder, tmp_
     (folder / "latest").write_text("global_step4")
     relist(folder, "latest")
     with pytest.raises(CheckpointError, match="is not loaded|cannot be read"):
-        bring_in(folder, tmp_path / "out")
+        import_checkpoint(folder, tmp_path / "out")
     path = folder / "global_step4/mp_rank_00_model_states.pt"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="does not have its checksum"):
-        bring_in(folder, tmp_path / "out")
+        import_checkpoint(folder, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
@@ -337,7 +337,7 @@ def test_leave_to_unpickle_is_made_in_one_place():
     callers = [p for p in root.rglob("*.py") if "load_native(" in p.read_text()]
     assert [p.relative_to(root).as_posix() for p in makers] == ["checkpoint/native.py"]
     assert sorted(p.relative_to(root).as_posix() for p in callers) == [
-        "checkpoint/load.py", "engine/native.py",
+        "checkpoint/load.py", "engine/state/native.py",
     ]  # fmt: skip
 
 
@@ -433,7 +433,7 @@ def test_a_form_that_encode_does_not_write_names_its_place(folder, form):
 def test_a_random_state_is_tried_before_it_is_used(folder, change):
     """numpy takes any position, and would read other memory."""
     older = whole(folder.parent, 2)
-    own = position(4).own()
+    own = position(4).rank_state()
     change(own["random"])
     forge(folder, OWN, lambda _: encode(own, where="own"))
     assert resumed(folder.parent) == older.name
@@ -486,9 +486,9 @@ def test_what_has_no_manifest_is_skipped_with_its_reason(folder, caplog):
     assert "checkpoint-9 is skipped" in caplog.text
     assert "it has no manifest.json" in caplog.text
     shutil.rmtree(folder)
-    assert choose("auto", folder.parent, Ranks()) is None
+    assert choose_checkpoint("auto", folder.parent, Ranks()) is None
     with pytest.raises(CheckpointError, match="checkpoint-9: .*no manifest"):
-        choose(True, folder.parent, Ranks())
+        choose_checkpoint(True, folder.parent, Ranks())
 
 
 @pytest.mark.parametrize(
