@@ -41,7 +41,7 @@ from dstrain.core.ranks import Ranks
 from dstrain.core.seeds import random_state
 from dstrain.models import Stored, write_tensor_file
 from dstrain.models.tensor_file import TensorReader
-from dstrain.trainer.checkpointing import _read_start
+from dstrain.trainer.start import _read_start
 from dstrain.training.resume import Position
 from tests.unit.test_checkpoint_files import run_values
 

@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from dstrain.trainer.fitting import smaller
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from dstrain.trainer import build
 from dstrain.training import compat
 from dstrain.training.features import check_features, training_features
 from dstrain.training.label_smoothing import LabelSmoothing
+from dstrain.training.oom_recovery import smaller
 from tests.models import RegressionModel, tiny_llama
 
 quick = settings(max_examples=60, deadline=None, database=None, derandomize=True)
