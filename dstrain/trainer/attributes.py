@@ -68,7 +68,7 @@ class OtherAttributes(TrainerBase):
         return None if self._smoothing is None else compat.LabelSmoother(self._smoothing.share)
 
     @label_smoother.setter
-    def label_smoother(self, value: Any) -> None:
+    def label_smoother(self, value: object) -> None:
         raise AttributeError(
             "label_smoother follows args.label_smoothing_factor; for a loss of your own override "
             "compute_loss, or pass compute_loss_func"

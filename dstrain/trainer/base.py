@@ -121,7 +121,7 @@ class TrainerBase:
         self.events.look_for_frozen(name)
         return self.control
 
-    def _show_objects(self, loader: Any) -> None:
+    def _show_objects(self, loader: object) -> None:
         """Give callbacks the model, optimizer, schedule and training loader in use.
 
         Args:

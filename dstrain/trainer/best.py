@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -72,7 +72,7 @@ class BestModel:
             _check_loadable(args)
             _check_files_suffice(args, model)
 
-    def judge(self, metrics: Mapping[str, Any]) -> bool:
+    def judge(self, metrics: Mapping[str, object]) -> bool:
         """Note an evaluation, and tell whether it is the best so far; a collective of all ranks.
 
         Raises:
@@ -205,7 +205,7 @@ def _check_loadable(args: TrainingArguments) -> None:
     )
 
 
-def _check_files_suffice(args: TrainingArguments, model: Any) -> None:
+def _check_files_suffice(args: TrainingArguments, model: torch.nn.Module) -> None:
     """Check that weights that come back from model files alone are in them as they are.
 
     Raises:

@@ -7,9 +7,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def _let_the_main_rank_speak() -> None:
     """
     show = sys.excepthook
 
-    def hook(kind: Any, error: Any, trace: Any) -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, DstrainError):
             time.sleep(_PATIENCE_SECONDS)
         show(kind, error, trace)
@@ -111,7 +112,7 @@ def _let_the_main_rank_speak() -> None:
     sys.excepthook = hook
 
 
-def default_collator(processing_class: Any) -> Collator:
+def default_collator(processing_class: object) -> Collator:
     """Return a collator that pads to the longest sample; without a tokenizer, one that stacks."""
     from transformers import (
         DataCollatorWithPadding,
@@ -120,9 +121,11 @@ def default_collator(processing_class: Any) -> Collator:
         default_data_collator,
     )
 
-    pads = isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor))
-    collate: Collator = DataCollatorWithPadding(processing_class) if pads else default_data_collator
-    return collate
+    if isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor)):
+        padding: Collator = DataCollatorWithPadding(processing_class)  # type: ignore[arg-type]
+        return padding
+    stacking: Collator = default_data_collator
+    return stacking
 
 
 def targets_of(
@@ -155,7 +158,7 @@ def targets_of(
 
 
 def prepare_dataset(
-    dataset: Any,
+    dataset: object,
     collate: Collator,
     module: torch.nn.Module,
     args: TrainingArguments,
@@ -170,7 +173,7 @@ def prepare_dataset(
     return keep_columns(dataset, collate, sorted(keep), description=description)
 
 
-def lengths_of(dataset: Any, args: TrainingArguments, processing_class: Any) -> Any:
+def lengths_of(dataset: object, args: TrainingArguments, processing_class: object) -> Any:
     """Return the lengths of the training samples where their order needs them, else None."""
     if args.sampling not in ("group_by_length", "batch_rebalance"):
         return None
@@ -188,7 +191,7 @@ def _sampling_of(args: TrainingArguments) -> str:
 
 
 def token_count(
-    module: torch.nn.Module, args: TrainingArguments, processing_class: Any
+    module: torch.nn.Module, args: TrainingArguments, processing_class: object
 ) -> TokenCount:
     """Return the function that counts the input tokens of a batch for this model."""
     return TokenCount(
@@ -205,14 +208,14 @@ def eval_batch_size(args: TrainingArguments, ranks: Ranks) -> int:
 
 
 def make_loader(
-    dataset: Any,
+    dataset: object,
     collate: Collator,
     resolved: ResolvedConfig,
     args: TrainingArguments,
     ranks: Ranks,
     *,
     train: bool,
-    lengths: Any = None,
+    lengths: Sequence[int] | torch.Tensor | None = None,
 ) -> Any:
     """Make this rank's loader for training (shuffled) or evaluation (in order, nothing dropped)."""
     micro_batch = resolved.micro_batch_size if train else eval_batch_size(args, ranks)
@@ -240,7 +243,7 @@ def make_loader(
 
 
 def training_steps(
-    loader: Any, args: TrainingArguments, accumulation: int
+    loader: object, args: TrainingArguments, accumulation: int
 ) -> tuple[int, int | None]:
     """Count the optimizer steps of the whole run, and of one epoch (None for a stream).
 
@@ -344,7 +347,7 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
 
 
 def check_shared_out(
-    loader: Any, ranks: Ranks, *, method: str, epoch: int = 0, known_whole: bool = False
+    loader: object, ranks: Ranks, *, method: str, epoch: int = 0, known_whole: bool = False
 ) -> None:
     """See to it that every sample is on one rank; a collective of all ranks.
 
@@ -406,8 +409,8 @@ def optimizer_of(args: TrainingArguments) -> tuple[type[Any], dict[str, Any]]:
 
 def check_passed(
     args: TrainingArguments,
-    optimizers: tuple[Any, Any],
-    cls_and_kwargs: tuple[Any, dict[str, Any]] | None,
+    optimizers: tuple[object, object],
+    cls_and_kwargs: tuple[object, dict[str, object]] | None,
     resolved: ResolvedConfig,
 ) -> None:
     """Refuse what was passed to the Trainer and could not run as given.
@@ -447,7 +450,7 @@ def training_engine(
     resolved: ResolvedConfig,
     *,
     optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
+    scheduler: object,
     decay_names: Callable[[torch.nn.Module], list[str]],
 ) -> Engine:
     """Build a DeepSpeed engine with our parameter groups, or with the user's own optimizer."""

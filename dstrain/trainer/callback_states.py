@@ -13,10 +13,12 @@ from dstrain.core.secrets import is_mask
 if TYPE_CHECKING:
     from transformers import TrainerState
 
+    from dstrain.trainer.compat import ExportableState
+
 logger = get_logger(__name__)
 
 
-def state_values(state: TrainerState, exportable: Iterable[Any]) -> dict[str, Any]:
+def state_values(state: TrainerState, exportable: Iterable[ExportableState]) -> dict[str, Any]:
     """Make ``trainer_state.json`` as transformers writes it.
 
     Args:
@@ -47,7 +49,9 @@ def last_metrics(state: TrainerState) -> dict[str, float]:
     return metrics
 
 
-def restore_callbacks(callbacks: list[Any], saved: Mapping[str, Any], *, is_main: bool) -> None:
+def restore_callbacks(
+    callbacks: list[object], saved: Mapping[str, object], *, is_main: bool
+) -> None:
     """Give callbacks of the same class their saved state; say which saved ones are not here."""
     for kind, states in saved.items():
         if kind == "TrainerControl":
@@ -59,7 +63,7 @@ def restore_callbacks(callbacks: list[Any], saved: Mapping[str, Any], *, is_main
             logger.warning("the checkpoint has the state of a %s, which this run has not", kind)
 
 
-def _restored(callback: Any, state: Mapping[str, Any]) -> Any:
+def _restored(callback: object, state: Mapping[str, Any]) -> Any:
     """Make a callback of the same class from a saved state, as ``ExportableState`` does.
 
     Credentials are not in a checkpoint: they are those of this run's callback.
@@ -88,7 +92,7 @@ def _restored(callback: Any, state: Mapping[str, Any]) -> Any:
     return restored
 
 
-def _with_own_credentials(saved: Mapping[str, Any], callback: Any) -> dict[str, Any]:
+def _with_own_credentials(saved: Mapping[str, object], callback: object) -> dict[str, Any]:
     """Return a callback's saved values, with its present ones where a credential is masked."""
     return {
         name: getattr(callback, name, None) if is_mask(name, value) else value

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import CheckpointWriter, Policy, RunLock, RunRecord, place
@@ -180,7 +181,7 @@ class RunCheckpoints:
         return CheckpointWriter(policy, self._ranks, lock)
 
 
-def check_hooks(model: Any, args: TrainingArguments, resolved: ResolvedConfig) -> None:
+def check_hooks(model: torch.nn.Module, args: TrainingArguments, resolved: ResolvedConfig) -> None:
     """Refuse hooks of a model that would save something made of its weights, at stage 3.
 
     Raises:

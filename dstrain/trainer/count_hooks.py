@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class CountHooks(TrainerBase):
         return len(dataloader) * self.resolved.micro_batch_size
 
     @staticmethod
-    def num_tokens(train_dl: Any, max_steps: int | None = None) -> int:
+    def num_tokens(train_dl: Iterable[object], max_steps: int | None = None) -> int:
         """Count the elements of ``input_ids`` that a loader of this rank gives, padding included.
 
         The loader is read to its end; training counts as it goes and never needs this.

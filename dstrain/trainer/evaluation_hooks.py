@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from dstrain.trainer.evaluation_parts import PREDICTION, EvaluationParts
 from dstrain.training.key_value_cache import KeyValueCache
 from dstrain.training.model_outputs import logits_of, loss_of
 from dstrain.training.watches import watched
+
+if TYPE_CHECKING:
+    from dstrain.trainer.compat import EvalLoopOutput, PredictionOutput
 
 logger = get_logger(__name__)
 
@@ -99,7 +102,7 @@ class EvaluationHooks(EvaluationParts):
         test_dataset: Any,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
-    ) -> Any:
+    ) -> PredictionOutput:
         """Predict a dataset, in its order; compute metrics where it has labels. Logs nothing.
 
         Args:
@@ -143,7 +146,7 @@ class EvaluationHooks(EvaluationParts):
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
-    ) -> Any:
+    ) -> EvalLoopOutput:
         """Run ``evaluation_loop`` under its older name; ``evaluate`` and ``predict`` call this."""
         return self.evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -156,7 +159,7 @@ class EvaluationHooks(EvaluationParts):
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
-    ) -> Any:
+    ) -> EvalLoopOutput:
         """Run a loader through ``prediction_step``; with and without labels.
 
         Args:
@@ -285,18 +288,19 @@ class EvaluationHooks(EvaluationParts):
 
     # --- behind the edge --------------------------------------------------------------------------
 
-    def _with_speed(self, output: Any, started: float, prefix: str) -> dict[str, float]:
+    def _with_speed(self, output: EvalLoopOutput, started: float, prefix: str) -> dict[str, float]:
         batch = build.eval_batch_size(self.args, self.ranks) * self.ranks.world_size
-        metrics = dict(output.metrics) | compat.speed_metrics(
+        num_samples = output.num_samples or 0
+        metrics = dict(output.metrics or {}) | compat.speed_metrics(
             prefix,
             started,
-            num_samples=output.num_samples,
-            num_steps=math.ceil(output.num_samples / batch),
+            num_samples=num_samples,
+            num_steps=math.ceil(num_samples / batch),
         )
         return metrics | self.derived_metrics(metrics, prefix)
 
     def _predict_batch(
-        self, model: Any, inputs: Any, loss_only: bool, ignore_keys: list[str] | None
+        self, model: object, inputs: object, loss_only: bool, ignore_keys: list[str] | None
     ) -> Prediction:
         """Call ``prediction_step``, and add the inputs where metrics want them."""
         main = getattr(self.model, "main_input_name", "input_ids")

@@ -69,7 +69,7 @@ class EvaluationParts(ModelHooks, ReportHooks):
         finally:
             self.targets = training
 
-    def _watching(self, inputs: Any) -> contextlib.AbstractContextManager[list[Any]]:
+    def _watching(self, inputs: object) -> contextlib.AbstractContextManager[list[Any]]:
         """Watch an evaluation's first forward passes for what its loss is a mean over."""
         watches = self._num_watched < _MOST_WATCHED or self.targets.settled
         return self.targets.watching(inputs) if watches else contextlib.nullcontext([])
@@ -166,11 +166,11 @@ class EvaluationParts(ModelHooks, ReportHooks):
             return prediction
         return replace(prediction, predictions=reduce(logits, prediction.labels))
 
-    def _eval_batches(self, loader: Any) -> Iterator[EvalBatch]:
+    def _eval_batches(self, loader: object) -> Iterator[EvalBatch]:
         for micro_batch, is_last in synchronized_batches(loader, device=device_name()):
             yield EvalBatch(micro_batch.inputs, micro_batch.num_samples, is_last)
 
-    def _computes_loss(self, inputs: Mapping[str, Any]) -> bool:
+    def _computes_loss(self, inputs: Mapping[str, object]) -> bool:
         """Tell whether there is a loss although the batch has no labels."""
         if self.compute_loss_func is not None or self._overrides("compute_loss"):
             return True

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,11 +34,11 @@ class Events:
 
     def __init__(
         self,
-        callbacks: Sequence[Any] | None,
+        callbacks: Sequence[object] | None,
         args: TrainingArguments,
         *,
         model: torch.nn.Module,
-        processing_class: Any,
+        processing_class: object,
     ) -> None:
         """Set up callbacks, in order: default flow, trackers, the user's, a progress display.
 
@@ -110,9 +110,11 @@ class Events:
 
         kinds = tuple(compat.INTEGRATION_TO_CALLBACK.values())
         trackers: list[Any] = [c for c in self.handler.callbacks if isinstance(c, kinds)]
-        held: list[Callable[[], Any]] = []
+        held: list[Callable[[], object]] = []
 
-        def hold(tracker: Any, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+        def hold(
+            tracker: Any, *args: object, logs: Mapping[str, float] | None = None, **kwargs: object
+        ) -> None:
             report = type(tracker).on_log
             logs = None if logs is None else dict(logs)
             held.append(functools.partial(report, tracker, *args, logs=logs, **kwargs))
@@ -165,7 +167,7 @@ class Events:
         model: torch.nn.Module,
         *,
         stage: int,
-        group_of: Callable[[torch.nn.Parameter], Any],
+        group_of: Callable[[torch.nn.Parameter], object],
         save_model: Callable[[str], None],
         is_main: bool,
     ) -> None:
@@ -208,7 +210,9 @@ class Events:
             stage,
         )
 
-    def hold(self, model: torch.nn.Module, optimizer: Any, scheduler: Any, loader: Any) -> None:
+    def hold(
+        self, model: torch.nn.Module, optimizer: object, scheduler: object, loader: object
+    ) -> None:
         """Show callbacks what is in use.
 
         Args:

@@ -71,7 +71,7 @@ class LoaderHooks(TrainerBase):
         """Make this rank's loader for ``predict``."""
         return self._loader(test_dataset, train=False)
 
-    def _loader(self, dataset: Any, *, train: bool) -> Any:
+    def _loader(self, dataset: object, *, train: bool) -> Any:
         """Make this rank's loader of a dataset; the model gets the columns that it takes."""
         description = "training" if train else "evaluation"
         lengths = build.lengths_of(dataset, self.args, self.processing_class) if train else None
@@ -82,7 +82,7 @@ class LoaderHooks(TrainerBase):
             dataset, collate, self.resolved, self.args, self.ranks, train=train, lengths=lengths
         )
 
-    def _agreed_loader(self, make: Callable[[], Any], *, method: str) -> Any:
+    def _agreed_loader(self, make: Callable[[], object], *, method: str) -> Any:
         """Make the loader of an evaluation; check that all ranks have the same data; a collective.
 
         Raises:
@@ -99,7 +99,7 @@ class LoaderHooks(TrainerBase):
             end_processes(loader)
         self._eval_loaders = MappingProxyType({})
 
-    def _named_parts(self, eval_dataset: Any) -> dict[str, Any] | None:
+    def _named_parts(self, eval_dataset: object) -> dict[str, Any] | None:
         """Return the datasets to evaluate one by one, by name; None where there is only one."""
         if isinstance(eval_dataset, dict):
             return eval_dataset

@@ -50,10 +50,10 @@ class ModelHooks(StepHooks, EngineHooks):
 
     # --- behind the edge --------------------------------------------------------------------------
 
-    def _fresh_model(self, trial: Any) -> torch.nn.Module:
+    def _fresh_model(self, trial: object) -> torch.nn.Module:
         return fresh_model(self.call_model_init, self.args, trial)
 
-    def _renew_model(self, trial: Any) -> None:
+    def _renew_model(self, trial: object) -> None:
         """Replace the model by a new one, after the old one and all that holds its parameters."""
         self._release_model()
         self._take_model(self._fresh_model(trial))
@@ -108,7 +108,7 @@ class ModelHooks(StepHooks, EngineHooks):
                 ", ".join(f"{name}={token}" for name, token in changed.items()),
             )
 
-    def _warn_of_mixing(self, model: Any) -> None:
+    def _warn_of_mixing(self, model: torch.nn.Module) -> None:
         """Warn where padding-free batches go to a model that cannot keep sequences apart.
 
         Args:

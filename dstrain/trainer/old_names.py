@@ -8,7 +8,7 @@ from dstrain.arguments.enforce import warn
 from dstrain.core.errors import ConfigError, Problem
 
 
-def one_name(processing_class: Any, tokenizer: Any) -> Any:
+def one_name(processing_class: object, tokenizer: object) -> Any:
     """Return what was passed as ``processing_class``, or by its old name ``tokenizer``.
 
     Raises:

@@ -155,7 +155,7 @@ class OptimizerHooks(TrainerBase):
                 )
             )
 
-        def schedule(basic: Any) -> Any:
+        def schedule(basic: object) -> Any:
             before = self.optimizer, self.lr_scheduler
             self.optimizer = basic  # an override may read it
             made = self.create_scheduler(num_training_steps, basic)

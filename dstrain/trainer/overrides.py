@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dstrain.core.errors import Problem
 
 # Semi-private methods of transformers' Trainer -> what to override instead. Every documented one is
@@ -40,7 +38,7 @@ _ELSEWHERE = {
 }
 
 
-def unheard(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
+def unheard(cls: type, unnamed: tuple[object, ...] = ()) -> list[Problem]:
     """Find overrides and arguments that would be ignored silently.
 
     Args:

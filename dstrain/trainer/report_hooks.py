@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ class ReportHooks(CountHooks):
     log_metrics = compat.log_metrics
     metrics_format = staticmethod(compat.metrics_format)
 
-    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+    def save_metrics(
+        self, split: str, metrics: Mapping[str, object], combined: bool = True
+    ) -> None:
         """Write metrics into ``<split>_results.json`` of the run's folder; on the main rank.
 
         Args:
@@ -69,7 +72,7 @@ class ReportHooks(CountHooks):
         self.state.log_history.append({**finite, "step": self.state.global_step})
         self.event("on_log", logs=dict(logs))  # transformers' printer takes total_flos out of it
 
-    def _announce(self, loader: Any, *, max_steps: int) -> None:
+    def _announce(self, loader: object, *, max_steps: int) -> None:
         """Log what is about to be trained."""
         try:
             examples = f"{self.num_examples(loader):,}"
@@ -124,5 +127,5 @@ class ReportHooks(CountHooks):
         return self.events.handler
 
 
-def _as_results(metrics: dict[str, Any]) -> str:
+def _as_results(metrics: Mapping[str, object]) -> str:
     return json.dumps(metrics, indent=4, sort_keys=True)  # as transformers has it

@@ -88,7 +88,7 @@ class RunHooks(SearchHooks, SaveHooks):
             resumption=resumption,
         )
 
-    def _count_steps(self, loader: Any, begin: Start | None) -> tuple[int, int | None]:
+    def _count_steps(self, loader: object, begin: Start | None) -> tuple[int, int | None]:
         """Count the optimizer steps of the whole run, and of one epoch (None for a stream).
 
         Raises:
@@ -105,7 +105,7 @@ class RunHooks(SearchHooks, SaveHooks):
         return max_steps, per_epoch
 
     def _run_settings(
-        self, loader: Any, *, max_steps: int, steps_per_epoch: int | None
+        self, loader: object, *, max_steps: int, steps_per_epoch: int | None
     ) -> RunSettings:
         """Decide what the loop must know of the run before its first step."""
         args = self.args
@@ -122,7 +122,7 @@ class RunHooks(SearchHooks, SaveHooks):
             log_every=int(self.state.logging_steps) if args.logging_strategy == "steps" else 0,
         )
 
-    def _begin_state(self, loader: Any, *, max_steps: int, steps_per_epoch: int | None) -> None:
+    def _begin_state(self, loader: object, *, max_steps: int, steps_per_epoch: int | None) -> None:
         """Reset the state, callbacks and best model for a run whose engine has been built."""
         # In the unit of the argument, with the value that runs: the DeepSpeed config may decide it.
         each = self.ranks.world_size if self.args.splits_batches else 1

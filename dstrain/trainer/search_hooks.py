@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ class SearchHooks(EvaluationHooks):
                 **kwargs,
             )
 
-    def _run_trial(self, trial: Any, trial_id: str) -> Any:
+    def _run_trial(self, trial: object, trial_id: str) -> Any:
         """Train and evaluate with a trial, and return its objective; a collective of all ranks."""
         assert self._give_back_callbacks is not None
         self._trial_id, self.objective = trial_id, None
@@ -150,7 +150,7 @@ class SearchHooks(EvaluationHooks):
             self.close()
             self._leave_trial()
 
-    def _run_ray_trial(self, config: dict[str, Any], trial_id: str) -> dict[str, Any] | None:
+    def _run_ray_trial(self, config: Mapping[str, object], trial_id: str) -> dict[str, Any] | None:
         """Train with a trial of ray, in its process, which is a world of its own.
 
         Returns:
@@ -196,7 +196,7 @@ class SearchHooks(EvaluationHooks):
         if not any(isinstance(c, tracker) for c in self.callback_handler.callbacks):
             self.add_callback(tracker_callbacks(["wandb"])[0])
 
-    def _take_up_trial(self, trial: Any) -> None:
+    def _take_up_trial(self, trial: object) -> None:
         """Put a trial's arguments in place, or those from before it."""
         self._leave_trial()
         self._trial = trial
@@ -226,7 +226,7 @@ class SearchHooks(EvaluationHooks):
         if self._args_outside is not None:
             self.args, self._args_outside = self._args_outside, None
 
-    def _hyperparameters(self, trial: Any) -> dict[str, Any]:
+    def _hyperparameters(self, trial: object) -> dict[str, Any]:
         if isinstance(trial, dict):
             from dstrain.search.trials import hyperparameters_of
 

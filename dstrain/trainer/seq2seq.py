@@ -183,7 +183,7 @@ class Seq2SeqTrainer(Trainer):
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         return loss, tokens, self._padded(to_device(labels, device_name(), float_dtype=None))
 
-    def _to_generate_from(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def _to_generate_from(self, inputs: Mapping[str, Any]) -> dict[str, object]:
         """Return the batch without labels, and without decoder inputs that were made of them."""
         left_out = set(self.label_names) | {"labels"}
         labels, start = inputs.get("labels"), inputs.get("decoder_input_ids")
@@ -191,7 +191,7 @@ class Seq2SeqTrainer(Trainer):
             left_out |= {"decoder_input_ids", "decoder_attention_mask"}
         return {k: v for k, v in inputs.items() if k not in left_out}
 
-    def _with_defaults(self, gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _with_defaults(self, gen_kwargs: Mapping[str, object]) -> dict[str, Any]:
         kwargs, args = dict(gen_kwargs), self.args
         said = kwargs.get("max_length") or kwargs.get("max_new_tokens")
         if said is None and args.generation_max_length is not None:

@@ -8,7 +8,7 @@ error when the Trainer is made, not in the first step, evaluation or save.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ _EVENTS_WITH = {"on_log": ("logs",), "on_evaluate": ("metrics",), "on_predict": 
 class Served:
     """An override that is called with those arguments that it takes."""
 
-    def __init__(self, name: str, override: Callable[..., Any], base: inspect.Signature) -> None:
+    def __init__(self, name: str, override: Callable[..., object], base: inspect.Signature) -> None:
         """Compare an override's signature with the one that callers know.
 
         Args:
@@ -96,7 +96,7 @@ class Served:
         required = [p for p in _plain(signature)[self._leading :] if p.default is _NO_DEFAULT]
         self._defaults = {p.name: defaults[p.name] for p in required if p.name in defaults}
 
-    def knows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def knows(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
         """Tell whether a call fits the method that was overridden."""
         try:
             self._base.bind(*args, **kwargs)
@@ -105,7 +105,7 @@ class Served:
         return True
 
     def reduced(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
         """Choose the arguments for the override, by position and by name, and those left out.
 
@@ -247,7 +247,7 @@ def serve_overrides(
     return to_call, problems
 
 
-def serve_loss_function(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def serve_loss_function(function: Callable[..., object] | None) -> Callable[..., Any] | None:
     """Return a ``compute_loss_func`` that may be called with ``num_items_in_batch``."""
     if function is None or not callable(function):  # which ``misfits_of`` refuses
         return function
@@ -282,7 +282,7 @@ def misfits_of(functions: Functions) -> list[Problem]:
     return problems + _optimizer_misfits(functions.optimizer_cls_and_kwargs)
 
 
-def callback_misfits(callback: Any) -> list[Problem]:
+def callback_misfits(callback: object) -> list[Problem]:
     """List the problems of a callback's methods that cannot take what events pass."""
     cls = callback if isinstance(callback, type) else type(callback)
     problems = []
@@ -305,7 +305,7 @@ def callback_misfits(callback: Any) -> list[Problem]:
 def _serve(
     title: str,
     name: str,
-    override: Callable[..., Any],
+    override: Callable[..., object],
     base: inspect.Signature,
     calls: tuple[Call, ...],
 ) -> tuple[Served | None, Problem | None]:
@@ -331,7 +331,7 @@ def is_ours(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def _optimizer_misfits(cls_and_kwargs: tuple[Any, dict[str, Any]] | None) -> list[Problem]:
+def _optimizer_misfits(cls_and_kwargs: tuple[object, dict[str, object]] | None) -> list[Problem]:
     if cls_and_kwargs is None:
         return []
     import torch
@@ -352,7 +352,7 @@ def _optimizer_misfits(cls_and_kwargs: tuple[Any, dict[str, Any]] | None) -> lis
     ]
 
 
-def _signature(function: Any) -> inspect.Signature | None:
+def _signature(function: Callable[..., object]) -> inspect.Signature | None:
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):  # of a function in C that does not say
@@ -365,23 +365,23 @@ def _plain(signature: inspect.Signature) -> list[inspect.Parameter]:
     return [p for p in signature.parameters.values() if p.kind not in several]
 
 
-def _shown(values: dict[str, Any]) -> str:
+def _shown(values: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 # Signatures of functions that a user passes.
 
 
-def _loss_function(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any: ...
+def _loss_function(outputs: object, labels: object, num_items_in_batch: object = None) -> Any: ...
 
 
-def _metrics(prediction: Any) -> Any: ...
+def _metrics(prediction: object) -> Any: ...
 
 
-def _preprocess(logits: Any, labels: Any) -> Any: ...
+def _preprocess(logits: object, labels: object) -> Any: ...
 
 
-def _collate(samples: Any) -> Any: ...
+def _collate(samples: object) -> Any: ...
 
 
 _LOSS_CALLS = (Call(2, ("num_items_in_batch",)),)

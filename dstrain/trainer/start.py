@@ -140,7 +140,7 @@ def steps_in_all(start: Start, *, max_steps: int, per_epoch: int | None, batch: 
     return progress.step + max(0, max_steps - done)
 
 
-def check_shares(loader: Any, ranks: Ranks, start: Start | None) -> None:
+def check_shares(loader: object, ranks: Ranks, start: Start | None) -> None:
     """Check that every sample is on one rank, and that a run can go on inside of an epoch.
 
     A collective of all ranks.

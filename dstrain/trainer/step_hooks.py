@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ class StepHooks(TrainerBase):
         return loss if self._parts is None else self._parts
 
     def _watching_loss(
-        self, step: MicroStep, given: Any
+        self, step: MicroStep, given: object
     ) -> contextlib.AbstractContextManager[list[Any]]:
         """Watch the first forward pass of a step for what its loss is a mean over."""
         if step.index:
@@ -175,7 +175,9 @@ class StepHooks(TrainerBase):
         """
         return self._engines.autocast(self.model, self.resolved)
 
-    def _loss_of_function(self, model: Any, inputs: Any, num_items: Any) -> tuple[Any, Any]:
+    def _loss_of_function(
+        self, model: Callable[..., object], inputs: object, num_items: object
+    ) -> tuple[Any, Any]:
         """Compute the user function's loss of outputs and labels; the model gets no labels.
 
         Without a count (in evaluation) the function is told the batch's own, so that a sum divided
@@ -201,5 +203,5 @@ class StepHooks(TrainerBase):
     def _prepare_inputs(self, inputs: Any) -> Any:
         return self._formats(inputs, device_name(), DTYPES[self._format])
 
-    def _computing_loss(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+    def _computing_loss(self, inputs: object) -> contextlib.AbstractContextManager[None]:
         return self._formats.computing_loss(inputs, DTYPES[self._format])

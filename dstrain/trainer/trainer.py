@@ -319,7 +319,7 @@ class Trainer(RunHooks, OtherAttributes):
         )
 
     def _refuse_misfits(
-        self, unnamed: tuple[Any, ...] = (), functions: Functions | None = None
+        self, unnamed: tuple[object, ...] = (), functions: Functions | None = None
     ) -> None:
         """Refuse overrides and functions that nothing calls, or that cannot be called as they are.
 

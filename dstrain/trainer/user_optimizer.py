@@ -15,14 +15,14 @@ class UserOptimizer:
         scheduler: None likewise.
     """
 
-    def __init__(self, optimizer: Any = None, scheduler: Any = None) -> None:
+    def __init__(self, optimizer: object = None, scheduler: object = None) -> None:
         """Keep what was passed to the constructor of a trainer."""
         self.optimizer: Any = None
         self.scheduler = scheduler
         self._parameters: list[list[torch.nn.Parameter]] = []
         self._keep(optimizer)
 
-    def notice(self, optimizer: Any, scheduler: Any, *, used: tuple[Any, Any]) -> None:
+    def notice(self, optimizer: object, scheduler: object, *, used: tuple[object, object]) -> None:
         """Keep what a script has set on the trainer since.
 
         Args:
@@ -46,7 +46,7 @@ class UserOptimizer:
         for group, params in zip(self.optimizer.param_groups, self._parameters, strict=True):
             group["params"] = params
 
-    def _keep(self, optimizer: Any) -> None:
+    def _keep(self, optimizer: object) -> None:
         self.optimizer = optimizer
         groups = getattr(optimizer, "param_groups", ())
         self._parameters = [list(group["params"]) for group in groups]

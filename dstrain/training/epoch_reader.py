@@ -34,7 +34,7 @@ class EpochReader:
     """
 
     def __init__(
-        self, loader: Any, ranks: Ranks, *, saves: bool, resumption: Resumption | None
+        self, loader: object, ranks: Ranks, *, saves: bool, resumption: Resumption | None
     ) -> None:
         """Prepare to read.
 

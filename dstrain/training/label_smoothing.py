@@ -31,7 +31,7 @@ class LabelSmoothing:
     share: float
 
     @staticmethod
-    def of(model: Any, args: TrainingArguments) -> LabelSmoothing | None:
+    def of(model: object, args: TrainingArguments) -> LabelSmoothing | None:
         """Make the smoothing that the arguments ask for; None without, or with several labels."""
         if not args.label_smoothing_factor:
             return None

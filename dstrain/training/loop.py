@@ -305,7 +305,7 @@ class TrainLoop:
 
     # --- going on from a checkpoint ---------------------------------------------------------------
 
-    def _read(self, loader: Any) -> EpochReader:
+    def _read(self, loader: object) -> EpochReader:
         saves, resumption = self.settings.saves, self.resumption
         return EpochReader(loader, self.ranks, saves=saves, resumption=resumption)
 
@@ -392,7 +392,7 @@ class TrainLoop:
 
     # --- another micro-batch, where memory ran out ------------------------------------------------
 
-    def change(self, engine: Engine, loader: Any, *, accumulation: int) -> None:
+    def change(self, engine: Engine, loader: object, *, accumulation: int) -> None:
         """Let another engine do again the step that broke off, with other micro-batches."""
         self.engine, self.loader, self.resumption = engine, loader, None
         self.passes.go_on_with(engine)

@@ -102,7 +102,7 @@ class LossTerms:
             )
         )
 
-    def apply_to(self, inputs: Any) -> bool:
+    def apply_to(self, inputs: object) -> bool:
         """Tell whether a batch has the labels of every term, which the model's loss needs."""
         return isinstance(inputs, Mapping) and all(
             isinstance(inputs.get(term.labels), torch.Tensor) for term in self.terms
@@ -127,8 +127,8 @@ class LossTerms:
         return torch.stack(means), outputs
 
 
-def _adapters(model: Any) -> list[Any]:
-    return list(model.peft_config.values())
+def _adapters(model: object) -> list[Any]:
+    return list(getattr(model, "peft_config").values())  # noqa: B009
 
 
 def _takes_spans(model: torch.nn.Module) -> bool:

@@ -81,7 +81,7 @@ class TrainMeter:
     other, so they do not depend on when they are read.
     """
 
-    def __init__(self, device: Any, *, filter_bad: bool) -> None:
+    def __init__(self, device: torch.device | str, *, filter_bad: bool) -> None:
         """Begin at zero.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -162,7 +163,7 @@ class Position:
         return bool(self.progress.samples_in_epoch) and not self.epoch_is_over
 
     @staticmethod
-    def of(shared: dict[str, Any]) -> Position:
+    def of(shared: Mapping[str, object]) -> Position:
         """Rebuild the position from which ``shared`` was made.
 
         Raises:

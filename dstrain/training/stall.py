@@ -25,17 +25,21 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dstrain.core.errors import Problem
 from dstrain.core.launcher import note_end
 from dstrain.core.log import get_logger
+from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks, named_ranks
 from dstrain.core.stop import STALLED
 from dstrain.engine import device_type, forget_shared_memory
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 T = TypeVar("T")
 
@@ -78,10 +82,24 @@ class Place:
         self.count += 1
 
 
+class Watched(Protocol):
+    """What is watched: a training loop, or whatever else is done."""
+
+    @property
+    def place(self) -> Place:
+        """Return where the main thread is."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """Return how far training has come."""
+        ...
+
+
 class StallWatch:
     """Watches the main thread of a run; ``watching`` is entered by all ranks."""
 
-    def __init__(self, ranks: Ranks, loop: Any, *, timeout_seconds: float) -> None:
+    def __init__(self, ranks: Ranks, loop: Watched, *, timeout_seconds: float) -> None:
         """Prepare to watch.
 
         Args:
@@ -92,14 +110,14 @@ class StallWatch:
         self._ranks, self._loop, self._timeout = ranks, loop, timeout_seconds
         self._ended, self._must_tell = threading.Event(), threading.Event()
         self._main = threading.get_ident()
-        self._store: Any = None
+        self._store: Store | None = None
         self._frame: FrameType | None = None
         self._waits_since = self._asked = 0.0
         self._count = self._excused = -1
         self._waits_in = ""
         self._deciding = self._judges = self._store_is_lost = False
 
-    def follow(self, loop: Any) -> None:
+    def follow(self, loop: Watched) -> None:
         """Watch something else from here on, with its own ``place`` and ``progress``."""
         self._loop, self._frame = loop, None
         self._count = self._excused = -1
@@ -242,7 +260,7 @@ class StallWatch:
             time.sleep(0.2)
         return str(store.get(key).decode())
 
-    def _judge(self, store: Any, number: int) -> str:
+    def _judge(self, store: Store, number: int) -> str:
         """Read where all ranks stand; return the message, "" where the run may go on.
 
         Grows with the number of ranks, on this one, once.
@@ -321,7 +339,7 @@ class StallWatch:
             "debugger": _is_debugged(frame),
         }
 
-    def _connect(self) -> Any:
+    def _connect(self) -> Store:
         """Return a second connection to the store; the main thread may be in a call of its own."""
         if self._store is None:
             import torch.distributed as dist
@@ -340,7 +358,7 @@ class StallWatch:
             self._store = dist.PrefixStore("dstrain-stall", store)
         return self._store
 
-    def _round(self, store: Any) -> int:
+    def _round(self, store: Store) -> int:
         """Return how often all ranks have been asked and went on."""
         return int(store.add("round", 0))
 
@@ -358,7 +376,7 @@ class StallWatch:
         os._exit(STALLED)
 
 
-def _words(standing: dict[str, Any] | None) -> str:
+def _words(standing: Mapping[str, Any] | None) -> str:
     """Say in one line where a rank stands."""
     if standing is None:
         return "has not answered: its process has stopped or is gone, or just now goes on"

@@ -44,7 +44,7 @@ class WindowWeights:
         micro_batches: Sequence[MicroBatch],
         ranks: Ranks,
         *,
-        device: Any,
+        device: object,
         host_sum: HostSum | None = None,
         looks_again: bool = False,
     ) -> None:
