@@ -21,6 +21,7 @@ from dstrain.trainer.user_optimizer import UserOptimizer
 from dstrain.training.label_smoothing import LabelSmoothing
 from dstrain.training.loss_terms import LossTerms
 from dstrain.training.preemption import Preemption
+from dstrain.training.types import Dataset, Nested, Optimizer, ProcessingClass, Scheduler, Trial
 from dstrain.training.watches import RankWatches
 
 if TYPE_CHECKING:
@@ -60,16 +61,16 @@ class TrainerBase:
     events: Events
     checkpoints: RunCheckpoints
     targets: LossTargets
-    processing_class: Any
+    processing_class: ProcessingClass
     data_collator: Collator
-    train_dataset: Any
-    eval_dataset: Any
+    train_dataset: Dataset
+    eval_dataset: Dataset
     model_init: Callable[..., torch.nn.Module | None] | None
     compute_loss_func: Callable[..., torch.Tensor] | None
     compute_metrics: Callable[..., dict[str, Any]] | None
-    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None
-    optimizer: Any
-    lr_scheduler: Any
+    preprocess_logits_for_metrics: Callable[[Nested, Nested], Nested] | None
+    optimizer: Optimizer
+    lr_scheduler: Scheduler
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
     ignore_keys_for_eval: list[str] | None = None
     is_in_train: bool = False
@@ -93,7 +94,7 @@ class TrainerBase:
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
+        trial: Trial = None,
         ignore_keys_for_eval: list[str] | None = None,
         **kwargs: Any,
     ) -> TrainOutput:

@@ -66,6 +66,7 @@ from dstrain.engine import (
     start,
 )
 from dstrain.models import building_partitioned, sizes_of_module
+from dstrain.training.types import Dataset, Loader, Scheduler
 
 logger = get_logger(__name__)
 
@@ -164,7 +165,7 @@ def prepare_dataset(
     args: TrainingArguments,
     *,
     description: str,
-) -> tuple[Any, Collator]:
+) -> tuple[Dataset, Collator]:
     """Return the dataset and collator without the columns that the model does not take."""
     known = forward_columns(module) if args.remove_unused_columns else None
     if known is None:
@@ -173,7 +174,9 @@ def prepare_dataset(
     return keep_columns(dataset, collate, sorted(keep), description=description)
 
 
-def lengths_of(dataset: object, args: TrainingArguments, processing_class: object) -> Any:
+def lengths_of(
+    dataset: object, args: TrainingArguments, processing_class: object
+) -> Sequence[int] | torch.Tensor | None:
     """Return the lengths of the training samples where their order needs them, else None."""
     if args.sampling not in ("group_by_length", "batch_rebalance"):
         return None
@@ -216,7 +219,7 @@ def make_loader(
     *,
     train: bool,
     lengths: Sequence[int] | torch.Tensor | None = None,
-) -> Any:
+) -> Loader:
     """Make this rank's loader for training (shuffled) or evaluation (in order, nothing dropped)."""
     micro_batch = resolved.micro_batch_size if train else eval_batch_size(args, ranks)
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -382,10 +385,12 @@ def check_shared_out(
     )
 
 
-def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Callable[[Any], Any]:
+def scheduler_factory(
+    args: TrainingArguments, num_training_steps: int
+) -> Callable[[torch.optim.Optimizer], Scheduler]:
     """Return a function that makes the schedule of an optimizer; the engine calls and steps it."""
 
-    def make(optimizer: torch.optim.Optimizer) -> Any:
+    def make(optimizer: torch.optim.Optimizer) -> Scheduler:
         from transformers import get_scheduler
 
         kwargs = args.scheduler_kwargs()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.secrets import is_mask
+from dstrain.training.types import PlainState
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def state_values(state: TrainerState, exportable: Iterable[ExportableState]) -> dict[str, Any]:
+def state_values(state: TrainerState, exportable: Iterable[ExportableState]) -> PlainState:
     """Make ``trainer_state.json`` as transformers writes it.
 
     Args:
@@ -26,7 +27,7 @@ def state_values(state: TrainerState, exportable: Iterable[ExportableState]) -> 
         exportable: the control, and the callbacks whose states checkpoints hold.
     """
     values = dataclasses.asdict(state)
-    states: dict[str, Any] = {}
+    states: PlainState = {}
     for callback in exportable:
         name = type(callback).__name__
         if name in states:
@@ -63,7 +64,7 @@ def restore_callbacks(
             logger.warning("the checkpoint has the state of a %s, which this run has not", kind)
 
 
-def _restored(callback: object, state: Mapping[str, Any]) -> Any:
+def _restored(callback: object, state: Mapping[str, Any]) -> object:
     """Make a callback of the same class from a saved state, as ``ExportableState`` does.
 
     Credentials are not in a checkpoint: they are those of this run's callback.
@@ -92,7 +93,7 @@ def _restored(callback: object, state: Mapping[str, Any]) -> Any:
     return restored
 
 
-def _with_own_credentials(saved: Mapping[str, object], callback: object) -> dict[str, Any]:
+def _with_own_credentials(saved: Mapping[str, object], callback: object) -> PlainState:
     """Return a callback's saved values, with its present ones where a credential is masked."""
     return {
         name: getattr(callback, name, None) if is_mask(name, value) else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from dstrain.core.ranks import sum_over_ranks
 from dstrain.data import num_samples
 from dstrain.engine import device_name, full_numel, is_partitioned
 from dstrain.trainer.base import TrainerBase
+from dstrain.training.types import Batch, Loader
 
 logger = get_logger(__name__)
 
@@ -26,7 +26,7 @@ class CountHooks(TrainerBase):
 
     current_flos: float = 0.0
 
-    def floating_point_ops(self, inputs: Any) -> int | float:
+    def floating_point_ops(self, inputs: Batch) -> int | float:
         """Estimate the floating-point operations of a micro-batch (forward and backward).
 
         Six per token and parameter outside of embeddings (two forward, four backward; the
@@ -46,7 +46,7 @@ class CountHooks(TrainerBase):
             self._counted = self.model, count_parameters(self.model, exclude_embeddings=True)
         return 6 * tokens.numel() * self._counted[1]
 
-    def count_flos(self, inputs: Any) -> None:
+    def count_flos(self, inputs: Batch) -> None:
         """Add the operations of a micro-batch; no rank waits for another."""
         self.current_flos += float(self.floating_point_ops(inputs))
 
@@ -60,7 +60,7 @@ class CountHooks(TrainerBase):
         """Count the elements of all parameters with gradients, whole where they are partitioned."""
         return count_parameters(self.model, only_trainable=True)
 
-    def num_examples(self, dataloader: Any) -> int:
+    def num_examples(self, dataloader: Loader) -> int:
         """Count a loader's samples over all ranks; estimate them where its dataset has no length.
 
         Raises:

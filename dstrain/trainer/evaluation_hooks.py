@@ -26,6 +26,7 @@ from dstrain.trainer import build, compat
 from dstrain.trainer.evaluation_parts import PREDICTION, EvaluationParts
 from dstrain.training.key_value_cache import KeyValueCache
 from dstrain.training.model_outputs import logits_of, loss_of
+from dstrain.training.types import Batch, Dataset, Loader, Nested
 from dstrain.training.watches import watched
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class EvaluationHooks(EvaluationParts):
     @watched(_EVALUATION.lower())
     def evaluate(
         self,
-        eval_dataset: Any = None,
+        eval_dataset: Dataset = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -99,7 +100,7 @@ class EvaluationHooks(EvaluationParts):
     @watched(PREDICTION.lower())
     def predict(
         self,
-        test_dataset: Any,
+        test_dataset: Dataset,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
     ) -> PredictionOutput:
@@ -141,7 +142,7 @@ class EvaluationHooks(EvaluationParts):
 
     def prediction_loop(
         self,
-        dataloader: Any,
+        dataloader: Loader,
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -154,7 +155,7 @@ class EvaluationHooks(EvaluationParts):
 
     def evaluation_loop(
         self,
-        dataloader: Any,
+        dataloader: Loader,
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -236,11 +237,11 @@ class EvaluationHooks(EvaluationParts):
 
     def prediction_step(
         self,
-        model: Any,
-        inputs: Any,
+        model: torch.nn.Module,
+        inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[torch.Tensor | None, Nested, Nested]:
         """Return loss, predictions and labels of one batch, each None where there is none.
 
         Called on every rank as often as on every other; at the end of the data a rank may get a
@@ -300,7 +301,7 @@ class EvaluationHooks(EvaluationParts):
         return metrics | self.derived_metrics(metrics, prefix)
 
     def _predict_batch(
-        self, model: object, inputs: object, loss_only: bool, ignore_keys: list[str] | None
+        self, model: torch.nn.Module, inputs: Batch, loss_only: bool, ignore_keys: list[str] | None
     ) -> Prediction:
         """Call ``prediction_step``, and add the inputs where metrics want them."""
         main = getattr(self.model, "main_input_name", "input_ids")

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
 from dstrain.data import LossTargets, returns_loss, synchronized_batches
@@ -120,7 +122,7 @@ class EvaluationParts(ModelHooks, ReportHooks):
             )
 
     @contextlib.contextmanager
-    def _model_for_evaluation(self, *, generates: bool) -> Iterator[Any]:
+    def _model_for_evaluation(self, *, generates: bool) -> Iterator[torch.nn.Module]:
         """Give the block the model that runs the forward passes of one evaluation."""
         if self._engines.training is not None:
             self._engines.training.buffers.look()  # what began to change since the last look

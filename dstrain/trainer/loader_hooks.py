@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import all_or_none
 from dstrain.data import end_processes
 from dstrain.trainer import build
 from dstrain.trainer.base import TrainerBase
+from dstrain.training.types import Dataset, Loader
 
 
 class LoaderHooks(TrainerBase):
     """The methods of transformers' Trainer about data loaders."""
 
-    _eval_loaders: Mapping[str | None, tuple[Any, Any]] = MappingProxyType({})
+    _eval_loaders: Mapping[str | None, tuple[Dataset, Loader]] = MappingProxyType({})
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> Loader:
         """Make this rank's training loader.
 
         Raises:
@@ -30,7 +30,7 @@ class LoaderHooks(TrainerBase):
             )
         return self._loader(self.train_dataset, train=True)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Dataset = None) -> Loader:
         """Make this rank's evaluation loader; every sample is on one rank, in the dataset's order.
 
         Loaders of the constructor's datasets are kept with ``dataloader_persistent_workers``.
@@ -67,11 +67,11 @@ class LoaderHooks(TrainerBase):
                 self._eval_loaders = {**self._eval_loaders, eval_dataset: (dataset, loader)}
         return loader
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
+    def get_test_dataloader(self, test_dataset: Dataset) -> Loader:
         """Make this rank's loader for ``predict``."""
         return self._loader(test_dataset, train=False)
 
-    def _loader(self, dataset: object, *, train: bool) -> Any:
+    def _loader(self, dataset: object, *, train: bool) -> Loader:
         """Make this rank's loader of a dataset; the model gets the columns that it takes."""
         description = "training" if train else "evaluation"
         lengths = build.lengths_of(dataset, self.args, self.processing_class) if train else None
@@ -82,7 +82,7 @@ class LoaderHooks(TrainerBase):
             dataset, collate, self.resolved, self.args, self.ranks, train=train, lengths=lengths
         )
 
-    def _agreed_loader(self, make: Callable[[], object], *, method: str) -> Any:
+    def _agreed_loader(self, make: Callable[[], object], *, method: str) -> Loader:
         """Make the loader of an evaluation; check that all ranks have the same data; a collective.
 
         Raises:
@@ -99,7 +99,7 @@ class LoaderHooks(TrainerBase):
             end_processes(loader)
         self._eval_loaders = MappingProxyType({})
 
-    def _named_parts(self, eval_dataset: object) -> dict[str, Any] | None:
+    def _named_parts(self, eval_dataset: object) -> dict[str, Dataset] | None:
         """Return the datasets to evaluate one by one, by name; None where there is only one."""
         if isinstance(eval_dataset, dict):
             return eval_dataset

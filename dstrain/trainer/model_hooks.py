@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from dstrain.trainer.step_hooks import StepHooks
 from dstrain.training.label_smoothing import LabelSmoothing
 from dstrain.training.loss_terms import LossTerms
 from dstrain.training.packed_sequences import flattened, mixes_sequences
+from dstrain.training.types import Trial
 
 logger = get_logger(__name__)
 
@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 class ModelHooks(StepHooks, EngineHooks):
     """The methods of a trainer about its model."""
 
-    def call_model_init(self, trial: Any = None) -> torch.nn.Module | None:
+    def call_model_init(self, trial: Trial = None) -> torch.nn.Module | None:
         """Make a new model by ``model_init``, which may take the trial of a search."""
         assert self.model_init is not None
         return self.model_init(trial) if num_arguments(self.model_init) else self.model_init()

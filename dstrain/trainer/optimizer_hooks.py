@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from dstrain.arguments import TrainingArguments
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.engine import decay_parameter_names, parameter_groups
 from dstrain.trainer import build
 from dstrain.trainer.base import TrainerBase
 from dstrain.trainer.user_optimizer import UserOptimizer
+from dstrain.training.types import Optimizer, Scheduler
 
 _MAKERS = ("create_optimizer_and_scheduler", "create_optimizer", "get_optimizer_cls_and_kwargs")
 
@@ -22,7 +24,7 @@ class OptimizerHooks(TrainerBase):
     or ``optimizer_cls_and_kwargs`` of the user's runs as given, or is refused; never replaced.
     """
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> Any:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         """Build the optimizer as an object, unless there is one; sets and returns ``optimizer``.
 
         Called in training only where it, ``create_optimizer_and_scheduler`` or
@@ -50,7 +52,7 @@ class OptimizerHooks(TrainerBase):
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer = None) -> Scheduler:
         """Make the learning-rate schedule of ``optimizer``; the engine steps it."""
         if self.lr_scheduler is None:
             steered = self.optimizer if optimizer is None else optimizer
@@ -63,7 +65,9 @@ class OptimizerHooks(TrainerBase):
         self.create_scheduler(num_training_steps)
 
     @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: torch.nn.Module | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """Return the class that ``args.optim`` resolves to, and what its constructor takes.
 
         With optimizer offload that is the implementation for host cores. A collective of all ranks.
@@ -98,7 +102,7 @@ class OptimizerHooks(TrainerBase):
         groups = optimizer.param_groups
         return next((g for g in groups if any(p is param for p in g["params"])), None)
 
-    def _set_up_optimizer(self) -> Any:
+    def _set_up_optimizer(self) -> Optimizer:
         if self.optimizer is None:
             raise ValueError("Trainer optimizer is None, it is made when training starts.")
         return self.optimizer
@@ -134,7 +138,7 @@ class OptimizerHooks(TrainerBase):
         self.optimizer = self.lr_scheduler = None
         self._user = UserOptimizer()
 
-    def _optimizer_for_run(self, num_training_steps: int) -> tuple[Any, Any]:
+    def _optimizer_for_run(self, num_training_steps: int) -> tuple[Optimizer, Scheduler]:
         """Return the user's optimizer (None: the config's) and schedule, or the schedule's maker.
 
         Raises:
@@ -155,7 +159,7 @@ class OptimizerHooks(TrainerBase):
                 )
             )
 
-        def schedule(basic: object) -> Any:
+        def schedule(basic: Optimizer) -> Scheduler:
             before = self.optimizer, self.lr_scheduler
             self.optimizer = basic  # an override may read it
             made = self.create_scheduler(num_training_steps, basic)

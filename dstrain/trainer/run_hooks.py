@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,6 +26,7 @@ from dstrain.training.loop import TrainLoop
 from dstrain.training.preemption import EvaluationStopped
 from dstrain.training.resume import Resumption
 from dstrain.training.settings import RunSettings
+from dstrain.training.types import Loader
 
 if TYPE_CHECKING:
     from transformers import TrainerControl
@@ -171,7 +172,7 @@ class RunHooks(SearchHooks, SaveHooks):
 
     def _rebuild(
         self, micro_batch: int, accumulation: int, *, max_steps: int
-    ) -> tuple[Engine, Any]:
+    ) -> tuple[Engine, Loader]:
         """Put an engine with another micro-batch in the place of one that ran out of memory.
 
         Args:

@@ -15,6 +15,7 @@ from dstrain.core.ranks import all_or_none, from_main
 from dstrain.models import check_writable
 from dstrain.trainer import build
 from dstrain.trainer.evaluation_hooks import EvaluationHooks
+from dstrain.training.types import PlainState, Trial
 
 logger = get_logger(__name__)
 
@@ -31,23 +32,23 @@ class SearchHooks(EvaluationHooks):
     """
 
     hp_search_backend: str | None = None
-    hp_space: Callable[[Any], Any] | None = None
-    hp_name: Callable[[Any], str] | None = None
+    hp_space: Callable[[Trial], Any] | None = None
+    hp_name: Callable[[Trial], str] | None = None
     compute_objective: Callable[[dict[str, float]], Any] | None = None
     objective: Any = None
-    _trial: Any = None
+    _trial: Trial = None
     _trial_id: str = ""
     _args_outside: TrainingArguments | None = None
     _give_back_callbacks: Callable[[], None] | None = None
 
     def hyperparameter_search(
         self,
-        hp_space: Callable[[Any], Any] | None = None,
+        hp_space: Callable[[Trial], Any] | None = None,
         compute_objective: Callable[[dict[str, float]], Any] | None = None,
         n_trials: int = 20,
         direction: str | list[str] = "minimize",
-        backend: Any = None,
-        hp_name: Callable[[Any], str] | None = None,
+        backend: object = None,
+        hp_name: Callable[[Trial], str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Train with different arguments and find the best; all ranks must call it.
@@ -150,7 +151,7 @@ class SearchHooks(EvaluationHooks):
             self.close()
             self._leave_trial()
 
-    def _run_ray_trial(self, config: Mapping[str, object], trial_id: str) -> dict[str, Any] | None:
+    def _run_ray_trial(self, config: Mapping[str, object], trial_id: str) -> PlainState | None:
         """Train with a trial of ray, in its process, which is a world of its own.
 
         Returns:
@@ -226,7 +227,7 @@ class SearchHooks(EvaluationHooks):
         if self._args_outside is not None:
             self.args, self._args_outside = self._args_outside, None
 
-    def _hyperparameters(self, trial: object) -> dict[str, Any]:
+    def _hyperparameters(self, trial: object) -> PlainState:
         if isinstance(trial, dict):
             from dstrain.search.trials import hyperparameters_of
 

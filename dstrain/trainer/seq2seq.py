@@ -18,6 +18,7 @@ from dstrain.data import to_device
 from dstrain.engine import bytes_to_gather, device_name, free_memory_bytes, kept_whole
 from dstrain.trainer.generation_config import why_not_saved
 from dstrain.trainer.trainer import Trainer
+from dstrain.training.types import Batch, Dataset, Nested, PlainState
 
 logger = get_logger(__name__)
 
@@ -28,7 +29,7 @@ class Seq2SeqTrainer(Trainer):
     """A ``Trainer`` that can evaluate what the model generates (``predict_with_generate``)."""
 
     args: Seq2SeqTrainingArguments
-    _gen_kwargs: dict[str, Any] | None = None
+    _gen_kwargs: PlainState | None = None
     _synced = False  # whether ranks must generate in step, token by token
 
     def __init__(self, model: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> None:
@@ -104,7 +105,7 @@ class Seq2SeqTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Any = None,
+        eval_dataset: Dataset = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
         **gen_kwargs: Any,
@@ -129,7 +130,7 @@ class Seq2SeqTrainer(Trainer):
 
     def predict(
         self,
-        test_dataset: Any,
+        test_dataset: Dataset,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
         **gen_kwargs: Any,
@@ -148,12 +149,12 @@ class Seq2SeqTrainer(Trainer):
 
     def prediction_step(
         self,
-        model: Any,
-        inputs: Any,
+        model: torch.nn.Module,
+        inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[torch.Tensor | None, Nested, Nested]:
         """Return loss, generated tokens and labels of one batch.
 
         Tokens and labels are padded with the pad token to the generation config's ``max_length``
@@ -191,7 +192,7 @@ class Seq2SeqTrainer(Trainer):
             left_out |= {"decoder_input_ids", "decoder_attention_mask"}
         return {k: v for k, v in inputs.items() if k not in left_out}
 
-    def _with_defaults(self, gen_kwargs: Mapping[str, object]) -> dict[str, Any]:
+    def _with_defaults(self, gen_kwargs: Mapping[str, object]) -> PlainState:
         kwargs, args = dict(gen_kwargs), self.args
         said = kwargs.get("max_length") or kwargs.get("max_new_tokens")
         if said is None and args.generation_max_length is not None:
@@ -230,7 +231,7 @@ class Seq2SeqTrainer(Trainer):
         )
 
     @contextlib.contextmanager
-    def _model_for_evaluation(self, *, generates: bool) -> Iterator[Any]:
+    def _model_for_evaluation(self, *, generates: bool) -> Iterator[torch.nn.Module]:
         """Give the block the model to evaluate; to generate at stage 3, whole if it fits."""
         with (
             super()._model_for_evaluation(generates=generates) as model,

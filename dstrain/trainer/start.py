@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import (
@@ -32,6 +32,7 @@ from dstrain.data import is_ours, is_stream, num_shares
 from dstrain.engine import Engine
 from dstrain.trainer import build
 from dstrain.training.resume import Position, RankRecord, Resumption
+from dstrain.training.types import Loader
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -182,7 +183,7 @@ def check_shares(loader: object, ranks: Ranks, start: Start | None) -> None:
         logger.warning("%s: samples come in another order", what)
 
 
-def num_epochs(loader: Any, args: TrainingArguments, per_epoch: int | None) -> int | None:
+def num_epochs(loader: Loader, args: TrainingArguments, per_epoch: int | None) -> int | None:
     """Return the epochs after which a run ends on a stream that says its length, else None.
 
     The stated length may be wrong, so steps alone would not tell.

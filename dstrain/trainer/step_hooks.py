@@ -16,6 +16,7 @@ from dstrain.models import DTYPES
 from dstrain.trainer.base import TrainerBase
 from dstrain.training.accumulation import MicroStep
 from dstrain.training.model_outputs import check_loss, loss_of
+from dstrain.training.types import Batch, Nested
 
 logger = get_logger(__name__)
 
@@ -30,10 +31,10 @@ class StepHooks(TrainerBase):
 
     def compute_loss(
         self,
-        model: Any,
-        inputs: Any,
+        model: torch.nn.Module,
+        inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Compute the mean loss over the targets of one micro-batch.
 
@@ -69,8 +70,8 @@ class StepHooks(TrainerBase):
             outputs = model(**passed)
         else:
             outputs = model(inputs)
-        loss = loss_of(outputs)
-        if loss is None:
+        found = loss_of(outputs)
+        if found is None:
             given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
             returned = f", only {list(outputs)}" if isinstance(outputs, Mapping) else ""
             raise ModelError(
@@ -80,10 +81,13 @@ class StepHooks(TrainerBase):
                     "add labels to the batch, pass compute_loss_func, or override compute_loss",
                 )
             )
-        return (loss, outputs) if return_outputs else loss
+        return (found, outputs) if return_outputs else found
 
     def training_step(
-        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Run forward and backward of one micro-batch; return its mean loss, detached.
 
@@ -159,7 +163,7 @@ class StepHooks(TrainerBase):
         num_parts = len(self.targets.rule.parts)
         return loss if num_parts == 1 else (loss / num_parts).expand(num_parts)
 
-    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[object]:
         """Return the context to compute the loss in: that of ``autocast_smart_context_manager``."""
         stack = contextlib.ExitStack()
         stack.enter_context(self.autocast_smart_context_manager())
@@ -167,7 +171,7 @@ class StepHooks(TrainerBase):
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
-    ) -> contextlib.AbstractContextManager[Any]:
+    ) -> contextlib.AbstractContextManager[object]:
         """Return an autocast context where no engine, which would autocast itself, runs the model.
 
         Args:
@@ -177,7 +181,7 @@ class StepHooks(TrainerBase):
 
     def _loss_of_function(
         self, model: Callable[..., object], inputs: object, num_items: object
-    ) -> tuple[Any, Any]:
+    ) -> tuple[torch.Tensor, Nested]:
         """Compute the user function's loss of outputs and labels; the model gets no labels.
 
         Without a count (in evaluation) the function is told the batch's own, so that a sum divided
@@ -200,7 +204,7 @@ class StepHooks(TrainerBase):
         """Return the number format of what goes into the model."""
         return self._eval_format or self._engines.precision(self.model, self.resolved)
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
         return self._formats(inputs, device_name(), DTYPES[self._format])
 
     def _computing_loss(self, inputs: object) -> contextlib.AbstractContextManager[None]:

@@ -18,6 +18,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none
 from dstrain.core.seeds import seed_everything
 from dstrain.core.stop import PREEMPTED, Preempted
+from dstrain.data import Collator
 from dstrain.engine import check_versions, device_type
 from dstrain.models import check_writable
 from dstrain.reporting.memory import MemoryMetrics
@@ -48,6 +49,7 @@ from dstrain.training.oom_recovery import (
     run_with_recovery,
 )
 from dstrain.training.preemption import Preemption
+from dstrain.training.types import Dataset, Nested, ProcessingClass, Scheduler, Trial
 from dstrain.training.watches import RankWatches
 
 if TYPE_CHECKING:
@@ -88,18 +90,18 @@ class Trainer(RunHooks, OtherAttributes):
         self,
         model: torch.nn.Module | None = None,
         args: TrainingArguments | None = None,
-        data_collator: Callable[[list[Any]], Any] | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
+        data_collator: Collator | None = None,
+        train_dataset: Dataset = None,
+        eval_dataset: Dataset = None,
+        processing_class: ProcessingClass = None,
         model_init: Callable[..., torch.nn.Module] | None = None,
-        *unnamed: Any,
-        tokenizer: Any = None,
+        *unnamed: object,
+        tokenizer: ProcessingClass = None,
         compute_loss_func: Callable[..., torch.Tensor] | None = None,
         compute_metrics: Callable[..., dict[str, Any]] | None = None,
-        callbacks: Sequence[Any] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
-        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        callbacks: Sequence[object] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Scheduler] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Nested, Nested], Nested] | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         """Start the ranks and check what can be checked before anything expensive.
@@ -199,7 +201,7 @@ class Trainer(RunHooks, OtherAttributes):
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
+        trial: Trial = None,
         ignore_keys_for_eval: list[str] | None = None,
         **kwargs: Any,
     ) -> TrainOutput:
@@ -246,7 +248,7 @@ class Trainer(RunHooks, OtherAttributes):
         return output
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> ProcessingClass:
         """Return ``processing_class``, whose old name this is."""
         return self.processing_class
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+
+from dstrain.training.types import Optimizer
 
 
 class UserOptimizer:
@@ -17,7 +17,7 @@ class UserOptimizer:
 
     def __init__(self, optimizer: object = None, scheduler: object = None) -> None:
         """Keep what was passed to the constructor of a trainer."""
-        self.optimizer: Any = None
+        self.optimizer: Optimizer = None
         self.scheduler = scheduler
         self._parameters: list[list[torch.nn.Parameter]] = []
         self._keep(optimizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from dstrain.core.log import get_logger
 from dstrain.core.progress import Progress
@@ -21,6 +20,7 @@ from dstrain.data import (
     windows,
 )
 from dstrain.training.resume import Resumption
+from dstrain.training.types import PlainState
 
 logger = get_logger(__name__)
 
@@ -45,7 +45,7 @@ class EpochReader:
             resumption: what the run goes on from; used up by the first epoch that is read.
         """
         self.loader = loader
-        self.random_ahead: dict[str, Any] | None = None
+        self.random_ahead: PlainState | None = None
         self._ranks, self._saves, self._resumption = ranks, saves, resumption
 
     def begin(self, progress: Progress) -> None:
@@ -95,7 +95,7 @@ class EpochReader:
         """Leave out what is left of the epoch in which the checkpoint was saved: nothing."""
         self._resumption = None
 
-    def source(self, samples_in_epoch: int) -> dict[str, Any] | None:
+    def source(self, samples_in_epoch: int) -> PlainState | None:
         """Return the state of the stream behind the loader; the saved one until it is read."""
         if self._resumption is not None:
             return self._resumption.position.source

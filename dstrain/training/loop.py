@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dstrain.core.log import get_logger
 from dstrain.core.progress import Progress
@@ -20,6 +20,7 @@ from dstrain.training.preemption import EvaluationStopped, Preemption
 from dstrain.training.resume import Due, Event, Position, Resumption, StepRecord
 from dstrain.training.settings import Hooks, RunSettings
 from dstrain.training.stall import Place
+from dstrain.training.types import Loader
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState
@@ -45,7 +46,7 @@ class TrainLoop:
 
     settings: RunSettings
     engine: Engine
-    loader: Any
+    loader: Loader
     targets: LossTargets
     ranks: Ranks
     hooks: Hooks

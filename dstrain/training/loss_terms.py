@@ -15,6 +15,7 @@ import torch
 
 from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.data import IGNORED, Denominator, LossRule
+from dstrain.training.types import Nested
 
 # Their losses are those of a beam search over spans.
 _OTHER_SPANS = {
@@ -108,7 +109,9 @@ class LossTerms:
             isinstance(inputs.get(term.labels), torch.Tensor) for term in self.terms
         )
 
-    def __call__(self, model: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
+    def __call__(
+        self, model: torch.nn.Module, inputs: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, Nested]:
         """Run the model without labels.
 
         Args:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dstrain.core.errors import Problem, TrainingError
+from dstrain.training.types import Nested
 
 
 def loss_of(outputs: object, *, only_scalar: bool = False) -> torch.Tensor | None:
@@ -66,7 +67,7 @@ def check_loss(loss: object, function: Callable[..., object]) -> None:
         )
 
 
-def logits_of(outputs: object, ignore_keys: Sequence[str], *, has_loss: bool) -> Any:
+def logits_of(outputs: object, ignore_keys: Sequence[str], *, has_loss: bool) -> Nested:
     """Return all outputs but the loss and those ignored; a single one without a tuple.
 
     Args:

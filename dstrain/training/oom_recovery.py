@@ -6,7 +6,7 @@ import copy
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from dstrain.core.ranks import Ranks, require_equal
 from dstrain.data import inherit_split
 from dstrain.engine import Carried, Engine, Regroup, carry, is_out_of_memory, put_down
 from dstrain.training.loop import TrainLoop
+from dstrain.training.types import Loader
 
 logger = get_logger(__name__)
 
@@ -38,7 +39,7 @@ class Rebuilding:
 
     pause: Callable[[], None]
     release: Callable[[], None]
-    build: Callable[[int, int], tuple[Engine, Any]]
+    build: Callable[[int, int], tuple[Engine, Loader]]
 
 
 def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:

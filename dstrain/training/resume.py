@@ -15,6 +15,7 @@ from dstrain.core.documents import AtLeastOne, Count, Flag, Number, Plain, Real,
 from dstrain.core.progress import Progress
 from dstrain.core.seeds import check_random_state, random_state, set_random_state
 from dstrain.data import LossFindings
+from dstrain.training.types import PlainState
 
 if TYPE_CHECKING:
     from transformers import TrainerControl
@@ -32,7 +33,7 @@ class _MeterRecord:
     seconds: Real
 
 
-def _check_meter(values: dict[str, Any]) -> dict[str, Any]:
+def _check_meter(values: PlainState) -> PlainState:
     typed(values, _MeterRecord)
     return values
 
@@ -128,26 +129,26 @@ class Position:
     skipped_steps: Count
     loss_sum: Number
     samples_seen: Count
-    meters: Annotated[list[Annotated[dict[str, Any], AfterValidator(_check_meter)]], MinLen(1)]
-    random_ahead: dict[str, Any] | None = None
+    meters: Annotated[list[Annotated[PlainState, AfterValidator(_check_meter)]], MinLen(1)]
+    random_ahead: PlainState | None = None
     source: dict[Text, Any] | None = None
     shares: AtLeastOne | None = None
     due: Due | None = None
     loss: LossFindings | None = None
 
-    def shared(self) -> dict[str, Any]:
+    def shared(self) -> PlainState:
         """Return the part that is the same on all ranks, as plain values."""
         values = asdict(replace(self, random_ahead=None, source=None))
         del values["random_ahead"]
         source = None if self.is_split else self.source
         return values | {"source": source if is_plain(source) else None}
 
-    def rank_state(self) -> dict[str, Any]:
+    def rank_state(self) -> PlainState:
         """Return this rank's part: its random state now, and before what it has fetched ahead.
 
         And the state of its own part of the data, where it has one.
         """
-        state: dict[str, Any] = {"random": random_state(), "random_ahead": self.random_ahead}
+        state: PlainState = {"random": random_state(), "random_ahead": self.random_ahead}
         if self.is_split and self.source is not None and is_plain(self.source):
             state["source"] = self.source
         return state
@@ -192,10 +193,10 @@ class Resumption:
     """
 
     position: Position
-    rank_state: dict[str, Any] | None
+    rank_state: PlainState | None
 
     @property
-    def random_ahead(self) -> dict[str, Any] | None:
+    def random_ahead(self) -> PlainState | None:
         """Return the random state before what was fetched ahead of the checkpoint, or None."""
         return None if self.rank_state is None else self.rank_state["random_ahead"]
 

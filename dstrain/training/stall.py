@@ -25,7 +25,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -37,6 +37,7 @@ from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks, named_ranks
 from dstrain.core.stop import STALLED
 from dstrain.engine import device_type, forget_shared_memory
+from dstrain.training.types import PlainState
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -283,7 +284,7 @@ class StallWatch:
             return ""
         return str(self._error(standings))
 
-    def _error(self, standings: dict[int, dict[str, Any]]) -> Problem:
+    def _error(self, standings: dict[int, PlainState]) -> Problem:
         size = self._ranks.world_size
         silent = [rank for rank in range(size) if rank not in standings]
         away = [rank for rank, at in standings.items() if not at["waits_in"]]
@@ -325,7 +326,7 @@ class StallWatch:
             )
         )
 
-    def _standing(self) -> dict[str, Any]:
+    def _standing(self) -> PlainState:
         """Return where this rank is, and whether it waits there."""
         frame = sys._current_frames().get(self._main)
         in_collective = self._collective(frame) is not None or self._must_tell.is_set()
@@ -376,7 +377,7 @@ class StallWatch:
         os._exit(STALLED)
 
 
-def _words(standing: Mapping[str, Any] | None) -> str:
+def _words(standing: PlainState | None) -> str:
     """Say in one line where a rank stands."""
     if standing is None:
         return "has not answered: its process has stopped or is gone, or just now goes on"
