@@ -1,5 +1,6 @@
 """Sample order, per-rank loaders, accumulation windows, columns."""
 
+from dstrain.data.batches import TokenCount, empty_columns, input_tokens, to_device
 from dstrain.data.columns import (
     forward_columns,
     keep_columns,
@@ -11,32 +12,41 @@ from dstrain.data.columns import (
 from dstrain.data.formats import InputFormats
 from dstrain.data.lengths import sample_lengths
 from dstrain.data.loader import (
-    AheadHooks,
     Collator,
     LoaderOptions,
-    MicroBatch,
-    Window,
     build_loader,
     end_processes,
-    fetches_ahead,
     is_ours,
     is_stream,
-    iterate,
+)
+from dstrain.data.loader_position import (
     keep_source_states,
     micro_steps,
     num_samples,
     set_epoch,
     source_state,
+)
+from dstrain.data.loss import (
+    IGNORED,
+    Denominator,
+    LossFindings,
+    LossRule,
+    LossTargets,
+    no_targets,
+)
+from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
+from dstrain.data.samples import batch_size
+from dstrain.data.split_detection import detect_split, inherit_split, num_shares
+from dstrain.data.streams import Resumable
+from dstrain.data.synchronized import synchronized_batches
+from dstrain.data.windows import (
+    AheadHooks,
+    MicroBatch,
+    Window,
+    fetches_ahead,
+    iterate,
     windows,
 )
-from dstrain.data.loss_rule import IGNORED, Denominator, LossFindings, LossRule
-from dstrain.data.loss_targets import LossTargets, no_targets
-from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
-from dstrain.data.resumable import Resumable
-from dstrain.data.samples import batch_size
-from dstrain.data.settle import inherit_findings, num_shares, settle
-from dstrain.data.targets import TokenCount, empty_columns, input_tokens, to_device
-from dstrain.data.together import in_step
 
 __all__ = [
     "AheadHooks",
@@ -57,12 +67,12 @@ __all__ = [
     "Window",
     "batch_size",
     "build_loader",
+    "detect_split",
     "empty_columns",
     "end_processes",
     "fetches_ahead",
     "forward_columns",
-    "in_step",
-    "inherit_findings",
+    "inherit_split",
     "input_tokens",
     "is_ours",
     "is_stream",
@@ -78,8 +88,8 @@ __all__ = [
     "returns_loss",
     "sample_lengths",
     "set_epoch",
-    "settle",
     "source_state",
+    "synchronized_batches",
     "takes_target_count",
     "to_device",
     "windows",

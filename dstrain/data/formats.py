@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
+from dstrain.data.batches import to_device
 from dstrain.data.samples import tensors
-from dstrain.data.targets import to_device
 
 logger = get_logger(__name__)
 

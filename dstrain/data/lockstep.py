@@ -15,7 +15,7 @@ import torch
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PATIENCE, gather_objects
-from dstrain.data.watch import StreamWatch
+from dstrain.data.comparison.stream_watch import StreamWatch
 
 Step = tuple[Any, int]  # a micro-batch, and its samples over all ranks
 
@@ -41,7 +41,7 @@ class LocalSteps:
         """Release what was taken for this epoch."""
 
 
-class _TogetherSteps(LocalSteps):
+class _ExchangingSteps(LocalSteps):
     """Micro-batches of ranks that tell each other, in a host process group, what each has."""
 
     def __init__(self, steps: Iterator[Step]) -> None:
@@ -61,14 +61,14 @@ class _TogetherSteps(LocalSteps):
             self._failure = error
             return None
 
-    def _begin_telling(self, have: bool, more: Sequence[int] = ()) -> tuple[Any, torch.Tensor]:
+    def _begin_exchange(self, have: bool, more: Sequence[int] = ()) -> tuple[Any, torch.Tensor]:
         """Start summing over ranks: who has one more, who has failed, the numbers in ``more``."""
         import torch.distributed as dist
 
         told = torch.tensor([int(have), int(self._failure is not None), *more])
         return dist.all_reduce(told, group=self._group, async_op=True), told
 
-    def _end_telling(self, telling: tuple[Any, torch.Tensor]) -> tuple[int, list[int]]:
+    def _end_exchange(self, telling: tuple[Any, torch.Tensor]) -> tuple[int, list[int]]:
         """Return how many ranks have one more micro-batch, and the sums of ``more``.
 
         Raises:
@@ -79,10 +79,10 @@ class _TogetherSteps(LocalSteps):
         work.wait()
         number, num_failed, *sums = told.tolist()
         if num_failed:
-            self._raise_together()
+            self._raise_on_all_ranks()
         return number, sums
 
-    def _raise_together(self) -> None:
+    def _raise_on_all_ranks(self) -> None:
         mine = self._failure
         said = None if mine is None else f"{type(mine).__name__}: {mine}"
         every = gather_objects(said, group=self._group)
@@ -99,7 +99,7 @@ class _TogetherSteps(LocalSteps):
             dist.destroy_process_group(self._group)
 
 
-class SameSteps(_TogetherSteps):
+class SharedStreamSteps(_ExchangingSteps):
     """Shares of a stream that all ranks read alike: no rank is waited for, but the end is checked.
 
     What a rank tells of a micro-batch is looked at when it asks for the next one. So ranks that end
@@ -127,7 +127,7 @@ class SameSteps(_TogetherSteps):
         self.check_end()
         step = self._next()
         more = [] if self._watch is None else self._watch.bits()
-        self._telling = self._begin_telling(step is not None, more)
+        self._telling = self._begin_exchange(step is not None, more)
         return step
 
     def check_end(self) -> None:
@@ -139,7 +139,7 @@ class SameSteps(_TogetherSteps):
         if self._telling is None:
             return
         telling, self._telling = self._telling, None
-        number, sums = self._end_telling(telling)
+        number, sums = self._end_exchange(telling)
         if number not in (0, self._world_size):
             raise stream_ends_differ(number, self._world_size)
         if self._watch is not None and sums:
@@ -155,7 +155,7 @@ class SameSteps(_TogetherSteps):
         super().close()
 
 
-class OwnSteps(_TogetherSteps):
+class RankPartSteps(_ExchangingSteps):
     """Micro-batches of parts of the data that ranks have of their own, until the last of them ends.
 
     A rank that has used its part up passes stand-ins that carry no weight.
@@ -165,7 +165,7 @@ class OwnSteps(_TogetherSteps):
         self,
         steps: Iterator[Step],
         *,
-        masked: Callable[[Any], Any],
+        padding_of: Callable[[Any], Any],
         stand_in: Callable[[], Any | None],
         num_samples: int,
         drop_last: bool = False,
@@ -174,14 +174,14 @@ class OwnSteps(_TogetherSteps):
 
         Args:
             steps: of this rank.
-            masked: makes a micro-batch without weight of another.
+            padding_of: makes a micro-batch without weight of another.
             stand_in: a micro-batch for a rank that had used up its part before; None of an empty
                 part.
             num_samples: samples over all ranks of a stand-in's micro-step.
             drop_last: end with the first rank instead.
         """
         super().__init__(steps)
-        self._masked, self._stand_in, self._drop_last = masked, stand_in, drop_last
+        self._padding_of, self._stand_in, self._drop_last = padding_of, stand_in, drop_last
         self._num_samples = num_samples
         self._last: Any = None
 
@@ -193,20 +193,20 @@ class OwnSteps(_TogetherSteps):
         """
         is_first = self._last is None
         step = self._next()
-        number, _ = self._end_telling(self._begin_telling(step is not None))
+        number, _ = self._end_exchange(self._begin_exchange(step is not None))
         if number == 0 or (self._drop_last and number < self._world_size):
             return None
         if step is not None:
-            self._last = self._masked(step[0])  # before anyone changes it
+            self._last = self._padding_of(step[0])  # before anyone changes it
         if is_first and number < self._world_size:
             self._find_stand_ins()
-        return (self._masked(self._last), self._num_samples) if step is None else step
+        return (self._padding_of(self._last), self._num_samples) if step is None else step
 
     def _find_stand_ins(self) -> None:
         """Find a stand-in for a rank that has nothing at the first step."""
         if self._last is None:
             self._last = self._stand_in()
-        number, _ = self._end_telling(self._begin_telling(self._last is not None))
+        number, _ = self._end_exchange(self._begin_exchange(self._last is not None))
         if number < self._world_size:
             raise DataError(
                 Problem(

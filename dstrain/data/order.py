@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dstrain.core.errors import DataError, Problem
-from dstrain.data.noise import Indices, Noise
+from dstrain.data.worker_seeds import MicroBatchSeed, SeededIndices
 
 # Samples that are sorted by length together. It must depend on nothing that another topology or
 # batch size would change, or a run could not go on from inside an epoch there.
@@ -131,7 +131,7 @@ class RankBatchSampler:
         self.drop_last = drop_last
         self.epoch = 0
         self.start = 0
-        self.noise_seed = 0  # of loader processes; the loader's builder sets it
+        self.worker_seed = 0  # of loader processes; the loader's builder sets it
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
         """Choose the epoch, and how many of its samples to leave out because they were used."""
@@ -170,8 +170,13 @@ class RankBatchSampler:
         """Return the samples of this rank in micro-step ``step``; 0 for a stand-in."""
         return len(self.topology.share(self.chunk_samples(step)))
 
+    def _seed_at(self, position: int) -> MicroBatchSeed:
+        """Return the seed of the micro-batch whose chunk begins at ``position`` from ``start``."""
+        position += self.start
+        return MicroBatchSeed(self.worker_seed, self.epoch, self.topology.rank, position)
+
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield lists of indices, one per micro-step, each with the seed of its noise."""
+        """Yield lists of indices, one per micro-step, each with the seed of its random numbers."""
         indices = self.order.indices(self.epoch)[self.start :]
         for step in range(len(self)):
             first = step * self.topology.chunk
@@ -181,5 +186,4 @@ class RankBatchSampler:
                 if share
                 else indices[first : first + 1]
             )
-            noise = Noise(self.noise_seed, self.epoch, self.topology.rank, self.start + first)
-            yield Indices(mine.tolist(), noise)
+            yield SeededIndices(mine.tolist(), self._seed_at(first))

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dstrain.data.noise import Indices, Noise
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
+from dstrain.data.worker_seeds import SeededIndices
 
 # Attention's share in the cost of a token, per token of the padded length: transformers'
 # BatchRebalanceSampler.QUADRATIC_COST_COEF (trainer_pt_utils.py).
@@ -131,15 +131,14 @@ class RebalancedBatchSampler(RankBatchSampler):
         return len(self._dealt_at(step)[self.topology.rank])
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield lists of indices, one per micro-step, each with the seed of its noise."""
+        """Yield lists of indices, one per micro-step, each with the seed of its random numbers."""
         indices = self._indices()
         for window in range(-(-len(self) // self._accumulation)):
             samples = self._of_window(indices, window)
             for number, groups in enumerate(self._deal(samples)):
                 mine = groups[self.topology.rank] or groups[0][:1] or [0]
                 first = (window * self._accumulation + number) * self.topology.chunk
-                noise = Noise(self.noise_seed, self.epoch, self.topology.rank, self.start + first)
-                yield Indices(samples[mine].tolist(), noise)
+                yield SeededIndices(samples[mine].tolist(), self._seed_at(first))
 
     def _indices(self) -> torch.Tensor:
         """Return the samples that are left of the epoch; kept, as an order is long to make."""

@@ -1,56 +1,83 @@
 """The only room that imports deepspeed: start-up, engine, ZeRO contexts."""
 
-from dstrain.engine.alive import engine_on, in_use, let_orphans_go, make_way
-from dstrain.engine.buffers import Buffers, checksum, main_ranks_buffers
-from dstrain.engine.carry import Carried, carry, put_down
-from dstrain.engine.engine import Engine, StepOutcome, inference_engine
-from dstrain.engine.formats import check_formats, formats_remark
-from dstrain.engine.groups import decay_parameter_names, parameter_groups
-from dstrain.engine.in_step import in_step
-from dstrain.engine.leaf import expert_blocks, leaf_remark
-from dstrain.engine.machine import free_memory_bytes, least, read_machine
-from dstrain.engine.metric_schedule import MetricSchedule
-from dstrain.engine.native import Unpickling, load_native, save_native
-from dstrain.engine.nvme import prepare_nvme
-from dstrain.engine.optimizer_state import changing_values, create_state, read_scalars
-from dstrain.engine.optimizers import build_ops, check_own, optimizer_class, slices_remark
-from dstrain.engine.partition import (
-    Partitioner,
-    built_whole,
-    is_whole,
-    stand_in,
-    with_full_shapes,
+from dstrain.engine.buffers import (
+    Buffers,
+    Slot,
+    checksum,
+    empty_slots_of,
+    main_ranks_buffers,
+    slots_of,
 )
-from dstrain.engine.progress_record import EngineRecord
-from dstrain.engine.progress_state import begin_load, finish_load, read_progress, write_progress
-from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
-from dstrain.engine.registration import StageTold, ZeroThreeMark
-from dstrain.engine.regroup import Regroup, is_out_of_memory
-from dstrain.engine.scalars import scalars_as_bytes
-from dstrain.engine.shared_memory import forget_own as forget_shared_memory
-from dstrain.engine.slots import Slot, empty_slots_of, slots_of
-from dstrain.engine.startup import (
+from dstrain.engine.engine import Engine, StepOutcome, inference_engine
+from dstrain.engine.live_engines import engine_on, in_use, let_orphans_go, make_way
+from dstrain.engine.machine import free_memory_bytes, least, read_machine
+from dstrain.engine.model_checks import check_formats, expert_blocks, formats_remark, leaf_remark
+from dstrain.engine.optimizers import (
+    MetricSchedule,
+    build_ops,
+    check_own,
+    decay_parameter_names,
+    optimizer_class,
+    parameter_groups,
+    prepare_nvme,
+    slices_remark,
+)
+from dstrain.engine.process_group import (
+    Regroup,
     check_precision,
     check_versions,
     device_name,
     device_type,
     empty_cache,
+    is_out_of_memory,
     shut_down,
     start,
 )
-from dstrain.engine.traces import make_whole
+from dstrain.engine.process_group import forget_own as forget_shared_memory
+from dstrain.engine.state import (
+    MASTER,
+    WEIGHT,
+    Carried,
+    EngineRecord,
+    Region,
+    Unpickling,
+    begin_load,
+    carry,
+    changing_values,
+    create_state,
+    finish_load,
+    load_native,
+    optimized_names,
+    put_down,
+    read_progress,
+    read_scalars,
+    regions,
+    save_native,
+    share,
+    write_progress,
+)
 from dstrain.engine.zero import (
+    Partitioner,
+    StageTold,
+    ZeroThreeMark,
+    built_whole,
     bytes_to_gather,
     check_sizes,
     full_numel,
     full_shape,
     gathered,
+    in_step,
     is_partitioned,
     is_shown_in_parts,
+    is_whole,
     kept_whole,
+    make_whole,
     model_facts,
     own_partition,
     puts_together,
+    scalars_as_bytes,
+    stand_in,
+    with_full_shapes,
 )
 
 __all__ = [

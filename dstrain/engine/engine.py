@@ -12,28 +12,48 @@ import torch
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import Problem, TrainingError
 from dstrain.core.ranks import is_distributed
-from dstrain.engine import alive, process_wide
+from dstrain.engine import live_engines
 from dstrain.engine.buffers import Buffers
-from dstrain.engine.formats import check_formats, make_contiguous
-from dstrain.engine.host_adam import correct_bias_by_step
-from dstrain.engine.layerdrop import check_layerdrop
-from dstrain.engine.leaf import check_leaf_modules
-from dstrain.engine.lockstep import Lockstep
-from dstrain.engine.metric_schedule import guarded
-from dstrain.engine.optimizers import adagrad_stays, group_of, keep_adagrad, optimizer_factory
-from dstrain.engine.own_passes import OwnPasses, no_second_gradient
-from dstrain.engine.progress_state import read_begun
+from dstrain.engine.model_checks import (
+    check_formats,
+    check_layerdrop,
+    check_leaf_modules,
+    make_contiguous,
+)
+from dstrain.engine.optimizers import (
+    adagrad_stays,
+    correct_bias_by_step,
+    group_of,
+    guarded,
+    keep_adagrad,
+    optimizer_factory,
+)
+from dstrain.engine.process_group import device_type, let_go_of_names
 from dstrain.engine.quiet import quiet
-from dstrain.engine.reads_in_parts import watching_reads
-from dstrain.engine.registration import MemoryEfficientLinear, ToldInForward, undo_patches
-from dstrain.engine.scalars import clip_scalars_too, scalars_as_bytes
-from dstrain.engine.sequence import gradient_sequence
-from dstrain.engine.shared_memory import let_go_of_names
-from dstrain.engine.stage_zero import repair_if_needed
-from dstrain.engine.startup import device_type
-from dstrain.engine.traces import forget_modules, leaves_of, untie
-from dstrain.engine.weight_changes import WeightChanges
-from dstrain.engine.zero import has_scalars, is_partitioned, keep_whole, shown_in_parts
+from dstrain.engine.state import read_begun
+from dstrain.engine.stepping import (
+    Lockstep,
+    OwnPasses,
+    gradient_sequence,
+    no_second_gradient,
+    repair_if_needed,
+)
+from dstrain.engine.weight_watch import WeightChanges, watching_reads
+from dstrain.engine.zero import (
+    MemoryEfficientLinear,
+    ToldInForward,
+    clip_scalars_too,
+    forget_modules,
+    has_scalars,
+    is_partitioned,
+    keep_whole,
+    leaves_of,
+    process_settings,
+    scalars_as_bytes,
+    shown_in_parts,
+    undo_patches,
+    untie,
+)
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
@@ -95,7 +115,7 @@ class Engine:
         if trains and resolved.stage == 3 and is_distributed():
             check_layerdrop(module, leaves=resolved.leaf_classes)
         check_formats(module, resolved, trains=trains)
-        alive.make_way(module)
+        live_engines.make_way(module)
         config = resolved.to_deepspeed()
         if "activation_checkpointing" in config:
             # DeepSpeed reads this block only when it is asked to, and not while it builds.
@@ -119,7 +139,7 @@ class Engine:
         self._told: ToldInForward | None = None
         self.changes: WeightChanges | None = None
         self._lockstep: Lockstep | None = None
-        process_wide.take_up(module, resolved)
+        process_settings.take_up(module, resolved)
         try:
             with quiet(), adagrad_stays(), scalars_as_bytes(wanted=scalars):
                 self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
@@ -136,7 +156,7 @@ class Engine:
         if device_type() == "cpu":
             let_go_of_names()  # where DeepSpeed has only now taken part in a group of the user's
         self._engine.client_lr_scheduler = None  # what made it may hold all of a Trainer
-        process_wide.keep_own_formats(self.optimizer, resolved)
+        process_settings.keep_own_formats(self.optimizer, resolved)
         correct_bias_by_step(self._engine.basic_optimizer)
         # With plain fp32 and stage 0 DeepSpeed keeps no norm, so it is computed on request.
         self._norm_by_hand = resolved.stage == 0 and resolved.precision == "fp32"
@@ -172,7 +192,7 @@ class Engine:
         # In fp32 at stage 0 the optimizer has the model's weights themselves.
         if trains and (resolved.stage > 0 or resolved.precision != "fp32"):
             self.changes = WeightChanges(self)
-        alive.note(self)
+        live_engines.note(self)
 
     @property
     def model(self) -> Any:
@@ -328,7 +348,7 @@ class Engine:
         # It would be called again when the engine is collected, and undo ties of the next one.
         self._engine.destroy = _do_nothing
         del self._engine.__dict__["engine_of_dstrain"]
-        alive.forget(self)
+        live_engines.forget(self)
         if self._sequence is not None:
             self._sequence.close()
         self._engine = None
@@ -350,7 +370,7 @@ class Engine:
         undo_patches()
         untie(self.module, leaves=self._leaves)
         forget_modules(self.module)
-        process_wide.forget(self.resolved, others=alive.any_besides(self))
+        process_settings.forget(self.resolved, others=live_engines.any_besides(self))
 
 
 def _has_ended(*_: object, **__: object) -> None:

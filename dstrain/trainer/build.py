@@ -36,13 +36,13 @@ from dstrain.data import (
     TokenCount,
     Topology,
     build_loader,
+    detect_split,
     forward_columns,
     is_ours,
     keep_columns,
     label_columns,
     micro_steps,
     sample_lengths,
-    settle,
 )
 from dstrain.engine import (
     Engine,
@@ -131,8 +131,8 @@ def targets_of(
     args: TrainingArguments,
     *,
     rule: LossRule | None = None,
-    own_loss: bool = True,
-    is_told: bool = False,
+    model_loss: bool = True,
+    receives_count: bool = False,
 ) -> LossTargets:
     """Begin to find out what the loss of this model is a mean over.
 
@@ -140,13 +140,18 @@ def targets_of(
         module: the model.
         args: the user's arguments.
         rule: where it is known.
-        own_loss: whether the loss is the model's own, not one of the user's.
-        is_told: whether the model or the user's loss function takes the count of targets.
+        model_loss: whether the loss is the model's own, not one of the user's.
+        receives_count: whether the model or the user's loss function takes the count of targets.
     """
     compiled = args.torch_compile or hasattr(module, "_orig_mod")  # what torch.compile returns
     labels = label_columns(module, args.label_names)
     return LossTargets(
-        module, labels, rule=rule, watch=not compiled, own_loss=own_loss, is_told=is_told
+        module,
+        labels,
+        rule=rule,
+        watch=not compiled,
+        model_loss=model_loss,
+        receives_count=receives_count,
     )
 
 
@@ -355,7 +360,7 @@ def check_shared_out(
     """
     if is_ours(loader):
         what = "the training data" if "train" in method else "the evaluation data"
-        settle(loader, what=what, epoch=epoch, known_whole=known_whole)
+        detect_split(loader, what=what, epoch=epoch, known_whole=known_whole)
         return
     parts = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
     inner = getattr(parts[2], "sampler", None)

@@ -16,7 +16,7 @@ from dstrain.config.resolution.batch import eval_micro_batch
 from dstrain.core.errors import ConfigError, DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.seeds import random_state, set_random_state
-from dstrain.data import forward_columns, in_step, returns_loss, set_epoch, to_device
+from dstrain.data import forward_columns, returns_loss, set_epoch, synchronized_batches, to_device
 from dstrain.engine import device_name
 from dstrain.evaluation import (
     BatchMetric,
@@ -298,7 +298,7 @@ class EvaluationHooks(EvalLoaderHooks):
         if forward_columns(self.model) is None:  # it may take labels, or none
             names = [name for name in names if name in given]
         has_labels = bool(names) and all(given.get(name) is not None for name in names)
-        told = self.targets.told(inputs)
+        told = self.targets.target_count(inputs)
         # Not in the model's format: labels in 16 bits would be others than those of the data.
         labels = [to_device(given[n], device_name(), float_dtype=None) for n in names * has_labels]
         inputs = self._prepare_inputs(inputs)
@@ -399,7 +399,7 @@ class EvaluationHooks(EvalLoaderHooks):
         """Agree with the other ranks after a batch: on what a target is, and on signals."""
         self._num_watched += 1
         if not self.targets.settled and self._num_watched <= _MOST_WATCHED:
-            self.targets.settle(self.ranks, final=False)
+            self.targets.agree(self.ranks, final=False)
         elif self._num_watched % _MOST_WATCHED == 0:
             self._settle_rivals()
         self._heed_signals(collector)
@@ -407,7 +407,7 @@ class EvaluationHooks(EvalLoaderHooks):
     def _settle_rivals(self) -> None:
         """Agree on what a target is, where later batches may have told; a collective."""
         if self.targets.has_rivals:
-            self.targets.settle(self.ranks, final=False)
+            self.targets.agree(self.ranks, final=False)
 
     def _can_count(self) -> bool:
         """Return whether the batches so far can be counted; others are held until ranks agree."""
@@ -518,7 +518,7 @@ class EvaluationHooks(EvalLoaderHooks):
         return replace(prediction, predictions=reduce(logits, prediction.labels))
 
     def _eval_batches(self, loader: Any) -> Iterator[EvalBatch]:
-        for micro_batch, is_last in in_step(loader, device=device_name()):
+        for micro_batch, is_last in synchronized_batches(loader, device=device_name()):
             yield EvalBatch(micro_batch.inputs, micro_batch.num_samples, is_last)
 
     def _computes_loss(self, inputs: Mapping[str, Any]) -> bool:

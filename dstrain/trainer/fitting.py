@@ -12,7 +12,7 @@ from dstrain.config.resolution.batch import smaller
 from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import require_equal
-from dstrain.data import inherit_findings
+from dstrain.data import inherit_split
 from dstrain.engine import Carried, Regroup, carry, is_out_of_memory, put_down
 from dstrain.trainer import checkpointing as saving
 from dstrain.training.loop import TrainLoop
@@ -149,7 +149,7 @@ def _take_place(
     trainer.state.train_batch_size = shown
     trainer.resolved = trainer._resolve(loop.plan.max_steps)
     loader = trainer.get_train_dataloader()
-    inherit_findings(loader, loop.loader)
+    inherit_split(loader, loop.loader)
     engine = trainer._engines.train(lambda: trainer._build_engine(loop.plan.max_steps))
     trainer.optimizer, trainer.lr_scheduler = engine.optimizer, engine.scheduler
     put_down(engine, carried)

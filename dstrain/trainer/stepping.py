@@ -179,7 +179,7 @@ class StepHooks:
             given = {name: value for name, value in inputs.items() if name != "labels"}
             labels = inputs.get("labels")
         if num_items is None:
-            num_items = self.targets.told(inputs)
+            num_items = self.targets.target_count(inputs)
         outputs = model(**given) if isinstance(given, Mapping) else model(given)
         loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
         return loss, outputs

@@ -456,17 +456,17 @@ class Trainer(
         self.model_accepts_loss_kwargs = takes_target_count(self.model)
         self._smoothing = LabelSmoothing.of(self.model, self.args)
         self._terms = None
-        own_loss = (
+        model_loss = (
             self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss
         )
-        if own_loss and self._smoothing is None:
+        if model_loss and self._smoothing is None:
             self._terms = LossTerms.of(self.model)
         self.targets = build.targets_of(
             self.model,
             self.args,
             rule=None if self._terms is None else self._terms.rule(),
-            own_loss=own_loss,
-            is_told=self.compute_loss_func is not None or self.model_accepts_loss_kwargs,
+            model_loss=model_loss,
+            receives_count=self.compute_loss_func is not None or self.model_accepts_loss_kwargs,
         )
         self._formats = InputFormats(self.model, self.targets.labels)
 

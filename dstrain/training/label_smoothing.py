@@ -76,7 +76,7 @@ class LabelSmoothing:
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[0]
         if not isinstance(logits, torch.Tensor):
             raise self._useless("the model returned no logits")
-        found = targets.so_far(loss_of(outputs)).parts[0].targets(inputs)
+        found = targets.likely_rule(loss_of(outputs)).parts[0].targets(inputs)
         if found is None:
             raise self._useless("the model's own loss is no mean over its labels")
         kept, is_target = found

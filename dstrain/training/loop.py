@@ -147,7 +147,7 @@ class TrainLoop:
             position.learning_rate,
         )
         if position.loss is not None:
-            self.targets.take_up(position.loss, self.ranks)
+            self.targets.restore(position.loss, self.ranks)
         self._meter.restore(position.meters, rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     def _finish_resumed_point(self, resumption: Resumption) -> None:
@@ -247,7 +247,7 @@ class TrainLoop:
         self.hooks.event("on_step_begin")
         micro_batches = telling_first(window.micro_batches, self.targets)
         step = self.progress.step
-        looks_again = self.targets.looks_again_at(step, is_first=step == self.steps_before)
+        looks_again = self.targets.is_due_again(step, is_first=step == self.steps_before)
         self.micro_step.looks_again = looks_again
         self.micro_step.weights = weights = WindowWeights(
             self.targets,
@@ -266,7 +266,7 @@ class TrainLoop:
             self.place.enter(f"micro-batch {index + 1}", in_step=True)
             loss = self._forward_backward(micro_batch, index, last=last)
             losses.append(loss.detach().clone())  # a CUDA graph writes the next into its place
-            if not micro_batch.masked:
+            if not micro_batch.is_padding:
                 tokens += self.count_tokens(micro_batch.inputs)
                 empty |= empty_columns(micro_batch.inputs)
             if not last:
@@ -326,13 +326,13 @@ class TrainLoop:
             inputs = self.targets.without_ignored(inputs)
         step.index, step.last, step.parts = index, last, None
         step.num_samples, step.inputs = micro_batch.num_samples, inputs
-        told = self.targets.told(inputs, micro_batch.num_samples, counts=counts)
+        told = self.targets.target_count(inputs, micro_batch.num_samples, counts=counts)
         changes = self.engine.changes
         watch = contextlib.nullcontext() if changes is None else changes.in_training_step()
         with self.cache.as_asked(), watch:
             loss = self.hooks.training_step(self.engine.model, inputs, told)
         step.inputs = None
-        if not micro_batch.masked:
+        if not micro_batch.is_padding:
             self.hooks.count_flos(inputs)
         return loss if step.parts is None else step.parts
 

@@ -22,7 +22,10 @@ def telling_first(
     """
     if len(micro_batches) < 2 or not targets.is_open:
         return micro_batches
-    told = [0 if m.masked else targets.tells(m.inputs, m.num_samples) for m in micro_batches]
+    told = [
+        0 if m.is_padding else targets.num_distinguished(m.inputs, m.num_samples)
+        for m in micro_batches
+    ]
     best = told.index(max(told))
     return (micro_batches[best], *micro_batches[:best], *micro_batches[best + 1 :])
 
@@ -68,17 +71,19 @@ class WindowWeights:
         self._count()
         if targets.has_rivals and host_sum is not None:
             first = micro_batches[0]  # see ``telling_first``
-            told = not first.masked and targets.is_told_by(first.inputs, first.num_samples)
+            told = not first.is_padding and targets.distinguishes_rivals(
+                first.inputs, first.num_samples
+            )
             self._question = host_sum.begin(told)
 
     @property
     def counts(self) -> list[tuple[int, ...]]:
         """Targets of each micro-batch, for each part of its loss; a collective the first time."""
         asked, self._question = self._question, None
-        is_told = asked is not None and asked() > 0
-        if self._counts is None or is_told or self._must_agree:
+        is_distinguished = asked is not None and asked() > 0
+        if self._counts is None or is_distinguished or self._must_agree:
             self._must_agree = False
-            self._targets.settle(self._ranks, final=True, is_told=is_told)
+            self._targets.agree(self._ranks, final=True, is_distinguished=is_distinguished)
             if self._pending is not None:
                 self._pending.get()
             self._count()
@@ -90,7 +95,7 @@ class WindowWeights:
         if self._counts is not None:
             return self._counts[index]
         micro_batch = self._micro_batches[index]
-        if micro_batch.masked:
+        if micro_batch.is_padding:
             return (0,)
         return self._targets.counts(micro_batch.inputs, micro_batch.num_samples)
 
@@ -123,7 +128,7 @@ class WindowWeights:
     def _count(self) -> None:
         counted = [
             (0,) * len(self._targets.rule.parts)
-            if micro_batch.masked
+            if micro_batch.is_padding
             else self._targets.counts(micro_batch.inputs, micro_batch.num_samples)
             for micro_batch in self._micro_batches
         ]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.utils.data import IterableDataset
 
-from dstrain.data.watch import num_moved
+from dstrain.data.comparison.stream_watch import num_moved
 from tests.distributed.runs import make_trainer
 from tests.distributed.test_split_data import warnings_of
 from tests.distributed.test_split_later import alike_on_all

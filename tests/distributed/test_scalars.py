@@ -298,7 +298,7 @@ def test_a_model_of_nothing_but_scalars(stage: int, tmp_path: Path) -> None:
 
 @pytest.mark.ranks(1)
 def test_deepspeed_still_needs_help(tmp_path: Path) -> None:
-    """Where this fails, DeepSpeed has learned it: take that part out of engine/scalars.py."""
+    """Where this fails, DeepSpeed has learned it: take it out of zero/scalar_parameters.py."""
     import deepspeed
     from deepspeed.runtime.utils import clip_grad_norm_
 

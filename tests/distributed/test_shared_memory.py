@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.engine.shared_memory import FOLDER, remove_leftovers
+from dstrain.engine.process_group.shared_memory import FOLDER, remove_leftovers
 from tests.launch import ROOT, free_port, quiet_environment
 
 JOB = """

@@ -338,13 +338,13 @@ def test_a_split_between_equal_rows_is_refused(tmp_path: Path, rank: int) -> Non
 def test_rows_that_are_looked_at_are_few_and_leave_no_trace(rank: int) -> None:
     """From the first to the last, once where they are the same; random numbers are put back."""
     from dstrain.core.seeds import random_state, seed_rank
-    from dstrain.data import LoaderOptions, Topology, build_loader, settle
+    from dstrain.data import LoaderOptions, Topology, build_loader, detect_split
 
     seed_rank(1, step=0, rank=rank)
     data = SameEnds(0, 1)
     loader = build_loader(data, Topology(2, 2, rank), list, LoaderOptions(), seed=1, shuffle=False)
     before = random_state()
-    settle(loader, what="the data")
+    detect_split(loader, what="the data")
     assert len(data.read) == 16
     assert (data.read[0], data.read[-1]) == (0, 32)
     assert {b - a for a, b in pairwise(data.read)} == {2, 3}
@@ -386,7 +386,7 @@ class AugmentedStream(IterableDataset[Any]):
 def test_noise_is_no_split(draw: str, label: bool, rank: int) -> None:
     """Samples that differ between ranks, and from one reading to the next, may be the same data."""
     from dstrain.core.seeds import random_state, seed_rank
-    from dstrain.data import LoaderOptions, Topology, build_loader, num_shares, settle
+    from dstrain.data import LoaderOptions, Topology, build_loader, detect_split, num_shares
 
     seed_rank(1, step=0, rank=rank)
     dataset = Augmented(draw, label=label)
@@ -395,7 +395,7 @@ def test_noise_is_no_split(draw: str, label: bool, rank: int) -> None:
             data, Topology(2, 2, rank), list, LoaderOptions(), seed=1, shuffle=False
         )
         before = random_state()
-        settle(loader, what="the data")
+        detect_split(loader, what="the data")
         after = random_state()
         assert num_shares(loader) == 1
         assert torch.equal(before["torch"], after["torch"])
@@ -406,7 +406,7 @@ def test_noise_is_no_split(draw: str, label: bool, rank: int) -> None:
 @pytest.mark.ranks(2)
 def test_what_differs_between_machines_is_no_split(rank: int) -> None:
     """Places of files, and the last bits of floating-point numbers."""
-    from dstrain.data import LoaderOptions, Topology, build_loader, num_shares, settle
+    from dstrain.data import LoaderOptions, Topology, build_loader, detect_split, num_shares
 
     wave = torch.linspace(0, 1, 50)
     data = [{"path": f"/disk{rank}/{i}", "wave": wave * i * (1 + 1e-7 * rank)} for i in range(9)]
@@ -414,7 +414,7 @@ def test_what_differs_between_machines_is_no_split(rank: int) -> None:
         loader = build_loader(
             source, Topology(2, 2, rank), list, LoaderOptions(), seed=1, shuffle=False
         )
-        settle(loader, what="the data")
+        detect_split(loader, what="the data")
         assert num_shares(loader) == 1
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from dstrain.data.watch import WATCHED_SAMPLES
+from dstrain.data.comparison.stream_watch import WATCHED_SAMPLES
 from tests.distributed.runs import losses, whole_weights
 from tests.distributed.streams import TellsPosition
 from tests.distributed.test_split_data import (
@@ -300,10 +300,10 @@ def test_what_is_whole_stays_whole(
         LoaderOptions,
         Topology,
         build_loader,
-        in_step,
+        detect_split,
         num_shares,
         set_epoch,
-        settle,
+        synchronized_batches,
         windows,
     )
 
@@ -313,7 +313,7 @@ def test_what_is_whole_stays_whole(
             WHOLE[kind](rank), Topology(micro_batch, 2, rank), list,
             LoaderOptions(num_workers=num_workers), seed=1, shuffle=False,
         )  # fmt: skip
-        settle(found, what="the data")
+        detect_split(found, what="the data")
         assert num_shares(found) == 1
         set_epoch(found, 0)
         return found
@@ -321,7 +321,7 @@ def test_what_is_whole_stays_whole(
     number = len(list(WHOLE[kind](rank)))
     used = [m.num_samples for w in windows(loader_of(), 1) for m in w.micro_batches]
     assert sum(map(sum, gather_objects(used))) == number
-    evaluated = [m.num_samples for m, _ in in_step(loader_of(), device="cpu")]
+    evaluated = [m.num_samples for m, _ in synchronized_batches(loader_of(), device="cpu")]
     assert sum(map(sum, gather_objects(evaluated))) == number
     noisy = kind.endswith("label=False")
     told = warnings_of(caplog, "differ between ranks after those that it begins with")
@@ -395,16 +395,16 @@ def read_all(stream: Any, rank: int, *, micro_batch: int = 1) -> int:
         LoaderOptions,
         Topology,
         build_loader,
+        detect_split,
         num_shares,
         set_epoch,
-        settle,
         windows,
     )
 
     loader = build_loader(
         stream, Topology(micro_batch, 2, rank), list, LoaderOptions(), seed=1, shuffle=False
     )
-    settle(loader, what="the data")
+    detect_split(loader, what="the data")
     assert num_shares(loader) == 1
     set_epoch(loader, 0)
     used = [m.num_samples for w in windows(loader, 1) for m in w.micro_batches]
@@ -470,7 +470,7 @@ class Lazy:
 def test_comparing_leaves_no_trace_in_random_numbers(num_workers: int, rank: int) -> None:
     """A run that goes on from inside an epoch does not compare, and must draw the same noise."""
     from dstrain.core.seeds import seed_rank
-    from dstrain.data import LoaderOptions, Topology, build_loader, set_epoch, settle, windows
+    from dstrain.data import LoaderOptions, Topology, build_loader, detect_split, set_epoch, windows
 
     def drawn(watched: bool) -> list[Any]:
         seed_rank(1, step=0, rank=rank)
@@ -479,7 +479,7 @@ def test_comparing_leaves_no_trace_in_random_numbers(num_workers: int, rank: int
             lambda samples: [np.asarray(s["lazy"]).tolist() for s in samples],
             LoaderOptions(num_workers=num_workers), seed=1, shuffle=False,
         )  # fmt: skip
-        settle(loader, what="the data")
+        detect_split(loader, what="the data")
         assert loader.dataset.watch is not None  # type: ignore[attr-defined]
         if not watched:
             loader.dataset.watch = None  # type: ignore[attr-defined]
@@ -529,12 +529,12 @@ def test_nothing_more_is_told_than_a_few_numbers(
         LoaderOptions,
         Topology,
         build_loader,
-        in_step,
+        detect_split,
         set_epoch,
-        settle,
+        synchronized_batches,
         windows,
     )
-    from dstrain.data import stream as module
+    from dstrain.data.streams import rank_stream as module
 
     read, looked = [], []
     look_of = module.look_of
@@ -550,14 +550,14 @@ def test_nothing_more_is_told_than_a_few_numbers(
     loader = build_loader(
         Long(numbers), Topology(1, 2, rank), list, LoaderOptions(), seed=1, shuffle=False
     )
-    settle(loader, what="the data")
+    detect_split(loader, what="the data")
     assert len(read) == 2  # as many as the first micro-step takes
     if not watched:
         loader.dataset.watch = None  # type: ignore[attr-defined]
     told = Exchanges(monkeypatch)
     for _ in range(2):
         set_epoch(loader, 0)
-        steps: Any = in_step(loader, device="cpu") if evaluates else windows(loader, 1)
+        steps: Any = synchronized_batches(loader, device="cpu") if evaluates else windows(loader, 1)
         assert len(list(steps)) == 50
     assert len(read) == 200  # what was looked at first is not read again
     assert told.others == 0
@@ -627,9 +627,9 @@ def test_a_loader_that_takes_over_compares_on(rank: int) -> None:
         LoaderOptions,
         Topology,
         build_loader,
-        inherit_findings,
+        detect_split,
+        inherit_split,
         set_epoch,
-        settle,
         windows,
     )
 
@@ -640,12 +640,12 @@ def test_a_loader_that_takes_over_compares_on(rank: int) -> None:
         )
 
     earlier = loader_of(2)
-    settle(earlier, what="the data")
+    detect_split(earlier, what="the data")
     set_epoch(earlier, 0)
     steps = windows(earlier, 1)
     next(steps)
     steps.close()
     later = loader_of(1)
-    inherit_findings(later, earlier)
+    inherit_split(later, earlier)
     set_epoch(later, 0, start=4)
     check_refused(lambda: list(windows(later, 1)), "the data")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.core.ranks import Ranks
 from dstrain.data import forward_columns, label_columns
-from dstrain.data.loss_rule import expected_rule
+from dstrain.data.loss.rule import expected_rule
 from dstrain.models import save_model
 from tests.models import RegressionModel, tiny_llama
 

@@ -28,7 +28,7 @@ from dstrain.data import (
     set_epoch,
     windows,
 )
-from dstrain.data.stream import RankStream, Share
+from dstrain.data.streams import RankStream, Share
 
 # Three workers are a test of order, not of speed.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -112,7 +112,7 @@ def loaders(
 
 def read(loader: Any) -> list[tuple[list[Any], bool]]:
     """Return inputs and whether they are masked, per micro-step."""
-    return [(micro_batch.inputs, micro_batch.masked) for micro_batch, _ in iterate(loader)]
+    return [(micro_batch.inputs, micro_batch.is_padding) for micro_batch, _ in iterate(loader)]
 
 
 def used(loader: Any) -> list[Any]:
@@ -222,7 +222,7 @@ def test_windows_hold_the_micro_batches_in_order_and_none_is_lost():
 def test_a_rank_without_a_sample_has_a_masked_stand_in():
     """5 samples on 4 ranks: in the second micro-step three ranks have nothing."""
     last = [list(windows(loader, 2))[-1].micro_batches[-1] for loader in loaders(Squares(5), 1, 4)]
-    assert [m.masked for m in last] == [False, True, True, True]
+    assert [m.is_padding for m in last] == [False, True, True, True]
     assert all(m.inputs == [16] for m in last)
 
 

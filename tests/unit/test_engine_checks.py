@@ -15,8 +15,8 @@ from dstrain.arguments import TrainingArguments
 from dstrain.config import Facts, resolve
 from dstrain.core.errors import ConfigError, ModelError
 from dstrain.engine import ops
-from dstrain.engine.leaf import check_leaf_modules, expert_blocks
-from dstrain.engine.nvme import nvme_folders, prepare_nvme
+from dstrain.engine.model_checks.leaf_modules import check_leaf_modules, expert_blocks
+from dstrain.engine.optimizers.nvme import nvme_folders, prepare_nvme
 
 
 def resolved(**arguments: Any):

@@ -17,7 +17,7 @@ from dstrain.config.resolution.batch import smaller
 from dstrain.core.errors import ConfigError, DataError, ModelError
 from dstrain.data import Denominator, EpochOrder, LossRule, LossTargets, TokenCount, sample_lengths
 from dstrain.engine import MetricSchedule, is_out_of_memory
-from dstrain.engine.metric_schedule import guarded
+from dstrain.engine.optimizers.metric_schedule import guarded
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build
 from dstrain.training import compat

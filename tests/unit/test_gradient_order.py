@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dstrain.core.errors import ModelError
-from dstrain.engine.arrival import arrival_order
-from dstrain.engine.layerdrop import check_layerdrop
+from dstrain.engine.model_checks.layerdrop import check_layerdrop
+from dstrain.engine.stepping.gradient_arrival import arrival_order
 
 
 def arrivals(loss: torch.Tensor, model: nn.Module) -> list[str]:

@@ -42,7 +42,7 @@ class Reader:
         )
         for first in range(steps):  # of three samples, until the rule is settled
             self.parts([(first + i) % SAMPLES for i in range(3)])
-            self.targets.settle(MAIN, final=True)
+            self.targets.agree(MAIN, final=True)
 
     def parts(self, rows: list[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Return the parts of the loss of some samples, and what they weigh."""
@@ -113,7 +113,7 @@ def test_models_whose_rule_cannot_be_read_are_named_once(caplog: pytest.LogCaptu
         reader = Reader("two_heads", steps=1)
         assert not reader.targets.settled, "its first samples have labels for one head alone"
         reader.parts(list(range(SAMPLES)))
-        reader.targets.settle(MAIN, final=True)
+        reader.targets.agree(MAIN, final=True)
     assert reader.targets.rule == LossRule()
     assert not reader.targets.is_exact
     (record,) = caplog.records
@@ -151,7 +151,7 @@ def read(
     for _ in range(steps):
         with targets.watching(batch) as seen:
             seen.append(loss(model.table(batch["input_ids"]), batch))
-        targets.settle(MAIN, final=True)
+        targets.agree(MAIN, final=True)
     return targets.rule if targets.is_exact else None
 
 
@@ -241,7 +241,7 @@ def test_by_samples_a_batch_is_empty_only_without_any_label():
     targets = LossTargets(Scores(), ["labels_a", "labels_b"])
     with targets.watching({}) as seen:
         seen.append(torch.ones(()))
-    targets.settle(MAIN, final=True)
+    targets.agree(MAIN, final=True)
     empty, some = torch.full((3,), -100), torch.tensor([1, -100, -100])
     assert targets.counts({"labels_a": empty, "labels_b": some}, 3) == (3,)
     assert targets.counts({"labels_a": empty, "labels_b": empty}, 3) == (0,)
@@ -260,7 +260,7 @@ def test_watching_changes_no_value_and_ends():
         seen.append(loss)
     assert torch.equal(loss, expected)
     assert loss.requires_grad
-    targets.settle(MAIN, final=True)
+    targets.agree(MAIN, final=True)
     with targets.watching({"labels": LABELS}) as unseen:
         flat_cross_entropy(logits, LABELS)
     assert unseen == []
@@ -290,8 +290,8 @@ def settled(losses: Any, batches: Any, **kinds: Any) -> LossTargets:
     targets = LossTargets(model, kinds.pop("labels", ("labels",)), **kinds)
     for loss, batch in zip(losses, batches, strict=True):
         with targets.watching(batch) as seen:
-            seen.append(loss(model.table(batch["input_ids"]), batch, targets.told(batch)))
-        targets.settle(MAIN, final=True)
+            seen.append(loss(model.table(batch["input_ids"]), batch, targets.target_count(batch)))
+        targets.agree(MAIN, final=True)
     return targets
 
 
@@ -366,12 +366,12 @@ def test_a_count_that_is_used_is_the_denominator():
         return -(logs * kept).sum() / told
 
     batch = {"input_ids": IDS, "labels": LABELS}
-    targets = settled([by_hand], [batch], own_loss=False)
+    targets = settled([by_hand], [batch], model_loss=False)
     assert targets.is_exact
     assert targets.counts(batch) == (int((LABELS != -100).sum()),)
-    unused = settled([lambda s, b, told: s.pow(2).mean()], [batch], own_loss=False)
+    unused = settled([lambda s, b, told: s.pow(2).mean()], [batch], model_loss=False)
     assert not unused.is_exact
-    assert unused.told(batch) == int((LABELS != -100).sum())
+    assert unused.target_count(batch) == int((LABELS != -100).sum())
 
 
 def test_class_weights_divided_by_a_count_are_exact():
@@ -380,7 +380,7 @@ def test_class_weights_divided_by_a_count_are_exact():
         return flat_cross_entropy(scores, batch["labels"], **kinds) / told
 
     batch = {"input_ids": IDS, "labels": LABELS}
-    targets = settled([weighted], [batch], own_loss=False)
+    targets = settled([weighted], [batch], model_loss=False)
     assert targets.rule == LossRule((Denominator("labels"),))
 
 
@@ -417,7 +417,7 @@ def test_an_evaluation_is_watched_for_itself():
     evaluation = training.for_evaluation()
     with evaluation.watching(one) as seen:
         seen.append(functional.cross_entropy(torch.ones(1, 15), one["labels"], reduction="sum"))
-    evaluation.settle(MAIN, final=True)
+    evaluation.agree(MAIN, final=True)
     assert not training.settled
     assert training.counts(three) == (3,)
 
@@ -448,7 +448,7 @@ def test_watching_holds_nothing_that_the_model_lets_go_of():
             passed.append(weakref.ref(hidden))
         assert sum(ref() is not None for ref in passed) == 1
         seen.append(flat_cross_entropy(hidden, LABELS))
-    targets.settle(MAIN, final=True)
+    targets.agree(MAIN, final=True)
     assert targets.rule == LossRule((Denominator("labels"),))
 
 
@@ -457,12 +457,12 @@ def test_a_loss_of_the_users_own_that_calls_no_loss_function_goes_by_samples():
     family = FAMILIES["llama"]
     model = family.build()
     batch = family.collate(family.samples(2))
-    for own_loss in (True, False):
-        targets = LossTargets(model, ["labels"], own_loss=own_loss)
+    for model_loss in (True, False):
+        targets = LossTargets(model, ["labels"], model_loss=model_loss)
         with targets.watching(batch) as seen:
             seen.append(-functional.logsigmoid(model(batch["input_ids"]).logits.mean()))
-        targets.settle(MAIN, final=True)
-        assert targets.is_exact == own_loss
+        targets.agree(MAIN, final=True)
+        assert targets.is_exact == model_loss
 
 
 ONE = {"input_ids": IDS[:1], "labels": LABELS[:1]}
@@ -658,7 +658,7 @@ def test_a_loss_that_is_0_at_the_start_says_nothing_of_columns_without_targets()
         return scores.sum() * 0
 
     batch = {"input_ids": IDS, "group": torch.full((3,), -1), "labels": LABELS}
-    targets = settled([loss] * 8, [batch] * 8, own_loss=False)
+    targets = settled([loss] * 8, [batch] * 8, model_loss=False)
     assert targets.rule == LossRule()
     assert not targets.is_exact
     assert any(targets.counts(batch))

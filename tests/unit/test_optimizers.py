@@ -378,7 +378,7 @@ def test_ops_are_those_that_the_classes_load(deepspeed: Any):
 
 
 def test_a_run_asks_for_the_ops_of_its_optimizer(deepspeed: Any):
-    from dstrain.engine.optimizers import ops_of
+    from dstrain.engine.optimizers.factory import ops_of
 
     assert ops_of(resolved(optim="adamw_torch")) == []
     assert ops_of(resolved(optim="adamw_apex_fused")) == ["fused_adam"]

@@ -14,7 +14,7 @@ import pytest
 
 from dstrain.core.errors import CheckpointError, ConfigError
 from dstrain.core.ranks import Ranks
-from dstrain.engine import rendezvous
+from dstrain.engine.process_group import rendezvous
 from tests.launch import free_port, quiet_environment, remove_shared_memory
 
 FIRST, SECOND = Ranks(0, 0, 2, 1), Ranks(1, 0, 2, 1)
@@ -117,7 +117,7 @@ def test_other_ranks_of_a_machine_ask_nobody(monkeypatch):
 GROUP = """
 import sys, time
 from dstrain.core.errors import DstrainError
-from dstrain.engine.startup import start
+from dstrain.engine.process_group.startup import start
 try:
     start(use_cpu=True, timeout_seconds=int(sys.argv[1]))
 except DstrainError as error:

@@ -25,7 +25,7 @@ from dstrain.data import (
     source_state,
     windows,
 )
-from dstrain.data.stream import Share, Told
+from dstrain.data.streams import Share, ShareWithState
 from dstrain.training.resume import Position
 
 SERIAL = LoaderOptions()
@@ -114,7 +114,7 @@ def samples_of(ranks: list[Any], accumulation: int) -> Iterator[list[Any]]:
     """Yield the samples of each window, in the order of the stream."""
     for parts in zip(*(windows(loader, accumulation) for loader in ranks), strict=True):
         micro_batches = zip(*(window.micro_batches for window in parts), strict=True)
-        yield [s for step in micro_batches for m in step if not m.masked for s in m.inputs]
+        yield [s for step in micro_batches for m in step if not m.is_padding for s in m.inputs]
 
 
 def flat(parts: Iterator[list[Any]]) -> list[Any]:
@@ -187,8 +187,8 @@ def test_what_loader_processes_send_is_pinned():
         def pin_memory(self) -> str:
             return "pinned"
 
-    told = Told(Share({"a": Batch()}, 2), 3, b"state").pin_memory()
-    assert told == Told(Share({"a": "pinned"}, 2), 3, b"state")
+    told = ShareWithState(Share({"a": Batch()}, 2), 3, b"state").pin_memory()
+    assert told == ShareWithState(Share({"a": "pinned"}, 2), 3, b"state")
 
 
 def test_what_a_loader_process_cannot_send_is_not_known():

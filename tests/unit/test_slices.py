@@ -11,13 +11,13 @@ from torch import nn
 
 from dstrain.checkpoint.load import Piece, SliceIndex
 from dstrain.core.errors import CheckpointError
-from dstrain.engine.optimizer_state import (
+from dstrain.engine.state.optimizer_state import (
     create_state,
     group_values,
     read_scalars,
     set_group_values,
 )
-from dstrain.engine.regions import MASTER, WEIGHT, Region, optimized_names, regions, share
+from dstrain.engine.state.shards import MASTER, WEIGHT, Region, optimized_names, regions, share
 
 
 def small_model() -> nn.Module:

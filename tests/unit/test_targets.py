@@ -18,7 +18,7 @@ from dstrain.data import (
     label_columns,
     to_device,
 )
-from dstrain.data.loss_rule import expected_rule
+from dstrain.data.loss.rule import expected_rule
 from dstrain.data.samples import tensors
 from tests.models import RegressionModel, tiny_llama
 

@@ -1,0 +1,263 @@
+"""Comparing what ranks read of a stream that began alike, as they use it.
+
+A stream that is split by rank may begin with the same samples everywhere: a header, or duplicates.
+Ranks tell each other of every micro-batch whether they have it; beside that each tells a digest of
+all that it has read of the stream, until the first samples of one epoch are compared. Nothing is
+read for it, and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dstrain.core.errors import DataError, Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import broadcast_object, gather_objects
+from dstrain.data.comparison.differences import Differences, Look, SampleLook
+from dstrain.data.comparison.looks import (
+    DIFFERENT,
+    MOST_SAMPLES,
+    UNCLEAR,
+    Finding,
+    by_field,
+    differing_columns,
+    digest_of,
+    second_look,
+    without_count,
+)
+
+logger = get_logger(__name__)
+
+WATCHED_SAMPLES = 64
+_FIRST_WINDOW = MOST_SAMPLES + 2  # samples
+_LONG_WINDOW = 3 * MOST_SAMPLES
+_NUM_BITS = 48
+# Noise that takes one of a few hundred values would do as much, without one of them twice in 64
+# samples of either rank, once in more than ten thousand streams.
+_FEWEST_MOVED = 12
+
+ReadAgain = Callable[[int], "list[Any] | None"]
+
+
+class StreamWatch:
+    """A comparison of running digests of what ranks read of a stream; says where they part.
+
+    Per micro-step of the first ``WATCHED_SAMPLES`` samples each rank adds its digest, as 48 zeros
+    and ones, to a sum that ranks make in any case; sums other than 0 or the number of ranks mean
+    that digests differ. That does not grow with the number of ranks. Only after digests that differ
+    are samples read again, and looks sent: see ``second_look``. That is done again only after eight
+    more samples, and of no column that turns out to be noise.
+
+    What is read by loader processes is looked at there, and what they saw comes with micro-batches.
+
+    Attributes:
+        columns: of samples that are dicts, those that are used; None for all.
+        read_again: gives the first samples of the epoch anew, as many as it is asked for.
+        is_over: whether all is compared that will be.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        columns: Sequence[str] | None,
+        read_again: ReadAgain,
+        *,
+        noisy: frozenset[str] = frozenset(),
+    ) -> None:
+        """Args: the data, for messages; see above; columns that are known to be noise."""
+        self.columns = columns
+        self.read_again = read_again
+        self.is_over = False
+        self._what, self._noisy = what, noisy
+        self._begin_anew(num_steps=0)
+
+    def _begin_anew(self, *, num_steps: int, chunk: int = 0) -> None:
+        self._left = num_steps  # micro-steps that are to be told
+        self._chunk = chunk
+        self._looks: list[SampleLook] = []
+        self._num_in_digest = 0  # of these
+        # The following are counted in whole chunks: at its end a stream may give one rank more
+        # samples than another, and all ranks must do the same after these numbers.
+        self._num_told = 0
+        self._num_alike = 0  # told until digests were last the same
+        self._num_judged = -MOST_SAMPLES  # told when ranks last compared what they read
+        self._digest = ""
+
+    def begin(self, *, start: int, chunk: int) -> bool:
+        """Tell whether the samples of an epoch are to be looked at, from its beginning on.
+
+        Args:
+            start: samples that are read and left out, because they were used before.
+            chunk: samples that ranks read for one micro-step.
+        """
+        if not self.is_over:
+            num_steps = max(1, -(-(WATCHED_SAMPLES - start) // chunk))
+            self._begin_anew(num_steps=num_steps, chunk=chunk)
+        return not self.is_over
+
+    def note(self, looks: Sequence[SampleLook]) -> None:
+        """Keep the looks at samples that a micro-step of the epoch has read."""
+        self._looks += looks
+
+    def bits(self) -> list[int]:
+        """Return this rank's digest for the latest micro-step as 0s and 1s; [] when it is over."""
+        if self.is_over or not self._left:
+            return []
+        self._left -= 1
+        self._num_told += self._chunk
+        new, self._num_in_digest = self._looks[self._num_in_digest :], len(self._looks)
+        self._digest = digest_of((self._digest, _sorted(by_field(new, self._noisy))))
+        number = int(self._digest, 16)
+        return [number >> bit & 1 for bit in range(_NUM_BITS)]
+
+    def check_sums(
+        self, sums: Sequence[float], *, world_size: int, ended: bool, group: Any
+    ) -> None:
+        """Check the sums of what all ranks told of one micro-step; all ranks call it alike.
+
+        Args:
+            sums: of ``bits``.
+            world_size: ranks that told.
+            ended: whether no rank has a micro-batch any more.
+            group: of these ranks; None for that of the run.
+
+        Raises:
+            DataError: ranks read other samples; on all ranks.
+        """
+        is_last = ended or not self._left
+        if all(number in (0, world_size) for number in sums):
+            self._num_alike = self._num_told
+        elif is_last or self._num_told - self._num_judged >= MOST_SAMPLES:
+            self._compare(group, is_last=is_last)
+        if is_last and self._noisy:
+            self._compare_order(group)
+        if is_last:
+            self.is_over = True
+            self._begin_anew(num_steps=0)
+
+    def _compare(self, group: Any, *, is_last: bool) -> None:
+        """Find out whether ranks read other samples, or the same with noise; a collective.
+
+        Samples that cannot be read again are judged by what they were, once there are a few.
+        """
+        looks = by_field(self._looks, self._noisy)
+        differing = differing_columns(looks, group=group)
+        few = self._num_told - self._num_alike < MOST_SAMPLES + self._chunk
+        number = len(self._looks) + MOST_SAMPLES
+        found = second_look(
+            looks,
+            lambda: self.read_again(number),
+            self.columns,
+            judge=find_other_samples,
+            without=self._noisy,
+            group=group,
+            waits=few and not is_last,
+        )
+        if found is None:
+            return
+        if found.found == DIFFERENT:
+            raise self._differs(found.why)
+        if found.found == UNCLEAR and _is_main():
+            logger.warning(
+                "samples of %s differ between ranks after those that it begins with, and from one "
+                "reading to the next: taken for noise on the same samples in the same order. A "
+                "stream that is shuffled must be so with the same seed on all ranks",
+                self._what,
+            )
+        self._noisy |= differing - found.rare
+        self._digest, self._num_alike, self._num_judged = "", self._num_told, self._num_told
+
+    def _compare_order(self, group: Any) -> None:
+        """Find out whether what was taken for noise is another order of samples; a collective.
+
+        The main rank sends what it has seen, which does not grow with the number of ranks.
+        """
+        mine = by_field(self._looks)
+        theirs = broadcast_object(mine, group=group)
+        counts = gather_objects(num_moved(mine, theirs), group=group)
+        most = max(counts)
+        if most >= _FEWEST_MOVED:
+            rank = counts.index(most)
+            raise DataError(
+                Problem(
+                    f"{self._what} is read in another order on rank {rank} than on rank 0: {most} "
+                    f"of its first {len(self._looks)} samples are among those of rank 0, at other "
+                    "places",
+                    "of a stream that all ranks read each takes its share by the place of a "
+                    "sample: some samples would be used twice and others never",
+                    "shuffle it with the same seed on all ranks, or not at all; "
+                    "dispatch_batches=True lets the main rank read a whole stream for all",
+                )
+            )
+
+    def _differs(self, why: str) -> DataError:
+        return DataError(
+            Problem(
+                f"{self._what} began alike on all ranks, and then is not the same: {why}",
+                "a stream that begins alike is taken for the whole data, of which each rank keeps "
+                "its share. It was split by rank, or ranks read it in different orders; part of it "
+                "would never be used",
+                "give every rank the whole stream, shuffled with the same seed: dstrain gives each "
+                "rank its share. Or let split_dataset_by_node split it, which says so (a stream of "
+                "your own: datasets.IterableDataset.from_generator), and it is used as it is. "
+                "dispatch_batches=True lets the main rank read a whole stream for all",
+            )
+        )
+
+
+def num_moved(mine: Look, theirs: Look) -> int:
+    """Count the samples of this rank that the main rank has read at other places.
+
+    Noise that happens to be the same at two places would also be the same twice on one rank. So
+    where a rank has a sample twice nothing is counted, and nothing where a column tells that the
+    order is the same.
+    """
+    fields = sorted(set(without_count(mine)) & set(theirs))
+    mine, theirs = {f: mine[f] for f in fields}, {f: theirs[f] for f in fields}
+    if not fields or Differences(mine, theirs).have_column_in_common():
+        return 0
+    here, there = [
+        [repr(sample) for sample in zip(*look.values(), strict=True)] for look in (mine, theirs)
+    ]
+    places = {sample: place for place, sample in enumerate(there)}
+    if len(places) < len(there) or len(set(here)) < len(here):
+        return 0
+    return sum(places.get(sample, place) != place for place, sample in enumerate(here))
+
+
+def find_other_samples(mine: Look, theirs: Look) -> Finding | None:
+    """Find from where on a rank reads other samples than the main rank, or None.
+
+    An error ends the run, so only what noise would hardly do counts: that all of ten samples differ
+    from the first that does (of eight where there are no more), or half of 24 and more samples up
+    to the last. Neither counts where a column is the same in them (``have_column_in_common``), nor
+    the latter where samples in between are the same (``come_together_after``).
+
+    Nothing is said of samples that only one of two streams has: where streams end apart is told by
+    whoever reads them to the end.
+    """
+    mine, theirs = without_count(mine), without_count(theirs)
+    found = Differences(mine, theirs)
+    starts = [place for place, differs in enumerate(found.differs) if differs]
+    for first in starts:
+        window = found.differs[first : first + _FIRST_WINDOW]
+        if not (first == starts[0] and len(window) >= MOST_SAMPLES and all(window)):
+            window = found.differs[first:]
+            is_most = len(window) >= _LONG_WINDOW and 2 * sum(window) >= len(window)
+            if not is_most or found.come_together_after(first):
+                continue
+        if not found.have_column_in_common(first, first + len(window)):
+            many = f"{sum(window)} of the {len(window)} samples"
+            return found.field_at(first), f"is not that of rank 0 in {many} from number {first} on"
+    return None
+
+
+def _sorted(look: dict[str, Any]) -> list[Any]:
+    return sorted(look.items())
+
+
+def _is_main() -> bool:
+    import torch.distributed as dist
+
+    return dist.get_rank() == 0

@@ -1,0 +1,24 @@
+"""What a model's loss is a mean over, found by watching its first forward passes."""
+
+from dstrain.data.loss.rule import (
+    IGNORED,
+    SHIFTED_LABELS,
+    Candidate,
+    Denominator,
+    LossFindings,
+    LossRule,
+    expected_rule,
+)
+from dstrain.data.loss.targets import LossTargets, no_targets
+
+__all__ = [
+    "Candidate",
+    "Denominator",
+    "IGNORED",
+    "LossFindings",
+    "LossRule",
+    "LossTargets",
+    "SHIFTED_LABELS",
+    "expected_rule",
+    "no_targets",
+]

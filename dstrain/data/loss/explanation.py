@@ -1,0 +1,330 @@
+"""Finding what a loss is a mean over, from the calls of torch's functions that computed it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from dstrain.data.loss.recorder import ELEMENTWISE, LossCall
+from dstrain.data.loss.rule import IGNORED, SAMPLES, Denominator, LossRule
+from dstrain.data.samples import batch_size, columns_of
+
+_OFTEN_IGNORED = (IGNORED, -1, 0)  # 0 is often padding
+_MOST_IGNORED = 4  # negative numbers of a column; one that has more holds no classes
+_AS_MANY = 2  # how loosely a rule fits that agrees in number alone
+_AMBIGUOUS_SUM = 3  # of a sum over one target, which is its mean as well
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The ways in which the loss of a batch can have come about.
+
+    Attributes:
+        rules: all that fit, the expected one first if it does, and how loosely each fits: 0 where
+            the calls were given its labels at the same places, 1 where in the same order, 2 where
+            as many. Empty where none fits.
+        certain: the rule that is the right one, where the calls themselves took the mean over
+            targets that are known; where a mean was taken afterwards, by a division, another one
+            may only have the same number of targets in this batch.
+        ratio: the loss by the mean, where one call made it. Another number than 1 is a factor or a
+            sign of other terms; which of them, another batch tells.
+        counts: what each rule counts in the batch.
+    """
+
+    rules: dict[LossRule, int]
+    certain: LossRule | None = None
+    ratio: float | None = None
+    counts: Mapping[LossRule, tuple[int, ...]] = field(default_factory=dict)
+
+
+NOTHING = Explanation({})
+
+
+def explain(
+    calls: Sequence[LossCall],
+    loss: Any,
+    inputs: Any,
+    *,
+    expected: LossRule,
+    labels: Sequence[str],
+    num_samples: int | None,
+    by_rows: bool = False,
+    mixed: frozenset[str] = frozenset(),
+) -> Explanation | None:
+    """Find the rules by which a batch's loss can follow from the loss calls of its forward pass.
+
+    Args:
+        calls: of the forward pass.
+        loss: what came of it, one element.
+        inputs: the batch as the loader gave it: that is where targets will be counted.
+        expected: the rule that is tried first.
+        labels: the label columns.
+        num_samples: samples of the batch, where they are known.
+        by_rows: whether the loss seems to be a mean over the samples of a batch of one.
+        mixed: the columns of what was joined with the results of the calls.
+
+    Returns:
+        an explanation; None where the batch cannot tell: a column without a single label may hold
+        the targets of a part of the loss that is not seen now.
+    """
+    value = float(torch.as_tensor(loss).detach().double().mean())
+    calls = _joined(_that_made(calls, value))
+    batch = {k: v.cpu() for k, v in columns_of(inputs)}
+    samples = batch_size(inputs) if num_samples is None else num_samples
+    of_labels = [column for name, column in batch.items() if name.split(".")[0] in labels]
+    if any(bool((column == IGNORED).all()) for column in of_labels):
+        return None
+    if not calls or any(call.weighted and call.reduction == "mean" for call in calls):
+        return NOTHING
+    if any(call.function is functional.ctc_loss for call in calls):
+        # Its mean is over samples, of each sample's mean over its own labels.
+        rule = LossRule(is_sum=calls[0].reduction == "sum")
+        return Explanation({rule: 0}, certain=rule) if len(calls) == 1 else NOTHING
+    fitting: dict[LossRule, int] = {}
+    may_be_sum = len(calls) == 1 and _is_sum(calls[0], value)
+    by_rows = by_rows and samples == 1
+    if may_be_sum and (_is_untouched(calls[0], loss) or (calls[0].num_targets > 1 < samples)):
+        return Explanation({LossRule(is_sum=True): 0}, certain=LossRule(is_sum=True))
+    ignored = {c.ignored for c in calls} | _ignored_in(batch)
+    tried = dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored, mixed)])
+    fits = [
+        {d: how for d in tried if (how := _looseness(d, call, batch, samples, value)) is not None}
+        for call in calls
+    ]
+    fits = [_preferred(ways, call, mixed) for ways, call in zip(fits, calls, strict=True)]
+    for denominator in tried:
+        if all(denominator in ways for ways in fits):
+            fitting[LossRule((denominator,))] = max(ways[denominator] for ways in fits)
+    if all(_is_over_samples(call, samples, value) for call in calls):
+        fitting.setdefault(LossRule(), _AS_MANY)
+    if may_be_sum:  # a sum over one target, or one sample, is its mean too; a later batch has more
+        fitting[LossRule(is_sum=True)] = _AMBIGUOUS_SUM if calls[0].num_targets < 2 else 0
+    if by_rows:
+        # The number of targets of a sample says nothing about a mean that was taken over samples.
+        fitting = {rule: how + 1 for rule, how in fitting.items()} | {LossRule(): 0}
+    certain = [r for r, how in fitting.items() if not how and _is_certain(r, calls)]
+    ratio = _ratio(calls[0], value) if len(calls) == 1 else None
+    counts = {rule: rule.counts(inputs, samples) for rule in fitting}
+    return Explanation(fitting, certain[0] if certain else None, ratio, counts)
+
+
+def explain_zero_loss(inputs: Any) -> Explanation | None:
+    """Find the rules that count no target in a batch whose loss is 0, without a call.
+
+    Code that selects the rows that have a label calls no loss function where there is none.
+    """
+    batch = {k: v.cpu() for k, v in columns_of(inputs)}
+    denominators = _denominators(batch, _ignored_in(batch), frozenset())
+    empty = {LossRule((d,)): 0 for d in denominators if d.targets(batch) is not None}
+    counts = {rule: rule.counts(inputs, 1) for rule in empty}
+    empty = {rule: how for rule, how in empty.items() if not any(counts[rule])}
+    return Explanation(empty, counts={rule: counts[rule] for rule in empty}) if empty else None
+
+
+def possible_rules(inputs: Any) -> list[LossRule]:
+    """List the rules by which a loss of a batch may be a mean over what some column says."""
+    batch = {k: v.cpu() for k, v in columns_of(inputs)}
+    return [LossRule((d,)) for d in _denominators(batch, _ignored_in(batch), frozenset())]
+
+
+def _ignored_in(batch: Mapping[str, torch.Tensor]) -> set[int | None]:
+    """Return the labels that may mean "ignore": the usual ones, and a batch's negative numbers."""
+    whole = [c for c in batch.values() if not c.is_floating_point() and not c.is_complex()]
+    negative = [c[c < 0].unique().tolist() for c in whole if c.dtype != torch.bool]
+    few = [numbers for numbers in negative if len(numbers) <= _MOST_IGNORED]
+    return {*_OFTEN_IGNORED, None}.union(*few)
+
+
+def _preferred(
+    ways: dict[Denominator, int], call: LossCall, mixed: frozenset[str]
+) -> dict[Denominator, int]:
+    """Leave out denominators to which another is surely preferable, and rank the rest.
+
+    A call whose labels are found is not about others that are as many. Where the mean was taken by
+    hand, all that went into it tells: labels that are at the same places say nothing of a mask.
+    """
+    used = call.columns | mixed
+    fitting = {d for d in ways if {d.column, d.mask} - {None} == used}
+    if not call.is_by_hand or not fitting:
+        return _found(ways) or ways
+    kept = _found(ways) | {d: ways[d] for d in fitting}
+    return {d: how if d in fitting else how + _AMBIGUOUS_SUM for d, how in kept.items()}
+
+
+def _is_certain(rule: LossRule, calls: Sequence[LossCall]) -> bool:
+    """Tell whether the calls themselves took their means over the targets of this rule.
+
+    That the labels are at the same places is not enough: a mask that was used as well, or a
+    division that came afterwards, may leave others out in another batch.
+    """
+    denominator = rule.parts[0]
+    columns = {denominator.column, denominator.mask} - {None}
+    return not rule.is_sum and all(
+        call.reduction == "mean"
+        and call.columns == columns
+        and call.ignored == denominator.ignored
+        and not call.is_selected
+        for call in calls
+    )
+
+
+def _ratio(call: LossCall, loss: float) -> float | None:
+    """Return the loss divided by the mean that a call took; None where the call took none."""
+    mean = float(call.values.mean())
+    return loss / mean if call.reduction == "mean" and mean else None
+
+
+def _that_made(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
+    """Leave out calls beside the one that returned the loss.
+
+    Some models return the loss of each head and optimise the first.
+    """
+    alone = [c for c in calls if c.reduction == "mean" and float(c.values) == loss]
+    return alone[:1] if alone else list(calls)
+
+
+def _joined(calls: list[LossCall]) -> list[LossCall]:
+    """Merge calls that each sum up a piece of the batch into one."""
+    kinds = {(call.function, call.ignored, call.weighted) for call in calls}
+    summed = all(c.reduction in ("sum", "none") and c.target.dim() < 2 for c in calls)
+    if len(calls) < 2 or len(kinds) > 1 or not summed:
+        return calls
+    target = torch.cat([call.target.flatten() for call in calls])
+    values = torch.stack([call.values.sum() for call in calls])
+    return [replace(calls[0], target=target, reduction="sum", values=values)]
+
+
+def _is_untouched(call: LossCall, loss: Any) -> bool:
+    """Tell whether the loss is what the call returned, and so no quotient by one target.
+
+    At stage 3 it is another tensor in the same memory.
+    """
+    memory = None if call.returned is None else call.returned.data_ptr()
+    return isinstance(loss, torch.Tensor) and memory == loss.data_ptr()
+
+
+def _is_sum(call: LossCall, loss: float) -> bool:
+    sums = call.reduction == "sum" or (call.reduction == "none" and call.num_targets > 1)
+    return sums and abs(call.num_in_mean(loss) - 1) < call.tolerance
+
+
+def _denominators(
+    batch: Mapping[str, torch.Tensor], ignored: set[int | None], mixed: frozenset[str]
+) -> Iterator[Denominator]:
+    """Yield the denominators to try: label columns first, unmasked ones before masked ones."""
+    names = sorted(batch, key=lambda name: "label" not in name)
+    masks = [None, *(name for name in batch if "mask" in name or name in mixed)]
+    for mask in masks:
+        for name in names:
+            for shifted in (False, True):
+                for value in sorted(ignored, key=lambda v: (v is None, v)):
+                    if name != mask:
+                        yield Denominator(name, shifted=shifted, ignored=value, mask=mask)
+
+
+def _found(ways: dict[Denominator, int]) -> dict[Denominator, int]:
+    """Return the denominators whose labels a call was given, in place or in order."""
+    return {denominator: how for denominator, how in ways.items() if how < _AS_MANY}
+
+
+def _looseness(
+    denominator: Denominator,
+    call: LossCall,
+    batch: Mapping[str, torch.Tensor],
+    samples: int,
+    loss: float,
+) -> int | None:
+    """Return how loosely a denominator explains a call, as in ``Explanation``; None: not at all."""
+    for looseness, fits in enumerate((_is_at_the_same_places, _is_in_the_same_order, _agrees)):
+        if fits(denominator, call, batch, samples, loss):
+            return looseness
+    return None
+
+
+def _is_at_the_same_places(
+    denominator: Denominator,
+    call: LossCall,
+    batch: Mapping[str, torch.Tensor],
+    samples: int,
+    loss: float,
+) -> bool:
+    """Compare the call with the labels of the denominator place by place, ignored ones too.
+
+    This alone tells labels that the model shifts from others where the first one of each sequence
+    is ignored. A model that shifts cuts the last place off, or puts an ignored label there.
+    """
+    found = denominator.targets(batch)
+    if found is None or not _agrees(denominator, call, batch, samples, loss):
+        return False
+    labels = found[0].double().masked_fill(~found[1], math.inf)
+    target = call.target.flatten().double()
+    if call.ignored is not None:
+        target = target.masked_fill(target == call.ignored, math.inf)
+    ends = torch.nn.functional.pad(labels, (0, 1), value=math.inf)
+    candidates = (labels, ends) if denominator.shifted else (labels,)
+    return any(torch.equal(target, candidate.flatten()) for candidate in candidates)
+
+
+def _is_in_the_same_order(
+    denominator: Denominator,
+    call: LossCall,
+    batch: Mapping[str, torch.Tensor],
+    samples: int,
+    loss: float,
+) -> bool:
+    """Compare the targets of the call with those of the denominator, in order and in number.
+
+    Each may come several times over: a model may predict a token from several places.
+    """
+    found = denominator.targets(batch)
+    if found is None:
+        return False
+    wanted = found[0][found[1]].double()
+    target = call.target.flatten()
+    if call.ignored is not None:
+        target = target[target != call.ignored]
+    times = target.numel() // max(1, wanted.numel())
+    if target.numel() != times * wanted.numel():
+        return False
+    num_in_mean = call.num_in_mean(loss) / max(1, times)
+    agree = abs(num_in_mean - wanted.numel()) <= call.tolerance * wanted.numel()
+    return agree and bool(torch.equal(target.double(), wanted.repeat(times)))
+
+
+def _agrees(
+    denominator: Denominator,
+    call: LossCall,
+    batch: Mapping[str, torch.Tensor],
+    samples: int,
+    loss: float,
+) -> bool:
+    """Tell whether the call's mean is over as many targets as the denominator counts.
+
+    Of targets that no column of the batch has gone into (a contrast numbers its own samples) the
+    number tells nothing: each one may depend on all samples.
+    """
+    if not call.columns:
+        return False
+    found = denominator.targets(batch)
+    count = samples if found is None else int(found[1].sum())
+    valid = None if found is None else found[1]
+    if found is not None and call.function in ELEMENTWISE and call.reduction == "mean":
+        # Such as the divergence of two models' predictions, of one row for each token.
+        return call.num_rows == count or call.num_targets == count
+    return abs(call.num_in_mean(loss, valid) - count) <= call.tolerance * count
+
+
+def _is_over_samples(call: LossCall, samples: int, loss: float) -> bool:
+    """Tell whether the call's mean is over samples, with as many elements in each."""
+    if not call.columns:
+        return False
+    if _agrees(SAMPLES, call, {}, samples, loss):
+        return True
+    whole = call.ignored is None or bool((call.target != call.ignored).all())
+    rows = call.target.dim() > 0 and call.target.shape[0] == samples
+    return call.reduction == "mean" and whole and rows

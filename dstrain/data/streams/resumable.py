@@ -1,0 +1,198 @@
+"""Streams that can tell their position and begin there: nothing that was used is read again."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import CheckpointError, Problem
+
+# Steps of a ``datasets.IterableDataset`` whose state says all there is to say; for the buffer of a
+# shuffle one of our own takes its place. Not among them is what formats whole tables.
+_EXACT = frozenset(
+    {
+        "ArrowExamplesIterable",
+        "BufferShuffledExamplesIterable",
+        "CyclingMultiSourcesExamplesIterable",
+        "ExamplesIterable",
+        "FilteredExamplesIterable",
+        "FormattedExamplesIterable",
+        "HorizontallyConcatenatedMultiSourcesExamplesIterable",
+        "InterleavedShardsExamplesIterable",
+        "MappedExamplesIterable",
+        "RandomlyCyclingMultiSourcesExamplesIterable",
+        "RebatchedArrowExamplesIterable",
+        "RepeatExamplesIterable",
+        "SelectColumnsIterable",
+        "SkipExamplesIterable",
+        "TakeExamplesIterable",
+        "VerticallyConcatenatedMultiSourcesExamplesIterable",
+    }
+)
+
+
+class Resumable:
+    """A stream with ``state_dict`` and ``load_state_dict``, where these are exact.
+
+    Attributes:
+        source: what to iterate instead of the stream that was given.
+    """
+
+    def __init__(self, source: Iterable[Any], kind: str, *, keeps_start: bool) -> None:
+        """Keep the stream.
+
+        Args: stream, what states must be of, whether a loaded state outlives its iteration.
+        """
+        self.source: Any = source
+        self._kind = kind
+        self._keeps_start = keeps_start
+
+    @staticmethod
+    def of(source: Any) -> Resumable | None:
+        """Return the stream as one that can tell its position exactly; None where it cannot."""
+        import datasets
+
+        if isinstance(source, datasets.IterableDataset):
+            steps = _steps(source) if type(source) is datasets.IterableDataset else None
+            return Resumable(_own(source), steps, keeps_start=True) if steps else None
+        if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
+            return Resumable(source, type(source).__qualname__, keeps_start=False)
+        return None
+
+    def state(self) -> dict[str, Any] | None:
+        """Return the position of the latest iteration, after its latest sample; None if not known.
+
+        A copy: it stays what it is while the stream goes on.
+        """
+        state = self.source.state_dict()
+        return None if state is None else {"kind": self._kind, "state": copy.deepcopy(state)}
+
+    def load(self, state: dict[str, Any]) -> bool:
+        """Begin the next iteration at ``state``; return False if it is of another stream.
+
+        Raises:
+            CheckpointError: the stream cannot take up that state.
+        """
+        if state.get("kind") != self._kind:
+            return False
+        try:
+            return self.source.load_state_dict(copy.deepcopy(state.get("state"))) is not False
+        except Exception as error:  # of the stream's own, which can be any class of a user's
+            raise CheckpointError(
+                Problem(
+                    f"the training data, a {type(self.source).__name__}, cannot take up its state "
+                    "in the checkpoint",
+                    f"{type(error).__name__}: {error}",
+                    "resume with the data of the run that wrote it, or set ignore_data_skip, "
+                    "which begins the epoch anew",
+                )
+            ) from error
+
+    def begun(self) -> None:
+        """Forget a loaded state, so that later iterations begin at the beginning.
+
+        To be called after the first sample.
+        """
+        if self._keeps_start:
+            self.source.load_state_dict(None)
+
+
+def tell_epoch(source: Any, epoch: int) -> None:
+    """Tell a source its epoch, by its ``set_epoch`` or else its ``torch.Generator``."""
+    generator = getattr(source, "generator", None)
+    if hasattr(source, "set_epoch"):
+        source.set_epoch(epoch)
+    elif isinstance(generator, torch.Generator):
+        generator.manual_seed(epoch)
+
+
+def _steps(dataset: Any) -> str | None:
+    """Return the steps that a ``datasets.IterableDataset`` is made of, in words.
+
+    None where its state would not be exact.
+    """
+    formatting = getattr(dataset, "_formatting", None)
+    if formatting is not None and formatting.is_table:
+        return None
+    steps = _steps_of(getattr(dataset, "_ex_iterable", None))
+    part = getattr(dataset, "_distributed", None)
+    if part is None or steps is None:
+        return steps
+    # A rank's own part, in which the position of another says nothing.
+    return f"{steps}, part {part.rank} of {part.world_size} by {part.strategy}"
+
+
+def _steps_of(step: Any) -> str | None:
+    name = type(step).__name__
+    if name not in _EXACT or _reads_ahead(step):
+        return None
+    before = [_steps_of(part) for part in _before(step)]
+    if any(part is None for part in before):
+        return None
+    size = getattr(step, "buffer_size", "") if before else step.num_shards  # what a state counts in
+    return f"{name}{f'[{size}]' if size else ''}({', '.join(map(str, before))})"
+
+
+def _reads_ahead(step: Any) -> bool:
+    """Tell whether a mapping works concurrently, or on tables."""
+    formatting = getattr(step, "formatting", None)
+    return (
+        inspect.iscoroutinefunction(getattr(step, "function", None))
+        or bool(getattr(step, "is_batch_accumulate_arrow_table_function", False))
+        or getattr(step, "decoding_pool", None) is not None
+        or bool(getattr(formatting, "is_table", False))
+    )
+
+
+def _before(step: Any) -> list[Any]:
+    return [step.ex_iterable] if hasattr(step, "ex_iterable") else getattr(step, "ex_iterables", [])
+
+
+def _own(dataset: Any) -> Any:
+    """Return a copy of a dataset with steps of its own.
+
+    The position is kept in the steps, and datasets made from one another share them: evaluation
+    on ``data.take(100)`` would move that of ``data.skip(100)``.
+    """
+    own = type(dataset)(
+        ex_iterable=_own_step(dataset._ex_iterable),
+        info=dataset._info.copy(),
+        split=dataset._split,
+        formatting=dataset._formatting,
+        distributed=dataset._distributed,
+        token_per_repo_id=dataset._token_per_repo_id,
+    )
+    own.set_epoch(dataset.epoch)
+    return own
+
+
+def _own_step(step: Any) -> Any:
+    if type(step).__name__ == "BufferShuffledExamplesIterable":
+        from dstrain.data.streams.shuffle_buffer import ShuffledInRounds
+
+        return ShuffledInRounds(_own_step(step.ex_iterable), step.buffer_size, step.generator)
+    own = copy.copy(step)
+    if hasattr(step, "ex_iterable"):
+        own.ex_iterable = _own_step(step.ex_iterable)
+        if type(step).__name__ == "FormattedExamplesIterable":
+            own.ex_iterable = _by_row(own.ex_iterable)
+    elif hasattr(step, "ex_iterables"):
+        own.ex_iterables = [_own_step(part) for part in step.ex_iterables]
+    return own
+
+
+def _by_row(step: Any) -> Any:
+    """Return the step in a form that gives row by row where it gives tables.
+
+    A format that is given tables of several rows loses those that it has not given yet. What it is
+    over may give tables in a single one of its shards, so this cannot be known beforehand.
+    """
+    from datasets.iterable_dataset import RebatchedArrowExamplesIterable
+
+    if isinstance(step, RebatchedArrowExamplesIterable):
+        return step
+    return RebatchedArrowExamplesIterable(step, batch_size=1)

@@ -1,0 +1,100 @@
+"""The places in a module that hold buffers: what is in them, and putting something else there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in which a module holds a buffer; a model may put another tensor there.
+
+    Attributes:
+        name: of the buffer, from the outermost module on.
+        owner: the module that has it.
+        key: its name there.
+        persistent: whether it is in the ``state_dict``.
+    """
+
+    name: str
+    owner: torch.nn.Module
+    key: str
+    persistent: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """Return the tensor that is there now."""
+        tensor = self.owner._buffers[self.key]
+        assert tensor is not None
+        return tensor
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether the buffer is registered as None."""
+        return self.owner._buffers[self.key] is None
+
+    @torch.no_grad()
+    def put(self, values: torch.Tensor) -> None:
+        """Set the values, in place where the shape is the same."""
+        present = self.tensor
+        in_place = present.shape == values.shape and not present.is_inference()
+        if in_place and not _overlaps(present):
+            present.detach().copy_(values)
+        else:
+            self.owner._buffers[self.key] = values.to(present.device, present.dtype, copy=True)
+
+    @torch.no_grad()
+    def replace(self, values: torch.Tensor | None) -> None:
+        """Set the place to exactly these values, in their shape and format; in place if these fit.
+
+        Args:
+            values: None leaves the place empty.
+        """
+        present = self.owner._buffers[self.key]
+        if values is None:
+            self.owner._buffers[self.key] = None
+        elif present is None:
+            from dstrain.engine.process_group import device_name
+
+            self.owner._buffers[self.key] = values.to(device_name(), copy=True)
+        elif present.dtype == values.dtype:
+            self.put(values)
+        else:
+            self.owner._buffers[self.key] = values.to(present.device, copy=True)
+
+
+def slots_of(module: torch.nn.Module) -> list[Slot]:
+    """Return all buffers of a module; one that is in two places is under its first name."""
+    found: dict[int, Slot] = {}
+    for slot in _places(module):
+        if not slot.is_empty and _is_plain(slot.tensor):
+            found.setdefault(id(slot.tensor), slot)
+    return list(found.values())
+
+
+def _places(module: torch.nn.Module) -> Iterator[Slot]:
+    for path, owner in module.named_modules():
+        for key in owner._buffers:
+            name = f"{path}.{key}" if path else key
+            yield Slot(name, owner, key, key not in owner._non_persistent_buffers_set)
+
+
+def empty_slots_of(module: torch.nn.Module) -> list[Slot]:
+    """Return registered buffers that are None now: not made yet, or thrown away."""
+    return [slot for slot in _places(module) if slot.is_empty]
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has elements in memory that can be seen as bytes."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized
+    return dense and tensor.device.type != "meta"
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Tell whether elements share their memory, as after ``expand``."""
+    return any(
+        n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )

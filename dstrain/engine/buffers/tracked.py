@@ -1,0 +1,363 @@
+"""Buffers that training changes: finding them, and keeping one set of values on all ranks.
+
+DistributedDataParallel sends the main rank's buffers to the other ranks before the first forward
+pass of every global batch. Here that is done at the end of every global batch, so that evaluation,
+saved model and checkpoint find one set of values between two steps; training goes the same course.
+
+Most models have buffers that never change (rotary frequencies, masks, position ids), and pay
+nothing. Which ones change cannot be told from a model, nor from torch alone: kernels of batch
+normalisation and ``buffer.data`` change values without a trace. So their values are looked at, on
+all ranks together, at the end of the first step, and before evaluations and
+checkpoints: a change is another tensor, another version or another checksum. What has changed once
+is sent in every step from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import ModelError, Problem
+from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
+from dstrain.engine.buffers.broadcast import EMPTY, AgreedBuffers, Form, form_of
+from dstrain.engine.buffers.slots import Slot, empty_slots_of, slots_of
+
+# Of torch's normalisations with running statistics, whose layers need not all run in each step.
+_STATISTICS = frozenset(["running_mean", "running_var", "num_batches_tracked"])
+_CHUNK_NUMEL = 2**20
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A buffer as it was before training."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int | None
+    checksum: int | None
+    form: Form
+
+
+class Buffers:
+    """The buffers of one module, while an engine trains it.
+
+    A buffer that changes is *state*: it is in checkpoints. What is not state is a cache: a buffer
+    that is in no ``state_dict`` and that the model replaces by another tensor (rotary frequencies
+    for longer sequences). The module computes it anew, and may remember in other attributes what it
+    is for, so it is neither sent nor saved.
+    """
+
+    def __init__(self, module: torch.nn.Module, *, sends: bool) -> None:
+        """Note the values of all buffers; a collective of all ranks.
+
+        Args:
+            module: the model, on its device.
+            sends: whether all ranks are to have the main rank's.
+
+        Raises:
+            ModelError: it sends, and ranks have buffers of other names or shapes.
+        """
+        self._module, self._sends = module, sends
+        self._state: set[str] = set()
+        self._varying: set[str] = set()  # state without one shape for all steps and ranks
+        self._reshaped: set[str] = set()  # state in another form than it was built with
+        self._sent = AgreedBuffers()
+        self._kept: dict[str, torch.Tensor | None] = {}
+        self._keeps = self._knows = False
+        self._seen: dict[str, _Seen] = {}
+        if sends:
+            begin = [slot for slot in slots_of(module) if slot.persistent]
+            _check_alike(begin)
+            AgreedBuffers(begin).send()
+        self.begin()
+
+    def begin(self) -> None:
+        """Note the values of all buffers now; later looks compare with these."""
+        slots = slots_of(self._module)
+        sums = _checksums(slots)
+        self._seen = {
+            slot.name: _Seen(
+                weakref.ref(slot.tensor), _version(slot.tensor), sums.get(slot.name), form_of(slot)
+            )
+            for slot in slots
+        }
+
+    def after_micro_batches(self) -> None:
+        """Send buffers that change, at the end of a global batch; a collective of all ranks.
+
+        What changes is found out at the first step, which waits for the device anyway, and again
+        before evaluations and checkpoints. A buffer that takes another form on some rank in between
+        is that rank's own, and on all ranks from the next look on.
+        """
+        if not self._knows:
+            self.look()
+        else:
+            self._sent.send()
+        if self._keeps:
+            self._kept = self._copies()
+
+    def look(self) -> None:
+        """Find out which buffers change, and send them; a collective of all ranks.
+
+        Takes one exchange of a few bytes per rank, and one wait for the device where there are
+        floating-point buffers that are not known to change.
+        """
+        self._knows = True
+        slots = slots_of(self._module)
+        new = [("state", slot.name) for slot in self._changed(slots)]
+        new += [("state", name) for name in self._thrown_away()]
+        new += [("reshaped", name) for name in self._in_another_form(slots) - self._reshaped]
+        new += [("deviating", name) for name in self._sent.deviating()]
+        told = _union(sorted(new))
+        self._reshaped.update(name for kind, name in told if kind == "reshaped")
+        self._state.update(name for kind, name in told if kind == "state")
+        if any(kind != "reshaped" for kind, _ in told):
+            self._settle(slots)
+        self._sent.send()
+
+    def found(self) -> dict[str, list[str]]:
+        """Return the names of the buffers found so far, the same on all ranks.
+
+        Returns:
+            "state": what training changes; "varying": what of it has not had one shape for all
+            steps and ranks; "reshaped": what of it may have another shape or format than in a model
+            that is built anew.
+        """
+        return {
+            "state": sorted(self._state),
+            "varying": sorted(self._varying),
+            "reshaped": sorted(self._reshaped),
+        }
+
+    def take_up(self, found: Mapping[str, Iterable[str]]) -> None:
+        """Continue with what another engine has found; a collective of all ranks."""
+        self._state.update(found["state"])
+        self._varying.update(found["varying"])
+        self._reshaped.update(found.get("reshaped", ()))
+        self._knows = bool(self._state)  # an engine may end before its first look
+        self._settle(slots_of(self._module))
+
+    def beside_model(self) -> list[Slot]:
+        """Return the state that is in no ``state_dict`` and that all ranks have alike."""
+        return [slot for slot in self._sent if not slot.persistent and not slot.is_empty]
+
+    def own(self) -> list[Slot]:
+        """Return the state whose values differ between ranks; a place of it may be empty."""
+        sent = {slot.name for slot in self._sent}
+        return [slot for slot in self._slots_of_state() if slot.name not in sent]
+
+    @property
+    def differ(self) -> bool:
+        """Tell whether some of the state has different values on ranks; the same on all ranks."""
+        return len(self._sent) < len(self._state)
+
+    def caches(self) -> list[str]:
+        """Return the names of floating-point buffers that the model replaces and no one saves."""
+        return [
+            slot.name
+            for slot in slots_of(self._module)
+            if not slot.persistent
+            and slot.name not in self._state
+            and slot.tensor.is_floating_point()
+            and self._is_replaced(slot)
+        ]
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Restore, after the block, state that forward passes in it change, as in an evaluation."""
+        before = [(slot, slot.owner._buffers[slot.key]) for slot in self._slots_of_state()]
+        copies = self._copies()
+        try:
+            yield
+        finally:
+            for slot, present in before:
+                slot.owner._buffers[slot.key] = present
+                slot.replace(copies[slot.name])
+
+    def keep(self) -> None:
+        """Hold a copy of the state as it was after the last step from now on, for ``go_back``."""
+        self._keeps = True
+        slots = slots_of(self._module)
+        self._kept = {s.name: s.tensor.clone() for s in slots if _are_statistics(s)}
+
+    def go_back(self) -> None:
+        """Undo what the micro-batches of an interrupted step have done to the state."""
+        for slot in [*slots_of(self._module), *empty_slots_of(self._module)]:
+            if slot.name in self._kept:
+                slot.replace(self._kept[slot.name])
+
+    def _changed(self, slots: Sequence[Slot]) -> Iterator[Slot]:
+        """Yield buffers that turn out to be state, and were not known to be."""
+        unknown = [slot for slot in slots if slot.name not in self._state]
+        sums = _checksums(unknown)
+        for slot in unknown:
+            seen, tensor = self._seen.get(slot.name), slot.tensor
+            if seen is None or self._is_replaced(slot):
+                if slot.persistent:
+                    yield slot
+            elif (
+                (slot.owner.training and _are_statistics(slot))
+                or _version(tensor) != seen.version
+                or sums.get(slot.name) != seen.checksum
+            ):
+                yield slot
+
+    def _thrown_away(self) -> list[str]:
+        """Return the names of persistent buffers that became None and are not known as state."""
+        empty = [slot.name for slot in empty_slots_of(self._module) if slot.persistent]
+        return [name for name in empty if name in self._seen and name not in self._state]
+
+    def _in_another_form(self, slots: Sequence[Slot]) -> set[str]:
+        """Return the names of buffers whose shape or format is not the one that they began with."""
+        kept = [slot for slot in slots if slot.persistent or slot.name in self._state]
+        began = [(slot, self._seen[slot.name]) for slot in kept if slot.name in self._seen]
+        return {slot.name for slot, seen in began if seen.form != form_of(slot)}
+
+    def _is_replaced(self, slot: Slot) -> bool:
+        seen = self._seen.get(slot.name)
+        return seen is None or seen.tensor() is not slot.tensor
+
+    def _settle(self, slots: Sequence[Slot]) -> None:
+        """Decide which state is sent: what has had one shape so far, the same on all ranks."""
+        by_name = {slot.name: slot for slot in [*slots, *empty_slots_of(self._module)]}
+        forms: dict[str, Form | None] = {}
+        for name in sorted(self._state - self._varying):
+            slot, seen = by_name.get(name), self._seen.get(name)
+            fits = slot is not None and (
+                seen is None or slot.is_empty or seen.form == form_of(slot)
+            )
+            forms[name] = form_of(slot) if slot is not None and fits else None
+        if not _same_on_all(forms):
+            for theirs in gather_objects(forms):
+                forms = {n: form if theirs.get(n) == form else None for n, form in forms.items()}
+        self._varying.update(name for name, form in forms.items() if form is None)
+        fixed = [by_name[name] for name, form in forms.items() if form is not None]
+        self._sent = AgreedBuffers(fixed if self._sends else ())
+
+    def _slots_of_state(self) -> list[Slot]:
+        slots = [*slots_of(self._module), *empty_slots_of(self._module)]
+        return [slot for slot in slots if slot.name in self._state]
+
+    def _copies(self) -> dict[str, torch.Tensor | None]:
+        return {
+            slot.name: None if slot.is_empty else slot.tensor.detach().clone()
+            for slot in self._slots_of_state()
+        }
+
+
+@contextlib.contextmanager
+def main_ranks_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterator[None]:
+    """Give all ranks the main rank's persistent buffers inside the block; a collective.
+
+    For saving a model whose buffers may not be the same on all ranks: any rank may write any part.
+    Where they are the same, ranks only tell each other a checksum.
+
+    Args:
+        module: the model.
+        wanted: False, on all ranks, where they are known to be the same.
+    """
+    slots = [slot for slot in [*slots_of(module), *empty_slots_of(module)] if slot.persistent]
+    if not wanted or not is_distributed() or _same_on_all(_told_of(slots)):
+        yield
+        return
+    theirs = broadcast_object(
+        {slot.name: None if slot.is_empty else slot.tensor.detach().cpu() for slot in slots}
+    )
+    before = [(slot, slot.owner._buffers[slot.key]) for slot in slots if slot.name in theirs]
+    try:
+        for slot, _ in before:
+            slot.owner._buffers[slot.key] = None
+            slot.replace(theirs[slot.name])
+        yield
+    finally:
+        for slot, present in before:
+            slot.owner._buffers[slot.key] = present
+
+
+def _told_of(slots: Sequence[Slot]) -> list[Any]:
+    """Return what ranks compare of their buffers: names, forms and checksums."""
+    sums = _checksums([slot for slot in slots if not slot.is_empty])
+    return [(slot.name, form_of(slot), sums.get(slot.name)) for slot in slots]
+
+
+def _check_alike(slots: Sequence[Slot]) -> None:
+    forms = {slot.name: form_of(slot) for slot in slots}
+    if _same_on_all(forms):
+        return
+    said = gather_objects(forms)
+    first = said[0]
+    for rank, theirs in enumerate(said):
+        for name in sorted({*first, *theirs}):
+            if first.get(name) != theirs.get(name):
+                raise ModelError(
+                    Problem(
+                        f"the buffer {name} is not the same on rank 0 and rank {rank}",
+                        f"{_said(first.get(name))} and {_said(theirs.get(name))}: ranks cannot "
+                        "send it each other",
+                        "build the model alike on all ranks, or set ddp_broadcast_buffers=False",
+                    )
+                )
+
+
+def _said(form: Form | None) -> str:
+    if form is None or form == EMPTY:
+        return "none"
+    return f"{str(form[1]).removeprefix('torch.')} of shape {form[0]}"
+
+
+def _are_statistics(slot: Slot) -> bool:
+    """Tell whether a buffer has the running statistics that a normalisation keeps in training."""
+    return bool(getattr(slot.owner, "track_running_stats", False)) and slot.key in _STATISTICS
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """Return torch's count of changes in place; a tensor of inference mode has none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _same_on_all(value: Any) -> bool:
+    """Tell whether all ranks have the same value, by comparing checksums; a collective."""
+    if not is_distributed():
+        return True
+    told = hashlib.sha256(repr(value).encode()).hexdigest()
+    return len(set(gather_objects(told))) == 1
+
+
+def _union(names: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return what any rank has named; long lists are exchanged only where they differ."""
+    if _same_on_all(names):
+        return names
+    return sorted({name for theirs in gather_objects(names) for name in theirs})
+
+
+def _checksums(slots: Sequence[Slot]) -> Mapping[str, int]:
+    """Return a checksum of each buffer whose values may change without a trace, by name.
+
+    Integers that are in no ``state_dict`` are left out: they are masks and positions, and large.
+    """
+    chosen = [s for s in slots if s.persistent or s.tensor.is_floating_point()]
+    chosen = [s for s in chosen if s.tensor.numel()]
+    if not chosen:
+        return {}
+    device = chosen[0].tensor.device
+    sums = torch.stack([checksum(slot.tensor).to(device) for slot in chosen]).tolist()
+    return {slot.name: int(value) for slot, value in zip(chosen, sums, strict=True)}
+
+
+@torch.no_grad()
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum the bits of all elements, each times a factor of its place; an int64 of shape ()."""
+    flat = tensor.detach().reshape(-1)
+    width = min(4, flat.dtype.itemsize)
+    integers = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[width])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, integers.numel(), _CHUNK_NUMEL):
+        part = integers[start : start + _CHUNK_NUMEL].to(torch.int64)
+        places = torch.arange(start + 1, start + 1 + part.numel(), device=tensor.device)
+        total += ((part + 1) * (places * 0x9E3779B97F4A7C1 + 1)).sum()
+    return total

@@ -1,0 +1,254 @@
+"""Creating optimizer state before the first step, and the numbers in it that are no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import CheckpointError, Problem
+from dstrain.core.log import get_logger
+from dstrain.engine.state.shards import Region, is_scalar
+
+logger = get_logger(__name__)
+
+_PROBE_NUMEL = 4
+# Hyper-parameters that nothing changes during training: the arguments of the run decide them.
+STATIC = frozenset(
+    [
+        "params",
+        "weight_decay",
+        "eps",
+        "dampening",
+        "nesterov",
+        "amsgrad",
+        "bias_correction",
+        "maximize",
+        "foreach",
+        "capturable",
+        "differentiable",
+        "fused",
+        "decoupled_weight_decay",
+    ]
+)
+_NUMBERS = (bool, int, float)
+
+
+def read_scalars(held: Iterable[Region]) -> dict[str, dict[str, Any]]:
+    """Return single numbers in the state of each parameter by its name, such as a step count.
+
+    Args:
+        held: all regions of this rank: some optimizers keep one number for a whole group.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    held = list(held)
+    latest = _latest_steps(held)
+    for region in held:
+        numbers = {}
+        for key, value in region.state.items():
+            if isinstance(value, torch.Tensor):
+                if region.is_number(key):
+                    numbers[key] = value.item()
+            elif isinstance(value, _NUMBERS):
+                numbers[key] = value
+        step = latest.get((id(region.optimizer), region.group))
+        if step is not None and "step" in numbers:
+            numbers["step"] = step
+        if numbers:
+            found[region.name] = numbers
+    return found
+
+
+def _latest_steps(held: list[Region]) -> dict[tuple[int, int], Any]:
+    """Return the step count that is used for each group of an optimizer that keeps one per group.
+
+    DeepSpeed's FusedAdam steps a whole group by the count of its last parameter, and raises only
+    that one (``ops/adam/fused_adam.py:step``).
+    """
+    steps: dict[tuple[int, int], Any] = {}
+    for region in held:
+        if type(region.optimizer).__name__ == "FusedAdam" and "step" in region.state:
+            key = (id(region.optimizer), region.group)
+            steps[key] = max(steps.get(key, 0), region.state["step"])
+    return steps
+
+
+def create_state(held: Iterable[Region], saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give every holder the state that its saved parameters have; existing state stays.
+
+    Args:
+        held: all regions of this rank.
+        saved: the saved numbers by parameter name, as ``read_scalars`` gave them; a parameter that
+            had state without any is there with an empty mapping. Of the parameters that share a
+            holder the largest number counts: they differ only where one was never stepped.
+    """
+    wanted: dict[int, tuple[Region, dict[str, Any]]] = {}
+    for region in held:
+        if region.name not in saved or region.optimizer is None:
+            continue
+        _, numbers = wanted.setdefault(id(region.holder), (region, {}))
+        for key, value in saved[region.name].items():
+            numbers[key] = max(numbers.get(key, value), value)
+    for region, numbers in wanted.values():
+        state = region.optimizer.state[region.holder]
+        if not state:
+            state.update(_fresh_state(region))
+        for key, value in numbers.items():
+            present = state.get(key)
+            try:
+                if isinstance(present, torch.Tensor):
+                    present.fill_(value)
+                elif key in state:
+                    state[key] = type(present)(value) if isinstance(present, _NUMBERS) else value
+            except (ValueError, OverflowError, RuntimeError) as error:
+                raise CheckpointError(
+                    Problem(
+                        f"the checkpoint has {key}={value} in the optimizer's state of "
+                        f"{region.name}",
+                        f"{type(region.optimizer).__name__} cannot have that: {error}",
+                        "use another checkpoint",
+                    )
+                ) from error
+
+
+def _fresh_state(region: Region) -> dict[str, Any]:
+    """Return state as the optimizer itself would make it, found out by stepping a small tensor.
+
+    Raises:
+        CheckpointError: the optimizer cannot step such a tensor.
+    """
+    optimizer, holder = region.optimizer, region.holder
+    probe = torch.zeros(_PROBE_NUMEL, dtype=holder.dtype, device=holder.device, requires_grad=True)
+    probe.grad = torch.zeros_like(probe)
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**groups[region.group], "params": [probe]}]
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise CheckpointError(
+            Problem(
+                f"the state of {type(optimizer).__name__} cannot be created before its first step",
+                f"{type(error).__name__}: {error}",
+                "resume with the weights alone, or use another optimizer",
+            )
+        ) from error
+    finally:
+        optimizer.param_groups = groups
+        made = optimizer.state.pop(probe, {})
+    state: dict[str, Any] = {}
+    for key, value in made.items():
+        if not isinstance(value, torch.Tensor):
+            state[key] = value
+        elif value.shape == probe.shape and not is_scalar(key, value, probe):
+            state[key] = torch.zeros_like(holder, dtype=value.dtype, device=value.device)
+        else:
+            state[key] = value.clone()
+    return state
+
+
+def group_values(optimizer: Any) -> list[dict[str, Any]]:
+    """Return what changes during training in each parameter group: rates, momenta, counts."""
+    return [changing_values(group) for group in optimizer.param_groups]
+
+
+def changing_values(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what changes during training in a parameter group."""
+    return {
+        key: _plain(value) for key, value in group.items() if key not in STATIC and _fits(value)
+    }
+
+
+def same_for_all(saved: list[dict[str, Any]]) -> bool:
+    """Tell whether saved groups have equal changing values, so that any number of groups fits."""
+    return all(values == saved[0] for values in saved[1:])
+
+
+def set_group_values(
+    optimizer: Any,
+    saved: list[dict[str, Any]],
+    *,
+    instead: list[dict[str, Any]] | None = None,
+) -> None:
+    """Restore what ``group_values`` returned; values equal in all saved groups fit any number.
+
+    Args:
+        optimizer: whose groups.
+        saved: values of the groups.
+        instead: for each group of the optimizer, values that count more than saved ones.
+
+    Raises:
+        CheckpointError: another number of groups, and the saved ones are not alike.
+    """
+    groups = optimizer.param_groups
+    if len(groups) != len(saved) and saved and same_for_all(saved):
+        logger.warning(
+            "the checkpoint's %d parameter groups were alike: each of the %d groups of this run "
+            "goes on with their rate and momenta",
+            len(saved),
+            len(groups),
+        )
+        saved = [saved[0]] * len(groups)
+    check_number_of_groups(len(groups), saved)
+    better = instead or [{}] * len(groups)
+    for group, values, own in zip(groups, saved, better, strict=True):
+        for key, value in {**values, **own}.items():
+            present = group.get(key)
+            if key in group and not _alike(_plain(present), value):
+                raise CheckpointError(
+                    Problem(
+                        f"the checkpoint has {key}={value!r} for a parameter group of "
+                        f"{type(optimizer).__name__}",
+                        f"this run has {_plain(present)!r} there, a value of another kind",
+                        "use the optimizer of the run that wrote it",
+                    )
+                )
+            if isinstance(present, torch.Tensor):
+                present.fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(present, tuple) else value
+
+
+def check_number_of_groups(count: int, saved: list[dict[str, Any]]) -> None:
+    """Check that saved groups are as many as this run has, or alike.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if count == len(saved) or (saved and same_for_all(saved)):
+        return
+    raise CheckpointError(
+        Problem(
+            f"the checkpoint has {len(saved)} parameter groups, this run {count}",
+            "their learning rates and step counts cannot be told apart",
+            "use the optimizer and the decay rule of the run that wrote it",
+        )
+    )
+
+
+def _plain(value: Any) -> Any:
+    fits = isinstance(value, torch.Tensor) and value.numel() == 1
+    return value.item() if fits else value
+
+
+def _alike(here: Any, there: Any) -> bool:
+    """Tell whether a saved value of a parameter group can be put in the place of this run's.
+
+    Both must be numbers, or lists of as many. A value that was None may have got one, and a value
+    of no known kind says nothing.
+
+    What was None may have got a value, and a value of no known kind says nothing.
+    """
+    if isinstance(here, _NUMBERS):
+        return isinstance(there, _NUMBERS)
+    if isinstance(here, (tuple, list)):
+        return isinstance(there, (tuple, list)) and len(here) == len(there)
+    return not isinstance(here, str) or isinstance(there, str)
+
+
+def _fits(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(v, _NUMBERS) for v in value)
+    return value is None or isinstance(value, (*_NUMBERS, str))

@@ -1,0 +1,86 @@
+"""The types of what a checkpoint says of an engine, which ``read_progress`` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from annotated_types import Gt
+from pydantic import AfterValidator, Strict
+
+from dstrain.core.documents import Count, Integer, Number, Real, Text
+from dstrain.engine.state.optimizer_state import STATIC
+
+_GroupValue = Number | Text | None | tuple[Number | None, ...]
+
+
+def _changes(name: str) -> str:
+    if name in STATIC:
+        raise ValueError("it is nothing that changes during training")
+    return name
+
+
+GroupValues = Mapping[Annotated[str, Strict(), AfterValidator(_changes)], _GroupValue]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """DeepSpeed's counters."""
+
+    global_steps: Count
+    global_samples: Count
+    skipped_steps: Count
+    micro_steps: Count
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """DeepSpeed's loss scale; a scaler without hysteresis leaves the last field out."""
+
+    cur_scale: Annotated[Real, Gt(0)]
+    cur_iter: Integer | None = None
+    last_overflow_iter: Integer | None = None
+    cur_hysteresis: Integer | None = None
+
+
+@dataclass(frozen=True)
+class BuffersFound:
+    """Names of buffers that training changes; old checkpoints leave ``reshaped`` out."""
+
+    state: list[Text]
+    varying: list[Text]
+    reshaped: list[Text] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Schedule and parameter groups of a run before its first step."""
+
+    schedule: Any
+    groups: list[GroupValues]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """An engine's state without its tensors; schedules have states of their own, of any content.
+
+    Attributes:
+        counters: of steps and samples.
+        loss_scale: with fp16.
+        groups: of each parameter group what changes during training.
+        schedule: its ``state_dict``.
+        optimizer: its class.
+        rates: what the schedule set last.
+        begun: schedule and groups before the first step.
+        buffers: those that training changes.
+    """
+
+    counters: Counters
+    loss_scale: LossScale | None
+    groups: list[GroupValues]
+    schedule: Any
+    optimizer: Text = ""
+    rates: list[Real] | None = None
+    begun: Begun | None = None
+    buffers: BuffersFound | None = None

@@ -1,0 +1,216 @@
+"""Weights that a user's code changes in place during training, taken over into what is trained.
+
+DeepSpeed trains master weights and writes them over those of the model in every optimizer step.
+What a model clamps in its forward pass, or a callback sets, would be gone after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dstrain.core.errors import CheckpointError, Problem, TrainingError
+from dstrain.engine import compat
+from dstrain.engine.state import MASTER, Region, regions
+from dstrain.engine.weight_watch.watch import WeightWatch
+from dstrain.engine.zero import (
+    has_scalars,
+    is_partitioned,
+    is_whole_now,
+    scalars_as_bytes,
+    updated_share,
+)
+
+if TYPE_CHECKING:
+    from dstrain.engine.engine import Engine
+
+
+class WeightChanges:
+    """Takes changed weights over, each rank into the part of the master weights that it has.
+
+    No rank waits for another, and none for its device, unless master weights are offloaded. Moments
+    of the optimizer stay. An element whose value in the model is still that of its master weight
+    keeps all the digits that the master weight has. So does one that was changed and changed back
+    before the next step, as where an average takes the place of the weights for an evaluation.
+
+    Attributes:
+        knows_step: what training steps change is known, or cannot be seen: forward is compiled.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Begin to watch an engine that trains.
+
+        Args:
+            engine: it is complete.
+        """
+        self._engine = engine
+        self._watch = WeightWatch(engine.module, on_change=self._note)
+        self._in_step = False
+        self._regions: dict[int, list[Region]] | None = None
+        self._repeated: dict[int, Any] = {}
+        self._hooks: list[Any] = []
+        # DeepSpeed's GatheredParameters cannot send them.
+        stage = engine.resolved.stage
+        self._has_scalars = stage == 3 and has_scalars(engine.module.parameters())
+        self.knows_step = compat.is_compiled(engine.module)
+
+    @contextlib.contextmanager
+    def in_callbacks(self) -> Iterator[None]:
+        """Run callbacks; what they change is taken over when master weights are needed next.
+
+        Raises:
+            TrainingError: they change a parameter that is in parts, or one of another shape.
+        """
+        with scalars_as_bytes(wanted=self._has_scalars), self._watch.watching("a callback"):
+            yield
+        for parameter in self._watch.changed.values():
+            if is_partitioned(parameter):
+                _share(parameter)  # before it is taken apart
+
+    @contextlib.contextmanager
+    def in_training_step(self) -> Iterator[None]:
+        """Run forward and backward of a micro-batch, watched until the first optimizer step.
+
+        What is changed there is taken to be changed in every step, and is taken over before each.
+
+        Raises:
+            TrainingError: a parameter is changed that is in parts.
+        """
+        if self.knows_step:
+            yield
+            return
+        self._in_step = True
+        try:
+            with self._watch.watching("the forward pass"):
+                yield
+        finally:
+            self._in_step = False
+        self._repeated.update(self._watch.changed)
+        self._watch.changed.clear()
+
+    def before_step(self) -> None:
+        """Take over what callbacks have changed, and what training steps change."""
+        self.knows_step = True
+        self._watch.changed.update(self._repeated)
+        for key, before in self._watch.replaced.items():
+            _put_back(self._watch.changed[key], before)
+        self._watch.replaced.clear()
+        self.take_over()
+
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """Take over what was changed since the last time.
+
+        Raises:
+            TrainingError: master weights are where they cannot be reached.
+        """
+        changed = list(self._watch.changed.values())
+        self._watch.changed.clear()
+        held = self._held() if changed else {}
+        for parameter in changed:
+            share = _share(parameter) if is_partitioned(parameter) else None
+            for region in held.get(id(parameter), ()):
+                if region.optimizer is None or region.holder is parameter:
+                    continue
+                if share is None and tuple(parameter.shape) != region.shape:
+                    raise _reshaped(region, parameter)
+                if share is None:
+                    values = parameter.detach().reshape(-1)[region.start : region.stop]
+                else:
+                    values = share[: region.numel]
+                _follow(region, values)
+
+    def close(self) -> None:
+        """Take hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, parameter: Any) -> None:
+        """Let stage 3 keep what a module's own forward pass changes while it is gathered for it.
+
+        It is gathered again in the backward pass.
+        """
+        if not self._in_step or not is_partitioned(parameter) or id(parameter) in self._repeated:
+            return
+
+        def keep(*_: object) -> None:
+            if is_whole_now(parameter):
+                _share(parameter)
+
+        for part in self._engine.module.modules():
+            if any(own is parameter for own in part._parameters.values()):
+                # Before the hook of DeepSpeed's that takes it apart again.
+                self._hooks.append(part.register_forward_hook(keep, prepend=True))
+
+    def _held(self) -> dict[int, list[Region]]:
+        """Return the regions of this rank by parameter; found once, as they stay where they are."""
+        if self._regions is None:
+            parameters = dict(self._engine.module.named_parameters())
+            self._regions = {}
+            try:
+                for region in regions(self._engine):
+                    parameter = parameters[region.name]
+                    self._regions.setdefault(id(parameter), []).append(region)
+            except CheckpointError as error:
+                raise TrainingError(
+                    Problem(
+                        "weights are changed in place during training",
+                        "they cannot be taken over into the master weights, which would undo the "
+                        f"change in the next step: {error}",
+                        "keep master weights on the device or the host, without experts of "
+                        "DeepSpeed's, or leave the weights as they are",
+                    )
+                ) from error
+        return self._regions
+
+
+@torch.no_grad()
+def _put_back(parameter: Any, before: torch.Tensor) -> None:
+    """Let a parameter whose ``.data`` was set have its old memory again, with the new values.
+
+    It is a part of a flat tensor of DeepSpeed's, which is what the optimizer's step updates.
+    """
+    fits = before.dtype == parameter.dtype and before.device == parameter.device
+    if before.data_ptr() != parameter.data_ptr() and fits and before.shape == parameter.shape:
+        before.copy_(parameter)
+        parameter.data = before
+
+
+def _share(parameter: Any) -> torch.Tensor:
+    """Return this rank's share of a partitioned parameter, with the values of one that is whole.
+
+    Raises:
+        TrainingError: shares are not as they are trained: quantised, or on a disk.
+    """
+    share = updated_share(parameter)
+    if share is None:
+        raise TrainingError(
+            Problem(
+                "weights are changed in place during training",
+                "at ZeRO stage 3 with quantised weights, groups of ranks, or weights on NVMe, they "
+                "cannot be taken over",
+                "leave these options out, or set zero_stage to 2",
+            )
+        )
+    return share
+
+
+def _reshaped(region: Region, parameter: torch.Tensor) -> TrainingError:
+    return TrainingError(
+        Problem(
+            f"{region.name} of shape {region.shape} has the shape {tuple(parameter.shape)} now",
+            "the optimizer was built for the shape that it had when train() began",
+            "change the shape of weights before train()",
+        )
+    )
+
+
+def _follow(region: Region, values: torch.Tensor) -> None:
+    """Give a region of the master weights the values of the model, where these are others."""
+    master = region.read(MASTER)
+    values = values.to(master.device)
+    differs = master.to(values.dtype) != values
+    region.write(MASTER, region.start, torch.where(differs, values.to(master.dtype), master))

@@ -1,0 +1,175 @@
+"""Seeing which parameters of a model some code changes in place, and refusing what would be lost.
+
+At ZeRO stage 3 a parameter that is in parts has no elements: torch changes nothing then, and says
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dstrain.core.errors import Problem, TrainingError
+from dstrain.engine.weight_watch.callers import is_called_by_a_library
+from dstrain.engine.zero import is_away, is_partitioned
+
+_Tensor: Any = torch.Tensor
+_GET_DATA, _SET_DATA = _Tensor.data.__get__, _Tensor.data.__set__
+# These end like functions that change values, and change none.
+_HARMLESS = frozenset(["requires_grad_", "retain_grad_", "share_memory_", "rename_", "detach_"])
+_IN_PLACE = ["add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow"]
+_IN_PLACE += ["and", "or", "xor", "lshift", "rshift"]
+_OPERATORS = frozenset(["__setitem__", *[f"__i{name}__" for name in _IN_PLACE]])
+# Under which names functions of torch.nn.init, and others, take the tensor that they change.
+_CHANGED = ("tensor", "input", "self", "out")
+
+
+class WeightWatch(TorchFunctionMode):
+    """Notes the parameters that code inside changes in place: a method, an operator, ``.data``.
+
+    Functions of torch that are called from Python are seen: those of tensors, ``torch._foreach_*``,
+    ``torch.nn.init`` and ``load_state_dict``, through a parameter, its ``.data``, ``.detach()`` or
+    a view of these. What one looks at in a call does not grow with the number of parameters.
+
+    Attributes:
+        changed: parameters that were changed since this was last emptied, by ``id``.
+        replaced: of those whose ``.data`` was set, the tensor that was there before, by ``id``.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, *, on_change: Callable[[Any], object] = lambda _: None
+    ) -> None:
+        """Note the names of the parameters of ``module``, and the shares that they have.
+
+        Args:
+            module: the model.
+            on_change: is told of a parameter that was changed, the first time.
+        """
+        super().__init__()
+        self.changed: dict[int, Any] = {}
+        self.replaced: dict[int, torch.Tensor] = {}
+        self._names: dict[int, str] = {}
+        self._parameters: dict[int, Any] = {}
+        self._aliases: Any = WeakTensorKeyDictionary()
+        self._who = "the code"
+        self._is_on = False
+        self._on_change = on_change
+        for name, parameter in module.named_parameters():
+            self._names[id(parameter)] = name
+            self._parameters[id(parameter)] = parameter
+            if is_partitioned(parameter):
+                # Where DeepSpeed writes what was changed inside of GatheredParameters.
+                share: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+                self._parameters[id(share)] = parameter
+
+    @contextlib.contextmanager
+    def watching(self, who: str) -> Iterator[None]:
+        """Watch what runs inside; inside of another such block there is nothing more to do.
+
+        Args:
+            who: changes parameters there, for messages.
+        """
+        if self._is_on:
+            yield
+            return
+        self._who, self._is_on = who, True
+        try:
+            with self:
+                yield
+        finally:
+            self._is_on = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function.
+
+        Raises:
+            TrainingError: it would change a parameter that is in parts.
+        """
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func == _GET_DATA or name == "detach":
+            returned = func(*args, **kwargs)
+            if (parameter := self._origin(args[0])) is not None:
+                self._aliases[returned] = parameter
+            return returned
+        touched = [self._origin(t) for t in _changed_by(func, name, args, kwargs)]
+        changed = [parameter for parameter in touched if parameter is not None]
+        away = [p for p in changed if is_away(p)] or self._prepared(args)
+        if away and not is_called_by_a_library():
+            raise self._lost(away[0], name)
+        if func == _SET_DATA and changed and not is_partitioned(changed[0]):
+            self.replaced.setdefault(id(changed[0]), changed[0].data)
+        returned = func(*args, **kwargs)
+        for parameter in changed:
+            if id(parameter) not in self.changed:
+                self.changed[id(parameter)] = parameter
+                self._on_change(parameter)
+        return returned
+
+    def _origin(self, tensor: Any) -> Any:
+        """Return the parameter whose values a tensor has, or None."""
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        for candidate in (tensor, tensor._base):
+            if candidate is None:
+                continue
+            found = self._parameters.get(id(candidate))
+            found = self._aliases.get(candidate) if found is None else found
+            if found is not None:
+                return found
+        return None
+
+    def _prepared(self, args: Any) -> list[Any]:
+        """Return a parameter in parts of which torch looks at the shape, to fill it after that.
+
+        It would find a shape that no weight has, and raise an error that leads nowhere.
+        """
+        caller = sys._getframe(2)
+        fills = caller.f_code.co_name == "_load_from_state_dict"
+        if not fills and caller.f_globals.get("__name__") != "torch.nn.init":
+            return []
+        parameter = self._origin(args[0]) if args else None
+        return [parameter] if parameter is not None and is_away(parameter) else []
+
+    def _lost(self, parameter: Any, function: str) -> TrainingError:
+        name = self._names.get(id(parameter), "a parameter")
+        return TrainingError(
+            Problem(
+                f"{self._who} changes {name} in place ({function}) while it is in parts",
+                "at ZeRO stage 3 a parameter has no elements outside of its own module's forward "
+                "pass, so the change would be lost",
+                "change it on all ranks inside of `with deepspeed.zero.GatheredParameters("
+                "parameters, modifier_rank=0):`, keep such an average in buffers, or set "
+                "zero_stage to 2",
+            )
+        )
+
+
+def _changed_by(
+    func: Any, name: str, args: Any, kwargs: Mapping[str, Any]
+) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a call changes in place."""
+    yield from _tensors(kwargs.get("out"))
+    changes = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+    sets_data = func == _SET_DATA and args[1].numel() > 0  # model.to() sets nothing in parts
+    if not changes and name not in _OPERATORS and not sets_data:
+        return
+    if args:
+        yield from _tensors(args[0])
+        return
+    for key in _CHANGED:
+        yield from _tensors(kwargs.get(key))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield a tensor, or those of a list that a ``_foreach`` function is given."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        yield from (tensor for tensor in value if isinstance(tensor, torch.Tensor))

@@ -1,0 +1,172 @@
+"""Attributes and hooks that DeepSpeed leaves on a module, and their removal.
+
+An engine ties its buffers to parameters and modules by attributes and hooks. ``destroy`` of
+DeepSpeed 0.19.8 removes a few of them; the rest would keep its memory, break copying and pickling,
+and send the next engine of the same module to the old one's buffers. The cost of each function
+grows with the number of modules and parameters, not with their size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from dstrain.engine.zero.parameters import full_numel, gathered, is_partitioned
+
+# Gathering parameters one by one would pay a latency for each.
+_GATHER_BYTES = 256 * 2**20
+
+# Of an engine, by where DeepSpeed sets them.
+_OF_PARAMETERS = (
+    # mixed_precision_linkage.py, bf16_optimizer.py
+    "_dp_group", "_hp_mapping", "_hp_grad", "_index_in_param_group",
+    "get_full_hp_param", "get_full_hp_grad", "set_full_hp_param", "set_full_hp_grad",
+    "load_hp_checkpoint_state",
+    # stage_1_and_2.py, stage3.py, parameter_offload.py
+    "grad_accum", "param_idx_in_group", "cpu_data", "_zero_optimizer", "_z3_optimizer", "group_id",
+    "ds_z3_leaf_module",
+    # torch_autocast.py, deepspeed/__init__.py
+    "comm_dtype", "use_muon",
+)  # fmt: skip
+_OF_MODULES = (
+    # parameter_offload.py, partition_parameters.py
+    "_external_params", "all_parameters", "ds_external_parameters", "_original_parameters",
+    "applied_pre_backward_ref_cnt", "ds_grads_remaining", "ds_id", "ds_inflight_param_registry",
+    "ds_recompute_parameters", "ds_model_granularity", "pre_bwd_fn", "post_bwd_fn",
+)  # fmt: skip
+# Of a partitioned parameter, beside all that begins with "ds_" (partition_parameters.py).
+_OF_PARTITIONED = (
+    "is_external_param", "nvme_swapper", "all_gather", "all_gather_coalesced", "partition",
+    "reduce_gradients_at_owner", "partition_gradients", "aligned_size", "padding_size",
+    "partition_numel", "convert_to_zero_parameters", "item",
+)  # fmt: skip
+_LEAF = "_z3_leaf"
+# Where torch keeps hooks of a module, each with the sets beside it that name some of them.
+_HOOKS = {
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_backward_pre_hooks": (),
+    "_backward_hooks": (),
+}
+
+
+def leaves_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules that somebody has marked as leaves of stage 3."""
+    return [m for m in module.modules() if _LEAF in vars(m)]
+
+
+def untie(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module]) -> None:
+    """Remove hooks and attributes of an engine; partitioned parameters stay partitioned.
+
+    They are then as zero.Init makes them: no rank holds one whole, also where a forward or backward
+    pass broke off. Gradients go.
+
+    Args:
+        module: of the engine.
+        leaves: modules that were leaves before the engine was built, and stay so.
+    """
+    kept = set(map(id, leaves))
+    for part in module.modules():
+        own = vars(part)
+        for name, beside in _HOOKS.items():
+            for key in _remove_hooks(own[name]):
+                for others in beside:
+                    own[others].pop(key, None)
+        if "_original_parameters" in own:
+            # A plain dict again; by its items, as reading from DeepSpeed's kind gathers.
+            own["_parameters"] = type(own["_original_parameters"])(part._parameters.items())
+        _take(own, _OF_MODULES if id(part) in kept else (*_OF_MODULES, _LEAF))
+    parameter: Any
+    for parameter in module.parameters():
+        _take(vars(parameter), _OF_PARAMETERS)
+        _remove_hooks(parameter._post_accumulate_grad_hooks or {})
+        parameter.grad = None
+        if is_partitioned(parameter):
+            _release(parameter)
+
+
+def _remove_hooks(hooks: dict[int, Any]) -> list[int]:
+    """Remove hooks that are functions of DeepSpeed's, and return their keys."""
+    found = [k for k, hook in hooks.items() if _module_of(hook).startswith("deepspeed.")]
+    for key in found:
+        del hooks[key]
+    return found
+
+
+def _module_of(hook: Any) -> str:
+    return str(getattr(hook, "__module__", None) or "")
+
+
+class _KeepsNothing(dict[int, Any]):
+    def __setitem__(self, key: int, value: Any) -> None:
+        """Ignore the entry."""
+
+
+class _Outside(torch.nn.Module):
+    """A stand-in for the outermost module on DeepSpeed's list of running modules.
+
+    DeepSpeed puts the model itself there for the rest of the process: it would never be freed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._external_params = _KeepsNothing()
+
+
+def forget_modules(module: torch.nn.Module) -> None:
+    """Remove a module and its parts from DeepSpeed's list of running modules, which keeps them."""
+    offload: Any = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    if offload is None:
+        return
+    parts = set(map(id, module.modules()))
+    left = [m for m in offload.FWD_MODULE_STACK if id(m) not in parts]
+    offload.FWD_MODULE_STACK[:] = left or [_Outside()]
+
+
+def _release(parameter: Any) -> None:
+    parameter.ds_active_sub_modules.clear()
+    parameter.ds_persist = False
+    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    parameter.ds_status = type(parameter.ds_status).NOT_AVAILABLE
+
+
+def make_whole(module: torch.nn.Module, device: str) -> None:
+    """Turn partitioned parameters into ordinary ones, whole on every rank; a collective.
+
+    No engine may be alive on the module. Beside the whole model a rank holds one group of gathered
+    parameters on its accelerator.
+
+    Args:
+        module: with partitioned parameters, or without.
+        device: where parameters and buffers are put.
+    """
+    for group in _groups([p for p in module.parameters() if is_partitioned(p)]):
+        with gathered(group):
+            values = [parameter.detach().to(device, copy=True) for parameter in group]
+        for parameter, value in zip(group, values, strict=True):
+            own = vars(parameter)
+            _take(own, (*_OF_PARTITIONED, *[name for name in own if name.startswith("ds_")]))
+            parameter.data = value
+    module.to(device)
+
+
+def _groups(parameters: list[torch.nn.Parameter]) -> Iterable[list[torch.nn.Parameter]]:
+    group: list[torch.nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        needed = full_numel(parameter) * parameter.element_size()
+        if group and size + needed > _GATHER_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(parameter)
+        size += needed
+    if group:
+        yield group
+
+
+def _take(own: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        own.pop(name, None)

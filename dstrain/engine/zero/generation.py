@@ -1,0 +1,80 @@
+"""Generating with partitioned weights: every token takes a gather, and so all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from dstrain.core.errors import ModelError, Problem
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import is_distributed
+from dstrain.engine.zero.registration import StageTold
+
+logger = get_logger(__name__)
+
+_KEY = "dstrain-generate"
+_REMIND_SECONDS = 30.0
+
+
+@contextlib.contextmanager
+def in_step(what: str, *, patience_seconds: float) -> Iterator[None]:
+    """Let ranks generate inside in step: transformers lets no rank end before another.
+
+    Args:
+        what: called by the user, for messages.
+        patience_seconds: how long to wait for a rank that does not come.
+
+    Raises:
+        ModelError: another rank has not come.
+    """
+    _meet(what, patience_seconds)
+    with StageTold(3):
+        yield
+
+
+def _meet(what: str, patience_seconds: float) -> None:
+    """Wait until all ranks are here, by the store of the process group.
+
+    A rank that called alone would else hang in its first gather, or meet the others in another
+    collective of theirs. The time grows with the number of ranks, which one of them serves.
+    """
+    if not is_distributed():
+        return
+    import torch.distributed as dist
+
+    store: Any = dist.distributed_c10d._get_default_store()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = f"{_KEY}-calls-{rank}"
+    number = store.add(own, 1)
+    meeting = f"{_KEY}-{number}"
+    store.add(meeting, 1)
+    started, pause, reminded = time.monotonic(), 0.001, False
+    while store.add(meeting, 0) < world_size:
+        waited = time.monotonic() - started
+        if waited > patience_seconds:
+            store.add(meeting, -1)
+            store.add(own, -1)
+            raise _alone(what, rank, waited)
+        if waited > _REMIND_SECONDS and not reminded:
+            reminded = True
+            logger.warning("rank %d waits in %s for the others: %s", rank, what, _WHY)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    if rank == 0 and number > 1:  # all have left the meeting before this one
+        store.delete_key(f"{_KEY}-{number - 1}")
+
+
+_WHY = "the weights are partitioned (ZeRO stage 3), so that all ranks must generate together"
+
+
+def _alone(what: str, rank: int, waited: float) -> ModelError:
+    return ModelError(
+        Problem(
+            f"rank {rank} called {what}, and after {waited:.0f} s not every other rank had",
+            _WHY,
+            "call it on all ranks, with a batch on each, and use the result on one; or load what "
+            "save_model() wrote into a model of its own",
+        )
+    )
