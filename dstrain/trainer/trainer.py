@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import CheckpointWriter, RunLock, check_there, held_by_one
+from dstrain.checkpoint import CheckpointWriter, RunLock, check_there, held_lock
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
@@ -273,7 +273,7 @@ class Trainer(
         return output
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
-        with held_by_one(self.output_lock, takes=self.args.should_save):
+        with held_lock(self.output_lock, takes=self.args.should_save):
             return self._train_alone(resume_from_checkpoint)
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None) -> Any:
