@@ -31,7 +31,6 @@ from dstrain.checkpoint import (
 )
 from dstrain.config import ResolvedConfig
 from dstrain.config.explain import as_record
-from dstrain.config.memory.placement import Buckets
 from dstrain.core.adapters import has_adapters
 from dstrain.core.documents import typed
 from dstrain.core.errors import CheckpointError, DataError, Problem
@@ -84,7 +83,7 @@ def check_hooks(model: Any, args: TrainingArguments, resolved: ResolvedConfig) -
     )
     if resolved.stage != 3 or not saves or has_adapters(model):
         return
-    stay_whole = Buckets.of_config(resolved.values).persistence
+    stay_whole = resolved.buckets.persistence
     if names := weights_hooks_compute_with(model, above=stay_whole):
         raise computed_of_parts(names)
 

@@ -44,7 +44,6 @@ from dstrain.trainer.events import Events
 from dstrain.trainer.fitting import (
     begin_with_found,
     check_fitting,
-    fitted_arguments,
     run_fitting,
 )
 from dstrain.trainer.generation_config import changing, check_generation_config
@@ -567,8 +566,9 @@ class Trainer(
 
     def _resolve(self, max_steps: int | None) -> ResolvedConfig:
         return build.resolve_config(
-            fitted_arguments(self.args, self.fitted),
+            self.args,
             self.ranks,
+            found_batch=self.fitted,
             module=self.model,
             sequence_length=self.sequence_length,
             num_training_steps=max_steps,
