@@ -35,9 +35,6 @@ from dstrain.core.secrets import without_secrets
 from dstrain.engine import (
     Engine,
     main_ranks_buffers,
-    optimized_names,
-    read_progress,
-    save_native,
 )
 from dstrain.models import (
     HostCopies,
@@ -253,7 +250,7 @@ class CheckpointWriter:
             own = encode({**record.own, **beside}, where="this rank's state")
             shared = encode(
                 {
-                    "engine": read_progress(engine),
+                    "engine": engine.state.read_progress(),
                     "formats": content.formats(engine),
                     EXTRA_STATES: extra if sharers.is_main else {},
                     **record.shared,
@@ -274,7 +271,7 @@ class CheckpointWriter:
                 buffers = content.buffers(engine.module).copied(copies)
             if not policy.only_model and policy.layout == DEEPSPEED:
                 assert folder is not None
-                save_native(engine, folder, native.tag_of(record.step))
+                engine.state.save_native(folder, native.tag_of(record.step))
         other_buffers = content.buffer_contents(engine.buffers.beside_model()).copied(
             copies, "other"
         )
@@ -334,7 +331,7 @@ class CheckpointWriter:
             has_weights=policy.with_weights,
             created="",
             parameters=content.parameter_shapes(engine),
-            optimized=tuple(optimized_names(engine)),
+            optimized=tuple(engine.state.optimized_names()),
             metrics=record.metrics,
             versions=versions(),
             layout=policy.layout,

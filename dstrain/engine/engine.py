@@ -31,7 +31,7 @@ from dstrain.engine.optimizers import (
 )
 from dstrain.engine.process_group import device_type, let_go_of_names
 from dstrain.engine.quiet import quiet
-from dstrain.engine.state import read_begun
+from dstrain.engine.state import TrainingState
 from dstrain.engine.stepping import (
     Lockstep,
     OwnPasses,
@@ -172,11 +172,10 @@ class Engine:
         self._repair = repair_if_needed(self.optimizer) if trains else None
         self._sequence = gradient_sequence(self.optimizer, module) if trains else None
         self._passes = OwnPasses(self._engine, module)
-        # What arguments said, to be told from what training makes of it.
-        self.begun = read_begun(self) if trains else None
         # As DistributedDataParallel, which sends them unless it is told not to.
         sends = resolved.value("ddp_broadcast_buffers") is not False
-        self._buffers = Buffers(module, sends=sends) if trains else None
+        buffers = Buffers(module, sends=sends) if trains else None
+        self._state = None if buffers is None else self._make_state(buffers)
         self._linear = MemoryEfficientLinear(resolved)
         if resolved.stage == 3:
             self._told = ToldInForward(module, resolved)
@@ -192,8 +191,8 @@ class Engine:
         self._engine.__dict__["engine_of_dstrain"] = self
         # In fp32 at stage 0 the optimizer has the model's weights themselves.
         if trains and (resolved.stage > 0 or resolved.precision != "fp32"):
-            self.changes = WeightChanges(self)
-        live_engines.note(self)
+            self.changes = WeightChanges(module, self.optimizer, stage=resolved.stage)
+        live_engines.register(self)
 
     @property
     def model(self) -> Any:
@@ -201,10 +200,28 @@ class Engine:
         return self._engine
 
     @property
+    def state(self) -> TrainingState:
+        """Return the door to what training has made; only of an engine that trains."""
+        assert self._state is not None
+        return self._state
+
+    @property
     def buffers(self) -> Buffers:
         """Return the buffers of the module; only of an engine that trains."""
-        assert self._buffers is not None
-        return self._buffers
+        return self.state.buffers
+
+    def _make_state(self, buffers: Buffers) -> TrainingState:
+        def settle_weights() -> None:
+            if self.changes is not None:
+                self.changes.take_over()
+
+        return TrainingState(
+            self.module,
+            self._engine,
+            precision=self.resolved.precision,
+            buffers=buffers,
+            settle_weights=settle_weights,
+        )
 
     def compile(self, backend: str, mode: str | None) -> None:
         """Compile the module's forward in place: names of its parameters stay the same."""
@@ -349,12 +366,12 @@ class Engine:
         # It would be called again when the engine is collected, and undo ties of the next one.
         self._engine.destroy = _do_nothing
         del self._engine.__dict__["engine_of_dstrain"]
-        live_engines.forget(self)
+        live_engines.unregister(self)
         if self._sequence is not None:
             self._sequence.close()
         self._engine = None
         self._sequence = None
-        self._buffers = None
+        self._state = None
         self.optimizer = None
         self.scheduler = None
 

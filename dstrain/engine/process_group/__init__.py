@@ -1,6 +1,6 @@
 """Start-up of this process, its process group and devices, and forming the group again."""
 
-from dstrain.engine.process_group.recovery import Regroup, is_out_of_memory
+from dstrain.engine.process_group.recovery import ProcessGroupRecovery, is_out_of_memory
 from dstrain.engine.process_group.shared_memory import forget_own, let_go_of_names
 from dstrain.engine.process_group.startup import (
     check_precision,
@@ -13,7 +13,7 @@ from dstrain.engine.process_group.startup import (
 )
 
 __all__ = [
-    "Regroup",
+    "ProcessGroupRecovery",
     "check_precision",
     "check_versions",
     "device_name",
