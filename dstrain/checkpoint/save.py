@@ -34,7 +34,7 @@ from dstrain.core.records import described, unrecordable
 from dstrain.core.secrets import without_secrets
 from dstrain.engine import (
     Engine,
-    main_ranks_buffers,
+    main_rank_buffers,
 )
 from dstrain.models import (
     HostCopies,
@@ -240,7 +240,7 @@ class CheckpointWriter:
     ) -> _Job:
         ranks, policy, sharers = self._ranks, self._policy, self._sharers
         slices: content.Slices | None = None
-        engine.buffers.look()
+        engine.buffers.find_changed()
         self._warn_of_caches(engine)
         extra, own_extra = self._extra_states(engine)
         beside = {EXTRA_STATES: own_extra} if own_extra else {}
@@ -257,10 +257,10 @@ class CheckpointWriter:
                 },
                 where="the run's state",
             )
-        own_buffers = content.buffer_contents(engine.buffers.own()).copied(copies, "own")
+        own_buffers = content.buffer_contents(engine.buffers.rank_state()).copied(copies, "own")
         weights = folder = None
         buffers = content.Buffers([])
-        with main_ranks_buffers(engine.module, wanted=engine.buffers.differ):
+        with main_rank_buffers(engine.module, wanted=engine.buffers.differ_between_ranks):
             if policy.with_weights and copies is not None:
                 weights = hold_shards(engine.module, ranks, copies, groups=self._groups)
             if copies is None or (policy.with_weights and weights is None):
@@ -272,7 +272,7 @@ class CheckpointWriter:
             if not policy.only_model and policy.layout == DEEPSPEED:
                 assert folder is not None
                 engine.state.save_native(folder, native.tag_of(record.step))
-        other_buffers = content.buffer_contents(engine.buffers.beside_model()).copied(
+        other_buffers = content.buffer_contents(engine.buffers.outside_state_dict()).copied(
             copies, "other"
         )
         if slices is not None and copies is not None:

@@ -19,7 +19,7 @@ class LiveEngine(Protocol):
         module: the model.
         resolved: the config that the engine was built from.
         in_use: whether a training is running, so that the engine cannot be torn down.
-        rests: whether the module is free of the engine.
+        is_released: whether the module is free of the engine.
         owner: returns the function that tears the engine down in good order, or None once the
             owner is gone.
     """
@@ -27,14 +27,14 @@ class LiveEngine(Protocol):
     module: torch.nn.Module
     resolved: ResolvedConfig
     in_use: bool
-    rests: bool
+    is_released: bool
     owner: Callable[[], Callable[[], None] | None] | None
 
     @property
     def model(self) -> Any:
         """Return the object to call for a forward pass."""
 
-    def broke_off(self) -> bool:
+    def has_interrupted_pass(self) -> bool:
         """Tell whether a pass at stage 3 has not come to its end."""
 
     def hand_over(self) -> None:
@@ -61,12 +61,12 @@ def unregister(engine: LiveEngine) -> None:
 
 def any_besides(engine: LiveEngine) -> bool:
     """Tell whether another engine is on some module."""
-    return any(other is not engine and not other.rests for other in _ENGINES)
+    return any(other is not engine and not other.is_released for other in _ENGINES)
 
 
 def engine_on(module: torch.nn.Module) -> LiveEngine | None:
     """Return the engine that forward passes of ``module`` go through, whoever built it."""
-    found = (e for e in _ENGINES if e.module is module and not e.rests)
+    found = (e for e in _ENGINES if e.module is module and not e.is_released)
     return next(found, None)
 
 
@@ -75,7 +75,7 @@ def in_use(module: torch.nn.Module) -> bool:
     return any(engine.in_use for engine in _sharing(module))
 
 
-def let_orphans_go() -> None:
+def destroy_orphans() -> None:
     """Destroy engines whose owners are gone; to be called on all ranks at the same point.
 
     They are not collected by themselves: torch's hooks on gradients hide from the collector that
@@ -86,7 +86,7 @@ def let_orphans_go() -> None:
             engine.destroy()
 
 
-def make_way(module: torch.nn.Module) -> None:
+def hand_over_module(module: torch.nn.Module) -> None:
     """Release ``module`` from all engines that hold its parameters, and tell their owners.
 
     Raises:

@@ -96,7 +96,7 @@ def run_fitting(trainer: Trainer, loop: TrainLoop) -> None:
         TrainingError: one sample does not fit, or memory ran out outside of forward and backward.
     """
     run = loop.run
-    loop.engine.buffers.keep()
+    loop.engine.buffers.keep_copies()
     while True:
         recovery = ProcessGroupRecovery(trainer.ranks, timeout_seconds=trainer.args.ddp_timeout)
         loop.agree = recovery.wait_for_all
@@ -141,7 +141,7 @@ def _abort_and_rebuild(
     trainer: Trainer, loop: TrainLoop, recovery: ProcessGroupRecovery
 ) -> CapturedState:
     """Tear the engine and the process groups down, form new groups; return the engine's state."""
-    loop.engine.buffers.go_back()
+    loop.engine.buffers.restore_copies()
     captured = loop.engine.state.capture()
     if trainer._writer is not None:
         trainer._writer.close()
@@ -176,7 +176,7 @@ def _take_place(
     engine = trainer._engines.train(lambda: trainer._build_engine(loop.plan.max_steps))
     trainer.optimizer, trainer.lr_scheduler = engine.optimizer, engine.scheduler
     engine.state.restore(captured)
-    engine.buffers.keep()
+    engine.buffers.keep_copies()
     trainer.events.hold(loader)
     if trainer._writer is not None:
         trainer._writer = saving.make_writer(trainer, before=trainer._writer)

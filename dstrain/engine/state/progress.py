@@ -103,7 +103,7 @@ class EngineProgress:
         for name in _COUNTERS:
             setattr(self._engine, name, saved["counters"][name])
         if saved.get("buffers") is not None:  # not in older checkpoints, nor in imports
-            self._buffers.take_up(saved["buffers"])
+            self._buffers.adopt(saved["buffers"])
         scaler, scale = self._scaler, saved["loss_scale"] or {}
         for name in _SCALE:
             if scaler is not None and hasattr(scaler, name) and scale.get(name) is not None:

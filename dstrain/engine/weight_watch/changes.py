@@ -18,10 +18,10 @@ from dstrain.engine.state import MASTER, StateShard, locate_shards
 from dstrain.engine.weight_watch.watch import WeightWatch
 from dstrain.engine.zero import (
     has_scalars,
+    is_gathered,
     is_partitioned,
-    is_whole_now,
     scalars_as_bytes,
-    updated_share,
+    updated_rank_partition,
 )
 
 
@@ -135,7 +135,7 @@ class WeightChanges:
             return
 
         def keep(*_: object) -> None:
-            if is_whole_now(parameter):
+            if is_gathered(parameter):
                 _share(parameter)
 
         for part in self._module.modules():
@@ -183,7 +183,7 @@ def _share(parameter: Any) -> torch.Tensor:
     Raises:
         TrainingError: shares are not as they are trained: quantised, or on a disk.
     """
-    share = updated_share(parameter)
+    share = updated_rank_partition(parameter)
     if share is None:
         raise TrainingError(
             Problem(
