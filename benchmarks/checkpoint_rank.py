@@ -245,7 +245,7 @@ def watched_dstrain(watch: LoadWatch) -> Iterator[None]:
     """Watch what puts a checkpoint into the engine, and the check of its files before that."""
     from dstrain.trainer import checkpointing as saving
 
-    load_into, choose = saving.load_into, saving.choose
+    load_into, choose_checkpoint = saving.load_into, saving.choose_checkpoint
 
     def loading(*args: Any, **kwargs: Any) -> Any:
         with watch.loading():
@@ -253,15 +253,15 @@ def watched_dstrain(watch: LoadWatch) -> Iterator[None]:
 
     def choosing(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        chosen = choose(*args, **kwargs)
+        chosen = choose_checkpoint(*args, **kwargs)
         watch.verify_seconds = time.perf_counter() - started
         return chosen
 
-    saving.load_into, saving.choose = loading, choosing
+    saving.load_into, saving.choose_checkpoint = loading, choosing
     try:
         yield
     finally:
-        saving.load_into, saving.choose = load_into, choose
+        saving.load_into, saving.choose_checkpoint = load_into, choose_checkpoint
 
 
 @contextlib.contextmanager

@@ -7,20 +7,20 @@ from dstrain.checkpoint.export import export
 from dstrain.checkpoint.find import (
     AUTO,
     check_there,
-    check_whole,
-    choose,
+    choose_checkpoint,
     verify,
+    verify_on_ranks,
     wanted_checkpoint,
 )
 from dstrain.checkpoint.folders import Found, committed, holding, named, place, step_of
-from dstrain.checkpoint.importing import Imported, bring_in
+from dstrain.checkpoint.importing import Imported, import_checkpoint
 from dstrain.checkpoint.load import Restored, load_into
 from dstrain.checkpoint.manifest import Manifest, extra_files, read_manifest
 from dstrain.checkpoint.native import Reader, check_readable
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.prune import Pruning, best_of, prune
-from dstrain.checkpoint.run_files import read_own, read_run
-from dstrain.checkpoint.run_lock import RunLock, held_by_one
+from dstrain.checkpoint.run_files import read_rank_state, read_run
+from dstrain.checkpoint.run_lock import RunLock, held_lock
 from dstrain.checkpoint.save import CheckpointWriter
 from dstrain.checkpoint.trainer_state import (
     TrainerStateRecord,
@@ -45,11 +45,11 @@ __all__ = [
     "RunRecord",
     "TrainerStateRecord",
     "best_of",
-    "bring_in",
+    "import_checkpoint",
     "check_readable",
     "check_there",
-    "check_whole",
-    "choose",
+    "verify_on_ranks",
+    "choose_checkpoint",
     "committed",
     "compare",
     "convert",
@@ -57,7 +57,7 @@ __all__ = [
     "extra_files",
     "holding",
     "is_plain",
-    "held_by_one",
+    "held_lock",
     "load_into",
     "load_weights",
     "named",
@@ -65,7 +65,7 @@ __all__ = [
     "prune",
     "read_arguments",
     "read_manifest",
-    "read_own",
+    "read_rank_state",
     "read_run",
     "read_trainer_state",
     "step_of",

@@ -35,7 +35,7 @@ def load_buffers(
         ranks: facts of this process.
         reshaped: buffers that come back in the shape and format that they were saved in.
     """
-    own, anew = own_file(manifest, ranks), set(reshaped)
+    own, anew = rank_file_of(manifest, ranks), set(reshaped)
     lost: list[str] = []
     for name in (content.BUFFERS, content.OTHER_BUFFERS, own):
         if not _has(folder, manifest, name):
@@ -115,8 +115,8 @@ def misfitting_buffers(
     """
     there = {slot.name: slot for slot in slots_of(engine.module)}
     own = set(reshaped)
-    if _has(folder, manifest, own_file(manifest, ranks)):
-        with reading(folder / own_file(manifest, ranks)) as file:
+    if _has(folder, manifest, rank_file_of(manifest, ranks)):
+        with reading(folder / rank_file_of(manifest, ranks)) as file:
             own |= set(file.keys())
     problems = []
     for name in (content.BUFFERS, content.OTHER_BUFFERS):
@@ -138,7 +138,7 @@ def misfitting_buffers(
     return problems
 
 
-def own_file(manifest: Manifest, ranks: Ranks) -> str:
+def rank_file_of(manifest: Manifest, ranks: Ranks) -> str:
     """Name the file of what a rank had for itself: this rank, or the main one of other ranks."""
     same = manifest.world_size == ranks.world_size
     return content.buffer_file(ranks.rank if same else 0)

@@ -113,7 +113,7 @@ class Buffers:
         return {name: write_tensor_file(folder / name, self.tensors, metadata)}
 
 
-def own_slices(engine: Engine, ranks: Ranks) -> Slices:
+def rank_slices(engine: Engine, ranks: Ranks) -> Slices:
     """Return this rank's share of master weights, optimizer state and frozen weights.
 
     Raises:

@@ -17,9 +17,9 @@ import torch
 
 from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.export import assembled, slice_files
-from dstrain.checkpoint.load import SliceIndex, check_coverage, read_index
 from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
 from dstrain.checkpoint.run_files import read_run
+from dstrain.checkpoint.slice_index import SliceIndex, check_coverage, read_index
 from dstrain.checkpoint.versions import versions
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import make_durable, write_bytes

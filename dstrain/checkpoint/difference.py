@@ -18,9 +18,9 @@ import torch
 from dstrain.checkpoint import content
 from dstrain.checkpoint.export import slice_files
 from dstrain.checkpoint.files import reading
-from dstrain.checkpoint.load import Piece, SliceIndex, read_index
 from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
 from dstrain.checkpoint.run_files import read_run
+from dstrain.checkpoint.slice_index import Piece, SliceIndex, read_index
 from dstrain.config import difference as configs
 from dstrain.core.documents import Plain, Text, read_document
 from dstrain.models import TensorReader

@@ -20,14 +20,9 @@ import torch
 from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.extra_state import EXTRA_STATES, by_key
 from dstrain.checkpoint.files import reading
-from dstrain.checkpoint.load import (
-    Piece,
-    SliceIndex,
-    check_coverage,
-    read_index,
-)
 from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
 from dstrain.checkpoint.run_files import read_run
+from dstrain.checkpoint.slice_index import Piece, SliceIndex, check_coverage, read_index
 from dstrain.core.documents import Plain, Text, read_document
 from dstrain.core.errors import CheckpointError, ModelError, Problem
 from dstrain.core.files import write_json

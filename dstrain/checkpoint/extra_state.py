@@ -16,7 +16,7 @@ from dstrain.core.ranks import broadcast_object, gather_objects
 KEY = "_extra_state"
 """The last part of torch's name for it in a ``state_dict``."""
 EXTRA_STATES = "extra_states"
-"""Key of ``run.json``, and of ``rank-N.json`` for what that rank has otherwise."""
+"""Key of ``run.json``, and of ``rank-N.json`` for the states in which that rank differs."""
 
 
 def extra_states(module: torch.nn.Module) -> tuple[dict[str, Any], list[str]]:
@@ -45,31 +45,31 @@ def extra_states(module: torch.nn.Module) -> tuple[dict[str, Any], list[str]]:
     return plain, sorted(states.keys() - plain.keys())
 
 
-def own_states(states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tell the main rank's states from what this rank has otherwise; a collective of all ranks.
+def rank_states(states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split states into the main rank's and those in which this rank differs; a collective.
 
     Each rank tells a digest of all its states. Only where these differ the main rank sends its own,
     in the form that a checkpoint has them in: a tensor itself would come to the main rank's device.
 
     Returns:
-        the main rank's states, and of this rank's those that are others.
+        the main rank's states, and those states of this rank that differ from them.
     """
     encoded = {path: encode(state, where="") for path, state in states.items()}
     if len(set(gather_objects(_digest(encoded)))) == 1:
         return states, {}
     main = broadcast_object(encoded)
-    own = {p: states[p] for p, form in encoded.items() if p not in main or form != main[p]}
-    return {path: decode(form) for path, form in main.items()}, own
+    different = {p: states[p] for p, form in encoded.items() if p not in main or form != main[p]}
+    return {path: decode(form) for path, form in main.items()}, different
 
 
-def states_for(shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
+def states_for(shared: Mapping[str, Any], rank_state: Mapping[str, Any] | None) -> dict[str, Any]:
     """Choose the extra states that a rank gets back: its own, else the main rank's.
 
     Args:
         shared: what ``read_run`` gave.
-        own: what ``read_own`` gave.
+        rank_state: what ``read_rank_state`` gave.
     """
-    return {**shared.get(EXTRA_STATES, {}), **(own or {}).get(EXTRA_STATES, {})}
+    return {**shared.get(EXTRA_STATES, {}), **(rank_state or {}).get(EXTRA_STATES, {})}
 
 
 def by_key(states: Mapping[str, Any]) -> dict[str, Any]:

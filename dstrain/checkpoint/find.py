@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dstrain.checkpoint import content, folders
-from dstrain.checkpoint.load import check_coverage, read_index
 from dstrain.checkpoint.manifest import Manifest, check_files, extra_files, read_manifest
 from dstrain.checkpoint.run_files import read_run
+from dstrain.checkpoint.slice_index import check_coverage, read_index
 from dstrain.checkpoint.trainer_state import STATE as TRAINER_STATE
 from dstrain.checkpoint.trainer_state import read_trainer_state
 from dstrain.core.errors import CheckpointError, Problem
@@ -25,7 +25,7 @@ Look = Callable[[Path, Manifest], object]
 """Reads what a run needs of a checkpoint, and raises a ``CheckpointError`` where it cannot."""
 
 
-def choose(
+def choose_checkpoint(
     wanted: str | bool,
     output_dir: Path,
     ranks: Ranks,
@@ -170,13 +170,13 @@ def _faults_within(folder: Path, manifest: Manifest) -> list[str]:
     return [] if manifest.not_in(folder) else check_coverage(index, manifest)
 
 
-def check_whole(folder: Path, ranks: Ranks, *, on_each_node: bool = False) -> Manifest:
+def verify_on_ranks(folder: Path, ranks: Ranks, *, on_each_node: bool = False) -> Manifest:
     """Return the manifest of a checkpoint after all ranks together have verified its files.
 
     Args:
         folder: the checkpoint.
         ranks: facts of this process.
-        on_each_node: as in ``choose``.
+        on_each_node: as in ``choose_checkpoint``.
 
     Raises:
         CheckpointError: on every rank, with what is wrong.
@@ -204,7 +204,7 @@ def _verified(
         ranks: facts of this process.
         on_each_node: whether each machine reads a folder of its own.
         model_alone: whether it will do without optimizer state.
-        look: as for ``choose``; not asked of what is damaged.
+        look: as for ``choose_checkpoint``; not asked of what is damaged.
     """
     manifest = None
     readers = ranks.on_machine() if on_each_node else ranks

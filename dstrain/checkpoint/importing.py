@@ -17,10 +17,10 @@ from typing import Any
 
 from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.codec import encode
-from dstrain.checkpoint.foreign import Foreign
-from dstrain.checkpoint.foreign_deepspeed import read_deepspeed, tag_folder
-from dstrain.checkpoint.foreign_plain import OPTIMIZER, SCHEDULE, read_plain, read_state
-from dstrain.checkpoint.load import check_coverage, read_index
+from dstrain.checkpoint.foreign.deepspeed_files import read_deepspeed, tag_folder
+from dstrain.checkpoint.foreign.parts import Foreign
+from dstrain.checkpoint.foreign.pickles import load_pickle
+from dstrain.checkpoint.foreign.plain_files import OPTIMIZER, SCHEDULE, read_plain, read_state
 from dstrain.checkpoint.manifest import (
     DEEPSPEED,
     NAME,
@@ -29,8 +29,8 @@ from dstrain.checkpoint.manifest import (
     require_files,
     write_manifest,
 )
-from dstrain.checkpoint.pickles import load_pickle
 from dstrain.checkpoint.run_files import read_run
+from dstrain.checkpoint.slice_index import check_coverage, read_index
 from dstrain.checkpoint.versions import versions
 from dstrain.core.documents import loaded, parsed
 from dstrain.core.errors import CheckpointError, DstrainError, Problem
@@ -61,7 +61,7 @@ class Imported:
     remarks: tuple[str, ...]
 
 
-def bring_in(
+def import_checkpoint(
     source: Path,
     out: Path,
     *,

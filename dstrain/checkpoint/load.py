@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,59 +21,17 @@ from dstrain.checkpoint.files import reading
 from dstrain.checkpoint.loading_code import call_loading_code
 from dstrain.checkpoint.manifest import DEEPSPEED, Manifest
 from dstrain.checkpoint.native import Reader, unpickling
-from dstrain.checkpoint.run_files import read_own, read_run
-from dstrain.core.documents import Count, Number, Text, parsed, typed, unreadable
+from dstrain.checkpoint.run_files import read_rank_state, read_run
+from dstrain.checkpoint.slice_index import Piece, SliceIndex, check_coverage, read_index
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.engine import (
-    MASTER,
-    WEIGHT,
     Engine,
     StateShard,
 )
 
-_Spans: Any = Mapping[Text, tuple[Count, Count]]
-_Scalars: Any = Mapping[Text, Mapping[Text, Number]]
-
 # Slices are read in pieces of this many elements: what loading takes beyond the engine itself.
 _CHUNK_NUMEL = 8 * 2**20
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of one parameter's values under one key, as it stands in a file."""
-
-    start: int
-    numel: int
-    path: Path
-
-
-@dataclass(frozen=True)
-class SliceIndex:
-    """Where all slices of a checkpoint are.
-
-    Attributes:
-        pieces: (key, parameter) -> pieces in order of their start.
-        scalars: parameter -> single numbers of its optimizer state; those that had state without
-            numbers are there with an empty dict.
-    """
-
-    pieces: dict[tuple[str, str], list[Piece]]
-    scalars: dict[str, dict[str, Any]]
-
-    def keys_of(self, name: str) -> list[str]:
-        """List the kinds of tensors that a parameter has."""
-        return [key for key, parameter in self.pieces if parameter == name]
-
-    def missing(self, key: str, name: str, start: int, stop: int) -> int:
-        """Count the elements from ``start`` to ``stop`` that no piece has."""
-        reached, missing = start, 0
-        for piece in self.pieces.get((key, name), []):
-            low, high = max(piece.start, reached), min(piece.start + piece.numel, stop)
-            if low < high:
-                missing += low - reached
-                reached = high
-        return missing + stop - reached
 
 
 @dataclass(frozen=True)
@@ -82,103 +40,12 @@ class Restored:
 
     Attributes:
         shared: ``RunRecord.shared``.
-        own: ``RunRecord.own`` of this rank; None where another number of ranks wrote it, or an
-            import.
+        rank_state: ``RunRecord.rank_state`` of this rank; None in an import, and where another
+            number of ranks wrote the checkpoint.
     """
 
     shared: dict[str, Any]
-    own: dict[str, Any] | None
-
-
-def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
-    """Read the headers of all slice files; no tensor is touched.
-
-    Raises:
-        CheckpointError: the checkpoint has no slices, or a file is damaged.
-    """
-    if manifest.resumable and not manifest.has_slices:
-        raise CheckpointError(
-            Problem(
-                f"{folder} is in DeepSpeed's own layout",
-                "it has no slices by parameter name",
-                f"make it one that has: dstrain checkpoint import {folder} OUT",
-            )
-        )
-    if not manifest.resumable:
-        raise CheckpointError(
-            Problem(
-                f"{folder} holds the model alone",
-                "it was written with save_only_model=True, without optimizer state",
-                "train from its weights with model_name_or_path, or choose another checkpoint",
-            )
-        )
-    pieces: dict[tuple[str, str], list[Piece]] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    absent = set(manifest.not_in(folder))
-    for rank in range(manifest.world_size):
-        file_name = content.slice_file(rank)
-        if file_name in absent:
-            continue
-        path = folder / file_name
-        if not manifest.has(file_name):
-            raise unreadable(path, ValueError("the manifest does not list it"))
-        with reading(path) as file:
-            sizes = {name: file.numel(name) for name in file.keys()}  # noqa: SIM118
-            spans = _mapping(file.metadata, "spans", _Spans)
-            numbers_of = _mapping(file.metadata, "scalars", _Scalars)
-            _check_spans(spans, sizes, manifest)
-        for name, numbers in numbers_of.items():
-            held = scalars.setdefault(name, {})
-            for key, value in numbers.items():
-                held[key] = max(held.get(key, value), value)
-        for tensor in sizes:
-            key, _, name = tensor.partition("/")
-            pieces.setdefault((key, name), []).append(Piece(spans[name][0], spans[name][1], path))
-            if key not in (MASTER, WEIGHT):
-                scalars.setdefault(name, {})
-    for found in pieces.values():
-        found.sort(key=lambda piece: piece.start)
-    return SliceIndex(pieces, scalars)
-
-
-def _check_spans(
-    spans: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], manifest: Manifest
-) -> None:
-    """Check what a file of slices says of itself against its tensors and the parameters.
-
-    Raises:
-        ValueError: it does not.
-    """
-    for name, (start, numel) in spans.items():
-        if name not in manifest.parameters:
-            raise ValueError(f"{name} is none of the checkpoint's parameters")
-        whole = torch.Size(manifest.parameters[name]).numel()
-        if start + numel > whole:
-            raise ValueError(
-                f"it has elements {start} to {start + numel} of {name}, which has {whole}"
-            )
-    for tensor, size in sizes.items():
-        _, _, name = tensor.partition("/")
-        if name not in spans:
-            raise ValueError(f"its spans do not name {tensor}")
-        if size != spans[name][1]:
-            raise ValueError(f"it has {size} elements of {tensor}, its spans say {spans[name][1]}")
-
-
-def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
-    """List, a line each, the parameters whose slices leave elements out or have some twice."""
-    found = []
-    optimized = set(manifest.optimized)
-    for name, shape in manifest.parameters.items():
-        numel = torch.Size(shape).numel()
-        keys = index.keys_of(name) or [MASTER if name in optimized else WEIGHT]
-        for key in keys:
-            there = sum(piece.numel for piece in index.pieces.get((key, name), []))
-            if missing := index.missing(key, name, 0, numel):
-                found.append(f"{key} of {name}: {missing} of {numel} elements are in no file")
-            elif there > numel and not manifest.elsewhere:
-                found.append(f"{key} of {name}: {there - numel} elements are there twice or more")
-    return found
+    rank_state: dict[str, Any] | None
 
 
 def load_into(
@@ -209,7 +76,7 @@ def load_into(
         else:
             index = read_index(folder, manifest)
         shared = read_run(folder)
-        own = read_own(folder, manifest, ranks)
+        rank_state = read_rank_state(folder, manifest, ranks)
         reshaped = reshaped_in(shared, engine)
         problems = misfits(engine, folder, manifest, index, ranks, reshaped=reshaped)
         raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
@@ -223,16 +90,16 @@ def load_into(
         _load_slices(engine, folder, manifest, index)
     with all_or_none():
         load_buffers(engine, folder, manifest, ranks, reshaped=reshaped)
-        put_extra_states(engine.module, states_for(shared, own))
+        put_extra_states(engine.module, states_for(shared, rank_state))
     # DeepSpeed has loaded whole modules as torch does, but at stage 3, where weights were in parts.
     if native is None or engine.resolved.stage == 3:
         changed = call_loading_code(engine, ranks)
         if changed and index is not None:
             _load_values(engine, index)
     engine.state.restore_progress(shared.pop("engine"))
-    for document in (shared, own or {}):
+    for document in (shared, rank_state or {}):
         document.pop(EXTRA_STATES, None)
-    return Restored(shared, own)
+    return Restored(shared, rank_state)
 
 
 def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex) -> None:
@@ -390,17 +257,3 @@ def _by_file(
                 if low < high:
                     reads.setdefault(piece.path, []).append((shard, key, low, high, piece))
     return reads
-
-
-def _mapping(metadata: Mapping[str, str], name: str, kind: Any) -> Any:
-    """Read an entry of the metadata of a file of slices.
-
-    Raises:
-        ValueError: it does not say it as it must.
-    """
-    if name not in metadata:
-        raise ValueError(f"it does not say its {name}: it is no file of slices")
-    try:
-        return typed(parsed(metadata[name].encode()), kind)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error

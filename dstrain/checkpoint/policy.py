@@ -1,4 +1,4 @@
-"""What a run tells the writer of its checkpoints: how to save, and what belongs to a save."""
+"""How a run saves its checkpoints, and what it adds to each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RunRecord:
     Attributes:
         step: optimizer steps done.
         shared: the same on all ranks.
-        own: of this rank: random state and the like.
+        rank_state: of this rank alone: random state and the like.
         documents: further files of the main rank: name -> JSON content.
         write_processor: writes tokenizer or processor into a folder, or None.
         metrics: of the last evaluation.
@@ -54,7 +54,7 @@ class RunRecord:
 
     step: int
     shared: dict[str, Any]
-    own: dict[str, Any]
+    rank_state: dict[str, Any]
     documents: dict[str, Any] = field(default_factory=dict)
     write_processor: Callable[[Path], None] | None = None
     metrics: dict[str, float] = field(default_factory=dict)

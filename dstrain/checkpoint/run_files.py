@@ -58,8 +58,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     return values
 
 
-def read_own(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str, Any] | None:
-    """Read this rank's ``RunRecord.own``; None if another number of ranks, or an import, wrote it.
+def read_rank_state(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str, Any] | None:
+    """Read this rank's ``RunRecord.rank_state``.
+
+    Returns:
+        None where another number of ranks wrote the checkpoint, or an import.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -67,13 +70,13 @@ def read_own(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str, Any] |
     name = content.rank_file(ranks.rank)
     if manifest.world_size != ranks.world_size or not manifest.has(name):
         return None
-    values: dict[str, Any] = _read(folder / name, _Own)
+    values: dict[str, Any] = _read(folder / name, _RankState)
     return values
 
 
 @dataclass(frozen=True)
-class _OfDstrain:
-    """What is in a rank's file beside ``RunRecord.own``.
+class _RankExtras:
+    """What is in a rank's file beside ``RunRecord.rank_state``.
 
     Attributes:
         extra_states: of modules, by their paths, where this rank has another than the main rank.
@@ -82,13 +85,13 @@ class _OfDstrain:
     extra_states: States = field(default_factory=dict)
 
 
-def _of_rank(values: Any) -> Any:
+def _checked(values: Any) -> Any:
     """Check what is ours among a rank's values, and return all of them."""
-    typed(values, _OfDstrain)
+    typed(values, _RankExtras)
     return values
 
 
-_Own: Any = Annotated[Plain, AfterValidator(_of_rank)]
+_RankState: Any = Annotated[Plain, AfterValidator(_checked)]
 
 
 def _read(path: Path, kind: Any) -> Any:

@@ -177,7 +177,7 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def held_by_one(lock: RunLock, *, takes: bool) -> Iterator[None]:
+def held_lock(lock: RunLock, *, takes: bool) -> Iterator[None]:
     """Hold a lock while the block runs, on the ranks that take it; a collective of all ranks.
 
     Raises:

@@ -1,67 +1,44 @@
-"""Writing checkpoints: what is copied while training waits, what is written, and the commit."""
+"""Writing checkpoints: when ranks copy, write and commit them, and what happens on a failure."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dstrain.checkpoint import content, folders, native
-from dstrain.checkpoint.codec import encode
-from dstrain.checkpoint.extra_state import (
-    EXTRA_STATES,
-    extra_states,
-    lost_remark,
-    own_states,
-)
-from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest, write_manifest
+from dstrain.checkpoint import folders
+from dstrain.checkpoint.capture import Captured, ContentCapture, Writers, files_by_folder
+from dstrain.checkpoint.manifest import DEEPSPEED, write_manifest
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.run_lock import RunLock
 from dstrain.checkpoint.staging import Staging, new_staging
-from dstrain.checkpoint.versions import versions
-from dstrain.core.documents import check_depth
-from dstrain.core.errors import CheckpointError, DstrainError, ModelError, Problem
-from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
-from dstrain.core.host import available_bytes
+from dstrain.core.errors import CheckpointError, DstrainError, Problem
+from dstrain.core.files import FileRecord
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import PATIENCE, Ranks, all_or_none, gather_objects, is_distributed
-from dstrain.core.records import described, unrecordable
-from dstrain.core.secrets import without_secrets
-from dstrain.engine import (
-    Engine,
-    main_rank_buffers,
-)
-from dstrain.models import (
-    HostCopies,
-    held_bytes,
-    hold_shards,
-    record_layout,
-    save_configs,
-    save_model,
-    unsaved_remark,
-    write_tensor_file,
-)
+from dstrain.engine import Engine
+from dstrain.models import HostCopies
 
 logger = get_logger(__name__)
 
-# A copy of the slices may take this share of the memory that is left.
-_MEMORY_SHARE = 0.5
-
 
 @dataclass
-class _Job:
-    """A save whose content no longer depends on training."""
+class _Save:
+    """A save whose content no longer depends on training.
 
-    record: RunRecord
+    Attributes:
+        captured: what is written.
+        staging: the folder, on the rank that made it.
+        held: removes the folder unless it has been committed.
+    """
+
+    captured: Captured
     staging: Staging
-    manifest: Manifest
-    write: Callable[[], dict[str, FileRecord]]
-    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    held: contextlib.ExitStack
 
 
 class CheckpointWriter:
@@ -84,17 +61,12 @@ class CheckpointWriter:
             CheckpointError: another run is writing there.
         """
         self._policy, self._ranks = policy, ranks
-        # The ranks that write into one folder; the first of them does what is done once in it.
-        self._sharers = ranks.on_machine() if policy.on_each_node else ranks
-        firsts = gather_objects(self._folder_of)
-        self._groups = tuple(
-            tuple(rank for rank, first in enumerate(firsts) if first == folder)
-            for folder in sorted(set(firsts))
-        )
+        self._writers = Writers.of(policy, ranks)
+        self._capture = ContentCapture(policy, self._writers)
         self._held = contextlib.ExitStack()
         self._lock = lock
         with all_or_none():
-            if self._sharers.is_main:
+            if self._writers.sharers.is_main:
                 self._held.enter_context(lock.held())
                 folders.recover(policy.output_dir)
         self._asynchronous = False if policy.layout == DEEPSPEED else policy.asynchronous
@@ -102,7 +74,6 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
         self._writing: int | None = None
-        self._warned = self._said_lost = False
         self.failed: set[int] = set()
         self.last: int | None = None
         self._group: Any = None
@@ -125,13 +96,13 @@ class CheckpointWriter:
         self.wait()
         self.last = record.step
         with all_or_none():
-            if self._sharers.is_main:
+            if self._writers.sharers.is_main:
                 self._lock.keep()
         if self._asynchronous is None:
-            self._asynchronous = self._copies_fit(engine)
+            self._asynchronous = self._capture.copies_fit(engine)
         try:
             copies = self._copies if self._asynchronous else None
-            job = self._prepare(engine, record, copies)
+            save = self._prepare(engine, record, copies)
         except DstrainError as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -140,11 +111,11 @@ class CheckpointWriter:
         if self._asynchronous:
             self._writing = record.step
             self._thread = threading.Thread(
-                target=self._finish_in_thread, args=(job,), name="checkpoint"
+                target=self._finish_in_thread, args=(save,), name="checkpoint"
             )
             self._thread.start()
         else:
-            self._conclude(self._finish(job), record.step)
+            self._conclude(self._finish(save), record.step)
 
     def wait(self) -> None:
         """Wait until nothing is being written any more.
@@ -203,242 +174,70 @@ class CheckpointWriter:
                 "; ".join(failures),
             )
 
-    def _copies_fit(self, engine: Engine) -> bool:
-        """Tell whether every machine has memory for copies of its ranks' slices; a collective."""
-        ranks = self._ranks
-        needed = content.own_slices(engine, self._sharers).num_bytes
-        if self._policy.with_weights:
-            needed += held_bytes(engine.module, ranks, num_writers=self._sharers.world_size)
-        available = available_bytes()
-        fits = available is None or needed * ranks.local_world_size <= _MEMORY_SHARE * available
-        everywhere = all(gather_objects(fits))
-        if not everywhere and ranks.is_main:
-            logger.warning(
-                "checkpoints are written while training waits: a copy of the state takes "
-                "%.1f GB per rank, more than half of the memory that is left",
-                needed / 1e9,
-            )
-        return everywhere
-
-    def _prepare(self, engine: Engine, record: RunRecord, copies: HostCopies | None) -> _Job:
+    def _prepare(self, engine: Engine, record: RunRecord, copies: HostCopies | None) -> _Save:
         """Make the folder, and everything in it that training would change."""
         with contextlib.ExitStack() as held:
             output_dir = self._policy.output_dir
             staging = Staging()
-            if self._sharers.is_main:
+            if self._writers.sharers.is_main:
                 staging = held.enter_context(new_staging(output_dir, record.step))
             if copies is not None:
                 copies.begin()
-            job = self._fill(engine, record, staging, copies)
+            captured = self._capture.capture(engine, record, staging, copies)
             if copies is not None:
                 copies.end()
-            job.held = held.pop_all()
-            return job
+            return _Save(captured, staging, held.pop_all())
 
-    def _fill(
-        self, engine: Engine, record: RunRecord, staging: Staging, copies: HostCopies | None
-    ) -> _Job:
-        ranks, policy, sharers = self._ranks, self._policy, self._sharers
-        slices: content.Slices | None = None
-        engine.buffers.find_changed()
-        self._warn_of_caches(engine)
-        extra, own_extra = self._extra_states(engine)
-        beside = {EXTRA_STATES: own_extra} if own_extra else {}
-        with all_or_none():  # before copies, whose end no rank needs to wait for on another
-            if not policy.only_model and policy.layout == SLICES:
-                slices = content.own_slices(engine, sharers)
-            own = encode({**record.own, **beside}, where="this rank's state")
-            shared = encode(
-                {
-                    "engine": engine.state.read_progress(),
-                    "formats": content.formats(engine),
-                    EXTRA_STATES: extra if sharers.is_main else {},
-                    **record.shared,
-                },
-                where="the run's state",
-            )
-        own_buffers = content.buffer_contents(engine.buffers.rank_state()).copied(copies, "own")
-        weights = folder = None
-        buffers = content.Buffers([])
-        with main_rank_buffers(engine.module, wanted=engine.buffers.differ_between_ranks):
-            if policy.with_weights and copies is not None:
-                weights = hold_shards(engine.module, ranks, copies, groups=self._groups)
-            if copies is None or (policy.with_weights and weights is None):
-                folder = staging.agreed(self._folder_of)  # else in the thread, beside training
-            if folder is not None and policy.with_weights:
-                save_model(engine.module, folder, ranks, on_each_node=policy.on_each_node)
-            if sharers.is_main:
-                buffers = content.buffers(engine.module).copied(copies)
-            if not policy.only_model and policy.layout == DEEPSPEED:
-                assert folder is not None
-                engine.state.save_native(folder, native.tag_of(record.step))
-        other_buffers = content.buffer_contents(engine.buffers.outside_state_dict()).copied(
-            copies, "other"
-        )
-        if slices is not None and copies is not None:
-            slices = slices.copied(copies)
-        failure: OSError | ModelError | None = None
-        layout = None
-        if sharers.is_main:
-            layout = record_layout(engine.module)
-            try:
-                if policy.with_weights and staging.path is not None:
-                    save_configs(engine.module, staging.path)
-                if record.write_processor is not None and staging.path is not None:
-                    record.write_processor(staging.path)
-            except (OSError, ModelError) as error:
-                failure = error
-
-        def write() -> dict[str, FileRecord]:
-            # Collectives first: whoever fails below must not leave the others in one.
-            path = folder or staging.agreed(self._folder_of, group=self._group)
-            present = gather_objects(_files_in(path), group=self._group)[self._folder_of]
-            whole = None if weights is None else weights.exchanged(self._group)
-            if failure is not None:
-                raise failure
-            records = {}
-            for name in present[sharers.rank :: sharers.world_size]:
-                records[name] = make_durable(path / name)
-            if whole is not None:
-                records |= whole.write(path, with_index=sharers.is_main)
-            if slices is not None:
-                name = content.slice_file(ranks.rank)
-                records[name] = write_tensor_file(path / name, slices.tensors, slices.metadata)
-            if not policy.only_model:
-                name = content.rank_file(ranks.rank)
-                records[name] = write_bytes(path / name, json.dumps(own).encode())
-                records |= own_buffers.write(path, content.buffer_file(ranks.rank))
-            if sharers.is_main:
-                if not policy.only_model:
-                    records[content.RUN] = write_json(path / content.RUN, shared)
-                    if layout is not None:
-                        records[content.LAYOUT] = write_json(path / content.LAYOUT, layout)
-                    if slices is None:
-                        latest = native.tag_of(record.step).encode()
-                        records[native.LATEST] = write_bytes(path / native.LATEST, latest)
-                    records |= buffers.write(path, content.BUFFERS)
-                    records |= other_buffers.write(path, content.OTHER_BUFFERS)
-                for name, document in record.documents.items():
-                    records[name] = _write_document(path / name, document)
-            return records
-
-        manifest = Manifest(
-            step=record.step,
-            world_size=ranks.world_size,
-            stage=engine.resolved.stage,
-            precision=engine.resolved.precision,
-            resumable=not policy.only_model,
-            has_weights=policy.with_weights,
-            created="",
-            parameters=content.parameter_shapes(engine),
-            optimized=tuple(engine.state.optimized_names()),
-            metrics=record.metrics,
-            versions=versions(),
-            layout=policy.layout,
-        )
-        return _Job(record, staging, manifest, write)
-
-    def _warn_of_caches(self, engine: Engine) -> None:
-        """Say once which changed buffers a resumed run will not find."""
-        caches = [] if self._policy.only_model else engine.buffers.caches()
-        if caches and self._ranks.is_main and not self._warned:
-            self._warned = True
-            logger.warning(
-                "%d buffers that are in no state_dict were replaced by other tensors (%s): they "
-                "are taken for caches and are not in checkpoints; what must be is changed in place",
-                len(caches),
-                ", ".join(caches[:3]),
-            )
-
-    def _extra_states(self, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Ask modules for their extra state; a collective of all ranks.
-
-        It is said once per run which of it a reader will not find. A checkpoint of the model alone
-        has it in no file of its own, so that it is only looked for until something was said.
-
-        Returns:
-            the main rank's, by path; and of this rank's what the main rank has otherwise.
-        """
-        if self._policy.only_model:
-            if not self._said_lost:
-                self._say_lost(unsaved_remark(engine.module))
-            return {}, {}
-        with all_or_none():
-            states, lost = extra_states(engine.module)
-        lost = sorted({path for theirs in gather_objects(lost) for path in theirs})
-        self._say_lost(lost_remark(lost) if lost else None)
-        return own_states(states)
-
-    def _say_lost(self, remark: str | None) -> None:
-        if remark is None or self._said_lost:
-            return
-        self._said_lost = True
-        if self._ranks.is_main:
-            logger.warning("%s", remark)
-
-    def _finish_in_thread(self, job: _Job) -> None:
+    def _finish_in_thread(self, save: _Save) -> None:
         try:
-            self._failures = self._finish(job)
+            self._failures = self._finish(save)
         except Exception as error:  # a thread must not die silently
             self._failures = [f"rank {self._ranks.rank}: {type(error).__name__}: {error}"]
 
-    def _finish(self, job: _Job) -> list[str]:
+    def _finish(self, save: _Save) -> list[str]:
         """Write this rank's files; commit if every rank could; return the failures of all ranks."""
+        record = save.captured.record
         records: dict[str, FileRecord] = {}
         failure = None
         try:
-            records = job.write()
+            records = save.captured.write(save.staging, self._writers, self._group)
         except DstrainError as error:  # of all ranks
             failure = str(error)
         except Exception as error:
             failure = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        said = gather_objects((self._folder_of, records, failure, now), group=self._group)
+        said = gather_objects((self._writers.first, records, failure, now), group=self._group)
         failures = list(dict.fromkeys(failed for *_, failed, _ in said if failed is not None))
         output_dir = self._policy.output_dir
         try:
             if not failures:
-                files, elsewhere = self._shared_out([(m, part) for m, part, *_ in said])
-                manifest = replace(
-                    job.manifest, created=said[0][-1], files=files, elsewhere=elsewhere
+                files, elsewhere = files_by_folder(
+                    [(first, part) for first, part, *_ in said], self._writers.first
                 )
-                failures = self._together(lambda path: write_manifest(path, manifest), job.staging)
+                manifest = replace(
+                    save.captured.manifest, created=said[0][-1], files=files, elsewhere=elsewhere
+                )
+                failures = self._on_each_folder(
+                    lambda path: write_manifest(path, manifest), save.staging
+                )
             if not failures:
                 # Where each machine has a folder, none has lost an older one until all have this.
-                failures = self._together(
-                    lambda path: folders.commit(path, output_dir, job.record.step), job.staging
+                failures = self._on_each_folder(
+                    lambda path: folders.commit(path, output_dir, record.step), save.staging
                 )
         finally:
-            job.held.close()  # removes the folder unless it has been committed
-        if not failures and self._ranks.is_main and job.record.after_commit is not None:
-            job.record.after_commit(folders.place(output_dir, job.record.step))
-        if not failures and self._sharers.is_main:
-            keep = [] if job.record.best is None else [job.record.best]
+            save.held.close()  # removes the folder unless it has been committed
+        if not failures and self._ranks.is_main and record.after_commit is not None:
+            record.after_commit(folders.place(output_dir, record.step))
+        if not failures and self._writers.sharers.is_main:
+            keep = [] if record.best is None else [record.best]
             try:
                 folders.rotate(output_dir, limit=self._policy.limit, keep=keep)
             except OSError as error:
                 logger.warning("older checkpoints could not be looked through: %s", error)
         return failures
 
-    @property
-    def _folder_of(self) -> int:
-        """Return the first rank that writes into the same folder as this one."""
-        return self._ranks.first_on_machine if self._policy.on_each_node else 0
-
-    def _shared_out(
-        self, parts: list[tuple[int, dict[str, FileRecord]]]
-    ) -> tuple[dict[str, FileRecord], dict[str, FileRecord]]:
-        """Split records of files into those of this rank's folder and those of other ranks."""
-        files: dict[str, FileRecord] = {}
-        elsewhere: dict[str, FileRecord] = {}
-        for folder, records in parts:
-            if folder == self._folder_of:
-                files |= records
-            else:
-                elsewhere |= {n: r for n, r in records.items() if content.is_of_a_rank(n)}
-        return files, elsewhere
-
-    def _together(self, act: Callable[[Path], object], staging: Staging) -> list[str]:
+    def _on_each_folder(self, act: Callable[[Path], object], staging: Staging) -> list[str]:
         """Act once on every folder, on the rank that made it; return the failures of all ranks."""
         failure = None
         if staging.path is not None:
@@ -447,37 +246,3 @@ class CheckpointWriter:
             except Exception as error:  # the other ranks wait for this one
                 failure = f"rank {self._ranks.rank}: the commit failed: {error}"
         return [f for f in gather_objects(failure, group=self._group) if f is not None]
-
-
-def _write_document(path: Path, document: Any) -> FileRecord:
-    """Write a JSON document of the trainer with credentials masked; callbacks may hold some.
-
-    Raises:
-        CheckpointError: it holds what JSON does not know; a callback can put anything there.
-    """
-    try:
-        check_depth(document)
-    except ValueError as error:
-        raise CheckpointError(
-            Problem(f"{path.name}: {error}", "a callback's state or a log is so", "flatten it")
-        ) from error
-    try:
-        return write_json(path, without_secrets(document))
-    except (TypeError, ValueError) as error:
-        place, value = next(unrecordable(document, finite=True), ("", error))
-        raise CheckpointError(
-            Problem(
-                f"{path.name}: {place} is {described(value)}",
-                "JSON cannot hold it; log() refuses such figures, so a callback has put it there",
-                "put a number there: float(value)",
-            )
-        ) from error
-
-
-def _files_in(staging: Path) -> list[str]:
-    """List the files that were written already."""
-    return sorted(
-        str(p.relative_to(staging))
-        for p in staging.rglob("*")
-        if p.is_file() and p.name != folders.LOCK
-    )

@@ -12,15 +12,11 @@ from dstrain.checkpoint import content
 from dstrain.checkpoint.buffer_files import load_buffers, reshaped_in
 from dstrain.checkpoint.extra_state import KEY, put_extra_states, states_for
 from dstrain.checkpoint.files import reading
-from dstrain.checkpoint.load import (
-    check_here,
-    misfits,
-    read_index,
-    read_shards,
-)
+from dstrain.checkpoint.load import check_here, misfits, read_shards
 from dstrain.checkpoint.loading_code import call_loading_code
 from dstrain.checkpoint.manifest import Manifest
-from dstrain.checkpoint.run_files import read_own, read_run
+from dstrain.checkpoint.run_files import read_rank_state, read_run
+from dstrain.checkpoint.slice_index import read_index
 from dstrain.core.documents import FileName, Text, read_document, unreadable
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks
@@ -49,7 +45,7 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
     with engine.state.loading() as held:
         index = read_index(folder, manifest) if manifest.has_slices else None
         run = read_run(folder) if manifest.has(content.RUN) else {}
-        own = read_own(folder, manifest, ranks)
+        rank_state = read_rank_state(folder, manifest, ranks)
         reshaped = reshaped_in(run, engine)
         problems = misfits(engine, folder, manifest, index, ranks, reshaped=reshaped)
         raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
@@ -64,7 +60,7 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
 
         read(held)
         load_buffers(engine, folder, manifest, ranks, reshaped=reshaped)
-        put_extra_states(engine.module, states_for(run, own))
+        put_extra_states(engine.module, states_for(run, rank_state))
     if call_loading_code(engine, ranks):
         with engine.state.loading() as held:
             read(held)

@@ -138,7 +138,7 @@ _ACTIONS = {
     "import": _Action(
         "SRC OUT",
         "a checkpoint of DeepSpeed or transformers as one of dstrain",
-        make.bring_in,
+        make.import_checkpoint,
         _import_flags,
     ),
     "prune": _Action(

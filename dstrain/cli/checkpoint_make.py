@@ -59,14 +59,14 @@ def convert(options: Namespace) -> int:
     return 0
 
 
-def bring_in(options: Namespace) -> int:
+def import_checkpoint(options: Namespace) -> int:
     """Make a checkpoint of a run of DeepSpeed or transformers."""
     from tqdm import tqdm
 
     from dstrain import checkpoint
 
     with tqdm(unit="B", unit_scale=True, desc="import", disable=quiet()) as bar:
-        done = checkpoint.bring_in(
+        done = checkpoint.import_checkpoint(
             options.source,
             options.out,
             samples_per_epoch=options.samples_per_epoch,

@@ -18,7 +18,6 @@ from dstrain.engine.model_checks import (
     check_formats,
     check_layerdrop,
     check_leaf_modules,
-    leaf_classes,
     make_contiguous,
 )
 from dstrain.engine.optimizers import (
@@ -114,7 +113,7 @@ class Engine:
 
         check_leaf_modules(module, resolved)
         if trains and resolved.stage == 3 and is_distributed():
-            check_layerdrop(module, leaves=leaf_classes(resolved))
+            check_layerdrop(module, leaves=resolved.leaf_classes)
         check_formats(module, resolved, trains=trains)
         live_engines.hand_over_module(module)
         config = resolved.to_deepspeed()
@@ -173,14 +172,14 @@ class Engine:
         self._sequence = gradient_sequence(self.optimizer, module) if trains else None
         self._passes = TrainingPasses(self._engine, module)
         # As DistributedDataParallel, which sends them unless it is told not to.
-        sends = resolved.value("ddp_broadcast_buffers") is not False
+        sends = resolved.broadcasts_buffers
         buffers = Buffers(module, sends=sends) if trains else None
         self._state = None if buffers is None else self._make_state(buffers)
         self._linear = MemoryEfficientLinear(resolved)
         if resolved.stage == 3:
             self._told = ForwardRegistration(module, resolved)
             _let_deepspeed_save(self._engine)
-            patience = float(resolved.value("ddp_timeout"))
+            patience = resolved.timeout_seconds
             self._lockstep = ModuleOrderWatch(self.optimizer, module, patience_seconds=patience)
             if self._sequence is not None:
                 self._sequence.before_end = self._lockstep.end_of_backward

@@ -1,6 +1,6 @@
 """Models: built, loaded and saved whole or partitioned."""
 
-from dstrain.models.adapters import merge_adapters, unloaded
+from dstrain.models.adapters import merge_adapters, without_adapters
 from dstrain.models.build import (
     DTYPES,
     build_causal_lm,
@@ -10,9 +10,8 @@ from dstrain.models.build import (
     max_length,
     parse_model_config,
 )
-from dstrain.models.folder import check_model_folder, told_of_library
+from dstrain.models.folder import check_model_folder, library_errors
 from dstrain.models.guard import guard_partitioned, release_guard
-from dstrain.models.held import HeldShards, held_bytes, hold_shards
 from dstrain.models.host_copies import HostCopies
 from dstrain.models.layout import (
     Entry,
@@ -31,12 +30,13 @@ from dstrain.models.shards import Portion
 from dstrain.models.sizes import count_causal_lm, count_seq2seq, sizes_of_module
 from dstrain.models.skeleton import Skeleton, skeleton_of
 from dstrain.models.tensor_file import Stored, TensorReader, write_tensor_file
+from dstrain.models.weight_snapshot import WeightSnapshot, snapshot_bytes, snapshot_weights
 
 __all__ = [
     "DTYPES",
     "Entry",
     "Group",
-    "HeldShards",
+    "WeightSnapshot",
     "HostCopies",
     "Portion",
     "RecordedLayout",
@@ -53,8 +53,8 @@ __all__ = [
     "count_seq2seq",
     "groups_of",
     "guard_partitioned",
-    "held_bytes",
-    "hold_shards",
+    "snapshot_bytes",
+    "snapshot_weights",
     "load_causal_lm",
     "load_seq2seq",
     "max_length",
@@ -68,8 +68,8 @@ __all__ = [
     "save_model",
     "sizes_of_module",
     "skeleton_of",
-    "told_of_library",
-    "unloaded",
+    "library_errors",
+    "without_adapters",
     "unsaved_remark",
     "weights_hooks_compute_with",
     "weights_not_in_files",

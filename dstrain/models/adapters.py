@@ -193,7 +193,7 @@ def merge_adapters(model: Any) -> None:
             layer.merge()
 
 
-def unloaded(model: Any) -> torch.nn.Module:
+def without_adapters(model: Any) -> torch.nn.Module:
     """Return the model inside PEFT's, after ``merge_adapters``; do not use PEFT's any more."""
     tuner = model.base_model
     with warnings.catch_warnings():

@@ -14,7 +14,7 @@ from dstrain.core.files import expanded
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, launched_ranks
 from dstrain.models import compat
-from dstrain.models.folder import check_loaded, check_model_folder, told_of_library
+from dstrain.models.folder import check_loaded, check_model_folder, library_errors
 from dstrain.models.partitioned import building_partitioned
 
 logger = get_logger(__name__)
@@ -108,7 +108,7 @@ def load_seq2seq(
 
 def _build(auto: Any, config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
     with (
-        told_of_library(f"no {config.model_type} model can be built from the model config"),
+        library_errors(f"no {config.model_type} model can be built from the model config"),
         building_partitioned(resolved),
     ):
         return auto.from_config(config, dtype=DTYPES[resolved.precision])
@@ -127,7 +127,7 @@ def _load(
         check_model_folder(folder)
     with all_or_none():
         with (
-            told_of_library(f"model_name_or_path={folder!r} cannot be loaded"),
+            library_errors(f"model_name_or_path={folder!r} cannot be loaded"),
             building_partitioned(resolved),
             compat.without_load_report(),
         ):
@@ -175,7 +175,7 @@ def _make_config(kind: str, values: dict[str, Any], spec: str) -> Any:
     if kind not in CONFIG_MAPPING:
         raise _unknown_type(kind)
     check_sizes(values, spec)
-    with told_of_library(f"model_config={spec!r}: transformers refuses its values"):
+    with library_errors(f"model_config={spec!r}: transformers refuses its values"):
         return AutoConfig.for_model(kind, **values)
 
 

@@ -16,7 +16,7 @@ import torch
 from dstrain.config.memory.sizes import ModelSizes
 from dstrain.core.errors import DstrainError, ModelError, Problem
 from dstrain.models.build import parse_model_config
-from dstrain.models.folder import told_of_library
+from dstrain.models.folder import library_errors
 from dstrain.models.sizes import sizes_of_module
 
 
@@ -27,7 +27,7 @@ def count_parameters(spec: str) -> ModelSizes:
         ModelError: the config cannot be read, or no model can be built from it.
     """
     config = parse_model_config(spec)
-    with told_of_library(
+    with library_errors(
         f"no model of type {config.model_type!r} can be built from model_config={spec!r}",
         "install what it names as missing, or complete the config",
     ):

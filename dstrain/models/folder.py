@@ -61,7 +61,7 @@ def check_model_folder(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def told_of_library(what: str, remedy: str = "") -> Iterator[None]:
+def library_errors(what: str, remedy: str = "") -> Iterator[None]:
     """Turn any error of a model library inside into a ModelError that says what was asked.
 
     Constructors and loaders of transformers meet odd configs and files with any exception.
@@ -123,7 +123,7 @@ def _files_of_index(index: Path) -> list[Path]:
 def _damage(file: Path) -> list[Problem]:
     """Return what keeps a file of weights from being loaded, as far as its contents list tells."""
     try:
-        with told_of_library(f"the weights {file} cannot be read", _DAMAGED):
+        with library_errors(f"the weights {file} cannot be read", _DAMAGED):
             (_look_at_safetensors if file.suffix == ".safetensors" else _look_at_archive)(file)
     except ModelError as error:
         return list(error.problems)

@@ -67,15 +67,15 @@ def guard_partitioned(
             undo.append(_replace(owner, name, by, *arguments))
 
     replace(model, "save_pretrained", _if_whole, "save_pretrained()", _SAVE)
-    replace(model, "resize_token_embeddings", _resized, open_partitioner)
+    replace(model, "resize_token_embeddings", _resize, open_partitioner)
     if has_adapters(model):
         for name in _MERGING:
             replace(model.base_model, name, _if_whole, f"{name}()", _MERGE)
         # It reads gradients, which DeepSpeed gathers, where transformers knows of stage 3.
-        replace(model.base_model, "update_and_allocate", _told)
+        replace(model.base_model, "update_and_allocate", _as_at_stage_3)
     for generator in _generators(model):
         replace(generator, "generate", _on_all_ranks, patience_seconds)
-    replace(model, "__reduce_ex__", _no_copy)
+    replace(model, "__reduce_ex__", _refuse_copy)
     undo.append(model.register_forward_pre_hook(_needs_engine).remove)
     undo.append(model.register_state_dict_pre_hook(_needs_whole_state).remove)
     vars(model)[_UNDO] = undo
@@ -89,18 +89,18 @@ def release_guard(model: Any) -> None:
 
 def _replace(owner: Any, name: str, by: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
     """Let calls of a method go through ``by``, and return a function that undoes it."""
-    own = vars(owner)
-    had, method = name in own, getattr(owner, name)
+    attributes = vars(owner)
+    had, method = name in attributes, getattr(owner, name)
     through = functools.partial(by, owner, method, *arguments)
     setattr(owner, name, through)
 
     def undo() -> None:
-        if own.get(name) is not through:
+        if attributes.get(name) is not through:
             return  # replaced since
         if had:
-            own[name] = method
+            attributes[name] = method
         else:
-            del own[name]
+            del attributes[name]
 
     return undo
 
@@ -122,7 +122,7 @@ def _if_whole(
     return method(*args, **kwargs)
 
 
-def _resized(
+def _resize(
     owner: Any,
     method: Callable[..., Any],
     open_partitioner: Callable[[], Partitioner | None],
@@ -141,11 +141,11 @@ def _resized(
     return resize_partitioned(owner, resize, *args, partitioner=partitioner, **kwargs)
 
 
-def _no_copy(owner: Any, method: Callable[..., Any], *args: Any) -> Any:
+def _refuse_copy(owner: Any, method: Callable[..., Any], *args: Any) -> Any:
     raise _in_parts("a copy, or torch.save(),", f"{_SAVE}; {_WHOLE}")
 
 
-def _told(owner: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _as_at_stage_3(owner: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with StageRegistration(3):
         return method(*args, **kwargs)
 

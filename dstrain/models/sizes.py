@@ -12,7 +12,7 @@ import torch
 from dstrain.config.memory.closed_forms import closed_form
 from dstrain.config.memory.sizes import Block, ModelSizes, Tensors, merged
 from dstrain.engine import full_shape
-from dstrain.models.folder import told_of_library
+from dstrain.models.folder import library_errors
 
 _LAYER = re.compile(r"\.\d+\.")
 _NORM = re.compile(r"(?<![qk]_)(norm|norm_?\d|ln_\w+|layernorm)\.weight$", re.IGNORECASE)
@@ -35,7 +35,7 @@ def count_seq2seq(config: Any) -> ModelSizes:
 
 def _count(auto: Any, config: Any) -> ModelSizes:
     what = f"no {config.model_type} model can be built from its config"
-    with told_of_library(what), torch.device("meta"):
+    with library_errors(what), torch.device("meta"):
         module = auto.from_config(copy.deepcopy(config))
     return sizes_of_module(module, source="built without memory")
 

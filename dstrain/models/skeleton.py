@@ -11,7 +11,7 @@ import torch
 from dstrain.core.documents import parsed
 from dstrain.core.errors import ModelError, Problem
 from dstrain.engine import decay_parameter_names
-from dstrain.models.folder import told_of_library
+from dstrain.models.folder import library_errors
 
 
 @dataclass(frozen=True)
@@ -75,5 +75,5 @@ def module_without_memory(folder: Path) -> Any:
     architecture = getattr(transformers, name, None)
     if not isinstance(architecture, type) or not issubclass(architecture, torch.nn.Module):
         raise ModelError(Problem(f"{path} names {name!r}", "transformers has no such model"))
-    with told_of_library(f"no model can be built from {path}"), torch.device("meta"):
+    with library_errors(f"no model can be built from {path}"), torch.device("meta"):
         return architecture(transformers.AutoConfig.from_pretrained(folder))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dstrain.models import merge_adapters, unloaded
+from dstrain.models import merge_adapters, without_adapters
 from dstrain.trainer.optimizer_hooks import OwnObjects
 
 
@@ -38,7 +38,7 @@ class AdapterHooks:
         self.close()
         self.model = self.optimizer = self.lr_scheduler = self._counted = None
         self._own = OwnObjects(trainer, None, None)  # those before are of the adapter's parameters
-        self.model = unloaded(model)
+        self.model = without_adapters(model)
         self.events.hold(None)
         self._note_model()
         merged: torch.nn.Module = self.model

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import (
-    check_whole,
     holding,
     load_weights,
     read_arguments,
     read_manifest,
     step_of,
+    verify_on_ranks,
 )
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import CheckpointError, ConfigError, Problem
@@ -144,7 +144,7 @@ class BestModel:
             )
             return
         folder, ranks = Path(state.best_model_checkpoint), self._trainer.ranks
-        whole = check_whole(folder, ranks, on_each_node=self._trainer.args.save_on_each_node)
+        whole = verify_on_ranks(folder, ranks, on_each_node=self._trainer.args.save_on_each_node)
         with holding(folder):
             load_weights(engine, folder, whole, ranks)
         if ranks.is_main:

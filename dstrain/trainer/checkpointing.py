@@ -19,19 +19,18 @@ from dstrain.checkpoint import (
     RunRecord,
     TrainerStateRecord,
     check_readable,
-    choose,
+    choose_checkpoint,
     holding,
     load_into,
     place,
     read_arguments,
-    read_own,
+    read_rank_state,
     read_run,
     read_trainer_state,
     wanted_checkpoint,
 )
 from dstrain.config import ResolvedConfig
 from dstrain.config.explain import as_record
-from dstrain.config.memory.placement import Buckets
 from dstrain.core.adapters import has_adapters
 from dstrain.core.documents import typed
 from dstrain.core.errors import CheckpointError, DataError, Problem
@@ -84,7 +83,7 @@ def check_hooks(model: Any, args: TrainingArguments, resolved: ResolvedConfig) -
     )
     if resolved.stage != 3 or not saves or has_adapters(model):
         return
-    stay_whole = Buckets.of_config(resolved.values).persistence
+    stay_whole = resolved.buckets.persistence
     if names := weights_hooks_compute_with(model, above=stay_whole):
         raise computed_of_parts(names)
 
@@ -109,7 +108,7 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
     def look(folder: Path, manifest: Manifest) -> None:
         looked[folder] = _read_start(folder, manifest, trainer.ranks)
 
-    chosen = choose(
+    chosen = choose_checkpoint(
         wanted,
         Path(trainer.args.output_dir),
         trainer.ranks,
@@ -135,7 +134,7 @@ def _read_start(folder: Path, manifest: Manifest, ranks: Ranks) -> Start:
     Raises:
         CheckpointError: a document is not what it must be.
     """
-    run, own = read_run(folder), read_own(folder, manifest, ranks)
+    run, own = read_run(folder), read_rank_state(folder, manifest, ranks)
     try:
         position = Position.of(run["position"])
         if own is not None:
@@ -233,8 +232,8 @@ def resume(trainer: Trainer, engine: Engine, start: Start) -> Resumption:
     with holding(start.folder):
         allowed = _reader(trainer).unpickles
         restored = load_into(engine, start.folder, start.manifest, ranks, unpickles=allowed)
-    if position.is_split and restored.own is not None:
-        position = replace(position, source=restored.own.get("source"))
+    if position.is_split and restored.rank_state is not None:
+        position = replace(position, source=restored.rank_state.get("source"))
     _restore_state(trainer, start)
     batch = trainer.resolved.global_batch_size
     if batch != start.global_batch_size:
@@ -250,14 +249,14 @@ def resume(trainer: Trainer, engine: Engine, start: Start) -> Resumption:
             if there != here:
                 logger.warning("%s: %s in the checkpoint, %s in this run", what, there, here)
         _warn_of_other_arguments(trainer.state, start.state)
-    if restored.own is None:
+    if restored.rank_state is None:
         seed_rank(trainer.args.seed, step=position.progress.step, rank=ranks.rank)
         if ranks.is_main:
             logger.warning(
                 "random states are those of (seed, step, rank) and not of the checkpoint, which "
                 "has none for this number of ranks"
             )
-    return Resumption(position, restored.own)
+    return Resumption(position, restored.rank_state)
 
 
 def _warn_of_other_arguments(state: Any, saved: TrainerStateRecord) -> None:
@@ -468,7 +467,7 @@ def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: P
             "position": position.shared(),
             "global_batch_size": trainer.resolved.global_batch_size,
         },
-        own=position.own(),
+        rank_state=position.own(),
         documents={
             "trainer_state.json": _state_values(trainer),
             "resolved_config.json": as_record(trainer.resolved, trainer.args),

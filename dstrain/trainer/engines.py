@@ -99,7 +99,7 @@ class EngineKeeper:
         self, module: torch.nn.Module, resolved: ResolvedConfig
     ) -> contextlib.AbstractContextManager[Any]:
         """Return the autocast context of an engine; an empty one where an engine is alive."""
-        autocasts = resolved.values.get("torch_autocast.enabled") and engine_on(module) is None
+        autocasts = resolved.autocasts and engine_on(module) is None
         if not autocasts:
             return contextlib.nullcontext()
         return torch.autocast(device_type(), dtype=DTYPES[resolved.compute_format])

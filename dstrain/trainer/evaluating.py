@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dstrain.config.resolution.batch import eval_micro_batch
 from dstrain.core.errors import ConfigError, DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.seeds import random_state, set_random_state
@@ -29,7 +30,7 @@ from dstrain.evaluation import (
     metric_values,
     with_prefix,
 )
-from dstrain.trainer import build, compat
+from dstrain.trainer import compat
 from dstrain.trainer.eval_format import full_eval_format, in_format
 from dstrain.trainer.eval_loaders import EvalLoaderHooks
 from dstrain.training.key_value_cache import KeyValueCache
@@ -440,7 +441,7 @@ class EvaluationHooks(EvalLoaderHooks):
             )
 
     def _with_speed(self, output: Any, started: float, prefix: str) -> dict[str, float]:
-        batch = build.eval_batch_size(self.args, self.ranks) * self.ranks.world_size
+        batch = eval_micro_batch(self.args, self.ranks.world_size) * self.ranks.world_size
         metrics = dict(output.metrics) | compat.speed_metrics(
             prefix,
             started,

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dstrain.config.resolution.running import shown_arguments
 from dstrain.core.log import get_logger
 from dstrain.reporting import progress_callback, set_tensorboard_folder, tracker_callbacks
 from dstrain.training.freeze_watch import LOOKS_AFTER, FreezeWatch
@@ -63,8 +64,9 @@ class Events:
         if name == "on_prediction_step":
             self.handler.eval_dataloader = kwargs.pop("eval_dataloader", None)
         extra = (kwargs.pop(positional),) if positional else ()
-        with self._taking_changes():
-            self.control = event(trainer.args, trainer.state, self.control, *extra, **kwargs)
+        shown = shown_arguments(trainer.args, trainer.resolved)
+        with self._taking_changes(), shown as args:
+            self.control = event(args, trainer.state, self.control, *extra, **kwargs)
         trainer.control = self.control
         if self._freezing is not None and name in LOOKS_AFTER:
             self._freezing.look()
@@ -149,8 +151,8 @@ class Events:
         state.num_input_tokens_seen = 0
         state.total_flos = trainer.current_flos = 0.0
         # In the unit of the argument, with the value that runs: the DeepSpeed config may decide it.
-        each = trainer.ranks.world_size if args.splits_batches else 1
-        state.train_batch_size = trainer.resolved.micro_batch_size * each
+        resolved = trainer.resolved
+        state.train_batch_size = resolved.batch_unit.as_argument(resolved.micro_batch_size)
         state.num_train_epochs = -(-max_steps // steps_per_epoch) if steps_per_epoch else 1
         state.compute_steps(args, max_steps)
         for callback in self.handler.callbacks:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import ResolvedConfig
+from dstrain.config.resolution.batch import smaller
 from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import require_equal
@@ -42,7 +42,7 @@ def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:
         for key in _DECIDED
         if resolved.provenance[key].source == "config"
     ]
-    if int(resolved.values.get("zero_optimization.zero_hpz_partition_size", 1)) > 1:
+    if resolved.hpz_partition_size > 1:
         problems.append(
             Problem(
                 "auto_find_batch_size=True with zero_hpz_partition_size",
@@ -55,35 +55,15 @@ def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:
 
 def begin_with_found(trainer: Trainer, start: saving.Start | None) -> None:
     """Begin with the micro-batch that the run of the checkpoint had found."""
-    args = trainer.args
     found = None if start is None else start.state.train_batch_size
-    if not args.auto_find_batch_size or not found or found >= args.per_device_train_batch_size:
+    if not trainer.args.auto_find_batch_size or not found:
         return
-    total = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if total % found == 0:
-        trainer.fitted = found, total // found
+    asked = trainer._resolve(None)
+    micro_batch = asked.batch_unit.per_rank(found)
+    total = asked.micro_batch_size * asked.accumulation
+    if micro_batch < asked.micro_batch_size and total % micro_batch == 0:
+        trainer.fitted = asked.batch_unit.as_argument(micro_batch), total // micro_batch
         trainer.resolved = trainer._resolve(None)
-
-
-def fitted_arguments(args: TrainingArguments, fitted: tuple[int, int] | None) -> TrainingArguments:
-    """Return a copy of the arguments with the micro-batch that was found; None changes nothing."""
-    if fitted is None:
-        return args
-    changed = copy.copy(args)
-    changed.per_device_train_batch_size, changed.gradient_accumulation_steps = fitted
-    return changed
-
-
-def smaller(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
-    """Return the largest micro-batch of at most half the size, with as many samples per step.
-
-    None where it would be less than one sample.
-    """
-    total = micro_batch * accumulation
-    for size in range(micro_batch // 2, 0, -1):
-        if total % size == 0:
-            return size, total // size
-    return None
 
 
 def run_fitting(trainer: Trainer, loop: TrainLoop) -> None:
@@ -157,7 +137,6 @@ def _take_place(
     trainer: Trainer, loop: TrainLoop, captured: CapturedState, micro_batch: int, accumulation: int
 ) -> None:
     """Replace the engine that ran out of memory by one with another micro-batch."""
-    args = trainer.args
     if trainer.ranks.is_main:
         logger.warning(
             "memory ran out at step %d with a micro-batch of %d: going on with %d, and %d of them "
@@ -167,9 +146,9 @@ def _take_place(
             micro_batch,
             accumulation,
         )
-    each = trainer.ranks.world_size if args.splits_batches else 1
-    trainer.fitted = micro_batch * each, accumulation
-    trainer.state.train_batch_size = micro_batch * each
+    shown = trainer.resolved.batch_unit.as_argument(micro_batch)
+    trainer.fitted = shown, accumulation
+    trainer.state.train_batch_size = shown
     trainer.resolved = trainer._resolve(loop.plan.max_steps)
     loader = trainer.get_train_dataloader()
     inherit_split(loader, loop.loader)

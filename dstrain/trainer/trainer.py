@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import CheckpointWriter, RunLock, check_there, held_by_one
+from dstrain.checkpoint import CheckpointWriter, RunLock, check_there, held_lock
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
@@ -44,7 +44,6 @@ from dstrain.trainer.events import Events
 from dstrain.trainer.fitting import (
     begin_with_found,
     check_fitting,
-    fitted_arguments,
     run_fitting,
 )
 from dstrain.trainer.generation_config import changing, check_generation_config
@@ -274,7 +273,7 @@ class Trainer(
         return output
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> Any:
-        with held_by_one(self.output_lock, takes=self.args.should_save):
+        with held_lock(self.output_lock, takes=self.args.should_save):
             return self._train_alone(resume_from_checkpoint)
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None) -> Any:
@@ -567,8 +566,9 @@ class Trainer(
 
     def _resolve(self, max_steps: int | None) -> ResolvedConfig:
         return build.resolve_config(
-            fitted_arguments(self.args, self.fitted),
+            self.args,
             self.ranks,
+            found_batch=self.fitted,
             module=self.model,
             sequence_length=self.sequence_length,
             num_training_steps=max_steps,

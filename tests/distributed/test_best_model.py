@@ -78,7 +78,7 @@ def test_the_best_weights_come_back_and_nothing_else(
     from safetensors import safe_open
     from transformers import TrainerCallback
 
-    from dstrain.checkpoint.content import own_slices
+    from dstrain.checkpoint.content import rank_slices
 
     seen: dict[int, Any] = {}
 
@@ -108,7 +108,7 @@ def test_the_best_weights_come_back_and_nothing_else(
     assert engine.loss_scale() == seen[6][1]
     assert trainer.lr_scheduler.last_epoch == 6 - trainer.deepspeed.skipped_steps
     if not settings.get("save_only_model"):
-        own = {t.name: t.load().clone() for t in own_slices(engine, trainer.ranks).tensors}
+        own = {t.name: t.load().clone() for t in rank_slices(engine, trainer.ranks).tensors}
         for step, kinds in ((4, ("master", "weight")), (6, ("exp_avg", "exp_avg_sq"))):
             file = tmp_path / f"checkpoint-{step}/state/rank-{rank:05d}.safetensors"
             with safe_open(file, "pt") as saved:

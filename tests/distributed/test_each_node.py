@@ -91,7 +91,7 @@ def test_a_checkpoint_counts_where_every_machine_has_its_part(
 ) -> None:
     """The newest is gone on one machine; the one before it is of another save there."""
     from dstrain.checkpoint import committed
-    from dstrain.checkpoint.find import choose
+    from dstrain.checkpoint.find import choose_checkpoint
     from dstrain.core.errors import CheckpointError
     from dstrain.core.ranks import Ranks, barrier
 
@@ -101,13 +101,13 @@ def test_a_checkpoint_counts_where_every_machine_has_its_part(
     run(here / "two", **{**settings, "seed": 7})
     assert [f.step for f in committed(here / "one")] == [2, 4]
     facts = Ranks(rank, 0, 2, 1)
-    chosen = choose(True, here / "one", facts, on_each_node=True)
+    chosen = choose_checkpoint(True, here / "one", facts, on_each_node=True)
     assert chosen is not None
     assert chosen[1].step == 4
     if rank == 1:
         shutil.rmtree(here / "one/checkpoint-4")
     barrier()
-    chosen = choose("auto", here / "one", facts, on_each_node=True)
+    chosen = choose_checkpoint("auto", here / "one", facts, on_each_node=True)
     assert chosen is not None
     assert chosen[1].step == 2
     if rank == 0:
@@ -117,11 +117,11 @@ def test_a_checkpoint_counts_where_every_machine_has_its_part(
         shutil.copytree(here / "two/checkpoint-2", here / "one/checkpoint-2")
     barrier()
     with pytest.raises(CheckpointError, match="parts of different saves"):
-        choose(True, here / "one", facts, on_each_node=True)
+        choose_checkpoint(True, here / "one", facts, on_each_node=True)
     # A machine that took the other one's place has not what its rank needs.
     other = tmp_path / f"machine{1 - rank}"
     with pytest.raises(CheckpointError, match="state/rank-0000.* is missing"):
-        choose(str(other / "two/checkpoint-2"), here, facts, on_each_node=True)
+        choose_checkpoint(str(other / "two/checkpoint-2"), here, facts, on_each_node=True)
 
 
 @pytest.mark.ranks(2, timeout=300)
@@ -167,7 +167,7 @@ def test_a_machine_that_cannot_write_stops_all(
     tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No half of a checkpoint is ever resumed."""
-    from dstrain.checkpoint import choose, committed, folders
+    from dstrain.checkpoint import choose_checkpoint, committed, folders
     from dstrain.core.errors import CheckpointError
     from dstrain.core.ranks import Ranks
 
@@ -188,4 +188,4 @@ def test_a_machine_that_cannot_write_stops_all(
     # The other one had its part in place by then; a run that goes on does not take it.
     assert [f.step for f in committed(here)] == ([2] if rank == 0 else [])
     with pytest.raises(CheckpointError, match="checkpoint-2: on the machine of rank 1"):
-        choose("auto", here, Ranks(rank, 0, 2, 1), on_each_node=True)
+        choose_checkpoint("auto", here, Ranks(rank, 0, 2, 1), on_each_node=True)

@@ -125,12 +125,12 @@ def train_on(folder: Path, start: Path | None, kind: str, stage: int, **settings
     return trainer
 
 
-def bring_in(source: Path, out: Path, rank: int, **more: Any) -> Any:
+def imported(source: Path, out: Path, rank: int, **more: Any) -> Any:
     """Import on rank 0, as the command does, and wait for it on the others."""
-    from dstrain.checkpoint import bring_in as bring
+    from dstrain.checkpoint import import_checkpoint
     from dstrain.core.ranks import barrier
 
-    done = bring(source, out, samples_per_epoch=SAMPLES, **more) if rank == 0 else None
+    done = import_checkpoint(source, out, samples_per_epoch=SAMPLES, **more) if rank == 0 else None
     barrier()
     return done
 
@@ -160,7 +160,7 @@ def test_a_run_of_deepspeed_goes_on_at_another_stage(tmp_path: Path, rank: int) 
             **more,
         }
         whole = train_by_hand(folder / "theirs", kind, config)
-        done = bring_in(folder / "theirs", folder / "ours/checkpoint-4", rank)
+        done = imported(folder / "theirs", folder / "ours/checkpoint-4", rank)
         if rank == 0:
             assert (done.step, f"ZeRO stage {stage}" in done.kind) == (SAVED, True)
             assert verify(folder / "ours/checkpoint-4")[1] == []
@@ -202,7 +202,7 @@ def test_a_run_of_transformers_without_deepspeed_goes_on(tmp_path: Path, rank: i
         optimizer.zero_grad()
         found.append(loss.item())
         history.append({"loss": loss.item(), "step": step + 1, "epoch": (step + 1) / 16})
-    done = bring_in(folder, tmp_path / "ours/checkpoint-4", rank)
+    done = imported(folder, tmp_path / "ours/checkpoint-4", rank)
     if rank == 0:
         assert any("a global batch of 4 samples" in remark for remark in done.remarks)
     trainer = train_on(tmp_path / "ours", tmp_path / "ours/checkpoint-4", "plain", 3)

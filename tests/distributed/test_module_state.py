@@ -241,7 +241,7 @@ def test_states_are_sent_as_files_have_them(rank: int, monkeypatch: pytest.Monke
     send = extra_state.broadcast_object
     monkeypatch.setattr(extra_state, "broadcast_object", broadcast)
     states = {"a": torch.full((2,), float(rank)), "b": {0: torch.ones(1)}, "c": (1, rank)}
-    main, own = extra_state.own_states(states)
+    main, own = extra_state.rank_states(states)
     assert len(sent) == 1
     assert main["a"].tolist() == [0.0, 0.0]
     assert main["b"][0].tolist() == [1.0]

@@ -35,7 +35,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path, rank: int) 
 @pytest.mark.ranks(2, timeout=240)
 def test_other_runs_are_refused_and_an_import_frees_it(tmp_path: Path, rank: int) -> None:
     """Another stage or format, or nobody's leave to unpickle: each with what to do about it."""
-    from dstrain.checkpoint import bring_in
+    from dstrain.checkpoint import import_checkpoint
     from dstrain.core.errors import CheckpointError
     from dstrain.core.ranks import barrier
 
@@ -53,7 +53,7 @@ def test_other_runs_are_refused_and_an_import_frees_it(tmp_path: Path, rank: int
         other.close()
     ours = tmp_path / "ours/checkpoint-4"
     if rank == 0:
-        bring_in(start, ours)
+        import_checkpoint(start, ours)
     barrier()
     settings = {**SAVING, "checkpoint_format": "dstrain", "model": tiny_llama}
     resumed = run(tmp_path / "again", resume=str(ours), stage=3, **settings)

@@ -103,7 +103,7 @@ def test_a_model_that_was_loaded_in_parts_is_saved_as_it_was_stored(
 ) -> None:
     """No prefix twice (``model.model.embed_tokens``), no expert transposed or merged."""
     from dstrain.core.ranks import Ranks
-    from dstrain.models import HostCopies, hold_shards, save_model
+    from dstrain.models import HostCopies, save_model, snapshot_weights
 
     whole = tiny(name)
     stored = in_files(saved_by_one(whole, tmp_path / "stored", rank))
@@ -112,7 +112,7 @@ def test_a_model_that_was_loaded_in_parts_is_saved_as_it_was_stored(
     assert_partitioned(model)
     ranks = Ranks(rank, rank, 2, 2)
     save_model(model, tmp_path / "saved", ranks)
-    held = hold_shards(model, ranks, HostCopies(), shard_bytes=20_000)
+    held = snapshot_weights(model, ranks, HostCopies(), shard_bytes=20_000)
     assert held is not None
     assert held.shares
     (tmp_path / "held").mkdir(exist_ok=True)

@@ -66,14 +66,14 @@ def test_weights_held_for_a_thread_are_those_of_the_moment(tmp_path: Path, rank:
     from safetensors import safe_open
 
     from dstrain.core.ranks import barrier
-    from dstrain.models import HostCopies, hold_shards
+    from dstrain.models import HostCopies, snapshot_weights
 
     model = tiny_llama()
     model.model.layers[0].requires_grad_(False)
     trainer = make_trainer(tmp_path / "run", stage=3, model=model, bf16=True, max_steps=2, train=12)
     trainer.train()
     expected = whole_weights(trainer)
-    held = hold_shards(trainer.model, trainer.ranks, HostCopies(), shard_bytes=50_000)
+    held = snapshot_weights(trainer.model, trainer.ranks, HostCopies(), shard_bytes=50_000)
     assert held is not None
     assert len(held.shares) == len(expected)
     assert not held.whole

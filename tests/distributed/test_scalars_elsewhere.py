@@ -115,7 +115,7 @@ def test_the_tools_take_them(stage: int, tmp_path: Path, rank: int) -> None:
 @pytest.mark.ranks(2, timeout=240)
 def test_deepspeeds_own_layout(tmp_path: Path) -> None:
     """``checkpoint_format="deepspeed"``: saved, resumed, and brought in as slices."""
-    from dstrain.checkpoint import bring_in, verify
+    from dstrain.checkpoint import import_checkpoint, verify
     from dstrain.core.ranks import barrier, launched_ranks
     from tests.distributed.runs import losses, make_trainer
 
@@ -143,7 +143,7 @@ def test_deepspeeds_own_layout(tmp_path: Path) -> None:
         assert losses(again) == losses(whole)
         again.close()
         if launched_ranks().is_main:
-            bring_in(start, folder / "slices")
+            import_checkpoint(start, folder / "slices")
             assert verify(folder / "slices")[1] == []
         barrier()
         other = make_trainer(folder / "other", model=made(), **settings | {"stage": 3 - stage // 2})
@@ -158,9 +158,9 @@ def test_a_run_of_transformers_comes_in(cls: Any, tmp_path: Path) -> None:
     import transformers
     from safetensors.torch import load_file
 
-    from dstrain.checkpoint import bring_in, read_run, verify
-    from dstrain.checkpoint.load import read_index
+    from dstrain.checkpoint import import_checkpoint, read_run, verify
     from dstrain.checkpoint.manifest import read_manifest
+    from dstrain.checkpoint.slice_index import read_index
     from tests.families.zoo import FAMILIES
 
     family = FAMILIES["clip"]
@@ -175,7 +175,7 @@ def test_a_run_of_transformers_comes_in(cls: Any, tmp_path: Path) -> None:
     model.save_pretrained(theirs)
     torch.save(optimizer.state_dict(), theirs / "optimizer.pt")
     (theirs / "trainer_state.json").write_text(json.dumps({"global_step": 2, "epoch": 1.0}))
-    bring_in(theirs, ours)
+    import_checkpoint(theirs, ours)
     assert verify(ours)[1] == []
     index = read_index(ours, read_manifest(ours))
     assert set(index.keys_of("logit_scale")) == {"master", "exp_avg", "exp_avg_sq"}

@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from dstrain.checkpoint import (
-    bring_in,
-    choose,
+    choose_checkpoint,
     compare,
     convert,
     export,
     folders,
+    import_checkpoint,
     read_manifest,
     verify,
 )
@@ -142,7 +142,7 @@ def relist(folder: Path, name: str) -> None:
 
 def resumed(output_dir: Path) -> str:
     """Find the checkpoint that a run would go on from."""
-    chosen = choose(
+    chosen = choose_checkpoint(
         True,
         output_dir,
         Ranks(),
@@ -322,11 +322,11 @@ def test_an_import_verifies_what_has_checksums_and_executes_nothing(folder, tmp_
     (folder / "latest").write_text("global_step4")
     relist(folder, "latest")
     with pytest.raises(CheckpointError, match="is not loaded|cannot be read"):
-        bring_in(folder, tmp_path / "out")
+        import_checkpoint(folder, tmp_path / "out")
     path = folder / "global_step4/mp_rank_00_model_states.pt"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="does not have its checksum"):
-        bring_in(folder, tmp_path / "out")
+        import_checkpoint(folder, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
@@ -486,9 +486,9 @@ def test_what_has_no_manifest_is_skipped_with_its_reason(folder, caplog):
     assert "checkpoint-9 is skipped" in caplog.text
     assert "it has no manifest.json" in caplog.text
     shutil.rmtree(folder)
-    assert choose("auto", folder.parent, Ranks()) is None
+    assert choose_checkpoint("auto", folder.parent, Ranks()) is None
     with pytest.raises(CheckpointError, match="checkpoint-9: .*no manifest"):
-        choose(True, folder.parent, Ranks())
+        choose_checkpoint(True, folder.parent, Ranks())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import torch
 from dstrain.checkpoint import folders
 from dstrain.checkpoint.codec import decode, encode
 from dstrain.checkpoint.content import RUN
-from dstrain.checkpoint.find import check_there, choose, verify
+from dstrain.checkpoint.find import check_there, choose_checkpoint, verify
 from dstrain.checkpoint.manifest import (
     NAME,
     Manifest,
@@ -228,7 +228,7 @@ def test_the_newest_that_verifies_is_chosen_and_the_reasons_are_said(tmp_path, c
     (lost / "state/rank-00001.safetensors").unlink()
     (kept / "notes.txt").write_text("a file that somebody put there does no harm")
     with caplog.at_level(logging.WARNING, logger="dstrain"):
-        chosen = choose(True, tmp_path, Ranks())
+        chosen = choose_checkpoint(True, tmp_path, Ranks())
     assert chosen is not None
     assert chosen[0] == kept
     assert "checkpoint-900 has files that are no part of it: notes.txt" in caplog.text
@@ -241,25 +241,25 @@ def test_the_newest_that_verifies_is_chosen_and_the_reasons_are_said(tmp_path, c
 
 def test_auto_starts_afresh_only_where_there_is_nothing(tmp_path):
     """A run whose checkpoints are all damaged must not quietly begin at step 0."""
-    assert choose("auto", tmp_path, Ranks()) is None
+    assert choose_checkpoint("auto", tmp_path, Ranks()) is None
     with pytest.raises(CheckpointError, match="there is none"):
-        choose(True, tmp_path, Ranks())
+        choose_checkpoint(True, tmp_path, Ranks())
     folder = make_checkpoint(tmp_path, 5)
     damage_flip(folder / "state/rank-00000.safetensors")
     for wanted in ("auto", True):
         with pytest.raises(CheckpointError, match="checkpoint-5: state/rank-00000"):
-            choose(wanted, tmp_path, Ranks())
+            choose_checkpoint(wanted, tmp_path, Ranks())
 
 
 def test_a_named_folder_is_taken_or_refused_with_a_suggestion(tmp_path):
     """A typo in the number must not resume from another step."""
     folder = make_checkpoint(tmp_path, 5)
     make_checkpoint(tmp_path, 9)
-    chosen = choose(str(folder), tmp_path, Ranks())
+    chosen = choose_checkpoint(str(folder), tmp_path, Ranks())
     assert chosen is not None
     assert chosen[1].step == 5
     with pytest.raises(CheckpointError, match=r"checkpoint-6.*(?s:.*)newest.*checkpoint-9"):
-        choose(str(tmp_path / "checkpoint-6"), tmp_path, Ranks())
+        choose_checkpoint(str(tmp_path / "checkpoint-6"), tmp_path, Ranks())
 
 
 def test_a_quick_look_finds_what_is_not_there(tmp_path):

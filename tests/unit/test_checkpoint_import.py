@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dstrain.checkpoint import bring_in, read_run, verify
-from dstrain.checkpoint.foreign import match_groups
-from dstrain.checkpoint.pickles import Number, Record, load_pickle
+from dstrain.checkpoint import import_checkpoint, read_run, verify
+from dstrain.checkpoint.foreign.parts import match_groups
+from dstrain.checkpoint.foreign.pickles import Number, Record, load_pickle
 from dstrain.core.errors import CheckpointError
 from tests.launch import ROOT
 
@@ -105,7 +105,7 @@ def test_pickles_are_read_in_one_place():
         or (isinstance(node, ast.Import) and any(a.name == "pickle" for a in node.names))
         or (isinstance(node, ast.ImportFrom) and node.module in ("pickle", "joblib", "dill"))
     ]
-    assert {place.partition(":")[0] for place in found} == {"dstrain/checkpoint/pickles.py"}
+    assert {place.partition(":")[0] for place in found} == {"dstrain/checkpoint/foreign/pickles.py"}
 
 
 def groups(*counts: int) -> list[dict[str, Any]]:
@@ -127,14 +127,14 @@ def test_numbers_of_an_optimizer_are_matched_with_names():
 
 def test_folders_with_nothing_to_bring_in_are_explained(tmp_path):
     with pytest.raises(CheckpointError, match="is no folder"):
-        bring_in(tmp_path / "nowhere", tmp_path / "out")
+        import_checkpoint(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "run/checkpoint-9").mkdir(parents=True)
     (tmp_path / "run/checkpoint-10").mkdir()
     with pytest.raises(CheckpointError, match=r"did you mean '.*/run/checkpoint-10'\?"):
-        bring_in(tmp_path / "run", tmp_path / "out")
+        import_checkpoint(tmp_path / "run", tmp_path / "out")
     (tmp_path / "run/latest").write_text("../elsewhere")
     with pytest.raises(CheckpointError, match="no folder beside it"):
-        bring_in(tmp_path / "run", tmp_path / "out")
+        import_checkpoint(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -150,7 +150,7 @@ def test_kinds_that_cannot_be_taken_apart_are_refused(tmp_path, names, says):
     for name in names:
         (tmp_path / "in" / name).touch()
     with pytest.raises(CheckpointError, match=says):
-        bring_in(tmp_path / "in", tmp_path / "out")
+        import_checkpoint(tmp_path / "in", tmp_path / "out")
 
 
 def test_the_schedule_of_transformers_with_deepspeed_stands_beside_its_files(tmp_path):
@@ -178,7 +178,7 @@ def test_the_schedule_of_transformers_with_deepspeed_stands_beside_its_files(tmp
         {"optimizer_state_dict": optimizer, "ds_config": model["ds_config"]},
         source / "global_step4/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
     )
-    done = bring_in(source, tmp_path / "out")
+    done = import_checkpoint(source, tmp_path / "out")
     assert (done.step, done.num_parameters) == (4, 1)
     run = read_run(tmp_path / "out")
     assert run["engine"]["schedule"] == {"last_epoch": 4, "base_lrs": [0.1]}

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain import TrainingArguments
+from dstrain.config.resolution.batch import smaller
 from dstrain.core.errors import ConfigError, DataError, ModelError
 from dstrain.data import Denominator, EpochOrder, LossRule, LossTargets, TokenCount, sample_lengths
 from dstrain.engine import MetricSchedule, is_out_of_memory
 from dstrain.engine.optimizers.metric_schedule import stepping_by_metric_only
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build
-from dstrain.trainer.fitting import smaller
 from dstrain.training import compat
 from dstrain.training.features import check_features, training_features
 from dstrain.training.label_smoothing import LabelSmoothing

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dstrain.checkpoint.load import Piece, SliceIndex
+from dstrain.checkpoint.slice_index import Piece, SliceIndex
 from dstrain.core.errors import CheckpointError
 from dstrain.engine.state.optimizer_state import (
     create_state,

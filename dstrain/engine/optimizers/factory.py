@@ -114,7 +114,7 @@ def check_user_optimizer(optimizer: Any, scheduler: Any, resolved: ResolvedConfi
         ConfigError: no optimizer at all, one that ZeRO makes another, or a schedule of another one.
     """
     problems = []
-    stage, offload = resolved.stage, resolved.value("offload_optimizer")
+    stage, offload = resolved.stage, resolved.optimizer_offload
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         why = "DeepSpeed takes a torch.optim.Optimizer"
         problems.append(Problem(f"optimizer of type {type(optimizer).__name__}", why))

@@ -38,7 +38,7 @@ def keep_communication_format(optimizer: Any, resolved: ResolvedConfig) -> None:
     from deepspeed.runtime.torch_autocast import get_comm_dtype
 
     common = optimizer.communication_data_type
-    autocasts = bool(resolved.values.get("torch_autocast.enabled"))
+    autocasts = resolved.autocasts
     optimizer.get_param_comm_dtype = get_comm_dtype if autocasts else lambda parameter: common
 
 
@@ -53,7 +53,7 @@ def reset(resolved: ResolvedConfig, *, others: bool) -> None:
         from deepspeed.utils import groups
 
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    if resolved.values.get("torch_autocast.enabled"):
+    if resolved.autocasts:
         from deepspeed.runtime import torch_autocast
 
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
@@ -65,4 +65,4 @@ def reset(resolved: ResolvedConfig, *, others: bool) -> None:
 
 
 def _has_groups(resolved: ResolvedConfig) -> bool:
-    return int(resolved.values.get("zero_optimization.zero_hpz_partition_size", 1)) > 1
+    return resolved.hpz_partition_size > 1

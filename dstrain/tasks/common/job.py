@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import check_there, held_by_one
+from dstrain.checkpoint import check_there, held_lock
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem, collected
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, barrier
 from dstrain.core.seeds import seed_everything
 from dstrain.core.stop import INCOMPLETE
 from dstrain.engine import full_numel
-from dstrain.models import check_model_folder, check_writable, told_of_library
+from dstrain.models import check_model_folder, check_writable, library_errors
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.trainer import Trainer
 from dstrain.trainer.build import resolve_config
@@ -96,7 +96,7 @@ def saved_config(name: str) -> Any:
     from transformers import AutoConfig
 
     check_model_folder(name)
-    with told_of_library(
+    with library_errors(
         f"model_name_or_path={name!r} cannot be read",
         "check the name: a folder written by save_pretrained, or a model of the Hub",
     ):
@@ -188,7 +188,7 @@ def train_and_report(
     Raises:
         CheckpointError: another run writes into the output folder.
     """
-    with held_by_one(trainer.output_lock, takes=trainer.args.should_save):
+    with held_lock(trainer.output_lock, takes=trainer.args.should_save):
         _train_and_report(trainer, figures, show)
     if not trainer.last_save_failed:
         return 0

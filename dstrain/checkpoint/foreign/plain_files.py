@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint.files import mapping
-from dstrain.checkpoint.foreign import (
+from dstrain.checkpoint.foreign.parts import (
     Foreign,
     Partition,
     engine_record,
     match_groups,
     moments_of,
 )
-from dstrain.checkpoint.pickles import load_pickle
+from dstrain.checkpoint.foreign.pickles import load_pickle
 from dstrain.checkpoint.trainer_state import STATE, TrainerStateRecord
 from dstrain.core.documents import Plain, read_document, typed, unreadable
 from dstrain.core.errors import CheckpointError, Problem

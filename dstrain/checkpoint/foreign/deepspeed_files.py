@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from dstrain.checkpoint.foreign import (
+from dstrain.checkpoint.foreign.parts import (
     Foreign,
     Partition,
     engine_record,
     match_groups,
     moments_of,
 )
-from dstrain.checkpoint.pickles import load_pickle
+from dstrain.checkpoint.foreign.pickles import load_pickle
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.models import Stored
 

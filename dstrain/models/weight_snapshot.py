@@ -52,7 +52,7 @@ class _Share:
 
 
 @dataclass(frozen=True)
-class HeldShards:
+class WeightSnapshot:
     """A model's weights in host memory, each rank holding what it needs to write its shards.
 
     Attributes:
@@ -72,11 +72,11 @@ class HeldShards:
     groups: Groups
 
     @property
-    def own(self) -> list[int]:
+    def rank_shards(self) -> list[int]:
         """Return the numbers of the shards that this rank writes."""
-        return _own(len(self.plan), self.rank, self.groups)
+        return _shards_of_rank(len(self.plan), self.rank, self.groups)
 
-    def exchanged(self, group: Any) -> HeldShards:
+    def exchanged(self, group: Any) -> WeightSnapshot:
         """Give every share to the rank that writes it; a collective of all ranks in ``group``.
 
         It takes no part in training's communication, so a thread can do it beside training.
@@ -114,7 +114,7 @@ class HeldShards:
         assert not self.shares
         names = shard_names(len(self.plan))
         records = {}
-        for number in self.own:
+        for number in self.rank_shards:
             tensors = []
             for portion in self.plan[number]:
                 tensors += portion.stored(partial(self._picked, number, portion))
@@ -129,14 +129,14 @@ class HeldShards:
         return [self.whole[number, entry.name] for entry in portion.entries]
 
 
-def hold_shards(
+def snapshot_weights(
     module: torch.nn.Module,
     ranks: Ranks,
     copies: HostCopies,
     *,
     groups: Groups | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> HeldShards | None:
+) -> WeightSnapshot | None:
     """Copy the weights to host memory; a collective.
 
     Of a partitioned parameter every rank copies its own share, which its writer gets later
@@ -156,7 +156,7 @@ def hold_shards(
         return None
     groups = groups or (tuple(range(ranks.world_size)),)
     plan = plan_shards(groups_of(module), shard_bytes)
-    own = set(_own(len(plan), ranks.rank, groups))
+    mine = set(_shards_of_rank(len(plan), ranks.rank, groups))
     copied: dict[str, torch.Tensor] = {}
 
     def copy(entry: Entry, values: torch.Tensor) -> torch.Tensor:
@@ -178,19 +178,19 @@ def hold_shards(
                 shares.append(_Share(number, entry.name, full_shape(entry.tensor), values))
         for batch in gather_batches(entries):
             with gathered(parameters_of(batch)):
-                if number in own:
+                if number in mine:
                     whole |= {(number, e.name): copy(e, e.tensor) for e in batch}
                     copies.wait()  # what was gathered is freed now
-    return HeldShards(tuple(map(tuple, plan)), whole, tuple(shares), ranks.rank, groups)
+    return WeightSnapshot(tuple(map(tuple, plan)), whole, tuple(shares), ranks.rank, groups)
 
 
-def _own(count: int, rank: int, groups: Groups) -> list[int]:
+def _shards_of_rank(count: int, rank: int, groups: Groups) -> list[int]:
     """Return the numbers of the shards, of ``count`` in all, that a rank writes."""
     beside = next(group for group in groups if rank in group)
     return [number for number in range(count) if beside[number % len(beside)] == rank]
 
 
-def held_bytes(module: torch.nn.Module, ranks: Ranks, *, num_writers: int | None = None) -> int:
+def snapshot_bytes(module: torch.nn.Module, ranks: Ranks, *, num_writers: int | None = None) -> int:
     """Return the bytes that held shards will take on the rank that holds most.
 
     Args:

@@ -1,0 +1,389 @@
+"""Capturing what a checkpoint holds, so that it can be written while training goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.checkpoint import content, native
+from dstrain.checkpoint.codec import encode
+from dstrain.checkpoint.extra_state import EXTRA_STATES, extra_states, lost_remark, rank_states
+from dstrain.checkpoint.folders import LOCK
+from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest
+from dstrain.checkpoint.policy import Policy, RunRecord
+from dstrain.checkpoint.staging import Staging
+from dstrain.checkpoint.versions import versions
+from dstrain.core.documents import check_depth
+from dstrain.core.errors import CheckpointError, ModelError, Problem
+from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
+from dstrain.core.host import available_bytes
+from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks, all_or_none, gather_objects
+from dstrain.core.records import described, unrecordable
+from dstrain.core.secrets import without_secrets
+from dstrain.engine import (
+    Engine,
+    main_rank_buffers,
+)
+from dstrain.models import (
+    HostCopies,
+    WeightSnapshot,
+    record_layout,
+    save_configs,
+    save_model,
+    snapshot_bytes,
+    snapshot_weights,
+    unsaved_remark,
+    write_tensor_file,
+)
+
+logger = get_logger(__name__)
+
+# A copy of the slices may take this share of the memory that is left.
+_MEMORY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Writers:
+    """The ranks that write a checkpoint, by the folders that they share.
+
+    Attributes:
+        ranks: this process among all ranks.
+        sharers: this process among the ranks that write into its folder; their main rank does what
+            is done once for each folder.
+        groups: the ranks of each folder.
+        first: the first rank that writes into this rank's folder.
+    """
+
+    ranks: Ranks
+    sharers: Ranks
+    groups: tuple[tuple[int, ...], ...]
+    first: int
+
+    @classmethod
+    def of(cls, policy: Policy, ranks: Ranks) -> Writers:
+        """Find out which ranks share a folder; a collective of all ranks."""
+        first = ranks.first_on_machine if policy.on_each_node else 0
+        firsts = gather_objects(first)
+        groups = tuple(
+            tuple(rank for rank, other in enumerate(firsts) if other == folder)
+            for folder in sorted(set(firsts))
+        )
+        return cls(ranks, ranks.on_machine() if policy.on_each_node else ranks, groups, first)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The content of one checkpoint that this rank writes, which training changes no more.
+
+    Attributes:
+        record: what the trainer adds.
+        manifest: of the checkpoint, without its files.
+        folder: the folder, where ranks agreed on it already.
+        slices: this rank's share of the state, in the layout of slices.
+        weights: copies of the model's weights; None where ``folder`` has them, or none are saved.
+        rank_state: the content of this rank's JSON file; None in a checkpoint of the model alone.
+        shared: the content of ``run.json``.
+        layout: the content of ``layout.json``, on the main rank of each folder.
+        rank_buffers: buffers that only this rank has.
+        buffers: the model's buffers, on the main rank of each folder.
+        other_buffers: changed buffers that are in no ``state_dict``.
+        failure: the error of a file that was to be written already.
+    """
+
+    record: RunRecord
+    manifest: Manifest
+    folder: Path | None
+    slices: content.Slices | None
+    weights: WeightSnapshot | None
+    rank_state: Any
+    shared: Any
+    layout: Any
+    rank_buffers: content.Buffers
+    buffers: content.Buffers
+    other_buffers: content.Buffers
+    failure: OSError | ModelError | None
+
+    def write(self, staging: Staging, writers: Writers, group: Any) -> dict[str, FileRecord]:
+        """Write this rank's files; a collective of all ranks in ``group``.
+
+        Args:
+            staging: the folder, on the rank that made it.
+            writers: the ranks that write.
+            group: the process group of the writing threads.
+
+        Raises:
+            OSError: the disk is full, the folder is gone, and so on.
+            DstrainError: something that belongs into a file cannot be written there.
+        """
+        # Collectives first: whoever fails below must not leave the others in one.
+        folder = self.folder or staging.agreed(writers.first, group=group)
+        present = gather_objects(_files_in(folder), group=group)[writers.first]
+        weights = None if self.weights is None else self.weights.exchanged(group)
+        if self.failure is not None:
+            raise self.failure
+        sharers = writers.sharers
+        records = {}
+        for name in present[sharers.rank :: sharers.world_size]:
+            records[name] = make_durable(folder / name)
+        if weights is not None:
+            records |= weights.write(folder, with_index=sharers.is_main)
+        records |= self._write_rank_files(folder, writers.ranks.rank)
+        if sharers.is_main:
+            records |= self._write_shared_files(folder)
+        return records
+
+    def _write_rank_files(self, folder: Path, rank: int) -> dict[str, FileRecord]:
+        records = {}
+        if self.slices is not None:
+            name = content.slice_file(rank)
+            records[name] = write_tensor_file(
+                folder / name, self.slices.tensors, self.slices.metadata
+            )
+        if self.manifest.resumable:
+            name = content.rank_file(rank)
+            records[name] = write_bytes(folder / name, json.dumps(self.rank_state).encode())
+            records |= self.rank_buffers.write(folder, content.buffer_file(rank))
+        return records
+
+    def _write_shared_files(self, folder: Path) -> dict[str, FileRecord]:
+        records = {}
+        if self.manifest.resumable:
+            records[content.RUN] = write_json(folder / content.RUN, self.shared)
+            if self.layout is not None:
+                records[content.LAYOUT] = write_json(folder / content.LAYOUT, self.layout)
+            if self.slices is None:
+                latest = native.tag_of(self.record.step).encode()
+                records[native.LATEST] = write_bytes(folder / native.LATEST, latest)
+            records |= self.buffers.write(folder, content.BUFFERS)
+            records |= self.other_buffers.write(folder, content.OTHER_BUFFERS)
+        for name, document in self.record.documents.items():
+            records[name] = _write_document(folder / name, document)
+        return records
+
+
+class ContentCapture:
+    """Takes from an engine what a checkpoint holds; every method is a collective of all ranks."""
+
+    def __init__(self, policy: Policy, writers: Writers) -> None:
+        """Set up for a run.
+
+        Args:
+            policy: what is saved where.
+            writers: the ranks that write.
+        """
+        self._policy, self._writers, self._ranks = policy, writers, writers.ranks
+        self._warned_of_caches = self._warned_of_lost_state = False
+
+    def copies_fit(self, engine: Engine) -> bool:
+        """Tell whether every machine has memory for copies of its ranks' slices."""
+        ranks, sharers = self._ranks, self._writers.sharers
+        needed = content.rank_slices(engine, sharers).num_bytes
+        if self._policy.with_weights:
+            needed += snapshot_bytes(engine.module, ranks, num_writers=sharers.world_size)
+        available = available_bytes()
+        fits = available is None or needed * ranks.local_world_size <= _MEMORY_SHARE * available
+        everywhere = all(gather_objects(fits))
+        if not everywhere and ranks.is_main:
+            logger.warning(
+                "checkpoints are written while training waits: a copy of the state takes "
+                "%.1f GB per rank, more than half of the memory that is left",
+                needed / 1e9,
+            )
+        return everywhere
+
+    def capture(
+        self, engine: Engine, record: RunRecord, staging: Staging, copies: HostCopies | None
+    ) -> Captured:
+        """Take everything that training would change.
+
+        Args:
+            engine: the engine.
+            record: what the trainer adds.
+            staging: the folder, on the rank that made it. Files that are made by a collective, or
+                by transformers, are written into it now.
+            copies: makes copies, in a round that the caller begins and ends. None where training
+                waits for the write, which then reads the engine's own tensors.
+
+        Raises:
+            CheckpointError: the state cannot be saved; on all ranks.
+            ModelError: the folder could not be made; on all ranks.
+        """
+        policy, sharers = self._policy, self._writers.sharers
+        slices: content.Slices | None = None
+        engine.buffers.find_changed()
+        self._warn_of_caches(engine)
+        extra, rank_extra = self._extra_states(engine)
+        beside = {EXTRA_STATES: rank_extra} if rank_extra else {}
+        with all_or_none():  # before copies, whose end no rank needs to wait for on another
+            if not policy.only_model and policy.layout == SLICES:
+                slices = content.rank_slices(engine, sharers)
+            rank_state = encode({**record.rank_state, **beside}, where="this rank's state")
+            shared = encode(
+                {
+                    "engine": engine.state.read_progress(),
+                    "formats": content.formats(engine),
+                    EXTRA_STATES: extra if sharers.is_main else {},
+                    **record.shared,
+                },
+                where="the run's state",
+            )
+        rank_buffers = content.buffer_contents(engine.buffers.rank_state()).copied(copies, "own")
+        weights = folder = None
+        buffers = content.Buffers([])
+        with main_rank_buffers(engine.module, wanted=engine.buffers.differ_between_ranks):
+            if policy.with_weights and copies is not None:
+                groups = self._writers.groups
+                weights = snapshot_weights(engine.module, self._ranks, copies, groups=groups)
+            if copies is None or (policy.with_weights and weights is None):
+                folder = staging.agreed(self._writers.first)  # else in the thread, beside training
+            if folder is not None and policy.with_weights:
+                save_model(engine.module, folder, self._ranks, on_each_node=policy.on_each_node)
+            if sharers.is_main:
+                buffers = content.buffers(engine.module).copied(copies)
+            if not policy.only_model and policy.layout == DEEPSPEED:
+                assert folder is not None
+                engine.state.save_native(folder, native.tag_of(record.step))
+        other_buffers = content.buffer_contents(engine.buffers.outside_state_dict()).copied(
+            copies, "other"
+        )
+        if slices is not None and copies is not None:
+            slices = slices.copied(copies)
+        layout = record_layout(engine.module) if sharers.is_main else None
+        return Captured(
+            record=record,
+            manifest=self._manifest(engine, record),
+            folder=folder,
+            slices=slices,
+            weights=weights,
+            rank_state=rank_state,
+            shared=shared,
+            layout=layout,
+            rank_buffers=rank_buffers,
+            buffers=buffers,
+            other_buffers=other_buffers,
+            failure=self._write_small_files(engine, record, staging),
+        )
+
+    def _write_small_files(
+        self, engine: Engine, record: RunRecord, staging: Staging
+    ) -> OSError | ModelError | None:
+        """Write the model's and the processor's small files; return the error if that fails."""
+        if staging.path is None:
+            return None
+        try:
+            if self._policy.with_weights:
+                save_configs(engine.module, staging.path)
+            if record.write_processor is not None:
+                record.write_processor(staging.path)
+        except (OSError, ModelError) as error:
+            return error
+        return None
+
+    def _manifest(self, engine: Engine, record: RunRecord) -> Manifest:
+        return Manifest(
+            step=record.step,
+            world_size=self._ranks.world_size,
+            stage=engine.resolved.stage,
+            precision=engine.resolved.precision,
+            resumable=not self._policy.only_model,
+            has_weights=self._policy.with_weights,
+            created="",
+            parameters=content.parameter_shapes(engine),
+            optimized=tuple(engine.state.optimized_names()),
+            metrics=record.metrics,
+            versions=versions(),
+            layout=self._policy.layout,
+        )
+
+    def _warn_of_caches(self, engine: Engine) -> None:
+        """Warn once of changed buffers that a resumed run will not find."""
+        caches = [] if self._policy.only_model else engine.buffers.caches()
+        if caches and self._ranks.is_main and not self._warned_of_caches:
+            self._warned_of_caches = True
+            logger.warning(
+                "%d buffers that are in no state_dict were replaced by other tensors (%s): they "
+                "are taken for caches and are not in checkpoints; what must be is changed in place",
+                len(caches),
+                ", ".join(caches[:3]),
+            )
+
+    def _extra_states(self, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Ask modules for their extra state, and warn once per run of what a checkpoint lacks.
+
+        A checkpoint of the model alone has no file for it, so that it is only looked for until the
+        warning was given.
+
+        Returns:
+            the main rank's, by path; and the states in which this rank differs.
+        """
+        if self._policy.only_model:
+            if not self._warned_of_lost_state:
+                self._warn_of_lost_state(unsaved_remark(engine.module))
+            return {}, {}
+        with all_or_none():
+            states, lost = extra_states(engine.module)
+        lost = sorted({path for theirs in gather_objects(lost) for path in theirs})
+        self._warn_of_lost_state(lost_remark(lost) if lost else None)
+        return rank_states(states)
+
+    def _warn_of_lost_state(self, remark: str | None) -> None:
+        if remark is None or self._warned_of_lost_state:
+            return
+        self._warned_of_lost_state = True
+        if self._ranks.is_main:
+            logger.warning("%s", remark)
+
+
+def files_by_folder(
+    parts: Sequence[tuple[int, dict[str, FileRecord]]], folder: int
+) -> tuple[dict[str, FileRecord], dict[str, FileRecord]]:
+    """Split records of files into those of one folder and those that other machines have.
+
+    Args:
+        parts: of each rank, the first rank of its folder and the records of what it wrote.
+        folder: the first rank of the folder.
+    """
+    files: dict[str, FileRecord] = {}
+    elsewhere: dict[str, FileRecord] = {}
+    for first, records in parts:
+        if first == folder:
+            files |= records
+        else:
+            elsewhere |= {n: r for n, r in records.items() if content.is_of_a_rank(n)}
+    return files, elsewhere
+
+
+def _write_document(path: Path, document: Any) -> FileRecord:
+    """Write a JSON document of the trainer with credentials masked; callbacks may hold some.
+
+    Raises:
+        CheckpointError: it holds what JSON does not know; a callback can put anything there.
+    """
+    try:
+        check_depth(document)
+    except ValueError as error:
+        raise CheckpointError(
+            Problem(f"{path.name}: {error}", "a callback's state or a log is so", "flatten it")
+        ) from error
+    try:
+        return write_json(path, without_secrets(document))
+    except (TypeError, ValueError) as error:
+        place, value = next(unrecordable(document, finite=True), ("", error))
+        raise CheckpointError(
+            Problem(
+                f"{path.name}: {place} is {described(value)}",
+                "JSON cannot hold it; log() refuses such figures, so a callback has put it there",
+                "put a number there: float(value)",
+            )
+        ) from error
+
+
+def _files_in(staging: Path) -> list[str]:
+    """List the files that were written already."""
+    return sorted(
+        str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file() and p.name != LOCK
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints that other programs wrote: DeepSpeed's and those of plain PyTorch."""
