@@ -13,8 +13,8 @@ from dstrain.arguments.reporting import ReportingArguments
 from dstrain.arguments.run import RunArguments
 from dstrain.arguments.saving import SavingArguments
 from dstrain.core.log import LEVELS
+from dstrain.core.main_first import main_first
 from dstrain.core.ranks import launched_ranks
-from dstrain.core.turn import first_turn
 
 if TYPE_CHECKING:
     import torch
@@ -111,5 +111,5 @@ class Process(ReportingArguments, SavingArguments, RunArguments):
         Raises:
             DstrainError: on the waiting processes, when the main one failed.
         """
-        with first_turn(launched_ranks(), per_node=local, what=desc):
+        with main_first(launched_ranks(), per_node=local, what=desc):
             yield

@@ -44,6 +44,8 @@ class Facts:
         expert_blocks: classes of the model's blocks whose experts are modules of their own.
         is_transformers: the model is one of transformers.
         packages: optional packages of optimizers that can be imported.
+        found_batch: micro-batch and accumulation that ``auto_find_batch_size`` found, in the units
+            of the arguments, in whose place they run.
     """
 
     world_size: int = 1
@@ -59,6 +61,7 @@ class Facts:
     expert_blocks: tuple[str, ...] = ()
     is_transformers: bool = False
     packages: Set[str] | None = None
+    found_batch: tuple[int, int] | None = None
 
     @property
     def ranks_per_machine(self) -> int | None:

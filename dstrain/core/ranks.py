@@ -265,29 +265,3 @@ def require_equal(what: str, value: Any, error: type[DstrainError]) -> None:
                     "give every machine the same data, files and versions",
                 )
             )
-
-
-@contextlib.contextmanager
-def main_first(ranks: Ranks) -> Iterator[None]:
-    """Run the body on the first rank of each machine before the others, which find its cache.
-
-    A user error of a first rank is raised on every rank. The others wait in a group of their own
-    that is as patient as the work is long: tokenising a large corpus outlasts any timeout that is
-    sensible for training.
-    """
-    if not is_distributed():
-        yield
-        return
-    import torch.distributed as dist
-
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    try:
-        if ranks.is_local_main:
-            with all_or_none(group=patient):
-                yield
-        else:
-            with all_or_none(group=patient):
-                pass
-            yield
-    finally:
-        dist.destroy_process_group(patient)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import ResolvedConfig
+from dstrain.config.resolution.running import running_arguments
 from dstrain.core.files import write_record
 from dstrain.core.secrets import without_secrets
 from dstrain.core.versions import installed, python_version
@@ -166,13 +167,11 @@ def arguments_that_ran(
         user_optimizer: an optimizer of the user's own; None where the config's ran.
         user_scheduler: a schedule of the user's own; None where the config's ran.
     """
-    optimizer = resolved.values.get("optimizer.type", args.optim)
-    rate, schedule = resolved.value("learning_rate"), args.lr_scheduler_type
+    optimizer, rate = resolved.optimizer_type, resolved.learning_rate
+    schedule = resolved.schedule_type
     if user_optimizer is not None:
         optimizer = type(user_optimizer).__name__
         rate = user_optimizer.defaults.get("lr", rate)
-    if resolved.has_scheduler:
-        schedule = resolved.values["scheduler.type"]
     if user_scheduler is not None:
         schedule = type(user_scheduler).__name__
     shown: dict[str, object] = {
@@ -185,7 +184,7 @@ def arguments_that_ran(
         "optimizer": optimizer,
         "steps": num_steps,
     }
-    values = args.to_dict() | dict(resolved.adopted)
+    values = running_arguments(args, resolved).to_dict()
     names = (args.changed_fields() | set(resolved.adopted)) - _LEFT_OUT - set(shown)
     return without_secrets(shown | {name: values[name] for name in sorted(names)})
 

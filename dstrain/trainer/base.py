@@ -10,6 +10,7 @@ import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import ResolvedConfig
+from dstrain.config.resolution.running import shown_arguments
 from dstrain.core.ranks import Ranks
 from dstrain.data import Collator, InputFormats, LossTargets
 from dstrain.reporting.memory import MemoryMetrics
@@ -115,10 +116,11 @@ class TrainerBase:
             **kwargs: what this event passes besides arguments, state and control.
         """
         engine = self._engines.training
-        changes = None if engine is None or engine.rests else engine.changes
+        changes = None if engine is None or engine.is_released else engine.changes
         taking_changes = contextlib.nullcontext() if changes is None else changes.in_callbacks()
-        with taking_changes:
-            self.control = self.events.tell(name, self.args, self.state, self.control, **kwargs)
+        shown = shown_arguments(self.args, self.resolved)
+        with taking_changes, shown as args:
+            self.control = self.events.tell(name, args, self.state, self.control, **kwargs)
         self.events.look_for_frozen(name)
         return self.control
 

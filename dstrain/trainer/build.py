@@ -21,6 +21,7 @@ from dstrain.config import Facts, ResolvedConfig, optimizers, resolve
 from dstrain.config.difference import RECORD_FILE
 from dstrain.config.explain import as_record, as_table
 from dstrain.config.memory.sizes import ModelSizes
+from dstrain.config.resolution.batch import eval_micro_batch
 from dstrain.core import log
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem
@@ -48,9 +49,9 @@ from dstrain.engine import (
     Engine,
     build_ops,
     check_formats,
-    check_own,
     check_precision,
     check_sizes,
+    check_user_optimizer,
     check_versions,
     device_type,
     expert_blocks,
@@ -204,12 +205,6 @@ def token_count(
     )
 
 
-def eval_batch_size(args: TrainingArguments, ranks: Ranks) -> int:
-    """Return the samples per rank in an evaluation's forward pass, by the present arguments."""
-    batch = args.per_device_eval_batch_size
-    return math.ceil(batch / ranks.world_size) if args.splits_batches else batch
-
-
 def make_loader(
     dataset: object,
     collate: Collator,
@@ -221,7 +216,7 @@ def make_loader(
     lengths: Sequence[int] | torch.Tensor | None = None,
 ) -> Loader:
     """Make this rank's loader for training (shuffled) or evaluation (in order, nothing dropped)."""
-    micro_batch = resolved.micro_batch_size if train else eval_batch_size(args, ranks)
+    micro_batch = resolved.micro_batch_size if train else eval_micro_batch(args, ranks.world_size)
     seed = args.seed if args.data_seed is None else args.data_seed
     return build_loader(
         dataset,
@@ -286,6 +281,7 @@ def resolve_config(
     num_training_steps: int | None = None,
     own_optimizer: bool = False,
     own_scheduler: bool = False,
+    found_batch: tuple[int, int] | None = None,
 ) -> ResolvedConfig:
     """Resolve the DeepSpeed config for these ranks, this model and run; alike on all ranks.
 
@@ -298,6 +294,7 @@ def resolve_config(
         num_training_steps: optimizer steps of the run.
         own_optimizer: the user passes an optimizer object.
         own_scheduler: the user passes a schedule object.
+        found_batch: what ``auto_find_batch_size`` found, in the units of the arguments.
 
     Raises:
         ConfigError: on every rank, also when only one cannot read the config.
@@ -319,6 +316,7 @@ def resolve_config(
         partitioned=module is not None and any(is_partitioned(p) for p in module.parameters()),
         expert_blocks=() if module is None else expert_blocks(module),
         is_transformers=_is_of_transformers(module),
+        found_batch=found_batch,
         packages=frozenset(name for name in optimizers.packages() if find_spec(name)),
     )
     with all_or_none():
@@ -431,7 +429,7 @@ def check_passed(
                 "pass one of them",
             )
         )
-    check_own(*optimizers, resolved)
+    check_user_optimizer(*optimizers, resolved)
     # `optim` chooses what the config builds, which an object displaces.
     for name in sorted({"optim", "optim_args"} & args.changed_fields()):
         if optimizers[0] is not None or cls_and_kwargs is not None:
@@ -460,22 +458,19 @@ def training_engine(
 ) -> Engine:
     """Build a DeepSpeed engine with our parameter groups, or with the user's own optimizer."""
     groups = None
-    check_own(optimizer, scheduler, resolved)
+    check_user_optimizer(optimizer, scheduler, resolved)
     if remark := slices_remark(optimizer, resolved):
         logger.warning("%s", remark)
     if launched_ranks().is_main and (blocks := leaf_remark(module, resolved)):
         logger.warning("%s", blocks)
     build_ops(resolved)
     if optimizer is None:
-        decay = float(resolved.values.get("optimizer.params.weight_decay", 0.0))
-        groups = parameter_groups(module, weight_decay=decay, decay_names=decay_names)
-    engine = Engine(module, resolved, groups=groups, optimizer=optimizer, scheduler=scheduler)
-    if resolved.value("torch_compile"):
-        backend, mode = (
-            resolved.value("torch_compile_backend"),
-            resolved.value("torch_compile_mode"),
+        groups = parameter_groups(
+            module, weight_decay=resolved.weight_decay, decay_names=decay_names
         )
-        engine.compile(backend, mode)
+    engine = Engine(module, resolved, groups=groups, optimizer=optimizer, scheduler=scheduler)
+    if resolved.compilation is not None:
+        engine.compile(*resolved.compilation)
     return engine
 
 

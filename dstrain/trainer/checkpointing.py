@@ -10,7 +10,6 @@ import torch
 from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import CheckpointWriter, Policy, RunLock, RunRecord, place
 from dstrain.config import ResolvedConfig
-from dstrain.config.memory.placement import Buckets
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
@@ -192,7 +191,7 @@ def check_hooks(model: torch.nn.Module, args: TrainingArguments, resolved: Resol
     )
     if resolved.stage != 3 or not saves or has_adapters(model):
         return
-    stay_whole = Buckets.of_config(resolved.values).persistence
+    stay_whole = resolved.buckets.persistence
     if names := weights_hooks_compute_with(model, above=stay_whole):
         raise computed_of_parts(names)
 

@@ -10,7 +10,6 @@ from dstrain.trainer import build
 from dstrain.trainer.engines import make_ordinary
 from dstrain.trainer.loader_hooks import LoaderHooks
 from dstrain.trainer.optimizer_hooks import OptimizerHooks
-from dstrain.training.oom_recovery import fitted_arguments
 
 
 class EngineHooks(OptimizerHooks, LoaderHooks):
@@ -20,7 +19,7 @@ class EngineHooks(OptimizerHooks, LoaderHooks):
     def model_wrapped(self) -> Any:
         """Return the DeepSpeed engine while it is on the model, else the model."""
         engine = self._engines.training
-        return self.model if engine is None or engine.rests else engine.model
+        return self.model if engine is None or engine.is_released else engine.model
 
     @property
     def deepspeed(self) -> Any:
@@ -64,8 +63,9 @@ class EngineHooks(OptimizerHooks, LoaderHooks):
             max_steps: optimizer steps of the run, where they are known.
         """
         return build.resolve_config(
-            fitted_arguments(self.args, self.fitted),
+            self.args,
             self.ranks,
+            found_batch=self.fitted,
             module=self.model,
             sequence_length=self.sequence_length,
             num_training_steps=max_steps,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dstrain.config.resolution.batch import eval_micro_batch
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.data import forward_columns, set_epoch, to_device
@@ -22,7 +23,7 @@ from dstrain.evaluation import (
     metric_values,
     with_prefix,
 )
-from dstrain.trainer import build, compat
+from dstrain.trainer import compat
 from dstrain.trainer.evaluation_parts import PREDICTION, EvaluationParts
 from dstrain.training.key_value_cache import KeyValueCache
 from dstrain.training.model_outputs import logits_of, loss_of
@@ -290,7 +291,7 @@ class EvaluationHooks(EvaluationParts):
     # --- behind the edge --------------------------------------------------------------------------
 
     def _with_speed(self, output: EvalLoopOutput, started: float, prefix: str) -> dict[str, float]:
-        batch = build.eval_batch_size(self.args, self.ranks) * self.ranks.world_size
+        batch = eval_micro_batch(self.args, self.ranks.world_size) * self.ranks.world_size
         num_samples = output.num_samples or 0
         metrics = dict(output.metrics or {}) | compat.speed_metrics(
             prefix,

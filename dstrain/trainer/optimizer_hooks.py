@@ -46,7 +46,7 @@ class OptimizerHooks(TrainerBase):
             if groups is None:
                 groups = parameter_groups(
                     module,
-                    weight_decay=self.resolved.value("weight_decay"),
+                    weight_decay=self.resolved.weight_decay,
                     decay_names=self.get_decay_parameter_names,
                 )
             self.optimizer = cls(groups, **kwargs)

@@ -125,15 +125,13 @@ class RunHooks(SearchHooks, SaveHooks):
 
     def _begin_state(self, loader: object, *, max_steps: int, steps_per_epoch: int | None) -> None:
         """Reset the state, callbacks and best model for a run whose engine has been built."""
-        # In the unit of the argument, with the value that runs: the DeepSpeed config may decide it.
-        each = self.ranks.world_size if self.args.splits_batches else 1
         begin_state(
             self.state,
             self.control,
             self.args,
             max_steps=max_steps,
             steps_per_epoch=steps_per_epoch,
-            train_batch_size=self.resolved.micro_batch_size * each,
+            train_batch_size=self.resolved.batch_unit.as_argument(self.resolved.micro_batch_size),
         )
         self.current_flos = 0.0
         self.events.begin_run(
@@ -183,9 +181,9 @@ class RunHooks(SearchHooks, SaveHooks):
         Returns:
             the engine, and a loader of such micro-batches.
         """
-        each = self.ranks.world_size if self.args.splits_batches else 1
-        self.fitted = micro_batch * each, accumulation
-        self.state.train_batch_size = micro_batch * each
+        shown = self.resolved.batch_unit.as_argument(micro_batch)
+        self.fitted = shown, accumulation
+        self.state.train_batch_size = shown
         self.resolved = self._resolve(max_steps)
         loader = self.get_train_dataloader()
         engine = self._start_engine(max_steps)

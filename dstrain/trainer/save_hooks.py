@@ -10,7 +10,7 @@ from dstrain.config.explain import as_record
 from dstrain.core.files import writing
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none
-from dstrain.engine import main_ranks_buffers
+from dstrain.engine import main_rank_buffers
 from dstrain.models import save_model, unsaved_remark
 from dstrain.trainer.best import BestModel
 from dstrain.trainer.callback_states import last_metrics, state_values
@@ -40,7 +40,7 @@ class SaveHooks(HubHooks):
             self._said_unsaved = True
             if self.ranks.is_main:
                 logger.warning("%s", remark)
-        with main_ranks_buffers(self.model):
+        with main_rank_buffers(self.model):
             save_model(self.model, folder, self.ranks, on_each_node=self.args.save_on_each_node)
         write = processor_writer(self.processing_class, self.data_collator)
         with all_or_none():

@@ -266,8 +266,8 @@ class Trainer(RunHooks, OtherAttributes):
                 reader = reader_for(args, self.resolved)
                 begin = find_start(args, resume_from_checkpoint, self.ranks, reader)
                 found = None if begin is None else begin.state.train_batch_size
-                self.fitted = found_before(args, found)
-                if self.fitted is not None:
+                if args.auto_find_batch_size and found:
+                    self.fitted = found_before(args, self._resolve(None), found)
                     self.resolved = self._resolve(None)
                 loop = self._prepare_training(begin)
                 self.is_in_train = True

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import ResolvedConfig
+from dstrain.config.resolution.batch import smaller
 from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, require_equal
 from dstrain.data import inherit_split
-from dstrain.engine import Carried, Engine, Regroup, carry, is_out_of_memory, put_down
+from dstrain.engine import CapturedState, Engine, ProcessGroupRecovery, is_out_of_memory
 from dstrain.training.loop import TrainLoop
 from dstrain.training.types import Loader
 
 logger = get_logger(__name__)
-
-T = TypeVar("T", bound=TrainingArguments)
 
 _DECIDED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -59,7 +56,7 @@ def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:
         for key in _DECIDED
         if resolved.provenance[key].source == "config"
     ]
-    if int(resolved.values.get("zero_optimization.zero_hpz_partition_size", 1)) > 1:
+    if resolved.hpz_partition_size > 1:
         problems.append(
             Problem(
                 "auto_find_batch_size=True with zero_hpz_partition_size",
@@ -70,40 +67,26 @@ def check_fitting(args: TrainingArguments, resolved: ResolvedConfig) -> None:
     raise_problems(problems, error=ConfigError)
 
 
-def found_before(args: TrainingArguments, found: int | None) -> tuple[int, int] | None:
+def found_before(
+    args: TrainingArguments, resolved: ResolvedConfig, found: int | None
+) -> tuple[int, int] | None:
     """Return micro-batch and accumulation to begin with, where an earlier run had found them.
 
     Args:
         args: the user's arguments.
-        found: the micro-batch of the run that the checkpoint is from; None without one.
+        resolved: what these ask for.
+        found: the micro-batch of the run that the checkpoint is from, in the unit of the argument;
+            None without one.
 
     Returns:
-        None where the arguments' own are used.
+        None where the arguments' own are used, else values in the units of the arguments.
     """
-    if not args.auto_find_batch_size or not found or found >= args.per_device_train_batch_size:
+    if not args.auto_find_batch_size or not found:
         return None
-    total = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return (found, total // found) if total % found == 0 else None
-
-
-def fitted_arguments(args: T, fitted: tuple[int, int] | None) -> T:
-    """Return a copy of the arguments with the micro-batch that was found; None changes nothing."""
-    if fitted is None:
-        return args
-    changed = copy.copy(args)
-    changed.per_device_train_batch_size, changed.gradient_accumulation_steps = fitted
-    return changed
-
-
-def smaller(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
-    """Return the largest micro-batch of at most half the size, with as many samples per step.
-
-    None where it would be less than one sample.
-    """
-    total = micro_batch * accumulation
-    for size in range(micro_batch // 2, 0, -1):
-        if total % size == 0:
-            return size, total // size
+    micro_batch = resolved.batch_unit.per_rank(found)
+    total = resolved.micro_batch_size * resolved.accumulation
+    if micro_batch < resolved.micro_batch_size and total % micro_batch == 0:
+        return resolved.batch_unit.as_argument(micro_batch), total // micro_batch
     return None
 
 
@@ -135,15 +118,15 @@ def run_with_recovery(
         TrainingError: one sample does not fit, or memory ran out outside of forward and backward.
     """
     run = loop.run
-    loop.engine.buffers.keep()
+    loop.engine.buffers.keep_copies()
     while True:
-        regroup = Regroup(ranks, timeout_seconds=timeout_seconds)
-        loop.passes.vote = regroup.vote
-        error = _ran_out(run, loop, regroup)
+        recovery = ProcessGroupRecovery(ranks, timeout_seconds=timeout_seconds)
+        loop.passes.vote = recovery.wait_for_all
+        error = _ran_out(run, loop, recovery)
         if not error:
-            regroup.close()
+            recovery.close()
             return
-        captured = _abort(loop, module, rebuilding, regroup)
+        captured = _abort(loop, module, rebuilding, recovery)
         fitting = smaller(micro_batch, accumulation)
         if fitting is None:
             raise TrainingError(
@@ -165,13 +148,13 @@ def run_with_recovery(
         micro_batch, accumulation = fitting
         engine, loader = rebuilding.build(micro_batch, accumulation)
         inherit_split(loader, loop.loader)
-        put_down(engine, captured)
-        engine.buffers.keep()
+        engine.state.restore(captured)
+        engine.buffers.keep_copies()
         loop.change(engine, loader, accumulation=accumulation)
         run = loop.go_on
 
 
-def _ran_out(run: Callable[[], None], loop: TrainLoop, regroup: Regroup) -> str:
+def _ran_out(run: Callable[[], None], loop: TrainLoop, recovery: ProcessGroupRecovery) -> str:
     """Run the loop; return the error where memory ran out on any rank, "" where it did not."""
     try:
         run()
@@ -180,24 +163,24 @@ def _ran_out(run: Callable[[], None], loop: TrainLoop, regroup: Regroup) -> str:
         if not loop.passes.computing:
             raise
         if here:
-            regroup.say_failed()
-        elif not regroup.another_failed():
+            recovery.report_out_of_memory()
+        elif not recovery.another_rank_ran_out():
             raise
         # The frames hold what did not fit.
         traceback.clear_frames(error.__traceback__)
-        return str(error).splitlines()[0] if here else "reported by another rank"
+        return str(error).splitlines()[0] if here else "another rank ran out of memory"
     return ""
 
 
 def _abort(
-    loop: TrainLoop, module: torch.nn.Module, rebuilding: Rebuilding, regroup: Regroup
-) -> Carried:
+    loop: TrainLoop, module: torch.nn.Module, rebuilding: Rebuilding, recovery: ProcessGroupRecovery
+) -> CapturedState:
     """Tear the engine and the process groups down, form new groups; return the engine's state."""
-    loop.engine.buffers.go_back()
-    captured = carry(loop.engine)
+    loop.engine.buffers.restore_copies()
+    captured = loop.engine.state.capture()
     rebuilding.pause()
-    regroup.leave()
-    regroup.meet(module)
+    recovery.abort()
+    recovery.rebuild(module)
     rebuilding.release()
     loop.preemption.renew()
     require_equal("the number of optimizer steps done", loop.progress.step, TrainingError)

@@ -7,8 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from tests.distributed.runs import make_trainer
+
+
+class _Reader(TrainerCallback):  # type: ignore[misc]
+    """Notes the arguments that every event is given, and leaves one of its own in them."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, dict[str, Any]] = {}
+
+    def _note(self, event: str, args: Any) -> None:
+        self.seen.setdefault(event, args.to_dict())  # what trackers send
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._note("on_init_end", args)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._note("on_train_begin", args)
+        args.run_name = "named by a callback"
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._note("on_log", args)
 
 
 class _Batches:
@@ -20,7 +41,7 @@ class _Batches:
 
 @pytest.mark.ranks(2)
 def test_what_the_config_decided_is_shown_and_the_arguments_stay(tmp_path: Path, rank: int) -> None:
-    """State, checkpoint, model card and counts; the arguments are at their defaults."""
+    """Callbacks, state, checkpoint, card and counts; the arguments are at their defaults."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 3,
@@ -29,10 +50,12 @@ def test_what_the_config_decided_is_shown_and_the_arguments_stay(tmp_path: Path,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}},
     }
+    reader = _Reader()
     trainer = make_trainer(
         tmp_path,
         stage="auto",
         train=24,
+        callbacks=[reader],
         deepspeed=config,
         per_device_train_batch_size=8,
         learning_rate=5e-5,
@@ -42,6 +65,21 @@ def test_what_the_config_decided_is_shown_and_the_arguments_stay(tmp_path: Path,
     args = trainer.args
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 1)
     assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (5e-5, 0.0, 1.0)
+    assert args.lr_scheduler_type == "linear"
+    assert args.run_name == "named by a callback", "what a callback sets is set"
+    assert set(reader.seen) == {"on_init_end", "on_train_begin", "on_log"}
+    shown = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "zero_stage": "1",
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 5,
+    }
+    for event, seen in reader.seen.items():
+        assert {name: seen[name] for name in shown} == shown, event
     assert trainer.state.train_batch_size == 2
     assert trainer.state.global_step == trainer.state.max_steps == 2  # 24 / (2 x 3 x 2 ranks)
     assert trainer.num_examples(trainer.get_train_dataloader()) == 24

@@ -66,7 +66,7 @@ def test_less_memory_moves_the_choice_along_the_order_and_the_reason_says_what_l
         for stage in range(1, got.stage):
             assert f"stage {stage} lacks" in reason.detail
         stages.append(got.stage)
-        assert got.value("zero_stage") == str(got.stage)
+        assert got.arguments["zero_stage"] == str(got.stage)
     assert stages == sorted(stages)
     assert stages[0] == 1
     assert stages[-1] == 3
@@ -97,7 +97,7 @@ def test_only_what_is_auto_is_decided():
     """An offload of "none" stays so, even where nothing fits without it; that is then a warning."""
     small = facts(8)
     got = chosen(small)
-    assert got.value("offload_optimizer") == "none"
+    assert got.arguments["offload_optimizer"] == "none"
     assert "zero_optimization.offload_optimizer.device" not in got.values
     (warning,) = got.warnings
     assert "does not fit" in warning

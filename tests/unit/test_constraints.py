@@ -276,7 +276,7 @@ def test_expert_blocks_join_deepspeeds_own_list_at_stage_3():
     assert key not in resolved(zero_stage=3).values
     assert resolved(facts, zero_stage=3, leaf_modules=["Mine"]).values[key] == ["Mine"]
     text = zero(stage=3, leaf_module={"classes": "Mine"})
-    assert resolved(facts, text).value("leaf_modules") == ["Mine"]
+    assert resolved(facts, text).arguments["leaf_modules"] == ["Mine"]
 
 
 # --- the generated page --------------------------------------------------------------------------

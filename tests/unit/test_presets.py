@@ -106,10 +106,10 @@ def test_a_preset_resolves_and_deepspeed_reads_the_same(
 def test_the_name_says_where_things_are(preset: str) -> None:
     got = resolved(preset, 8)
     place = "nvme" if "nvme" in preset else "cpu" if "offload" in preset else "none"
-    assert got.value("offload_optimizer") == place
+    assert got.arguments["offload_optimizer"] == place
     expected = "nvme" if preset.endswith("nvme_params") else "cpu"
     moved = "params" in preset or "nvme" in preset
-    assert got.value("offload_param") == (expected if moved else "none")
+    assert got.arguments["offload_param"] == (expected if moved else "none")
     if preset in SHORT_FIELDS:
         assert got.values[f"zero_optimization.{SHORT_FIELDS[preset]}"]
 

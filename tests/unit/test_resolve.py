@@ -210,7 +210,7 @@ def test_explicit_key_wins_over_an_untouched_argument_which_adopts_it(case):
     assert got.values[case.key] == case.value
     assert got.provenance[case.key].source == "config"
     for name, value in case.arguments.items():
-        assert got.value(name) == value
+        assert got.arguments[name] == value
         assert got.adopted[name] == value
 
 
@@ -243,7 +243,7 @@ def test_explicit_key_equal_to_the_default_stays_explicit(case):
 
 def test_untouched_arguments_keep_their_value_beside_a_config():
     got = resolved({"optimizer": {"params": {"lr": 1e-3}}})
-    assert got.value("weight_decay") == 0.0
+    assert got.arguments["weight_decay"] == 0.0
     assert got.adopted == {"learning_rate": 1e-3}
 
 
@@ -275,7 +275,7 @@ def test_a_number_written_as_text_reaches_deepspeed_as_a_number():
     got = resolved(config)
     assert got.values["optimizer.params.lr"] == 1e-3
     assert got.values["gradient_clipping"] == 0.5
-    assert got.value("learning_rate") == 1e-3
+    assert got.arguments["learning_rate"] == 1e-3
 
 
 def test_different_beta_in_one_of_two_is_a_conflict_of_that_argument():
@@ -360,7 +360,7 @@ def test_two_keys_of_one_argument_that_agree_are_taken():
         "optimizer": {"params": {"lr": 1e-3}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "0.001"}},
     }
-    assert resolved(config).value("learning_rate") == 1e-3
+    assert resolved(config).arguments["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_right_train_batch_size_is_taken():
 def test_train_batch_size_decides_the_accumulation_that_nobody_else_decided():
     got = resolved({"train_batch_size": 64}, Facts(2), per_device_train_batch_size=4)
     assert got.accumulation == 8
-    assert got.value("gradient_accumulation_steps") == 8
+    assert got.arguments["gradient_accumulation_steps"] == 8
     reason = got.provenance["gradient_accumulation_steps"]
     assert str(reason) == "train_batch_size 64 / (micro-batch 4 x ranks 2)"
     assert reason.source == "derived"
@@ -568,7 +568,7 @@ def test_adopted_value_in_another_key_says_that_it_comes_from_the_config():
 def test_old_spellings_are_read_and_reported():
     got = resolved({"zero_optimization": {"stage": 2, "cpu_offload": True}})
     assert got.values["zero_optimization.offload_optimizer.device"] == "cpu"
-    assert got.value("offload_optimizer") == "cpu"
+    assert got.arguments["offload_optimizer"] == "cpu"
     assert any("cpu_offload" in warning for warning in got.warnings)
 
 
@@ -1077,10 +1077,10 @@ def test_any_config_is_refused_with_reasons_or_complete_and_accepted_by_deepspee
     assert got.micro_batch_size * got.accumulation * facts.world_size == got.global_batch_size
     for name, value in arguments.items():
         if value != getattr(DEFAULTS, name):
-            assert got.value(name) == value, "a changed argument was overruled"
+            assert got.arguments[name] == value, "a changed argument was overruled"
     read = accepted_by_deepspeed(got)
     assert read.train_batch_size == got.global_batch_size
-    assert read.gradient_clipping == got.value("max_grad_norm")
+    assert read.gradient_clipping == got.arguments["max_grad_norm"]
     assert int(read.zero_optimization_stage) == got.stage
     assert bool(read.bfloat16_config.enabled) is (got.precision == "bf16")
     assert bool(read.float16_config.enabled) is (got.precision == "fp16")

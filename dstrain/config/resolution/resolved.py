@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dstrain.config.facts import Facts
+from dstrain.config.memory.placement import Buckets
 from dstrain.config.optimizer_table import Build
+from dstrain.config.resolution.batch import BatchUnit
 from dstrain.config.resolution.rules.precision import short_name
 from dstrain.config.resolution.tree import put
 
@@ -40,7 +42,8 @@ class ResolvedConfig:
         adopted: arguments that took their value from the user's config.
         warnings: what the user should know but need not change.
         facts: what the resolution knew.
-        arguments: the arguments after adoption.
+        arguments: every argument with the value that runs; the micro-batch is that of one rank.
+        batch_unit: the unit in which the user's arguments give batch sizes.
         optimizer: what runs, unless it is the user's own.
     """
 
@@ -50,6 +53,7 @@ class ResolvedConfig:
     warnings: tuple[str, ...]
     facts: Facts
     arguments: Mapping[str, Any] = field(repr=False)
+    batch_unit: BatchUnit = BatchUnit()
     optimizer: Build | None = None
 
     def to_deepspeed(self) -> dict[str, Any]:
@@ -73,10 +77,6 @@ class ResolvedConfig:
         prefix = "optimizer.params."
         given = {k: v for k, v in self.values.items() if k.startswith(prefix)}
         return {k.removeprefix(prefix): copy.deepcopy(v) for k, v in given.items()}
-
-    def value(self, argument: str) -> Any:
-        """Return the value of an argument that the run uses, after the user's config."""
-        return self.arguments[argument]
 
     @property
     def stage(self) -> int:
@@ -117,3 +117,72 @@ class ResolvedConfig:
     def has_scheduler(self) -> bool:
         """Tell whether the user's config asks for one of DeepSpeed's own schedules."""
         return "scheduler.type" in self.values
+
+    @property
+    def schedule_type(self) -> str:
+        """Return the name of the schedule that runs, unless it is the user's own object."""
+        return str(self.values.get("scheduler.type", self.arguments["lr_scheduler_type"]))
+
+    @property
+    def optimizer_type(self) -> str:
+        """Return the name of the optimizer that runs, unless it is the user's own object."""
+        return str(self.values.get("optimizer.type", self.arguments["optim"]))
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the rate that the schedule starts from."""
+        return float(self.arguments["learning_rate"])
+
+    @property
+    def weight_decay(self) -> float:
+        """Return the decay of the weights that decay, for an optimizer that decays any."""
+        return float(self.arguments["weight_decay"])
+
+    @property
+    def optimizer_offload(self) -> str:
+        """Return where the optimizer and its states are: "none" (the device), "cpu" or "nvme"."""
+        return str(self.arguments["offload_optimizer"])
+
+    @property
+    def hpz_partition_size(self) -> int:
+        """Return the ranks that share a secondary partition of the weights; 1 without one."""
+        return int(self.values.get("zero_optimization.zero_hpz_partition_size", 1))
+
+    @property
+    def autocasts(self) -> bool:
+        """Tell whether the engine runs the model under torch's autocast."""
+        return bool(self.values.get("torch_autocast.enabled"))
+
+    @property
+    def buckets(self) -> Buckets:
+        """Return the sizes of DeepSpeed's communication buffers."""
+        return Buckets.of_config(self.values)
+
+    @property
+    def leaf_classes(self) -> tuple[str, ...]:
+        """Return the classes whose modules stage 3 gathers whole; empty for DeepSpeed's own."""
+        names = self.values.get("zero_optimization.leaf_module.classes") or ()
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    @property
+    def user_leaf_modules(self) -> Sequence[str] | None:
+        """Return the classes that the user named to be gathered whole; None without any."""
+        names: Sequence[str] | None = self.arguments["leaf_modules"]
+        return names
+
+    @property
+    def broadcasts_buffers(self) -> bool:
+        """Tell whether every rank runs with the main rank's buffers."""
+        return self.arguments["ddp_broadcast_buffers"] is not False
+
+    @property
+    def timeout_seconds(self) -> float:
+        """Return the longest time that a rank waits for the others."""
+        return float(self.arguments["ddp_timeout"])
+
+    @property
+    def compilation(self) -> tuple[str, str | None] | None:
+        """Return backend and mode of torch.compile; None where the model is not compiled."""
+        if not self.arguments["torch_compile"]:
+            return None
+        return self.arguments["torch_compile_backend"], self.arguments["torch_compile_mode"]

@@ -4,7 +4,6 @@ from dstrain.engine.model_checks.layerdrop import check_layerdrop
 from dstrain.engine.model_checks.leaf_modules import (
     check_leaf_modules,
     expert_blocks,
-    leaf_classes,
     leaf_remark,
 )
 from dstrain.engine.model_checks.number_formats import (
@@ -19,7 +18,6 @@ __all__ = [
     "check_leaf_modules",
     "expert_blocks",
     "formats_remark",
-    "leaf_classes",
     "leaf_remark",
     "make_contiguous",
 ]

@@ -40,17 +40,11 @@ def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def leaf_classes(resolved: ResolvedConfig) -> tuple[str, ...]:
-    """Return the names of classes that a config makes leaves, with or without their package."""
-    names = resolved.values.get(CLASSES_KEY) or ()
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def leaf_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str | None:
     """Say which blocks of experts are gathered whole without the user having asked for it."""
-    if resolved.stage != 3 or resolved.value("leaf_modules") is not None:
+    if resolved.stage != 3 or resolved.user_leaf_modules is not None:
         return None
-    chosen = set(leaf_classes(resolved)) & set(expert_blocks(module))
+    chosen = set(resolved.leaf_classes) & set(expert_blocks(module))
     if not chosen:
         return None
     return (

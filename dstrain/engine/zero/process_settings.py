@@ -12,7 +12,7 @@ import torch
 from dstrain.config import ResolvedConfig
 
 
-def take_up(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
+def set_for(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
     """Reset process-wide settings to those of ``module``, before an engine on it is built.
 
     An engine takes over the groups of hpZ, whatever its own size is (``stage3.py:__init__``), and
@@ -28,7 +28,7 @@ def take_up(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
     torch_autocast.TORCH_AUTOCAST_DTYPE = None
 
 
-def keep_own_formats(optimizer: Any, resolved: ResolvedConfig) -> None:
+def keep_communication_format(optimizer: Any, resolved: ResolvedConfig) -> None:
     """Let an engine's optimizer communicate in its own formats, whatever is built later.
 
     It would ask at each gradient whether any engine autocasts (``base_optimizer.py``).
@@ -38,11 +38,11 @@ def keep_own_formats(optimizer: Any, resolved: ResolvedConfig) -> None:
     from deepspeed.runtime.torch_autocast import get_comm_dtype
 
     common = optimizer.communication_data_type
-    autocasts = bool(resolved.values.get("torch_autocast.enabled"))
+    autocasts = resolved.autocasts
     optimizer.get_param_comm_dtype = get_comm_dtype if autocasts else lambda parameter: common
 
 
-def forget(resolved: ResolvedConfig, *, others: bool) -> None:
+def reset(resolved: ResolvedConfig, *, others: bool) -> None:
     """Undo the settings of an engine that is gone.
 
     Args:
@@ -53,7 +53,7 @@ def forget(resolved: ResolvedConfig, *, others: bool) -> None:
         from deepspeed.utils import groups
 
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    if resolved.values.get("torch_autocast.enabled"):
+    if resolved.autocasts:
         from deepspeed.runtime import torch_autocast
 
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
@@ -65,4 +65,4 @@ def forget(resolved: ResolvedConfig, *, others: bool) -> None:
 
 
 def _has_groups(resolved: ResolvedConfig) -> bool:
-    return int(resolved.values.get("zero_optimization.zero_hpz_partition_size", 1)) > 1
+    return resolved.hpz_partition_size > 1

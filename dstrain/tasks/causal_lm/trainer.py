@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dstrain.config.resolution.batch import eval_micro_batch
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.ranks import gather_objects
 from dstrain.tasks.causal_lm.chat import joined
 from dstrain.trainer import Trainer
-from dstrain.trainer.build import eval_batch_size
 from dstrain.training.packed_sequences import mixes_sequences
 
 
@@ -44,7 +44,8 @@ class CausalLMTrainer(Trainer):
             ConfigError: a conversation would see those before it in its sample.
         """
         # Some attention kernels heed positions in a batch of one row only.
-        most = max(self.resolved.micro_batch_size, eval_batch_size(self.args, self.ranks))
+        evaluated = eval_micro_batch(self.args, self.ranks.world_size)
+        most = max(self.resolved.micro_batch_size, evaluated)
         rows = min(2, most)
 
         def batch_of(conversations: Sequence[list[int]]) -> Any:

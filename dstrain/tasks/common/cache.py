@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dstrain.core.errors import DataError, DstrainError, Problem
 from dstrain.core.files import expanded, unwritten
-from dstrain.core.ranks import Ranks, main_first
+from dstrain.core.main_first import main_first
+from dstrain.core.ranks import Ranks
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -39,7 +40,7 @@ def main_caches_first(ranks: Ranks) -> Iterator[None]:
     Raises:
         DataError: the disk of the cache is full, or it cannot be written; on every rank.
     """
-    with main_first(ranks), cache_told():
+    with main_first(ranks, what="preparing the data"), cache_told():
         yield
 
 

@@ -135,7 +135,7 @@ def _reduce_scatter(view: View) -> Derived | None:
     return Derived(False, "Muon needs whole gradients, which stage 3 then reduces on every rank")
 
 
-def choose(
+def chosen_optimizer(
     view: View, explicit: Mapping[str, Any], changed: frozenset[str], label: str
 ) -> tuple[Build | None, list[Problem], list[str]]:
     """Return the implementation that runs, problems, and warnings.

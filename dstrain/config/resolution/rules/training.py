@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dstrain.config.resolution.batch import global_batch
 from dstrain.config.resolution.rules.rule import Binding, Derivation, Derived, View, same, where_set
 
 
@@ -9,7 +10,7 @@ def _train_batch_size(view: View) -> Derived:
     micro, accumulation = view.per_device_train_batch_size, view.gradient_accumulation_steps
     world = view.facts.world_size
     return Derived(
-        micro * accumulation * world,
+        global_batch(micro, accumulation, world),
         f"micro-batch {micro} x accumulation {accumulation} x ranks {world}",
     )
 

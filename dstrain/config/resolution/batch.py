@@ -1,0 +1,63 @@
+"""Batch arithmetic: samples per rank, accumulation, ranks, and what ``split_batches`` changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstrain.arguments import TrainingArguments
+
+
+@dataclass(frozen=True)
+class BatchUnit:
+    """The unit in which the arguments give a batch size.
+
+    Attributes:
+        num_ranks: ranks that share the samples of one batch: 1, or with ``split_batches`` all.
+    """
+
+    num_ranks: int = 1
+
+    def per_rank(self, size: int) -> int:
+        """Return the samples of a rank that gets its share of a batch; the largest share."""
+        return -(-size // self.num_ranks)
+
+    def as_argument(self, per_rank: int) -> int:
+        """Return the batch size that stands for so many samples per rank."""
+        return per_rank * self.num_ranks
+
+    def splits_evenly(self, size: int) -> bool:
+        """Tell whether every rank gets as many samples of a batch."""
+        return size % self.num_ranks == 0
+
+
+def batch_unit(arguments: TrainingArguments, world_size: int) -> BatchUnit:
+    """Return the unit of the batch sizes among the arguments."""
+    return BatchUnit(world_size if arguments.splits_batches else 1)
+
+
+def eval_micro_batch(arguments: TrainingArguments, world_size: int) -> int:
+    """Return the samples per rank in one forward pass of an evaluation."""
+    return batch_unit(arguments, world_size).per_rank(arguments.per_device_eval_batch_size)
+
+
+def global_batch(micro_batch: int, accumulation: int, world_size: int) -> int:
+    """Return the samples of all ranks in a full optimizer step."""
+    return micro_batch * accumulation * world_size
+
+
+def accumulation_for(total: int, micro_batch: int, world_size: int) -> int | None:
+    """Return the micro-batches per rank that give a global batch; None where none do exactly."""
+    count, rest = divmod(total, micro_batch * world_size)
+    return count if count and not rest else None
+
+
+def smaller(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
+    """Return the largest micro-batch of at most half the size, and the accumulation for it.
+
+    The samples per step stay. None where it would be less than one sample.
+    """
+    total = micro_batch * accumulation
+    for size in range(micro_batch // 2, 0, -1):
+        if total % size == 0:
+            return size, total // size
+    return None

@@ -1,0 +1,125 @@
+"""Letting one rank go first, with a wait that has no time limit and needs no process group."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pickle
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from dstrain.core.errors import DstrainError, Problem
+from dstrain.core.ranks import Ranks
+
+_POLL_SECONDS = 0.02, 1.0  # between two looks at the store: at first, and at most
+_READ_SECONDS = 10.0  # that a failed rank, whose end may be the store's, lets the others read why
+
+
+@contextlib.contextmanager
+def main_first(ranks: Ranks, *, per_node: bool = True, what: str = "work") -> Iterator[None]:
+    """Run the body on the main rank before the others, so that they find what it has cached.
+
+    The others wait at the launcher's key-value store, not in a collective: hours of preparation
+    run into no time-out of the process group, which need not be there yet. What each rank stores
+    does not grow with the number of ranks.
+
+    Args:
+        ranks: facts of this process.
+        per_node: one main rank per machine (for machines that do not share a disk); all ranks wait
+            for all of them.
+        what: the body in words, for the message when it fails.
+
+    Raises:
+        DstrainError: a main rank failed; on every rank. What it raised itself where that is one.
+    """
+    if ranks.world_size == 1:
+        yield
+        return
+    store = _store(ranks.rank, ranks.world_size)
+    # The same on all ranks: each calls as often.
+    turn = _Turn(store, store.add(f"turns_of_{ranks.rank}", 1), ranks.world_size)
+    is_main = ranks.is_local_main if per_node else ranks.is_main
+    turn.enter(is_main=is_main)
+    if not is_main:
+        turn.wait()
+        yield
+        return
+    try:
+        yield
+    except DstrainError as error:
+        turn.fail(error)
+        raise
+    except BaseException:
+        problem = Problem(f"the main rank failed in: {what}", "its own message says how")
+        turn.fail(DstrainError(problem))
+        raise
+    turn.finish()
+    turn.wait()
+
+
+class _Turn:
+    """One use of ``main_first``: who has come, who has finished, and what failed."""
+
+    def __init__(self, store: Any, number: int, world_size: int) -> None:
+        self._store, self._number, self._world_size = store, number, world_size
+
+    def enter(self, *, is_main: bool) -> None:
+        """Count this rank, and the main ranks that are to be waited for."""
+        self._add("mains", is_main)
+        self._add("entered", True)
+        self._release_if_done()
+
+    def finish(self) -> None:
+        """Count a main rank that has run its body."""
+        self._add("finished", True)
+        self._release_if_done()
+
+    def fail(self, error: DstrainError) -> None:
+        """Tell the other ranks of an error, and leave them some time to read it."""
+        self._store.set(self._key("failure"), pickle.dumps(error))
+        self._store.set(self._key("released"), "")
+        self._add("read", True)
+        until = time.monotonic() + _READ_SECONDS
+        while self._add("read", False) < self._world_size and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS[0])
+
+    def wait(self) -> None:
+        """Wait until all main ranks have finished.
+
+        Raises:
+            DstrainError: one has failed.
+        """
+        pause, longest = _POLL_SECONDS
+        while not self._store.check([self._key("released")]):
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        if self._store.check([self._key("failure")]):
+            error: DstrainError = pickle.loads(self._store.get(self._key("failure")))
+            self._add("read", True)
+            raise error
+
+    def _release_if_done(self) -> None:
+        """Let all ranks go on; the rank that counts last in either way is sure to see it."""
+        has_all = self._add("entered", False) == self._world_size
+        if has_all and self._add("finished", False) == self._add("mains", False):
+            self._store.set(self._key("released"), "")
+
+    def _add(self, name: str, counts: bool) -> int:
+        return int(self._store.add(self._key(name), int(counts)))
+
+    def _key(self, name: str) -> str:
+        return f"turn_{self._number}_{name}"
+
+
+@functools.cache
+def _store(rank: int, world_size: int) -> Any:
+    """Return the key-value store at the launcher's address, kept for the life of the process."""
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(
+        rendezvous("env://", rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
+    )
+    return PrefixStore("dstrain_turn", store)
