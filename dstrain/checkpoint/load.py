@@ -44,7 +44,7 @@ _CHUNK_NUMEL = 8 * 2**20
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint gives back to the trainer.
+    """The state that a checkpoint gives back to the trainer.
 
     Attributes:
         shared: ``RunRecord.shared``.
@@ -117,7 +117,7 @@ def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceI
         create_state(held, index.scalars)
         _check_state(held, index)
         if manifest.elsewhere:
-            check_here(held, index, folder)
+            check_local_slices(held, index, folder)
         read_regions(held, index)
     finish_load(engine)
 
@@ -199,7 +199,7 @@ def misfits(
     return problems
 
 
-def check_here(
+def check_local_slices(
     held: Sequence[Region], index: SliceIndex, folder: Path, *, values_only: bool = False
 ) -> None:
     """Check that this machine's folder has all slices that this rank needs.
