@@ -108,7 +108,7 @@ def _train(settings: dict[str, Any], cuda: bool, meter: Any = None) -> dict[str,
 
     from dstrain import TrainingArguments
     from dstrain.config import Facts, resolve
-    from dstrain.engine import Engine, ZeroThreeMark, model_facts, parameter_groups
+    from dstrain.engine import BuildRegistration, Engine, model_facts, parameter_groups
 
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings["precision"]]
@@ -131,7 +131,7 @@ def _train(settings: dict[str, Any], cuda: bool, meter: Any = None) -> dict[str,
         arguments,
         Facts(int(os.environ["WORLD_SIZE"]), "cuda" if cuda else "cpu", 100, facts),
     )
-    mark = ZeroThreeMark(resolved)
+    mark = BuildRegistration(resolved)
     if meter is not None:
         meter.reset_peak()
     module = LlamaForCausalLM._from_config(config, dtype=dtype)

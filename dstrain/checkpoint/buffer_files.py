@@ -51,7 +51,7 @@ def load_buffers(
     lost = list(dict.fromkeys(lost))
     if lost and ranks.is_main:
         logger.warning("%s has buffers that this model has no place for: %s", folder, lost[:5])
-    engine.buffers.begin()
+    engine.buffers.note_values()
 
 
 def load_shared_buffers(engine: Engine, folder: Path, manifest: Manifest) -> None:

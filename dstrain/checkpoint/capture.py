@@ -26,10 +26,7 @@ from dstrain.core.records import described, unrecordable
 from dstrain.core.secrets import without_secrets
 from dstrain.engine import (
     Engine,
-    main_ranks_buffers,
-    optimized_names,
-    read_progress,
-    save_native,
+    main_rank_buffers,
 )
 from dstrain.models import (
     HostCopies,
@@ -217,7 +214,7 @@ class ContentCapture:
         """
         policy, sharers = self._policy, self._writers.sharers
         slices: content.Slices | None = None
-        engine.buffers.look()
+        engine.buffers.find_changed()
         self._warn_of_caches(engine)
         extra, rank_extra = self._extra_states(engine)
         beside = {EXTRA_STATES: rank_extra} if rank_extra else {}
@@ -227,17 +224,17 @@ class ContentCapture:
             rank_state = encode({**record.rank_state, **beside}, where="this rank's state")
             shared = encode(
                 {
-                    "engine": read_progress(engine),
+                    "engine": engine.state.read_progress(),
                     "formats": content.formats(engine),
                     EXTRA_STATES: extra if sharers.is_main else {},
                     **record.shared,
                 },
                 where="the run's state",
             )
-        rank_buffers = content.buffer_contents(engine.buffers.own()).copied(copies, "own")
+        rank_buffers = content.buffer_contents(engine.buffers.rank_state()).copied(copies, "own")
         weights = folder = None
         buffers = content.Buffers([])
-        with main_ranks_buffers(engine.module, wanted=engine.buffers.differ):
+        with main_rank_buffers(engine.module, wanted=engine.buffers.differ_between_ranks):
             if policy.with_weights and copies is not None:
                 groups = self._writers.groups
                 weights = snapshot_weights(engine.module, self._ranks, copies, groups=groups)
@@ -249,8 +246,8 @@ class ContentCapture:
                 buffers = content.buffers(engine.module).copied(copies)
             if not policy.only_model and policy.layout == DEEPSPEED:
                 assert folder is not None
-                save_native(engine, folder, native.tag_of(record.step))
-        other_buffers = content.buffer_contents(engine.buffers.beside_model()).copied(
+                engine.state.save_native(folder, native.tag_of(record.step))
+        other_buffers = content.buffer_contents(engine.buffers.outside_state_dict()).copied(
             copies, "other"
         )
         if slices is not None and copies is not None:
@@ -296,7 +293,7 @@ class ContentCapture:
             has_weights=self._policy.with_weights,
             created="",
             parameters=content.parameter_shapes(engine),
-            optimized=tuple(optimized_names(engine)),
+            optimized=tuple(engine.state.optimized_names()),
             metrics=record.metrics,
             versions=versions(),
             layout=self._policy.layout,

@@ -14,13 +14,12 @@ from dstrain.core.files import FileRecord
 from dstrain.core.ranks import Ranks
 from dstrain.engine import (
     Engine,
-    Region,
     Slot,
+    StateShard,
     empty_slots_of,
     full_shape,
     read_scalars,
-    regions,
-    share,
+    shards_to_write,
     slots_of,
 )
 from dstrain.models import DTYPES, HostCopies, Stored, write_tensor_file
@@ -121,10 +120,12 @@ def rank_slices(engine: Engine, ranks: Ranks) -> Slices:
         CheckpointError: optimizer state that cannot be taken apart.
     """
     replicated = engine.resolved.stage == 0
-    held = regions(engine)
-    mine = share(held, replicated=replicated, rank=ranks.rank, world_size=ranks.world_size)
-    tensors = [_stored(region, key) for region in mine for key in region.tensor_keys()]
-    spans = {region.name: [region.start, region.numel] for region in mine}
+    held = engine.state.shards()
+    mine = shards_to_write(
+        held, replicated=replicated, rank=ranks.rank, world_size=ranks.world_size
+    )
+    tensors = [_stored(shard, key) for shard in mine for key in shard.tensor_keys()]
+    spans = {shard.name: [shard.start, shard.numel] for shard in mine}
     scalars = {name: numbers for name, numbers in read_scalars(held).items() if name in spans}
     metadata = {"spans": json.dumps(spans), "scalars": json.dumps(scalars)}
     return Slices(tensors, metadata)
@@ -157,6 +158,6 @@ def buffer_contents(slots: Sequence[Slot]) -> Buffers:
     )
 
 
-def _stored(region: Region, key: str) -> Stored:
-    values = region.read(key)
-    return Stored(f"{key}/{region.name}", (region.numel,), values.dtype, lambda: region.read(key))
+def _stored(shard: StateShard, key: str) -> Stored:
+    values = shard.read(key)
+    return Stored(f"{key}/{shard.name}", (shard.numel,), values.dtype, lambda: shard.read(key))

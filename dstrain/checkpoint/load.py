@@ -1,4 +1,4 @@
-"""Reading a checkpoint into an engine of any topology: each rank reads what its regions need."""
+"""Reading a checkpoint into an engine of any topology: each rank reads what its shards need."""
 
 from __future__ import annotations
 
@@ -27,15 +27,7 @@ from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.engine import (
     Engine,
-    Region,
-    begin_load,
-    create_state,
-    finish_load,
-    load_native,
-    optimized_names,
-    read_progress,
-    regions,
-    write_progress,
+    StateShard,
 )
 
 # Slices are read in pieces of this many elements: what loading takes beyond the engine itself.
@@ -61,7 +53,7 @@ def load_into(
 ) -> Restored:
     """Put a checkpoint into a fresh engine; a collective of all ranks.
 
-    Only what overlaps this rank's regions is read, some 32 MB at a time. Where the checkpoint
+    Only what overlaps this rank's shards is read, some 32 MB at a time. Where the checkpoint
     is in DeepSpeed's own layout, DeepSpeed reads it, which executes its pickles.
 
     Args:
@@ -92,7 +84,7 @@ def load_into(
             _check_optimizer(engine, shared["engine"]["optimizer"])
             load_shared_buffers(engine, folder, manifest)
     if native is not None:
-        load_native(engine, native)
+        engine.state.load_native(native)
     else:
         assert index is not None
         _load_slices(engine, folder, manifest, index)
@@ -104,35 +96,29 @@ def load_into(
         changed = call_loading_code(engine, ranks)
         if changed and index is not None:
             _load_values(engine, index)
-    write_progress(engine, shared.pop("engine"))
+    engine.state.restore_progress(shared.pop("engine"))
     for document in (shared, rank_state or {}):
         document.pop(EXTRA_STATES, None)
     return Restored(shared, rank_state)
 
 
 def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceIndex) -> None:
-    begin_load(engine)
-    with all_or_none():
-        held = regions(engine)
-        create_state(held, index.scalars)
+    with engine.state.loading(index.scalars) as held:
         _check_state(held, index)
         if manifest.elsewhere:
             check_local_slices(held, index, folder)
-        read_regions(held, index)
-    finish_load(engine)
+        read_shards(held, index)
 
 
 def _load_values(engine: Engine, index: SliceIndex) -> None:
     """Read the weights alone into the engine once more, after other code has changed them."""
-    begin_load(engine)
-    with all_or_none():
-        read_regions(regions(engine), index, values_only=True)
-    finish_load(engine)
+    with engine.state.loading() as held:
+        read_shards(held, index, values_only=True)
 
 
 def _check_optimizer(engine: Engine, there: str) -> None:
     """Refuse another optimizer's state, which DeepSpeed would load without a word."""
-    here = read_progress(engine)["optimizer"]
+    here = engine.state.optimizer_name
     if here != there:
         raise CheckpointError(
             Problem(
@@ -182,7 +168,7 @@ def misfits(
                     "resume with the same model",
                 )
             )
-    changed = sorted(set(optimized_names(engine)) ^ set(manifest.optimized))
+    changed = sorted(set(engine.state.optimized_names()) ^ set(manifest.optimized))
     # Whether DeepSpeed counts one without elements as trained depends on the stage.
     changed = [name for name in changed if torch.Size(here.get(name, ())).numel()]
     if changed and not problems:
@@ -200,19 +186,19 @@ def misfits(
 
 
 def check_local_slices(
-    held: Sequence[Region], index: SliceIndex, folder: Path, *, values_only: bool = False
+    held: Sequence[StateShard], index: SliceIndex, folder: Path, *, values_only: bool = False
 ) -> None:
     """Check that this machine's folder has all slices that this rank needs.
 
     Raises:
         CheckpointError: it has not.
     """
-    for region in held:
-        for key in [region.value_key] if values_only else region.tensor_keys():
-            if missing := index.missing(key, region.name, region.start, region.stop):
+    for shard in held:
+        for key in [shard.value_key] if values_only else shard.tensor_keys():
+            if missing := index.missing(key, shard.name, shard.start, shard.stop):
                 raise CheckpointError(
                     Problem(
-                        f"{folder} lacks {missing} values of {region.name} that this rank needs",
+                        f"{folder} lacks {missing} values of {shard.name} that this rank needs",
                         "it was saved with save_on_each_node, and another machine has them",
                         "start as many ranks on each machine as then, at the same ZeRO stage; or "
                         "copy the files in state/ of all machines into this folder",
@@ -220,18 +206,18 @@ def check_local_slices(
                 )
 
 
-def _check_state(held: Sequence[Region], index: SliceIndex) -> None:
+def _check_state(held: Sequence[StateShard], index: SliceIndex) -> None:
     """Check that the saved state has every tensor that this run's optimizer needs."""
-    for region in held:
-        if region.optimizer is None or region.name not in index.scalars:
+    for shard in held:
+        if shard.optimizer is None or shard.name not in index.scalars:
             continue
-        here, there = set(region.tensor_keys()), set(index.keys_of(region.name))
+        here, there = set(shard.tensor_keys()), set(index.keys_of(shard.name))
         # DeepSpeed's CPU Lion and Adagrad carry a moment that they never use.
         if here - there:
             raise CheckpointError(
                 Problem(
-                    f"{type(region.optimizer).__name__} needs {sorted(here - there)}",
-                    f"the checkpoint has {sorted(there)} of {region.name}: another optimizer "
+                    f"{type(shard.optimizer).__name__} needs {sorted(here - there)}",
+                    f"the checkpoint has {sorted(there)} of {shard.name}: another optimizer "
                     "wrote it",
                     "resume with that optimizer, or start from the weights alone with "
                     "model_name_or_path",
@@ -239,33 +225,35 @@ def _check_state(held: Sequence[Region], index: SliceIndex) -> None:
             )
 
 
-def read_regions(held: Sequence[Region], index: SliceIndex, *, values_only: bool = False) -> None:
-    """Read what overlaps the regions, from each file in turn, some 32 MB at a time.
+def read_shards(
+    held: Sequence[StateShard], index: SliceIndex, *, values_only: bool = False
+) -> None:
+    """Read what overlaps the shards, from each file in turn, some 32 MB at a time.
 
     Args:
-        held: all regions of this rank.
+        held: all shards of this rank.
         index: of the checkpoint.
         values_only: leave the optimizer's state out.
     """
     for path, reads in _by_file(held, index, values_only=values_only).items():
         with reading(path) as file:
-            for region, key, low, high, piece in reads:
+            for shard, key, low, high, piece in reads:
                 for start in range(low, high, _CHUNK_NUMEL):
                     stop = min(high, start + _CHUNK_NUMEL)
-                    place = f"{key}/{region.name}", start - piece.start, stop - piece.start
-                    region.write(key, start, file.read(*place))
+                    place = f"{key}/{shard.name}", start - piece.start, stop - piece.start
+                    shard.write(key, start, file.read(*place))
 
 
 def _by_file(
-    held: Sequence[Region], index: SliceIndex, *, values_only: bool
-) -> dict[Path, list[tuple[Region, str, int, int, Piece]]]:
+    held: Sequence[StateShard], index: SliceIndex, *, values_only: bool
+) -> dict[Path, list[tuple[StateShard, str, int, int, Piece]]]:
     """Group what is to be read by file, so that each file is opened once."""
-    reads: dict[Path, list[tuple[Region, str, int, int, Piece]]] = {}
-    for region in held:
-        for key in [region.value_key] if values_only else region.tensor_keys():
-            for piece in index.pieces.get((key, region.name), []):
-                low = max(piece.start, region.start)
-                high = min(piece.start + piece.numel, region.stop)
+    reads: dict[Path, list[tuple[StateShard, str, int, int, Piece]]] = {}
+    for shard in held:
+        for key in [shard.value_key] if values_only else shard.tensor_keys():
+            for piece in index.pieces.get((key, shard.name), []):
+                low = max(piece.start, shard.start)
+                high = min(piece.start + piece.numel, shard.stop)
                 if low < high:
-                    reads.setdefault(piece.path, []).append((region, key, low, high, piece))
+                    reads.setdefault(piece.path, []).append((shard, key, low, high, piece))
     return reads

@@ -74,7 +74,7 @@ def call_loading_code(engine: Engine, ranks: Ranks) -> bool:
             ", ".join(changed[:3]),
         )
     if outcome.is_any:
-        engine.buffers.begin()  # what was written into them is no change by training
+        engine.buffers.note_values()  # what was written into them is no change by training
     return bool(changed)
 
 

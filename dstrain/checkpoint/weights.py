@@ -12,22 +12,19 @@ from dstrain.checkpoint import content
 from dstrain.checkpoint.buffer_files import load_buffers, reshaped_in
 from dstrain.checkpoint.extra_state import KEY, put_extra_states, states_for
 from dstrain.checkpoint.files import reading
-from dstrain.checkpoint.load import check_local_slices, misfits, read_regions
+from dstrain.checkpoint.load import check_local_slices, misfits, read_shards
 from dstrain.checkpoint.loading_code import call_loading_code
 from dstrain.checkpoint.manifest import Manifest
 from dstrain.checkpoint.run_files import read_rank_state, read_run
 from dstrain.checkpoint.slice_index import read_index
 from dstrain.core.documents import FileName, Text, read_document, unreadable
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
-from dstrain.core.ranks import Ranks, all_or_none
+from dstrain.core.ranks import Ranks
 from dstrain.engine import (
     Engine,
-    Region,
     Slot,
-    begin_load,
+    StateShard,
     empty_slots_of,
-    finish_load,
-    regions,
     slots_of,
 )
 from dstrain.models import Group, groups_of
@@ -40,14 +37,12 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
 
     Optimizer state, schedule, loss scale and counters stay as they are. Master weights come from
     the checkpoint's slices; where it has none, from its Hugging Face files. Each rank reads what
-    its regions need, a piece at a time.
+    its shards need, a piece at a time.
 
     Raises:
         CheckpointError: it does not fit the model.
     """
-    begin_load(engine)
-    with all_or_none():
-        held = regions(engine)
+    with engine.state.loading() as held:
         index = read_index(folder, manifest) if manifest.has_slices else None
         run = read_run(folder) if manifest.has(content.RUN) else {}
         rank_state = read_rank_state(folder, manifest, ranks)
@@ -57,24 +52,23 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
         if index is not None and manifest.elsewhere:
             check_local_slices(held, index, folder, values_only=True)
 
-        def read() -> None:
+        def read(shards: list[StateShard]) -> None:
             if index is None:
-                _from_model_files(engine, held, folder, manifest)
+                _from_model_files(engine, shards, folder, manifest)
             else:
-                read_regions(held, index, values_only=True)
+                read_shards(shards, index, values_only=True)
 
-        read()
+        read(held)
         load_buffers(engine, folder, manifest, ranks, reshaped=reshaped)
         put_extra_states(engine.module, states_for(run, rank_state))
-    finish_load(engine)
     if call_loading_code(engine, ranks):
-        begin_load(engine)
-        with all_or_none():
-            read()
-        finish_load(engine)
+        with engine.state.loading() as held:
+            read(held)
 
 
-def _from_model_files(engine: Engine, held: list[Region], folder: Path, manifest: Manifest) -> None:
+def _from_model_files(
+    engine: Engine, held: list[StateShard], folder: Path, manifest: Manifest
+) -> None:
     places = _places(folder, manifest)
     groups = groups_of(engine.module)
     emptied = [g for g in groups if _is_buffer(g) and g.saved[0].name not in places]
@@ -89,9 +83,9 @@ def _from_model_files(engine: Engine, held: list[Region], folder: Path, manifest
             )
         )
     parameters = dict(engine.module.named_parameters())
-    of_parameter: dict[int, list[Region]] = {}
-    for region in held:
-        of_parameter.setdefault(id(parameters[region.name]), []).append(region)
+    of_parameter: dict[int, list[StateShard]] = {}
+    for shard in held:
+        of_parameter.setdefault(id(parameters[shard.name]), []).append(shard)
     slots = {id(slot.tensor): slot for slot in slots_of(engine.module)}
     known = of_parameter.keys() | slots.keys() | set(map(id, parameters.values()))
     groups = [g for g in groups if all(id(entry.tensor) in known for entry in g.entries)]
@@ -128,7 +122,7 @@ def _read_late(engine: Engine, places: Mapping[str, Path]) -> None:
 def _read_group(
     group: Group,
     places: dict[str, Path],
-    of_parameter: dict[int, list[Region]],
+    of_parameter: dict[int, list[StateShard]],
     slots: dict[int, Slot],
 ) -> None:
     """Read what this rank has of a group: runs of a tensor, or all of a group that is converted."""
@@ -139,9 +133,9 @@ def _read_group(
     if group.is_as_trained and not buffers:
         name = group.saved[0].name
         with reading(places[name]) as file:
-            for region in wanted[0]:
-                values = file.read(name, region.start, region.stop)
-                region.write(region.value_key, region.start, values)
+            for shard in wanted[0]:
+                values = file.read(name, shard.start, shard.stop)
+                shard.write(shard.value_key, shard.start, values)
         return
     if group.is_as_trained:
         name = group.saved[0].name
@@ -153,14 +147,14 @@ def _read_group(
         with reading(places[saved.name]) as file:
             values = file.read(saved.name, 0, file.numel(saved.name))
         tensors[saved.name] = values.view(saved.shape)
-    for entry, regions_of_it, whole in zip(
+    for entry, shards_of_it, whole in zip(
         group.entries, wanted, group.restore(tensors), strict=True
     ):
         if entry in buffers:
             slots[id(entry.tensor)].put(whole)
-        for region in regions_of_it:
-            values = whole.reshape(-1)[region.start : region.stop]
-            region.write(region.value_key, region.start, values)
+        for shard in shards_of_it:
+            values = whole.reshape(-1)[shard.start : shard.stop]
+            shard.write(shard.value_key, shard.start, values)
 
 
 @dataclass(frozen=True)

@@ -21,38 +21,38 @@ from dstrain.engine.model_checks import (
     make_contiguous,
 )
 from dstrain.engine.optimizers import (
-    adagrad_stays,
     correct_bias_by_step,
     group_of,
-    guarded,
-    keep_adagrad,
+    make_adagrad_lazy,
     optimizer_factory,
+    stepping_by_metric_only,
+    without_adagrad_replacement,
 )
-from dstrain.engine.process_group import device_type, let_go_of_names
+from dstrain.engine.process_group import device_type, unlink_once_mapped
 from dstrain.engine.quiet import quiet
-from dstrain.engine.state import read_begun
+from dstrain.engine.state import TrainingState
 from dstrain.engine.stepping import (
-    Lockstep,
-    OwnPasses,
+    ModuleOrderWatch,
+    TrainingPasses,
     gradient_sequence,
     no_second_gradient,
-    repair_if_needed,
+    stage_zero_correction,
 )
-from dstrain.engine.weight_watch import WeightChanges, watching_reads
+from dstrain.engine.weight_watch import WeightChanges, watching_partitioned_reads
 from dstrain.engine.zero import (
+    ForwardRegistration,
     MemoryEfficientLinear,
-    ToldInForward,
     clip_scalars_too,
-    forget_modules,
+    detach_engine,
+    forget_running_modules,
     has_scalars,
     is_partitioned,
-    keep_whole,
-    leaves_of,
+    keep_persistent_changes,
+    marked_leaves,
     process_settings,
     scalars_as_bytes,
-    shown_in_parts,
+    showing_partitions,
     undo_patches,
-    untie,
 )
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -84,7 +84,7 @@ class Engine:
     Attributes:
         changes: takes over weights that code of the user's changes; None where none are lost.
         in_use: whether a training is running, so that the engine cannot be let go.
-        rests: whether the module is free of the engine, which can still be read.
+        is_released: whether the module is free of the engine, which can still be read.
         owner: leads to what lets go of the engine in good order, as long as that exists; or None.
     """
 
@@ -115,7 +115,7 @@ class Engine:
         if trains and resolved.stage == 3 and is_distributed():
             check_layerdrop(module, leaves=resolved.leaf_classes)
         check_formats(module, resolved, trains=trains)
-        live_engines.make_way(module)
+        live_engines.hand_over_module(module)
         config = resolved.to_deepspeed()
         if "activation_checkpointing" in config:
             # DeepSpeed reads this block only when it is asked to, and not while it builds.
@@ -127,36 +127,36 @@ class Engine:
         if factory is not None:
             config.pop("optimizer", None)
         if optimizer is not None:
-            keep_adagrad(optimizer)
+            make_adagrad_lazy(optimizer)
         if resolved.has_scheduler:
             scheduler = None
         make_contiguous(module)
         scalars = has_scalars(module.parameters())
         self.module = module
         self.resolved = resolved
-        self._leaves = leaves_of(module)
+        self._leaves = marked_leaves(module)
         self._linear: MemoryEfficientLinear | None = None
-        self._told: ToldInForward | None = None
+        self._told: ForwardRegistration | None = None
         self.changes: WeightChanges | None = None
-        self._lockstep: Lockstep | None = None
-        process_settings.take_up(module, resolved)
+        self._lockstep: ModuleOrderWatch | None = None
+        process_settings.set_for(module, resolved)
         try:
-            with quiet(), adagrad_stays(), scalars_as_bytes(wanted=scalars):
+            with quiet(), without_adagrad_replacement(), scalars_as_bytes(wanted=scalars):
                 self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
                     model=module,
                     model_parameters=groups if optimizer is None else None,
                     optimizer=factory if optimizer is None else optimizer,
-                    lr_scheduler=guarded(scheduler),
+                    lr_scheduler=stepping_by_metric_only(scheduler),
                     config=config,
                 )
         except BaseException:
             self._untie()
             raise
-        forget_modules(module)
+        forget_running_modules(module)
         if device_type() == "cpu":
-            let_go_of_names()  # where DeepSpeed has only now taken part in a group of the user's
+            unlink_once_mapped()  # where DeepSpeed has only now taken part in a group of the user's
         self._engine.client_lr_scheduler = None  # what made it may hold all of a Trainer
-        process_settings.keep_own_formats(self.optimizer, resolved)
+        process_settings.keep_communication_format(self.optimizer, resolved)
         correct_bias_by_step(self._engine.basic_optimizer)
         # With plain fp32 and stage 0 DeepSpeed keeps no norm, so it is computed on request.
         self._norm_by_hand = resolved.stage == 0 and resolved.precision == "fp32"
@@ -168,31 +168,30 @@ class Engine:
         if self._norm_by_hand and trains and not self._engine.torch_autocast_z0_gradscaler:
             self._clip = self._engine.clip_fp32_gradients
             self._engine.clip_fp32_gradients = _do_nothing
-        self._repair = repair_if_needed(self.optimizer) if trains else None
+        self._repair = stage_zero_correction(self.optimizer) if trains else None
         self._sequence = gradient_sequence(self.optimizer, module) if trains else None
-        self._passes = OwnPasses(self._engine, module)
-        # What arguments said, to be told from what training makes of it.
-        self.begun = read_begun(self) if trains else None
+        self._passes = TrainingPasses(self._engine, module)
         # As DistributedDataParallel, which sends them unless it is told not to.
         sends = resolved.broadcasts_buffers
-        self._buffers = Buffers(module, sends=sends) if trains else None
+        buffers = Buffers(module, sends=sends) if trains else None
+        self._state = None if buffers is None else self._make_state(buffers)
         self._linear = MemoryEfficientLinear(resolved)
         if resolved.stage == 3:
-            self._told = ToldInForward(module, resolved)
+            self._told = ForwardRegistration(module, resolved)
             _let_deepspeed_save(self._engine)
             patience = resolved.timeout_seconds
-            self._lockstep = Lockstep(self.optimizer, module, patience_seconds=patience)
+            self._lockstep = ModuleOrderWatch(self.optimizer, module, patience_seconds=patience)
             if self._sequence is not None:
                 self._sequence.before_end = self._lockstep.end_of_backward
         self._compiled_by: dict[str, Any] | None = None
-        self.in_use = self.rests = self._has_computed = False
+        self.in_use = self.is_released = self._has_computed = False
         self.owner: Callable[[], Callable[[], None] | None] | None = None
         # Ours lives as long as DeepSpeed's, which the hooks on a module hold.
         self._engine.__dict__["engine_of_dstrain"] = self
         # In fp32 at stage 0 the optimizer has the model's weights themselves.
         if trains and (resolved.stage > 0 or resolved.precision != "fp32"):
-            self.changes = WeightChanges(self)
-        live_engines.note(self)
+            self.changes = WeightChanges(module, self.optimizer, stage=resolved.stage)
+        live_engines.register(self)
 
     @property
     def model(self) -> Any:
@@ -200,10 +199,28 @@ class Engine:
         return self._engine
 
     @property
+    def state(self) -> TrainingState:
+        """Return the door to what training has made; only of an engine that trains."""
+        assert self._state is not None
+        return self._state
+
+    @property
     def buffers(self) -> Buffers:
         """Return the buffers of the module; only of an engine that trains."""
-        assert self._buffers is not None
-        return self._buffers
+        return self.state.buffers
+
+    def _make_state(self, buffers: Buffers) -> TrainingState:
+        def settle_weights() -> None:
+            if self.changes is not None:
+                self.changes.take_over()
+
+        return TrainingState(
+            self.module,
+            self._engine,
+            precision=self.resolved.precision,
+            buffers=buffers,
+            settle_weights=settle_weights,
+        )
 
     def compile(self, backend: str, mode: str | None) -> None:
         """Compile the module's forward in place: names of its parameters stay the same."""
@@ -213,7 +230,7 @@ class Engine:
             self.changes.knows_step = True  # nothing of torch's is called there to be seen
         if self._told is not None:  # hooks of the module would be compiled with it
             self._told.remove()
-            self._told = ToldInForward(self._engine, self.resolved)
+            self._told = ForwardRegistration(self._engine, self.resolved)
         if self._lockstep is not None:
             self._lockstep.close()
         self._engine.compile(backend=backend, compile_kwargs=kwargs)
@@ -223,7 +240,7 @@ class Engine:
         if self._has_computed or self.resolved.stage != 3:
             return contextlib.nullcontext()
         self._has_computed = True
-        return watching_reads(self._engine, self.module)
+        return watching_partitioned_reads(self._engine, self.module)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Back-propagate one micro-batch; ``last`` marks the end of the accumulation window."""
@@ -263,7 +280,7 @@ class Engine:
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
         """Send buffers that change, clip, update weights and schedule, and clear gradients."""
-        self.buffers.after_micro_batches()
+        self.buffers.send_changed()
         if self.changes is not None:
             self.changes.before_step()
         self.clip(want_norm=want_norm)
@@ -292,18 +309,18 @@ class Engine:
         return float(self.optimizer.loss_scale)
 
     @property
-    def is_gone(self) -> bool:
+    def is_destroyed(self) -> bool:
         """Tell whether the engine was destroyed; nothing else may be asked of it then."""
         return self._engine is None
 
-    def rest(self) -> None:
+    def release_module(self) -> None:
         """Release the module, so that ordinary torch code can use it after a training.
 
         Optimizer, schedule and counters can still be read. At stage 3 nothing happens: there the
         hooks put the parameters of each layer together.
         """
         self.in_use = False
-        if self.rests or self.resolved.stage == 3:
+        if self.is_released or self.resolved.stage == 3:
             return
         self._untie()
         if self._compiled_by is not None:
@@ -311,9 +328,9 @@ class Engine:
             self.module.compile(**self._compiled_by)
         for name in ("forward", "backward", "step"):
             setattr(self._engine, name, _has_ended)
-        self.rests = True
+        self.is_released = True
 
-    def broke_off(self) -> bool:
+    def has_interrupted_pass(self) -> bool:
         """Tell whether a forward or backward pass at stage 3 has not come to its end."""
         if self.resolved.stage != 3:
             return False
@@ -339,21 +356,21 @@ class Engine:
         """
         if self._engine is None:
             return
-        keep_whole(self.module.parameters())
+        keep_persistent_changes(self.module.parameters())
         self._engine.destroy()
-        if not self.rests:
+        if not self.is_released:
             self._untie()
         if self._compiled_by is not None:
             self.module._compiled_call_impl = None
         # It would be called again when the engine is collected, and undo ties of the next one.
         self._engine.destroy = _do_nothing
         del self._engine.__dict__["engine_of_dstrain"]
-        live_engines.forget(self)
+        live_engines.unregister(self)
         if self._sequence is not None:
             self._sequence.close()
         self._engine = None
         self._sequence = None
-        self._buffers = None
+        self._state = None
         self.optimizer = None
         self.scheduler = None
 
@@ -368,9 +385,9 @@ class Engine:
         if self._linear is not None:
             self._linear.close()
         undo_patches()
-        untie(self.module, leaves=self._leaves)
-        forget_modules(self.module)
-        process_settings.forget(self.resolved, others=live_engines.any_besides(self))
+        detach_engine(self.module, leaves=self._leaves)
+        forget_running_modules(self.module)
+        process_settings.reset(self.resolved, others=live_engines.any_besides(self))
 
 
 def _has_ended(*_: object, **__: object) -> None:
@@ -392,7 +409,7 @@ def _let_deepspeed_save(engine: Any) -> None:
     state_dict = engine.module_state_dict
 
     def module_state_dict(*args: Any, **kwargs: Any) -> Any:
-        with shown_in_parts(engine.module):
+        with showing_partitions(engine.module):
             return state_dict(*args, **kwargs)
 
     engine.module_state_dict = module_state_dict

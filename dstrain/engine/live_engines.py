@@ -3,39 +3,70 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 
+from dstrain.config import ResolvedConfig
 from dstrain.core.errors import Problem, TrainingError
 
-if TYPE_CHECKING:
-    from dstrain.engine.engine import Engine
+
+class LiveEngine(Protocol):
+    """An engine on a module, as far as those need it that did not build it.
+
+    Attributes:
+        module: the model.
+        resolved: the config that the engine was built from.
+        in_use: whether a training is running, so that the engine cannot be torn down.
+        is_released: whether the module is free of the engine.
+        owner: returns the function that tears the engine down in good order, or None once the
+            owner is gone.
+    """
+
+    module: torch.nn.Module
+    resolved: ResolvedConfig
+    in_use: bool
+    is_released: bool
+    owner: Callable[[], Callable[[], None] | None] | None
+
+    @property
+    def model(self) -> Any:
+        """Return the object to call for a forward pass."""
+
+    def has_interrupted_pass(self) -> bool:
+        """Tell whether a pass at stage 3 has not come to its end."""
+
+    def hand_over(self) -> None:
+        """Release the module for another engine, and tell the owner."""
+
+    def destroy(self) -> None:
+        """Release buffers and hooks."""
+
 
 # Weak: DeepSpeed's engine holds ours, so an engine is in here as long as a hook leads to it. A
 # module cannot say itself, for one engine may be on a part of another's module.
-_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+_ENGINES: weakref.WeakSet[LiveEngine] = weakref.WeakSet()
 
 
-def note(engine: Engine) -> None:
+def register(engine: LiveEngine) -> None:
     """Keep track of a new engine."""
     _ENGINES.add(engine)
 
 
-def forget(engine: Engine) -> None:
+def unregister(engine: LiveEngine) -> None:
     """Remove an engine that has been destroyed."""
     _ENGINES.discard(engine)
 
 
-def any_besides(engine: Engine) -> bool:
-    """Return whether another engine is on some module."""
-    return any(other is not engine and not other.rests for other in _ENGINES)
+def any_besides(engine: LiveEngine) -> bool:
+    """Tell whether another engine is on some module."""
+    return any(other is not engine and not other.is_released for other in _ENGINES)
 
 
-def engine_on(module: torch.nn.Module) -> Engine | None:
+def engine_on(module: torch.nn.Module) -> LiveEngine | None:
     """Return the engine that forward passes of ``module`` go through, whoever built it."""
-    found = (e for e in _ENGINES if e.module is module and not e.rests)
+    found = (e for e in _ENGINES if e.module is module and not e.is_released)
     return next(found, None)
 
 
@@ -44,7 +75,7 @@ def in_use(module: torch.nn.Module) -> bool:
     return any(engine.in_use for engine in _sharing(module))
 
 
-def let_orphans_go() -> None:
+def destroy_orphans() -> None:
     """Destroy engines whose owners are gone; to be called on all ranks at the same point.
 
     They are not collected by themselves: torch's hooks on gradients hide from the collector that
@@ -55,7 +86,7 @@ def let_orphans_go() -> None:
             engine.destroy()
 
 
-def make_way(module: torch.nn.Module) -> None:
+def hand_over_module(module: torch.nn.Module) -> None:
     """Release ``module`` from all engines that hold its parameters, and tell their owners.
 
     Raises:
@@ -75,7 +106,7 @@ def make_way(module: torch.nn.Module) -> None:
         engine.hand_over()
 
 
-def _sharing(module: torch.nn.Module) -> Iterator[Engine]:
+def _sharing(module: torch.nn.Module) -> Iterator[LiveEngine]:
     """Yield engines whose modules share a parameter with this one; engines x parameters steps."""
     own = set(map(id, module.parameters()))
     for engine in list(_ENGINES):

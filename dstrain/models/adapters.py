@@ -21,7 +21,7 @@ from dstrain.core.errors import ModelError, Problem
 from dstrain.core.files import unwritten
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects
-from dstrain.engine import gathered, kept_whole
+from dstrain.engine import gathered, kept_gathered
 from dstrain.models.tensor_file import Stored, write_tensor_file
 
 logger = get_logger(__name__)
@@ -120,7 +120,7 @@ def _named_by_peft(
             return {}
         return dict(get_peft_model_state_dict(model, state_dict=named, adapter_name=adapter))
     encoder = model.prompt_encoder[adapter]
-    with kept_whole(encoder), _evaluating(encoder), torch.no_grad():
+    with kept_gathered(encoder), _evaluating(encoder), torch.no_grad():
         saved = get_peft_model_state_dict(
             model,
             state_dict=named,

@@ -19,12 +19,12 @@ from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
 from dstrain.engine import (
     Partitioner,
-    StageTold,
+    StageRegistration,
     full_numel,
-    in_step,
+    gathers_in_forward,
+    generating_together,
     is_partitioned,
-    is_shown_in_parts,
-    puts_together,
+    may_show_partitions,
 )
 from dstrain.models.resize import resize_partitioned
 
@@ -146,7 +146,7 @@ def _refuse_copy(owner: Any, method: Callable[..., Any], *args: Any) -> Any:
 
 
 def _as_at_stage_3(owner: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with StageTold(3):
+    with StageRegistration(3):
         return method(*args, **kwargs)
 
 
@@ -154,25 +154,25 @@ def _on_all_ranks(
     owner: Any, method: Callable[..., Any], patience: float, *args: Any, **kwargs: Any
 ) -> Any:
     """Generate in step: a rank that is done early goes on with the others."""
-    if not puts_together(owner):
+    if not gathers_in_forward(owner):
         if _is_in_parts(owner):
             raise _in_parts("generate()", _RUN)
         return method(*args, **kwargs)
     if kwargs.get("synced_gpus") is False:
         logger.info("generate(synced_gpus=False): ranks keep in step all the same, as they must")
         kwargs["synced_gpus"] = None
-    with in_step("generate()", patience_seconds=patience):
+    with generating_together("generate()", patience_seconds=patience):
         return method(*args, **kwargs)
 
 
 def _needs_engine(module: torch.nn.Module, *_: object) -> None:
-    if not puts_together(module) and _is_in_parts(module):
+    if not gathers_in_forward(module) and _is_in_parts(module):
         raise _in_parts("a forward pass", _RUN)
 
 
 def _needs_whole_state(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
     """Refuse a ``state_dict`` of empty tensors; with ``keep_vars`` parameters may be had."""
-    if not keep_vars and not is_shown_in_parts(module) and _is_in_parts(module):
+    if not keep_vars and not may_show_partitions(module) and _is_in_parts(module):
         raise _in_parts("state_dict()", f"{_SAVE}; {_WHOLE}")
 
 

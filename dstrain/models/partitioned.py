@@ -26,14 +26,14 @@ from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.ranks import gather_objects, require_equal
 from dstrain.engine import (
+    BuildRegistration,
     Partitioner,
-    ZeroThreeMark,
-    built_whole,
+    building_whole_models,
+    fill_with_placeholder,
     gathered,
     is_partitioned,
     is_whole,
     scalars_as_bytes,
-    stand_in,
     with_full_shapes,
 )
 from dstrain.models import compat
@@ -46,7 +46,7 @@ def building_partitioned(resolved: ResolvedConfig) -> Iterator[None]:
 
     At another stage models are whole inside, also in a block of stage 3 around this one.
     """
-    with ZeroThreeMark(resolved) as mark, scalars_as_bytes(wanted=resolved.stage == 3):
+    with BuildRegistration(resolved) as mark, scalars_as_bytes(wanted=resolved.stage == 3):
         if resolved.stage != 3:
             steps = dict.fromkeys(compat.LOADING_STEPS, _as_it_is)
             with compat.with_loading_steps(steps if compat.has_loading_steps() else {}):
@@ -124,10 +124,13 @@ class _Loader:
             original(model, module, *args)
             return
         near = _parameters_near(module)
-        with gathered(near, write_from=0), built_whole():  # some gather by themselves at stage 3
+        with (
+            gathered(near, write_from=0),
+            building_whole_models(),
+        ):  # some gather by themselves at stage 3
             original(model, module, *args)
         for parameter in near:
-            stand_in(parameter)
+            fill_with_placeholder(parameter)
 
     def from_pretrained(self, original: Callable[..., Any], cls: Any, *args: Any, **kw: Any) -> Any:
         """Load with each parameter taken apart; a collective of all ranks.
@@ -141,7 +144,7 @@ class _Loader:
         self._met, self._lacking, self._loaded = False, set(), set()
         self._depth += 1
         try:
-            with built_whole():
+            with building_whole_models():
                 loaded = original(cls, *args, **kw)
         except Exception as error:
             if not self._met:  # the others are there, or on their way
@@ -217,7 +220,7 @@ class _Loader:
             if id(parameter) in self._loaded:
                 self._partitioner.split(parameter)
             else:
-                self._partitioner.split_as_on_main([parameter])
+                self._partitioner.split_like_main_rank([parameter])
         for name, buffer in model.named_buffers():
             if name in self._lacking and buffer.is_floating_point():
                 self._partitioner.send_from_main(buffer)
@@ -259,7 +262,7 @@ def _initialized(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **k
     with gathered([tensor], write_from=0):
         fill(tensor, *args, **kwargs)
     if stands_in:
-        stand_in(tensor)
+        fill_with_placeholder(tensor)
     return tensor
 
 

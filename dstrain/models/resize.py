@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dstrain.engine import Partitioner, built_whole, full_shape, gathered, is_partitioned
+from dstrain.engine import Partitioner, building_whole_models, full_shape, gathered, is_partitioned
 
 
 def resize_partitioned(
@@ -27,10 +27,10 @@ def resize_partitioned(
     """
     _make_whole(model, _affected_parameters(model))
     try:
-        with built_whole():
+        with building_whole_models():
             return resize(model, *args, **kwargs)
     finally:  # arguments that transformers refuses leave the model partitioned, as it was
-        partitioner.split_as_on_main(model.parameters())
+        partitioner.split_like_main_rank(model.parameters())
 
 
 def _affected_parameters(model: Any) -> list[torch.nn.Parameter]:

@@ -13,7 +13,7 @@ import torch
 from dstrain.core.adapters import has_adapters
 from dstrain.core.files import FileRecord, write_json
 from dstrain.core.ranks import Ranks
-from dstrain.engine import full_numel, full_shape, gathered, is_partitioned, own_partition
+from dstrain.engine import full_numel, full_shape, gathered, is_partitioned, rank_partition
 from dstrain.models.host_copies import HostCopies
 from dstrain.models.layout import Entry, groups_of
 from dstrain.models.save import INDEX
@@ -170,7 +170,7 @@ def snapshot_weights(
     for number, shard in enumerate(plan):
         entries = []
         for entry in (entry for portion in shard for entry in portion.entries):
-            share = own_partition(entry.tensor) if is_partitioned(entry.tensor) else None
+            share = rank_partition(entry.tensor) if is_partitioned(entry.tensor) else None
             if share is None:
                 entries.append(entry)
             else:

@@ -48,9 +48,9 @@ from dstrain.engine import (
     Engine,
     build_ops,
     check_formats,
-    check_own,
     check_precision,
     check_sizes,
+    check_user_optimizer,
     check_versions,
     device_type,
     expert_blocks,
@@ -421,7 +421,7 @@ def check_passed(
                 "pass one of them",
             )
         )
-    check_own(*optimizers, resolved)
+    check_user_optimizer(*optimizers, resolved)
     # `optim` chooses what the config builds, which an object displaces.
     for name in sorted({"optim", "optim_args"} & args.changed_fields()):
         if optimizers[0] is not None or cls_and_kwargs is not None:
@@ -450,7 +450,7 @@ def training_engine(
 ) -> Engine:
     """Build a DeepSpeed engine with our parameter groups, or with the user's own optimizer."""
     groups = None
-    check_own(optimizer, scheduler, resolved)
+    check_user_optimizer(optimizer, scheduler, resolved)
     if remark := slices_remark(optimizer, resolved):
         logger.warning("%s", remark)
     if launched_ranks().is_main and (blocks := leaf_remark(module, resolved)):

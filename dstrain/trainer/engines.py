@@ -14,14 +14,14 @@ from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.engine import (
     Engine,
+    destroy_orphans,
     device_name,
     device_type,
     engine_on,
+    hand_over_module,
     in_use,
     inference_engine,
     is_partitioned,
-    let_orphans_go,
-    make_way,
     make_whole,
 )
 from dstrain.models import DTYPES, guard_partitioned, release_guard
@@ -47,13 +47,13 @@ class EngineKeeper:
     def training(self) -> Engine | None:
         """Return the engine of the training that runs or ran last; None once it was torn down."""
         engine = self._training
-        return None if engine is None or engine.is_gone else engine
+        return None if engine is None or engine.is_destroyed else engine
 
     def train(self, build: Callable[[], Engine]) -> Engine:
         """Tear down what is alive and build a training engine on the current weights."""
         self._let_go()
         gc.collect()  # those of other Trainers, which nobody holds any more, must be gone too
-        let_orphans_go()
+        destroy_orphans()
         engine = self._training = self._adopted(build())
         engine.in_use = True
         return engine
@@ -68,9 +68,9 @@ class EngineKeeper:
         engine = self.training
         if engine is None:
             return
-        engine.rest()
+        engine.release_module()
         close = self._close()
-        if not done and not engine.rests and close is not None:
+        if not done and not engine.is_released and close is not None:
             close()
 
     def forward_model(self, module: torch.nn.Module, resolved: ResolvedConfig) -> Any:
@@ -114,7 +114,7 @@ class EngineKeeper:
             yield
         except BaseException:
             engine = engine_on(module)
-            if engine is not None and not engine.in_use and engine.broke_off():
+            if engine is not None and not engine.in_use and engine.has_interrupted_pass():
                 engine.hand_over()
             raise
 
@@ -131,7 +131,9 @@ class EngineKeeper:
 
     def _let_go(self) -> bool:
         """Tear down the engines that are alive, and tell whether there was any."""
-        alive = [e for e in (self._training, self._inference) if e is not None and not e.is_gone]
+        alive = [
+            e for e in (self._training, self._inference) if e is not None and not e.is_destroyed
+        ]
         for engine in alive:
             engine.destroy()
         self._training = self._inference = None
@@ -164,7 +166,7 @@ def make_ordinary(module: torch.nn.Module, device: str | None) -> None:
     Raises:
         TrainingError: a training with it is running.
     """
-    make_way(module)
+    hand_over_module(module)
     make_whole(module, device_name() if device is None else device)
     release_guard(module)
     vars(module).pop("num_parameters", None)  # count_whole_parameters

@@ -454,7 +454,7 @@ class EvaluationHooks(EvalLoaderHooks):
     def _model_for_evaluation(self, *, generates: bool) -> Iterator[Any]:
         """Give the block the model that runs the forward passes of one evaluation."""
         if self._engines.training is not None:
-            self._engines.training.buffers.look()  # what began to change since the last look
+            self._engines.training.buffers.find_changed()
         model = self._engines.forward_model(self.model, self.resolved)
         # While training runs the engine's format is used, as in transformers.
         wanted = None if self.is_in_train else full_eval_format(self.args, self.resolved)

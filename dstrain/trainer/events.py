@@ -75,7 +75,7 @@ class Events:
     def _taking_changes(self) -> contextlib.AbstractContextManager[None]:
         """Let weights that callbacks change inside be those that training goes on with."""
         engine = self._trainer._engines.training
-        changes = None if engine is None or engine.rests else engine.changes
+        changes = None if engine is None or engine.is_released else engine.changes
         return contextlib.nullcontext() if changes is None else changes.in_callbacks()
 
     @contextlib.contextmanager

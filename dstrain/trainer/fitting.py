@@ -13,7 +13,7 @@ from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_probl
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import require_equal
 from dstrain.data import inherit_split
-from dstrain.engine import Carried, Regroup, carry, is_out_of_memory, put_down
+from dstrain.engine import CapturedState, ProcessGroupRecovery, is_out_of_memory
 from dstrain.trainer import checkpointing as saving
 from dstrain.training.loop import TrainLoop
 
@@ -76,15 +76,15 @@ def run_fitting(trainer: Trainer, loop: TrainLoop) -> None:
         TrainingError: one sample does not fit, or memory ran out outside of forward and backward.
     """
     run = loop.run
-    loop.engine.buffers.keep()
+    loop.engine.buffers.keep_copies()
     while True:
-        regroup = Regroup(trainer.ranks, timeout_seconds=trainer.args.ddp_timeout)
-        loop.agree = regroup.vote
-        said = _ran_out(run, loop, regroup)
+        recovery = ProcessGroupRecovery(trainer.ranks, timeout_seconds=trainer.args.ddp_timeout)
+        loop.agree = recovery.wait_for_all
+        said = _ran_out(run, loop, recovery)
         if not said:
-            regroup.close()
+            recovery.close()
             return
-        carried = _leave_and_meet(trainer, loop, regroup)
+        captured = _abort_and_rebuild(trainer, loop, recovery)
         fitting = smaller(trainer.resolved.micro_batch_size, trainer.resolved.accumulation)
         if fitting is None:
             raise TrainingError(
@@ -95,11 +95,11 @@ def run_fitting(trainer: Trainer, loop: TrainLoop) -> None:
                     "offload (dstrain plan shows what each needs)",
                 )
             )
-        _take_place(trainer, loop, carried, *fitting)
+        _take_place(trainer, loop, captured, *fitting)
         run = loop.go_on
 
 
-def _ran_out(run: Callable[[], None], loop: TrainLoop, regroup: Regroup) -> str:
+def _ran_out(run: Callable[[], None], loop: TrainLoop, recovery: ProcessGroupRecovery) -> str:
     """Run the loop; return the error where memory ran out on any rank, "" where it did not."""
     try:
         run()
@@ -108,31 +108,33 @@ def _ran_out(run: Callable[[], None], loop: TrainLoop, regroup: Regroup) -> str:
         if not loop.computing:
             raise
         if here:
-            regroup.say_failed()
-        elif not regroup.another_failed():
+            recovery.report_out_of_memory()
+        elif not recovery.another_rank_ran_out():
             raise
         # The frames hold what did not fit.
         traceback.clear_frames(error.__traceback__)
-        return str(error).splitlines()[0] if here else "another rank said so"
+        return str(error).splitlines()[0] if here else "another rank ran out of memory"
     return ""
 
 
-def _leave_and_meet(trainer: Trainer, loop: TrainLoop, regroup: Regroup) -> Carried:
+def _abort_and_rebuild(
+    trainer: Trainer, loop: TrainLoop, recovery: ProcessGroupRecovery
+) -> CapturedState:
     """Tear the engine and the process groups down, form new groups; return the engine's state."""
-    loop.engine.buffers.go_back()
-    carried = carry(loop.engine)
+    loop.engine.buffers.restore_copies()
+    captured = loop.engine.state.capture()
     if trainer._writer is not None:
         trainer._writer.close()
-    regroup.leave()
-    regroup.meet(trainer.model)
+    recovery.abort()
+    recovery.rebuild(trainer.model)
     trainer.close()  # it asks for its rank
     loop.preemption.renew()
     require_equal("the number of optimizer steps done", loop.progress.step, TrainingError)
-    return carried
+    return captured
 
 
 def _take_place(
-    trainer: Trainer, loop: TrainLoop, carried: Carried, micro_batch: int, accumulation: int
+    trainer: Trainer, loop: TrainLoop, captured: CapturedState, micro_batch: int, accumulation: int
 ) -> None:
     """Replace the engine that ran out of memory by one with another micro-batch."""
     if trainer.ranks.is_main:
@@ -152,8 +154,8 @@ def _take_place(
     inherit_split(loader, loop.loader)
     engine = trainer._engines.train(lambda: trainer._build_engine(loop.plan.max_steps))
     trainer.optimizer, trainer.lr_scheduler = engine.optimizer, engine.scheduler
-    put_down(engine, carried)
-    engine.buffers.keep()
+    engine.state.restore(captured)
+    engine.buffers.keep_copies()
     trainer.events.hold(loader)
     if trainer._writer is not None:
         trainer._writer = saving.make_writer(trainer, before=trainer._writer)

@@ -15,7 +15,7 @@ from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, gather_objects
 from dstrain.data import to_device
-from dstrain.engine import bytes_to_gather, device_name, free_memory_bytes, kept_whole
+from dstrain.engine import bytes_to_gather, device_name, free_memory_bytes, kept_gathered
 from dstrain.trainer.generation_config import why_not_saved
 from dstrain.trainer.trainer import Trainer
 
@@ -239,7 +239,7 @@ class Seq2SeqTrainer(Trainer):
             if split and self._gathers_once(split):
                 # In step all the same: at each forward pass DeepSpeed compares between ranks the
                 # order of modules, until it has seen the same one twice, which generating breaks.
-                stack.enter_context(kept_whole(self.model))
+                stack.enter_context(kept_gathered(self.model))
             yield model
 
     def _gathers_once(self, needed_bytes: int) -> bool:

@@ -28,7 +28,7 @@ from dstrain.engine import (
     check_versions,
     device_name,
     device_type,
-    main_ranks_buffers,
+    main_rank_buffers,
 )
 from dstrain.models import check_writable, guard_partitioned, save_model, unsaved_remark
 from dstrain.reporting.memory import MemoryMetrics
@@ -338,7 +338,7 @@ class Trainer(
             self._said_unsaved = True
             if self.ranks.is_main:
                 logger.warning("%s", remark)
-        with main_ranks_buffers(self.model):
+        with main_rank_buffers(self.model):
             save_model(self.model, folder, self.ranks, on_each_node=self.args.save_on_each_node)
         write = processor_writer(self.processing_class, self.data_collator)
         with all_or_none():
@@ -373,7 +373,7 @@ class Trainer(
     def model_wrapped(self) -> Any:
         """Return the DeepSpeed engine while it is on the model, else the model."""
         engine = self._engines.training
-        return self.model if engine is None or engine.rests else engine.model
+        return self.model if engine is None or engine.is_released else engine.model
 
     @property
     def deepspeed(self) -> Any:

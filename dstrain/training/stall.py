@@ -35,7 +35,7 @@ from dstrain.core.launcher import note_end
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, named_ranks
 from dstrain.core.stop import STALLED
-from dstrain.engine import device_type, forget_shared_memory
+from dstrain.engine import device_type, unlink_shared_memory
 
 T = TypeVar("T")
 
@@ -350,7 +350,7 @@ class StallWatch:
             print(f"\ndstrain: error: {told}", file=sys.stderr, flush=True)
         if told or self._ranks.is_main:
             time.sleep(2 * _LOOK_SECONDS)  # others still ask for the verdict in rank 0's store
-        forget_shared_memory()
+        unlink_shared_memory()
         note_end(STALLED)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):

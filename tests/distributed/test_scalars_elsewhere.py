@@ -187,20 +187,18 @@ def test_a_run_of_transformers_comes_in(cls: Any, tmp_path: Path) -> None:
     assert read_run(ours)["engine"]["counters"]["global_steps"] == 2
 
 
-def test_a_region_of_shape_nothing_tells_moments_from_numbers() -> None:
+def test_a_shard_of_shape_nothing_tells_moments_from_numbers() -> None:
     """At stage 0 the holder itself has the shape (); the other parameters tell."""
-    from types import SimpleNamespace
-
-    from dstrain.engine import read_scalars, regions
+    from dstrain.engine import read_scalars
+    from dstrain.engine.state import locate_shards
 
     model = scaled_llama()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.NAdam(trained, lr=1e-2)
     model(**pad_collate(RaggedTokens(2).examples)).loss.backward()
     optimizer.step()
-    engine: Any = SimpleNamespace(module=model, optimizer=optimizer, changes=None)
-    held = regions(engine)
-    keys = {region.name: region.tensor_keys() for region in held}
+    held = locate_shards(model, optimizer)
+    keys = {shard.name: shard.tensor_keys() for shard in held}
     assert keys["scale"] == keys["lm_head.weight"] == ["master", "exp_avg", "exp_avg_sq"]
     assert keys["heat"] == ["weight"]
     numbers = read_scalars(held)

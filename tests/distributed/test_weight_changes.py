@@ -192,16 +192,14 @@ def test_master_weights_follow_and_keep_their_digits(
     stage: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """In bf16: changed elements are those of the model, others are not rounded."""
-    from dstrain.engine import regions
-
     trainer = trained(tmp_path, stage, 0.15, {"bf16": True, **settings}, on_step_end=clamp)
     trainer.train()
     expected = by_hand(Net(0.15), on_step_end=clamp)
     torch.testing.assert_close(losses(trainer), expected[0], rtol=3e-2, atol=3e-2)
     weights, finer = whole_weights(trainer), 0
-    for region in regions(trainer._engines.training):
-        master = region.read("master")
-        values = weights[region.name].reshape(-1)[region.start : region.stop]
+    for shard in trainer._engines.training.state.shards():
+        master = shard.read("master")
+        values = weights[shard.name].reshape(-1)[shard.start : shard.stop]
         assert torch.equal(master.to(torch.bfloat16), values)
         assert master.abs().max() <= 0.2002
         finer += int((master != values.float()).sum())

@@ -337,7 +337,7 @@ def test_leave_to_unpickle_is_made_in_one_place():
     callers = [p for p in root.rglob("*.py") if "load_native(" in p.read_text()]
     assert [p.relative_to(root).as_posix() for p in makers] == ["checkpoint/native.py"]
     assert sorted(p.relative_to(root).as_posix() for p in callers) == [
-        "checkpoint/load.py", "engine/state/native.py",
+        "checkpoint/load.py", "engine/state/training_state.py",
     ]  # fmt: skip
 
 

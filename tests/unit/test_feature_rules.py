@@ -17,7 +17,7 @@ from dstrain.config.resolution.batch import smaller
 from dstrain.core.errors import ConfigError, DataError, ModelError
 from dstrain.data import Denominator, EpochOrder, LossRule, LossTargets, TokenCount, sample_lengths
 from dstrain.engine import MetricSchedule, is_out_of_memory
-from dstrain.engine.optimizers.metric_schedule import guarded
+from dstrain.engine.optimizers.metric_schedule import stepping_by_metric_only
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build
 from dstrain.training import compat
@@ -232,7 +232,7 @@ def test_an_engine_cannot_step_a_schedule_with_something_that_is_no_metric():
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
-    schedule = guarded(lambda basic: plateau)(optimizer)
+    schedule = stepping_by_metric_only(lambda basic: plateau)(optimizer)
     assert isinstance(schedule, MetricSchedule)
     for _ in range(5):
         schedule.step()
@@ -241,8 +241,8 @@ def test_an_engine_cannot_step_a_schedule_with_something_that_is_no_metric():
     schedule.step(1.0)
     assert optimizer.param_groups[0]["lr"] == 0.5
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    assert guarded(constant) is constant
-    assert guarded(None) is None
+    assert stepping_by_metric_only(constant) is constant
+    assert stepping_by_metric_only(None) is None
 
 
 @pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dstrain.core.errors import ModelError
 from dstrain.engine.model_checks.layerdrop import check_layerdrop
-from dstrain.engine.stepping.gradient_arrival import arrival_order
+from dstrain.engine.stepping.gradient_arrival import gradient_arrival_order
 
 
 def arrivals(loss: torch.Tensor, model: nn.Module) -> list[str]:
@@ -28,7 +28,7 @@ def arrivals(loss: torch.Tensor, model: nn.Module) -> list[str]:
 def foretold(loss: torch.Tensor, model: nn.Module) -> list[str]:
     named = dict(model.named_parameters())
     names = list(named)
-    return [names[index] for index in arrival_order(loss, list(named.values()))]
+    return [names[index] for index in gradient_arrival_order(loss, list(named.values()))]
 
 
 def modules_in_order(names: list[str]) -> list[str]:

@@ -62,7 +62,7 @@ def test_another_machine_that_gets_no_answer(monkeypatch):
 
 def test_waiting_for_the_other_ranks_is_said(monkeypatch, caplog):
     monkeypatch.setattr(rendezvous, "_REMIND_SECONDS", 0.1)
-    with rendezvous.reminding(FIRST):
+    with rendezvous.warning_when_slow(FIRST):
         time.sleep(0.5)
     assert "rank 0 has waited" in caplog.text
 
@@ -163,9 +163,9 @@ def test_a_failure_of_gloo_in_the_first_collective_is_told_and_a_users_error_sta
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     told = r"did not meet(.|\n)*connectFullMesh failed"
-    with pytest.raises(ConfigError, match=told), rendezvous.meeting(FIRST):
+    with pytest.raises(ConfigError, match=told), rendezvous.as_rendezvous_error(FIRST):
         raise RuntimeError("Gloo connectFullMesh failed with [...] no error")
-    with pytest.raises(CheckpointError, match="mine"), rendezvous.meeting(FIRST):
+    with pytest.raises(CheckpointError, match="mine"), rendezvous.as_rendezvous_error(FIRST):
         raise CheckpointError("mine")
 
 
@@ -176,7 +176,7 @@ def test_the_frames_of_torchs_own_error_are_left_out(monkeypatch):
 
     with pytest.raises(dist.DistStoreError) as caught:
         dist.init_process_group("gloo", rank=0, world_size=2, timeout=timedelta(seconds=1))
-    told = str(rendezvous.did_not_meet(caught.value, FIRST))
+    told = str(rendezvous.rendezvous_error(caught.value, FIRST))
     assert "1/2 clients joined" in told
     assert "frame #" not in told
     assert len(told.splitlines()) == 3

@@ -1,8 +1,7 @@
-"""Regions of parameters, sharing them among ranks, optimizer state made before a first step."""
+"""Shards of parameters, dividing them among ranks, optimizer state made before a first step."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +16,19 @@ from dstrain.engine.state.optimizer_state import (
     read_scalars,
     set_group_values,
 )
-from dstrain.engine.state.shards import MASTER, WEIGHT, Region, optimized_names, regions, share
+from dstrain.engine.state.shards import (
+    MASTER,
+    WEIGHT,
+    StateShard,
+    locate_shards,
+    optimized_names,
+    shards_to_write,
+)
 
 
 def small_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 1))
-
-
-def engine_of(module: nn.Module, optimizer: Any) -> Any:
-    """Make what ``regions`` looks at, for a basic optimizer as at stage 0 in fp32."""
-    return SimpleNamespace(module=module, optimizer=optimizer, changes=None)
 
 
 def train(module: nn.Module, optimizer: Any, steps: int, *, seed: int) -> None:
@@ -61,7 +62,7 @@ def test_state_that_was_taken_apart_goes_on_as_if_nothing_had_happened(name):
     first, second = small_model(), small_model()
     old, new = (OPTIMIZERS[name](two_groups(m)) for m in (first, second))
     train(first, old, 3, seed=1)
-    held, empty = regions(engine_of(first, old)), regions(engine_of(second, new))
+    held, empty = locate_shards(first, old), locate_shards(second, new)
     keys = {r.name: r.tensor_keys() for r in held}
     scalars = {n: read_scalars(held).get(n, {}) for n, found in keys.items() if len(found) > 1}
     create_state(empty, scalars)
@@ -84,7 +85,7 @@ def test_before_the_first_step_there_is_nothing_but_values():
     """And looking for state must not create an entry, which the optimizer would take for state."""
     module = small_model()
     optimizer = torch.optim.AdamW(module.parameters())
-    held = regions(engine_of(module, optimizer))
+    held = locate_shards(module, optimizer)
     assert [r.tensor_keys() for r in held] == [[MASTER]] * 6
     assert read_scalars(held) == {}
     assert len(optimizer.state) == 0
@@ -95,9 +96,8 @@ def test_what_no_optimizer_updates_is_there_as_weight():
     module = small_model()
     module[0].weight.requires_grad_(False)
     optimizer = torch.optim.AdamW(module[2].parameters())
-    engine = engine_of(module, optimizer)
-    keys = {r.name: r.value_key for r in regions(engine)}
-    assert optimized_names(engine) == ["2.weight", "2.bias"]
+    keys = {r.name: r.value_key for r in locate_shards(module, optimizer)}
+    assert optimized_names(module, optimizer) == ["2.weight", "2.bias"]
     assert [n for n, key in keys.items() if key == WEIGHT] == [
         "0.weight",
         "0.bias",
@@ -112,16 +112,16 @@ def test_every_element_is_written_by_exactly_one_rank(world_size):
     module = small_model()
     module[1].requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
-    held = regions(engine_of(module, optimizer))
+    held = locate_shards(module, optimizer)
     written = {name: torch.zeros(p.numel()) for name, p in module.named_parameters()}
     sizes = []
     for rank in range(world_size):
-        mine = share(held, replicated=True, rank=rank, world_size=world_size)
+        mine = shards_to_write(held, replicated=True, rank=rank, world_size=world_size)
         sizes.append(sum(r.numel for r in mine))
-        for region in mine:
-            written[region.name][region.start : region.stop] += 1
-            whole = dict(module.named_parameters())[region.name].detach().reshape(-1)
-            assert torch.equal(region.read(region.value_key), whole[region.start : region.stop])
+        for shard in mine:
+            written[shard.name][shard.start : shard.stop] += 1
+            whole = dict(module.named_parameters())[shard.name].detach().reshape(-1)
+            assert torch.equal(shard.read(shard.value_key), whole[shard.start : shard.stop])
     assert all((count == 1).all() for count in written.values())
     assert max(sizes) - min(sizes) <= 1
 
@@ -131,9 +131,9 @@ def test_a_tensor_that_is_not_contiguous_is_read_and_written_in_order():
     values = torch.arange(24.0).view(2, 3, 4)
     holder = values.clone().permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert not holder.is_contiguous()
-    region = Region("w", 4, 10, (2, 3, 4), holder, 4)
-    assert torch.equal(region.read(WEIGHT), torch.arange(4.0, 14.0))
-    region.write(WEIGHT, 6, torch.tensor([-1.0, -2.0]))
+    shard = StateShard("w", 4, 10, (2, 3, 4), holder, 4)
+    assert torch.equal(shard.read(WEIGHT), torch.arange(4.0, 14.0))
+    shard.write(WEIGHT, 6, torch.tensor([-1.0, -2.0]))
     assert holder.reshape(-1)[5:9].tolist() == [5.0, -1.0, -2.0, 8.0]
 
 
@@ -144,7 +144,7 @@ def test_state_of_another_shape_is_refused():
     module(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     with pytest.raises(CheckpointError, match=r"has shape \(4, 1\)"):
-        [r.tensor_keys() for r in regions(engine_of(module, optimizer))]
+        [r.tensor_keys() for r in locate_shards(module, optimizer)]
 
 
 def test_another_number_of_groups_is_refused_unless_they_are_alike(caplog):
@@ -178,7 +178,7 @@ def test_state_of_another_type_is_refused():
     optimizer = Unusual(module.parameters(), lr=0.1)
     optimizer.step()
     with pytest.raises(CheckpointError, match="'seen' of 0.weight is a set"):
-        [r.tensor_keys() for r in regions(engine_of(module, optimizer))]
+        [r.tensor_keys() for r in locate_shards(module, optimizer)]
 
 
 def test_what_nothing_changes_in_training_is_the_new_runs():

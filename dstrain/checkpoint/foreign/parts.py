@@ -107,7 +107,7 @@ class ForeignRun:
         optimized: names of the trained ones.
         partitions: what becomes a file each.
         buffers: persistent buffers.
-        engine: as ``read_progress`` gives it.
+        engine: as ``EngineProgress.read`` gives it.
         global_batch_size: samples per step; None where it is not known.
         config: DeepSpeed's config; None without one.
         remarks: what a user should know about it.
@@ -137,7 +137,7 @@ def engine_record(
     schedule: Any,
     loss_scale: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Make the record that ``read_progress`` would have returned in the imported run."""
+    """Make the record that ``EngineProgress.read`` would have returned in the imported run."""
     return {
         "counters": {
             "global_steps": step,

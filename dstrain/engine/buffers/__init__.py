@@ -1,13 +1,13 @@
 """The buffers of a module: where they are, which of them training changes, and sending them."""
 
 from dstrain.engine.buffers.slots import Slot, empty_slots_of, slots_of
-from dstrain.engine.buffers.tracked import Buffers, checksum, main_ranks_buffers
+from dstrain.engine.buffers.tracked import Buffers, checksum, main_rank_buffers
 
 __all__ = [
     "Buffers",
     "Slot",
     "checksum",
     "empty_slots_of",
-    "main_ranks_buffers",
+    "main_rank_buffers",
     "slots_of",
 ]

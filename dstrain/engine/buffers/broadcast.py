@@ -53,7 +53,7 @@ class _Agreed:
         self.slot.put(values.view(dtype).view(shape))
 
 
-class AgreedBuffers:
+class BroadcastBuffers:
     """Buffers that the main rank sends to all others, with forms that are the same on all ranks.
 
     A model may change the form of a buffer at any time, and on any rank. What is sent has the

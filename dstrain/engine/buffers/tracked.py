@@ -25,7 +25,7 @@ import torch
 
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
-from dstrain.engine.buffers.broadcast import EMPTY, AgreedBuffers, Form, form_of
+from dstrain.engine.buffers.broadcast import EMPTY, BroadcastBuffers, Form, form_of
 from dstrain.engine.buffers.slots import Slot, empty_slots_of, slots_of
 
 # Of torch's normalisations with running statistics, whose layers need not all run in each step.
@@ -66,17 +66,17 @@ class Buffers:
         self._state: set[str] = set()
         self._varying: set[str] = set()  # state without one shape for all steps and ranks
         self._reshaped: set[str] = set()  # state in another form than it was built with
-        self._sent = AgreedBuffers()
+        self._sent = BroadcastBuffers()
         self._kept: dict[str, torch.Tensor | None] = {}
         self._keeps = self._knows = False
         self._seen: dict[str, _Seen] = {}
         if sends:
             begin = [slot for slot in slots_of(module) if slot.persistent]
             _check_alike(begin)
-            AgreedBuffers(begin).send()
-        self.begin()
+            BroadcastBuffers(begin).send()
+        self.note_values()
 
-    def begin(self) -> None:
+    def note_values(self) -> None:
         """Note the values of all buffers now; later looks compare with these."""
         slots = slots_of(self._module)
         sums = _checksums(slots)
@@ -87,7 +87,7 @@ class Buffers:
             for slot in slots
         }
 
-    def after_micro_batches(self) -> None:
+    def send_changed(self) -> None:
         """Send buffers that change, at the end of a global batch; a collective of all ranks.
 
         What changes is found out at the first step, which waits for the device anyway, and again
@@ -95,13 +95,13 @@ class Buffers:
         is that rank's own, and on all ranks from the next look on.
         """
         if not self._knows:
-            self.look()
+            self.find_changed()
         else:
             self._sent.send()
         if self._keeps:
             self._kept = self._copies()
 
-    def look(self) -> None:
+    def find_changed(self) -> None:
         """Find out which buffers change, and send them; a collective of all ranks.
 
         Takes one exchange of a few bytes per rank, and one wait for the device where there are
@@ -134,7 +134,7 @@ class Buffers:
             "reshaped": sorted(self._reshaped),
         }
 
-    def take_up(self, found: Mapping[str, Iterable[str]]) -> None:
+    def adopt(self, found: Mapping[str, Iterable[str]]) -> None:
         """Continue with what another engine has found; a collective of all ranks."""
         self._state.update(found["state"])
         self._varying.update(found["varying"])
@@ -142,17 +142,17 @@ class Buffers:
         self._knows = bool(self._state)  # an engine may end before its first look
         self._settle(slots_of(self._module))
 
-    def beside_model(self) -> list[Slot]:
+    def outside_state_dict(self) -> list[Slot]:
         """Return the state that is in no ``state_dict`` and that all ranks have alike."""
         return [slot for slot in self._sent if not slot.persistent and not slot.is_empty]
 
-    def own(self) -> list[Slot]:
+    def rank_state(self) -> list[Slot]:
         """Return the state whose values differ between ranks; a place of it may be empty."""
         sent = {slot.name for slot in self._sent}
         return [slot for slot in self._slots_of_state() if slot.name not in sent]
 
     @property
-    def differ(self) -> bool:
+    def differ_between_ranks(self) -> bool:
         """Tell whether some of the state has different values on ranks; the same on all ranks."""
         return len(self._sent) < len(self._state)
 
@@ -179,13 +179,13 @@ class Buffers:
                 slot.owner._buffers[slot.key] = present
                 slot.replace(copies[slot.name])
 
-    def keep(self) -> None:
-        """Hold a copy of the state as it was after the last step from now on, for ``go_back``."""
+    def keep_copies(self) -> None:
+        """Keep a copy of the state after every step from now on, for ``restore_copies``."""
         self._keeps = True
         slots = slots_of(self._module)
         self._kept = {s.name: s.tensor.clone() for s in slots if _are_statistics(s)}
 
-    def go_back(self) -> None:
+    def restore_copies(self) -> None:
         """Undo what the micro-batches of an interrupted step have done to the state."""
         for slot in [*slots_of(self._module), *empty_slots_of(self._module)]:
             if slot.name in self._kept:
@@ -237,7 +237,7 @@ class Buffers:
                 forms = {n: form if theirs.get(n) == form else None for n, form in forms.items()}
         self._varying.update(name for name, form in forms.items() if form is None)
         fixed = [by_name[name] for name, form in forms.items() if form is not None]
-        self._sent = AgreedBuffers(fixed if self._sends else ())
+        self._sent = BroadcastBuffers(fixed if self._sends else ())
 
     def _slots_of_state(self) -> list[Slot]:
         slots = [*slots_of(self._module), *empty_slots_of(self._module)]
@@ -251,7 +251,7 @@ class Buffers:
 
 
 @contextlib.contextmanager
-def main_ranks_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterator[None]:
+def main_rank_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterator[None]:
     """Give all ranks the main rank's persistent buffers inside the block; a collective.
 
     For saving a model whose buffers may not be the same on all ranks: any rank may write any part.

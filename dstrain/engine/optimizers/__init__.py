@@ -1,30 +1,30 @@
 """Optimizers, their parameter groups and compiled ops, and schedules that need a metric."""
 
 from dstrain.engine.optimizers.factory import (
-    adagrad_stays,
     build_ops,
-    check_own,
+    check_user_optimizer,
     group_of,
-    keep_adagrad,
+    make_adagrad_lazy,
     optimizer_class,
     optimizer_factory,
     slices_remark,
+    without_adagrad_replacement,
 )
 from dstrain.engine.optimizers.host_adam import correct_bias_by_step
-from dstrain.engine.optimizers.metric_schedule import MetricSchedule, guarded
+from dstrain.engine.optimizers.metric_schedule import MetricSchedule, stepping_by_metric_only
 from dstrain.engine.optimizers.nvme import prepare_nvme
 from dstrain.engine.optimizers.parameter_groups import decay_parameter_names, parameter_groups
 
 __all__ = [
     "MetricSchedule",
-    "adagrad_stays",
+    "without_adagrad_replacement",
     "build_ops",
-    "check_own",
+    "check_user_optimizer",
     "correct_bias_by_step",
     "decay_parameter_names",
     "group_of",
-    "guarded",
-    "keep_adagrad",
+    "stepping_by_metric_only",
+    "make_adagrad_lazy",
     "optimizer_class",
     "optimizer_factory",
     "parameter_groups",

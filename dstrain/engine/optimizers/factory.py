@@ -77,7 +77,7 @@ def optimizer_factory(resolved: ResolvedConfig) -> Factory | None:
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = cls(groups, **given)
-        keep_adagrad(optimizer)
+        make_adagrad_lazy(optimizer)
         return optimizer
 
     return make
@@ -107,7 +107,7 @@ def ops_of(resolved: ResolvedConfig) -> list[str]:
     return [*names, "async_io"] if place == "nvme" else names
 
 
-def check_own(optimizer: Any, scheduler: Any, resolved: ResolvedConfig) -> None:
+def check_user_optimizer(optimizer: Any, scheduler: Any, resolved: ResolvedConfig) -> None:
     """Refuse a user's own optimizer or schedule that could not run as given.
 
     Raises:
@@ -149,7 +149,7 @@ def slices_remark(optimizer: Any, resolved: ResolvedConfig) -> str:
     return f"{what}: {_SLICES if row is None else row.warning}"
 
 
-def keep_adagrad(optimizer: Any) -> None:
+def make_adagrad_lazy(optimizer: Any) -> None:
     """Let torch's Adagrad make its state where it first needs it, before the engine is built.
 
     It makes state in its constructor, for the parameters that it is given; DeepSpeed then gives it
@@ -160,13 +160,14 @@ def keep_adagrad(optimizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def adagrad_stays() -> Iterator[None]:
+def without_adagrad_replacement() -> Iterator[None]:
     """Keep DeepSpeed from putting another optimizer in the place of torch's Adagrad.
 
     ``initialize_optimizer_states`` of the ZeRO stages makes a new ``torch.optim.Adagrad`` of the
     flat tensors, with one group: the schedule would steer the old one, the weight decay of the
-    groups would be lost, and stage 3 would not find its second group. It does so because the state
-    is not made lazily, which ``keep_adagrad`` has mended; inside this block it finds no Adagrad.
+    groups would be lost, and stage 3 would not find its second group. It does so because
+    Adagrad makes its state at once, which ``make_adagrad_lazy`` has mended; inside this block
+    DeepSpeed finds no Adagrad.
     """
     real = torch.optim.Adagrad
     torch.optim.Adagrad = _NoAdagrad  # type: ignore[assignment,misc]

@@ -28,12 +28,12 @@ class MetricSchedule:
         return getattr(self.schedule, name)
 
 
-def guarded(schedule: Any) -> Any:
+def stepping_by_metric_only(schedule: Any) -> Any:
     """Return a schedule, or a function that makes one, in a form that an engine can step."""
     if schedule is None:
         return None
     if callable(schedule):
-        return lambda optimizer: guarded(schedule(optimizer))
+        return lambda optimizer: stepping_by_metric_only(schedule(optimizer))
     return MetricSchedule(schedule) if _needs_metric(schedule) else schedule
 
 

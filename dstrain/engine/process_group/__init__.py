@@ -1,7 +1,7 @@
 """Start-up of this process, its process group and devices, and forming the group again."""
 
-from dstrain.engine.process_group.recovery import Regroup, is_out_of_memory
-from dstrain.engine.process_group.shared_memory import forget_own, let_go_of_names
+from dstrain.engine.process_group.recovery import ProcessGroupRecovery, is_out_of_memory
+from dstrain.engine.process_group.shared_memory import unlink_once_mapped, unlink_rank_buffer
 from dstrain.engine.process_group.startup import (
     check_precision,
     check_versions,
@@ -13,15 +13,15 @@ from dstrain.engine.process_group.startup import (
 )
 
 __all__ = [
-    "Regroup",
+    "ProcessGroupRecovery",
     "check_precision",
     "check_versions",
     "device_name",
     "device_type",
     "empty_cache",
-    "forget_own",
+    "unlink_rank_buffer",
     "is_out_of_memory",
-    "let_go_of_names",
+    "unlink_once_mapped",
     "shut_down",
     "start",
 ]

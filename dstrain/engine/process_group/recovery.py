@@ -1,9 +1,10 @@
-"""Leaving a training together when memory runs out on one rank, and meeting again.
+"""Aborting the process group when memory runs out on one rank, and building a new one.
 
-The rank that failed cannot take part in the collectives that the others are in, so it must get
-them out: its connections are cut (gloo) or its communicators aborted (nccl). All ranks then give
-their process groups up and form new ones. What tells them from ranks that failed for another reason
-is a note in the store that the first groups were formed with.
+The rank that failed cannot take part in the collectives that the other ranks wait in, so it must
+free them: its connections are cut (gloo) or its communicators aborted (nccl). All ranks then
+destroy their process groups and form new ones. A rank that fails for another reason goes on to
+fail: the rank that ran out of memory leaves a note in the store that the first groups were formed
+with.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from dstrain.core.ranks import Ranks, barrier, gather_objects, is_distributed
 logger = get_logger(__name__)
 
 _PATIENCE_SECONDS = 20.0
-_LOOK_SECONDS = 0.5
+_WATCH_SECONDS = 0.5
 _MESSAGES = ("out of memory", "can't allocate memory", "CUDNN_STATUS_NOT_SUPPORTED")
-_Link = tuple[tuple[str, int], tuple[str, int]]
+_Connection = tuple[tuple[str, int], tuple[str, int]]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -38,15 +39,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
-class Regroup:
-    """The process groups of one training; made after its engine, whose groups it must know."""
+class ProcessGroupRecovery:
+    """Aborts and rebuilds the process groups of one training.
+
+    Made after the engine, whose groups it must know.
+    """
 
     def __init__(self, ranks: Ranks, *, timeout_seconds: float) -> None:
-        """Get ready to leave; a collective of all ranks.
+        """Note the connections between ranks; a collective of all ranks.
 
         Args:
-            ranks: this process among the others.
-            timeout_seconds: of the groups that are formed after leaving.
+            ranks: facts of this process.
+            timeout_seconds: of the groups that are formed after an abort.
         """
         self._ranks, self._timeout = ranks, timedelta(seconds=timeout_seconds)
         self._many = is_distributed()
@@ -56,19 +60,19 @@ class Regroup:
 
         token = gather_objects(uuid.uuid4().hex)[0]
         self._base = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"dstrain-regroup-{token}", self._base)
+        self._store = dist.PrefixStore(f"dstrain-recovery-{token}", self._base)
         self._backend = dist.get_backend()
-        self._votes = dist.new_group(backend="gloo", timeout=self._timeout)
+        self._micro_batches = dist.new_group(backend="gloo", timeout=self._timeout)
         barrier()
-        theirs = gather_objects(sorted(_links()))
+        theirs = gather_objects(sorted(_connections()))
         # A connection between ranks is in the lists of both, seen from either end.
-        ends = {link for rank, links in enumerate(theirs) if rank != ranks.rank for link in links}
-        self._between = {link for link in _links() if (link[1], link[0]) in ends}
+        ends = {end for rank, of_rank in enumerate(theirs) if rank != ranks.rank for end in of_rank}
+        self._between = {(here, there) for here, there in _connections() if (there, here) in ends}
         self._ended = threading.Event()
         if self._backend != "gloo":
-            threading.Thread(target=self._look_out, daemon=True).start()
+            threading.Thread(target=self._watch_for_failure, daemon=True).start()
 
-    def vote(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait until all ranks have done their micro-batches, so that all or none step.
 
         Host memory and a socket; the device is not waited for.
@@ -76,14 +80,14 @@ class Regroup:
         if self._many:
             import torch.distributed as dist
 
-            dist.barrier(group=self._votes)
+            dist.barrier(group=self._micro_batches)
 
-    def say_failed(self) -> None:
-        """Note for the others that this rank has run out of memory."""
+    def report_out_of_memory(self) -> None:
+        """Tell all ranks that this rank has run out of memory."""
         if self._many:
             self._store.set("failed", str(self._ranks.rank))
 
-    def another_failed(self) -> bool:
+    def another_rank_ran_out(self) -> bool:
         """Tell whether an error of this rank comes from another rank's lack of memory."""
         if not self._many:
             return False
@@ -94,24 +98,24 @@ class Regroup:
             time.sleep(0.05)
         return True
 
-    def leave(self) -> None:
-        """Give all process groups up, and free the ranks that wait for this one in a collective."""
+    def abort(self) -> None:
+        """Destroy all process groups, and free the ranks that wait for this one in a collective."""
         if not self._many:
             return
         import torch.distributed as dist
 
         self._ended.set()
         if self._backend == "gloo":
-            self._cut()
+            self._cut_connections()
         else:
-            with contextlib.suppress(Exception):  # the look-out may have done it
+            with contextlib.suppress(Exception):  # the watching thread may have done it
                 dist.distributed_c10d._abort_process_group()
         if dist.is_initialized():
             dist.destroy_process_group()
-        _forget_groups()
+        _forget_deepspeed_groups()
 
-    def meet(self, module: torch.nn.Module) -> None:
-        """Form a new group with all ranks, which the parameters of ``module`` then use."""
+    def rebuild(self, module: torch.nn.Module) -> None:
+        """Form a new group of all ranks, which the parameters of ``module`` then use."""
         if not self._many:
             return
         import torch.distributed as dist
@@ -129,31 +133,32 @@ class Regroup:
                 parameter.ds_process_group = dist.group.WORLD
 
     def close(self) -> None:
-        """Stop looking out: the training has ended."""
+        """Stop watching for a failed rank: the training has ended."""
         if self._many:
             self._ended.set()
 
-    def _cut(self) -> None:
+    def _cut_connections(self) -> None:
+        """Shut down the TCP connections to other ranks, except those to the store."""
         ports = {int(os.environ.get("MASTER_PORT", "0"))}
-        for link, descriptor in _links().items():
-            if link in self._between and not ports & {link[0][1], link[1][1]}:
+        for connection, descriptor in _connections().items():
+            if connection in self._between and not ports & {connection[0][1], connection[1][1]}:
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
                     end.shutdown(socket.SHUT_RDWR)
 
-    def _look_out(self) -> None:
+    def _watch_for_failure(self) -> None:
         """Free a main thread that waits on the device for a rank that will not come."""
         import torch.distributed as dist
 
-        while not self._ended.wait(_LOOK_SECONDS):
+        while not self._ended.wait(_WATCH_SECONDS):
             if self._store.check(["failed"]):
                 with contextlib.suppress(Exception):
                     dist.distributed_c10d._abort_process_group()
                 return
 
 
-def _links() -> dict[_Link, int]:
+def _connections() -> dict[_Connection, int]:
     """Return TCP connections of this process: (own, peer's address) -> file descriptor."""
-    found: dict[_Link, int] = {}
+    found: dict[_Connection, int] = {}
     for name in os.listdir("/proc/self/fd"):
         try:
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
@@ -170,7 +175,7 @@ def _address(name: Any) -> tuple[str, int]:
     return str(name[0]).removeprefix("::ffff:"), int(name[1])
 
 
-def _forget_groups() -> None:
+def _forget_deepspeed_groups() -> None:
     """Remove groups that DeepSpeed keeps in its modules and would hand to the next engine."""
     from deepspeed.utils import groups
 

@@ -61,7 +61,7 @@ def check_rendezvous(ranks: Ranks, *, timeout_seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def reminding(ranks: Ranks) -> Iterator[None]:
+def warning_when_slow(ranks: Ranks) -> Iterator[None]:
     """Warn once, on each machine, if the ranks take long to meet inside the block."""
     if ranks.world_size == 1 or not ranks.is_local_main:
         yield
@@ -87,7 +87,7 @@ def _remind(ranks: Ranks) -> None:
     )
 
 
-def did_not_meet(error: Exception, ranks: Ranks) -> ConfigError:
+def rendezvous_error(error: Exception, ranks: Ranks) -> ConfigError:
     """Return the error of a process group that torch could not form, without C++ frames."""
     said = str(error).strip().partition("\nException raised from")[0]
     return ConfigError(
@@ -102,7 +102,7 @@ def did_not_meet(error: Exception, ranks: Ranks) -> ConfigError:
 
 
 @contextlib.contextmanager
-def meeting(ranks: Ranks) -> Iterator[None]:
+def as_rendezvous_error(ranks: Ranks) -> Iterator[None]:
     """Turn errors of torch in the first collective into that of ranks that did not meet.
 
     Raises:
@@ -113,7 +113,7 @@ def meeting(ranks: Ranks) -> Iterator[None]:
     except DstrainError:
         raise
     except RuntimeError as error:
-        raise did_not_meet(error, ranks) from error
+        raise rendezvous_error(error, ranks) from error
 
 
 def _listen(port: int) -> socket.socket:

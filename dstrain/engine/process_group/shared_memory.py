@@ -25,7 +25,7 @@ SETTLED_SECONDS = 300.0
 _names_are_gone = False
 
 
-def let_go_of_names() -> None:
+def unlink_once_mapped() -> None:
     """Remove the name of this rank's buffer once all ranks have mapped it; a collective, once.
 
     To be called when DeepSpeed has brought up its side of the process group.
@@ -33,11 +33,11 @@ def let_go_of_names() -> None:
     global _names_are_gone
     if not _names_are_gone:
         barrier()
-        forget_own()
+        unlink_rank_buffer()
         _names_are_gone = True
 
 
-def forget_own() -> None:
+def unlink_rank_buffer() -> None:
     """Remove the name of this rank's buffer, where there is one."""
     variables = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
     name = "_".join([_NAME, str(os.getuid()), *variables])

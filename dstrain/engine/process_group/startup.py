@@ -54,10 +54,10 @@ def start(
     from dstrain.engine import ops
     from dstrain.engine.process_group import shared_memory
     from dstrain.engine.process_group.rendezvous import (
+        as_rendezvous_error,
         check_rendezvous,
-        did_not_meet,
-        meeting,
-        reminding,
+        rendezvous_error,
+        warning_when_slow,
     )
 
     folder = ops.prepare_environment()
@@ -87,7 +87,7 @@ def start(
         library = ops.OPS["shm_comm"].folder
         if ranks.is_local_main and not (folder / library / f"{library}.so").exists():
             logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
-        atexit.register(shared_memory.forget_own)  # a start that fails leaves it
+        atexit.register(shared_memory.unlink_rank_buffer)  # a start that fails leaves it
         if ranks.is_local_main:
             shared_memory.remove_leftovers()
     else:
@@ -110,7 +110,7 @@ def start(
     check_rendezvous(ranks, timeout_seconds=timeout_seconds)
     _group_is_ours = True
     # DeepSpeed prints from every rank here; a failure still raises.
-    with contextlib.redirect_stdout(io.StringIO()), reminding(ranks):
+    with contextlib.redirect_stdout(io.StringIO()), warning_when_slow(ranks):
         try:
             deepspeed.init_distributed(
                 dist_backend=backend,
@@ -123,12 +123,12 @@ def start(
             # DeepSpeed that fails, at an op that does not compile.
             if dist.is_initialized() and not isinstance(error, dist.DistError):
                 raise
-            raise did_not_meet(error, ranks) from error
+            raise rendezvous_error(error, ranks) from error
     # Some backends connect the ranks only here, at their first collective.
-    with meeting(ranks):
+    with as_rendezvous_error(ranks):
         check_versions()
     if on_cpu:
-        shared_memory.let_go_of_names()
+        shared_memory.unlink_once_mapped()
     return ranks
 
 

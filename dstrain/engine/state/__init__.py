@@ -1,38 +1,27 @@
 """One door to what a training has made: master weights, moments, counters, loss scale, schedule."""
 
-from dstrain.engine.state.capture import Carried, carry, put_down
-from dstrain.engine.state.native import Unpickling, load_native, save_native
-from dstrain.engine.state.optimizer_state import changing_values, create_state, read_scalars
-from dstrain.engine.state.progress import (
-    begin_load,
-    finish_load,
-    read_begun,
-    read_progress,
-    write_progress,
-)
+from dstrain.engine.state.native import Unpickling
+from dstrain.engine.state.optimizer_state import changing_values, read_scalars
 from dstrain.engine.state.record import EngineRecord
-from dstrain.engine.state.shards import MASTER, WEIGHT, Region, optimized_names, regions, share
+from dstrain.engine.state.shards import (
+    MASTER,
+    WEIGHT,
+    StateShard,
+    locate_shards,
+    shards_to_write,
+)
+from dstrain.engine.state.training_state import CapturedState, TrainingState
 
 __all__ = [
-    "Carried",
-    "EngineRecord",
     "MASTER",
-    "Region",
-    "Unpickling",
     "WEIGHT",
-    "begin_load",
-    "carry",
+    "CapturedState",
+    "EngineRecord",
+    "StateShard",
+    "TrainingState",
+    "Unpickling",
     "changing_values",
-    "create_state",
-    "finish_load",
-    "load_native",
-    "optimized_names",
-    "put_down",
-    "read_begun",
-    "read_progress",
+    "locate_shards",
     "read_scalars",
-    "regions",
-    "save_native",
-    "share",
-    "write_progress",
+    "shards_to_write",
 ]

@@ -6,27 +6,22 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dstrain.core.errors import CheckpointError, ModelError, Problem
 from dstrain.core.ranks import all_or_none
 from dstrain.engine.quiet import quiet
 
-if TYPE_CHECKING:
-    from dstrain.engine.engine import Engine
 
-
-def save_native(engine: Engine, folder: Path, tag: str) -> None:
+def write_pickles(deepspeed_engine: Any, folder: Path, tag: str) -> None:
     """Write ``folder/tag`` as ``DeepSpeedEngine.save_checkpoint`` does; a collective of all ranks.
 
     Raises:
         ModelError: a rank could not write; raised on every rank.
     """
     failures: list[Exception] = []
-    if engine.changes is not None:
-        engine.changes.take_over()
-    with quiet(), _to_the_end(engine.model, failures):
-        engine.model.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    with quiet(), _reaching_the_barrier(deepspeed_engine, failures):
+        deepspeed_engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
     with all_or_none():
         if failures:
             reason = f"{type(failures[0]).__name__}: {failures[0]}"
@@ -35,10 +30,10 @@ def save_native(engine: Engine, folder: Path, tag: str) -> None:
 
 @dataclass(frozen=True)
 class Unpickling:
-    """The word that DeepSpeed may execute what is in the pickles of a folder.
+    """The permission to let DeepSpeed execute the pickles of a folder.
 
     Made in one place, ``dstrain.checkpoint.native.unpickling``, which asks whether the user gave
-    it: nothing else can call ``load_native``.
+    it: nothing else can call ``TrainingState.load_native``.
 
     Attributes:
         folder: the checkpoint.
@@ -49,8 +44,8 @@ class Unpickling:
     tag: str
 
 
-def load_native(engine: Engine, allowed: Unpickling) -> None:
-    """Load DeepSpeed's files into a fresh engine; a collective of all ranks. It unpickles.
+def read_pickles(deepspeed_engine: Any, allowed: Unpickling) -> None:
+    """Load DeepSpeed's files into a fresh engine, unpickling them; a collective of all ranks.
 
     Raises:
         CheckpointError: DeepSpeed does not find them.
@@ -58,15 +53,18 @@ def load_native(engine: Engine, allowed: Unpickling) -> None:
     folder, tag = str(allowed.folder), allowed.tag
     with quiet():
         # The schedule's state is in run.json, and may be of another kind than this run's.
-        path, _ = engine.model.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
+        path, _ = deepspeed_engine.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(Problem(f"DeepSpeed finds no checkpoint {tag!r} in {folder}"))
 
 
 @contextlib.contextmanager
-def _to_the_end(model: Any, failures: list[Exception]) -> Iterator[None]:
-    """Let a rank that cannot write go on to the barrier, where the others wait for it."""
-    places = [(model.checkpoint_engine, "save"), (model, "_copy_recovery_script")]
+def _reaching_the_barrier(deepspeed_engine: Any, failures: list[Exception]) -> Iterator[None]:
+    """Let a rank that cannot write go on to the barrier, where the other ranks wait for it."""
+    places = [
+        (deepspeed_engine.checkpoint_engine, "save"),
+        (deepspeed_engine, "_copy_recovery_script"),
+    ]
     methods = [getattr(owner, name) for owner, name in places]
 
     def guarded(method: Any) -> Any:

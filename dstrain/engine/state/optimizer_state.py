@@ -9,7 +9,7 @@ import torch
 
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
-from dstrain.engine.state.shards import Region, is_scalar
+from dstrain.engine.state.shards import StateShard, is_scalar
 
 logger = get_logger(__name__)
 
@@ -35,65 +35,65 @@ STATIC = frozenset(
 _NUMBERS = (bool, int, float)
 
 
-def read_scalars(held: Iterable[Region]) -> dict[str, dict[str, Any]]:
+def read_scalars(shards: Iterable[StateShard]) -> dict[str, dict[str, Any]]:
     """Return single numbers in the state of each parameter by its name, such as a step count.
 
     Args:
-        held: all regions of this rank: some optimizers keep one number for a whole group.
+        shards: all shards of this rank: some optimizers keep one number for a whole group.
     """
     found: dict[str, dict[str, Any]] = {}
-    held = list(held)
-    latest = _latest_steps(held)
-    for region in held:
+    shards = list(shards)
+    latest = _latest_steps(shards)
+    for shard in shards:
         numbers = {}
-        for key, value in region.state.items():
+        for key, value in shard.state.items():
             if isinstance(value, torch.Tensor):
-                if region.is_number(key):
+                if shard.is_number(key):
                     numbers[key] = value.item()
             elif isinstance(value, _NUMBERS):
                 numbers[key] = value
-        step = latest.get((id(region.optimizer), region.group))
+        step = latest.get((id(shard.optimizer), shard.group))
         if step is not None and "step" in numbers:
             numbers["step"] = step
         if numbers:
-            found[region.name] = numbers
+            found[shard.name] = numbers
     return found
 
 
-def _latest_steps(held: list[Region]) -> dict[tuple[int, int], Any]:
+def _latest_steps(shards: list[StateShard]) -> dict[tuple[int, int], Any]:
     """Return the step count that is used for each group of an optimizer that keeps one per group.
 
     DeepSpeed's FusedAdam steps a whole group by the count of its last parameter, and raises only
     that one (``ops/adam/fused_adam.py:step``).
     """
     steps: dict[tuple[int, int], Any] = {}
-    for region in held:
-        if type(region.optimizer).__name__ == "FusedAdam" and "step" in region.state:
-            key = (id(region.optimizer), region.group)
-            steps[key] = max(steps.get(key, 0), region.state["step"])
+    for shard in shards:
+        if type(shard.optimizer).__name__ == "FusedAdam" and "step" in shard.state:
+            key = (id(shard.optimizer), shard.group)
+            steps[key] = max(steps.get(key, 0), shard.state["step"])
     return steps
 
 
-def create_state(held: Iterable[Region], saved: Mapping[str, Mapping[str, Any]]) -> None:
+def create_state(shards: Iterable[StateShard], saved: Mapping[str, Mapping[str, Any]]) -> None:
     """Give every holder the state that its saved parameters have; existing state stays.
 
     Args:
-        held: all regions of this rank.
+        shards: all shards of this rank.
         saved: the saved numbers by parameter name, as ``read_scalars`` gave them; a parameter that
             had state without any is there with an empty mapping. Of the parameters that share a
             holder the largest number counts: they differ only where one was never stepped.
     """
-    wanted: dict[int, tuple[Region, dict[str, Any]]] = {}
-    for region in held:
-        if region.name not in saved or region.optimizer is None:
+    wanted: dict[int, tuple[StateShard, dict[str, Any]]] = {}
+    for shard in shards:
+        if shard.name not in saved or shard.optimizer is None:
             continue
-        _, numbers = wanted.setdefault(id(region.holder), (region, {}))
-        for key, value in saved[region.name].items():
+        _, numbers = wanted.setdefault(id(shard.holder), (shard, {}))
+        for key, value in saved[shard.name].items():
             numbers[key] = max(numbers.get(key, value), value)
-    for region, numbers in wanted.values():
-        state = region.optimizer.state[region.holder]
+    for shard, numbers in wanted.values():
+        state = shard.optimizer.state[shard.holder]
         if not state:
-            state.update(_fresh_state(region))
+            state.update(_fresh_state(shard))
         for key, value in numbers.items():
             present = state.get(key)
             try:
@@ -105,24 +105,24 @@ def create_state(held: Iterable[Region], saved: Mapping[str, Mapping[str, Any]])
                 raise CheckpointError(
                     Problem(
                         f"the checkpoint has {key}={value} in the optimizer's state of "
-                        f"{region.name}",
-                        f"{type(region.optimizer).__name__} cannot have that: {error}",
+                        f"{shard.name}",
+                        f"{type(shard.optimizer).__name__} cannot have that: {error}",
                         "use another checkpoint",
                     )
                 ) from error
 
 
-def _fresh_state(region: Region) -> dict[str, Any]:
+def _fresh_state(shard: StateShard) -> dict[str, Any]:
     """Return state as the optimizer itself would make it, found out by stepping a small tensor.
 
     Raises:
         CheckpointError: the optimizer cannot step such a tensor.
     """
-    optimizer, holder = region.optimizer, region.holder
+    optimizer, holder = shard.optimizer, shard.holder
     probe = torch.zeros(_PROBE_NUMEL, dtype=holder.dtype, device=holder.device, requires_grad=True)
     probe.grad = torch.zeros_like(probe)
     groups = optimizer.param_groups
-    optimizer.param_groups = [{**groups[region.group], "params": [probe]}]
+    optimizer.param_groups = [{**groups[shard.group], "params": [probe]}]
     try:
         optimizer.step()
     except Exception as error:

@@ -53,7 +53,7 @@ def last_rates(schedule: Any) -> list[float] | None:
     return None if rates is None else [float(rate) for rate in rates]
 
 
-def take_up_schedule(
+def restore_schedule(
     schedule: Any,
     groups: Groups,
     saved: Mapping[str, Any],
@@ -83,11 +83,11 @@ def take_up_schedule(
     if isinstance(inner, LRScheduler):
         _check_attributes(inner, state)
     if isinstance(schedule, MetricSchedule):
-        return _take_up_metric_schedule(schedule, groups, state, begun, fresh)
+        return _restore_metric_schedule(schedule, groups, state, begun, fresh)
     if type(schedule) is LambdaLR:
-        return _take_up_factors(schedule, groups, state, before, fresh["schedule"], num_steps)
+        return _restore_factors(schedule, groups, state, before, fresh["schedule"], num_steps)
     if hasattr(schedule, "last_batch_iteration"):
-        return _take_up_closed_form(schedule, groups, saved, num_steps)
+        return _restore_closed_form(schedule, groups, saved, num_steps)
     same_kind = set(state) == set(fresh["schedule"])
     if same_kind and not _arguments_changed(state, before, fresh["schedule"]):
         schedule.load_state_dict(copy.deepcopy(state))
@@ -177,7 +177,7 @@ def unchanged_in_training(saved: Any, begun: Any) -> bool:
     return _plain(saved) == _plain(begun)
 
 
-def _take_up_factors(
+def _restore_factors(
     schedule: LambdaLR,
     groups: Groups,
     state: Mapping[str, Any],
@@ -185,7 +185,7 @@ def _take_up_factors(
     fresh: Mapping[str, Any],
     num_steps: int,
 ) -> tuple[str, ...]:
-    """Take up a schedule whose rates are initial rates times a function of the step."""
+    """Restore a schedule whose rates are initial rates times a function of the step."""
     if "lr_lambdas" in state and "base_lrs" in state:
         before = state if before is None or "base_lrs" not in before else before
         kept = {
@@ -209,10 +209,10 @@ def _take_up_factors(
     return _RATE
 
 
-def _take_up_closed_form(
+def _restore_closed_form(
     schedule: Any, groups: Groups, saved: Mapping[str, Any], num_steps: int
 ) -> tuple[str, ...]:
-    """Take up one of DeepSpeed's schedules, which compute rates and momenta from a count alone."""
+    """Restore one of DeepSpeed's schedules, which compute rates and momenta from a count alone."""
     if num_steps:
         schedule.step(num_steps - 1)
     moves = _RATE_AND_MOMENTUM if getattr(schedule, "cycle_momentum", False) else _RATE
@@ -222,14 +222,14 @@ def _take_up_closed_form(
     return tuple(name for name in moves if name != "lr") if same else moves
 
 
-def _take_up_metric_schedule(
+def _restore_metric_schedule(
     schedule: MetricSchedule,
     groups: Groups,
     state: Mapping[str, Any],
     begun: Mapping[str, Any] | None,
     fresh: Mapping[str, Any],
 ) -> tuple[str, ...]:
-    """Take up a schedule that follows evaluations: what it has seen, with this run's arguments.
+    """Restore a schedule that follows evaluations: what it has seen, with this run's arguments.
 
     Its rates cannot be computed anew. Where the learning rate is another one, what the schedule has
     made of the saved run's is done to this run's: they are scaled.

@@ -1,23 +1,20 @@
 """The places of this rank's master weights and optimizer state, parameter by parameter.
 
 DeepSpeed keeps master weights in flat tensors, cut in another way by every wrapper of the
-optimizer. A ``Region`` says where in such a tensor a run of one parameter lies, so that the rest of
-dstrain knows parameters by name, start and length only, and never a stage.
+optimizer. A ``StateShard`` says where in such a tensor a run of one parameter lies, so that the
+rest of dstrain knows parameters by name, start and length only, and never a stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.engine.zero import full_numel, full_shape, is_partitioned
-
-if TYPE_CHECKING:
-    from dstrain.engine.engine import Engine
 
 MASTER = "master"
 """Key of the values that the optimizer updates."""
@@ -26,7 +23,7 @@ WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
-class Region:
+class StateShard:
     """A run of one flattened parameter that this rank holds.
 
     Attributes:
@@ -67,8 +64,8 @@ class Region:
         # Not by index: the state is a defaultdict, and looking must not create an entry.
         return self.optimizer.state.get(self.holder) or {}
 
-    def part(self, start: int, stop: int) -> Region:
-        """Return the piece of this region between two places of the whole parameter."""
+    def part(self, start: int, stop: int) -> StateShard:
+        """Return the piece of this shard between two places of the whole parameter."""
         assert self.start <= start <= stop <= self.stop
         offset = self.offset + start - self.start
         return replace(self, start=start, numel=stop - start, offset=offset)
@@ -77,7 +74,7 @@ class Region:
         """Return the keys of the parameter's own values and of the state tensors of its shape.
 
         Raises:
-            CheckpointError: state of another shape, which has no slice for this region, or of
+            CheckpointError: state of another shape, which has no slice for this shard, or of
                 another type.
         """
         keys = [self.value_key]
@@ -122,7 +119,7 @@ class Region:
         return False
 
     def read(self, key: str) -> torch.Tensor:
-        """Return the region's values, 1-D, on their device; a view where memory is contiguous."""
+        """Return the shard's values, 1-D, on their device; a view where memory is contiguous."""
         return self._tensor(key).detach().reshape(-1).narrow(0, self.offset, self.numel)
 
     def write(self, key: str, start: int, values: torch.Tensor) -> None:
@@ -147,71 +144,74 @@ def is_scalar(key: str, value: torch.Tensor, holder: torch.Tensor) -> bool:
     return value.dim() == 0 and holder.dim() > 0
 
 
-def regions(engine: Engine) -> list[Region]:
-    """Return every region that this rank holds, in the order of the module's parameters.
+def locate_shards(module: torch.nn.Module, optimizer: Any) -> list[StateShard]:
+    """Return every shard that this rank holds, in the order of the module's parameters.
 
     At stage 0 each rank holds everything, at the other stages its own partition, and frozen
     parameters are held whole below stage 3.
 
+    Args:
+        module: the model.
+        optimizer: DeepSpeed's wrapper, or the basic optimizer where there is none.
+
     Raises:
         CheckpointError: state on NVMe, experts or a wrapper whose layout is not known.
     """
-    if engine.changes is not None:
-        engine.changes.take_over()  # whoever asks is to read the weights as they are
-    names = {id(p): name for name, p in engine.module.named_parameters()}
+    names = {id(p): name for name, p in module.named_parameters()}
     order = {name: index for index, name in enumerate(names.values())}
-    found = list(_optimized(engine.optimizer, names))
-    optimized = set(optimized_names(engine))
-    for name, parameter in engine.module.named_parameters():
+    found = list(_optimized(optimizer, names))
+    optimized = set(optimized_names(module, optimizer))
+    for name, parameter in module.named_parameters():
         if name not in optimized:
             found.append(_frozen(name, parameter))
-    return sorted((r for r in found if r.numel > 0), key=lambda r: (order[r.name], r.start))
+    return sorted((s for s in found if s.numel > 0), key=lambda s: (order[s.name], s.start))
 
 
-def optimized_names(engine: Engine) -> list[str]:
-    """Return names of the parameters that the optimizer updates, whichever rank holds them."""
-    wrapper = engine.optimizer
+def optimized_names(module: torch.nn.Module, optimizer: Any) -> list[str]:
+    """Return names of the parameters that an optimizer updates, whichever rank holds them."""
     kinds = ("fp16_groups", "bit16_groups", "bf16_groups")  # stages 3 and 0, 1-2, BF16_Optimizer
-    groups = next((getattr(wrapper, kind) for kind in kinds if hasattr(wrapper, kind)), None)
+    groups = next((getattr(optimizer, kind) for kind in kinds if hasattr(optimizer, kind)), None)
     if groups is None:
-        groups = [group["params"] for group in wrapper.param_groups]
+        groups = [group["params"] for group in optimizer.param_groups]
     known = {id(p) for group in groups for p in group}
-    return [name for name, p in engine.module.named_parameters() if id(p) in known]
+    return [name for name, p in module.named_parameters() if id(p) in known]
 
 
-def share(held: list[Region], *, replicated: bool, rank: int, world_size: int) -> list[Region]:
-    """Return the regions that this rank writes, so that each element is written by one rank.
+def shards_to_write(
+    shards: list[StateShard], *, replicated: bool, rank: int, world_size: int
+) -> list[StateShard]:
+    """Return the shards that this rank writes, so that each element is written by one rank.
 
     Args:
-        held: what ``regions`` gave.
+        shards: those that this rank holds.
         replicated: whether every rank holds the optimized parameters whole (stage 0).
         rank: this rank.
         world_size: number of ranks.
     """
-    whole = [r for r in held if _is_on_all_ranks(r, replicated=replicated)]
+    whole = [r for r in shards if _is_on_all_ranks(r, replicated=replicated)]
     total = sum(r.numel for r in whole)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
     mine = []
     position = 0
-    for region in held:
-        if not _is_on_all_ranks(region, replicated=replicated):
-            mine.append(region)
+    for shard in shards:
+        if not _is_on_all_ranks(shard, replicated=replicated):
+            mine.append(shard)
             continue
-        low, high = max(first, position), min(last, position + region.numel)
+        low, high = max(first, position), min(last, position + shard.numel)
         if low < high:
-            begin = region.start + low - position
-            mine.append(region.part(begin, begin + high - low))
-        position += region.numel
+            begin = shard.start + low - position
+            mine.append(shard.part(begin, begin + high - low))
+        position += shard.numel
     return mine
 
 
-def _is_on_all_ranks(region: Region, *, replicated: bool) -> bool:
-    if region.optimizer is not None:
+def _is_on_all_ranks(shard: StateShard, *, replicated: bool) -> bool:
+    if shard.optimizer is not None:
         return replicated
-    return not hasattr(region.holder, "ds_numel")  # a ds_tensor of stage 3 is this rank's alone
+    return not hasattr(shard.holder, "ds_numel")  # a ds_tensor of stage 3 is this rank's alone
 
 
-def _optimized(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
+def _optimized(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
     if getattr(optimizer, "has_moe_layers", False):
         raise _unknown("a model with expert parallelism")
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -225,22 +225,24 @@ def _optimized(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
             flat, inner = optimizer.fp32_groups_flat[index], optimizer.optimizer
             offset = 0
             for p in group:
-                yield Region(names[id(p)], 0, p.numel(), tuple(p.shape), flat, offset, index, inner)
+                yield StateShard(
+                    names[id(p)], 0, p.numel(), tuple(p.shape), flat, offset, index, inner
+                )
                 offset += p.numel()
     elif hasattr(optimizer, "fp32_groups"):
         for index, group in enumerate(optimizer.fp16_groups):
             for p, master in zip(group, optimizer.fp32_groups[index], strict=True):
                 name, inner = names[id(p)], optimizer.optimizer
-                yield Region(name, 0, p.numel(), tuple(p.shape), master, 0, index, inner)
+                yield StateShard(name, 0, p.numel(), tuple(p.shape), master, 0, index, inner)
     elif isinstance(optimizer, torch.optim.Optimizer):
         for index, values in enumerate(optimizer.param_groups):
             for p in values["params"]:
-                yield Region(names[id(p)], 0, p.numel(), tuple(p.shape), p, 0, index, optimizer)
+                yield StateShard(names[id(p)], 0, p.numel(), tuple(p.shape), p, 0, index, optimizer)
     else:
         raise _unknown(f"DeepSpeed's {type(optimizer).__name__}")
 
 
-def _stages_one_and_two(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
+def _stages_one_and_two(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
     for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
         yield from _cut(
             optimizer,
@@ -256,7 +258,7 @@ def _stages_one_and_two(optimizer: Any, names: dict[int, str]) -> Iterator[Regio
         )
 
 
-def _bf16_optimizer(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
+def _bf16_optimizer(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
     for index, flat in enumerate(optimizer.fp32_groups_flat_partition):
         offsets, position = [], 0
         for parameter in optimizer.bf16_groups[index]:
@@ -268,7 +270,7 @@ def _bf16_optimizer(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
 
 def _cut(
     optimizer: Any, group: int, placed: Any, flat: torch.Tensor, names: dict[int, str]
-) -> Iterator[Region]:
+) -> Iterator[StateShard]:
     """Yield what this rank's partition of a group's flat tensor holds of each parameter."""
     import torch.distributed as dist
 
@@ -277,7 +279,7 @@ def _cut(
     for parameter, place in placed:
         low = max(begin, place)
         high = max(low, min(begin + size, place + parameter.numel()))
-        yield Region(
+        yield StateShard(
             names[id(parameter)],
             low - place,
             high - low,
@@ -289,7 +291,7 @@ def _cut(
         )
 
 
-def _stage_three(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
+def _stage_three(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
     import torch.distributed as dist
 
     rank = dist.get_rank(group=optimizer.dp_process_group)
@@ -304,7 +306,7 @@ def _stage_three(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
         for parameter in group:
             size = parameter.partition_numel()
             begin = min(rank * size, parameter.ds_numel)
-            yield Region(
+            yield StateShard(
                 names[id(parameter)],
                 begin,
                 min(size, parameter.ds_numel - begin),  # the last partition is padded
@@ -317,15 +319,15 @@ def _stage_three(optimizer: Any, names: dict[int, str]) -> Iterator[Region]:
             offset += size
 
 
-def _frozen(name: str, parameter: Any) -> Region:
+def _frozen(name: str, parameter: Any) -> StateShard:
     if not is_partitioned(parameter):
-        return Region(name, 0, parameter.numel(), tuple(parameter.shape), parameter, 0)
+        return StateShard(name, 0, parameter.numel(), tuple(parameter.shape), parameter, 0)
     import torch.distributed as dist
 
     size, total = parameter.partition_numel(), full_numel(parameter)
     begin = min(dist.get_rank(group=parameter.ds_process_group) * size, total)
     numel = min(size, total - begin)
-    return Region(name, begin, numel, full_shape(parameter), parameter.ds_tensor, 0)
+    return StateShard(name, begin, numel, full_shape(parameter), parameter.ds_tensor, 0)
 
 
 def _unknown(what: str) -> CheckpointError:

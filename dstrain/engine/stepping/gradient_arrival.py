@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 
-def arrival_order(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> list[int]:
+def gradient_arrival_order(
+    loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
+) -> list[int]:
     """Return all indices of ``parameters`` in the order in which gradients of ``loss`` will come.
 
     Runs through the graph as torch's engine does on one device: among the nodes whose inputs are

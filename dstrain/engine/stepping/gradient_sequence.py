@@ -29,7 +29,7 @@ import torch
 
 from dstrain.core.errors import Problem, TrainingError
 from dstrain.core.ranks import broadcast_object
-from dstrain.engine.stepping.gradient_arrival import arrival_order
+from dstrain.engine.stepping.gradient_arrival import gradient_arrival_order
 
 # What is used of DeepSpeed 0.19.8's ZeRO optimizers, of stages 1 and 2 and of stage 3.
 _OF_BOTH = (
@@ -157,7 +157,7 @@ class GradientSequence(abc.ABC):
         self._has_order = True
         order: list[int] = []
         if not dist.is_initialized() or dist.get_rank() == 0:
-            order = arrival_order(loss, [member[0] for member in self._members])
+            order = gradient_arrival_order(loss, [member[0] for member in self._members])
         order = broadcast_object(order)
         if self._next or any(self._here):  # a pass has begun before: in a forward pass
             return

@@ -35,7 +35,7 @@ _REMIND_SECONDS, _PATIENCE_SECONDS = 10.0, 60.0
 _MOST_CHANGES = 16
 
 
-class Lockstep:
+class ModuleOrderWatch:
     """A watch that all ranks run the same modules of a partitioned model in the same order."""
 
     def __init__(self, optimizer: Any, module: torch.nn.Module, *, patience_seconds: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 
-class StageZeroRepair:
+class StageZeroCorrection:
     """The repair of one such optimizer; made once per engine, asked around every step."""
 
     def __init__(self, optimizer: Any) -> None:
@@ -55,10 +55,10 @@ class StageZeroRepair:
             self._update_is_due = True
 
 
-def repair_if_needed(optimizer: Any) -> StageZeroRepair | None:
+def stage_zero_correction(optimizer: Any) -> StageZeroCorrection | None:
     """Return a repair for the two optimizers that need one, None for all others."""
     needs = hasattr(optimizer, "loss_scale_config") and hasattr(optimizer, "_update_scale")
-    return StageZeroRepair(optimizer) if needs else None
+    return StageZeroCorrection(optimizer) if needs else None
 
 
 def _undo_phantom_step(optimizer: Any) -> None:

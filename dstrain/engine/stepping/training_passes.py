@@ -18,7 +18,7 @@ import torch
 from dstrain.core.errors import Problem, TrainingError
 
 
-class OwnPasses:
+class TrainingPasses:
     """Begins DeepSpeed's work at the start of each pass that trains, and at no other time.
 
     A pass outside of ``begun_by`` that reaches a parameter (``tensor.backward()`` of the user's) is

@@ -1,9 +1,9 @@
 """Watches over parameters that a user's code changes or reads outside of the forward pass."""
 
 from dstrain.engine.weight_watch.changes import WeightChanges
-from dstrain.engine.weight_watch.partitioned_reads import watching_reads
+from dstrain.engine.weight_watch.partitioned_reads import watching_partitioned_reads
 
 __all__ = [
     "WeightChanges",
-    "watching_reads",
+    "watching_partitioned_reads",
 ]

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dstrain.core.errors import CheckpointError, Problem, TrainingError
 from dstrain.engine import compat
-from dstrain.engine.state import MASTER, Region, regions
+from dstrain.engine.state import MASTER, StateShard, locate_shards
 from dstrain.engine.weight_watch.watch import WeightWatch
 from dstrain.engine.zero import (
     has_scalars,
+    is_gathered,
     is_partitioned,
-    is_whole_now,
     scalars_as_bytes,
-    updated_share,
+    updated_rank_partition,
 )
-
-if TYPE_CHECKING:
-    from dstrain.engine.engine import Engine
 
 
 class WeightChanges:
@@ -40,22 +37,23 @@ class WeightChanges:
         knows_step: what training steps change is known, or cannot be seen: forward is compiled.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        """Begin to watch an engine that trains.
+    def __init__(self, module: torch.nn.Module, optimizer: Any, *, stage: int) -> None:
+        """Begin to watch the weights of a model that an engine trains.
 
         Args:
-            engine: it is complete.
+            module: the model, on its device.
+            optimizer: DeepSpeed's wrapper, which has the master weights.
+            stage: of ZeRO.
         """
-        self._engine = engine
-        self._watch = WeightWatch(engine.module, on_change=self._note)
+        self._module, self._optimizer = module, optimizer
+        self._watch = WeightWatch(module, on_change=self._note)
         self._in_step = False
-        self._regions: dict[int, list[Region]] | None = None
+        self._shards: dict[int, list[StateShard]] | None = None
         self._repeated: dict[int, Any] = {}
         self._hooks: list[Any] = []
         # DeepSpeed's GatheredParameters cannot send them.
-        stage = engine.resolved.stage
-        self._has_scalars = stage == 3 and has_scalars(engine.module.parameters())
-        self.knows_step = compat.is_compiled(engine.module)
+        self._has_scalars = stage == 3 and has_scalars(module.parameters())
+        self.knows_step = compat.is_compiled(module)
 
     @contextlib.contextmanager
     def in_callbacks(self) -> Iterator[None]:
@@ -112,16 +110,16 @@ class WeightChanges:
         held = self._held() if changed else {}
         for parameter in changed:
             share = _share(parameter) if is_partitioned(parameter) else None
-            for region in held.get(id(parameter), ()):
-                if region.optimizer is None or region.holder is parameter:
+            for shard in held.get(id(parameter), ()):
+                if shard.optimizer is None or shard.holder is parameter:
                     continue
-                if share is None and tuple(parameter.shape) != region.shape:
-                    raise _reshaped(region, parameter)
+                if share is None and tuple(parameter.shape) != shard.shape:
+                    raise _reshaped(shard, parameter)
                 if share is None:
-                    values = parameter.detach().reshape(-1)[region.start : region.stop]
+                    values = parameter.detach().reshape(-1)[shard.start : shard.stop]
                 else:
-                    values = share[: region.numel]
-                _follow(region, values)
+                    values = share[: shard.numel]
+                _follow(shard, values)
 
     def close(self) -> None:
         """Take hooks away."""
@@ -137,23 +135,23 @@ class WeightChanges:
             return
 
         def keep(*_: object) -> None:
-            if is_whole_now(parameter):
+            if is_gathered(parameter):
                 _share(parameter)
 
-        for part in self._engine.module.modules():
+        for part in self._module.modules():
             if any(own is parameter for own in part._parameters.values()):
                 # Before the hook of DeepSpeed's that takes it apart again.
                 self._hooks.append(part.register_forward_hook(keep, prepend=True))
 
-    def _held(self) -> dict[int, list[Region]]:
-        """Return the regions of this rank by parameter; found once, as they stay where they are."""
-        if self._regions is None:
-            parameters = dict(self._engine.module.named_parameters())
-            self._regions = {}
+    def _held(self) -> dict[int, list[StateShard]]:
+        """Return the shards of this rank by parameter; found once, as they stay where they are."""
+        if self._shards is None:
+            parameters = dict(self._module.named_parameters())
+            self._shards = {}
             try:
-                for region in regions(self._engine):
-                    parameter = parameters[region.name]
-                    self._regions.setdefault(id(parameter), []).append(region)
+                for shard in locate_shards(self._module, self._optimizer):
+                    parameter = parameters[shard.name]
+                    self._shards.setdefault(id(parameter), []).append(shard)
             except CheckpointError as error:
                 raise TrainingError(
                     Problem(
@@ -164,7 +162,7 @@ class WeightChanges:
                         "DeepSpeed's, or leave the weights as they are",
                     )
                 ) from error
-        return self._regions
+        return self._shards
 
 
 @torch.no_grad()
@@ -185,7 +183,7 @@ def _share(parameter: Any) -> torch.Tensor:
     Raises:
         TrainingError: shares are not as they are trained: quantised, or on a disk.
     """
-    share = updated_share(parameter)
+    share = updated_rank_partition(parameter)
     if share is None:
         raise TrainingError(
             Problem(
@@ -198,19 +196,19 @@ def _share(parameter: Any) -> torch.Tensor:
     return share
 
 
-def _reshaped(region: Region, parameter: torch.Tensor) -> TrainingError:
+def _reshaped(shard: StateShard, parameter: torch.Tensor) -> TrainingError:
     return TrainingError(
         Problem(
-            f"{region.name} of shape {region.shape} has the shape {tuple(parameter.shape)} now",
+            f"{shard.name} of shape {shard.shape} has the shape {tuple(parameter.shape)} now",
             "the optimizer was built for the shape that it had when train() began",
             "change the shape of weights before train()",
         )
     )
 
 
-def _follow(region: Region, values: torch.Tensor) -> None:
-    """Give a region of the master weights the values of the model, where these are others."""
-    master = region.read(MASTER)
+def _follow(shard: StateShard, values: torch.Tensor) -> None:
+    """Give a shard of the master weights the values of the model, where these are others."""
+    master = shard.read(MASTER)
     values = values.to(master.device)
     differs = master.to(values.dtype) != values
-    region.write(MASTER, region.start, torch.where(differs, values.to(master.dtype), master))
+    shard.write(MASTER, shard.start, torch.where(differs, values.to(master.dtype), master))

@@ -42,7 +42,7 @@ _TAKES_ONE = frozenset(["to", "type_as"])
 _PASS_ON = ("deepspeed.runtime.zero.linear", "dstrain.engine.zero.registration")
 
 
-def watching_reads(
+def watching_partitioned_reads(
     engine: torch.nn.Module, module: torch.nn.Module
 ) -> contextlib.AbstractContextManager[Any]:
     """Watch what runs inside, unless the model is compiled, where it would be compiled too.
@@ -53,10 +53,10 @@ def watching_reads(
     """
     if compat.is_compiled(module):
         return contextlib.nullcontext()
-    return ReadsInParts(engine, module)
+    return PartitionedReadWatch(engine, module)
 
 
-class ReadsInParts(TorchFunctionMode):
+class PartitionedReadWatch(TorchFunctionMode):
     """Ends the computation of a loss that uses parameters which are in parts at that moment.
 
     It looks at every call of a torch function outside of the forward pass of an engine. Calls of
@@ -77,7 +77,7 @@ class ReadsInParts(TorchFunctionMode):
         self._depth = 0  # of forward passes of the engine
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> ReadsInParts:
+    def __enter__(self) -> PartitionedReadWatch:
         """Begin to watch."""
         self._hooks = [
             self._engine.register_forward_pre_hook(self._begin_forward, prepend=True),

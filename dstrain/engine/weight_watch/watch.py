@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.core.errors import Problem, TrainingError
 from dstrain.engine.weight_watch.callers import is_called_by_a_library
-from dstrain.engine.zero import is_away, is_partitioned
+from dstrain.engine.zero import is_absent, is_partitioned
 
 _Tensor: Any = torch.Tensor
 _GET_DATA, _SET_DATA = _Tensor.data.__get__, _Tensor.data.__set__
@@ -100,7 +100,7 @@ class WeightWatch(TorchFunctionMode):
             return returned
         touched = [self._origin(t) for t in _changed_by(func, name, args, kwargs)]
         changed = [parameter for parameter in touched if parameter is not None]
-        away = [p for p in changed if is_away(p)] or self._prepared(args)
+        away = [p for p in changed if is_absent(p)] or self._prepared(args)
         if away and not is_called_by_a_library():
             raise self._lost(away[0], name)
         if func == _SET_DATA and changed and not is_partitioned(changed[0]):
@@ -135,7 +135,7 @@ class WeightWatch(TorchFunctionMode):
         if not fills and caller.f_globals.get("__name__") != "torch.nn.init":
             return []
         parameter = self._origin(args[0]) if args else None
-        return [parameter] if parameter is not None and is_away(parameter) else []
+        return [parameter] if parameter is not None and is_absent(parameter) else []
 
     def _lost(self, parameter: Any, function: str) -> TrainingError:
         name = self._names.get(id(parameter), "a parameter")

@@ -53,12 +53,12 @@ _HOOKS = {
 }
 
 
-def leaves_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+def marked_leaves(module: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the modules that somebody has marked as leaves of stage 3."""
     return [m for m in module.modules() if _LEAF in vars(m)]
 
 
-def untie(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module]) -> None:
+def detach_engine(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module]) -> None:
     """Remove hooks and attributes of an engine; partitioned parameters stay partitioned.
 
     They are then as zero.Init makes them: no rank holds one whole, also where a forward or backward
@@ -116,7 +116,7 @@ class _Outside(torch.nn.Module):
         self._external_params = _KeepsNothing()
 
 
-def forget_modules(module: torch.nn.Module) -> None:
+def forget_running_modules(module: torch.nn.Module) -> None:
     """Remove a module and its parts from DeepSpeed's list of running modules, which keeps them."""
     offload: Any = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
     if offload is None:

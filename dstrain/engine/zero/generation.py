@@ -10,7 +10,7 @@ from typing import Any
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import is_distributed
-from dstrain.engine.zero.registration import StageTold
+from dstrain.engine.zero.registration import StageRegistration
 
 logger = get_logger(__name__)
 
@@ -19,7 +19,7 @@ _REMIND_SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def in_step(what: str, *, patience_seconds: float) -> Iterator[None]:
+def generating_together(what: str, *, patience_seconds: float) -> Iterator[None]:
     """Let ranks generate inside in step: transformers lets no rank end before another.
 
     Args:
@@ -30,7 +30,7 @@ def in_step(what: str, *, patience_seconds: float) -> Iterator[None]:
         ModelError: another rank has not come.
     """
     _meet(what, patience_seconds)
-    with StageTold(3):
+    with StageRegistration(3):
         yield
 
 

@@ -28,7 +28,7 @@ def has_scalars(parameters: Iterable[Any]) -> bool:
     return any(full_shape(parameter) == () for parameter in parameters)
 
 
-def own_partition(parameter: torch.Tensor) -> torch.Tensor | None:
+def rank_partition(parameter: torch.Tensor) -> torch.Tensor | None:
     """Return this rank's share of a partitioned parameter as it is trained, 1-D and padded.
 
     Returns:
@@ -46,23 +46,23 @@ def own_partition(parameter: torch.Tensor) -> torch.Tensor | None:
     return cast(torch.Tensor, share.detach())
 
 
-def is_away(parameter: Any) -> bool:
+def is_absent(parameter: Any) -> bool:
     """Tell whether no element of a partitioned parameter is here at this moment."""
     return is_partitioned(parameter) and parameter.numel() == 0 and full_numel(parameter) > 0
 
 
-def is_whole_now(parameter: Any) -> bool:
+def is_gathered(parameter: Any) -> bool:
     """Return whether a partitioned parameter has all its elements at this moment."""
     return parameter.ds_status.name == "AVAILABLE" and parameter.shape == parameter.ds_shape
 
 
 @torch.no_grad()
-def updated_share(parameter: Any) -> torch.Tensor | None:
-    """Return ``own_partition``, first given the present values of a parameter that is whole now."""
+def updated_rank_partition(parameter: Any) -> torch.Tensor | None:
+    """Copy the values of a gathered parameter into ``rank_partition``, and return that."""
     import torch.distributed as dist
 
-    share = own_partition(parameter)
-    if share is not None and is_whole_now(parameter):
+    share = rank_partition(parameter)
+    if share is not None and is_gathered(parameter):
         size = int(parameter.partition_numel())
         start = min(dist.get_rank(group=parameter.ds_process_group) * size, parameter.ds_numel)
         values = parameter.detach().reshape(-1)[start : start + size]
@@ -70,7 +70,7 @@ def updated_share(parameter: Any) -> torch.Tensor | None:
     return share
 
 
-def keep_whole(parameters: Iterable[Any]) -> None:
+def keep_persistent_changes(parameters: Iterable[Any]) -> None:
     """Keep what a user has changed, after a training, in parameters that are whole between steps.
 
     DeepSpeed leaves small ones so, and takes them apart without a look at their values. Grows with
@@ -82,8 +82,8 @@ def keep_whole(parameters: Iterable[Any]) -> None:
         return
     for parameter in parameters:
         kept = is_partitioned(parameter) and getattr(parameter, "ds_persist", False)
-        if kept and is_whole_now(parameter):
-            updated_share(parameter)
+        if kept and is_gathered(parameter):
+            updated_rank_partition(parameter)
 
 
 def full_numel(parameter: Any) -> int:
@@ -135,7 +135,7 @@ def gathered(
         return
     import deepspeed
 
-    keep_whole(split)
+    keep_persistent_changes(split)
     whole = deepspeed.zero.GatheredParameters(split, modifier_rank=write_from)
     whole.enable_sanity_checks &= checks
     sends_scalars = write_from is not None and has_scalars(split)
@@ -151,7 +151,7 @@ def gathered(
 
 
 @contextlib.contextmanager
-def shown_in_parts(module: torch.nn.Module) -> Iterator[None]:
+def showing_partitions(module: torch.nn.Module) -> Iterator[None]:
     """Allow ``module.state_dict()`` inside the block although its parameters are partitioned."""
     vars(module)[_SHOWN] = True
     try:
@@ -160,18 +160,18 @@ def shown_in_parts(module: torch.nn.Module) -> Iterator[None]:
         vars(module).pop(_SHOWN, None)
 
 
-def is_shown_in_parts(module: torch.nn.Module) -> bool:
-    """Tell whether ``module.state_dict()`` is allowed now, inside of ``shown_in_parts``."""
+def may_show_partitions(module: torch.nn.Module) -> bool:
+    """Tell whether ``module.state_dict()`` is allowed now, inside of ``showing_partitions``."""
     return _SHOWN in vars(module)
 
 
-def puts_together(module: torch.nn.Module) -> bool:
+def gathers_in_forward(module: torch.nn.Module) -> bool:
     """Tell whether an engine of stage 3 gathers ``module``'s parameters in its forward pass."""
     return "ds_id" in vars(module)  # parameter_offload.py:_register_deepspeed_module
 
 
 @contextlib.contextmanager
-def kept_whole(module: torch.nn.Module) -> Iterator[None]:
+def kept_gathered(module: torch.nn.Module) -> Iterator[None]:
     """Gather all partitioned parameters once, and keep them through forward passes inside.
 
     DeepSpeed's hooks partition a parameter again after each use, unless another submodule is said

@@ -63,7 +63,7 @@ class Partitioner:
             # What is left is empty; on the device, as after every later use of the parameter.
             parameter.data = parameter.data.to(self.device)
 
-    def split_as_on_main(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def split_like_main_rank(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Keep this rank's shares of the main rank's values, one at a time; a collective."""
         for parameter in parameters:
             if not is_partitioned(parameter):
@@ -95,7 +95,7 @@ class Partitioner:
 
 
 @contextlib.contextmanager
-def built_whole() -> Iterator[None]:
+def building_whole_models() -> Iterator[None]:
     """Let transformers build and load whole models inside, although stage 3 is registered."""
     from dstrain.engine import compat
 
@@ -115,7 +115,7 @@ def with_full_shapes(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]
     """
     empty = [p for p in parameters if is_partitioned(p) and p.numel() != full_numel(p)]
     for parameter in empty:
-        stand_in(parameter)
+        fill_with_placeholder(parameter)
     try:
         yield
     finally:
@@ -128,7 +128,7 @@ def is_whole(parameter: Any) -> bool:
     return not is_partitioned(parameter) or parameter.ds_status.name == "AVAILABLE"
 
 
-def stand_in(parameter: torch.nn.Parameter) -> None:
+def fill_with_placeholder(parameter: torch.nn.Parameter) -> None:
     """Give a partitioned parameter the shape of the whole one, all of it one number in memory."""
     number = float("nan") if parameter.is_floating_point() else 0
     one = torch.full((), number, dtype=parameter.dtype, device=parameter.device)

@@ -12,7 +12,7 @@ import torch
 from dstrain.config import ResolvedConfig
 
 
-def take_up(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
+def set_for(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
     """Reset process-wide settings to those of ``module``, before an engine on it is built.
 
     An engine takes over the groups of hpZ, whatever its own size is (``stage3.py:__init__``), and
@@ -28,7 +28,7 @@ def take_up(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
     torch_autocast.TORCH_AUTOCAST_DTYPE = None
 
 
-def keep_own_formats(optimizer: Any, resolved: ResolvedConfig) -> None:
+def keep_communication_format(optimizer: Any, resolved: ResolvedConfig) -> None:
     """Let an engine's optimizer communicate in its own formats, whatever is built later.
 
     It would ask at each gradient whether any engine autocasts (``base_optimizer.py``).
@@ -42,7 +42,7 @@ def keep_own_formats(optimizer: Any, resolved: ResolvedConfig) -> None:
     optimizer.get_param_comm_dtype = get_comm_dtype if autocasts else lambda parameter: common
 
 
-def forget(resolved: ResolvedConfig, *, others: bool) -> None:
+def reset(resolved: ResolvedConfig, *, others: bool) -> None:
     """Undo the settings of an engine that is gone.
 
     Args:

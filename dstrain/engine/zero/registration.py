@@ -13,7 +13,7 @@ from dstrain.config import ResolvedConfig
 from dstrain.engine import compat
 
 
-class StageTold:
+class StageRegistration:
     """A DeepSpeed config that transformers is told of, from its construction to ``close``.
 
     At stage 3 transformers builds models partitioned, generates in step on all ranks, and runs on
@@ -50,11 +50,11 @@ class StageTold:
         """Restore what was registered before, unless a user has registered a config since."""
         present = compat.registered_config()
         # One inside of this one, which an interrupt kept from closing, ends with it.
-        if present is None or isinstance(present, StageTold):
+        if present is None or isinstance(present, StageRegistration):
             compat.register_config(self._previous)
         self._previous = None
 
-    def __enter__(self) -> StageTold:
+    def __enter__(self) -> StageRegistration:
         """Return itself, which is registered already."""
         return self
 
@@ -63,7 +63,7 @@ class StageTold:
         self.close()
 
 
-class ZeroThreeMark(StageTold):
+class BuildRegistration(StageRegistration):
     """A registration for transformers to build models by a resolved config; close it afterwards."""
 
     def __init__(self, resolved: ResolvedConfig) -> None:
@@ -76,7 +76,7 @@ class ZeroThreeMark(StageTold):
         undo_patches()
 
 
-class ToldInForward:
+class ForwardRegistration:
     """Hooks that register with transformers during every forward pass of a partitioned module.
 
     LayerDrop (Wav2Vec2 and its kind) must run a layer on all ranks or on none, and AdaLoRA gathers
@@ -86,7 +86,7 @@ class ToldInForward:
     def __init__(self, module: torch.nn.Module, resolved: ResolvedConfig) -> None:
         """Hook ``module``: a model, or the engine around it."""
         self._resolved = resolved
-        self._told: list[StageTold] = []
+        self._told: list[StageRegistration] = []
         self._hooks = (
             module.register_forward_pre_hook(self._begin, prepend=True),
             module.register_forward_hook(self._end, always_call=True),
@@ -100,7 +100,7 @@ class ToldInForward:
             self._end()
 
     def _begin(self, *_: object) -> None:
-        self._told.append(StageTold(3, self._resolved.to_deepspeed))
+        self._told.append(StageRegistration(3, self._resolved.to_deepspeed))
 
     def _end(self, *_: object) -> None:
         if self._told:

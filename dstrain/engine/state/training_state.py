@@ -1,0 +1,183 @@
+"""The door to what a training has made in an engine: read it, write it, capture and restore it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.core.ranks import all_or_none
+from dstrain.engine.buffers import Buffers
+from dstrain.engine.state.native import Unpickling, read_pickles, write_pickles
+from dstrain.engine.state.optimizer_state import create_state, read_scalars
+from dstrain.engine.state.progress import EngineProgress
+from dstrain.engine.state.shards import WEIGHT, StateShard, locate_shards, optimized_names
+
+
+@dataclass(frozen=True)
+class CapturedState:
+    """The state of an engine in host memory: this rank's part, and what is alike on all ranks.
+
+    Attributes:
+        tensors: (parameter, start, key) -> values.
+        scalars: single numbers of the optimizer's state by parameter.
+        progress: counters, loss scale, rates, schedule.
+    """
+
+    tensors: dict[tuple[str, int, str], torch.Tensor]
+    scalars: dict[str, dict[str, Any]]
+    progress: dict[str, Any]
+
+
+class TrainingState:
+    """The master weights, moments, counters, loss scale and schedule of one engine.
+
+    Attributes:
+        module: the model.
+        buffers: the model's buffers that training changes.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        deepspeed_engine: Any,
+        *,
+        precision: str,
+        buffers: Buffers,
+        settle_weights: Callable[[], object],
+    ) -> None:
+        """Note schedule and parameter groups as they are before the first step.
+
+        Args:
+            module: the model.
+            deepspeed_engine: DeepSpeed's engine on it.
+            precision: number format of the run; fp16 has a loss scale.
+            buffers: those of the model.
+            settle_weights: takes changes by a user's code over into the master weights; called
+                before they are read.
+        """
+        self.module, self.buffers = module, buffers
+        self._engine, self._settle_weights = deepspeed_engine, settle_weights
+        self._progress = EngineProgress(deepspeed_engine, precision=precision, buffers=buffers)
+
+    # --- master weights and moments ---------------------------------------------------------------
+
+    def shards(self) -> list[StateShard]:
+        """Return the shards of parameters that this rank holds, in the order of the module's.
+
+        Raises:
+            CheckpointError: state on NVMe, experts or a wrapper whose layout is not known.
+        """
+        self._settle_weights()
+        return locate_shards(self.module, self._engine.optimizer)
+
+    def optimized_names(self) -> list[str]:
+        """Return names of the parameters that the optimizer updates, whichever rank holds them."""
+        return optimized_names(self.module, self._engine.optimizer)
+
+    @contextlib.contextmanager
+    def loading(
+        self, scalars: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> Iterator[list[StateShard]]:
+        """Yield this rank's shards, to be written inside the block; a collective of all ranks.
+
+        Parameters that stage 3 has gathered are released before, since their values would be
+        stale, and the weights that the model computes with follow the master weights after. An
+        error inside is raised on every rank; the model can then no longer be used.
+
+        Args:
+            scalars: saved numbers of the optimizer's state, for which the state is created first.
+
+        Raises:
+            CheckpointError: the optimizer cannot have such state.
+        """
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "checkpoint_event_prologue"):
+            optimizer.checkpoint_event_prologue()
+        with all_or_none():
+            shards = self.shards()
+            if scalars is not None:
+                create_state(shards, scalars)
+            yield shards
+        with torch.no_grad():
+            _refresh_weights(optimizer)
+        if hasattr(optimizer, "checkpoint_event_epilogue"):
+            optimizer.checkpoint_event_epilogue()
+
+    # --- counters, loss scale, parameter groups, schedule -----------------------------------------
+
+    @property
+    def optimizer_name(self) -> str:
+        """Return the class name of the optimizer inside DeepSpeed's wrapper."""
+        return self._progress.optimizer_name
+
+    def read_progress(self) -> dict[str, Any]:
+        """Return ``EngineProgress.read``: the values that do not depend on the rank."""
+        return self._progress.read()
+
+    def restore_progress(self, saved: dict[str, Any]) -> None:
+        """Restore what ``read_progress`` returned; a collective of all ranks."""
+        self._progress.restore(saved)
+
+    # --- all of it --------------------------------------------------------------------------------
+
+    def capture(self) -> CapturedState:
+        """Copy the state into host memory; no other rank is asked."""
+        shards = self.shards()
+        tensors = {
+            (shard.name, shard.start, key): shard.read(key).to("cpu", copy=True)
+            for shard in shards
+            for key in shard.tensor_keys()
+            if key != WEIGHT
+        }
+        return CapturedState(tensors, read_scalars(shards), self.read_progress())
+
+    def restore(self, captured: CapturedState) -> None:
+        """Put captured state into a fresh engine of the same topology; a collective."""
+        with self.loading(captured.scalars) as shards:
+            for shard in shards:
+                for key in shard.tensor_keys():
+                    values = captured.tensors.get((shard.name, shard.start, key))
+                    if values is not None:
+                        shard.write(key, shard.start, values)
+        self.restore_progress(captured.progress)
+
+    def save_native(self, folder: Path, tag: str) -> None:
+        """Write ``folder/tag`` as DeepSpeed's ``save_checkpoint`` does; a collective of all ranks.
+
+        Raises:
+            ModelError: a rank could not write; raised on every rank.
+        """
+        self._settle_weights()
+        write_pickles(self._engine, folder, tag)
+
+    def load_native(self, allowed: Unpickling) -> None:
+        """Load DeepSpeed's files into a fresh engine, unpickling them; a collective of all ranks.
+
+        Raises:
+            CheckpointError: DeepSpeed does not find them.
+        """
+        read_pickles(self._engine, allowed)
+
+
+def _refresh_weights(optimizer: Any) -> None:
+    """Copy master weights into the weights that the model computes with."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for index, flat in enumerate(optimizer.fp16_partitioned_groups_flat):
+            flat.data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
+            optimizer._unflatten_partitioned_parameters(index)
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_groups_flat"):
+        for flat, group in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
+            parts = flat.split([p.numel() for p in group])
+            for parameter, part in zip(group, parts, strict=True):
+                parameter.data.copy_(part.view(parameter.shape))
+    elif hasattr(optimizer, "fp32_groups"):
+        for masters, group in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for parameter, master in zip(group, masters, strict=True):
+                parameter.data.copy_(master)
