@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import CheckpointWriter, Policy, RunLock, RunRecord, place
+from dstrain.checkpoint import CheckpointWriter, Policy, RunLock, RunRecord, checkpoint_path
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import CheckpointError, Problem
@@ -112,7 +112,7 @@ class RunCheckpoints:
         if self._writer is None:  # a callback's wish, with save_strategy="no"
             self._writer = self._make_writer(args, is_read=is_read)
         self._writer.wait()  # a checkpoint that failed in the background is not the best one
-        folder = place(Path(args.output_dir), step)
+        folder = checkpoint_path(Path(args.output_dir), step)
         self.best.note_save(folder, failed=self._writer.failed)
         self._writer.save(engine, record())
 

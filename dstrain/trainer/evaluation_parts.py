@@ -18,8 +18,8 @@ from dstrain.evaluation import (
     BatchMetric,
     Collector,
     EvalBatch,
-    Keeping,
     Prediction,
+    PredictionOptions,
     Transport,
 )
 from dstrain.trainer.eval_format import full_eval_format, in_format
@@ -148,7 +148,7 @@ class EvaluationParts(ModelHooks, ReportHooks):
     def _collector(
         self, transport: Transport, batch_metric: BatchMetric | None, description: str
     ) -> Collector:
-        keeping = Keeping(
+        keeping = PredictionOptions(
             folder=Path(self.args.output_dir),
             keep=batch_metric is None or description == PREDICTION,
             concat=self.args.eval_do_concat_batches,

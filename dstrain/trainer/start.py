@@ -28,7 +28,7 @@ from dstrain.core.errors import CheckpointError, DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.core.seeds import seed_rank
-from dstrain.data import is_ours, is_stream, num_shares
+from dstrain.data import is_dstrain_loader, is_stream, num_shares
 from dstrain.engine import Engine
 from dstrain.trainer import build
 from dstrain.training.resume import Position, RankRecord, Resumption
@@ -79,11 +79,11 @@ def find_start(
 
     looked: dict[Path, Start] = {}
 
-    def look(folder: Path, manifest: Manifest) -> None:
+    def inspect(folder: Path, manifest: Manifest) -> None:
         looked[folder] = _read_start(folder, manifest, ranks)
 
     chosen = choose_checkpoint(
-        wanted, Path(args.output_dir), ranks, on_each_node=args.save_on_each_node, look=look
+        wanted, Path(args.output_dir), ranks, on_each_node=args.save_on_each_node, inspect=inspect
     )
     if chosen is None:
         return None
@@ -188,7 +188,7 @@ def num_epochs(loader: Loader, args: TrainingArguments, per_epoch: int | None) -
 
     The stated length may be wrong, so steps alone would not tell.
     """
-    tells = is_ours(loader) and is_stream(loader.dataset) and per_epoch is not None
+    tells = is_dstrain_loader(loader) and is_stream(loader.dataset) and per_epoch is not None
     return math.ceil(args.num_train_epochs) if tells and args.max_steps <= 0 else None
 
 

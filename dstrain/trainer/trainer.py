@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import check_there, held_lock
+from dstrain.checkpoint import check_resumable, held_lock
 from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
 from dstrain.core.launcher import note_saved
 from dstrain.core.log import get_logger
@@ -162,7 +162,7 @@ class Trainer(RunHooks, OtherAttributes):
         with all_or_none():
             if self.args.should_save:
                 check_writable(self.args.output_dir)
-                check_there(self.args.resume_from_checkpoint, Path(self.args.output_dir))
+                check_resumable(self.args.resume_from_checkpoint, Path(self.args.output_dir))
         seed_everything(self.args.seed)
         self.model_init = model_init
         self.model = self._fresh_model(None) if model is None else model

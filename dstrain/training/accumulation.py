@@ -14,7 +14,7 @@ from dstrain.data import LossTargets, MicroBatch, TokenCount, empty_columns
 from dstrain.engine import Engine, device_name
 from dstrain.training.key_value_cache import KeyValueCache
 from dstrain.training.stall import Place
-from dstrain.training.window_weights import WindowWeights, telling_first
+from dstrain.training.window_weights import WindowWeights, most_telling_first
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Accumulation:
             micro_batches: of this rank; the same number on all ranks.
             looks_again: whether the first forward pass is watched on all ranks.
         """
-        micro_batches = telling_first(micro_batches, self.targets)
+        micro_batches = most_telling_first(micro_batches, self.targets)
         weights = WindowWeights(
             self.targets,
             micro_batches,

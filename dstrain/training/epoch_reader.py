@@ -12,7 +12,7 @@ from dstrain.data import (
     AheadHooks,
     Window,
     fetches_ahead,
-    is_ours,
+    is_dstrain_loader,
     keep_source_states,
     num_shares,
     set_epoch,
@@ -76,7 +76,7 @@ class EpochReader:
             else:
                 hooks.before_first = resumption.restore_random_ahead
                 hooks.after_first = resumption.restore_random
-            if not is_ours(self.loader):
+            if not is_dstrain_loader(self.loader):
                 skip = steps_in_epoch * accumulation
                 self._warn_of_replay(skip)
         return windows(self.loader, accumulation, skip=skip, ahead=hooks)
