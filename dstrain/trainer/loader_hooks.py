@@ -8,7 +8,7 @@ from types import MappingProxyType
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import all_or_none
 from dstrain.data import end_processes
-from dstrain.trainer import build
+from dstrain.trainer import loaders
 from dstrain.trainer.base import TrainerBase
 from dstrain.training.types import Dataset, Loader
 
@@ -74,11 +74,11 @@ class LoaderHooks(TrainerBase):
     def _loader(self, dataset: object, *, train: bool) -> Loader:
         """Make this rank's loader of a dataset; the model gets the columns that it takes."""
         description = "training" if train else "evaluation"
-        lengths = build.lengths_of(dataset, self.args, self.processing_class) if train else None
-        dataset, collate = build.prepare_dataset(
+        lengths = loaders.lengths_of(dataset, self.args, self.processing_class) if train else None
+        dataset, collate = loaders.prepare_dataset(
             dataset, self.data_collator, self.model, self.args, description=description
         )
-        return build.make_loader(
+        return loaders.make_loader(
             dataset, collate, self.resolved, self.args, self.ranks, train=train, lengths=lengths
         )
 
@@ -90,7 +90,7 @@ class LoaderHooks(TrainerBase):
         """
         with all_or_none():
             loader = make()
-        build.check_shared_out(loader, self.ranks, method=method)
+        loaders.check_shared_out(loader, self.ranks, method=method)
         return loader
 
     def _release_eval_loaders(self) -> None:

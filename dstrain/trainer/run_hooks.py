@@ -11,7 +11,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, barrier, require_equal, sum_over_ranks
 from dstrain.core.seeds import random_state, seed_rank, set_random_state
 from dstrain.engine import Engine, MetricSchedule, device_name
-from dstrain.trainer import build, compat, start
+from dstrain.trainer import build, compat, loaders, start
 from dstrain.trainer.best import BestModel
 from dstrain.trainer.callback_states import restore_callbacks
 from dstrain.trainer.checkpointing import check_hooks
@@ -85,7 +85,7 @@ class RunHooks(SearchHooks, SaveHooks):
             control=self.control,
             preemption=self._preemption,
             cache=KeyValueCache(self.model, used=self.args.use_cache),
-            count_tokens=build.token_count(self.model, self.args, self.processing_class),
+            count_tokens=loaders.token_count(self.model, self.args, self.processing_class),
             resumption=resumption,
         )
 
@@ -96,7 +96,7 @@ class RunHooks(SearchHooks, SaveHooks):
             DataError: ranks have data of different lengths.
         """
         # Accumulation may come from the user's DeepSpeed config, so it is read after resolving.
-        max_steps, per_epoch = build.training_steps(loader, self.args, self.resolved.accumulation)
+        max_steps, per_epoch = loaders.training_steps(loader, self.args, self.resolved.accumulation)
         require_equal("the length of the training data", (max_steps, per_epoch), DataError)
         if begin is not None and self.args.max_steps <= 0:
             batch = self.resolved.global_batch_size

@@ -30,7 +30,7 @@ from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.core.seeds import seed_rank
 from dstrain.data import is_dstrain_loader, is_stream, num_shares
 from dstrain.engine import Engine
-from dstrain.trainer import build
+from dstrain.trainer import loaders
 from dstrain.training.resume import Position, RankRecord, Resumption
 from dstrain.training.types import Loader
 
@@ -152,10 +152,10 @@ def check_shares(loader: object, ranks: Ranks, start: Start | None) -> None:
     """
     method = "get_train_dataloader"
     if start is None:
-        build.check_shared_out(loader, ranks, method=method)
+        loaders.check_shared_out(loader, ranks, method=method)
         return
     position = start.position
-    build.check_shared_out(
+    loaders.check_shared_out(
         loader,
         ranks,
         method=method,

@@ -22,7 +22,7 @@ from dstrain.data import Collator
 from dstrain.engine import check_versions, device_type
 from dstrain.models import check_writable
 from dstrain.reporting.memory import MemoryMetrics
-from dstrain.trainer import build
+from dstrain.trainer import build, loaders
 from dstrain.trainer.attributes import OtherAttributes
 from dstrain.trainer.best import BestModel
 from dstrain.trainer.checkpointing import RunCheckpoints, check_hooks, keep_folder
@@ -171,7 +171,7 @@ class Trainer(RunHooks, OtherAttributes):
         self.eval_dataset = eval_dataset
         self.processing_class = processing_class
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self.data_collator = data_collator or build.default_collator(processing_class)
+        self.data_collator = data_collator or loaders.default_collator(processing_class)
         self.optimizer, self.lr_scheduler = optimizers
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self._user = UserOptimizer(*optimizers)

@@ -13,7 +13,7 @@ from dstrain.core.ranks import HostSum, Ranks
 from dstrain.data import LossTargets, MicroBatch, TokenCount, empty_columns
 from dstrain.engine import Engine, device_name
 from dstrain.training.key_value_cache import KeyValueCache
-from dstrain.training.stall import Place
+from dstrain.training.place import Place
 from dstrain.training.window_weights import WindowWeights, most_telling_first
 
 

@@ -16,10 +16,10 @@ from dstrain.training.epoch_reader import EpochReader
 from dstrain.training.key_value_cache import KeyValueCache
 from dstrain.training.loss_health import LossHealth, no_sample
 from dstrain.training.metrics import Reading, TrainMeter
+from dstrain.training.place import Place
 from dstrain.training.preemption import EvaluationStopped, Preemption
 from dstrain.training.resume import Due, Event, Position, Resumption, StepRecord
 from dstrain.training.settings import Hooks, RunSettings
-from dstrain.training.stall import Place
 from dstrain.training.types import Loader
 
 if TYPE_CHECKING:
@@ -116,11 +116,7 @@ class TrainLoop:
         self._note(self._meter.read())
 
     def _is_over(self) -> bool:
-        progress = self.progress
-        return (
-            self.settings.is_over(step=progress.step, epoch=progress.epoch)
-            or self.control.should_training_stop
-        )
+        return self.settings.is_over(self.progress) or self.control.should_training_stop
 
     def _run_epoch(self, *, begins: bool) -> None:
         self._reader.begin(self.progress)
@@ -189,12 +185,7 @@ class TrainLoop:
     def _show_progress(self, *, ends_epoch: bool) -> None:
         """Tell callbacks, in their state, how far the run has come."""
         self.state.global_step = self.progress.step
-        self.state.epoch = self.settings.epochs_done(
-            step=self.progress.step,
-            epoch=self.progress.epoch,
-            steps_in_epoch=self.progress.steps_in_epoch,
-            ends_epoch=ends_epoch,
-        )
+        self.state.epoch = self.settings.epochs_done(self.progress, ends_epoch=ends_epoch)
 
     def _react(self, event: Event, last: StepRecord, *, epoch_is_over: bool) -> None:
         """Let callbacks decide at this point of the run, then do what they decided.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from dstrain.core.progress import Progress
 from dstrain.training.accumulation import MicroStep
 from dstrain.training.resume import Position
 
@@ -89,10 +90,10 @@ class RunSettings:
     empty_cache_steps: int = 0
     num_epochs: int | None = None
 
-    def is_over(self, *, step: int, epoch: int) -> bool:
+    def is_over(self, progress: Progress) -> bool:
         """Tell whether a run that has come this far has done all of its steps or epochs."""
-        ends_by_epochs = self.num_epochs is not None and epoch >= self.num_epochs
-        return ends_by_epochs or step >= self.max_steps
+        ends_by_epochs = self.num_epochs is not None and progress.epoch >= self.num_epochs
+        return ends_by_epochs or progress.step >= self.max_steps
 
     def is_log_step(self, step: int, *, ends_epoch: bool) -> bool:
         """Tell whether a step will probably be logged.
@@ -109,18 +110,16 @@ class RunSettings:
         """Tell whether the device's memory cache is cleared after a step."""
         return bool(self.empty_cache_steps) and step % self.empty_cache_steps == 0
 
-    def epochs_done(self, *, step: int, epoch: int, steps_in_epoch: int, ends_epoch: bool) -> float:
+    def epochs_done(self, progress: Progress, *, ends_epoch: bool) -> float:
         """Compute the epochs done after a step; a stream's fraction is the share of ``max_steps``.
 
         Args:
-            step: optimizer steps done in the run.
-            epoch: epochs that have ended.
-            steps_in_epoch: optimizer steps done in the present one.
-            ends_epoch: whether the last of them ended it.
+            progress: of the run, this step included.
+            ends_epoch: whether the step ended its epoch.
         """
         if self.steps_per_epoch is None:
-            return epoch + min(1.0, step / self.max_steps)
+            return progress.epoch + min(1.0, progress.step / self.max_steps)
         if ends_epoch:
-            return epoch + 1.0
+            return progress.epoch + 1.0
         # A stream may give more than it says.
-        return epoch + min(1.0, steps_in_epoch / self.steps_per_epoch)
+        return progress.epoch + min(1.0, progress.steps_in_epoch / self.steps_per_epoch)

@@ -28,15 +28,15 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dstrain.core.errors import Problem
 from dstrain.core.launcher import note_end
 from dstrain.core.log import get_logger
-from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks, named_ranks
 from dstrain.core.stop import STALLED
 from dstrain.engine import device_type, unlink_shared_memory
+from dstrain.training.place import Watched
 from dstrain.training.types import PlainState
 
 if TYPE_CHECKING:
@@ -63,38 +63,6 @@ _COLLECTIVES = (
     os.path.join(_HOME, "core", "ranks.py"),
 )
 _DEBUGGERS = ("pdb.py", "bdb.py")
-
-
-class Place:
-    """Where the main thread is in a training, in words, and since when; set by the loop."""
-
-    def __init__(self) -> None:
-        """Begin outside of a step."""
-        self.what, self.in_step, self.count, self.since = "the start", False, 0, time.monotonic()
-
-    def enter(self, what: str, *, in_step: bool = False) -> None:
-        """Note that the loop has come to another place.
-
-        Args:
-            what: of the loop begins, for messages.
-            in_step: all ranks meet in it, so that to wait for one long is a failure.
-        """
-        self.what, self.in_step, self.since = what, in_step, time.monotonic()
-        self.count += 1
-
-
-class Watched(Protocol):
-    """What is watched: a training loop, or whatever else is done."""
-
-    @property
-    def place(self) -> Place:
-        """Return where the main thread is."""
-        ...
-
-    @property
-    def progress(self) -> Progress:
-        """Return how far training has come."""
-        ...
 
 
 class StallWatch:

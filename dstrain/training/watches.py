@@ -10,7 +10,8 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks
-from dstrain.training.stall import Place, StallWatch, Watched
+from dstrain.training.place import Place, Watched
+from dstrain.training.stall import StallWatch
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -10,7 +10,8 @@ import pytest
 
 from dstrain.core.ranks import Ranks
 from dstrain.training import stall
-from dstrain.training.stall import Place, StallWatch
+from dstrain.training.place import Place
+from dstrain.training.stall import StallWatch
 
 WAITS = {
     "step": 6, "in_step": True, "what": "micro-batch 1", "waits_in": "all_reduce", "line": "",
