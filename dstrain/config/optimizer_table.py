@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dstrain.config.schema.keys import Key
+from dstrain.config.schema.entry import Key
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any, Final
 from dstrain.arguments.optimizer import split_optim_args
 from dstrain.config import schema
 from dstrain.config.optimizer_table import OPTIMIZERS, Build, Optimizer
-from dstrain.config.schema.keys import OPTIMIZER_PARAMS, Key
+from dstrain.config.schema.entry import Key
+from dstrain.config.schema.optimizer_keys import OPTIMIZER_PARAMS
 from dstrain.core.errors import Problem, nearest
 
 BY_NAME: Final[Mapping[str, Optimizer]] = {row.name: row for row in OPTIMIZERS}

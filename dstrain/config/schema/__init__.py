@@ -10,7 +10,7 @@ from dstrain.config.schema.check import (
     normalise,
     read_text,
 )
-from dstrain.config.schema.keys import NO_DEFAULT
+from dstrain.config.schema.entry import NO_DEFAULT
 
 __all__ = [
     "AUTO",

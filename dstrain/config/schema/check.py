@@ -17,17 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dstrain.config.schema.keys import (
-    CONFIG,
-    DEEPSPEED_VERSION,
-    NO_DEFAULT,
-    NONE,
-    Alias,
-    Entry,
-    Key,
-    Refused,
-    Section,
-)
+from dstrain.config.schema.entry import NO_DEFAULT, NONE, Alias, Entry, Key, Refused, Section
+from dstrain.config.schema.generated import DEEPSPEED_VERSION
+from dstrain.config.schema.keys import CONFIG
 from dstrain.config.schema.values import (
     MISFIT,
     NO,
@@ -71,7 +63,7 @@ def known_paths() -> frozenset[str]:
     """
     return frozenset(
         _join(path, name)
-        for path, name, entry in _walk(CONFIG)
+        for path, name, entry in walk(CONFIG)
         if isinstance(entry, Key)
         or (isinstance(entry, Section) and not (_all_keys(entry) or entry.each))
     )
@@ -86,7 +78,7 @@ def default_of(path: str, *, kind: str | None = None) -> Any:
     Raises:
         KeyError: for a path that is no key.
     """
-    found = _find(path, kind)
+    found = find_entries(path, kind)
     if not found:
         close = nearest(path, set(known_paths()))
         raise KeyError(f"{path}: no such key" + (f"; did you mean {close}?" if close else ""))
@@ -99,7 +91,7 @@ def default_of(path: str, *, kind: str | None = None) -> Any:
 
 def is_known(path: str, *, kind: str) -> bool:
     """Tell whether optimizers or schedulers of type ``kind`` have the parameter at this path."""
-    return bool(_find(path, kind))
+    return bool(find_entries(path, kind))
 
 
 def read_text(text: str, key: Key) -> tuple[Any, str]:
@@ -123,7 +115,7 @@ def read_text(text: str, key: Key) -> tuple[Any, str]:
 
 def auto_is_a_value(path: str) -> bool:
     """Tell whether "auto" at this path has a meaning for DeepSpeed, so that it is not resolved."""
-    return any(isinstance(entry, Key) and entry.auto_is_value for entry in _find(path, None))
+    return any(isinstance(entry, Key) and entry.auto_is_value for entry in find_entries(path, None))
 
 
 # --- looking keys up -----------------------------------------------------------------------------
@@ -133,17 +125,17 @@ def _join(path: str, name: object) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
-def _walk(section: Section, path: str = "") -> Iterator[tuple[str, str, Entry]]:
+def walk(section: Section, path: str = "") -> Iterator[tuple[str, str, Entry]]:
     """Yield everything below a section: where it stands, its name, what it is."""
     for name, entry in _all_keys(section).items():
         yield path, name, entry
         here = _join(path, name)
         if isinstance(entry, Section):
-            yield from _walk(entry, here)
+            yield from walk(entry, here)
         elif isinstance(entry, Key) and isinstance(entry.items, Section):
-            yield from _walk(entry.items, f"{here}[]")
+            yield from walk(entry.items, f"{here}[]")
     if section.each:
-        yield from _walk(section.each, _join(path, "*"))
+        yield from walk(section.each, _join(path, "*"))
 
 
 def _all_keys(section: Section) -> Mapping[str, Entry]:
@@ -156,7 +148,7 @@ def _all_keys(section: Section) -> Mapping[str, Entry]:
     return {**merged, **section.keys}
 
 
-def _find(path: str, kind: str | None) -> list[Key | Section]:
+def find_entries(path: str, kind: str | None) -> list[Key | Section]:
     """Return the entries at a path; several when it depends on a "type" that is not given."""
     sections, found = [CONFIG], []
     for part in path.split("."):
@@ -181,7 +173,7 @@ def _child(section: Section, part: str) -> Entry | None:
 def _homes() -> dict[str, tuple[str, ...]]:
     """Return for each key and block name the sections that have it; "" is the top level."""
     homes: dict[str, tuple[str, ...]] = {}
-    for path, name, entry in _walk(CONFIG):
+    for path, name, entry in walk(CONFIG):
         if not isinstance(entry, Refused):
             homes[name] = (*homes.get(name, ()), path)
     return homes
@@ -230,7 +222,7 @@ def _read_section(
             problem = Problem(f"{here} = {show(value)}", entry.reason, entry.instead)
             reading.problems.append(problem)
         elif isinstance(entry, Alias):
-            entry_of = entry.key or _find(entry.to, None)[0]
+            entry_of = entry.key or find_entries(entry.to, None)[0]
             reading.renamed.append((here, entry, _read_entry(value, entry_of, here, reading)))
             out[name] = None  # keeps its place until _rename moves it
         elif isinstance(entry, Section) and entry.by_type:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-from dstrain.config.schema.keys import NO_DEFAULT, NONE, Key
+from dstrain.config.schema.entry import NO_DEFAULT, NONE, Key
 from dstrain.core.errors import nearest
 
 MISFIT: Final = object()
