@@ -2,14 +2,14 @@
 
 from dstrain.engine.optimizers.adagrad import make_adagrad_lazy, without_adagrad_replacement
 from dstrain.engine.optimizers.factory import build_ops, optimizer_class, optimizer_factory
-from dstrain.engine.optimizers.host_adam import correct_bias_by_step
-from dstrain.engine.optimizers.metric_schedule import MetricSchedule, stepping_by_metric_only
-from dstrain.engine.optimizers.nvme import prepare_nvme
-from dstrain.engine.optimizers.parameter_groups import (
+from dstrain.engine.optimizers.grouping import (
     decay_parameter_names,
     group_of,
     parameter_groups,
 )
+from dstrain.engine.optimizers.host_adam import correct_bias_by_step
+from dstrain.engine.optimizers.metric_schedule import MetricSchedule, stepping_by_metric_only
+from dstrain.engine.optimizers.nvme import prepare_nvme
 from dstrain.engine.optimizers.user_optimizer import check_user_optimizer, slices_remark
 
 __all__ = [
