@@ -353,7 +353,7 @@ def files_by_folder(
         if first == folder:
             files |= records
         else:
-            elsewhere |= {n: r for n, r in records.items() if content.is_of_a_rank(n)}
+            elsewhere |= {n: r for n, r in records.items() if content.is_rank_file(n)}
     return files, elsewhere
 
 

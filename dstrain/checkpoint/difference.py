@@ -1,4 +1,4 @@
-"""What differs between two checkpoints: values of every tensor, state of the run, config, metrics.
+"""Comparing two checkpoints: values of every tensor, state of the run, config, metrics.
 
 The two may have been written by any number of ranks at any stage. Values are compared piece by
 piece, so memory holds a few megabytes of each whatever the size of the checkpoints.
@@ -34,7 +34,7 @@ _NOT_COMPARED = ("position.meters",)
 
 @dataclass(frozen=True)
 class _Reason:
-    """Why a key of a DeepSpeed config is as it is."""
+    """The provenance of a key of a DeepSpeed config."""
 
     detail: Text
 
@@ -73,7 +73,7 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that differs.
+    """All differences between two checkpoints.
 
     Attributes:
         values: plain values: (title of the group, name, of the first, of the second).

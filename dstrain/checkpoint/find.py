@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 AUTO = "auto"
 
 
-Look = Callable[[Path, Manifest], object]
+Inspect = Callable[[Path, Manifest], object]
 """Reads what a run needs of a checkpoint, and raises a ``CheckpointError`` where it cannot."""
 
 
@@ -31,7 +31,7 @@ def choose_checkpoint(
     ranks: Ranks,
     *,
     on_each_node: bool = False,
-    look: Look = lambda folder, manifest: None,
+    inspect: Inspect = lambda folder, manifest: None,
 ) -> tuple[Path, Manifest] | None:
     """Choose the checkpoint to resume from, the same on all ranks, which verify it together.
 
@@ -42,8 +42,8 @@ def choose_checkpoint(
         ranks: facts of this process.
         on_each_node: whether each machine has the folder on a disk of its own; a checkpoint counts
             only where every machine has its part of it.
-        look: what the run reads of a checkpoint beside what this room knows of: on every rank, once
-            its files have been verified.
+        inspect: reads what the run needs beside the files of this room; called on every rank once
+            the files have been verified.
 
     Returns:
         folder and manifest; None only for "auto".
@@ -53,14 +53,14 @@ def choose_checkpoint(
     """
     if wanted is not True and wanted != AUTO:
         folder = expanded(str(wanted))
-        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, look=look)
+        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, inspect=inspect)
         if manifest is None:
             raise _unusable(folder, problems, output_dir)
         return folder, manifest
     candidates, others = _candidates(output_dir, on_each_node=on_each_node)
     skipped = []
     for folder in candidates:
-        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, look=look)
+        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, inspect=inspect)
         if manifest is not None:
             return folder, manifest
         skipped.append(f"{folder.name}: {'; '.join(problems)}")
@@ -89,7 +89,9 @@ def _candidates(output_dir: Path, *, on_each_node: bool) -> tuple[list[Path], bo
     any_committed = any(whole for found in said for _, _, whole in found)
     if not on_each_node:
         return [Path(name) for _, name, _ in reversed(said[0])], any_committed
-    return [folders.place(output_dir, s) for s in sorted(steps, reverse=True)], any_committed
+    return [
+        folders.checkpoint_path(output_dir, s) for s in sorted(steps, reverse=True)
+    ], any_committed
 
 
 def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
@@ -100,7 +102,7 @@ def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
     return True if word in (True, "true") else AUTO if word == AUTO else given
 
 
-def check_there(given: str | bool | None, output_dir: Path) -> None:
+def check_resumable(given: str | bool | None, output_dir: Path) -> None:
     """Check quickly, before anything expensive, that there is something to resume from.
 
     Raises:
@@ -195,7 +197,7 @@ def _verified(
     *,
     on_each_node: bool,
     model_alone: bool = False,
-    look: Look = lambda folder, manifest: None,
+    inspect: Inspect = lambda folder, manifest: None,
 ) -> tuple[Manifest | None, list[str]]:
     """Verify a checkpoint on all ranks together; return its manifest (None: unusable) and problems.
 
@@ -204,7 +206,7 @@ def _verified(
         ranks: facts of this process.
         on_each_node: whether each machine reads a folder of its own.
         model_alone: whether it will do without optimizer state.
-        look: as for ``choose_checkpoint``; not asked of what is damaged.
+        inspect: as for ``choose_checkpoint``; not called for a damaged checkpoint.
     """
     manifest = None
     readers = ranks.on_machine() if on_each_node else ranks
@@ -215,7 +217,7 @@ def _verified(
         elif ranks.is_main and (extra := extra_files(folder, manifest)):
             logger.warning("%s has files that are no part of it: %s", folder, ", ".join(extra))
         if not problems:
-            look(folder, manifest)
+            inspect(folder, manifest)
     except CheckpointError as error:
         problems = _lines(error)
     if on_each_node:

@@ -14,7 +14,7 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class Reader:
-    """What a run is that wants to go on from a checkpoint.
+    """The facts of a run that resumes, by which DeepSpeed can load a checkpoint or not.
 
     Attributes:
         unpickles: whether the user chose DeepSpeed's layout, and with it that pickles are executed.

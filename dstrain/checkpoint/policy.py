@@ -12,7 +12,7 @@ from dstrain.checkpoint.manifest import SLICES, Layout
 
 @dataclass(frozen=True)
 class Policy:
-    """How a run saves.
+    """The way in which a run saves.
 
     Attributes:
         output_dir: where checkpoints go.
@@ -38,7 +38,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the trainer adds to the engine's state; plain values and tensors.
+    """The values that the trainer adds to the engine's state: plain values and tensors.
 
     Attributes:
         step: optimizer steps done.

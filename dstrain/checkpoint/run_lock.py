@@ -64,9 +64,9 @@ class RunLock:
                 self._release()
 
     def keep(self) -> None:
-        """See to it that the folder is still there, and still this run's.
+        """Check that the folder is still there, and still this run's; make it anew if it is gone.
 
-        A folder that was moved or removed under the run is made anew in its place, and said so:
+        A folder that was moved or removed under the run is made anew in its place, with a warning:
         the run goes on, and what it saves from then on is there.
 
         Raises:

@@ -228,7 +228,7 @@ class CheckpointWriter:
         finally:
             save.held.close()  # removes the folder unless it has been committed
         if not failures and self._ranks.is_main and record.after_commit is not None:
-            record.after_commit(folders.place(output_dir, record.step))
+            record.after_commit(folders.checkpoint_path(output_dir, record.step))
         if not failures and self._writers.sharers.is_main:
             keep = [] if record.best is None else [record.best]
             try:

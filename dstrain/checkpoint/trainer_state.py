@@ -1,4 +1,4 @@
-"""What a run reads of a checkpoint's ``trainer_state.json`` and ``training_arguments.json``."""
+"""Reading a checkpoint's ``trainer_state.json`` and ``training_arguments.json``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARGUMENTS = "training_arguments.json"
 
 @dataclass(frozen=True)
 class TrainerStateRecord:
-    """What a checkpoint says of ``TrainerState``; None of what it does not say.
+    """The parts of ``TrainerState`` that a checkpoint states; None for those that it lacks.
 
     Attributes:
         global_step: optimizer steps done.
@@ -51,7 +51,7 @@ class TrainerStateRecord:
 
 @dataclass(frozen=True)
 class ArgumentsRecord:
-    """By what a saved run chose its best model."""
+    """The arguments by which a saved run chose its best model."""
 
     metric_for_best_model: Text | None = None
     greater_is_better: Flag | None = None

@@ -1,4 +1,4 @@
-"""Credentials: which names and texts hold one, and how they are shown where things are written.
+"""Recognising credentials by their names and texts, and masking them wherever things are written.
 
 Everything that leaves the process goes through here: records, logs, errors, uploads, trackers. A
 value is judged by its name (``comet.api_key``, ``hub_token``, ``--password``), a text also by what

@@ -15,8 +15,15 @@ from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
 from dstrain.data.columns import used_columns
-from dstrain.data.comparison.looks import ALIKE, DIFFERENT, MOST_SAMPLES, UNCLEAR, Verdict, compare
 from dstrain.data.comparison.stream_watch import StreamWatch
+from dstrain.data.comparison.summaries import (
+    ALIKE,
+    DIFFERENT,
+    MOST_SAMPLES,
+    UNCLEAR,
+    Verdict,
+    compare,
+)
 from dstrain.data.order import RankBatchSampler
 from dstrain.data.streams.dispatch import Dispatched
 from dstrain.data.streams.rank_stream import RankStream, share_of
@@ -145,11 +152,11 @@ def _compare(stream: RankStream, loader: Any, *, epoch: int) -> Verdict:
         # The first time no more than the first micro-step takes: a run that goes on from after it
         # must be the same without what is done here.
         at_most = MOST_SAMPLES if again else min(MOST_SAMPLES, stream.topology.chunk)
-        return None if unseen else stream.look(epoch=epoch, at_most=at_most)
+        return None if unseen else stream.peek(epoch=epoch, at_most=at_most)
 
     found = compare(read, used_columns(stream.collate))
     if not goes_on:
-        stream.forget_look()
+        stream.forget_peek()
     return found
 
 

@@ -38,8 +38,8 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """The choice which predictions are kept, where, and for how long.
+class PredictionOptions:
+    """The options of a collection: which predictions are kept, where, and for how long.
 
     Attributes:
         keep: keep predictions of all batches; False only shows each batch to ``on_batch``.
@@ -69,7 +69,7 @@ class Collector:
     def __init__(
         self,
         transport: Transport,
-        keeping: Keeping,
+        keeping: PredictionOptions,
         *,
         on_batch: Callable[[Collected, bool], None] | None = None,
     ) -> None:
@@ -204,7 +204,7 @@ class Collector:
             joined.append(self._store(index, blocks))
         if self._transport.is_main:
             self._end_batch(joined, is_last=batch.is_last)
-        self._heap.give_back()
+        self._heap.release()
 
     def _take_apart(
         self, batch: EvalBatch, prediction: Prediction

@@ -67,7 +67,7 @@ class LossTotals:
     has_loss: bool
 
 
-class Keeper(Protocol):
+class PredictionReceiver(Protocol):
     """The receiver of predictions."""
 
     def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
@@ -96,7 +96,7 @@ def evaluate_batches(
     is_sum: Callable[[], bool] = lambda: False,
     can_count: Callable[[], bool] = lambda: True,
     finish: Callable[[Prediction], Prediction] = lambda prediction: prediction,
-    keep: Keeper | None = None,
+    keep: PredictionReceiver | None = None,
     collective: bool = False,
     on_step: Callable[[], None] = lambda: None,
     meet: Callable[[], None] = lambda: None,
@@ -122,7 +122,7 @@ def evaluate_batches(
         can_count: whether ``count`` is final; until then the batches are held, and counted at the
             end at the latest.
         finish: what is done to a prediction before it is kept, by this rank alone.
-        keep: takes each batch, stand-ins included, and what came of it.
+        keep: takes each batch, padding batches included, and its results.
         collective: ranks meet inside of ``predict``. An error there is raised at once, on its rank
             alone: the others may wait for it in theirs, where nothing can be told to them.
         on_step: called after each batch.
@@ -219,7 +219,7 @@ class _PartSums:
         return torch.cat([self._losses, targets])
 
 
-def _noted(error: Exception, keep: Keeper | None) -> Exception:
+def _noted(error: Exception, keep: PredictionReceiver | None) -> Exception:
     """Return the error, and log it at once: until it is raised some batches may go by.
 
     Raises:

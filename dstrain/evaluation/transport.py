@@ -1,4 +1,4 @@
-"""The way of predictions from all ranks to rank 0, where they are needed; nobody else gets any."""
+"""Sending predictions from all ranks to rank 0, the only rank that needs them."""
 
 from __future__ import annotations
 

@@ -139,11 +139,11 @@ def _load(
                 ignore_mismatched_sizes=True,
             )
         missing = check_loaded(info, folder, ignore_missing=ignore_missing)
-    _tell_loaded(folder, missing, sorted(info["unexpected_keys"]))
+    _log_loaded(folder, missing, sorted(info["unexpected_keys"]))
     return model
 
 
-def _tell_loaded(folder: str, missing: list[str], unused: list[str]) -> None:
+def _log_loaded(folder: str, missing: list[str], unused: list[str]) -> None:
     for names, what in ((missing, "are missing, and random"), (unused, "are not used")):
         if names and launched_ranks().is_main:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

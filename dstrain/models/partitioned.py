@@ -1,4 +1,4 @@
-"""Building and loading models of transformers partitioned, so that none stands whole on a rank.
+"""Building and loading models of transformers partitioned, so that no rank holds one whole.
 
 Both are done by the code with which transformers builds and loads whole models, so that weights,
 names and what is initialised are the same; parameters are taken apart on the way.
@@ -98,7 +98,7 @@ class _Loader:
         self._loaded, self._lacking = set(), set()
         self._depth, self._builds = 1, True
         try:
-            with compat.in_context_of_zero(_filled), self._partitioner.building():
+            with compat.in_context_of_zero(_initialized), self._partitioner.building():
                 model = original(cls, *args, **kw)
         finally:
             self._depth, self._builds = 0, False
@@ -148,7 +148,7 @@ class _Loader:
                 loaded = original(cls, *args, **kw)
         except Exception as error:
             if not self._met:  # the others are there, or on their way
-                self._meet(error)
+                self._agree(error)
             raise
         finally:
             self._depth -= 1
@@ -188,16 +188,16 @@ class _Loader:
         if not self._depth:
             return original(model, load_config, info)
         self._met = True
-        self._meet(None)
+        self._agree(None)
         self._lacking = set(info.missing_and_mismatched())
         digest = hashlib.sha256("\n".join(sorted(self._lacking)).encode()).hexdigest()
         require_equal("what the model's checkpoint lacks", digest, ModelError)
         # transformers goes through all modules for it, and some look at their other weights.
-        near = _beside(model, self._lacking)
+        near = _read_by_init(model, self._lacking)
         with gathered(near), with_full_shapes(model.parameters()):
             return original(model, load_config, info)
 
-    def _meet(self, error: Exception | None) -> None:
+    def _agree(self, error: Exception | None) -> None:
         """Find out whether all ranks have read the checkpoint; a collective.
 
         Raises:
@@ -240,7 +240,7 @@ def _check_placement(arguments: dict[str, Any]) -> None:
     )
 
 
-def _beside(model: torch.nn.Module, lacking: set[str]) -> list[torch.nn.Parameter]:
+def _read_by_init(model: torch.nn.Module, lacking: set[str]) -> list[torch.nn.Parameter]:
     """Return partitioned parameters that the initialisation of lacking ones may look at.
 
     Those near the modules with a lacking one, and near the modules around these.
@@ -254,7 +254,7 @@ def _beside(model: torch.nn.Module, lacking: set[str]) -> list[torch.nn.Paramete
     return list(found.values())
 
 
-def _filled(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _initialized(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Fill a tensor with first values, a partitioned one as the main rank does it; a collective."""
     if not isinstance(tensor, torch.nn.Parameter) or is_whole(tensor):
         return fill(tensor, *args, **kwargs)

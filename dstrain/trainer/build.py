@@ -38,7 +38,7 @@ from dstrain.data import (
     build_loader,
     detect_split,
     forward_columns,
-    is_ours,
+    is_dstrain_loader,
     keep_columns,
     label_columns,
     micro_steps,
@@ -358,7 +358,7 @@ def check_shared_out(
             ``num_replicas`` shares out; or data that is not the same on all ranks, and cannot be
             used as it is.
     """
-    if is_ours(loader):
+    if is_dstrain_loader(loader):
         what = "the training data" if "train" in method else "the evaluation data"
         detect_split(loader, what=what, epoch=epoch, known_whole=known_whole)
         return

@@ -19,10 +19,10 @@ from dstrain.checkpoint import (
     RunRecord,
     TrainerStateRecord,
     check_readable,
+    checkpoint_path,
     choose_checkpoint,
     holding,
     load_into,
-    place,
     read_arguments,
     read_rank_state,
     read_run,
@@ -38,7 +38,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.core.secrets import is_mask
 from dstrain.core.seeds import seed_rank
-from dstrain.data import is_ours, is_stream, num_shares
+from dstrain.data import is_dstrain_loader, is_stream, num_shares
 from dstrain.engine import Engine
 from dstrain.models import computed_of_parts, weights_hooks_compute_with
 from dstrain.trainer import build
@@ -105,7 +105,7 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
 
     looked: dict[Path, Start] = {}
 
-    def look(folder: Path, manifest: Manifest) -> None:
+    def inspect(folder: Path, manifest: Manifest) -> None:
         looked[folder] = _read_start(folder, manifest, trainer.ranks)
 
     chosen = choose_checkpoint(
@@ -113,7 +113,7 @@ def find_start(trainer: Trainer, wanted: str | bool | None) -> Start | None:
         Path(trainer.args.output_dir),
         trainer.ranks,
         on_each_node=trainer.args.save_on_each_node,
-        look=look,
+        inspect=inspect,
     )
     if chosen is None:
         return None
@@ -218,7 +218,7 @@ def num_epochs(loader: Any, args: TrainingArguments, per_epoch: int | None) -> i
 
     The stated length may be wrong, so steps alone would not tell.
     """
-    tells = is_ours(loader) and is_stream(loader.dataset) and per_epoch is not None
+    tells = is_dstrain_loader(loader) and is_stream(loader.dataset) and per_epoch is not None
     return math.ceil(args.num_train_epochs) if tells and args.max_steps <= 0 else None
 
 
@@ -458,7 +458,7 @@ def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: P
         CheckpointError: it failed, and ``save_failure`` is "stop".
     """
     writer.wait()  # a checkpoint that failed in the background is not the best one
-    folder = place(Path(trainer.args.output_dir), trainer.state.global_step)
+    folder = checkpoint_path(Path(trainer.args.output_dir), trainer.state.global_step)
     trainer.best.note_save(folder, failed=writer.failed)
     best = trainer.state.best_model_checkpoint
     record = RunRecord(

@@ -23,8 +23,8 @@ from dstrain.evaluation import (
     Collected,
     Collector,
     EvalBatch,
-    Keeping,
     Prediction,
+    PredictionOptions,
     Transport,
     evaluate_batches,
     metric_values,
@@ -481,7 +481,7 @@ class EvaluationHooks(EvalLoaderHooks):
     def _collector(
         self, transport: Transport, batch_metric: BatchMetric | None, description: str
     ) -> Collector:
-        keeping = Keeping(
+        keeping = PredictionOptions(
             folder=Path(self.args.output_dir),
             keep=batch_metric is None or description == _PREDICTION,
             concat=self.args.eval_do_concat_batches,

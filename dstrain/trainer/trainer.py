@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import CheckpointWriter, RunLock, check_there, held_lock
+from dstrain.checkpoint import CheckpointWriter, RunLock, check_resumable, held_lock
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, DataError, Problem, TrainingError
@@ -184,7 +184,7 @@ class Trainer(
         with all_or_none():
             if self.args.should_save:
                 check_writable(self.args.output_dir)
-                check_there(self.args.resume_from_checkpoint, Path(self.args.output_dir))
+                check_resumable(self.args.resume_from_checkpoint, Path(self.args.output_dir))
         seed_everything(self.args.seed)
         self.model_init = model_init
         self.model = self._fresh_model(None) if model is None else model

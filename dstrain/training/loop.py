@@ -23,7 +23,7 @@ from dstrain.data import (
     Window,
     empty_columns,
     fetches_ahead,
-    is_ours,
+    is_dstrain_loader,
     keep_source_states,
     no_targets,
     num_shares,
@@ -38,7 +38,7 @@ from dstrain.training.preemption import EvaluationStopped, Preemption
 from dstrain.training.resume import Due, Position, Resumption
 from dstrain.training.settings import Hooks, MicroStep, RunPlan
 from dstrain.training.stall import Place
-from dstrain.training.window_weights import WindowWeights, telling_first
+from dstrain.training.window_weights import WindowWeights, most_telling_first
 
 logger = get_logger(__name__)
 
@@ -225,7 +225,7 @@ class TrainLoop:
             else:
                 hooks.before_first = resumption.restore_random_ahead
                 hooks.after_first = resumption.restore_random
-            if not is_ours(self.loader):
+            if not is_dstrain_loader(self.loader):
                 skip = self.progress.steps_in_epoch * self.plan.accumulation
                 self._warn_of_replay(skip)
         return windows(self.loader, self.plan.accumulation, skip=skip, ahead=hooks)
@@ -245,7 +245,7 @@ class TrainLoop:
         """Take one optimizer step over a window of micro-batches."""
         self.place.enter("before its first micro-batch", in_step=True)
         self.hooks.event("on_step_begin")
-        micro_batches = telling_first(window.micro_batches, self.targets)
+        micro_batches = most_telling_first(window.micro_batches, self.targets)
         step = self.progress.step
         looks_again = self.targets.is_due_again(step, is_first=step == self.steps_before)
         self.micro_step.looks_again = looks_again

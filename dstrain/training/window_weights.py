@@ -11,7 +11,7 @@ from dstrain.core.ranks import HostSum, PendingSum, Ranks
 from dstrain.data import LossTargets, MicroBatch
 
 
-def telling_first(
+def most_telling_first(
     micro_batches: Sequence[MicroBatch], targets: LossTargets
 ) -> Sequence[MicroBatch]:
     """Put first the micro-batch that tells most of what a target is, where that is still open.
@@ -70,7 +70,7 @@ class WindowWeights:
             return
         self._count()
         if targets.has_rivals and host_sum is not None:
-            first = micro_batches[0]  # see ``telling_first``
+            first = micro_batches[0]  # see ``most_telling_first``
             told = not first.is_padding and targets.distinguishes_rivals(
                 first.inputs, first.num_samples
             )

@@ -146,7 +146,7 @@ def resumed(output_dir: Path) -> str:
         True,
         output_dir,
         Ranks(),
-        look=lambda f, manifest: _read_start(f, manifest, Ranks()) and None,
+        inspect=lambda f, manifest: _read_start(f, manifest, Ranks()) and None,
     )
     assert chosen is not None
     return chosen[0].name
@@ -353,7 +353,7 @@ def test_leave_to_unpickle_is_made_in_one_place():
         ({"spans": '{"w": [0, 59]}', "scalars": "{}"}, "its spans say 59"),
         ({"spans": '{"v": [0, 60]}', "scalars": "{}"}, "none of the checkpoint's parameters"),
         ({"spans": "{}", "scalars": "{}"}, "do not name"),
-        ({"scalars": "{}"}, "does not say its spans"),
+        ({"scalars": "{}"}, "has no spans in its metadata"),
         ({"spans": "[" * 300_000, "scalars": "{}"}, "nested deeper"),
         ({"spans": '{"w": [0, 60]}', "scalars": '{"w": {"step": "4"}}'}, "scalars"),
         ({"spans": '{"w": [0, 60]}', "scalars": '{"w": {"step": 1' + "0" * 30 + "}}"}, "scalars"),

@@ -24,7 +24,7 @@ import torch
 from dstrain.checkpoint import folders
 from dstrain.checkpoint.codec import decode, encode
 from dstrain.checkpoint.content import RUN
-from dstrain.checkpoint.find import check_there, choose_checkpoint, verify
+from dstrain.checkpoint.find import check_resumable, choose_checkpoint, verify
 from dstrain.checkpoint.manifest import (
     NAME,
     Manifest,
@@ -265,15 +265,15 @@ def test_a_named_folder_is_taken_or_refused_with_a_suggestion(tmp_path):
 def test_a_quick_look_finds_what_is_not_there(tmp_path):
     """Before data is read or a model is built; the files themselves are read later."""
     for given in (None, False, "false", "auto", "AUTO"):
-        check_there(given, tmp_path)
+        check_resumable(given, tmp_path)
     for given in (True, "true"):
         with pytest.raises(CheckpointError, match="there is none"):
-            check_there(given, tmp_path)
+            check_resumable(given, tmp_path)
     folder = make_checkpoint(tmp_path, 5)
-    check_there(True, tmp_path)
-    check_there(str(folder), tmp_path / "elsewhere")
+    check_resumable(True, tmp_path)
+    check_resumable(str(folder), tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"checkpoint-50.*(?s:.*)newest.*checkpoint-5'"):
-        check_there(str(tmp_path / "checkpoint-50"), tmp_path)
+        check_resumable(str(tmp_path / "checkpoint-50"), tmp_path)
 
 
 # --- folders -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dstrain.evaluation.loop import EvalBatch, Prediction, evaluate_batches
 NUM_BATCHES = 5
 
 
-class Keeper:
+class PredictionReceiver:
     """Keeps what it is given, and raises what failed two batches later, where ranks would meet."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Keeper:
         raise error
 
 
-def breaking(where: str, keep: Keeper | None, read: list[int]) -> Any:
+def breaking(where: str, keep: PredictionReceiver | None, read: list[int]) -> Any:
     """Run an evaluation in which something breaks at the second batch."""
 
     def batches() -> Iterator[EvalBatch]:
@@ -75,7 +75,7 @@ def test_where_nothing_is_sent_an_error_ends_it_at_once(where):
 @pytest.mark.parametrize("where", ["finish", "on_step"])
 def test_where_predictions_are_sent_it_goes_on_to_that_point_with_nothing_to_keep(where):
     """So that the others, which wait in a forward pass, come to where they hear of it."""
-    keep, read = Keeper(), []
+    keep, read = PredictionReceiver(), []
     with pytest.raises(ArithmeticError, match=where):
         breaking(where, keep, read)
     assert read == [0, 1, 2, 3]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dstrain.checkpoint import export, folders, prune, verify
-from dstrain.checkpoint.manifest import NAME, is_ours
+from dstrain.checkpoint.manifest import NAME, is_dstrain_checkpoint
 from dstrain.core.errors import CheckpointError
 from tests.unit.test_checkpoint_files import make_checkpoint
 
@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_of_ours_is_replaced(tmp_path):
         folder = make_checkpoint(tmp_path, 4)
         content = (folder / NAME).read_bytes()
         (folder / NAME).write_bytes(content[:200] if damage is None else damage)
-        assert is_ours(folder)
+        assert is_dstrain_checkpoint(folder)
         assert verify(make_checkpoint(tmp_path, 4))[1] == []
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
 
@@ -235,7 +235,7 @@ def test_a_removal_that_is_killed_at_any_file_is_ended_later(tmp_path, monkeypat
 def test_a_folder_that_is_filled_through_a_link_keeps_the_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "real")
-    with folders.made_whole(tmp_path / "out") as staging:
+    with folders.filled_atomically(tmp_path / "out") as staging:
         (staging / "a").write_text("1")
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "real/a").read_text() == "1"
@@ -244,17 +244,20 @@ def test_a_folder_that_is_filled_through_a_link_keeps_the_link(tmp_path):
 
 def test_the_current_folder_is_filled_where_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with folders.made_whole(Path()) as staging:
+    with folders.filled_atomically(Path()) as staging:
         (staging / "a").write_text("1")
     assert [p.name for p in Path().iterdir()] == ["a"]
-    with pytest.raises(ValueError, match="broken"), folders.made_whole(tmp_path / "b") as staging:
+    with (
+        pytest.raises(ValueError, match="broken"),
+        folders.filled_atomically(tmp_path / "b") as staging,
+    ):
         raise ValueError("broken")
     assert [p.name for p in Path().iterdir()] == ["a"]
 
 
 def test_what_came_into_the_folder_meanwhile_is_not_overwritten(tmp_path):
     def make() -> None:
-        with folders.made_whole(tmp_path / "out") as staging:
+        with folders.filled_atomically(tmp_path / "out") as staging:
             (staging / "a").write_text("1")
             theirs(tmp_path / "out", notes_txt="mine")
 

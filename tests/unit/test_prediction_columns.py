@@ -16,7 +16,7 @@ from dstrain.core.errors import DataError
 from dstrain.core.records import plain_numbers
 from dstrain.evaluation.columns import Columns, join
 from dstrain.evaluation.nested import take_apart
-from dstrain.evaluation.pages import pages_given_back
+from dstrain.evaluation.pages import releasing_pages
 
 
 def _columns(blocks: list[torch.Tensor], folder: Path, limit: int, *, concat: bool = True) -> Any:
@@ -129,7 +129,7 @@ def test_pages_that_a_metric_reads_do_not_pile_up(tmp_path: Path) -> None:
         columns.add(0, torch.ones(1, 2**18))
     (whole,) = columns.finish(concat=True)
     before, most = _file_pages_bytes(), 0
-    with pages_given_back((whole, {"none": None})):
+    with releasing_pages((whole, {"none": None})):
         for row in whole:
             row[0] = 2
             assert float(row.sum()) == 2**18 + 1

@@ -60,7 +60,7 @@ def explain(
 
     Args:
         calls: of the forward pass.
-        loss: what came of it, one element.
+        loss: the loss that the pass returned, one element.
         inputs: the batch as the loader gave it: that is where targets will be counted.
         expected: the rule that is tried first.
         labels: the label columns.
@@ -143,7 +143,7 @@ def _ignored_in(batch: Mapping[str, torch.Tensor]) -> set[int | None]:
 def _preferred(
     ways: dict[Denominator, int], call: LossCall, mixed: frozenset[str]
 ) -> dict[Denominator, int]:
-    """Leave out denominators to which another is surely preferable, and rank the rest.
+    """Drop denominators that another one surely beats, and rank the rest.
 
     A call whose labels are found is not about others that are as many. Where the mean was taken by
     hand, all that went into it tells: labels that are at the same places say nothing of a mask.

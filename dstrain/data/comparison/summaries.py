@@ -1,4 +1,4 @@
-"""Tell whether ranks read the same data or each a part of its own, from a few samples of each.
+"""Telling from a few samples of each rank whether ranks read the same data, or each its own part.
 
 Samples of the same data may differ between ranks: augmentation draws other random numbers on each,
 machines round differently, files lie elsewhere. So a field of the samples says something only if it
@@ -23,9 +23,9 @@ from dstrain.core.ranks import broadcast_object, gather_objects
 from dstrain.core.seeds import random_state, seed_everything, set_random_state
 from dstrain.data.comparison.differences import (
     Differences,
-    Look,
+    FieldSummaries,
     Part,
-    SampleLook,
+    SampleSummary,
     is_close,
     is_same,
 )
@@ -41,7 +41,7 @@ _COUNT = "number of samples"
 
 Read = Callable[[bool], Sequence[Any] | None]
 Finding = tuple[str, str]  # a field, and in which way it differs
-Judge = Callable[[Look, Look], Finding | None]
+Judge = Callable[[FieldSummaries, FieldSummaries], Finding | None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Verdict:
     rare: frozenset[str] = frozenset()
 
 
-def look_of(sample: Any, columns: Sequence[str] | None = None) -> SampleLook:
+def summary_of(sample: Any, columns: Sequence[str] | None = None) -> SampleSummary:
     """Return a summary of one sample, small enough to be sent to other ranks.
 
     Args:
@@ -70,7 +70,7 @@ def look_of(sample: Any, columns: Sequence[str] | None = None) -> SampleLook:
     """
     if columns is not None and isinstance(sample, Mapping):
         sample = {name: value for name, value in sample.items() if name in columns}
-    parts: SampleLook = {}
+    parts: SampleSummary = {}
     with contextlib.suppress(Exception):  # objects of the user's own: what they gave so far counts
         for field, part in islice(_parts(sample, ""), _MOST_PARTS):
             parts[field] = part
@@ -78,13 +78,13 @@ def look_of(sample: Any, columns: Sequence[str] | None = None) -> SampleLook:
     return {f: part for f, part in parts.items() if part[0] != "text" or not has_content}
 
 
-def by_field(looks: Sequence[SampleLook], without: Collection[str] = ()) -> Look:
-    """Arrange the looks of several samples by field, without some columns."""
-    found: Look = {_COUNT: [("exact", len(looks))]}
-    for index, look in enumerate(looks):
-        for field, part in look.items():
+def by_field(summaries: Sequence[SampleSummary], without: Collection[str] = ()) -> FieldSummaries:
+    """Arrange the summaries of several samples by field, without some columns."""
+    found: FieldSummaries = {_COUNT: [("exact", len(summaries))]}
+    for index, summary in enumerate(summaries):
+        for field, part in summary.items():
             if column_of(field) not in without:
-                found.setdefault(field, [None] * len(looks))[index] = part
+                found.setdefault(field, [None] * len(summaries))[index] = part
     return found
 
 
@@ -99,43 +99,43 @@ def digest_of(content: Any) -> str:
 
 
 def compare(read: Read, columns: Sequence[str] | None = None) -> Verdict:
-    """Tell whether ranks read the same data, and by what; a collective of all ranks.
+    """Tell whether ranks read the same data, and which field shows it; a collective of all ranks.
 
-    One gather of a digest for each column; only where digests differ there is a ``second_look``.
+    One gather of a digest for each column; only where digests differ there is a ``compare_again``.
 
     Args:
         read: gives the first samples of this rank; when called with true, up to a few more of them
             anew. None where they cannot be read (again): then all of the first reading counts.
         columns: of samples that are dicts, those that are used; None for all.
     """
-    first = _look(lambda: read(False), columns)
-    if any(look is None for look in gather_objects(None if first is None else True)):
+    first = _summarize(lambda: read(False), columns)
+    if any(summary is None for summary in gather_objects(None if first is None else True)):
         return Verdict(ALIKE)  # the run itself will see why they could not be read here
     assert first is not None
     differing = differing_columns(first)
     if not differing:
         return Verdict(ALIKE)
-    found = second_look(first, lambda: read(True), columns, judge=_differ_mostly)
+    found = compare_again(first, lambda: read(True), columns, judge=_differ_mostly)
     assert found is not None
     return replace(found, noisy=differing - found.rare)
 
 
-def differing_columns(look: Look, *, group: Any = None) -> frozenset[str]:
-    """Return the columns that do not look the same on all ranks; a collective.
+def differing_columns(summary: FieldSummaries, *, group: Any = None) -> frozenset[str]:
+    """Return the columns whose summaries differ between ranks; a collective.
 
     One gather of a digest for each column, which grows with ranks x columns.
     """
     fields: dict[str, list[Any]] = {}
-    for field in sorted(look):
-        fields.setdefault(column_of(field), []).append((field, look[field]))
+    for field in sorted(summary):
+        fields.setdefault(column_of(field), []).append((field, summary[field]))
     told = gather_objects({name: digest_of(part) for name, part in fields.items()}, group=group)
     return frozenset(
         name for mine in told for name in {*mine, *told[0]} if mine.get(name) != told[0].get(name)
     )
 
 
-def second_look(
-    first: Look,
+def compare_again(
+    first: FieldSummaries,
     again: Callable[[], Sequence[Any] | None],
     columns: Sequence[str] | None,
     *,
@@ -146,22 +146,22 @@ def second_look(
 ) -> Verdict | None:
     """Find out whether samples that differ between ranks are noisy or other data; a collective.
 
-    Samples are read again, twice. What is not the same both times on all ranks is noise; of the
-    rest the main rank's look is sent to all, and each rank tells what it makes of the differences.
+    Samples are read again, twice. A field that is not the same both times on all ranks is noise; of
+    the other fields the main rank's summary is sent to all, and each rank judges the differences.
     The names of fields are gathered, which grows with ranks x fields.
 
     Args:
         first: what this rank has seen, which counts where it cannot be read again.
         again: reads the same samples again; returns None where it cannot.
-        columns: see ``look_of``.
-        judge: compares this rank's look with the main rank's, in fields without noise; gives a
-            field and in which way it differs if they are of different data, or None.
+        columns: see ``summary_of``.
+        judge: compares this rank's summary with the main rank's, in fields without noise; returns
+            a field and how it differs where the data is different, else None.
         without: columns that are known to be noise.
         group: of all ranks; None for that of the run.
         waits: return None where samples cannot be read again: there will be more.
     """
     # Noise from this process's own generators is the same on all ranks with one seed for all.
-    one, other = (_look(again, columns, without, seed=seed) for seed in _SEEDS)
+    one, other = (_summarize(again, columns, without, seed=seed) for seed in _SEEDS)
     # What a rank finds stable may be noise on another (one that keeps what it drew, say). All must
     # come to the same verdict, as what they do next follows from it: so all of it is gathered.
     told = gather_objects(_stable_fields(one, other), group=group)
@@ -175,7 +175,7 @@ def second_look(
     common = sorted(set(stable[0]).intersection(*stable))
     has_content = bool(set(common) - {_COUNT})
     if can_read and not differing_columns(one, group=group):
-        # Ranks that draw the order of samples from these generators look like this, too.
+        # Ranks that draw the order of samples from these generators end up here, too.
         return Verdict(ALIKE if has_content else UNCLEAR)
     mine = {field: one[field] for field in common}
     theirs = broadcast_object(mine, group=group)
@@ -189,27 +189,27 @@ def second_look(
     return Verdict(ALIKE if has_content else UNCLEAR, rare=rare)
 
 
-def _stable_fields(one: Look | None, other: Look | None) -> list[str] | None:
+def _stable_fields(one: FieldSummaries | None, other: FieldSummaries | None) -> list[str] | None:
     """Return the fields that are the same in two readings; None if one of the readings failed."""
     if one is None or other is None:
         return None
     return sorted(field for field, parts in one.items() if is_same(parts, other.get(field)))
 
 
-def _look(
+def _summarize(
     read: Callable[[], Sequence[Any] | None],
     columns: Sequence[str] | None,
     without: Collection[str] = (),
     *,
     seed: int | None = None,
-) -> Look | None:
-    """Return the look of samples by field, and leave no trace in this process's random numbers.
+) -> FieldSummaries | None:
+    """Return the summaries of samples by field; leave this process's random state as it was.
 
     None where the samples cannot be read.
 
     Args:
         read: gives the samples, or None.
-        columns: see ``look_of``.
+        columns: see ``summary_of``.
         without: columns to leave out.
         seed: of this process's generators meanwhile, for samples that are read again.
     """
@@ -218,13 +218,13 @@ def _look(
         if seed is not None:
             seed_everything(seed)
         samples = read()
-        # Inside, as what is lazy draws when it is looked at.
-        looks = None if samples is None else [look_of(sample, columns) for sample in samples]
+        # Inside, as lazy values draw random numbers when they are summarised.
+        summaries = None if samples is None else [summary_of(sample, columns) for sample in samples]
     except Exception:  # of a dataset of the user's own, anything
         return None
     finally:
         set_random_state(state)
-    return None if looks is None else by_field(looks, without)
+    return None if summaries is None else by_field(summaries, without)
 
 
 def _parts(value: Any, place: str) -> Iterator[tuple[str, Part]]:
@@ -281,7 +281,7 @@ def _of_array(array: np.ndarray) -> Part:
     return "exact", (str(array.dtype), array.shape)
 
 
-def _differ_mostly(mine: Look, theirs: Look) -> Finding | None:
+def _differ_mostly(mine: FieldSummaries, theirs: FieldSummaries) -> Finding | None:
     """Find a field that differs in more than half of the samples, unless noise may be the reason.
 
     Noise it is where samples after the first that differs are the same again.
@@ -303,9 +303,9 @@ def _differs_mostly(one: list[Part | None], other: list[Part | None]) -> bool:
     return 2 * sum(not is_close(a, b) for a, b in pairs) > len(pairs)
 
 
-def without_count(look: Look) -> Look:
-    """Return a look without the number of samples: all that is left has a part for each sample."""
-    return {field: parts for field, parts in look.items() if field != _COUNT}
+def without_count(summary: FieldSummaries) -> FieldSummaries:
+    """Return the summaries without the number of samples, so that each field has one per sample."""
+    return {field: parts for field, parts in summary.items() if field != _COUNT}
 
 
 def _hash(content: bytes) -> str:
