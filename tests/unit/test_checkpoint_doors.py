@@ -41,7 +41,7 @@ from dstrain.core.ranks import Ranks
 from dstrain.core.seeds import random_state
 from dstrain.models import Stored, write_tensor_file
 from dstrain.models.tensor_file import TensorReader
-from dstrain.trainer.checkpointing import _read_start
+from dstrain.trainer.start import _read_start
 from dstrain.training.resume import Position
 from tests.unit.test_checkpoint_files import run_values
 
@@ -84,7 +84,7 @@ def whole(output_dir: Path, step: int = 4) -> Path:
     run = run_values(step, **engine) | {"position": position(step).shared(), "formats": {}}
     documents = {
         RUN: encode(run, where="run"),
-        OWN: encode(position(step).own(), where="own"),
+        OWN: encode(position(step).rank_state(), where="own"),
         STATE: {
             "global_step": step, "epoch": 0.5, "log_history": [{"loss": 2.0, "step": 1}],
             "best_metric": 1.0, "best_global_step": step, "best_model_checkpoint": "x/checkpoint-2",
@@ -433,7 +433,7 @@ def test_a_form_that_encode_does_not_write_names_its_place(folder, form):
 def test_a_random_state_is_tried_before_it_is_used(folder, change):
     """numpy takes any position, and would read other memory."""
     older = whole(folder.parent, 2)
-    own = position(4).own()
+    own = position(4).rank_state()
     change(own["random"])
     forge(folder, OWN, lambda _: encode(own, where="own"))
     assert resumed(folder.parent) == older.name
