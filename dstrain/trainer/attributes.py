@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dstrain.core.adapters import inner_model
+from dstrain.trainer.base import TrainerBase
 
 # Attribute or method that makes no sense here -> what to use instead.
 INSTEAD = {
@@ -31,12 +32,8 @@ INSTEAD = {
 }
 
 
-class OtherAttributes:
+class OtherAttributes(TrainerBase):
     """What scripts and subclasses written for transformers' Trainer look up on it."""
-
-    args: Any
-    model: Any
-    _smoothing: Any
 
     is_deepspeed_enabled = True
     is_fsdp_enabled = False
@@ -71,7 +68,7 @@ class OtherAttributes:
         return None if self._smoothing is None else compat.LabelSmoother(self._smoothing.share)
 
     @label_smoother.setter
-    def label_smoother(self, value: Any) -> None:
+    def label_smoother(self, value: object) -> None:
         raise AttributeError(
             "label_smoother follows args.label_smoothing_factor; for a loss of your own override "
             "compute_loss, or pass compute_loss_func"

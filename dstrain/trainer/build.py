@@ -7,9 +7,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ from dstrain.engine import (
     start,
 )
 from dstrain.models import building_partitioned, sizes_of_module
+from dstrain.training.types import Dataset, Loader, Scheduler
 
 logger = get_logger(__name__)
 
@@ -103,7 +105,7 @@ def _let_the_main_rank_speak() -> None:
     """
     show = sys.excepthook
 
-    def hook(kind: Any, error: Any, trace: Any) -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, DstrainError):
             time.sleep(_PATIENCE_SECONDS)
         show(kind, error, trace)
@@ -112,7 +114,7 @@ def _let_the_main_rank_speak() -> None:
     sys.excepthook = hook
 
 
-def default_collator(processing_class: Any) -> Collator:
+def default_collator(processing_class: object) -> Collator:
     """Return a collator that pads to the longest sample; without a tokenizer, one that stacks."""
     from transformers import (
         DataCollatorWithPadding,
@@ -121,9 +123,11 @@ def default_collator(processing_class: Any) -> Collator:
         default_data_collator,
     )
 
-    pads = isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor))
-    collate: Collator = DataCollatorWithPadding(processing_class) if pads else default_data_collator
-    return collate
+    if isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor)):
+        padding: Collator = DataCollatorWithPadding(processing_class)  # type: ignore[arg-type]
+        return padding
+    stacking: Collator = default_data_collator
+    return stacking
 
 
 def targets_of(
@@ -156,13 +160,13 @@ def targets_of(
 
 
 def prepare_dataset(
-    dataset: Any,
+    dataset: object,
     collate: Collator,
     module: torch.nn.Module,
     args: TrainingArguments,
     *,
     description: str,
-) -> tuple[Any, Collator]:
+) -> tuple[Dataset, Collator]:
     """Return the dataset and collator without the columns that the model does not take."""
     known = forward_columns(module) if args.remove_unused_columns else None
     if known is None:
@@ -171,7 +175,9 @@ def prepare_dataset(
     return keep_columns(dataset, collate, sorted(keep), description=description)
 
 
-def lengths_of(dataset: Any, args: TrainingArguments, processing_class: Any) -> Any:
+def lengths_of(
+    dataset: object, args: TrainingArguments, processing_class: object
+) -> Sequence[int] | torch.Tensor | None:
     """Return the lengths of the training samples where their order needs them, else None."""
     if args.sampling not in ("group_by_length", "batch_rebalance"):
         return None
@@ -189,7 +195,7 @@ def _sampling_of(args: TrainingArguments) -> str:
 
 
 def token_count(
-    module: torch.nn.Module, args: TrainingArguments, processing_class: Any
+    module: torch.nn.Module, args: TrainingArguments, processing_class: object
 ) -> TokenCount:
     """Return the function that counts the input tokens of a batch for this model."""
     return TokenCount(
@@ -200,15 +206,15 @@ def token_count(
 
 
 def make_loader(
-    dataset: Any,
+    dataset: object,
     collate: Collator,
     resolved: ResolvedConfig,
     args: TrainingArguments,
     ranks: Ranks,
     *,
     train: bool,
-    lengths: Any = None,
-) -> Any:
+    lengths: Sequence[int] | torch.Tensor | None = None,
+) -> Loader:
     """Make this rank's loader for training (shuffled) or evaluation (in order, nothing dropped)."""
     micro_batch = resolved.micro_batch_size if train else eval_micro_batch(args, ranks.world_size)
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -235,7 +241,7 @@ def make_loader(
 
 
 def training_steps(
-    loader: Any, args: TrainingArguments, accumulation: int
+    loader: object, args: TrainingArguments, accumulation: int
 ) -> tuple[int, int | None]:
     """Count the optimizer steps of the whole run, and of one epoch (None for a stream).
 
@@ -342,7 +348,7 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
 
 
 def check_shared_out(
-    loader: Any, ranks: Ranks, *, method: str, epoch: int = 0, known_whole: bool = False
+    loader: object, ranks: Ranks, *, method: str, epoch: int = 0, known_whole: bool = False
 ) -> None:
     """See to it that every sample is on one rank; a collective of all ranks.
 
@@ -377,10 +383,12 @@ def check_shared_out(
     )
 
 
-def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Callable[[Any], Any]:
+def scheduler_factory(
+    args: TrainingArguments, num_training_steps: int
+) -> Callable[[torch.optim.Optimizer], Scheduler]:
     """Return a function that makes the schedule of an optimizer; the engine calls and steps it."""
 
-    def make(optimizer: torch.optim.Optimizer) -> Any:
+    def make(optimizer: torch.optim.Optimizer) -> Scheduler:
         from transformers import get_scheduler
 
         kwargs = args.scheduler_kwargs()
@@ -404,8 +412,8 @@ def optimizer_of(args: TrainingArguments) -> tuple[type[Any], dict[str, Any]]:
 
 def check_passed(
     args: TrainingArguments,
-    optimizers: tuple[Any, Any],
-    cls_and_kwargs: tuple[Any, dict[str, Any]] | None,
+    optimizers: tuple[object, object],
+    cls_and_kwargs: tuple[object, dict[str, object]] | None,
     resolved: ResolvedConfig,
 ) -> None:
     """Refuse what was passed to the Trainer and could not run as given.
@@ -445,7 +453,7 @@ def training_engine(
     resolved: ResolvedConfig,
     *,
     optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
+    scheduler: object,
     decay_names: Callable[[torch.nn.Module], list[str]],
 ) -> Engine:
     """Build a DeepSpeed engine with our parameter groups, or with the user's own optimizer."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from dstrain.core.errors import Problem, raise_problems
-from dstrain.trainer.signatures import Functions, misfits_of, serve_overrides
+from dstrain.core.errors import Problem
 
 # Semi-private methods of transformers' Trainer -> what to override instead. Every documented one is
 # called, or runs what it says.
@@ -41,7 +38,7 @@ _ELSEWHERE = {
 }
 
 
-def unheard(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
+def unheard(cls: type, unnamed: tuple[object, ...] = ()) -> list[Problem]:
     """Find overrides and arguments that would be ignored silently.
 
     Args:
@@ -67,26 +64,3 @@ def unheard(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
         for name, instead in _ELSEWHERE.items()
         if hasattr(cls, name)
     ]
-
-
-def refuse_misfits(
-    trainer: Any, unnamed: tuple[Any, ...] = (), functions: Functions | None = None
-) -> None:
-    """Refuse overrides and functions that nothing calls, or that cannot be called as they are.
-
-    Older overrides that can be called without the arguments they do not know will be.
-
-    Args:
-        trainer: with its arguments.
-        unnamed: arguments of its constructor beyond those that all releases have in one order.
-        functions: what was passed to its constructor; None where that has been looked at.
-
-    Raises:
-        ConfigError: listing all of it.
-    """
-    problems = unheard(type(trainer), unnamed)
-    metrics = trainer.compute_metrics if functions is None else functions.compute_metrics
-    wants_predictions = metrics is not None and not trainer.args.prediction_loss_only
-    problems += serve_overrides(trainer, wants_predictions=wants_predictions)
-    problems += [] if functions is None else misfits_of(functions)
-    raise_problems(problems)

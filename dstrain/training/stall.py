@@ -28,14 +28,19 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dstrain.core.errors import Problem
 from dstrain.core.launcher import note_end
 from dstrain.core.log import get_logger
+from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks, named_ranks
 from dstrain.core.stop import STALLED
 from dstrain.engine import device_type, unlink_shared_memory
+from dstrain.training.types import PlainState
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 T = TypeVar("T")
 
@@ -78,10 +83,24 @@ class Place:
         self.count += 1
 
 
+class Watched(Protocol):
+    """What is watched: a training loop, or whatever else is done."""
+
+    @property
+    def place(self) -> Place:
+        """Return where the main thread is."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """Return how far training has come."""
+        ...
+
+
 class StallWatch:
     """Watches the main thread of a run; ``watching`` is entered by all ranks."""
 
-    def __init__(self, ranks: Ranks, loop: Any, *, timeout_seconds: float) -> None:
+    def __init__(self, ranks: Ranks, loop: Watched, *, timeout_seconds: float) -> None:
         """Prepare to watch.
 
         Args:
@@ -92,14 +111,14 @@ class StallWatch:
         self._ranks, self._loop, self._timeout = ranks, loop, timeout_seconds
         self._ended, self._must_tell = threading.Event(), threading.Event()
         self._main = threading.get_ident()
-        self._store: Any = None
+        self._store: Store | None = None
         self._frame: FrameType | None = None
         self._waits_since = self._asked = 0.0
         self._count = self._excused = -1
         self._waits_in = ""
         self._deciding = self._judges = self._store_is_lost = False
 
-    def follow(self, loop: Any) -> None:
+    def follow(self, loop: Watched) -> None:
         """Watch something else from here on, with its own ``place`` and ``progress``."""
         self._loop, self._frame = loop, None
         self._count = self._excused = -1
@@ -242,7 +261,7 @@ class StallWatch:
             time.sleep(0.2)
         return str(store.get(key).decode())
 
-    def _judge(self, store: Any, number: int) -> str:
+    def _judge(self, store: Store, number: int) -> str:
         """Read where all ranks stand; return the message, "" where the run may go on.
 
         Grows with the number of ranks, on this one, once.
@@ -265,7 +284,7 @@ class StallWatch:
             return ""
         return str(self._error(standings))
 
-    def _error(self, standings: dict[int, dict[str, Any]]) -> Problem:
+    def _error(self, standings: dict[int, PlainState]) -> Problem:
         size = self._ranks.world_size
         silent = [rank for rank in range(size) if rank not in standings]
         away = [rank for rank, at in standings.items() if not at["waits_in"]]
@@ -307,7 +326,7 @@ class StallWatch:
             )
         )
 
-    def _standing(self) -> dict[str, Any]:
+    def _standing(self) -> PlainState:
         """Return where this rank is, and whether it waits there."""
         frame = sys._current_frames().get(self._main)
         in_collective = self._collective(frame) is not None or self._must_tell.is_set()
@@ -321,7 +340,7 @@ class StallWatch:
             "debugger": _is_debugged(frame),
         }
 
-    def _connect(self) -> Any:
+    def _connect(self) -> Store:
         """Return a second connection to the store; the main thread may be in a call of its own."""
         if self._store is None:
             import torch.distributed as dist
@@ -340,7 +359,7 @@ class StallWatch:
             self._store = dist.PrefixStore("dstrain-stall", store)
         return self._store
 
-    def _round(self, store: Any) -> int:
+    def _round(self, store: Store) -> int:
         """Return how often all ranks have been asked and went on."""
         return int(store.add("round", 0))
 
@@ -358,7 +377,7 @@ class StallWatch:
         os._exit(STALLED)
 
 
-def _words(standing: dict[str, Any] | None) -> str:
+def _words(standing: PlainState | None) -> str:
     """Say in one line where a rank stands."""
     if standing is None:
         return "has not answered: its process has stopped or is gone, or just now goes on"

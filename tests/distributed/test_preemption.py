@@ -170,13 +170,13 @@ def test_a_last_save_that_fails_is_an_error(
     tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Status 75 would say that the run can go on from here."""
-    from dstrain.checkpoint import save
+    from dstrain.checkpoint import capture
     from dstrain.core.errors import CheckpointError
 
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save, "write_tensor_file", full)
+    monkeypatch.setattr(capture, "write_tensor_file", full)
     act = send(signal.SIGTERM, here=rank == 0)
     trainer = make_trainer(
         tmp_path, callbacks=[callback("on_step_begin", 1, act)], save_failure="continue"

@@ -39,7 +39,7 @@ _MAKES = frozenset([
 # Of their arguments only the first is computed with.
 _TAKES_ONE = frozenset(["to", "type_as"])
 # They pass on what others compute with.
-_PASS_ON = ("deepspeed.runtime.zero.linear", "dstrain.engine.zero.registration")
+_PASS_ON = ("deepspeed.runtime.zero.linear", "dstrain.engine.zero.torch_patches")
 
 
 def watching_partitioned_reads(

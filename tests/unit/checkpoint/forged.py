@@ -25,7 +25,7 @@ from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks
 from dstrain.core.seeds import random_state
 from dstrain.models import Stored, write_tensor_file
-from dstrain.trainer.checkpointing import _read_start
+from dstrain.trainer.start import _read_start
 from dstrain.training.resume import Position
 from tests.unit.checkpoint.small import run_values
 
@@ -68,7 +68,7 @@ def whole(output_dir: Path, step: int = 4) -> Path:
     run = run_values(step, **engine) | {"position": position(step).shared(), "formats": {}}
     documents = {
         RUN: encode(run, where="run"),
-        OWN: encode(position(step).own(), where="own"),
+        OWN: encode(position(step).rank_state(), where="own"),
         STATE: {
             "global_step": step, "epoch": 0.5, "log_history": [{"loss": 2.0, "step": 1}],
             "best_metric": 1.0, "best_global_step": step, "best_model_checkpoint": "x/checkpoint-2",

@@ -125,7 +125,7 @@ def test_a_form_that_encode_does_not_write_names_its_place(folder, form):
 def test_a_random_state_is_tried_before_it_is_used(folder, change):
     """numpy takes any position, and would read other memory."""
     older = whole(folder.parent, 2)
-    own = position(4).own()
+    own = position(4).rank_state()
     change(own["random"])
     forge(folder, OWN, lambda _: encode(own, where="own"))
     assert resumed(folder.parent) == older.name

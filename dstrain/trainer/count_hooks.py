@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -12,25 +11,22 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import sum_over_ranks
 from dstrain.data import num_samples
 from dstrain.engine import device_name, full_numel, is_partitioned
+from dstrain.trainer.base import TrainerBase
+from dstrain.training.types import Batch, Loader
 
 logger = get_logger(__name__)
 
 
-class CountHooks:
+class CountHooks(TrainerBase):
     """The methods of transformers' Trainer that count; right for partitioned parameters too.
 
     Attributes:
         current_flos: operations of this rank that ``state.total_flos`` does not have yet.
     """
 
-    args: Any
-    model: Any
-    state: Any
-    resolved: Any
     current_flos: float = 0.0
-    _counted: tuple[Any, int] | None = None
 
-    def floating_point_ops(self, inputs: Any) -> int | float:
+    def floating_point_ops(self, inputs: Batch) -> int | float:
         """Estimate the floating-point operations of a micro-batch (forward and backward).
 
         Six per token and parameter outside of embeddings (two forward, four backward; the
@@ -50,7 +46,7 @@ class CountHooks:
             self._counted = self.model, count_parameters(self.model, exclude_embeddings=True)
         return 6 * tokens.numel() * self._counted[1]
 
-    def count_flos(self, inputs: Any) -> None:
+    def count_flos(self, inputs: Batch) -> None:
         """Add the operations of a micro-batch; no rank waits for another."""
         self.current_flos += float(self.floating_point_ops(inputs))
 
@@ -64,7 +60,7 @@ class CountHooks:
         """Count the elements of all parameters with gradients, whole where they are partitioned."""
         return count_parameters(self.model, only_trainable=True)
 
-    def num_examples(self, dataloader: Any) -> int:
+    def num_examples(self, dataloader: Loader) -> int:
         """Count a loader's samples over all ranks; estimate them where its dataset has no length.
 
         Raises:
@@ -76,7 +72,7 @@ class CountHooks:
         return len(dataloader) * self.resolved.micro_batch_size
 
     @staticmethod
-    def num_tokens(train_dl: Any, max_steps: int | None = None) -> int:
+    def num_tokens(train_dl: Iterable[object], max_steps: int | None = None) -> int:
         """Count the elements of ``input_ids`` that a loader of this rank gives, padding included.
 
         The loader is read to its end; training counts as it goes and never needs this.

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from dstrain.checkpoint.slice_index import Piece, SliceIndex
 from dstrain.core.errors import CheckpointError
 from dstrain.engine.state.optimizer_state import (
     create_state,
@@ -147,22 +146,6 @@ def test_state_of_another_shape_is_refused():
         [r.tensor_keys() for r in locate_shards(module, optimizer)]
 
 
-def test_another_number_of_groups_is_refused_unless_they_are_alike(caplog):
-    """Groups that differ in weight decay only share rates and momenta: those fit any number."""
-    module = small_model()
-    one = torch.optim.SGD(module.parameters(), lr=0.1)
-    two = torch.optim.SGD(two_groups(module), lr=0.3, momentum=0.5)
-    set_group_values(one, group_values(two))
-    assert (one.param_groups[0]["lr"], one.param_groups[0]["momentum"]) == (0.3, 0.5)
-    assert "2 parameter groups were alike" in caplog.text
-    one.param_groups[0]["lr"] = 0.7
-    set_group_values(two, group_values(one))
-    assert [g["lr"] for g in two.param_groups] == [0.7, 0.7]
-    two.param_groups[1]["lr"] = 0.2
-    with pytest.raises(CheckpointError, match="has 2 parameter groups, this run 1"):
-        set_group_values(one, group_values(two))
-
-
 class Unusual(torch.optim.SGD):
     """Keeps what neither a slice nor a number is."""
 
@@ -179,21 +162,3 @@ def test_state_of_another_type_is_refused():
     optimizer.step()
     with pytest.raises(CheckpointError, match="'seen' of 0.weight is a set"):
         [r.tensor_keys() for r in locate_shards(module, optimizer)]
-
-
-def test_what_nothing_changes_in_training_is_the_new_runs():
-    """A changed weight decay counts; the rate that a schedule has reached comes back."""
-    module = small_model()
-    old = torch.optim.AdamW(module.parameters(), lr=0.3, weight_decay=0.1, betas=(0.8, 0.9))
-    new = torch.optim.AdamW(module.parameters(), lr=0.5, weight_decay=0.2)
-    set_group_values(new, group_values(old))
-    (group,) = new.param_groups
-    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.3, 0.2, (0.8, 0.9))
-
-
-def test_missing_elements_are_counted_between_overlapping_pieces(tmp_path):
-    pieces = [Piece(0, 4, tmp_path), Piece(2, 4, tmp_path), Piece(8, 2, tmp_path)]
-    index = SliceIndex({(MASTER, "w"): pieces}, {})
-    assert index.missing(MASTER, "w", 0, 12) == 4
-    assert index.missing(MASTER, "w", 1, 6) == 0
-    assert index.missing(MASTER, "v", 0, 3) == 3

@@ -50,3 +50,21 @@ def parameter_groups(
             )
         )
     return groups
+
+
+def group_of(engine_optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
+    """Return the parameter group that updates a model's parameter, whatever slices groups hold."""
+    groups: list[dict[str, Any]] = engine_optimizer.param_groups
+    lists = getattr(engine_optimizer, "bit16_groups", None)  # stages 1 and 2
+    index = None
+    if lists is None:
+        lists = getattr(engine_optimizer, "fp16_groups", None)  # stage 3, stage 0 in 16 bits
+        index = getattr(engine_optimizer, "sub_group_to_group_id", None)
+    if lists is None:
+        lists = getattr(engine_optimizer, "bf16_groups", None)
+    if lists is None:
+        lists = [group["params"] for group in groups]
+    for i, parameters in enumerate(lists):
+        if any(p is parameter for p in parameters):
+            return groups[i if index is None else index[i]]
+    return None

@@ -10,38 +10,31 @@ import torch
 
 from dstrain.core.errors import ModelError, Problem, TrainingError
 from dstrain.core.log import get_logger
-from dstrain.data import LossTargets, needs_target_count
+from dstrain.data import needs_target_count
 from dstrain.engine import device_name
 from dstrain.models import DTYPES
-from dstrain.training.loss_terms import LossTerms
+from dstrain.trainer.base import TrainerBase
+from dstrain.training.accumulation import MicroStep
 from dstrain.training.model_outputs import check_loss, loss_of
+from dstrain.training.types import Batch, Nested
 
 logger = get_logger(__name__)
 
 
-class StepHooks:
+class StepHooks(TrainerBase):
     """The methods of transformers' Trainer about one micro-batch."""
 
-    model: Any
-    resolved: Any
-    targets: LossTargets
-    model_accepts_loss_kwargs: bool
-    compute_loss_func: Callable[..., torch.Tensor] | None
-    is_in_train: bool
-    _engines: Any
-    _micro_step: Any
-    _format: str
-    _formats: Any
-    _smoothing: Any
-    _terms: LossTerms | None = None
-    _summed: tuple[Any, torch.Tensor] | None = None  # a loss, and the terms that it is the sum of
+    _micro_step: MicroStep | None = None  # that the loop is training, while it does
+    _parts: torch.Tensor | None = None  # of the loss of that micro-batch, where it has several
+    _summed: tuple[torch.Tensor, torch.Tensor] | None = None  # a loss, and the terms of its sum
+    _eval_format: str | None = None  # of the evaluation that is running, where it has its own
 
     def compute_loss(
         self,
-        model: Any,
-        inputs: Any,
+        model: torch.nn.Module,
+        inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Compute the mean loss over the targets of one micro-batch.
 
@@ -77,8 +70,8 @@ class StepHooks:
             outputs = model(**passed)
         else:
             outputs = model(inputs)
-        loss = loss_of(outputs)
-        if loss is None:
+        found = loss_of(outputs)
+        if found is None:
             given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
             returned = f", only {list(outputs)}" if isinstance(outputs, Mapping) else ""
             raise ModelError(
@@ -88,10 +81,13 @@ class StepHooks:
                     "add labels to the batch, pass compute_loss_func, or override compute_loss",
                 )
             )
-        return (loss, outputs) if return_outputs else loss
+        return (found, outputs) if return_outputs else found
 
     def training_step(
-        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Run forward and backward of one micro-batch; return its mean loss, detached.
 
@@ -108,13 +104,12 @@ class StepHooks:
                     "call train(); for a loss alone call compute_loss(trainer.model, inputs)",
                 )
             )
-        step = self._micro_step
-        loaded = inputs if step.inputs is None else step.inputs
+        step = MicroStep(inputs) if self._micro_step is None else self._micro_step
         inputs = self._prepare_inputs(inputs)
         with (
             self._computing_loss(inputs),
             self.compute_loss_context_manager(),
-            self._watching_loss(loaded, inputs) as seen,
+            self._watching_loss(step, inputs) as seen,
             engine.computing_loss(),
         ):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -122,22 +117,40 @@ class StepHooks:
             seen.append(loss)
         # In fp32: a 16-bit loss times the loss scale would overflow before its gradients do.
         parts = self._parts_of(loss).float()
-        step.parts = parts.detach() if parts.dim() else None
-        if step.weights is not None:
-            if not any(step.weights.counts[step.index]):
-                parts = parts.nan_to_num()  # the mean over no target: its weight is 0
-            parts = parts * step.weights.of(step.index)
-        engine.backward(parts.sum(), last=step.last)
+        self._parts = parts.detach() if parts.dim() else None
+        engine.backward(step.weighted(parts).sum(), last=step.is_last)
         return loss.detach()
 
+    def train_micro_batch(
+        self, micro_step: MicroStep, num_targets: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Call ``training_step`` for the loop; return the mean loss, or its parts.
+
+        What ``training_step`` needs beyond its arguments is kept beside it while it runs: an
+        override of a user's stands between.
+
+        Args:
+            micro_step: the micro-batch, and its place in the optimizer step.
+            num_targets: that its loss is a mean over, where user code is told.
+        """
+        engine = self._engines.training
+        assert engine is not None
+        self._micro_step, self._parts = micro_step, None
+        try:
+            loss = self.training_step(engine.model, micro_step.inputs, num_targets)
+        finally:
+            self._micro_step = None
+        return loss if self._parts is None else self._parts
+
     def _watching_loss(
-        self, loaded: Any, given: Any
+        self, step: MicroStep, given: object
     ) -> contextlib.AbstractContextManager[list[Any]]:
         """Watch the first forward pass of a step for what its loss is a mean over."""
-        step = self._micro_step
         if step.index:
             return contextlib.nullcontext([])
-        return self.targets.watching(loaded, step.num_samples, given=given, again=step.looks_again)
+        return self.targets.watching(
+            step.inputs, step.num_samples, given=given, again=step.looks_again
+        )
 
     def _parts_of(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the terms of a loss that ``compute_loss`` has just computed, or the loss itself.
@@ -150,7 +163,7 @@ class StepHooks:
         num_parts = len(self.targets.rule.parts)
         return loss if num_parts == 1 else (loss / num_parts).expand(num_parts)
 
-    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[object]:
         """Return the context to compute the loss in: that of ``autocast_smart_context_manager``."""
         stack = contextlib.ExitStack()
         stack.enter_context(self.autocast_smart_context_manager())
@@ -158,7 +171,7 @@ class StepHooks:
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
-    ) -> contextlib.AbstractContextManager[Any]:
+    ) -> contextlib.AbstractContextManager[object]:
         """Return an autocast context where no engine, which would autocast itself, runs the model.
 
         Args:
@@ -166,7 +179,9 @@ class StepHooks:
         """
         return self._engines.autocast(self.model, self.resolved)
 
-    def _loss_of_function(self, model: Any, inputs: Any, num_items: Any) -> tuple[Any, Any]:
+    def _loss_of_function(
+        self, model: Callable[..., object], inputs: object, num_items: object
+    ) -> tuple[torch.Tensor, Nested]:
         """Compute the user function's loss of outputs and labels; the model gets no labels.
 
         Without a count (in evaluation) the function is told the batch's own, so that a sum divided
@@ -184,8 +199,13 @@ class StepHooks:
         loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
         return loss, outputs
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
+    @property
+    def _format(self) -> str:
+        """Return the number format of what goes into the model."""
+        return self._eval_format or self._engines.precision(self.model, self.resolved)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
         return self._formats(inputs, device_name(), DTYPES[self._format])
 
-    def _computing_loss(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+    def _computing_loss(self, inputs: object) -> contextlib.AbstractContextManager[None]:
         return self._formats.computing_loss(inputs, DTYPES[self._format])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,21 @@ from dstrain.core.records import recordable, unrecordable
 from dstrain.core.secrets import without_secrets
 from dstrain.reporting import save_loss_curve
 from dstrain.trainer import compat
+from dstrain.trainer.count_hooks import CountHooks
 from dstrain.trainer.signatures import callback_misfits
 
 logger = get_logger(__name__)
 
 
-class ReportHooks:
+class ReportHooks(CountHooks):
     """The methods of transformers' Trainer that write down or tell."""
-
-    args: Any
-    state: Any
-    ranks: Any
-    events: Any
-    resolved: Any
-    num_examples: Any
-    get_num_trainable_parameters: Any
 
     log_metrics = compat.log_metrics
     metrics_format = staticmethod(compat.metrics_format)
 
-    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+    def save_metrics(
+        self, split: str, metrics: Mapping[str, object], combined: bool = True
+    ) -> None:
         """Write metrics into ``<split>_results.json`` of the run's folder; on the main rank.
 
         Args:
@@ -74,9 +70,9 @@ class ReportHooks:
         # A record must stay valid JSON, which knows no NaN: such a figure is left out of it.
         finite = {k: v for k, v in logs.items() if not any(unrecordable(v, finite=True))}
         self.state.log_history.append({**finite, "step": self.state.global_step})
-        self.events("on_log", logs=dict(logs))  # transformers' printer takes total_flos out of it
+        self.event("on_log", logs=dict(logs))  # transformers' printer takes total_flos out of it
 
-    def _announce(self, loader: Any, *, max_steps: int) -> None:
+    def _announce(self, loader: object, *, max_steps: int) -> None:
         """Log what is about to be trained."""
         try:
             examples = f"{self.num_examples(loader):,}"
@@ -130,14 +126,6 @@ class ReportHooks:
         """Return transformers' ``CallbackHandler``; its ``callbacks`` are called in their order."""
         return self.events.handler
 
-    def is_world_process_zero(self) -> bool:
-        """Tell whether this is rank 0 of all machines."""
-        return self.ranks.is_main
 
-    def is_local_process_zero(self) -> bool:
-        """Tell whether this is the first rank of its machine."""
-        return self.ranks.is_local_main
-
-
-def _as_results(metrics: dict[str, Any]) -> str:
+def _as_results(metrics: Mapping[str, object]) -> str:
     return json.dumps(metrics, indent=4, sort_keys=True)  # as transformers has it

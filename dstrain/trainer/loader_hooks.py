@@ -1,26 +1,36 @@
-"""Loaders of evaluation data, which may be one dataset or several with names."""
+"""The data loaders of a ``Trainer``: of training, and of evaluation data with or without names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import all_or_none
 from dstrain.data import end_processes
 from dstrain.trainer import build
+from dstrain.trainer.base import TrainerBase
+from dstrain.training.types import Dataset, Loader
 
 
-class EvalLoaderHooks:
-    """The methods of transformers' Trainer about the data of an evaluation."""
+class LoaderHooks(TrainerBase):
+    """The methods of transformers' Trainer about data loaders."""
 
-    eval_dataset: Any
-    ranks: Any
-    _loader: Any
-    _eval_loaders: Mapping[str | None, tuple[Any, Any]] = MappingProxyType({})
+    _eval_loaders: Mapping[str | None, tuple[Dataset, Loader]] = MappingProxyType({})
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def get_train_dataloader(self) -> Loader:
+        """Make this rank's training loader.
+
+        Raises:
+            DataError: there is no training data, or it is empty.
+        """
+        if self.train_dataset is None:
+            raise DataError(
+                Problem("train() without train_dataset", "", "pass train_dataset to the Trainer")
+            )
+        return self._loader(self.train_dataset, train=True)
+
+    def get_eval_dataloader(self, eval_dataset: Dataset = None) -> Loader:
         """Make this rank's evaluation loader; every sample is on one rank, in the dataset's order.
 
         Loaders of the constructor's datasets are kept with ``dataloader_persistent_workers``.
@@ -57,11 +67,22 @@ class EvalLoaderHooks:
                 self._eval_loaders = {**self._eval_loaders, eval_dataset: (dataset, loader)}
         return loader
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
+    def get_test_dataloader(self, test_dataset: Dataset) -> Loader:
         """Make this rank's loader for ``predict``."""
         return self._loader(test_dataset, train=False)
 
-    def _agreed_loader(self, make: Callable[[], Any], *, method: str) -> Any:
+    def _loader(self, dataset: object, *, train: bool) -> Loader:
+        """Make this rank's loader of a dataset; the model gets the columns that it takes."""
+        description = "training" if train else "evaluation"
+        lengths = build.lengths_of(dataset, self.args, self.processing_class) if train else None
+        dataset, collate = build.prepare_dataset(
+            dataset, self.data_collator, self.model, self.args, description=description
+        )
+        return build.make_loader(
+            dataset, collate, self.resolved, self.args, self.ranks, train=train, lengths=lengths
+        )
+
+    def _agreed_loader(self, make: Callable[[], object], *, method: str) -> Loader:
         """Make the loader of an evaluation; check that all ranks have the same data; a collective.
 
         Raises:
@@ -78,7 +99,7 @@ class EvalLoaderHooks:
             end_processes(loader)
         self._eval_loaders = MappingProxyType({})
 
-    def _named_parts(self, eval_dataset: Any) -> dict[str, Any] | None:
+    def _named_parts(self, eval_dataset: object) -> dict[str, Dataset] | None:
         """Return the datasets to evaluate one by one, by name; None where there is only one."""
         if isinstance(eval_dataset, dict):
             return eval_dataset
