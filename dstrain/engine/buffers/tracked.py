@@ -156,7 +156,7 @@ class Buffers:
         return len(self._sent) < len(self._state)
 
     def caches(self) -> list[str]:
-        """Return the names of floating-point buffers that the model replaces and that are not saved."""
+        """Return names of unsaved floating-point buffers that the model has replaced."""
         return [
             slot.name
             for slot in slots_of(self._module)
