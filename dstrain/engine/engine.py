@@ -1,4 +1,4 @@
-"""The adapter around a DeepSpeed engine: built from a resolved config, stepped, read, torn down."""
+"""The engine: DeepSpeed's, with what it lacks; built, stepped, released and destroyed."""
 
 from __future__ import annotations
 
@@ -60,13 +60,15 @@ class Engine:
     then ``step()``. Losses are already weighted: DeepSpeed averages gradients over ranks and does
     nothing else to them.
 
-    A module has one engine at a time: building another lets go of the one before.
+    A module has one engine at a time: building another one destroys the engine before it.
 
     Attributes:
-        changes: takes over weights that code of the user's changes; None where none are lost.
-        in_use: whether a training is running, so that the engine cannot be let go.
+        changes: copies weights that the user's code changes into the master weights; None where the
+            optimizer has the model's weights themselves.
+        in_use: whether a training is running, so that the engine cannot be destroyed.
         is_released: whether the module is free of the engine, which can still be read.
-        owner: leads to what lets go of the engine in good order, as long as that exists; or None.
+        owner: returns the function that tears the engine down in good order, or None once the
+            owner is gone.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class Engine:
 
     @property
     def state(self) -> TrainingState:
-        """Return the door to what training has made; only of an engine that trains."""
+        """Return master weights, moments, counters and schedule; only of an engine that trains."""
         assert self._state is not None
         return self._state
 
@@ -169,11 +171,13 @@ class Engine:
         )
 
     def compile(self, backend: str, mode: str | None) -> None:
-        """Compile the module's forward in place: names of its parameters stay the same."""
+        """Compile the module's forward in place, so that names of its parameters stay the same."""
         kwargs = {} if mode is None else {"mode": mode}
         self._compiled_by = {"backend": backend, **kwargs}
         if self.changes is not None:
-            self.changes.knows_step = True  # nothing of torch's is called there to be seen
+            self.changes.knows_step = (
+                True  # compiled code calls no function of torch that could be watched
+            )
         if self._registration is not None:  # hooks of the module would be compiled with it
             self._registration.remove()
             self._registration = ForwardRegistration(self._engine, self.resolved)
@@ -245,14 +249,14 @@ class Engine:
 
     @property
     def is_destroyed(self) -> bool:
-        """Tell whether the engine was destroyed; nothing else may be asked of it then."""
+        """Tell whether the engine was destroyed; it can then no longer be used."""
         return self._engine is None
 
     def release_module(self) -> None:
         """Release the module, so that ordinary torch code can use it after a training.
 
-        Optimizer, schedule and counters can still be read. At stage 3 nothing happens: there the
-        hooks put the parameters of each layer together.
+        Optimizer, schedule and counters can still be read. Does nothing at stage 3, where the hooks
+        gather the parameters of each layer.
         """
         self.in_use = False
         if self.is_released or self.resolved.stage == 3:
@@ -266,7 +270,7 @@ class Engine:
         self.is_released = True
 
     def has_interrupted_pass(self) -> bool:
-        """Tell whether a forward or backward pass at stage 3 has not come to its end."""
+        """Tell whether a forward or backward pass at stage 3 was interrupted."""
         if self.resolved.stage != 3:
             return False
         parameters: Any = self.module.parameters()
@@ -297,7 +301,7 @@ class Engine:
             self._detach()
         if self._compiled_by is not None:
             self.module._compiled_call_impl = None
-        # It would be called again when the engine is collected, and undo ties of the next one.
+        # DeepSpeed would call it again when the engine is collected, and undo the next one's hooks.
         self._engine.destroy = _do_nothing
         del self._engine.__dict__["engine_of_dstrain"]
         live_engines.unregister(self)
@@ -310,7 +314,7 @@ class Engine:
         self.scheduler = None
 
     def _detach(self) -> None:
-        """Remove all that DeepSpeed has put on the module, and what it keeps in the process."""
+        """Remove what DeepSpeed has put on the module, and its settings of the process."""
         if self.changes is not None:
             self.changes.close()
         if self._registration is not None:
@@ -336,7 +340,7 @@ def _has_ended(*_: object, **__: object) -> None:
 
 
 def _do_nothing() -> None:
-    """Replace a method that has done its work."""
+    """Stand for a method that must not run again."""
 
 
 def inference_engine(module: torch.nn.Module, resolved: ResolvedConfig) -> Engine:

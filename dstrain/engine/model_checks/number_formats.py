@@ -1,7 +1,7 @@
-"""Number formats of a model's parameters: which ones DeepSpeed trains as the model has them.
+"""Checks of the number formats of parameters: DeepSpeed would train some in another format.
 
-What DeepSpeed 0.19.8 does, measured on two ranks: in a 16-bit run it casts every parameter in fp16,
-bf16, fp32 or fp64 to the format of the run, also those that a transformers model keeps in fp32
+Measured with DeepSpeed 0.19.8 on two ranks: in a 16-bit run it casts every parameter in fp16,
+bf16, fp32 or fp64 to the format of the run, including those that a transformers model keeps in fp32
 (``engine.py:_cast_module_mixed_precision``). In an fp32 run it leaves parameters as they are, but
 stages 1 and 2 join trained ones into one tensor, which gives all of them the widest format; stage 3
 fails on two formats; master weights are fp32 also for fp64; and gradients of fp64 or complex
@@ -34,7 +34,7 @@ _Named = Sequence[tuple[str, Any]]
 def check_formats(
     module: torch.nn.Module, resolved: ResolvedConfig, *, trains: bool = True
 ) -> None:
-    """Refuse parameters that would be trained in another format than the model has them in.
+    """Refuse parameters that would be trained in another format than they have in the model.
 
     Args:
         module: the model, whole or partitioned.
@@ -58,7 +58,7 @@ def check_formats(
 
 
 def make_contiguous(module: torch.nn.Module) -> None:
-    """Let the elements of each whole parameter lie in memory in the order of its dimensions.
+    """Copy parameters so that elements lie in memory in the order of the dimensions.
 
     DeepSpeed sends parameters as bytes (``engine.py:_broadcast_model``), which torch cannot do with
     transposed ones, columns of a larger tensor, or weights in ``torch.channels_last``. Its flat
@@ -78,7 +78,7 @@ def is_in_order(tensor: torch.Tensor) -> bool:
 
 
 def formats_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str:
-    """Say what a run does with formats that it can use but a user may not expect; else ""."""
+    """Describe formats that a run can use but a user may not expect; "" where there are none."""
     run = resolved.precision
     dtypes = [p.dtype for p in module.parameters() if p.dtype in _TRAINED]
     counts = {name: dtypes.count(dtype) for dtype, name in _TRAINED.items()}
@@ -206,7 +206,7 @@ def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def _mixed_problems(named: _Named, resolved: ResolvedConfig) -> list[Problem]:
-    """List what is wrong with the formats of trained parameters in an fp32 run."""
+    """List problems with the formats of trained parameters in an fp32 run."""
     from deepspeed.accelerator import get_accelerator
 
     stage = resolved.stage
@@ -294,7 +294,7 @@ def _cast_problems(
 
 
 def _kept_in_fp32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Return a test whether transformers, loading in ``dtype``, would keep a name in fp32."""
+    """Return a function that tells whether transformers keeps a name in fp32 in a ``dtype`` run."""
     from deepspeed.runtime.keep_in_fp32 import KEEP_IN_FP32_AUTO, keep_in_fp32_pattern
 
     pattern = keep_in_fp32_pattern(module, KEEP_IN_FP32_AUTO, dtype)
@@ -312,7 +312,7 @@ def _of(named: _Named, dtype: torch.dtype) -> _Named:
 
 
 def _listed(named: _Named, *, dtype: bool = True) -> str:
-    """Say how many parameters there are, in which formats, and the first few names."""
+    """Return the number of parameters, their formats and the first few names, as text."""
     names = ", ".join(name for name, _ in named[:_SHOWN])
     more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
     formats = sorted({str(p.dtype).removeprefix("torch.") for _, p in named})

@@ -10,10 +10,10 @@ import torch
 
 
 def make_adagrad_lazy(optimizer: Any) -> None:
-    """Let torch's Adagrad make its state where it first needs it, before the engine is built.
+    """Let an Adagrad of torch make the state of a tensor when it first needs that.
 
-    It makes state in its constructor, for the parameters that it is given; DeepSpeed then gives it
-    other tensors.
+    torch makes it in the constructor, for the parameters there; DeepSpeed then replaces these by
+    other tensors. To be called before the engine is built.
     """
     if isinstance(optimizer, torch.optim.Adagrad):
         optimizer.state = cast(Any, _AdagradState(optimizer))
@@ -21,7 +21,7 @@ def make_adagrad_lazy(optimizer: Any) -> None:
 
 @contextlib.contextmanager
 def without_adagrad_replacement() -> Iterator[None]:
-    """Keep DeepSpeed from putting another optimizer in the place of torch's Adagrad.
+    """Keep DeepSpeed from replacing torch's Adagrad by another optimizer inside the block.
 
     ``initialize_optimizer_states`` of the ZeRO stages makes a new ``torch.optim.Adagrad`` of the
     flat tensors, with one group: the schedule would steer the old one, the weight decay of the

@@ -18,9 +18,9 @@ Factory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def optimizer_class(resolved: ResolvedConfig) -> tuple[type[Any], dict[str, Any]]:
-    """Return the class that the config resolves to, and what it takes beside the groups.
+    """Return the optimizer class of the config, and its arguments besides the groups.
 
-    For what DeepSpeed builds by name as well, so that it can be built by hand.
+    Also for an optimizer that DeepSpeed builds by name, so that it can be built by hand.
 
     Raises:
         ConfigError: the class cannot be imported, or does not take one of the parameters.
@@ -72,7 +72,7 @@ def optimizer_factory(resolved: ResolvedConfig) -> Factory | None:
 
 
 def build_ops(resolved: ResolvedConfig) -> None:
-    """Compile what the optimizer needs before the engine is built; says so where it takes long.
+    """Compile the ops of the optimizer before the engine is built; announces a long build.
 
     Raises:
         ConfigError: an op does not compile, or the accelerator has none.
@@ -90,7 +90,7 @@ def ops_of(resolved: ResolvedConfig) -> list[str]:
     place = values.get("zero_optimization.offload_optimizer.device", "none")
     names = [build.op] if build.op else []
     torch_adam = values.get("optimizer.params.torch_adam")
-    if torch_adam is not None:  # a config of the user's may ask for the other one
+    if torch_adam is not None:  # a user's config may ask for torch's Adam or DeepSpeed's
         names = [] if torch_adam else ["fused_adam" if place == "none" else "cpu_adam"]
     return [*names, "async_io"] if place == "nvme" else names
 
@@ -106,7 +106,7 @@ def _import(path: str) -> type[Any]:
 
 
 def _without_switches(cls: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return parameters of DeepSpeed's config under the names that the constructor itself takes."""
+    """Return parameters of DeepSpeed's config under the names that the constructor takes."""
     given = dict(given)
     given.pop("torch_adam", None)
     decoupled = given.pop("adam_w_mode", None)

@@ -53,7 +53,11 @@ def parameter_groups(
 
 
 def group_of(engine_optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
-    """Return the parameter group that updates a model's parameter, whatever slices groups hold."""
+    """Return the group that updates a parameter; None for a frozen one.
+
+    At ZeRO stages the groups of the optimizer hold flat slices, and DeepSpeed's own lists the
+    parameters.
+    """
     groups: list[dict[str, Any]] = engine_optimizer.param_groups
     lists = getattr(engine_optimizer, "bit16_groups", None)  # stages 1 and 2
     index = None

@@ -23,10 +23,11 @@ _SLICES = (
 
 
 def check_user_optimizer(optimizer: Any, scheduler: Any, resolved: ResolvedConfig) -> None:
-    """Refuse a user's own optimizer or schedule that could not run as given.
+    """Refuse a user's optimizer or schedule that could not run as given.
 
     Raises:
-        ConfigError: no optimizer at all, one that ZeRO makes another, or a schedule of another one.
+        ConfigError: an object that is no optimizer, an optimizer that ZeRO would change, or a
+            schedule of another optimizer.
     """
     problems = []
     stage, offload = resolved.stage, resolved.optimizer_offload
@@ -56,7 +57,7 @@ def check_user_optimizer(optimizer: Any, scheduler: Any, resolved: ResolvedConfi
 
 
 def slices_remark(optimizer: Any, resolved: ResolvedConfig) -> str:
-    """Say what a user's own optimizer does differently on flat slices, by what its class tells."""
+    """Describe what a user's optimizer does differently on flat slices; "" for nothing."""
     row = None if optimizer is None else _row_of(type(optimizer))
     if optimizer is None or resolved.stage == 0 or (row is not None and not row.warning):
         return ""
@@ -65,7 +66,7 @@ def slices_remark(optimizer: Any, resolved: ResolvedConfig) -> str:
 
 
 def _row_of(cls: type[Any]) -> Optimizer | None:
-    """Return the table's row of a class, or None; torch's classes live in modules of their own."""
+    """Return the row of a class in the table of optimizers, or None."""
     path = f"{cls.__module__}.{cls.__qualname__}"
     if cls.__module__.startswith("torch.optim."):
         path = f"torch.optim.{cls.__name__}"

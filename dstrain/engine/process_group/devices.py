@@ -8,7 +8,7 @@ from dstrain.core.errors import ConfigError, Problem
 
 
 def choose_accelerator(*, use_cpu: bool) -> None:
-    """Tell DeepSpeed, before its import, to use the CPU where it is wanted or all there is."""
+    """Let DeepSpeed, not yet imported, use the CPU where that is wanted or there is no other."""
     import torch
 
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -31,7 +31,7 @@ def device_name() -> str:
 
 
 def empty_cache() -> None:
-    """Free device memory that torch keeps for later tensors; does nothing on the CPU."""
+    """Free device memory that torch keeps for later tensors; on the CPU there is none."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().empty_cache()

@@ -1,4 +1,4 @@
-"""Start-up: accelerator, rank and process group, before which deepspeed is not imported."""
+"""Start-up of accelerator, ranks and process group; deepspeed is imported only here."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from dstrain.engine.process_group.devices import choose_accelerator
 logger = get_logger(__name__)
 
 _SHUT_DOWN_SECONDS = 10.0
-_LET_GO_SECONDS = 0.1
-_group_is_ours = False
+_RELEASE_SECONDS = 0.1
+_started_group = False
 _versions_are_same = False
 
 
 def start(
     *, use_cpu: bool = False, backend: str | None = None, timeout_seconds: int = 1800
 ) -> Ranks:
-    """Bring up the process group once; later calls only return the facts.
+    """Bring up the process group once; later calls only return the ranks.
 
     Works under the ``deepspeed`` launcher, torchrun and plain Python (one process, no environment
     to set). On the CPU the ranks of one machine share its cores. From here on this process drops
@@ -42,7 +42,7 @@ def start(
             on this machine than accelerators, ranks with different versions, or ranks that cannot
             meet.
     """
-    global _group_is_ours
+    global _started_group
     import torch
     import torch.distributed as dist
 
@@ -109,7 +109,7 @@ def start(
             dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.local_world_size
         )
     check_rendezvous(ranks, timeout_seconds=timeout_seconds)
-    _group_is_ours = True
+    _started_group = True
     # DeepSpeed prints from every rank here; a failure still raises.
     with contextlib.redirect_stdout(io.StringIO()), warning_when_slow(ranks):
         try:
@@ -158,24 +158,24 @@ def shut_down() -> None:
 def _end_collectives() -> None:
     """Make sure that no collective is under way when Python ends.
 
-    A worker thread of gloo lets go of the tensors of a collective a moment after the ranks have
-    gone on, and needs Python for that. If Python is ending by then, it stops the thread inside of
-    C++ code, which aborts the process: a run that ended well would have the status -6. Taking the
-    process group down waits for these threads; they may be waiting for a rank that has failed, so
-    there is a limit. A group that the user has brought up is the user's to take down: there the
-    threads only get time.
+    A worker thread of gloo releases the tensors of a collective a moment after the ranks have gone
+    on, and needs Python for that. If Python is ending by then, it stops the thread inside of C++
+    code, which aborts the process: a successful run would have the status -6. Destroying the
+    process group waits for these threads; they may be waiting for a rank that has failed, so there
+    is a limit. A group that the user has brought up stays for the user to destroy: there the
+    threads only get some time.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return
     ending = None
-    if _group_is_ours:
+    if _started_group:
         with contextlib.suppress(RuntimeError):  # newer Pythons start no thread any more
             ending = threading.Thread(target=shut_down, daemon=True)
             ending.start()
     if ending is None or ending.ident is None:
-        time.sleep(_LET_GO_SECONDS)
+        time.sleep(_RELEASE_SECONDS)
     else:
         ending.join(_SHUT_DOWN_SECONDS)
 

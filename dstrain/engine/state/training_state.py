@@ -1,4 +1,4 @@
-"""The door to what a training has made in an engine: read it, write it, capture and restore it."""
+"""The door to the state of an engine that trains: reading, loading, capturing and restoring it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TrainingState:
     # --- master weights and moments ---------------------------------------------------------------
 
     def shards(self) -> list[StateShard]:
-        """Return the shards of parameters that this rank holds, in the order of the module's.
+        """Return the shards that this rank holds, in the order of the module's parameters.
 
         Raises:
             CheckpointError: state on NVMe, experts or a wrapper whose layout is not known.

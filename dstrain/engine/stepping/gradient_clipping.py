@@ -1,4 +1,4 @@
-"""Clipping of gradients and their norm, where DeepSpeed leaves gradients to torch."""
+"""Clipping of gradients, and their norm, where DeepSpeed leaves gradients to torch."""
 
 from __future__ import annotations
 

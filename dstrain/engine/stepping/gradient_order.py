@@ -3,19 +3,19 @@
 ZeRO puts gradients into its reduce buckets as hooks of the backward pass bring them, and adds up
 the buckets of all ranks. A rank whose micro-batch does not use a parameter (a head without labels,
 an expert without tokens, a layer that LayerDrop skips, a batch without images), or reaches
-parameters in another order, fills its buckets otherwise: what stands behind is added to other
-parameters. And a parameter without gradient in the last micro-batch of a window, or in a whole
-window, keeps what the window before has left where DeepSpeed collects gradients itself (CPU
-offload, stage 3).
+parameters in another order, fills its buckets differently: gradients of one parameter are then
+added to those of another. And a parameter without gradient in the last micro-batch of a window, or
+in a whole window, keeps the gradient of the window before where DeepSpeed collects gradients itself
+(CPU offload, stage 3).
 
-Here every gradient waits until those before it in the order have been handed on. One that the
-backward pass will not bring is handed on as zeros, which is what torch's
-DistributedDataParallel makes of it, and DeepSpeed at stage 0. So every backward pass of every rank
-fills the buckets alike, and no rank has to ask another.
+Here every gradient waits until those before it in the order have been handed on. A gradient that
+the backward pass will not bring is handed on as zeros, as torch's DistributedDataParallel and
+DeepSpeed at stage 0 do. So every backward pass of every rank fills the buckets alike, and no rank
+has to ask another.
 
-The order is that in which the main rank's first backward pass brings gradients, sent to the other
-ranks once. In a model that uses all its parameters nothing waits then, and buckets are filled as
-without this.
+The order is the one in which the main rank's first backward pass brings gradients; it is sent to
+the other ranks once. In a model that uses all its parameters nothing waits then, and buckets are
+filled as without this.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dstrain.core.errors import Problem, TrainingError
 from dstrain.core.ranks import broadcast_object
 from dstrain.engine.stepping.gradient_arrival import gradient_arrival_order
 
-# What is used of DeepSpeed 0.19.8's ZeRO optimizers, of stages 1 and 2 and of stage 3.
+# Attributes of DeepSpeed 0.19.8's ZeRO optimizers that this file uses, by stage.
 _OF_BOTH = (
     "reduce_ready_partitions_and_remove_grads",  # one gradient into its bucket
     "overlapping_partition_gradients_reduce_epilogue",  # the last bucket, at the end of a pass
@@ -52,10 +52,10 @@ _OF_STAGE_3 = (*_OF_BOTH, "fp16_groups", "leaf_parameters")
 
 
 def gradient_sequence(optimizer: Any, module: torch.nn.Module) -> GradientSequence | None:
-    """Return the sequence of a ZeRO optimizer; None for others, which fill in zeros themselves.
+    """Return the sequence of a ZeRO optimizer; None for optimizers that fill in zeros themselves.
 
     Raises:
-        TrainingError: this DeepSpeed does not have what the sequence builds on.
+        TrainingError: this DeepSpeed lacks attributes that the sequence needs.
     """
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -70,20 +70,21 @@ def gradient_sequence(optimizer: Any, module: torch.nn.Module) -> GradientSequen
 class GradientSequence(abc.ABC):
     """A layer between the hooks of a ZeRO optimizer and its buckets.
 
-    Per gradient it takes one look-up and one comparison. The parameters that wait keep their
-    gradients meanwhile, as torch's backward pass leaves them.
+    Costs one look-up and one comparison per gradient. Parameters that wait keep their gradients
+    meanwhile, as torch's backward pass leaves them.
 
     Attributes:
-        before_end: called at the end of every backward pass, before what is left is handed on.
+        before_end: called at the end of every backward pass, before the gradients that are left
+            are handed on.
     """
 
     def __init__(self, optimizer: Any, module: torch.nn.Module, names: tuple[str, ...]) -> None:
         """Take the place of the two functions of ``optimizer`` that fill and empty buckets.
 
         Args:
-            optimizer: of DeepSpeed, on this rank.
-            module: whose parameters it has; gives the order in which they are registered.
-            names: of what is used of the optimizer.
+            optimizer: DeepSpeed's ZeRO optimizer of this rank.
+            module: the model; gives the order in which parameters are registered.
+            names: attributes of the optimizer that must exist.
         """
         _check(optimizer, names)
         self._optimizer = optimizer
@@ -114,7 +115,7 @@ class GradientSequence(abc.ABC):
         """Run the backward pass of ``loss`` inside; the first one is a collective of all ranks."""
         if not self._has_order:
             self._agree(loss)
-        if not loss.requires_grad:  # DeepSpeed says so
+        if not loss.requires_grad:  # DeepSpeed raises an error
             yield
             return
         handle = loss.register_hook(self._begin)
@@ -138,8 +139,8 @@ class GradientSequence(abc.ABC):
     def _fill(self, parameter: Any) -> None:
         """Give a parameter a gradient of zeros, unless one waits to be reduced."""
 
-    def _comes_otherwise(self, parameter: Any) -> bool:
-        """Tell whether its gradient is handed on at another time than torch computes it."""
+    def _comes_later(self, parameter: Any) -> bool:
+        """Tell whether the gradient of a parameter comes later than torch computes it."""
         return False
 
     # --- order -----------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ class GradientSequence(abc.ABC):
         self._graph = torch._C._current_graph_task_id()
 
     def _arrive(self, parameter: Any, *group: int) -> None:
-        """Hand a gradient on, with those that wait for it; or let it wait."""
+        """Hand a gradient on, with the gradients that wait for it; or let it wait."""
         if not self._collects():
             self._hand_on(parameter, *group)
             return
@@ -187,7 +188,7 @@ class GradientSequence(abc.ABC):
             self._go_on()
             return
         self._keep(position)
-        while self._next < position and self._is_left_out(self._next):
+        while self._next < position and self._is_unused(self._next):
             self._filled.add(self._next)
             self._hand(self._next)
             self._next += 1
@@ -200,7 +201,7 @@ class GradientSequence(abc.ABC):
             self._next += 1
 
     def _end(self) -> None:
-        """Hand on what is left, zeros where no gradient has come, and end the pass."""
+        """Hand on the gradients that are left, zeros where none has come, and end the pass."""
         self.before_end()
         with torch.no_grad():
             for position in range(self._next, len(self._members)):
@@ -220,19 +221,19 @@ class GradientSequence(abc.ABC):
             _wait_for(stream, member[0])
         self._hand_on(*member)
 
-    def _is_left_out(self, position: int) -> bool:
-        """Tell whether the running pass will surely bring no gradient for a parameter.
+    def _is_unused(self, position: int) -> bool:
+        """Tell whether the running pass will certainly bring no gradient for a parameter.
 
-        Torch knows the graph that runs, but not those of re-entrant checkpoints inside of it, which
-        are built later: where there are such, only the end of the pass tells. The first pass shows
-        whether there are.
+        Torch knows the graph that runs, but not the graphs of re-entrant checkpoints inside of it,
+        which are built later: with these, only the end of the pass decides. The first pass shows
+        whether there are any.
         """
         if not self._knows or self._is_nested or self._graph is None:
             return False
         if torch._C._current_graph_task_id() != self._graph:
             return False
         parameter = self._members[position][0]
-        if self._comes_otherwise(parameter):
+        if self._comes_later(parameter):
             return False
         if not parameter.requires_grad:  # frozen since the engine was built
             return True
@@ -274,7 +275,7 @@ class _OfStages1And2(GradientSequence):
         return {id(p): (p, i) for i, group in groups for p in group if p.requires_grad}
 
     def _collects(self) -> bool:
-        """Tell whether it does: at stage 1 only in the last micro-batch of a window."""
+        """Tell whether gradients go into buckets: at stage 1 only of the last micro-batch."""
         optimizer = self._optimizer
         return optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()
 
@@ -310,13 +311,13 @@ class _OfStage3(GradientSequence):
     def _fill(self, parameter: Any) -> None:
         if parameter.grad is not None:
             return
-        # The whole gradient of a parameter of which this rank may hold a share: torch compares
-        # shapes only when a gradient is set.
+        # The gradient must have the shape of the whole parameter, of which this rank may hold a
+        # partition: torch compares shapes only when a gradient is set.
         parameter.grad = torch.zeros_like(parameter)
         if parameter.shape != parameter.ds_shape:
             parameter.grad.data = parameter.grad.new_zeros(parameter.ds_shape)
 
-    def _comes_otherwise(self, parameter: Any) -> bool:
+    def _comes_later(self, parameter: Any) -> bool:
         """Tell whether the parameter is in a leaf module, whose gradients all come at its end."""
         return hasattr(parameter, "ds_z3_leaf_module")
 

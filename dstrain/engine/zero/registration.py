@@ -13,11 +13,11 @@ from dstrain.engine.zero.torch_patches import undo_patches
 
 
 class StageRegistration:
-    """A DeepSpeed config that transformers is told of, from its construction to ``close``.
+    """Registers a DeepSpeed config with transformers, from construction to ``close``.
 
-    At stage 3 transformers builds models partitioned, generates in step on all ranks, and runs on
-    each rank the layers that chance would skip there. It keeps only a weak reference, so this
-    object must be held meanwhile. It has the things that transformers reads; transformers' own
+    With stage 3 registered, transformers builds models partitioned, generates on all ranks
+    together, and runs also the layers that LayerDrop skips. It keeps only a weak reference, so this
+    object must be kept meanwhile. It has the attributes that transformers reads; transformers' own
     class for them needs accelerate.
     """
 
@@ -25,8 +25,8 @@ class StageRegistration:
         """Register when the stage is 3, unregister otherwise.
 
         Args:
-            stage: of ZeRO.
-            config: makes the DeepSpeed config; needed where models are built.
+            stage: ZeRO stage.
+            config: function that returns the DeepSpeed config; needed where models are built.
         """
         self._stage, self._make_config = stage, config
         self._previous = compat.registered_config()
@@ -46,9 +46,9 @@ class StageRegistration:
         return self._stage == 2
 
     def close(self) -> None:
-        """Restore what was registered before, unless a user has registered a config since."""
+        """Restore the former registration, unless a user has registered a config since."""
         present = compat.registered_config()
-        # One inside of this one, which an interrupt kept from closing, ends with it.
+        # A registration inside of this one that an interrupt kept from closing ends here too.
         if present is None or isinstance(present, StageRegistration):
             compat.register_config(self._previous)
         self._previous = None
@@ -63,44 +63,44 @@ class StageRegistration:
 
 
 class BuildRegistration(StageRegistration):
-    """A registration for transformers to build models by a resolved config; close it afterwards."""
+    """Registers a resolved config, by which transformers then builds models, until ``close``."""
 
     def __init__(self, resolved: ResolvedConfig) -> None:
         """Register with transformers when the stage is 3, unregister otherwise."""
         super().__init__(resolved.stage, resolved.to_deepspeed)
 
     def close(self) -> None:
-        """Restore what was registered before, and undo what DeepSpeed leaves changed in torch."""
+        """Restore the former registration, and undo the changes that DeepSpeed leaves in torch."""
         super().close()
         undo_patches()
 
 
 class ForwardRegistration:
-    """Hooks that register with transformers during every forward pass of a partitioned module.
+    """Registers stage 3 with transformers during every forward pass of a partitioned module.
 
     LayerDrop (Wav2Vec2 and its kind) must run a layer on all ranks or on none, and AdaLoRA gathers
-    parameters for its regularisation; both ask transformers. No model is built in there.
+    parameters for its regularisation; both ask transformers for the stage.
     """
 
     def __init__(self, module: torch.nn.Module, resolved: ResolvedConfig) -> None:
-        """Hook ``module``: a model, or the engine around it."""
+        """Add hooks to ``module``: a model, or the engine around it."""
         self._resolved = resolved
-        self._told: list[StageRegistration] = []
+        self._open: list[StageRegistration] = []
         self._hooks = (
             module.register_forward_pre_hook(self._begin, prepend=True),
             module.register_forward_hook(self._end, always_call=True),
         )
 
     def remove(self) -> None:
-        """Remove the hooks, and end what an interrupt kept from ending."""
+        """Remove the hooks, and close registrations that an interrupt kept from closing."""
         for hook in self._hooks:
             hook.remove()
-        while self._told:
+        while self._open:
             self._end()
 
     def _begin(self, *_: object) -> None:
-        self._told.append(StageRegistration(3, self._resolved.to_deepspeed))
+        self._open.append(StageRegistration(3, self._resolved.to_deepspeed))
 
     def _end(self, *_: object) -> None:
-        if self._told:
-            self._told.pop().close()
+        if self._open:
+            self._open.pop().close()

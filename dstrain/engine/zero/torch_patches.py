@@ -15,9 +15,9 @@ from dstrain.config import ResolvedConfig
 class MemoryEfficientLinear:
     """Linear layers with partitioned weights that keep no gathered weight for the backward pass.
 
-    DeepSpeed puts a function of its own in the place of ``torch.nn.functional.linear``, for all
-    models and the rest of the process. Here it is used as long as an engine lives, and only where a
-    weight is partitioned.
+    DeepSpeed replaces ``torch.nn.functional.linear`` by its own function, for all models and the
+    rest of the process. Here its function is used while an engine exists, and only where a weight
+    is partitioned.
     """
 
     def __init__(self, resolved: ResolvedConfig) -> None:
@@ -35,7 +35,7 @@ class MemoryEfficientLinear:
         self._end = weakref.finalize(self, _release_linear, present)
 
     def close(self) -> None:
-        """Restore torch's function once no engine needs the replacement; again does nothing."""
+        """Restore torch's function if no other engine needs the replacement; once."""
         self._end()
 
 
@@ -44,7 +44,7 @@ def _nothing() -> None:
 
 
 def _release_linear(function: Any) -> None:
-    """Count one engine less that needs the replacement; the last one restores torch's function."""
+    """Count one engine less; restore torch's function where it was the last one."""
     plain = function.__wrapped__
     function.num_engines -= 1
     if not function.num_engines and torch.nn.functional.linear is function:
@@ -52,7 +52,7 @@ def _release_linear(function: Any) -> None:
 
 
 def _linear_by_weight(plain: Any) -> Any:
-    """Return a ``torch.nn.functional.linear`` that takes DeepSpeed's for partitioned weights."""
+    """Return a ``torch.nn.functional.linear`` that uses DeepSpeed's for partitioned weights."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     def linear(input: Any, weight: Any, bias: Any = None) -> Any:
@@ -72,10 +72,10 @@ def _is_deepspeeds(function: Any) -> bool:
 
 
 def undo_patches() -> None:
-    """Undo what zero.Init leaves in torch after its block; nothing while such a block is open.
+    """Undo the changes that zero.Init leaves in torch; does nothing inside of its block.
 
-    Beside ``linear`` these are names under which it keeps what it replaces for a while, and
-    ``Module.__init_subclass__``, which would hide that of a class beside Module in a list of bases
+    These are ``linear``, names under which it keeps functions that it replaces for a while, and
+    ``Module.__init_subclass__``, which would hide that of another base class
     (``partition_parameters.py:unpatch_init_and_builtins``). After a block the time grows with the
     number of module classes in the process.
     """

@@ -140,7 +140,7 @@ def test_a_loss_that_reads_weights_in_parts_is_told_so(extra: Any, tmp_path: Pat
     from dstrain.core.errors import TrainingError
 
     trainer = trainer_of(tmp_path, extra, 3)
-    told = r"(?s)computes with first.weight .*in parts.*weight_decay.*Gathered.*zero_stage to 2"
+    told = r"(?s)computes with first.weight .*partitioned.*weight_decay.*Gathered.*zero_stage to 2"
     with pytest.raises(TrainingError, match=told):
         trainer.train()
     assert trainer.state.global_step == 0
