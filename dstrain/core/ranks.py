@@ -116,17 +116,19 @@ class PendingSum:
 
     def __init__(self, number: float | Sequence[float], *, device: Any) -> None:
         """Start summing over the ranks, each of several numbers by itself; a collective of all."""
+        import torch
+
         self._sum: Any = number
         self._work: Any = None
+        if is_distributed() or isinstance(number, Sequence):
+            self._sum = torch.tensor(number, dtype=torch.float32, device=device)
         if is_distributed():
-            import torch
             import torch.distributed as dist
 
-            self._sum = torch.tensor(number, dtype=torch.float32, device=device)
             self._work = dist.all_reduce(self._sum, async_op=True)
 
     def get(self) -> Any:
-        """Return the sum: the number as given on one rank, else a float32 tensor of its shape.
+        """Return the sum: one number on one rank as it was given, else a float32 tensor.
 
         On a GPU its stream waits for it and the host does not.
         """
