@@ -9,6 +9,7 @@ import sys
 from dstrain.config.parameters import ModelSizes
 from dstrain.core.errors import ModelError, Problem, raise_problems
 from dstrain.core.files import expanded
+from dstrain.core.secrets import hidden_in_text
 
 COUNT_SECONDS = 300
 
@@ -37,7 +38,7 @@ def count_in_child(spec: str) -> ModelSizes:
         ModelError: what that process found wrong.
     """
     print(
-        f"no formula for the parameters of {spec!r}: counting them in a process with torch",
+        hidden_in_text(f"no formula for the parameters of {spec!r}: counting them with torch"),
         file=sys.stderr,
         flush=True,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from dstrain.config.explain import leaf
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.files import expanded
-from dstrain.core.secrets import without_secrets
+from dstrain.core.secrets import hidden_in_text, without_secrets
 
 RECORD_FILE = "resolved_config.json"
 # Where a run writes and what it is called make no other run of it.
@@ -95,6 +95,7 @@ def as_text(found: tuple[Difference, ...], *, other: str) -> str:
         found: the differences.
         other: what the other run is called.
     """
+    other = hidden_in_text(other)
     if not found:
         return f"nothing differs from {other}"
     counts = {kind: sum(d.kind == kind for d in found) for kind in TITLES}
