@@ -39,7 +39,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.core.secrets import is_mask
 from dstrain.core.seeds import seed_rank
-from dstrain.data import is_ours, is_stream, num_shares
+from dstrain.data import num_shares
 from dstrain.engine import Engine
 from dstrain.models import computed_of_parts, weights_hooks_compute_with
 from dstrain.trainer import build
@@ -214,13 +214,12 @@ def check_shares(loader: Any, ranks: Ranks, start: Start | None) -> None:
         logger.warning("%s: samples come in another order", what)
 
 
-def num_epochs(loader: Any, args: TrainingArguments, per_epoch: int | None) -> int | None:
-    """Return the epochs after which a run ends on a stream that says its length, else None.
+def num_epochs(args: TrainingArguments) -> int | None:
+    """Return the epochs after which a run ends, however many steps these had; None: by steps alone.
 
-    The stated length may be wrong, so steps alone would not tell.
+    A callback may end epochs early, and the length that a stream states may be wrong.
     """
-    tells = is_ours(loader) and is_stream(loader.dataset) and per_epoch is not None
-    return math.ceil(args.num_train_epochs) if tells and args.max_steps <= 0 else None
+    return math.ceil(args.num_train_epochs) if args.max_steps <= 0 else None
 
 
 def resume(trainer: Trainer, engine: Engine, start: Start) -> Resumption:

@@ -519,7 +519,7 @@ class Trainer(
             eval_on_start=self.args.eval_on_start,
             saves=self._writer is not None or self.args.preemption != "ignore",
             empty_cache_steps=self.args.torch_empty_cache_steps or 0,
-            num_epochs=saving.num_epochs(loader, self.args, per_epoch),
+            num_epochs=saving.num_epochs(self.args),
             log_every=int(self.state.logging_steps) if self.args.logging_strategy == "steps" else 0,
         )
         return TrainLoop(

@@ -82,3 +82,39 @@ def test_a_run_that_ended_inside_of_an_epoch_goes_on_at_the_same_sample(
     losses(tmp_path / "run", data, False, *callbacks, **ends)
     resumed = losses(tmp_path / "run", data, True, **goes_on)
     assert resumed == straight
+
+
+class ShortEpochs(TrainerCallback):  # type: ignore[misc]
+    """Ends each epoch after two steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for the end of the epoch, in every second step."""
+        control.should_epoch_stop |= state.global_step % 2 == 0
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("resumes", [False, True])
+def test_epochs_that_a_callback_cuts_short_count(resumes: bool, tmp_path: Path) -> None:
+    """Three epochs of two steps, as in transformers; they went on for as many steps as three whole
+    epochs have."""
+    from dstrain import Trainer, TrainingArguments
+
+    def train(num_epochs: float, resume: bool) -> Any:
+        args = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=BATCH,
+            num_train_epochs=num_epochs,
+            save_strategy="epoch",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(tiny_llama(), args, train_dataset=Rows(), callbacks=[ShortEpochs()])
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.close()
+        return trainer.state
+
+    if resumes:
+        assert train(2, False).global_step == 4
+    state = train(3, resumes)
+    assert state.global_step == 6
+    assert state.epoch == pytest.approx(2.4)
