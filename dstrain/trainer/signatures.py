@@ -305,7 +305,7 @@ def _override_and_base(trainer: Any, name: str) -> tuple[Any, Any]:
     """Find a user's method of this name and this package's method that it overrides, both bound."""
     cls = type(trainer)
     owners = [part for part in cls.__mro__ if name in vars(part)]
-    ours = next((part for part in owners if _is_ours(part)), None)
+    ours = next((part for part in owners if is_own(part)), None)
     if ours is None:
         return None, None
     base = vars(ours)[name].__get__(trainer, cls)
@@ -314,8 +314,9 @@ def _override_and_base(trainer: Any, name: str) -> tuple[Any, Any]:
     return (None, None) if owners[0] is ours else (getattr(trainer, name), base)
 
 
-def _is_ours(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+def is_own(part: Any) -> bool:
+    """Tell whether a class or function is of this package, not of a user."""
+    return bool(part.__module__.partition(".")[0] == __name__.partition(".")[0])
 
 
 def _title(trainer: Any, name: str) -> str:

@@ -54,7 +54,7 @@ from dstrain.trainer.loss_terms import LossTerms
 from dstrain.trainer.model_init import check_source, check_whole, fresh_model, num_arguments
 from dstrain.trainer.old_names import old_resume, one_name
 from dstrain.trainer.optimizer_hooks import OptimizerHooks, OwnObjects
-from dstrain.trainer.overrides import refuse_misfits
+from dstrain.trainer.overrides import refuse_misfits, warn_of_own_saves
 from dstrain.trainer.plan import MicroStep, RunPlan
 from dstrain.trainer.position import Position
 from dstrain.trainer.preemption import Preemption
@@ -500,6 +500,7 @@ class Trainer(
         if self.ranks.is_main:
             for warning in self.resolved.warnings:
                 logger.warning("%s", warning)
+            warn_of_own_saves(self)
             self._announce(loader, max_steps=max_steps)
         self.close()  # an engine of an earlier run must be gone before the new one takes memory
         engine = self._engines.train(lambda: self._build_engine(max_steps))
