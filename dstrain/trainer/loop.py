@@ -526,9 +526,10 @@ class TrainLoop:
         return window.ends_epoch
 
     def _epoch_position(self, window: Window) -> float:
-        """Compute the epochs done; a stream's fraction is the share of ``max_steps`` done."""
+        """Compute the epochs done; in a stream's, as transformers, ``max_steps`` count as one."""
         if self.plan.steps_per_epoch is None:
-            return self.progress.epoch + min(1.0, self.progress.step / self.plan.max_steps)
+            done = self.progress.steps_in_epoch / self.plan.max_steps
+            return self.progress.epoch + min(1.0, done)
         if window.ends_epoch:
             return self.progress.epoch + 1.0
         # A stream may give more than it says.

@@ -118,3 +118,25 @@ def test_epochs_that_a_callback_cuts_short_count(resumes: bool, tmp_path: Path) 
     state = train(3, resumes)
     assert state.global_step == 6
     assert state.epoch == pytest.approx(2.4)
+
+
+@pytest.mark.ranks(1)
+def test_a_stream_counts_its_epochs_as_transformers_does(tmp_path: Path) -> None:
+    """``max_steps`` count as one epoch, from the begin of each: 10 steps, then 2 of 12."""
+    from dstrain import Trainer, TrainingArguments
+
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=BATCH,
+        max_steps=12,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(tiny_llama(), args, train_dataset=Stream())
+    trainer.train()
+    trainer.close()
+    epochs = [entry["epoch"] for entry in trainer.state.log_history if "loss" in entry]
+    expected = [step / 12 for step in range(1, 11)] + [1 + 1 / 12, 1 + 2 / 12]
+    assert epochs == pytest.approx(expected, abs=1e-3)
