@@ -458,6 +458,10 @@ def test_a_random_state_is_tried_before_it_is_used(folder, change):
         (RUN, ("position", "due"), {"event": "on_log"}),
         (STATE, ("log_history",), {"a": 1}),
         (STATE, ("global_step",), "4"),
+        (STATE, ("total_flos",), float("nan")),
+        (STATE, ("total_flos",), float("inf")),
+        (STATE, ("epoch",), -1.0),
+        (STATE, ("num_input_tokens_seen",), True),
         (STATE, ("best_model_checkpoint",), 5),
         (STATE, ("stateful_callbacks",), [1]),
         (ARGUMENTS, ("greater_is_better",), "no"),
@@ -658,3 +662,10 @@ def test_the_fuzz_can_tell(folder):
     before = copy.deepcopy(json.loads((folder / NAME).read_bytes()))
     seal(folder)
     assert json.loads((folder / NAME).read_bytes()) == before
+
+
+def test_a_folder_that_is_not_there_is_no_save_that_did_not_finish(tmp_path):
+    """A name that was typed wrongly."""
+    with pytest.raises(CheckpointError, match="there is no such folder") as caught:
+        read_manifest(tmp_path / "checkpoint-7")
+    assert "did not finish" not in str(caught.value)
