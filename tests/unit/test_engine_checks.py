@@ -17,6 +17,7 @@ from dstrain.core.errors import ConfigError, ModelError
 from dstrain.engine import ops
 from dstrain.engine.leaf import check_leaf_modules, expert_blocks
 from dstrain.engine.nvme import nvme_folders, prepare_nvme
+from dstrain.trainer.build import start_run
 
 
 def resolved(**arguments: Any):
@@ -139,3 +140,22 @@ def test_a_leaf_class_is_found_with_and_without_its_package():
     with pytest.raises(ModelError, match="it has Block"):
         check_leaf_modules(module, resolved(zero_stage=3, leaf_modules=["Blok"]))
     check_leaf_modules(module, resolved(zero_stage=3))
+
+
+# --- schedules -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "why"),
+    [
+        ("linear", {"num_cycles": 1}, "unexpected keyword argument 'num_cycles'"),
+        ("cosine", {"num_cycles": "x"}, "'x'|str"),
+        ("polynomial", {"lr_end": 1.0}, "lr_end"),
+        ("cosine_with_min_lr", {"min_lr": None}, "min_lr"),
+    ],
+)
+def test_arguments_that_a_schedule_does_not_take_are_refused_at_the_start(kind, given, why):
+    """They were a TypeError when the engine was built, on each rank."""
+    args = TrainingArguments(lr_scheduler_type=kind, lr_scheduler_kwargs=given, use_cpu=True)
+    with pytest.raises(ConfigError, match=rf"lr_scheduler_type='{kind}' with .*(.|\n)*{why}"):
+        start_run(args)
