@@ -70,7 +70,10 @@ def cache_problem(error: BaseException) -> Problem | None:
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
-        path = Path(os.fsdecode(getattr(cause, "filename", None) or cache_folder().parent))
+        # Of a file that was opened by its descriptor this is a number.
+        name = getattr(cause, "filename", None)
+        is_path = isinstance(name, (str, bytes, os.PathLike)) and name
+        path = Path(os.fsdecode(name)) if is_path else cache_folder().parent
         what = f"the data cache at {path} cannot be written"
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return _with_remedy(unwritten(what, path, cause))
