@@ -10,7 +10,7 @@ from typing import Any
 from dstrain.config.explain import leaf
 from dstrain.core.documents import Plain, Text, parsed, typed
 from dstrain.core.errors import ConfigError, Problem
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 from dstrain.core.secrets import without_secrets
 
 RECORD_FILE = "resolved_config.json"
@@ -135,6 +135,7 @@ def as_data(found: tuple[Difference, ...]) -> list[dict[str, Any]]:
     return [asdict(d) for d in found]
 
 
+@told_refused(ConfigError)
 def read_record(given: str) -> dict[str, Any] | None:
     """Read the record of a run, given its folder or the file; None if ``given`` names neither.
 
