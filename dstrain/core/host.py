@@ -103,7 +103,7 @@ def _groups(root: Path) -> Iterator[tuple[_Version, Path]]:
             for version in _VERSIONS:
                 if version.controllers in controllers.split(","):
                     paths[version] = PurePosixPath(path.lstrip("/"))
-    for version, path in paths.items():
-        for part in (path, *path.parents):
+    for version, group in paths.items():
+        for part in (group, *group.parents):
             if ".." not in part.parts:
                 yield version, root / version.mount / part

@@ -72,8 +72,9 @@ def cache_problem(error: BaseException) -> Problem | None:
         seen.add(id(cause))
         # Of a file that was opened by its descriptor this is a number.
         name = getattr(cause, "filename", None)
-        is_path = isinstance(name, (str, bytes, os.PathLike)) and name
-        path = Path(os.fsdecode(name)) if is_path else cache_folder().parent
+        path = cache_folder().parent
+        if name and isinstance(name, (str, bytes, os.PathLike)):
+            path = Path(os.fsdecode(name))
         what = f"the data cache at {path} cannot be written"
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return _with_remedy(unwritten(what, path, cause))
