@@ -90,12 +90,7 @@ class TrainingArguments(
         """Convert strings to the declared types, fill derived defaults, report all problems."""
         self.validate()
 
-    def validate(self) -> None:
-        """Convert and check all fields; for after an assignment, and what ``set_*`` end with.
-
-        Raises:
-            ConfigError: listing everything that is wrong.
-        """
+    def _validate(self) -> None:
         self._forget_masks()
         problems = self._unconverted_problems()
         self._spell()

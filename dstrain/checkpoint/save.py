@@ -25,7 +25,7 @@ from dstrain.checkpoint.run_lock import RunLock
 from dstrain.checkpoint.staging import Staging, new_staging
 from dstrain.checkpoint.versions import versions
 from dstrain.core.documents import check_depth
-from dstrain.core.errors import CheckpointError, DstrainError, ModelError, Problem
+from dstrain.core.errors import CheckpointError, DstrainError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
@@ -280,16 +280,16 @@ class CheckpointWriter:
         )
         if slices is not None and copies is not None:
             slices = slices.copied(copies)
-        failure: OSError | ModelError | None = None
+        failure: Exception | None = None
         layout = None
         if sharers.is_main:
-            layout = record_layout(engine.module)
             try:
+                layout = record_layout(engine.module)
                 if policy.with_weights and staging.path is not None:
                     save_configs(engine.module, staging.path)
                 if record.write_processor is not None and staging.path is not None:
                     record.write_processor(staging.path)
-            except (OSError, ModelError) as error:
+            except Exception as error:  # a tokenizer may raise anything; told to all in ``write``
                 failure = error
 
         def write() -> dict[str, FileRecord]:
@@ -414,7 +414,16 @@ class CheckpointWriter:
         finally:
             job.held.close()  # removes the folder unless it has been committed
         if not failures and self._ranks.is_main and job.record.after_commit is not None:
-            job.record.after_commit(folders.place(output_dir, job.record.step))
+            folder = folders.place(output_dir, job.record.step)
+            try:
+                job.record.after_commit(folder)
+            except Exception as error:  # the checkpoint is there, and other ranks know it as such
+                logger.error(
+                    "%s is saved, but what was to follow failed: %s: %s",
+                    folder.name,
+                    type(error).__name__,
+                    error,
+                )
         if not failures and self._sharers.is_main:
             keep = [] if job.record.best is None else [job.record.best]
             try:

@@ -8,12 +8,13 @@ import sys
 
 from dstrain.config.parameters import ModelSizes
 from dstrain.core.errors import ModelError, Problem, raise_problems
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 from dstrain.core.secrets import hidden_in_text
 
 COUNT_SECONDS = 300
 
 
+@told_refused(ModelError)
 def local_folder(name: str) -> str:
     """Check that ``model_name_or_path`` is a local folder with a config; fetch nothing.
 

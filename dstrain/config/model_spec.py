@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.core.errors import ModelError, Problem
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 
 # Sizes that a model cannot be without, and others that some models set to 0 for "none".
 _POSITIVE = frozenset(
@@ -39,6 +39,7 @@ _LAYERS = frozenset(
 _SHARES = ("dropout", "_pdrop", "dropout_prob", "dropout_rate", "layerdrop", "drop_path_rate")
 
 
+@told_refused(ModelError)
 def read_spec(spec: str) -> tuple[dict[str, Any], bool]:
     """Read a model config: ``type:key=value,...``, a config.json, or a folder with one.
 

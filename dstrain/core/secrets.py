@@ -212,8 +212,11 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
         parts = {k: _hidden(v, str(k), inside=inside) for k, v in value.items()}
         if _names_its_value(value):
             parts["value"] = _hidden(value["value"], _name_in(value), inside=inside)
+        shown_keys = [_hidden_key(key) for key in value]
         same = all(parts[k] is v for k, v in value.items())
-        return value if same else parts
+        if same and all(shown is key for shown, key in zip(shown_keys, value, strict=True)):
+            return value
+        return dict(zip(_distinct(shown_keys), parts.values(), strict=True))
     if isinstance(value, (list, tuple, set, frozenset)):
         inner = name if inside or _is_token(name) else ""
         if hasattr(value, "_fields"):
@@ -246,6 +249,29 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
         shown_fields = _hidden(fields, name, inside=inside)
         return value if shown_fields is fields else shown_fields
     return value
+
+
+def _hidden_key(key: Any) -> Any:
+    """Mask credentials in the text of a mapping's key, such as the address of a server."""
+    if isinstance(key, str):
+        shown = hidden_in_text(key)
+        return key if shown == key else shown
+    return _hidden(key, "", inside=False) if isinstance(key, tuple) else key
+
+
+def _distinct(keys: Sequence[Any]) -> list[Any]:
+    """Number keys that are the same once they are masked, so that all entries stay."""
+    plain = set(keys)
+    found: dict[Any, None] = {}
+    counts: dict[Any, int] = {}
+    for key in keys:
+        counts[key] = number = counts.get(key, 0) + 1
+        free = key if number == 1 else f"{key} {number}"
+        while free in found or (number > 1 and free in plain):
+            counts[key] = number = number + 1
+            free = f"{key} {number}"
+        found[free] = None
+    return list(found)
 
 
 def _name_in(value: Mapping[Any, Any]) -> str:

@@ -18,7 +18,7 @@ import torch
 from dstrain.config.model_spec import check_sizes, read_config_file
 from dstrain.core.documents import loaded, parsed
 from dstrain.core.errors import DstrainError, ModelError, Problem
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 
 # In the order in which transformers takes them.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -42,12 +42,13 @@ _GENERATION: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
+@told_refused(ModelError)
 def check_model_folder(folder: str) -> None:
     """Check, before anything expensive, that a local folder holds a model that can be loaded.
 
     Raises:
-        ModelError: no config.json or one that cannot be, no weights beside it, or weights that
-            cannot be read.
+        ModelError: no config.json or one that cannot be, no weights beside it, weights that cannot
+            be read, or a folder that may not be.
     """
     path = expanded(folder)
     if not path.is_dir():

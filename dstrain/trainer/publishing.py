@@ -200,7 +200,12 @@ class HubHooks:
         by_step = args.save_strategy == "steps"
         when = f"step {state.global_step}" if by_step else f"epoch {int(state.epoch or 0)}"
         wishes = CardWishes(model_name=self._card_name())
-        card = card_of(self, wishes, before=Path(args.output_dir) / _CARD).encode()
+        try:
+            card = card_of(self, wishes, before=Path(args.output_dir) / _CARD).encode()
+        except Exception as error:  # no other rank makes one, and would go on with the save
+            told = hidden_in_text(str(error), known=[args.hub_token])
+            logger.error("no checkpoint is uploaded: %s: %s", type(error).__name__, told)
+            return None
         publisher = self._publish_with()
 
         def publish(folder: Path) -> None:

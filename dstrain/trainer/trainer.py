@@ -159,68 +159,73 @@ class Trainer(
         self._memory.start("init")
         self.ranks = build.start_run(self.args)
         self._watches = RankWatches(self.ranks)
-        check_versions()  # where the group was there already
-        functions = Functions(
-            compute_loss_func=compute_loss_func,
-            # One that is called with batches takes another argument: ``_check_evaluation``.
-            compute_metrics=None if self.args.batch_eval_metrics else compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            data_collator=data_collator,
-            callbacks=callbacks or (),
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-        )
-        refuse_misfits(self, unnamed, functions)
-        check_source(model, model_init, optimizers)
-        processing_class = one_name(processing_class, tokenizer)
-        if eval_dataset is None and (self.args.eval_strategy != "no" or self.args.eval_on_start):
-            raise ConfigError(
-                Problem(
-                    f"eval_strategy={self.args.eval_strategy!r}, "
-                    f"eval_on_start={self.args.eval_on_start}, without eval_dataset",
-                    "there is nothing to evaluate on",
-                    "pass eval_dataset, or set eval_strategy to no and eval_on_start to false",
-                )
+        with self._watches.over(
+            "the construction of the trainer", step=0, timeout_seconds=self.args.ddp_timeout
+        ):
+            check_versions()  # where the group was there already
+            functions = Functions(
+                compute_loss_func=compute_loss_func,
+                # One that is called with batches takes another argument: ``_check_evaluation``.
+                compute_metrics=None if self.args.batch_eval_metrics else compute_metrics,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                data_collator=data_collator,
+                callbacks=callbacks or (),
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
-        with all_or_none():
-            if self.args.should_save:
-                check_writable(self.args.output_dir)
-                check_there(self.args.resume_from_checkpoint, Path(self.args.output_dir))
-        seed_everything(self.args.seed)
-        self.model_init = model_init
-        self.model = self._fresh_model(None) if model is None else model
-        self.compute_loss_func = serve_loss_function(compute_loss_func)
-        self.train_dataset = train_dataset
-        self.eval_dataset = eval_dataset
-        self.processing_class = processing_class
-        self.compute_metrics = compute_metrics
-        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self.data_collator = data_collator or build.default_collator(processing_class)
-        self.optimizer, self.lr_scheduler = optimizers
-        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
-        self._own = OwnObjects(self, *optimizers)
-        self._note_model()
-        check_features(self.model, self.args, device=device_type())
-        self.fitted: tuple[int, int] | None = None
-        # Before the model is touched: a config that cannot be used must not cost a model load.
-        self.resolved: ResolvedConfig = self._resolve(None)
-        check_parts(self.model, self.resolved)
-        saving.check_hooks(self.model, self.args, self.resolved)
-        build.check_formats_of(self.model, self.resolved, self.ranks)
-        check_fitting(self.args, self.resolved)
-        build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
-        self._check_evaluation()
-        self.is_in_train = self.preempted = self._said_unsaved = False
-        self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
-        self._micro_step = MicroStep()
-        self._writer: CheckpointWriter | None = None
-        self._lock: RunLock | None = None
-        self.missing_checkpoints: tuple[int, ...] = ()
-        self.last_save_failed = False
-        self.events = Events(self, callbacks)
-        self.best = BestModel(self)
-        self._begin_publishing()
-        self.events("on_init_end")
-        self._memory.stop("init")
+            refuse_misfits(self, unnamed, functions)
+            check_source(model, model_init, optimizers)
+            processing_class = one_name(processing_class, tokenizer)
+            if eval_dataset is None and (
+                self.args.eval_strategy != "no" or self.args.eval_on_start
+            ):
+                raise ConfigError(
+                    Problem(
+                        f"eval_strategy={self.args.eval_strategy!r}, "
+                        f"eval_on_start={self.args.eval_on_start}, without eval_dataset",
+                        "there is nothing to evaluate on",
+                        "pass eval_dataset, or set eval_strategy to no and eval_on_start to false",
+                    )
+                )
+            with all_or_none():
+                if self.args.should_save:
+                    check_writable(self.args.output_dir)
+                    check_there(self.args.resume_from_checkpoint, Path(self.args.output_dir))
+            seed_everything(self.args.seed)
+            self.model_init = model_init
+            self.model = self._fresh_model(None) if model is None else model
+            self.compute_loss_func = serve_loss_function(compute_loss_func)
+            self.train_dataset = train_dataset
+            self.eval_dataset = eval_dataset
+            self.processing_class = processing_class
+            self.compute_metrics = compute_metrics
+            self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+            self.data_collator = data_collator or build.default_collator(processing_class)
+            self.optimizer, self.lr_scheduler = optimizers
+            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+            self._own = OwnObjects(self, *optimizers)
+            self._note_model()
+            check_features(self.model, self.args, device=device_type())
+            self.fitted: tuple[int, int] | None = None
+            # Before the model is touched: a config that cannot be used must not cost a model load.
+            self.resolved: ResolvedConfig = self._resolve(None)
+            check_parts(self.model, self.resolved)
+            saving.check_hooks(self.model, self.args, self.resolved)
+            build.check_formats_of(self.model, self.resolved, self.ranks)
+            check_fitting(self.args, self.resolved)
+            build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
+            self._check_evaluation()
+            self.is_in_train = self.preempted = self._said_unsaved = False
+            self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
+            self._micro_step = MicroStep()
+            self._writer: CheckpointWriter | None = None
+            self._lock: RunLock | None = None
+            self.missing_checkpoints: tuple[int, ...] = ()
+            self.last_save_failed = False
+            self.events = Events(self, callbacks)
+            self.best = BestModel(self)
+            self._begin_publishing()
+            self.events("on_init_end")
+            self._memory.stop("init")
 
     # --- what a user calls ----------------------------------------------------------------------
 

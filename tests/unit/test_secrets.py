@@ -265,6 +265,17 @@ def test_masks_are_taken_for_nothing():
         read_config(json.dumps(without_secrets(given)))
 
 
+def test_a_key_is_masked_as_a_text_is_and_takes_no_other_entrys_place():
+    urls = {f"https://a:{SECRET}@host/": 1, f"https://b:{SECRET}@host/": 2, "plain": [3]}
+    given = {"servers": urls, ("x", f"Bearer {SECRET}"): 4}
+    shown = without_secrets(given)
+    assert SECRET not in repr(shown)
+    assert list(shown["servers"].values()) == [1, 2, [3]]
+    assert shown["servers"]["plain"] is urls["plain"]
+    plain = {"a": {"b": 1}, 3: 4, ("x", 1): 2}
+    assert without_secrets(plain) is plain
+
+
 def test_a_comparison_shows_none_of_an_older_record():
     """One that was written before credentials were hidden."""
     reason = {"comet.api_key": {"detail": "your config"}}
