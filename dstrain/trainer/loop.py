@@ -85,6 +85,7 @@ class TrainLoop:
     _last: tuple[StepOutcome, float] | None = None
     _random_ahead: dict[str, Any] | None = None
     _has_seen_targets: bool = False
+    _can_be_saved: bool = False  # the state of the optimizer, once it has some
     _is_cut: bool = False  # whether the run ends inside of its last epoch, which may go on later
     _steps_without_targets: int = 0
 
@@ -304,6 +305,9 @@ class TrainLoop:
         )
         if not outcome.applied:
             self._note_skipped(empty)
+        elif self.plan.saves and not self._can_be_saved:
+            self.hooks.check_state()
+            self._can_be_saved = True
         if self.plan.empty_cache_steps and self.progress.step % self.plan.empty_cache_steps == 0:
             empty_cache()
         self.state.global_step = self.progress.step

@@ -121,7 +121,7 @@ LAST: list[tuple[str, dict[str, Any]]] = [
 def test_a_signal_in_the_last_step_loses_nothing(
     event: str, settings: dict[str, Any], tmp_path: Path, rank: int
 ) -> None:
-    """What was trained is saved; the run that goes on takes no step, also where a callback ended it.
+    """What was trained is saved; the run that goes on takes no step, even if a callback ended it.
 
     The signal comes when the ranks have told each other of signals for the last time in that step.
     """
