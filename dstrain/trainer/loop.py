@@ -81,9 +81,11 @@ class TrainLoop:
     place: Place = field(default_factory=Place)
     _host_sum: HostSum = field(default_factory=HostSum)
     _saved_step: int = -1
+    _ended_at: Progress | None = None  # before the count of epochs went on to the next one
     _last: tuple[StepOutcome, float] | None = None
     _random_ahead: dict[str, Any] | None = None
     _has_seen_targets: bool = False
+    _can_be_saved: bool = False  # the state of the optimizer, once it has some
     _is_cut: bool = False  # whether the run ends inside of its last epoch, which may go on later
     _steps_without_targets: int = 0
 
@@ -121,18 +123,22 @@ class TrainLoop:
             self._run_epoch(begins=not inside)
             if self.preempted:
                 break
-            self.progress = self.progress.next_epoch()
+            self._ended_at, self.progress = self.progress, self.progress.next_epoch()
             inside = False
         self._host_sum.close()
         self.hooks.store_flos()
         self._note(self._meter.read())
+        if not self.preempted:
+            self._heed_last_signal()
 
     def _is_over(self) -> bool:
+        return self._has_done_all() or self.control.should_training_stop
+
+    def _has_done_all(self) -> bool:
+        """Tell whether all steps and epochs that were asked for are done."""
         epochs = self.plan.num_epochs
         over = epochs is not None and self.progress.epoch >= epochs
-        return (
-            over or self.progress.step >= self.plan.max_steps or self.control.should_training_stop
-        )
+        return over or self.progress.step >= self.plan.max_steps
 
     def _take_up(self, position: Position) -> None:
         """Go on from a checkpoint's position."""
@@ -154,6 +160,7 @@ class TrainLoop:
         """Do what was still to be done between two steps when the checkpoint was saved."""
         position, due = resumption.position, resumption.position.due
         ends_epoch = position.epoch_is_over
+        self.control.should_training_stop |= position.stopped
         if due is not None:
             assert self._last is not None
             resumption.restore_random()
@@ -298,6 +305,9 @@ class TrainLoop:
         )
         if not outcome.applied:
             self._note_skipped(empty)
+        elif self.plan.saves and not self._can_be_saved:
+            self.hooks.check_state()
+            self._can_be_saved = True
         if self.plan.empty_cache_steps and self.progress.step % self.plan.empty_cache_steps == 0:
             empty_cache()
         self.state.global_step = self.progress.step
@@ -390,6 +400,7 @@ class TrainLoop:
         *,
         epoch_is_over: bool,
         due: Due | None = None,
+        stopped: bool = False,
     ) -> None:
         """Save a checkpoint, which is no training time."""
         started = time.perf_counter()
@@ -412,6 +423,7 @@ class TrainLoop:
             shares=num_shares(self.loader),
             due=due,
             loss=self.targets.findings(),
+            stopped=stopped,
         )
         self.hooks.save_in_training(position)
         self._saved_step = self.progress.step
@@ -455,6 +467,27 @@ class TrainLoop:
         if self._saved_step != self.progress.step:
             assert self._last is not None
             self._save("on_step_end", *self._last, epoch_is_over=epoch_is_over)
+
+    def _heed_last_signal(self) -> None:
+        """Save and end early where a signal came in the last step, evaluation or save.
+
+        A run that goes on from there has no step left: it finishes what comes after the loop, and
+        then does what its script does with the trained model.
+        """
+        self.preemption.ask(now=True)
+        if not self.preemption.answer():
+            return
+        step = self.progress.step
+        if self.ranks.is_main:
+            cause = self.preemption.cause
+            logger.warning("%s: training ends after step %d, the last one", cause, step)
+        if step not in (self._saved_step, self.steps_before):
+            assert self._last is not None and self._ended_at is not None  # noqa: PT018
+            stopped = not self._has_done_all()
+            self.progress, after = self._ended_at, self.progress
+            self._save("on_epoch_end", *self._last, epoch_is_over=False, stopped=stopped)
+            self.progress = after
+        self._note_preempted()
 
     def _evaluate(self) -> bool:
         """Evaluate, outside of training time; return False where a signal ended it."""

@@ -44,6 +44,10 @@ class Hooks(Protocol):
         """
         ...
 
+    def check_state(self) -> None:
+        """Check, after the first step, that its optimizer's state can be saved; a collective."""
+        ...
+
     def save_in_training(self, position: Position) -> None:
         """Save a checkpoint because a callback asked for it."""
         ...

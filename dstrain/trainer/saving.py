@@ -40,7 +40,7 @@ from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.core.secrets import is_mask
 from dstrain.core.seeds import seed_rank
 from dstrain.data import num_shares
-from dstrain.engine import Engine
+from dstrain.engine import Engine, regions
 from dstrain.models import computed_of_parts, weights_hooks_compute_with
 from dstrain.trainer import build
 from dstrain.trainer.position import OwnRecord, Position, Resumption
@@ -479,6 +479,29 @@ def save(trainer: Trainer, engine: Engine, writer: CheckpointWriter, position: P
         after_commit=trainer.checkpoint_upload(),
     )
     writer.save(engine, record)
+
+
+def check_state(trainer: Trainer, engine: Engine) -> None:
+    """Check that checkpoints can hold what the optimizer has made in its first step.
+
+    The first save may be hours later. Where only a signal would ask for one, a warning says that
+    it will not have it. A collective of all ranks.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    args = trainer.args
+    if args.checkpoint_format == "deepspeed" or args.save_only_model:
+        return
+    try:
+        with all_or_none():
+            for region in regions(engine):
+                region.tensor_keys()
+    except CheckpointError as error:
+        if args.save_strategy != "no":
+            raise
+        if trainer.ranks.is_main:
+            logger.warning("a signal will not end this run with a checkpoint: %s", error)
 
 
 def check_saved(trainer: Trainer, writer: CheckpointWriter | None, steps_before: int) -> None:

@@ -427,6 +427,12 @@ class Trainer(
         self._lock = saving.lock_on(folder, self._lock, on_each_node=on_each_node)
         return self._lock
 
+    def check_state(self) -> None:
+        """Check, after the first step, that its optimizer's state can be saved; a collective."""
+        engine = self._engines.training
+        assert engine is not None
+        saving.check_state(self, engine)
+
     def save_in_training(self, position: Position) -> None:
         """Save a checkpoint because a callback asked for it."""
         engine = self._engines.training

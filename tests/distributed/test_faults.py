@@ -164,6 +164,33 @@ def test_the_folder_goes_under_a_run(
 
 
 @pytest.mark.ranks(2, timeout=300)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_folder_goes_while_a_checkpoint_is_written(
+    asynchronous: bool, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written once more; in the background, where training has gone on, it is missing."""
+    from dstrain.checkpoint import committed, folders
+    from dstrain.core.ranks import barrier
+
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    commit = folders.commit
+
+    def moved_first(path: Path, output_dir: Path, step: int) -> Any:
+        if step == 3 and not elsewhere.exists():
+            folder.rename(elsewhere)
+        return commit(path, output_dir, step)
+
+    monkeypatch.setattr(folders, "commit", moved_first)  # by rank 0 alone
+    trainer = make_trainer(folder, **{**SETTINGS, "save_async": asynchronous})
+    assert trainer.train().global_step == 4
+    assert trainer.missing_checkpoints == ((3,) if asynchronous else ())
+    barrier()
+    assert [f.step for f in committed(elsewhere)] == [1, 2]
+    assert [f.step for f in committed(folder)] == ([4] if asynchronous else [3, 4])
+    trainer.close()
+
+
+@pytest.mark.ranks(2, timeout=300)
 def test_what_is_missing_is_said_at_the_end(
     tmp_path: Path, rank: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
