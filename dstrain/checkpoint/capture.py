@@ -17,7 +17,7 @@ from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.staging import Staging
 from dstrain.checkpoint.versions import versions
 from dstrain.core.documents import check_depth
-from dstrain.core.errors import CheckpointError, ModelError, Problem
+from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
@@ -105,7 +105,7 @@ class Captured:
     rank_buffers: content.Buffers
     buffers: content.Buffers
     other_buffers: content.Buffers
-    failure: OSError | ModelError | None
+    failure: Exception | None
 
     def write(self, staging: Staging, writers: Writers, group: Any) -> dict[str, FileRecord]:
         """Write this rank's files; a collective of all ranks in ``group``.
@@ -252,7 +252,7 @@ class ContentCapture:
         )
         if slices is not None and copies is not None:
             slices = slices.copied(copies)
-        layout = record_layout(engine.module) if sharers.is_main else None
+        layout, failure = self._write_small_files(engine, record, staging)
         return Captured(
             record=record,
             manifest=self._manifest(engine, record),
@@ -265,23 +265,28 @@ class ContentCapture:
             rank_buffers=rank_buffers,
             buffers=buffers,
             other_buffers=other_buffers,
-            failure=self._write_small_files(engine, record, staging),
+            failure=failure,
         )
 
     def _write_small_files(
         self, engine: Engine, record: RunRecord, staging: Staging
-    ) -> OSError | ModelError | None:
-        """Write the model's and the processor's small files; return the error if that fails."""
-        if staging.path is None:
-            return None
+    ) -> tuple[list[dict[str, Any]] | None, Exception | None]:
+        """Write the model's and the processor's small files, on the rank that shares the folder.
+
+        Returns:
+            the record of the model's layout, None on other ranks; and the error if that fails.
+        """
+        if not self._writers.sharers.is_main:
+            return None, None
         try:
-            if self._policy.with_weights:
+            layout = record_layout(engine.module)
+            if self._policy.with_weights and staging.path is not None:
                 save_configs(engine.module, staging.path)
-            if record.write_processor is not None:
+            if record.write_processor is not None and staging.path is not None:
                 record.write_processor(staging.path)
-        except (OSError, ModelError) as error:
-            return error
-        return None
+        except Exception as error:  # a tokenizer may raise anything; told to all in ``write``
+            return None, error
+        return layout, None
 
     def _manifest(self, engine: Engine, record: RunRecord) -> Manifest:
         return Manifest(

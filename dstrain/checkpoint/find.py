@@ -12,9 +12,9 @@ from dstrain.checkpoint.slice_index import check_coverage, read_index
 from dstrain.checkpoint.trainer_state import STATE as TRAINER_STATE
 from dstrain.checkpoint.trainer_state import read_trainer_state
 from dstrain.core.errors import CheckpointError, Problem
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, gather_objects
+from dstrain.core.ranks import Ranks, all_or_none, gather_objects
 
 logger = get_logger(__name__)
 
@@ -80,10 +80,10 @@ def _candidates(output_dir: Path, *, on_each_node: bool) -> tuple[list[Path], bo
         Everything with a checkpoint's name, so that each that is none is skipped with its reason;
         and whether any of them has a manifest.
     """
-    manifests = {found.folder for found in folders.committed(output_dir)}
-    said = gather_objects(
-        [(f.step, str(f.folder), f.folder in manifests) for f in folders.named(output_dir)]
-    )
+    with all_or_none(), told_refused(CheckpointError):
+        manifests = {found.folder for found in folders.committed(output_dir)}
+        mine = [(f.step, str(f.folder), f.folder in manifests) for f in folders.named(output_dir)]
+    said = gather_objects(mine)
     said = said if on_each_node else said[:1]
     steps = {step for found in said for step, _, _ in found}
     any_committed = any(whole for found in said for _, _, whole in found)
@@ -102,6 +102,7 @@ def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
     return True if word in (True, "true") else AUTO if word == AUTO else given
 
 
+@told_refused(CheckpointError)
 def check_resumable(given: str | bool | None, output_dir: Path) -> None:
     """Check quickly, before anything expensive, that there is something to resume from.
 
@@ -274,6 +275,10 @@ def _none_to_resume(output_dir: Path, skipped: list[str]) -> CheckpointError:
 
 def _suggestion(folder: Path, output_dir: Path) -> str:
     for place in (folder, output_dir):
-        if found := folders.committed(place):
+        try:
+            found = folders.committed(place)
+        except PermissionError:
+            return f"{str(place)!r} may not be read"
+        if found:
             return f"the newest checkpoint in {str(place)!r} is {str(found[-1].folder)!r}"
     return f"there is no checkpoint in {str(output_dir)!r}"

@@ -125,6 +125,14 @@ def _no_manifest(folder: Path) -> CheckpointError:
                 "import it, and resume from what that writes",
             )
         )
+    if not folder.is_dir():
+        return CheckpointError(
+            Problem(
+                what,
+                "there is no such folder",
+                "give a folder that `dstrain checkpoint ls` lists",
+            )
+        )
     return CheckpointError(
         Problem(
             what,

@@ -49,7 +49,8 @@ class RunRecord:
         metrics: of the last evaluation.
         best: folder of the best checkpoint so far, which stays.
         after_commit: called on the main rank with the committed folder, before older ones go; in
-            the writing thread where the save is in the background. It must not raise.
+            the writing thread where the save is in the background. What it raises is logged: the
+            checkpoint is there.
     """
 
     step: int

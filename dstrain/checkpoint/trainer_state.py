@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.core.documents import Count, Flag, Number, Plain, Text, read_document
+from dstrain.core.documents import Count, Flag, Number, Plain, Text, Total, read_document
 
 STATE = "trainer_state.json"
 ARGUMENTS = "training_arguments.json"
@@ -35,9 +35,9 @@ class TrainerStateRecord:
     """
 
     global_step: Count | None = None
-    epoch: Number | None = None
-    num_input_tokens_seen: Number | None = None
-    total_flos: Number | None = None
+    epoch: Total | None = None
+    num_input_tokens_seen: Total | None = None
+    total_flos: Total | None = None
     log_history: list[Plain] | None = None
     best_metric: Number | None = None
     best_global_step: Count | None = None

@@ -13,7 +13,9 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 # Words that make a name that of a credential wherever they stand in it.
@@ -119,6 +121,8 @@ def hidden_in_text(text: str, *, known: Iterable[str | None] = ()) -> str:
         return text
     text = _BASE64.sub(_hidden_base64, text)
     text = _URL.sub(r"\g<1><SECRET>@", text)
+    text = _FLAT_URL.sub(_without_user, text)
+    text = _SIGNED.sub(r"\g<1><SIGNATURE>", text)
     text = _KNOWN.sub("<SECRET>", text)
     text = _AFTER_SCHEME.sub(r"\g<1> <SECRET>", text)
     return _hidden_after(_NAMED, _hidden_after(_FLAG, text))
@@ -138,6 +142,17 @@ def hidden_in_words(words: Sequence[str]) -> list[str]:
             shown.append(hidden_in_text(word))
         flag = word if word.startswith("--") and not equals else ""
     return shown
+
+
+@contextmanager
+def command_without_secrets() -> Iterator[None]:
+    """Let ``sys.argv`` show masks meanwhile: trackers send the command that a run began with."""
+    words = sys.argv
+    sys.argv = [*words[:1], *hidden_in_words(words[1:])]
+    try:
+        yield
+    finally:
+        sys.argv = words
 
 
 class HidesSecrets(logging.Filter):
@@ -197,8 +212,11 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
         parts = {k: _hidden(v, str(k), inside=inside) for k, v in value.items()}
         if _names_its_value(value):
             parts["value"] = _hidden(value["value"], _name_in(value), inside=inside)
+        shown_keys = [_hidden_key(key) for key in value]
         same = all(parts[k] is v for k, v in value.items())
-        return value if same else parts
+        if same and all(shown is key for shown, key in zip(shown_keys, value, strict=True)):
+            return value
+        return dict(zip(_distinct(shown_keys), parts.values(), strict=True))
     if isinstance(value, (list, tuple, set, frozenset)):
         inner = name if inside or _is_token(name) else ""
         if hasattr(value, "_fields"):
@@ -231,6 +249,29 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
         shown_fields = _hidden(fields, name, inside=inside)
         return value if shown_fields is fields else shown_fields
     return value
+
+
+def _hidden_key(key: Any) -> Any:
+    """Mask credentials in the text of a mapping's key, such as the address of a server."""
+    if isinstance(key, str):
+        shown = hidden_in_text(key)
+        return key if shown == key else shown
+    return _hidden(key, "", inside=False) if isinstance(key, tuple) else key
+
+
+def _distinct(keys: Sequence[Any]) -> list[Any]:
+    """Number keys that are the same once they are masked, so that all entries stay."""
+    plain = set(keys)
+    found: dict[Any, None] = {}
+    counts: dict[Any, int] = {}
+    for key in keys:
+        counts[key] = number = counts.get(key, 0) + 1
+        free = key if number == 1 else f"{key} {number}"
+        while free in found or (number > 1 and free in plain):
+            counts[key] = number = number + 1
+            free = f"{key} {number}"
+        found[free] = None
+    return list(found)
 
 
 def _name_in(value: Mapping[Any, Any]) -> str:
@@ -267,11 +308,22 @@ def _shows_nothing(text: str) -> bool:
 
 # Without one of these there is nothing to look for; most lines have none.
 _MAY_HOLD = re.compile(
-    r"token|pass|pwd|(?:pin|otp|psk)(?![a-z])|(?:pin|otp|psk)[_\-]?(?:code|number)|secret|credential|auth|key|bearer|basic|jwt|cookie|webhook|://|@"
+    r"token|pass|pwd|(?:pin|otp|psk)(?![a-z])|(?:pin|otp|psk)[_\-]?(?:code|number)|secret|credential|auth|key|bearer|basic|jwt|cookie|webhook|://|@|[?&](?:sig|x-)"
     r"|hf_|sk-|gh[pousr]_|github_pat|glpat|xox|AKIA|e[yw3][A-Za-z0-9]",
     re.IGNORECASE,
 )
 _URL = re.compile(r"(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+://)[^\s/@'\"<>]+@")
+# An address that was taken for a path has lost a stroke, or its scheme: https:/name:word@host. With
+# no known scheme and no colon in it, it is a path such as host:/data@v1.
+_FLAT_URL = re.compile(
+    r"(?<![A-Za-z0-9+.\-])((?:https?|ftps?|sftp|ssh|git|s3a?|gs|hf|wss?):/)(?!/)[^\s/@'\"<>]+@"
+    r"|(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+:/|(?<!:)//)[^\s/@:'\"<>]*+:[^\s/@'\"<>]+@",
+    re.IGNORECASE,
+)
+# What opens a file in an address of S3, Azure, Google or CloudFront.
+_SIGNED = re.compile(
+    r"([?&](?:sig|signature|x-(?:amz|goog)-signature)=)[^&\s'\"<>]+", re.IGNORECASE
+)
 _KNOWN = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_\-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
     r"|\bgithub_pat_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_\-]{16,}|\bxox[abprs]-[A-Za-z0-9\-]{10,}"
@@ -295,6 +347,10 @@ _VALUE = re.compile(
     r"(?P<quote>\\*[bf]?\\*[\"'])(?P<inner>(?:\\.|(?!(?P=quote)).)*)(?P<end>(?P=quote)?)"
     r"|\[[^\]]*\]?|\([^)]*\)?|\{[^}]*\}?|[^\s,;&)}\]\"']+"
 )
+
+
+def _without_user(address: re.Match[str]) -> str:
+    return f"{address[1] or address[2]}<SECRET>@"
 
 
 def _hidden_after(names: re.Pattern[str], text: str) -> str:

@@ -172,6 +172,7 @@ class Collector:
     def _send(self, batch: EvalBatch, prediction: Prediction | None) -> None:
         """Send one batch to rank 0, or raise on all ranks the error that keeps a rank from it."""
         leaves: list[Any] = []
+        packed: list[bytes | None] = []
         failed = self._failure
         if prediction is not None:
             try:
@@ -179,6 +180,7 @@ class Collector:
                 formats = [_format_of(leaf) for leaf in leaves]
                 if self._layouts is not None:
                     self._check_same(layouts, formats)
+                packed = [self._transport.packed(n) for n in leaves if isinstance(n, list)]
             except DataError as error:
                 failed = failed or error
         del prediction
@@ -194,7 +196,7 @@ class Collector:
         joined: list[Any] = []
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, list):
-                entries = self._transport.objects_to_main(leaf)
+                entries = self._transport.objects_to_main(leaf, packed.pop(0))
                 if self._keeping.keep:
                     self._objects.setdefault(index, []).append(entries)
                 joined.append(entries)

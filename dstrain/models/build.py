@@ -10,7 +10,7 @@ import torch
 from dstrain.config import ResolvedConfig
 from dstrain.config.memory.model_spec import check_sizes, read_config_file, value_of
 from dstrain.core.errors import ModelError, Problem, nearest
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, launched_ranks
 from dstrain.models import compat
@@ -160,6 +160,7 @@ def max_length(config: Any) -> int | None:
     return None
 
 
+@told_refused(ModelError)
 def _read_config(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
     content = read_config_file(file, str(path))

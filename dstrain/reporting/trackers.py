@@ -14,7 +14,7 @@ from typing import Any
 from dstrain.core.errors import ConfigError, Problem, nearest
 from dstrain.core.files import expanded
 from dstrain.core.log import get_logger
-from dstrain.core.secrets import without_secrets
+from dstrain.core.secrets import command_without_secrets, without_secrets
 from dstrain.reporting import compat
 from dstrain.reporting.progress import ProgressBar
 
@@ -66,10 +66,26 @@ def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
 
 
 def _class_to_use(callback: Any) -> Any:
-    """Return dstrain's callback where transformers' would not do, else transformers'."""
-    if callback is compat.INTEGRATION_TO_CALLBACK.get("clearml"):
-        return _without_credentials(callback)
-    return _whole_model(callback)
+    """Return a callback class that runs here as it should: transformers', or one made of it."""
+    if callback is compat.INTEGRATION_TO_CALLBACK["wandb"]:
+        callback = _whole_model()
+    elif callback is compat.INTEGRATION_TO_CALLBACK.get("clearml"):
+        callback = _without_credentials(callback)
+    return _without_command_credentials(callback) if hasattr(callback, "setup") else callback
+
+
+def _without_command_credentials(callback: Any) -> Any:
+    """Return a callback class whose tracker sees masks in place of credentials of this command.
+
+    W&B and others send ``sys.argv`` when a run begins.
+    """
+
+    class Careful(callback):
+        def setup(self, *args: Any, **kwargs: Any) -> None:
+            with command_without_secrets():
+                super().setup(*args, **kwargs)
+
+    return _named_like(callback, Careful)
 
 
 def _without_credentials(callback: Any) -> Any:
@@ -90,14 +106,16 @@ def _without_credentials(callback: Any) -> Any:
                 if getattr(shown, name) is not before[name]:
                     setattr(args, name, getattr(shown, name))
 
-    Careful.__name__, Careful.__qualname__ = callback.__name__, callback.__qualname__
-    return Careful
+    return _named_like(callback, Careful)
 
 
-def _whole_model(callback: Any) -> Any:
-    """Return dstrain's callback where transformers' would save the model with its own Trainer."""
-    if callback is not compat.INTEGRATION_TO_CALLBACK["wandb"]:
-        return callback
+def _named_like(callback: Any, ours: Any) -> Any:
+    ours.__name__, ours.__qualname__ = callback.__name__, callback.__qualname__
+    return ours
+
+
+def _whole_model() -> Any:
+    """Return dstrain's callback of W&B: transformers' would save the model with its own Trainer."""
     from dstrain.reporting.wandb_tracker import WandbCallback
 
     return WandbCallback

@@ -6,6 +6,7 @@ from typing import Any
 
 from dstrain.core.adapters import inner_model
 from dstrain.trainer.base import TrainerBase
+from dstrain.trainer.overrides import ELSEWHERE
 
 # Attribute or method that makes no sense here -> what to use instead.
 INSTEAD = {
@@ -95,7 +96,8 @@ class OtherAttributes(TrainerBase):
         kind = type(self)
         if hasattr(kind, name):
             return object.__getattribute__(self, name)  # the error of the property itself
+        instead = INSTEAD.get(name)
+        if instead is None and name in ELSEWHERE:
+            instead = f"use {ELSEWHERE[name]}"
         what = f"{kind.__name__!r} object has no attribute {name!r}"
-        raise AttributeError(
-            f"{what}: {INSTEAD[name]}" if name in INSTEAD else what, name=name, obj=self
-        )
+        raise AttributeError(what if instead is None else f"{what}: {instead}", name=name, obj=self)

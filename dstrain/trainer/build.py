@@ -61,7 +61,12 @@ _PATIENCE_SECONDS = 5.0
 
 
 def start_run(args: TrainingArguments) -> Ranks:
-    """Set up process group, log levels and number formats, before anything touches the model."""
+    """Set up process group, log levels and number formats, before anything touches the model.
+
+    Raises:
+        ConfigError: arguments of the schedule that it does not take.
+    """
+    _check_schedule(args)
     if args.full_determinism:
         make_deterministic()
     ranks = start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_seconds=args.ddp_timeout)
@@ -216,15 +221,37 @@ def scheduler_factory(
         kwargs = args.scheduler_kwargs()
         if args.lr_scheduler_type in METRIC_SCHEDULERS:
             kwargs.setdefault("mode", "max" if args.greater_is_better else "min")
-        return get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=args.get_warmup_steps(num_training_steps),
-            num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=kwargs,
-        )
+        try:
+            return get_scheduler(
+                args.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs=kwargs,
+            )
+        except (TypeError, ValueError, ArithmeticError) as error:
+            kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+            given = json.dumps(kwargs, default=str)
+            raise ConfigError(
+                Problem(
+                    f"lr_scheduler_type={kind!r} with lr_scheduler_kwargs={given}",
+                    f"no schedule can be made of them: {error}",
+                    f"give what transformers' schedule {kind!r} takes",
+                )
+            ) from error
 
     return make
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """Refuse arguments of a schedule that it does not take, by making one for a tensor.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    if args.scheduler_kwargs():
+        nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        scheduler_factory(args, max(100, args.max_steps))(nothing)
 
 
 def optimizer_of(args: TrainingArguments) -> tuple[type[Any], dict[str, Any]]:

@@ -196,6 +196,33 @@ def check_hooks(model: torch.nn.Module, args: TrainingArguments, resolved: Resol
         raise computed_of_parts(names)
 
 
+def check_state(engine: Engine, args: TrainingArguments, ranks: Ranks) -> None:
+    """Check that checkpoints can hold what the optimizer has made in its first step.
+
+    The first save may be hours later. Where only a signal would ask for one, a warning says that
+    it will not have it. A collective of all ranks.
+
+    Args:
+        engine: after its first step.
+        args: the user's arguments.
+        ranks: this process among the others.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    if args.checkpoint_format == "deepspeed" or args.save_only_model:
+        return
+    try:
+        with all_or_none():
+            for shard in engine.state.shards():
+                shard.tensor_keys()
+    except CheckpointError as error:
+        if args.save_strategy != "no":
+            raise
+        if ranks.is_main:
+            logger.warning("a signal will not end this run with a checkpoint: %s", error)
+
+
 def keep_folder(lock: RunLock, *, takes: bool) -> None:
     """Make sure that the output folder is there for what a run writes last; a collective.
 

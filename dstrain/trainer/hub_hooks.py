@@ -131,13 +131,22 @@ class HubHooks(OptimizerHooks):
         if not args.push_to_hub or not self.ranks.is_main or state.is_hyper_param_search:
             return None
         from dstrain.hub.model_card import CardWishes, card_of
-        from dstrain.hub.uploads import card_name, checkpoint_upload, uploads_checkpoints
+        from dstrain.hub.uploads import (
+            card_name,
+            checkpoint_upload,
+            report_failure,
+            uploads_checkpoints,
+        )
 
         if not uploads_checkpoints(args):
             return None
         by_step = args.save_strategy == "steps"
         when = f"step {state.global_step}" if by_step else f"epoch {int(state.epoch or 0)}"
-        card = card_of(self._card_facts(), CardWishes(model_name=card_name(args)))
+        try:
+            card = card_of(self._card_facts(), CardWishes(model_name=card_name(args)))
+        except Exception as error:  # no other rank makes one, and would go on with the save
+            report_failure("no checkpoint is uploaded", error, args)
+            return None
         return checkpoint_upload(self._publish_with(), args, when=when, card=card)
 
     def _publish_saved(self) -> None:

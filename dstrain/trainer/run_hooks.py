@@ -66,6 +66,7 @@ class RunHooks(SearchHooks, SaveHooks):
         if self.ranks.is_main:
             for warning in self.resolved.warnings:
                 logger.warning("%s", warning)
+            self._warn_of_user_save()
             self._announce(loader, max_steps=max_steps)
         self.close()  # an engine of an earlier run must be gone before the new one takes memory
         engine = self._start_engine(max_steps)
@@ -119,7 +120,7 @@ class RunHooks(SearchHooks, SaveHooks):
             eval_on_start=args.eval_on_start,
             saves=self.checkpoints.writes or args.preemption != "ignore",
             empty_cache_steps=args.torch_empty_cache_steps or 0,
-            num_epochs=start.num_epochs(loader, args, steps_per_epoch),
+            num_epochs=start.num_epochs(args),
             log_every=int(self.state.logging_steps) if args.logging_strategy == "steps" else 0,
         )
 

@@ -14,6 +14,7 @@ from dstrain.engine import main_rank_buffers
 from dstrain.models import save_model, unsaved_remark
 from dstrain.trainer.best import BestModel
 from dstrain.trainer.callback_states import last_metrics, state_values
+from dstrain.trainer.checkpointing import check_state
 from dstrain.trainer.hub_hooks import HubHooks
 from dstrain.trainer.processing import processor_writer
 from dstrain.training.resume import Position
@@ -74,6 +75,25 @@ class SaveHooks(HubHooks):
         return self.checkpoints.last_save_failed
 
     # --- behind the edge --------------------------------------------------------------------------
+
+    def _warn_of_user_save(self) -> None:
+        """Warn where a subclass saves models in a way of its own, which checkpoints do not take.
+
+        transformers' Trainer calls ``save_model`` for each checkpoint. Here checkpoints are written
+        while training goes on, by all ranks, and are whole or absent.
+        """
+        if self._overrides("save_model") and self.args.save_strategy != "no":
+            logger.warning(
+                "%s overrides save_model, which is not called for checkpoints: they hold the model "
+                "as dstrain writes it. What is to be beside it goes there in a callback's on_save",
+                type(self).__name__,
+            )
+
+    def check_state(self) -> None:
+        """Check, after the first step, that its optimizer's state can be saved; a collective."""
+        engine = self._engines.training
+        assert engine is not None
+        check_state(engine, self.args, self.ranks)
 
     def save_in_training(self, position: Position) -> None:
         """Save a checkpoint because a callback asked for it."""

@@ -28,11 +28,10 @@ from dstrain.core.errors import CheckpointError, DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none
 from dstrain.core.seeds import seed_rank
-from dstrain.data import is_dstrain_loader, is_stream, num_shares
+from dstrain.data import num_shares
 from dstrain.engine import Engine
 from dstrain.trainer import loaders
 from dstrain.training.resume import Position, RankRecord, Resumption
-from dstrain.training.types import Loader
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -183,13 +182,12 @@ def check_shares(loader: object, ranks: Ranks, start: Start | None) -> None:
         logger.warning("%s: samples come in another order", what)
 
 
-def num_epochs(loader: Loader, args: TrainingArguments, per_epoch: int | None) -> int | None:
-    """Return the epochs after which a run ends on a stream that says its length, else None.
+def num_epochs(args: TrainingArguments) -> int | None:
+    """Return the epochs after which a run ends, however many steps these had; None: by steps alone.
 
-    The stated length may be wrong, so steps alone would not tell.
+    A callback may end epochs early, and the length that a stream states may be wrong.
     """
-    tells = is_dstrain_loader(loader) and is_stream(loader.dataset) and per_epoch is not None
-    return math.ceil(args.num_train_epochs) if tells and args.max_steps <= 0 else None
+    return math.ceil(args.num_train_epochs) if args.max_steps <= 0 else None
 
 
 def load(

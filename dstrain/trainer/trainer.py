@@ -136,65 +136,70 @@ class Trainer(RunHooks, OtherAttributes):
         self._memory.start("init")
         self.ranks = build.start_run(self.args)
         self._watches = RankWatches(self.ranks)
-        check_versions()  # where the group was there already
-        self.compute_metrics = compute_metrics
-        functions = Functions(
-            compute_loss_func=compute_loss_func,
-            # One that is called with batches takes another argument: ``_check_evaluation``.
-            compute_metrics=None if self.args.batch_eval_metrics else compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            data_collator=data_collator,
-            callbacks=callbacks or (),
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-        )
-        self._refuse_misfits(unnamed, functions)
-        check_source(model, model_init, optimizers)
-        processing_class = one_name(processing_class, tokenizer)
-        if eval_dataset is None and (self.args.eval_strategy != "no" or self.args.eval_on_start):
-            raise ConfigError(
-                Problem(
-                    f"eval_strategy={self.args.eval_strategy!r}, "
-                    f"eval_on_start={self.args.eval_on_start}, without eval_dataset",
-                    "there is nothing to evaluate on",
-                    "pass eval_dataset, or set eval_strategy to no and eval_on_start to false",
-                )
+        with self._watches.over(
+            "the construction of the trainer", step=0, timeout_seconds=self.args.ddp_timeout
+        ):
+            check_versions()  # where the group was there already
+            self.compute_metrics = compute_metrics
+            functions = Functions(
+                compute_loss_func=compute_loss_func,
+                # One that is called with batches takes another argument: ``_check_evaluation``.
+                compute_metrics=None if self.args.batch_eval_metrics else compute_metrics,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                data_collator=data_collator,
+                callbacks=callbacks or (),
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
-        with all_or_none():
-            if self.args.should_save:
-                check_writable(self.args.output_dir)
-                check_resumable(self.args.resume_from_checkpoint, Path(self.args.output_dir))
-        seed_everything(self.args.seed)
-        self.model_init = model_init
-        self.model = self._fresh_model(None) if model is None else model
-        self.compute_loss_func = serve_loss_function(compute_loss_func)
-        self.train_dataset = train_dataset
-        self.eval_dataset = eval_dataset
-        self.processing_class = processing_class
-        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self.data_collator = data_collator or loaders.default_collator(processing_class)
-        self.optimizer, self.lr_scheduler = optimizers
-        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
-        self._user = UserOptimizer(*optimizers)
-        self._note_model()
-        check_features(self.model, self.args, device=device_type())
-        # Before the model is touched: a config that cannot be used must not cost a model load.
-        self.resolved = self._resolve(None)
-        check_parts(self.model, self.resolved)
-        check_hooks(self.model, self.args, self.resolved)
-        build.check_formats_of(self.model, self.resolved, self.ranks)
-        check_fitting(self.args, self.resolved)
-        build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
-        self._check_evaluation()
-        self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
-        self.events = Events(
-            callbacks, self.args, model=self.model, processing_class=processing_class
-        )
-        self.state, self.control = new_state(self.ranks)
-        self.checkpoints = RunCheckpoints(self.ranks)
-        self.checkpoints.best = BestModel(self.args, self.state, self.ranks, self.model)
-        self._begin_publishing()
-        self.event("on_init_end")
-        self._memory.stop("init")
+            self._refuse_misfits(unnamed, functions)
+            check_source(model, model_init, optimizers)
+            processing_class = one_name(processing_class, tokenizer)
+            if eval_dataset is None and (
+                self.args.eval_strategy != "no" or self.args.eval_on_start
+            ):
+                raise ConfigError(
+                    Problem(
+                        f"eval_strategy={self.args.eval_strategy!r}, "
+                        f"eval_on_start={self.args.eval_on_start}, without eval_dataset",
+                        "there is nothing to evaluate on",
+                        "pass eval_dataset, or set eval_strategy to no and eval_on_start to false",
+                    )
+                )
+            with all_or_none():
+                if self.args.should_save:
+                    check_writable(self.args.output_dir)
+                    check_resumable(self.args.resume_from_checkpoint, Path(self.args.output_dir))
+            seed_everything(self.args.seed)
+            self.model_init = model_init
+            self.model = self._fresh_model(None) if model is None else model
+            self.compute_loss_func = serve_loss_function(compute_loss_func)
+            self.train_dataset = train_dataset
+            self.eval_dataset = eval_dataset
+            self.processing_class = processing_class
+            self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+            self.data_collator = data_collator or loaders.default_collator(processing_class)
+            self.optimizer, self.lr_scheduler = optimizers
+            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+            self._user = UserOptimizer(*optimizers)
+            self._note_model()
+            check_features(self.model, self.args, device=device_type())
+            # Before the model is touched: a config that cannot be used must not cost a model load.
+            self.resolved = self._resolve(None)
+            check_parts(self.model, self.resolved)
+            check_hooks(self.model, self.args, self.resolved)
+            build.check_formats_of(self.model, self.resolved, self.ranks)
+            check_fitting(self.args, self.resolved)
+            build.check_passed(self.args, optimizers, optimizer_cls_and_kwargs, self.resolved)
+            self._check_evaluation()
+            self._engines = EngineKeeper(self.close, patience_seconds=self.args.ddp_timeout)
+            self.events = Events(
+                callbacks, self.args, model=self.model, processing_class=processing_class
+            )
+            self.state, self.control = new_state(self.ranks)
+            self.checkpoints = RunCheckpoints(self.ranks)
+            self.checkpoints.best = BestModel(self.args, self.state, self.ranks, self.model)
+            self._begin_publishing()
+            self.event("on_init_end")
+            self._memory.stop("init")
 
     # --- what a user calls ----------------------------------------------------------------------
 

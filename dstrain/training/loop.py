@@ -67,6 +67,8 @@ class TrainLoop:
     place: Place = field(default_factory=Place)
     _last: StepRecord | None = None
     _saved_step: int = -1
+    _ended_at: Progress | None = None  # before the count of epochs went on to the next one
+    _can_be_saved: bool = False  # the state of the optimizer, once it has some
     _is_cut: bool = False  # whether the run ends inside of its last epoch, which may go on later
 
     def __post_init__(self) -> None:
@@ -109,11 +111,13 @@ class TrainLoop:
             self._run_epoch(begins=not inside)
             if self.preempted:
                 break
-            self.progress = self.progress.next_epoch()
+            self._ended_at, self.progress = self.progress, self.progress.next_epoch()
             inside = False
         self.passes.close()
         self.hooks.store_flos()
         self._note(self._meter.read())
+        if not self.preempted:
+            self._heed_last_signal()
 
     def _is_over(self) -> bool:
         return self.settings.is_over(self.progress) or self.control.should_training_stop
@@ -163,6 +167,9 @@ class TrainLoop:
         self._count(window, done)
         if not outcome.applied:
             self._note_skipped(done.empty_columns)
+        elif self.settings.saves and not self._can_be_saved:
+            self.hooks.check_state()
+            self._can_be_saved = True
         if self.settings.clears_cache(self.progress.step):
             empty_cache()
         self._show_progress(ends_epoch=window.ends_epoch)
@@ -222,7 +229,13 @@ class TrainLoop:
         return done
 
     def _save(
-        self, event: Event, last: StepRecord, *, epoch_is_over: bool, due: Due | None = None
+        self,
+        event: Event,
+        last: StepRecord,
+        *,
+        epoch_is_over: bool,
+        due: Due | None = None,
+        stopped: bool = False,
     ) -> None:
         """Save a checkpoint, which is no training time."""
         started = time.perf_counter()
@@ -246,6 +259,7 @@ class TrainLoop:
             shares=self._reader.shares,
             due=due,
             loss=self.targets.findings(),
+            stopped=stopped,
         )
         self.hooks.save_in_training(position)
         self._saved_step = self.progress.step
@@ -317,6 +331,7 @@ class TrainLoop:
     def _finish_resumed_point(self, position: Position) -> None:
         """Do what was still to be done between two steps when the checkpoint was saved."""
         due, ends_epoch = position.due, position.epoch_is_over
+        self.control.should_training_stop |= position.stopped
         if due is not None:
             assert self._last is not None
             self._reader.restore_random()
@@ -381,6 +396,27 @@ class TrainLoop:
         if self._saved_step != self.progress.step:
             assert self._last is not None
             self._save("on_step_end", self._last, epoch_is_over=epoch_is_over)
+
+    def _heed_last_signal(self) -> None:
+        """Save and end early where a signal came in the last step, evaluation or save.
+
+        A run that goes on from there has no step left: it finishes what comes after the loop, and
+        then does what its script does with the trained model.
+        """
+        self.preemption.ask(now=True)
+        if not self.preemption.answer():
+            return
+        step = self.progress.step
+        if self.ranks.is_main:
+            cause = self.preemption.cause
+            logger.warning("%s: training ends after step %d, the last one", cause, step)
+        if step not in (self._saved_step, self.steps_before):
+            assert self._last is not None and self._ended_at is not None  # noqa: PT018
+            stopped = not self.settings.is_over(self.progress)
+            self.progress, after = self._ended_at, self.progress
+            self._save("on_epoch_end", self._last, epoch_is_over=False, stopped=stopped)
+            self.progress = after
+        self._note_preempted()
 
     # --- another micro-batch, where memory ran out ------------------------------------------------
 

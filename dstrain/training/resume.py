@@ -119,6 +119,8 @@ class Position:
         due: the evaluation that a signal ended at this very point; None for most positions.
         loss: what has been found out about what the loss is a mean over; None where nothing was to
             be found out.
+        stopped: whether a callback had ended the run, and a signal came when all was done but what
+            follows the last step; such a run has no further step.
     """
 
     progress: Progress
@@ -135,6 +137,7 @@ class Position:
     shares: AtLeastOne | None = None
     due: Due | None = None
     loss: LossFindings | None = None
+    stopped: Flag = False
 
     def shared(self) -> PlainState:
         """Return the part that is the same on all ranks, as plain values."""

@@ -56,6 +56,10 @@ class Hooks(Protocol):
         """
         ...
 
+    def check_state(self) -> None:
+        """Check, after the first step, that its optimizer's state can be saved; a collective."""
+        ...
+
     def save_in_training(self, position: Position) -> None:
         """Save a checkpoint because a callback asked for it."""
         ...
@@ -111,14 +115,14 @@ class RunSettings:
         return bool(self.empty_cache_steps) and step % self.empty_cache_steps == 0
 
     def epochs_done(self, progress: Progress, *, ends_epoch: bool) -> float:
-        """Compute the epochs done after a step; a stream's fraction is the share of ``max_steps``.
+        """Compute the epochs done; in a stream's, as transformers, ``max_steps`` count as one.
 
         Args:
             progress: of the run, this step included.
             ends_epoch: whether the step ended its epoch.
         """
         if self.steps_per_epoch is None:
-            return progress.epoch + min(1.0, progress.step / self.max_steps)
+            return progress.epoch + min(1.0, progress.steps_in_epoch / self.max_steps)
         if ends_epoch:
             return progress.epoch + 1.0
         # A stream may give more than it says.

@@ -79,6 +79,7 @@ class StallWatch:
         self._ranks, self._loop, self._timeout = ranks, loop, timeout_seconds
         self._ended, self._must_tell = threading.Event(), threading.Event()
         self._main = threading.get_ident()
+        self._base: Store | None = None
         self._store: Store | None = None
         self._frame: FrameType | None = None
         self._waits_since = self._asked = 0.0
@@ -97,6 +98,10 @@ class StallWatch:
         if self._ranks.world_size == 1:
             yield
             return
+        import torch.distributed as dist
+
+        # Ranks that run out of memory form their groups anew, in between have none, and keep this.
+        self._base = dist.distributed_c10d._get_default_store()
         thread = threading.Thread(target=self._look, name="dstrain-stall", daemon=True)
         thread.start()
         try:
@@ -313,7 +318,7 @@ class StallWatch:
         if self._store is None:
             import torch.distributed as dist
 
-            store: Any = dist.distributed_c10d._get_default_store()
+            store: Any = self._base
             while isinstance(store, dist.PrefixStore):
                 store = store.underlying_store
             limit = timedelta(seconds=_STORE_SECONDS)
@@ -360,13 +365,16 @@ def _words(standing: PlainState | None) -> str:
 def _line_of(frame: FrameType | None) -> str:
     """Find the innermost line of a user's code, or else of any code."""
     innermost, found = frame, None
+    candidate = None
     while frame is not None and found is None:
-        if not frame.f_code.co_filename.startswith((*_LIBRARIES, _HOME, "<")):
-            found = frame
+        name = frame.f_code.co_filename
+        if name.startswith(_HOME):
+            # What dstrain has called. Around the outermost call of it there is only the user's
+            # script, in whatever function of that: main() says nothing of where a rank stands.
+            found = candidate
+        elif candidate is None and not name.startswith((*_LIBRARIES, "<")):
+            candidate = frame
         frame = frame.f_back
-    # Above the loop there is always the user's script, which called train().
-    if found is not None and found.f_code.co_name == "<module>":
-        found = None
     shown = found or innermost
     if shown is None:
         return "an unknown line"

@@ -96,8 +96,9 @@ class StateShard:
                         f"optimizer state {key!r} of {self.name} has shape {tuple(value.shape)}",
                         f"only state of the parameter's own shape {tuple(self.holder.shape)}, and "
                         "single numbers, can be saved by slices",
-                        "set checkpoint_format to deepspeed, which resumes at the same topology "
-                        "only; or use another optimizer",
+                        "set zero_stage to 1 or more, where optimizers get flat slices and "
+                        "adafactor keeps whole moments; or checkpoint_format to deepspeed, which "
+                        "resumes at the same topology only; or use another optimizer",
                     )
                 )
             keys.append(key)

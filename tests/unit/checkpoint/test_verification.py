@@ -205,3 +205,10 @@ def test_a_quick_look_finds_what_is_not_there(tmp_path):
     check_resumable(str(folder), tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"checkpoint-50.*(?s:.*)newest.*checkpoint-5'"):
         check_resumable(str(tmp_path / "checkpoint-50"), tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_no_save_that_did_not_finish(tmp_path):
+    """A name that was typed wrongly."""
+    with pytest.raises(CheckpointError, match="there is no such folder") as caught:
+        read_manifest(tmp_path / "checkpoint-7")
+    assert "did not finish" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import sys
 import time
 from collections import namedtuple
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from dstrain.config.resolution.source import read_config
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.secrets import (
+    command_without_secrets,
     has_secrets,
     hidden_in_text,
     hidden_in_words,
@@ -115,6 +117,11 @@ def test_nested_values():
         f"GET /x?token={SECRET}&a=b",
         f"comet ...... enabled=False project=None api_key='{SECRET}' mode=None",
         f"Authorization: {SECRET}".replace("Authorization", "x-api-key"),
+        f"looked for /data/https:/me:{SECRET}@host/x.txt",  # a path that was made of an address
+        f"https:/{SECRET}@host/x is no folder",
+        f"s3:/{SECRET}:{SECRET}@bucket/x, and //me:{SECRET}@h/c",
+        f"https://s3.host/x?X-Amz-Expires=9&X-Amz-Signature={SECRET}&a=b",
+        f"https://a.blob.host/c/x?sv=2024&sig={SECRET}",
     ],
 )
 def test_texts_with_a_credential(text):
@@ -210,6 +217,7 @@ def test_keys_of_services_are_known_by_their_form(known):
         "learning_rate=1e-05, keys: a, b; see https://huggingface.co/docs/x?y=1",
         "hub_token=None, use_auth_token=True; api_key=<API_KEY>",
         "me@example.org wrote to http://host:8080/path",
+        "host:/data@v1, //server/share@2, /mnt/a:b@c and C:/me@home are paths; a?signed=1&design=2",
         "step 20  loss 6.1023  num_input_tokens_seen 512  tokens_per_second 12.5",
     ],
 )
@@ -257,6 +265,17 @@ def test_masks_are_taken_for_nothing():
         read_config(json.dumps(without_secrets(given)))
 
 
+def test_a_key_is_masked_as_a_text_is_and_takes_no_other_entrys_place():
+    urls = {f"https://a:{SECRET}@host/": 1, f"https://b:{SECRET}@host/": 2, "plain": [3]}
+    given = {"servers": urls, ("x", f"Bearer {SECRET}"): 4}
+    shown = without_secrets(given)
+    assert SECRET not in repr(shown)
+    assert list(shown["servers"].values()) == [1, 2, [3]]
+    assert shown["servers"]["plain"] is urls["plain"]
+    plain = {"a": {"b": 1}, 3: 4, ("x", 1): 2}
+    assert without_secrets(plain) is plain
+
+
 def test_a_comparison_shows_none_of_an_older_record():
     """One that was written before credentials were hidden."""
     reason = {"comet.api_key": {"detail": "your config"}}
@@ -264,13 +283,24 @@ def test_a_comparison_shows_none_of_an_older_record():
     new = {"deepspeed": {"comet": {"api_key": "<API_KEY>"}}, "provenance": reason}
     assert differences(old, new) == ()
     empty = {"deepspeed": {}, "provenance": {}}
-    assert SECRET not in as_text(differences(old, empty), other="empty")
+    assert SECRET not in as_text(differences(old, empty), other=f"--hub_token {SECRET}")
+
+
+def test_a_command_shows_masks_to_trackers(monkeypatch):
+    """W&B sends ``sys.argv``; the process has its own words back afterwards."""
+    words = ["job.py", "--hub_token", SECRET, f'--deepspeed={{"comet": {{"api_key": "{SECRET}"}}}}']
+    monkeypatch.setattr(sys, "argv", words)
+    with command_without_secrets():
+        assert SECRET not in str(sys.argv)
+        assert sys.argv[:2] == ["job.py", "--hub_token"]
+    assert sys.argv is words
 
 
 @pytest.mark.parametrize(
     "text",
     ["a" * 300_000, "a." * 150_000, "\\" * 300_000, "eyJ" * 100_000, '"' * 300_000, "--a" * 100_000,
-     "token: '" * 20_000, "x://" * 80_000],
+     "token: '" * 20_000, "x://" * 80_000, "//a" * 100_000, "https:/a:" * 40_000,
+     "//" + "a:" * 99_000],
 )  # fmt: skip
 def test_no_text_takes_long(text):
     """A log line may hold anything."""
@@ -287,6 +317,7 @@ def test_no_text_takes_long(text):
         (["--deepspeed", f'{{"comet": {{"api_key": "{SECRET}"}}}}'], True),
         (["--deepspeed", base64.b64encode(b'{"comet": {"api_key": "abcdef"}}').decode()], True),
         (["--dataset_name", f"https://me:{SECRET}@host/data"], True),
+        (["--train_file", f"s3://{SECRET}:{SECRET}@bucket/data"], True),
         (["--completion_prompt", f"my password: {SECRET}"], False),
         (["--completion_prompt=def login(token=None, api_key=x):"], False),
         (["--deepspeed", '{"comet": {"enabled": true}}', "--push_to_hub", "--bf16"], False),

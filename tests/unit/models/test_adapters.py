@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.core.ranks import Ranks
-from dstrain.data import forward_columns, label_columns
+from dstrain.data import forward_columns, label_columns, returns_loss
 from dstrain.data.loss.rule import expected_rule
 from dstrain.models import save_model
 from tests.models import RegressionModel, tiny_llama
@@ -67,3 +67,17 @@ def test_columns_and_targets_are_those_of_the_model_below() -> None:
     assert expected_rule(adapted, ["labels"]) == expected_rule(plain, ["labels"])
     module = peft.get_peft_model(RegressionModel(), peft.LoraConfig(target_modules=["hidden"]))
     assert forward_columns(module) == ["x", "labels"]
+
+
+class Contrasts(RegressionModel):
+    """Returns a loss without labels, as models do that compare images with texts."""
+
+    def forward(self, x: torch.Tensor, return_loss: bool = True) -> dict[str, torch.Tensor]:
+        return {"loss": self.hidden(x).mean()}
+
+
+def test_a_loss_without_labels_is_that_of_the_model_below() -> None:
+    adapted = peft.get_peft_model(Contrasts(), peft.LoraConfig(target_modules=["hidden"]))
+    assert returns_loss(Contrasts())
+    assert returns_loss(adapted)
+    assert not returns_loss(peft.get_peft_model(tiny_llama(), peft.LoraConfig(**CONFIGS["lora"])))
