@@ -160,7 +160,7 @@ class Engine:
     def _make_state(self, buffers: Buffers) -> TrainingState:
         def settle_weights() -> None:
             if self.changes is not None:
-                self.changes.take_over()
+                self.changes.update_master_weights()
 
         return TrainingState(
             self.module,
@@ -200,7 +200,7 @@ class Engine:
         order = (
             contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss)
         )
-        with self._passes.begun_by(loss), order:
+        with self._passes.training_pass(loss), order:
             try:
                 self._engine.backward(loss, scale_wrt_gas=False)
             except RuntimeError as error:
