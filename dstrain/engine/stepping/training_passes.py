@@ -21,8 +21,8 @@ from dstrain.core.errors import Problem, TrainingError
 class TrainingPasses:
     """Begins DeepSpeed's work at the start of each pass that trains, and at no other time.
 
-    A pass outside of ``training_pass`` that reaches a parameter (``tensor.backward()`` in a user's code)
-    is left to DeepSpeed, as before.
+    A pass outside of ``training_pass`` that reaches a parameter (``tensor.backward()`` in a user's
+    code) is left to DeepSpeed, as before.
 
     Attributes:
         has_graph: whether a gradient was asked for, since the last pass that trained, in a way that
