@@ -10,7 +10,7 @@ import pytest
 from dstrain.core.build_locks import torch_leaves_locks
 from dstrain.core.errors import ConfigError
 from dstrain.engine import ops
-from tests.unit.test_build_locks import HOLD_LOCK, folder, make_lock, running
+from tests.unit.core.test_build_locks import HOLD_LOCK, folder, make_lock, running
 
 __all__ = ["folder"]  # a fixture
 

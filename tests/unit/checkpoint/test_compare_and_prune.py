@@ -16,7 +16,7 @@ from dstrain.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from dstrain.core.errors import CheckpointError
 from dstrain.core.files import write_json
 from dstrain.models import Stored, write_tensor_file
-from tests.unit.test_checkpoint_files import make_checkpoint, run_values
+from tests.unit.checkpoint.small import make_checkpoint, run_values
 
 NUMEL = 5000
 

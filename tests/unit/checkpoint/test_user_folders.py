@@ -12,7 +12,7 @@ import pytest
 from dstrain.checkpoint import export, folders, prune, verify
 from dstrain.checkpoint.manifest import NAME, is_dstrain_checkpoint
 from dstrain.core.errors import CheckpointError
-from tests.unit.test_checkpoint_files import make_checkpoint
+from tests.unit.checkpoint.small import make_checkpoint
 
 ODD = ["checkpoint-0006", "checkpoint-٧", "checkpoint-5\n", "checkpoint-5 ", "checkpoint-+5",
        "checkpoint-5.bak", "checkpoint-", "checkpoint--5", "Checkpoint-5"]  # fmt: skip
