@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from dstrain.core.errors import ConfigError, Problem, nearest, raise_problems
-from dstrain.core.secrets import hidden_in_words, is_secret_name
+from dstrain.core.secret_names import is_secret_name
+from dstrain.core.secrets import hidden_in_words
 
 # Modules with ``argument_classes()`` (no torch) and ``run(*instances)``.
 TASKS = {"causal-lm": "dstrain.tasks.causal_lm", "seq2seq": "dstrain.tasks.seq2seq"}

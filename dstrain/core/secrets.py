@@ -18,56 +18,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Words that make a name that of a credential wherever they stand in it.
-_ALWAYS = frozenset(
-    {
-        *("password", "passwords", "passwd", "passphrase", "passcode", "pwd"),
-        *("secret", "secrets", "credential", "credentials", "authorization", "bearer"),
-        *("apikey", "apikeys", "accesskey", "secretkey", "authtoken", "apitoken", "accesstoken"),
-        *("hubtoken", "hftoken", "jwt", "cookie", "cookies", "webhook"),
-    }
-)
-# Words that say so where a name ends in them, or goes on with one of the words below.
-_CODES = frozenset({"pin", "otp", "totp", "psk", "passkey"})
-_OF_CODES = frozenset({"code", "codes", "number"})
-# What a key is that opens something; others name entries of a table, or columns.
-_KEYS = frozenset(
-    {
-        *("api", "access", "secret", "private", "signing", "encryption", "account", "license"),
-        *("ssh", "auth", "master", "subscription", "storage", "deploy", "client", "shared"),
-    }
-)
-# Words that make `..._token` one of a vocabulary. Any other that is a text is a credential.
-_VOCABULARY = frozenset(
-    {
-        *("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video", "audio", "speech"),
-        *("start", "end", "stop", "special", "additional", "added", "extra", "new", "next"),
-        *("first", "last", "max", "min", "num", "per", "text", "prompt", "response", "think"),
-        *("boi", "eoi", "bot", "eot", "eom", "boa", "eoa", "turn", "fim", "prefix", "suffix"),
-        *("middle", "language", "task", "vision", "modal", "object", "placeholder", "split"),
-        *("no", "blank", "delimiter", "word", "decoder", "encoder", "forced", "completion"),
-        *("chunk", "patch", "global", "separator", "padding", "unknown"),
-    }
-)
-# Words that make a list `..._tokens` one of credentials; other lists are of a vocabulary.
-_OPENING = frozenset(
-    {"api", "auth", "access", "hub", "hf", "bearer", "refresh", "session", "login"}
-)
+from dstrain.core.secret_names import is_always_secret, is_secret_name, is_token, words_of
+
 _MARK = re.compile(r"</?[^<>\s]+>|\[[\w|]+\]|\$?\{[\w.]+\}")
 _PLAIN = frozenset({"", "none", "null", "true", "false", "auto"})
 _ELLIPSIS = re.compile(r"(?:\.{3}|…|\*+)[`.,:;!?]*")
 _IDENTIFIER = re.compile(r"-{0,2}[A-Za-z_][\w.\-]*")
 _COLUMN = re.compile(r"[a-z]+(?:_[a-z]+)*")
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-
-
-def is_secret_name(name: str) -> bool:
-    """Tell whether a value of this name is a credential, judged by the name's last part.
-
-    Of ``comet.api_key`` the words ``api`` and ``key`` count; capital letters part words too, as in
-    ``apiKey``.
-    """
-    return _is_always_secret(name) or _is_token(name)
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
@@ -174,40 +131,12 @@ class HidesSecrets(logging.Filter):
         return True
 
 
-# --- names ---------------------------------------------------------------------------------------
-
-
-def _words(name: str) -> list[str]:
-    return [word.lower() for word in _WORD.findall(name.rpartition(".")[2])]
-
-
-def _is_always_secret(name: str) -> bool:
-    """Tell whether all that is under this name is a credential, numbers and nested parts too."""
-    words = _words(name)
-    if not _ALWAYS.isdisjoint(words):
-        return True
-    pairs = zip(words, words[1:], strict=False)
-    if any(first in _KEYS and second in ("key", "keys") for first, second in pairs):
-        return True
-    if words[-1:] == ["auth"] or not _CODES.isdisjoint(words[-1:]):
-        return True
-    if not _CODES.isdisjoint(words[-2:-1]) and not _OF_CODES.isdisjoint(words[-1:]):
-        return True
-    return words[-1:] == ["tokens"] and words[-2:-1] != [] and words[-2] in _OPENING
-
-
-def _is_token(name: str) -> bool:
-    """Tell whether a text of this name is a token that opens something, not one of a vocabulary."""
-    words = _words(name)
-    return words[-1:] == ["token"] and _VOCABULARY.isdisjoint(words[:-1])
-
-
 # --- values --------------------------------------------------------------------------------------
 
 
 def _hidden(value: Any, name: str, *, inside: bool) -> Any:
     """Mask credentials as ``without_secrets`` does; all of it where ``inside`` a credential."""
-    inside = inside or _is_always_secret(name)
+    inside = inside or is_always_secret(name)
     if isinstance(value, Mapping):
         parts = {k: _hidden(v, str(k), inside=inside) for k, v in value.items()}
         if _names_its_value(value):
@@ -218,7 +147,7 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
             return value
         return dict(zip(_distinct(shown_keys), parts.values(), strict=True))
     if isinstance(value, (list, tuple, set, frozenset)):
-        inner = name if inside or _is_token(name) else ""
+        inner = name if inside or is_token(name) else ""
         if hasattr(value, "_fields"):
             names = list(value._fields) if not inner else [inner] * len(value)
         elif _is_named_pair(value):
@@ -232,9 +161,9 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
             return type(value)(*listed)
         return type(value)(listed)
     if isinstance(value, bytes):
-        return mask_of(name) if inside or _is_token(name) else value
+        return mask_of(name) if inside or is_token(name) else value
     if isinstance(value, str):
-        if (inside or _is_token(name)) and not _shows_nothing(value):
+        if (inside or is_token(name)) and not _shows_nothing(value):
             return mask_of(name)
         shown = hidden_in_text(value)
         return value if shown == value else shown
@@ -295,7 +224,7 @@ def _is_named_pair(value: Any) -> bool:
     if not _IDENTIFIER.fullmatch(name) or not is_secret_name(name):
         return False
     is_columns = isinstance(value, list) and isinstance(part, str) and _COLUMN.fullmatch(part)
-    return _is_always_secret(name) or not is_columns
+    return is_always_secret(name) or not is_columns
 
 
 def _shows_nothing(text: str) -> bool:
@@ -374,13 +303,13 @@ def _is_worth_hiding(named: re.Match[str], value: re.Match[str]) -> bool:
     bare = value[0] if value["quote"] is None else value["inner"]
     if _shows_nothing(bare) or (value["quote"] is None and bare.startswith("--")):
         return False
-    if _is_always_secret(named["name"]):
+    if is_always_secret(named["name"]):
         return True
     if re.fullmatch(r"[-+]?[0-9.]+", bare):
         return False  # a count of tokens
     # Prose such as "no such token: ..." is none.
     is_prose = named["sign"].strip() == ":" and not named["open"]
-    return not (is_prose and len(_words(named["name"])) < 2)
+    return not (is_prose and len(words_of(named["name"])) < 2)
 
 
 def _is_prose(flag: re.Match[str], value: re.Match[str], text: str) -> bool:

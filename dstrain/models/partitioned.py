@@ -1,13 +1,12 @@
 """Building and loading models of transformers partitioned, so that no rank holds one whole.
 
-Both are done by the code with which transformers builds and loads whole models, so that weights,
-names and what is initialised are the same; parameters are taken apart on the way.
+Both are done by transformers' own code, so that weights, names and what is initialised are the
+same; parameters are taken apart on the way.
 
-A model that is loaded is built without memory and filled tensor by tensor, and a parameter is taken
-apart as soon as it has its values. Each rank reads the checkpoint itself: only its share of a
-tensor that is stored as it is trained, and one group at a time of weights that are merged or
-reordered. A model that is built is taken apart module by module; each is gathered once more when
-transformers initialises it.
+A model that is loaded is built without memory and filled tensor by tensor; a parameter is taken
+apart as soon as it has its values. Each rank reads the checkpoint itself: its share of a tensor
+that is stored as it is trained, and one group at a time of weights that are merged or reordered. A
+model that is built is taken apart module by module; each is gathered again to be initialised.
 """
 
 from __future__ import annotations

@@ -61,12 +61,7 @@ _PATIENCE_SECONDS = 5.0
 
 
 def start_run(args: TrainingArguments) -> Ranks:
-    """Set up process group, log levels and number formats, before anything touches the model.
-
-    Raises:
-        ConfigError: arguments of the schedule that it does not take.
-    """
-    _check_schedule(args)
+    """Set up process group, log levels and number formats, before anything touches the model."""
     if args.full_determinism:
         make_deterministic()
     ranks = start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_seconds=args.ddp_timeout)
@@ -185,6 +180,8 @@ def resolve_config(
     with all_or_none():
         resolved = resolve(args, facts)
         check_precision(resolved.compute_format)
+        if not own_scheduler and not resolved.has_scheduler:
+            _check_schedule(args, resolved)
         prepare_nvme(resolved)
     require_equal("the resolved DeepSpeed config", dict(resolved.values), ConfigError)
     return resolved
@@ -243,14 +240,14 @@ def scheduler_factory(
     return make
 
 
-def _check_schedule(args: TrainingArguments) -> None:
+def _check_schedule(args: TrainingArguments, resolved: ResolvedConfig) -> None:
     """Refuse arguments of a schedule that it does not take, by making one for a tensor.
 
     Raises:
         ConfigError: naming them.
     """
     if args.scheduler_kwargs():
-        nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        nothing = torch.optim.SGD([torch.zeros(1)], lr=resolved.learning_rate)
         scheduler_factory(args, max(100, args.max_steps))(nothing)
 
 

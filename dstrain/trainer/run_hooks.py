@@ -250,7 +250,7 @@ class RunHooks(SearchHooks, SaveHooks):
         """Log final metrics and tell callbacks; speeds are of this run, not of one resumed from."""
         steps = loop.progress.step
         done = loop.steps_before
-        rank_samples = torch.tensor(loop.rank_samples, device=device_name())
+        rank_samples = torch.tensor(loop.figures.rank_samples, device=device_name())
         metrics = compat.speed_metrics(
             "train",
             started,
@@ -259,9 +259,9 @@ class RunHooks(SearchHooks, SaveHooks):
             num_tokens=self.state.num_input_tokens_seen - loop.tokens_before,
         )
         metrics["total_flos"] = self.state.total_flos
-        metrics["train_loss"] = loop.loss_sum / max(1, steps)
-        if self.resolved.precision == "fp16" or loop.skipped_steps:
-            metrics["train_skipped_steps"] = loop.skipped_steps
+        metrics["train_loss"] = loop.figures.loss_sum / max(1, steps)
+        if self.resolved.precision == "fp16" or loop.figures.skipped_steps:
+            metrics["train_skipped_steps"] = loop.figures.skipped_steps
         if self.checkpoints.missing:
             metrics["missing_checkpoints"] = len(self.checkpoints.missing)
         metrics |= self._memory.stop("train")

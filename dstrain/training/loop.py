@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dstrain.core.log import get_logger
 from dstrain.core.progress import Progress
-from dstrain.core.ranks import Ranks, gather_objects
+from dstrain.core.ranks import Ranks
 from dstrain.data import LossTargets, TokenCount, Window
-from dstrain.engine import Engine, device_name, empty_cache
-from dstrain.training.accumulation import Accumulated, Accumulation
+from dstrain.engine import Engine, empty_cache
+from dstrain.training.accumulation import Accumulation
 from dstrain.training.epoch_reader import EpochReader
+from dstrain.training.figures import RunFigures
 from dstrain.training.key_value_cache import KeyValueCache
-from dstrain.training.loss_health import LossHealth, no_sample
-from dstrain.training.metrics import Reading, TrainMeter
+from dstrain.training.loss_health import no_sample
+from dstrain.training.metrics import Reading
 from dstrain.training.place import Place
 from dstrain.training.preemption import EvaluationStopped, Preemption
 from dstrain.training.resume import Due, Event, Position, Resumption, StepRecord
@@ -34,10 +34,7 @@ class TrainLoop:
 
     Attributes:
         progress: optimizer steps, epochs, samples and tokens so far.
-        skipped_steps: of the whole run, as their gradients were not finite.
-        loss_sum: over all steps that were read from the meter.
-        samples_seen: over all ranks, in the whole run.
-        rank_samples: that this rank has trained on since ``run`` began.
+        figures: losses and counters.
         steps_before: of the run that the checkpoint is from.
         tokens_before: likewise.
         preempted: whether a signal ended the run early.
@@ -57,10 +54,6 @@ class TrainLoop:
     count_tokens: TokenCount = field(default_factory=TokenCount)
     resumption: Resumption | None = None
     progress: Progress = field(default_factory=Progress)
-    skipped_steps: int = 0
-    loss_sum: float = 0.0
-    samples_seen: int = 0
-    rank_samples: int = 0
     steps_before: int = 0
     tokens_before: int = 0
     preempted: bool = False
@@ -73,10 +66,7 @@ class TrainLoop:
 
     def __post_init__(self) -> None:
         """Make the parts that do the loop's work."""
-        self._meter = TrainMeter(device_name(), filter_bad=self.settings.filter_bad)
-        self._health = LossHealth(
-            self.ranks, nan_loss=self.settings.nan_loss, max_steps=self.settings.max_steps
-        )
+        self.figures = RunFigures(self.settings, self.ranks)
         self.passes = Accumulation(
             engine=self.engine,
             targets=self.targets,
@@ -90,7 +80,7 @@ class TrainLoop:
 
     def run(self) -> None:
         """Train until max_steps or until a callback stops the run."""
-        self._meter.start()
+        self.figures.start()
         self.engine.model.train()
         if self.resumption is not None:
             self._take_up(self.resumption.position)
@@ -115,7 +105,7 @@ class TrainLoop:
             inside = False
         self.passes.close()
         self.hooks.store_flos()
-        self._note(self._meter.read())
+        self._note(self.figures.read())
         if not self.preempted:
             self._heed_last_signal()
 
@@ -154,7 +144,7 @@ class TrainLoop:
         looks_again = self.targets.is_due_again(step, is_first=step == self.steps_before)
         done = self.passes.run(window.micro_batches, looks_again=looks_again)
         first = window.micro_batches[0].inputs
-        self._health.look_for_targets(done.weights, first, self.targets, step=step + 1)
+        self.figures.health.look_for_targets(done.weights, first, self.targets, step=step + 1)
         self.passes.finish()
         learning_rate = self.engine.learning_rates()[0]
         wants_norm = self.settings.is_log_step(step + 1, ends_epoch=window.ends_epoch)
@@ -164,9 +154,13 @@ class TrainLoop:
         self.place.enter("the optimizer's step", in_step=True)
         outcome = self.engine.step(want_norm=wants_norm)
         self.hooks.event("on_optimizer_step")
-        self._count(window, done)
+        self.progress = self.progress.advance(samples=window.num_samples, tokens=done.num_tokens)
+        self.figures.add(window, done, step=self.progress.step)
         if not outcome.applied:
-            self._note_skipped(done.empty_columns)
+            scale = self.engine.state.loss_scale()
+            if scale is None and self.figures.health.stops_on_nan:
+                self._note(self.figures.read())  # a loss that was no number says more
+            self.figures.note_skipped(done.empty_columns, step=self.progress.step, loss_scale=scale)
         elif self.settings.saves and not self._can_be_saved:
             self.hooks.check_state()
             self._can_be_saved = True
@@ -174,20 +168,6 @@ class TrainLoop:
             empty_cache()
         self._show_progress(ends_epoch=window.ends_epoch)
         return StepRecord(outcome.applied, outcome.grad_norm, learning_rate)
-
-    def _count(self, window: Window, done: Accumulated) -> None:
-        """Add a step that was taken to the run's counters, and its losses to the meter."""
-        self.progress = self.progress.advance(samples=window.num_samples, tokens=done.num_tokens)
-        self.samples_seen += window.num_samples
-        self.rank_samples += sum(m.num_samples for m in window.micro_batches)
-        self._meter.add(
-            done.losses,
-            done.weights.counts,
-            done.weights.totals,
-            step=self.progress.step,
-            num_tokens=done.num_tokens,
-            empty=done.empty_columns,
-        )
 
     def _show_progress(self, *, ends_epoch: bool) -> None:
         """Tell callbacks, in their state, how far the run has come."""
@@ -218,14 +198,14 @@ class TrainLoop:
 
     def _evaluate(self) -> bool:
         """Evaluate, outside of training time; return False where a signal ended it."""
-        started, done = time.perf_counter(), True
         self.place.enter("an evaluation")
-        try:
-            self.control = self.hooks.evaluate_in_training()
-        except EvaluationStopped:
-            done = False
-        self.engine.model.train()
-        self._meter.exclude(time.perf_counter() - started)
+        done = True
+        with self.figures.not_training():
+            try:
+                self.control = self.hooks.evaluate_in_training()
+            except EvaluationStopped:
+                done = False
+            self.engine.model.train()
         return done
 
     def _save(
@@ -238,76 +218,46 @@ class TrainLoop:
         stopped: bool = False,
     ) -> None:
         """Save a checkpoint, which is no training time."""
-        started = time.perf_counter()
         self.place.enter("saving a checkpoint")
-        self.hooks.store_flos()
         ended = event == "on_epoch_end" and due is None and not self._is_cut
         inside = not (ended or epoch_is_over)
         norm = last.grad_norm
-        position = Position(
-            progress=self.progress.next_epoch() if ended else self.progress,
-            epoch_is_over=epoch_is_over or (self.control.should_epoch_stop and not ended),
-            applied=last.applied,
-            grad_norm=None if norm is None else float(norm),
-            learning_rate=last.learning_rate,
-            skipped_steps=self.skipped_steps,
-            loss_sum=self.loss_sum,
-            samples_seen=self.samples_seen,
-            meters=gather_objects(self._meter.state()),
-            random_ahead=self._reader.random_ahead if inside else None,
-            source=self._reader.source(self.progress.samples_in_epoch) if inside else None,
-            shares=self._reader.shares,
-            due=due,
-            loss=self.targets.findings(),
-            stopped=stopped,
-        )
-        self.hooks.save_in_training(position)
+        with self.figures.not_training():
+            self.hooks.store_flos()
+            position = Position(
+                progress=self.progress.next_epoch() if ended else self.progress,
+                epoch_is_over=epoch_is_over or (self.control.should_epoch_stop and not ended),
+                applied=last.applied,
+                grad_norm=None if norm is None else float(norm),
+                learning_rate=last.learning_rate,
+                skipped_steps=self.figures.skipped_steps,
+                loss_sum=self.figures.loss_sum,
+                samples_seen=self.figures.samples_seen,
+                meters=self.figures.meters(),
+                random_ahead=self._reader.random_ahead if inside else None,
+                source=self._reader.source(self.progress.samples_in_epoch) if inside else None,
+                shares=self._reader.shares,
+                due=due,
+                loss=self.targets.findings(),
+                stopped=stopped,
+            )
+            self.hooks.save_in_training(position)
         self._saved_step = self.progress.step
-        self._meter.exclude(time.perf_counter() - started)
-
-    # --- figures ----------------------------------------------------------------------------------
 
     def _log(self, last: StepRecord) -> None:
-        """Read the meter (the one wait for the device) and report."""
-        reading = self._meter.read()
+        """Read the figures (the one wait for the device) and report them."""
+        reading = self.figures.read()
         if reading.num_steps == 0:
             return
         self.hooks.store_flos()
         self._note(reading)
-        logs: dict[str, float] = {"loss": reading.loss}
-        if last.grad_norm is not None and last.applied:
-            logs["grad_norm"] = float(last.grad_norm)
-        logs["learning_rate"] = last.learning_rate
-        if (scale := self.engine.loss_scale()) is not None:
-            logs["loss_scale"] = scale
-            logs["skipped_steps"] = self.skipped_steps
-        logs["tokens_per_second"] = reading.num_tokens / max(reading.seconds, 1e-9)
-        self.hooks.log(logs)
+        scale = self.engine.state.loss_scale()
+        self.hooks.log(self.figures.logs(reading, last, loss_scale=scale))
 
     def _note(self, reading: Reading) -> None:
-        """Update the run's totals, and act on a loss that is not finite."""
-        self.loss_sum += reading.loss_sum
+        """Update the totals of the run and of its state; see ``RunFigures.note``."""
         self.state.num_input_tokens_seen += reading.num_tokens
-        if reading.first_bad_step is None:
-            return
-        self._health.report_bad_number(
-            f"the training loss was NaN or infinite at step {reading.first_bad_step}",
-            f"seen when step {self.progress.step} was logged; what was trained since may be spoilt",
-            reading.empty_columns,
-        )
-
-    def _note_skipped(self, empty_columns: frozenset[str]) -> None:
-        """Count a step that changed nothing, as fp16 takes to find its loss scale."""
-        self.skipped_steps += 1
-        what = f"step {self.progress.step} skipped: its gradients were not finite"
-        if self.engine.loss_scale() is None:
-            if self._health.stops_on_nan:
-                self._note(self._meter.read())  # a loss that was no number says more
-            why = "no loss scale will be lowered: the next steps may be no better"
-            names = {name for of_rank in gather_objects(empty_columns) for name in of_rank}
-            self._health.report_bad_number(what, why, names)
-        elif self.ranks.is_main:
-            logger.warning("%s", what)
+        self.figures.note(reading, step=self.progress.step)
 
     # --- going on from a checkpoint ---------------------------------------------------------------
 
@@ -318,15 +268,12 @@ class TrainLoop:
     def _take_up(self, position: Position) -> None:
         """Go on from a checkpoint's position."""
         self.progress = position.progress
-        self.skipped_steps = position.skipped_steps
-        self.loss_sum = position.loss_sum
-        self.samples_seen = position.samples_seen
+        self.figures.restore(position)
         self.steps_before = position.progress.step
         self.tokens_before = self.state.num_input_tokens_seen
         self._last = StepRecord(position.applied, position.grad_norm, position.learning_rate)
         if position.loss is not None:
             self.targets.restore(position.loss, self.ranks)
-        self._meter.restore(position.meters, rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     def _finish_resumed_point(self, position: Position) -> None:
         """Do what was still to be done between two steps when the checkpoint was saved."""

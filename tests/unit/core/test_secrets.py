@@ -18,12 +18,12 @@ from dstrain.config.difference import as_text, differences
 from dstrain.config.resolution.source import read_config
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
+from dstrain.core.secret_names import is_secret_name
 from dstrain.core.secrets import (
     command_without_secrets,
     has_secrets,
     hidden_in_text,
     hidden_in_words,
-    is_secret_name,
     without_masks,
     without_secrets,
 )

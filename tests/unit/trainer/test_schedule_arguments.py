@@ -6,7 +6,7 @@ import pytest
 
 from dstrain.arguments import TrainingArguments
 from dstrain.core.errors import ConfigError
-from dstrain.trainer.build import start_run
+from dstrain.trainer.build import resolve_config, start_run
 
 
 @pytest.mark.parametrize(
@@ -21,5 +21,18 @@ from dstrain.trainer.build import start_run
 def test_arguments_that_a_schedule_does_not_take_are_refused_at_the_start(kind, given, why):
     """They were a TypeError when the engine was built, on each rank."""
     args = TrainingArguments(lr_scheduler_type=kind, lr_scheduler_kwargs=given, use_cpu=True)
+    ranks = start_run(args)
     with pytest.raises(ConfigError, match=rf"lr_scheduler_type='{kind}' with .*(.|\n)*{why}"):
-        start_run(args)
+        resolve_config(args, ranks)
+
+
+def test_the_rate_of_the_deepspeed_config_counts():
+    """A schedule that ends above the default rate, and below the one that runs."""
+    config = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}}
+    args = TrainingArguments(
+        lr_scheduler_type="polynomial",
+        lr_scheduler_kwargs={"lr_end": 1e-3},
+        deepspeed=config,
+        use_cpu=True,
+    )
+    assert resolve_config(args, start_run(args)).learning_rate == 1e-2
