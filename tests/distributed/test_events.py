@@ -250,10 +250,10 @@ def test_no_step_waits_for_the_device_between_logs(
     monkeypatch.undo()
     trainer.close()
     on_host = (
-        "loss_rule.py:count",
+        "rule.py:count",
         "order.py:",
         "preemption.py:answer",
-        "targets.py:_has_no_target",
+        "batches.py:_has_no_target",
     )
     outside = [r for r in reads if not r.startswith(on_host)]
     at_logs = [r for r in outside if r.endswith(("at 5", "at 10"))]
