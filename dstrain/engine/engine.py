@@ -160,7 +160,7 @@ class Engine:
     def _make_state(self, buffers: Buffers) -> TrainingState:
         def settle_weights() -> None:
             if self.changes is not None:
-                self.changes.take_over()
+                self.changes.update_master_weights()
 
         return TrainingState(
             self.module,
@@ -200,7 +200,7 @@ class Engine:
         order = (
             contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss)
         )
-        with self._passes.begun_by(loss), order:
+        with self._passes.training_pass(loss), order:
             try:
                 self._engine.backward(loss, scale_wrt_gas=False)
             except RuntimeError as error:
@@ -235,7 +235,7 @@ class Engine:
 
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each parameter group, to be used by the next step."""
-        return [float(g["lr"]) for g in self.optimizer.param_groups]
+        return self.state.learning_rates()
 
     def group_of(self, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
         """Return the parameter group that updates a parameter; None for a frozen one."""
@@ -243,9 +243,7 @@ class Engine:
 
     def loss_scale(self) -> float | None:
         """Return the current fp16 loss scale; None in other formats."""
-        if self.resolved.precision != "fp16":
-            return None
-        return float(self.optimizer.loss_scale)
+        return self.state.loss_scale()
 
     @property
     def is_destroyed(self) -> bool:

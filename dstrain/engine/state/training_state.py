@@ -62,6 +62,7 @@ class TrainingState:
         """
         self.module, self.buffers = module, buffers
         self._engine, self._settle_weights = deepspeed_engine, settle_weights
+        self._precision = precision
         self._progress = EngineProgress(deepspeed_engine, precision=precision, buffers=buffers)
 
     # --- master weights and moments ---------------------------------------------------------------
@@ -114,6 +115,14 @@ class TrainingState:
     def optimizer_name(self) -> str:
         """Return the class name of the optimizer inside DeepSpeed's wrapper."""
         return self._progress.optimizer_name
+
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate of each parameter group, to be used by the next step."""
+        return [float(group["lr"]) for group in self._engine.optimizer.param_groups]
+
+    def loss_scale(self) -> float | None:
+        """Return the current loss scale; None without fp16."""
+        return float(self._engine.optimizer.loss_scale) if self._precision == "fp16" else None
 
     def read_progress(self) -> dict[str, Any]:
         """Return ``EngineProgress.read``: the values that do not depend on the rank."""

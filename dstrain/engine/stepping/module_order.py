@@ -172,7 +172,7 @@ class ModuleOrderWatch:
             if waited > _REMIND_SECONDS and not reminded:
                 reminded = True
                 logger.warning(
-                    "rank %d has come to %s, unlike in the steps before, and waits for the others",
+                    "rank %d has come to %s, unlike in the steps before, and waits for other ranks",
                     rank,
                     self._where(code),
                 )

@@ -21,8 +21,8 @@ from dstrain.core.errors import Problem, TrainingError
 class TrainingPasses:
     """Begins DeepSpeed's work at the start of each pass that trains, and at no other time.
 
-    A pass outside of ``begun_by`` that reaches a parameter (``tensor.backward()`` in a user's code)
-    is left to DeepSpeed, as before.
+    A pass outside of ``training_pass`` that reaches a parameter (``tensor.backward()`` in a user's
+    code) is left to DeepSpeed, as before.
 
     Attributes:
         has_graph: whether a gradient was asked for, since the last pass that trained, in a way that
@@ -44,7 +44,7 @@ class TrainingPasses:
         engine._backward_prologue_per_tensor = self._at_output
 
     @contextlib.contextmanager
-    def begun_by(self, loss: torch.Tensor) -> Iterator[None]:
+    def training_pass(self, loss: torch.Tensor) -> Iterator[None]:
         """Run the pass of ``loss`` inside; it begins when the gradient of ``loss`` is computed."""
         if not loss.requires_grad:  # DeepSpeed raises an error
             yield

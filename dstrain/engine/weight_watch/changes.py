@@ -98,10 +98,10 @@ class WeightChanges:
         for key, before in self._watch.replaced.items():
             _put_back(self._watch.changed[key], before)
         self._watch.replaced.clear()
-        self.take_over()
+        self.update_master_weights()
 
     @torch.no_grad()
-    def take_over(self) -> None:
+    def update_master_weights(self) -> None:
         """Copy the weights that were changed since the last call into the master weights.
 
         Raises:

@@ -59,7 +59,7 @@ def _wait_for_all(what: str, patience_seconds: float) -> None:
             raise _called_alone(what, rank, waited)
         if waited > _REMIND_SECONDS and not reminded:
             reminded = True
-            logger.warning("rank %d waits in %s for the others: %s", rank, what, _WHY)
+            logger.warning("rank %d waits in %s for the other ranks: %s", rank, what, _WHY)
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
     if rank == 0 and number > 1:  # all have left the meeting before this one
