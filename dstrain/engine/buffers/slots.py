@@ -26,7 +26,7 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """Return the tensor that is there now."""
+        """Return the tensor that is in the slot now."""
         tensor = self.owner._buffers[self.key]
         assert tensor is not None
         return tensor
