@@ -226,7 +226,7 @@ def stream_ends_differ(number: int, world_size: int) -> DataError:
     return DataError(
         Problem(
             f"the stream ended on {world_size - number} of {world_size} ranks, and goes on on the "
-            "others",
+            "other ranks",
             "all ranks must read the same samples; the streams began alike, or could not be "
             "compared",
             "give all ranks the same stream; or split it with split_dataset_by_node, which says "

@@ -191,8 +191,8 @@ class StreamWatch:
                     f"{self._what} is read in another order on rank {rank} than on rank 0: {most} "
                     f"of its first {len(self._summaries)} samples are among those of rank 0, at "
                     "other places",
-                    "of a stream that all ranks read each takes its share by the place of a "
-                    "sample: some samples would be used twice and others never",
+                    "each rank takes its share of a stream by the position of a sample: "
+                    "some samples would be used twice and others never",
                     "shuffle it with the same seed on all ranks, or not at all; "
                     "dispatch_batches=True lets the main rank read a whole stream for all",
                 )
