@@ -311,7 +311,8 @@ class ContentCapture:
             self._warned_of_caches = True
             logger.warning(
                 "%d buffers that are in no state_dict were replaced by other tensors (%s): they "
-                "are taken for caches and are not in checkpoints; what must be is changed in place",
+                "are taken for caches and are not in checkpoints; change a buffer in place if it "
+                "must be saved",
                 len(caches),
                 ", ".join(caches[:3]),
             )
@@ -372,7 +373,11 @@ def _write_document(path: Path, document: Any) -> FileRecord:
         check_depth(document)
     except ValueError as error:
         raise CheckpointError(
-            Problem(f"{path.name}: {error}", "a callback's state or a log is so", "flatten it")
+            Problem(
+                f"{path.name}: {error}",
+                "a callback's state or a log entry is nested that deep",
+                "flatten it",
+            )
         ) from error
     try:
         return write_json(path, without_secrets(document))

@@ -85,7 +85,7 @@ def import_checkpoint(
             checksums.
 
     Raises:
-        CheckpointError: nothing that can be brought in, or only by executing it.
+        CheckpointError: nothing that can be imported, or only by executing it.
         ModelError: its ``config.json`` does not say what the model is.
     """
     folders.check_new(out)
@@ -167,7 +167,7 @@ def _read(source: Path, state: Mapping[str, Any]) -> ForeignRun:
     inside = [found.folder for found in folders.named(source)]
     raise CheckpointError(
         Problem(
-            f"nothing in {str(source)!r} can be brought in",
+            f"nothing in {str(source)!r} can be imported",
             "it has neither DeepSpeed's files (latest, *_model_states.pt) nor those of "
             f"transformers' Trainer ({OPTIMIZER}, trainer_state.json)",
             f"did you mean {str(inside[-1])!r}?" if inside else "name a checkpoint's folder",
@@ -201,7 +201,7 @@ def _shared(
             "how far into an epoch the run was is not known: it goes on with the first sample of "
             "one; --samples_per_epoch tells"
         )
-    remarks.append("random states are not brought in, and the order of samples is dstrain's own")
+    remarks.append("random states are not imported, and the order of samples is dstrain's own")
     seen = found.engine["counters"]["global_samples"] or step * batch
     groups = found.engine["groups"]
     position = {

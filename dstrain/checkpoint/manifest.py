@@ -122,7 +122,7 @@ def _no_manifest(folder: Path) -> CheckpointError:
                 what,
                 f"it has a trainer_state.json and no {NAME}, as those of transformers' Trainer: "
                 f"`dstrain checkpoint import {folder} OUT` makes a checkpoint of it",
-                "import it, and resume from what that writes",
+                "import it, and resume from the checkpoint that this writes",
             )
         )
     if not folder.is_dir():

@@ -51,7 +51,7 @@ def unpickling(folder: Path, manifest: Manifest, reader: Reader) -> Unpickling:
         CheckpointError: the user did not choose it, or it could not read this one; with every
             reason.
     """
-    convert = f"make it one of any topology: dstrain checkpoint import {folder} OUT"
+    convert = f"convert it for any topology: dstrain checkpoint import {folder} OUT"
     if not reader.unpickles:
         raise CheckpointError(
             Problem(

@@ -1,4 +1,4 @@
-"""How a run saves its checkpoints, and what it adds to each."""
+"""The way in which a run saves its checkpoints, and what it adds to each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dstrain.checkpoint.manifest import SLICES, Layout
 
 @dataclass(frozen=True)
 class Policy:
-    """The way in which a run saves.
+    """The choices of a run about saving.
 
     Attributes:
         output_dir: where checkpoints go.

@@ -113,7 +113,7 @@ class RunLock:
                 raise CheckpointError(
                     Problem(
                         f"another run is writing into {str(self.folder)!r}",
-                        "the two would replace and remove each other's files",
+                        "two runs would replace and remove each other's files",
                         "choose another output_dir, or wait until that run has ended"
                         + (_SHARED if self._on_each_node else ""),
                     )

@@ -68,7 +68,7 @@ def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
             Problem(
                 f"{folder} is in DeepSpeed's own layout",
                 "it has no slices by parameter name",
-                f"make it one that has: dstrain checkpoint import {folder} OUT",
+                f"convert it: dstrain checkpoint import {folder} OUT",
             )
         )
     if not manifest.resumable:

@@ -63,7 +63,7 @@ class PredictionOptions:
 class Collector:
     """This rank's collection of predictions, batch by batch; rank 0 has those of all ranks.
 
-    Every rank calls ``add`` as often as every other, with stand-ins where it has no sample.
+    Every rank calls ``add`` as often as every other, with padding batches where it has no sample.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class EvalBatch:
 
     Attributes:
         inputs: the batch.
-        num_samples: samples; 0 for a stand-in.
+        num_samples: samples; 0 for a padding batch.
         is_last: whether it is the last of all ranks.
     """
 
@@ -106,7 +106,7 @@ def evaluate_batches(
 
     The mean of batch means would depend on how samples fall into batches; the sum of (batch mean x
     its targets) over the sum of targets does not. Ranks must pass the same number of batches, as
-    ZeRO-3 gathers parameters together; those without a sample pass stand-ins with weight 0.
+    ZeRO-3 gathers parameters together; those without a sample pass padding batches with weight 0.
 
     An error on one rank is raised on all when predictions are next sent; until then this rank goes
     on without keeping anything, in its forward passes too if these are collective. Where nothing is

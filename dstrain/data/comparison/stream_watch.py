@@ -86,7 +86,7 @@ class StreamWatch:
         self._num_in_digest = 0  # of these
         # The following are counted in whole chunks: at its end a stream may give one rank more
         # samples than another, and all ranks must do the same after these numbers.
-        self._num_told = 0
+        self._num_compared = 0
         self._num_alike = 0  # told until digests were last the same
         self._num_judged = -MOST_SAMPLES  # told when ranks last compared what they read
         self._digest = ""
@@ -112,7 +112,7 @@ class StreamWatch:
         if self.is_over or not self._left:
             return []
         self._left -= 1
-        self._num_told += self._chunk
+        self._num_compared += self._chunk
         new, self._num_in_digest = self._summaries[self._num_in_digest :], len(self._summaries)
         self._digest = digest_of((self._digest, _sorted(by_field(new, self._noisy))))
         number = int(self._digest, 16)
@@ -134,8 +134,8 @@ class StreamWatch:
         """
         is_last = ended or not self._left
         if all(number in (0, world_size) for number in sums):
-            self._num_alike = self._num_told
-        elif is_last or self._num_told - self._num_judged >= MOST_SAMPLES:
+            self._num_alike = self._num_compared
+        elif is_last or self._num_compared - self._num_judged >= MOST_SAMPLES:
             self._compare(group, is_last=is_last)
         if is_last and self._noisy:
             self._compare_order(group)
@@ -150,7 +150,7 @@ class StreamWatch:
         """
         summaries = by_field(self._summaries, self._noisy)
         differing = differing_columns(summaries, group=group)
-        few = self._num_told - self._num_alike < MOST_SAMPLES + self._chunk
+        few = self._num_compared - self._num_alike < MOST_SAMPLES + self._chunk
         number = len(self._summaries) + MOST_SAMPLES
         found = compare_again(
             summaries,
@@ -173,7 +173,7 @@ class StreamWatch:
                 self._what,
             )
         self._noisy |= differing - found.rare
-        self._digest, self._num_alike, self._num_judged = "", self._num_told, self._num_told
+        self._digest, self._num_alike, self._num_judged = "", self._num_compared, self._num_compared
 
     def _compare_order(self, group: Any) -> None:
         """Find out whether what was taken for noise is another order of samples; a collective.
@@ -191,8 +191,8 @@ class StreamWatch:
                     f"{self._what} is read in another order on rank {rank} than on rank 0: {most} "
                     f"of its first {len(self._summaries)} samples are among those of rank 0, at "
                     "other places",
-                    "of a stream that all ranks read each takes its share by the place of a "
-                    "sample: some samples would be used twice and others never",
+                    "each rank takes its share of a stream by the position of a sample: "
+                    "some samples would be used twice and others never",
                     "shuffle it with the same seed on all ranks, or not at all; "
                     "dispatch_batches=True lets the main rank read a whole stream for all",
                 )

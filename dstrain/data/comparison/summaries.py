@@ -128,9 +128,11 @@ def differing_columns(summary: FieldSummaries, *, group: Any = None) -> frozense
     fields: dict[str, list[Any]] = {}
     for field in sorted(summary):
         fields.setdefault(column_of(field), []).append((field, summary[field]))
-    told = gather_objects({name: digest_of(part) for name, part in fields.items()}, group=group)
+    digests = {name: digest_of(part) for name, part in fields.items()}
+    everyone = gather_objects(digests, group=group)
+    main = everyone[0]
     return frozenset(
-        name for mine in told for name in {*mine, *told[0]} if mine.get(name) != told[0].get(name)
+        name for mine in everyone for name in {*mine, *main} if mine.get(name) != main.get(name)
     )
 
 
@@ -164,9 +166,9 @@ def compare_again(
     one, other = (_summarize(again, columns, without, seed=seed) for seed in _SEEDS)
     # What a rank finds stable may be noise on another (one that keeps what it drew, say). All must
     # come to the same verdict, as what they do next follows from it: so all of it is gathered.
-    told = gather_objects(_stable_fields(one, other), group=group)
-    stable = [fields for fields in told if fields is not None]
-    can_read = len(stable) == len(told)
+    gathered = gather_objects(_stable_fields(one, other), group=group)
+    stable = [fields for fields in gathered if fields is not None]
+    can_read = len(stable) == len(gathered)
     if not can_read and waits:
         return None
     if not can_read or one is None:

@@ -197,7 +197,7 @@ class RankStream(IterableDataset[Any]):
             if isinstance(generator, torch.Generator) and drawn is not None:
                 generator.set_state(drawn)
 
-    def stand_in(self) -> Any:
+    def padding_inputs(self) -> Any:
         """Return inputs that carry no weight, for a rank that has used up its part.
 
         They are read from the beginning of the source; None if that is empty.
@@ -236,10 +236,10 @@ class RankStream(IterableDataset[Any]):
         state = dict(self._states).get(samples)
         return pickle.loads(state) if isinstance(state, bytes) else state
 
-    def note(self, told: ShareWithState) -> Share:
+    def note(self, sent: ShareWithState) -> Share:
         """Keep the state that a loader process sent, and return its micro-batch."""
-        self._states.append((told.position, told.state))
-        return told.share
+        self._states.append((sent.position, sent.state))
+        return sent.share
 
     def _reader(self) -> Any:
         return self.source if self._resumable is None else self._resumable.source

@@ -17,7 +17,7 @@ class Share:
     Attributes:
         inputs: the micro-batch.
         num_samples: samples that were collated; 0 where this rank had none left and ``inputs`` is a
-            stand-in, which must carry no weight.
+            padding batch, which must carry no weight.
         summaries: what the samples of all ranks said, while these are compared.
     """
 

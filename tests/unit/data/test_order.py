@@ -146,8 +146,8 @@ def test_all_ranks_take_equally_many_steps_and_each_has_something_to_run(
 
 @quick
 @given(size=sizes, micro_batch=micro_batches, world_size=world_sizes)
-def test_stand_ins_come_in_the_last_step_only_and_are_of_this_step(size, micro_batch, world_size):
-    """A stand-in of another step would be read twice from disk, and could be of another length."""
+def test_padding_comes_in_the_last_step_only_and_are_of_this_step(size, micro_batch, world_size):
+    """Samples of another step would be read twice from disk, and could be of another length."""
     ranks = samplers(size, micro_batch, world_size)
     steps = used_in_order(ranks)
     for sampler in ranks:

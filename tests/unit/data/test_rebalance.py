@@ -76,7 +76,7 @@ def test_an_optimizer_step_has_the_samples_that_it_has_without(
             shares = [rank.share_samples(step) for rank in ranks]
             assert {rank.chunk_samples(step) for rank in ranks} == {sum(shares)}
             for share, of_rank in zip(shares, batches, strict=True):
-                assert len(of_rank[step]) == max(1, share), "a stand-in where it has none"
+                assert len(of_rank[step]) == max(1, share), "a padding batch where it has none"
                 used += of_rank[step] if share else []
         at = first // accumulation * window
         assert sorted(used) == sorted(expected[at : at + window])

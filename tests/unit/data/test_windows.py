@@ -43,7 +43,7 @@ def test_windows_hold_the_micro_batches_in_order_and_none_is_lost():
     assert got == [[0, 1], [4, 9], [16, 25], [36, 49], [64]]
 
 
-def test_a_rank_without_a_sample_has_a_masked_stand_in():
+def test_a_rank_without_a_sample_has_a_padding_batch():
     """5 samples on 4 ranks: in the second micro-step three ranks have nothing."""
     last = [list(windows(loader, 2))[-1].micro_batches[-1] for loader in loaders(Squares(5), 1, 4)]
     assert [m.is_padding for m in last] == [False, True, True, True]

@@ -63,7 +63,7 @@ def test_datasets_of_hugging_face_are_told_apart():
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [24, 19])
 def test_a_stream_gives_what_a_map_style_dataset_gives_in_order(num_workers, size):
-    """At the ragged end too, with stand-ins for the same ranks: 3 ranks with micro-batch 2."""
+    """At the ragged end too, with padding batches on the same ranks: 3 ranks, micro-batch 2."""
     options = LoaderOptions(num_workers=num_workers)
     mapped = [read(loader) for loader in loaders(list(range(size)), 2, 3)]
     assert [read(loader) for loader in loaders(Counting(size), 2, 3, options)] == mapped
@@ -174,7 +174,7 @@ def test_a_hugging_face_stream_gives_the_same_with_any_number_of_workers(num_wor
 @pytest.mark.parametrize("dataset", [[0, 1, 2], Counting(3)], ids=["map", "stream"])
 def test_a_batch_reaches_the_model_as_the_collator_made_it(dataset):
     """torch turns tuples into lists and arrays into tensors where it thinks that it collates, and
-    it would do so for whole micro-batches only, not for stand-ins."""
+    it would do so for whole micro-batches only, not for padding batches."""
     batches = []
     for rank in range(2):
         loader = build_loader(dataset, Topology(1, 2, rank), tuple, SERIAL, seed=0, shuffle=False)
