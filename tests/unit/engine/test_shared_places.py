@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from dstrain.engine import formats
+from dstrain.engine.model_checks import number_formats as formats
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
 
