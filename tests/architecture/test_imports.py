@@ -1,4 +1,4 @@
-"""The house of DESIGN.md: who may import whom, and what `import dstrain` may load.
+"""The rooms of dstrain/README.md: who may import whom, and what `import dstrain` may load.
 
 Imports are read from the syntax tree, not executed, so those inside functions count as well.
 """
@@ -204,7 +204,7 @@ def test_top_level_holds_nothing_else() -> None:
         pytest.skip("not a git checkout")
     entries = {name.partition("/")[0] for name in done.stdout.split("\0") if name}
     unexpected = {name for name in entries - TOP_LEVEL if not name.startswith(".")}
-    assert not unexpected, f"tracked at the top level, but not in DESIGN.md: {sorted(unexpected)}"
+    assert not unexpected, f"unexpected at the top level: {sorted(unexpected)}"
 
 
 # ------------------------------------------------------------------ the walker can fail

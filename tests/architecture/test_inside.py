@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.architecture.test_imports import PACKAGE, ROOT, imports_of
+from tests.architecture.test_imports import PACKAGE, ROOMS, ROOT, imports_of
 
 MOST_LINES = 400
 # Generated from DeepSpeed's own models: a table, which nobody reads from top to bottom.
@@ -141,3 +142,13 @@ def test_the_trainers_parts_have_types() -> None:
                 )
     assert count > 1000
     assert of_any / count < MOST_ANY, f"{of_any} of {count}"
+
+
+def test_the_reading_map_has_every_room() -> None:
+    text = (ROOT / PACKAGE / "README.md").read_text(encoding="utf-8")
+    missing = [room for room in ROOMS if f"`{room}/`" not in text]
+    assert not missing
+    named = {n.rstrip("/") for n in re.findall(r"`((?:[a-z_0-9]+/)+(?:[a-z_0-9]+\.py)?)", text)}
+    places = (ROOT, ROOT / PACKAGE, *(ROOT / PACKAGE / room for room in ROOMS))
+    gone = [name for name in named if not any((place / name).exists() for place in places)]
+    assert not gone, "named in the reading map, and not there"
