@@ -526,3 +526,40 @@ def test_convert_values_leaves_out_what_was_not_given_and_what_is_wrong():
     converted, problems = convert_values(TrainingArguments, {"seed": "7", "bf16": "maybe"})
     assert converted == {"seed": 7}
     assert [p.what for p in problems] == ["bf16='maybe'"]
+
+
+# --- one message ---------------------------------------------------------------------------------
+
+
+def test_values_that_cannot_be_read_do_not_hide_what_else_is_wrong():
+    with pytest.raises(ConfigError) as caught:
+        TrainingArguments(
+            "out",
+            learning_rate="abc",
+            lr_scheduler_kwargs="no JSON",
+            per_device_train_batch_size=0,
+            bf16=True,
+            fp16=True,
+            tpu_num_cores=8,
+        )
+    whats = [problem.what.split("=")[0] for problem in caught.value.problems]
+    assert whats[:2] == ["learning_rate", "lr_scheduler_kwargs"]
+    assert {"per_device_train_batch_size", "tpu_num_cores"} <= set(whats)
+    assert any("bf16" in what and "fp16" in what for what in whats)
+
+
+def test_what_stands_in_for_an_unreadable_value_is_not_blamed():
+    with pytest.raises(ConfigError) as caught:
+        TrainingArguments(
+            "out", eval_strategy="epoch", save_strategy="epok", load_best_model_at_end=True
+        )
+    (problem,) = caught.value.problems
+    assert problem.what == "save_strategy='epok'"
+
+
+def test_an_assigned_value_that_cannot_be_read_stays_as_it_was_assigned():
+    args = TrainingArguments("out")
+    args.learning_rate = "abc"
+    with pytest.raises(ConfigError):
+        args.validate()
+    assert args.learning_rate == "abc"
