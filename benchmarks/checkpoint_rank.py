@@ -243,9 +243,9 @@ class LoadWatch:
 @contextlib.contextmanager
 def watched_dstrain(watch: LoadWatch) -> Iterator[None]:
     """Watch what puts a checkpoint into the engine, and the check of its files before that."""
-    from dstrain.trainer import checkpointing as saving
+    from dstrain.trainer import start
 
-    load_into, choose_checkpoint = saving.load_into, saving.choose_checkpoint
+    load_into, choose_checkpoint = start.load_into, start.choose_checkpoint
 
     def loading(*args: Any, **kwargs: Any) -> Any:
         with watch.loading():
@@ -257,11 +257,11 @@ def watched_dstrain(watch: LoadWatch) -> Iterator[None]:
         watch.verify_seconds = time.perf_counter() - started
         return chosen
 
-    saving.load_into, saving.choose_checkpoint = loading, choosing
+    start.load_into, start.choose_checkpoint = loading, choosing
     try:
         yield
     finally:
-        saving.load_into, saving.choose_checkpoint = load_into, choose_checkpoint
+        start.load_into, start.choose_checkpoint = load_into, choose_checkpoint
 
 
 @contextlib.contextmanager

@@ -43,6 +43,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'dstrain' has no attribute {name!r}")
     import importlib
 
+    from dstrain.core.launcher import watch_launchers_of_rank
+
+    watch_launchers_of_rank()
     if _HOMES[name] == "dstrain.trainer":  # libraries that it loads may print
         from dstrain.core.output import drop_what_cannot_be_written
 

@@ -51,6 +51,10 @@ SSH_OPTIONS="${SSH_OPTIONS-${PDSH_SSH_ARGS_APPEND:-}}"
 # How long a machine may be out of reach of this one before it is given up, and stops its ranks.
 LINK_SECONDS="${LINK_SECONDS:-60}"
 
+# How long a machine may take from the begin of the connection until it answers, before any starts;
+# no less than LINK_SECONDS.
+START_SECONDS="${START_SECONDS:-120}"
+
 # How long ranks may take to save and end when another machine has failed or is out of reach; then
 # they are killed. A signal to this script sets no limit; a second Ctrl-C kills.
 STOP_SECONDS="${STOP_SECONDS:-120}"
@@ -145,7 +149,7 @@ run_over_ssh() {
     settings=(
         "root=$ROOT" "task=$TASK" "master_addr=$MASTER_ADDR" "master_port=$MASTER_PORT"
         "ssh_port=$SSH_PORT" "ssh_options=$SSH_OPTIONS"
-        "link_seconds=$LINK_SECONDS" "stop_seconds=$STOP_SECONDS"
+        "link_seconds=$LINK_SECONDS" "start_seconds=$START_SECONDS" "stop_seconds=$STOP_SECONDS"
     )
     for number in "${!HOSTS[@]}"; do
         settings+=("host=${HOSTS[number]} ${SLOTS[number]}")
@@ -174,7 +178,7 @@ if [[ -n $NODE_RANK ]]; then
         die "NODE_RANK=$NODE_RANK: expected 0 to $((${#HOSTS[@]} - 1)), as $hostfile names ${#HOSTS[@]} machine(s)"
 elif ((${#HOSTS[@]} > 1)); then
     command -v ssh >/dev/null || die "ssh is missing (on Debian and Ubuntu: apt-get install openssh-client). Where it cannot be had, start each machine by itself: see NODE_RANK in $0"
-    for seconds in LINK_SECONDS STOP_SECONDS; do
+    for seconds in LINK_SECONDS START_SECONDS STOP_SECONDS; do
         [[ ${!seconds} =~ ^[1-9][0-9]{0,5}$ ]] || die "$seconds=${!seconds}: expected a number of seconds"
     done
 fi

@@ -24,7 +24,7 @@ from tests.launch import ROOT, free_port, quiet_environment
 # Read what comes for a command, run it as a login shell would, and pass everything on. A stopped
 # stand-in is a cut link, a killed one a broken connection.
 STAND_IN = """\
-import os, subprocess, sys, threading
+import os, subprocess, sys, threading, time
 words = sys.argv[1:]
 at = words.index("--")
 host, command = words[at + 1], " ".join(words[at + 2:])
@@ -33,6 +33,8 @@ with open(os.environ["STAND_IN_FOLDER"] + "/commands", "a") as log:
 if host.startswith("unreachable"):
     print("ssh: Could not resolve hostname " + host, file=sys.stderr)
     sys.exit(255)
+if host.startswith("silent"):
+    time.sleep(600)
 home = os.environ["STAND_IN_FOLDER"] + "/home-" + host
 os.makedirs(home, exist_ok=True)
 remote = subprocess.Popen(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import alias, implemented, refused
@@ -118,22 +119,55 @@ class FeatureArguments:
         ),
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note which names are given in which order, by which a copy's changes are known."""
+        self = super().__new__(cls)
+        vars(self)["_given"] = tuple(kwargs)
+        return self
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field, and under both names if it has two."""
+        """Set a field, and under both names if it has two; what is off has no settings left."""
         super().__setattr__(name, value)
-        twin = TWINS.get(name)
-        if twin is not None and "_twins_agree" in vars(self):
-            super().__setattr__(twin, value)
+        if "_twins_agree" not in vars(self):
+            return
+        if name in TWINS:
+            super().__setattr__(TWINS[name], value)
+        if name == "torch_compile" and value is False:
+            self._forget_compiler(())
+
+    def _changed_in_a_copy(self) -> tuple[str, ...]:
+        """Return the names that ``dataclasses.replace`` was given; () where this is no copy.
+
+        It hands these over first, and then all other fields in the order of their declaration.
+        """
+        given = vars(self).pop("_given", ())
+        order = {f.name: n for n, f in enumerate(dataclasses.fields(self)) if f.init}
+        if not order.keys() <= set(given):
+            return ()
+        start = len(given) - 1
+        while start > 0 and order[given[start - 1]] < order[given[start]]:
+            start -= 1
+        return given[:start]
+
+    def _forget_compiler(self, changed: tuple[str, ...]) -> None:
+        """Drop how to compile, which would turn it on again, but for what was ``changed`` too."""
+        for name in ("torch_compile_backend", "torch_compile_mode"):
+            if name not in changed:
+                vars(self)[name] = None
 
     def _join_twins(self) -> None:
         """Make the two names of a field read the same; the newer one wins, as in transformers.
 
-        The newer one stays None where nothing is turned on, so that a copy of these arguments which
-        turns it on by the older name (``dataclasses.replace``) does so.
+        In a copy of arguments (``dataclasses.replace``) the name that was changed wins: the other
+        has what both of them were before. The newer one stays None where nothing is turned on.
         """
+        changed = self._changed_in_a_copy()
+        if "torch_compile" in changed and self.torch_compile is False:
+            self._forget_compiler(changed)
         for old, new in _OLD_TO_NEW.items():
             value, newer = getattr(self, old), getattr(self, new)
-            if newer is None:
+            is_told_none = new in changed and getattr(type(self), old) is None
+            if (newer is None and not is_told_none) or (old in changed and new not in changed):
                 vars(self)[new] = value or None
             else:
                 vars(self)[old] = newer

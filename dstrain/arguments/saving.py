@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import implemented, no_effect
 from dstrain.core.errors import Problem
 
-# Shares of all steps are compared as whole numbers of this fineness.
-_FINE = 1_000_000
+# Shares of all steps are rounded by their writers: 0.3 is three times 0.1 in this measure.
+_ROUNDING = 1e-9
 
 
 @dataclass
@@ -206,8 +207,7 @@ class SavingArguments:
                     remedy,
                 )
             ]
-        fine = _FINE if eval_steps < 1 else 1
-        if round(self.save_steps * fine) % round(eval_steps * fine):
+        if not _is_multiple(self.save_steps, eval_steps):
             return [
                 Problem(
                     f"load_best_model_at_end=True with {what}",
@@ -216,3 +216,9 @@ class SavingArguments:
                 )
             ]
         return []
+
+
+def _is_multiple(number: float, of: float) -> bool:
+    """Tell whether a positive number of steps, or share of them, is a multiple of another."""
+    rest = abs(math.remainder(number, of))
+    return number > of / 2 and rest <= _ROUNDING * of

@@ -59,12 +59,7 @@ class SentenceTransformerTrainingArguments(TrainingArguments):
         treatment=pending("the embedding task"),
     )
 
-    def validate(self) -> None:
-        """Convert and check all fields.
-
-        Raises:
-            ConfigError: listing everything that is wrong.
-        """
+    def _validate(self) -> None:
         for name, default in (
             ("batch_sampler", "batch_sampler"),
             ("multi_dataset_batch_sampler", "proportional"),
@@ -73,7 +68,7 @@ class SentenceTransformerTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        super().validate()
+        super()._validate()
 
     def _read_values(self) -> dict[str, Problem]:
         return read_dicts(self, ("prompts",), texts=("prompts",)) | super()._read_values()

@@ -6,6 +6,8 @@ again and returns the object. When the check fails the object stays as it was.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Self
 
 from dstrain.arguments.features import TWINS
@@ -15,23 +17,36 @@ class Setters:
     """Methods that set the arguments of one subject at once."""
 
     def validate(self) -> None:
-        """Convert and check all fields; ``__post_init__`` calls it too.
+        """Convert and check all fields; for after an assignment, and what ``set_*`` end with.
+
+        What cannot be used stays as it was given, so that a second call finds the same.
 
         Raises:
             ConfigError: listing everything that is wrong.
         """
+        with self._as_before_a_failure():
+            self._validate()
+
+    def _validate(self) -> None:
+        """Convert and check all fields in place; a failure may leave some of them converted."""
         raise NotImplementedError
 
     def _change(self, **values: Any) -> Self:
-        before = dict(vars(self))
-        vars(self).update(values | {TWINS[n]: v for n, v in values.items() if n in TWINS})
-        try:
+        with self._as_before_a_failure():
+            vars(self).update(values | {TWINS[n]: v for n, v in values.items() if n in TWINS})
             self.validate()
-        except Exception:  # whatever a value makes conversions raise, the object stays as it was
+        return self
+
+    @contextlib.contextmanager
+    def _as_before_a_failure(self) -> Iterator[None]:
+        """Put all fields back as they were where the block fails."""
+        before = dict(vars(self))
+        try:
+            yield
+        except Exception:  # whatever a value makes conversions raise
             vars(self).clear()
             vars(self).update(before)
             raise
-        return self
 
     def set_training(
         self,

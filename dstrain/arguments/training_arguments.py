@@ -34,6 +34,8 @@ from dstrain.arguments.zero import ZeroArguments
 from dstrain.core.errors import ConfigError, Problem, raise_problems
 
 # Arguments whose values transformers makes members of enums.
+# Numbers of steps or epochs, which may be shares too.
+_STEPS = ("logging_steps", "save_steps", "eval_steps", "eval_delay", "warmup_steps")
 _LIKE_ENUMS = (
     "eval_strategy",
     "logging_strategy",
@@ -90,12 +92,7 @@ class TrainingArguments(
         """Convert strings to the declared types, fill derived defaults, report all problems."""
         self.validate()
 
-    def validate(self) -> None:
-        """Convert and check all fields; for after an assignment, and what ``set_*`` end with.
-
-        Raises:
-            ConfigError: listing everything that is wrong.
-        """
+    def _validate(self) -> None:
         self._forget_masks()
         given = dict(vars(self))
         unread = self._read_values()
@@ -166,6 +163,10 @@ class TrainingArguments(
             )
         if self.eval_strategy == "steps" and not self.eval_steps:
             self.eval_steps = self.logging_steps
+        for name in _STEPS:
+            value = getattr(self, name)
+            if isinstance(value, float) and value.is_integer():
+                setattr(self, name, int(value))  # as scripts use them: range(args.save_steps)
         self.include_num_input_tokens_seen = self.counts_tokens
         self.debug = [Choice(option) for option in self.debug]
         for name in _LIKE_ENUMS:

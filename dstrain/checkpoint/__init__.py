@@ -6,13 +6,13 @@ from dstrain.checkpoint.difference import Comparison, compare
 from dstrain.checkpoint.export import export
 from dstrain.checkpoint.find import (
     AUTO,
-    check_there,
+    check_resumable,
     choose_checkpoint,
     verify,
     verify_on_ranks,
     wanted_checkpoint,
 )
-from dstrain.checkpoint.folders import Found, committed, holding, named, place, step_of
+from dstrain.checkpoint.folders import Found, checkpoint_path, committed, holding, named, step_of
 from dstrain.checkpoint.importing import Imported, import_checkpoint
 from dstrain.checkpoint.load import Restored, load_into
 from dstrain.checkpoint.manifest import Manifest, extra_files, read_manifest
@@ -47,7 +47,7 @@ __all__ = [
     "best_of",
     "import_checkpoint",
     "check_readable",
-    "check_there",
+    "check_resumable",
     "verify_on_ranks",
     "choose_checkpoint",
     "committed",
@@ -61,7 +61,7 @@ __all__ = [
     "load_into",
     "load_weights",
     "named",
-    "place",
+    "checkpoint_path",
     "prune",
     "read_arguments",
     "read_manifest",

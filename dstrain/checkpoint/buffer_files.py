@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 def load_buffers(
     engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks, *, reshaped: Iterable[str]
 ) -> None:
-    """Put the saved buffers into the module: the main rank's, then what this rank had for itself.
+    """Put the saved buffers into the module: the main rank's, then those that only this rank had.
 
     Another number of ranks takes what the main rank had for itself. Ranks read the same files. A
     buffer that the model has not made yet, or had thrown away when it was saved, is there, or gone,
@@ -139,7 +139,7 @@ def misfitting_buffers(
 
 
 def rank_file_of(manifest: Manifest, ranks: Ranks) -> str:
-    """Name the file of what a rank had for itself: this rank, or the main one of other ranks."""
+    """Return the file of the buffers of one rank: this one, if as many ranks wrote them."""
     same = manifest.world_size == ranks.world_size
     return content.buffer_file(ranks.rank if same else 0)
 

@@ -17,7 +17,7 @@ from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.staging import Staging
 from dstrain.checkpoint.versions import versions
 from dstrain.core.documents import check_depth
-from dstrain.core.errors import CheckpointError, ModelError, Problem
+from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
@@ -105,7 +105,7 @@ class Captured:
     rank_buffers: content.Buffers
     buffers: content.Buffers
     other_buffers: content.Buffers
-    failure: OSError | ModelError | None
+    failure: Exception | None
 
     def write(self, staging: Staging, writers: Writers, group: Any) -> dict[str, FileRecord]:
         """Write this rank's files; a collective of all ranks in ``group``.
@@ -252,7 +252,7 @@ class ContentCapture:
         )
         if slices is not None and copies is not None:
             slices = slices.copied(copies)
-        layout = record_layout(engine.module) if sharers.is_main else None
+        layout, failure = self._write_small_files(engine, record, staging)
         return Captured(
             record=record,
             manifest=self._manifest(engine, record),
@@ -265,23 +265,28 @@ class ContentCapture:
             rank_buffers=rank_buffers,
             buffers=buffers,
             other_buffers=other_buffers,
-            failure=self._write_small_files(engine, record, staging),
+            failure=failure,
         )
 
     def _write_small_files(
         self, engine: Engine, record: RunRecord, staging: Staging
-    ) -> OSError | ModelError | None:
-        """Write the model's and the processor's small files; return the error if that fails."""
-        if staging.path is None:
-            return None
+    ) -> tuple[list[dict[str, Any]] | None, Exception | None]:
+        """Write the model's and the processor's small files, on the rank that shares the folder.
+
+        Returns:
+            the record of the model's layout, None on other ranks; and the error if that fails.
+        """
+        if not self._writers.sharers.is_main:
+            return None, None
         try:
-            if self._policy.with_weights:
+            layout = record_layout(engine.module)
+            if self._policy.with_weights and staging.path is not None:
                 save_configs(engine.module, staging.path)
-            if record.write_processor is not None:
+            if record.write_processor is not None and staging.path is not None:
                 record.write_processor(staging.path)
-        except (OSError, ModelError) as error:
-            return error
-        return None
+        except Exception as error:  # a tokenizer may raise anything; told to all in ``write``
+            return None, error
+        return layout, None
 
     def _manifest(self, engine: Engine, record: RunRecord) -> Manifest:
         return Manifest(
@@ -306,7 +311,8 @@ class ContentCapture:
             self._warned_of_caches = True
             logger.warning(
                 "%d buffers that are in no state_dict were replaced by other tensors (%s): they "
-                "are taken for caches and are not in checkpoints; what must be is changed in place",
+                "are taken for caches and are not in checkpoints; change a buffer in place if it "
+                "must be saved",
                 len(caches),
                 ", ".join(caches[:3]),
             )
@@ -353,7 +359,7 @@ def files_by_folder(
         if first == folder:
             files |= records
         else:
-            elsewhere |= {n: r for n, r in records.items() if content.is_of_a_rank(n)}
+            elsewhere |= {n: r for n, r in records.items() if content.is_rank_file(n)}
     return files, elsewhere
 
 
@@ -367,7 +373,11 @@ def _write_document(path: Path, document: Any) -> FileRecord:
         check_depth(document)
     except ValueError as error:
         raise CheckpointError(
-            Problem(f"{path.name}: {error}", "a callback's state or a log is so", "flatten it")
+            Problem(
+                f"{path.name}: {error}",
+                "a callback's state or a log entry is nested that deep",
+                "flatten it",
+            )
         ) from error
     try:
         return write_json(path, without_secrets(document))

@@ -63,7 +63,7 @@ def encode(value: Any, *, where: str, levels: int = 0) -> Any:
     """
     if levels > MOST_LEVELS - _LEVELS_AROUND:
         raise CheckpointError(
-            Problem(f"{where[:200]}... is nested too deep", "no reader would take it")
+            Problem(f"{where[:200]}... is nested too deep", "readers of JSON refuse such values")
         )
     if isinstance(value, np.generic):
         value = value.item()

@@ -1,4 +1,4 @@
-"""What goes into a checkpoint: this rank's slices, copied to host memory or read when written."""
+"""The content of a checkpoint: this rank's slices, copied to host memory or read when written."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def buffer_file(rank: int) -> str:
     return f"{STATE}/rank-{rank:05d}-buffers.safetensors"
 
 
-def is_of_a_rank(name: str) -> bool:
+def is_rank_file(name: str) -> bool:
     """Tell whether a file of a checkpoint belongs to one rank."""
     return name.startswith(f"{STATE}/rank-")
 
@@ -79,7 +79,7 @@ class Slices:
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a file of buffers says.
+    """The content of a file of buffers.
 
     Attributes:
         tensors: the buffers by their names.

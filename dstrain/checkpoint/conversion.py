@@ -33,7 +33,7 @@ _ADAM = {"exp_avg", "exp_avg_sq"}
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written.
+    """The result of a conversion.
 
     Attributes:
         step: optimizer steps of the run.
@@ -76,7 +76,7 @@ def convert(
         raise CheckpointError(Problem(f"{folder} is damaged", "\n".join(missing)))
     engine = read_run(folder)["engine"]
     kinds: set[str] = set()
-    with folders.made_whole(out) as staging:
+    with folders.filled_atomically(out) as staging:
         tag = f"global_step{manifest.step}_universal"
         for name in manifest.optimized:
             kinds |= _write_parameter(index, manifest, name, staging / tag / "zero", on_tensor)

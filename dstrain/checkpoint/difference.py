@@ -1,4 +1,4 @@
-"""What differs between two checkpoints: values of every tensor, state of the run, config, metrics.
+"""Comparing two checkpoints: values of every tensor, state of the run, config, metrics.
 
 The two may have been written by any number of ranks at any stage. Values are compared piece by
 piece, so memory holds a few megabytes of each whatever the size of the checkpoints.
@@ -22,7 +22,7 @@ from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
 from dstrain.checkpoint.run_files import read_run
 from dstrain.checkpoint.slice_index import Piece, SliceIndex, read_index
 from dstrain.config import difference as configs
-from dstrain.core.documents import Plain, Text, read_document
+from dstrain.core.documents import read_document
 from dstrain.models import TensorReader
 
 _CHUNK_NUMEL = 2**20
@@ -30,26 +30,6 @@ _MOST_FILES = 64
 _IN_MANIFEST = ("step", "world_size", "stage", "precision", "resumable", "has_weights", "layout")
 # What a clock says, or where it was said.
 _NOT_COMPARED = ("position.meters",)
-
-
-@dataclass(frozen=True)
-class _Reason:
-    """Why a key of a DeepSpeed config is as it is."""
-
-    detail: Text
-
-
-@dataclass(frozen=True)
-class _ConfigRecord:
-    """Holds the parts of ``resolved_config.json`` that a comparison looks at."""
-
-    deepspeed: Plain | None = None
-    provenance: Mapping[Text, _Reason] | None = None
-    arguments: Plain | None = None
-    set_arguments: list[Text] | None = None
-    adopted_from_config: Plain | None = None
-    facts: Plain | None = None
-    versions: Mapping[Text, Text] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +53,7 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that differs.
+    """All differences between two checkpoints.
 
     Attributes:
         values: plain values: (title of the group, name, of the first, of the second).
@@ -161,7 +141,9 @@ def _config_values(
 ) -> Iterator[tuple[str, str, Any, Any]]:
     if not all(configs.RECORD_FILE in m.files for m in manifests):
         return
-    records = [read_document(f / configs.RECORD_FILE, _ConfigRecord) for f in (first, second)]
+    records = [
+        read_document(f / configs.RECORD_FILE, configs.ConfigRecord) for f in (first, second)
+    ]
     if all(r.deepspeed is not None and r.provenance is not None for r in records):
         for found in configs.differences(*map(asdict, records)):
             ours, theirs = found.this, found.other  # whose value is None where it is not there

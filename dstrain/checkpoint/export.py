@@ -103,7 +103,7 @@ def export(
         logger.warning("%s", remark)
     tensors = _tensors(source, wanted, extra, as_trained=dtype is None)
     first = tensors[0].dtype if tensors else wanted
-    with folders.made_whole(out) as staging:
+    with folders.filled_atomically(out) as staging:
         _write(tensors, staging, shard_bytes, on_tensor)
         for name in copied:
             shutil.copyfile(folder / name, staging / name)
@@ -126,7 +126,7 @@ class _Source:
         self._verified: set[str] = set()
 
     def verify(self, names: Iterable[str]) -> None:
-        """See to it that files are as they were written.
+        """Check that files are as they were written.
 
         Raises:
             CheckpointError: naming those that are not.

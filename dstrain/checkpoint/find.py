@@ -12,16 +12,16 @@ from dstrain.checkpoint.slice_index import check_coverage, read_index
 from dstrain.checkpoint.trainer_state import STATE as TRAINER_STATE
 from dstrain.checkpoint.trainer_state import read_trainer_state
 from dstrain.core.errors import CheckpointError, Problem
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, gather_objects
+from dstrain.core.ranks import Ranks, all_or_none, gather_objects
 
 logger = get_logger(__name__)
 
 AUTO = "auto"
 
 
-Look = Callable[[Path, Manifest], object]
+Inspect = Callable[[Path, Manifest], object]
 """Reads what a run needs of a checkpoint, and raises a ``CheckpointError`` where it cannot."""
 
 
@@ -31,7 +31,7 @@ def choose_checkpoint(
     ranks: Ranks,
     *,
     on_each_node: bool = False,
-    look: Look = lambda folder, manifest: None,
+    inspect: Inspect = lambda folder, manifest: None,
 ) -> tuple[Path, Manifest] | None:
     """Choose the checkpoint to resume from, the same on all ranks, which verify it together.
 
@@ -42,8 +42,8 @@ def choose_checkpoint(
         ranks: facts of this process.
         on_each_node: whether each machine has the folder on a disk of its own; a checkpoint counts
             only where every machine has its part of it.
-        look: what the run reads of a checkpoint beside what this room knows of: on every rank, once
-            its files have been verified.
+        inspect: reads what the run needs beside the files of this room; called on every rank once
+            the files have been verified.
 
     Returns:
         folder and manifest; None only for "auto".
@@ -53,14 +53,14 @@ def choose_checkpoint(
     """
     if wanted is not True and wanted != AUTO:
         folder = expanded(str(wanted))
-        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, look=look)
+        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, inspect=inspect)
         if manifest is None:
             raise _unusable(folder, problems, output_dir)
         return folder, manifest
     candidates, others = _candidates(output_dir, on_each_node=on_each_node)
     skipped = []
     for folder in candidates:
-        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, look=look)
+        manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, inspect=inspect)
         if manifest is not None:
             return folder, manifest
         skipped.append(f"{folder.name}: {'; '.join(problems)}")
@@ -80,16 +80,18 @@ def _candidates(output_dir: Path, *, on_each_node: bool) -> tuple[list[Path], bo
         Everything with a checkpoint's name, so that each that is none is skipped with its reason;
         and whether any of them has a manifest.
     """
-    manifests = {found.folder for found in folders.committed(output_dir)}
-    said = gather_objects(
-        [(f.step, str(f.folder), f.folder in manifests) for f in folders.named(output_dir)]
-    )
+    with all_or_none(), told_refused(CheckpointError):
+        manifests = {found.folder for found in folders.committed(output_dir)}
+        mine = [(f.step, str(f.folder), f.folder in manifests) for f in folders.named(output_dir)]
+    said = gather_objects(mine)
     said = said if on_each_node else said[:1]
     steps = {step for found in said for step, _, _ in found}
     any_committed = any(whole for found in said for _, _, whole in found)
     if not on_each_node:
         return [Path(name) for _, name, _ in reversed(said[0])], any_committed
-    return [folders.place(output_dir, s) for s in sorted(steps, reverse=True)], any_committed
+    return [
+        folders.checkpoint_path(output_dir, s) for s in sorted(steps, reverse=True)
+    ], any_committed
 
 
 def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
@@ -100,7 +102,8 @@ def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
     return True if word in (True, "true") else AUTO if word == AUTO else given
 
 
-def check_there(given: str | bool | None, output_dir: Path) -> None:
+@told_refused(CheckpointError)
+def check_resumable(given: str | bool | None, output_dir: Path) -> None:
     """Check quickly, before anything expensive, that there is something to resume from.
 
     Raises:
@@ -195,7 +198,7 @@ def _verified(
     *,
     on_each_node: bool,
     model_alone: bool = False,
-    look: Look = lambda folder, manifest: None,
+    inspect: Inspect = lambda folder, manifest: None,
 ) -> tuple[Manifest | None, list[str]]:
     """Verify a checkpoint on all ranks together; return its manifest (None: unusable) and problems.
 
@@ -204,7 +207,7 @@ def _verified(
         ranks: facts of this process.
         on_each_node: whether each machine reads a folder of its own.
         model_alone: whether it will do without optimizer state.
-        look: as for ``choose_checkpoint``; not asked of what is damaged.
+        inspect: as for ``choose_checkpoint``; not called for a damaged checkpoint.
     """
     manifest = None
     readers = ranks.on_machine() if on_each_node else ranks
@@ -215,7 +218,7 @@ def _verified(
         elif ranks.is_main and (extra := extra_files(folder, manifest)):
             logger.warning("%s has files that are no part of it: %s", folder, ", ".join(extra))
         if not problems:
-            look(folder, manifest)
+            inspect(folder, manifest)
     except CheckpointError as error:
         problems = _lines(error)
     if on_each_node:
@@ -272,6 +275,10 @@ def _none_to_resume(output_dir: Path, skipped: list[str]) -> CheckpointError:
 
 def _suggestion(folder: Path, output_dir: Path) -> str:
     for place in (folder, output_dir):
-        if found := folders.committed(place):
+        try:
+            found = folders.committed(place)
+        except PermissionError:
+            return f"{str(place)!r} may not be read"
+        if found:
             return f"the newest checkpoint in {str(place)!r} is {str(found[-1].folder)!r}"
     return f"there is no checkpoint in {str(output_dir)!r}"

@@ -4,8 +4,8 @@ A checkpoint is written under a hidden name of its own and gets its place by ren
 manifest is on the disk. Whatever is killed when: `checkpoint-N` is a whole checkpoint or absent.
 
 A run's folder is the user's. What is removed, renamed or replaced in it is what dstrain has made: a
-hidden folder of its own naming and content, or a folder that `manifest.is_ours`. Links are the
-user's.
+hidden folder of its own naming and content, or a folder that passes
+`manifest.is_dstrain_checkpoint`. Links are the user's.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Found:
     folder: Path
 
 
-def place(output_dir: Path, step: int) -> Path:
+def checkpoint_path(output_dir: Path, step: int) -> Path:
     """Return the path of a step's checkpoint."""
     return output_dir / f"checkpoint-{step}"
 
 
 def step_of(name: str) -> int | None:
-    """Return the step in a checkpoint's name, as ``place`` writes it; None for any other name."""
+    """Return the step in the name that ``checkpoint_path`` gives; None for any other name."""
     match = _NAME.fullmatch(name)
     return None if match is None else int(match[1])
 
@@ -71,7 +71,7 @@ def committed(output_dir: Path) -> list[Found]:
 
 def owned(output_dir: Path) -> list[Found]:
     """List the committed checkpoints that dstrain may remove: none that is a symbolic link."""
-    return [f for f in committed(output_dir) if manifests.is_ours(f.folder)]
+    return [f for f in committed(output_dir) if manifests.is_dstrain_checkpoint(f.folder)]
 
 
 def new_staging(output_dir: Path, step: int) -> Path:
@@ -135,7 +135,7 @@ def commit(staging: Path, output_dir: Path, step: int) -> Path:
         OSError: renaming failed.
         CheckpointError: the place is taken; with the name that the checkpoint has instead.
     """
-    target = place(output_dir, step)
+    target = checkpoint_path(output_dir, step)
     (staging / LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         (staging / STATE).rmdir()  # only where it is empty
@@ -144,7 +144,7 @@ def commit(staging: Path, output_dir: Path, step: int) -> Path:
     sync_folder(staging)
     old = None
     if os.path.lexists(target):
-        if not manifests.is_ours(target):
+        if not manifests.is_dstrain_checkpoint(target):
             raise _taken(target, _kept_beside(staging, target))
         old = output_dir / f".checkpoint-{step}.replaced-{uuid.uuid4().hex[:8]}"
         os.rename(target, old)
@@ -156,7 +156,7 @@ def commit(staging: Path, output_dir: Path, step: int) -> Path:
 
 
 def _kept_beside(staging: Path, target: Path) -> Path:
-    """Give a finished checkpoint a name that nothing of ours removes."""
+    """Give a finished checkpoint a name that dstrain never removes."""
     kept = target.parent / f"{target.name}.kept-{uuid.uuid4().hex[:8]}"
     os.rename(staging, kept)
     sync_folder(kept.parent)
@@ -196,7 +196,7 @@ def check_new(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def made_whole(out: Path) -> Iterator[Path]:
+def filled_atomically(out: Path) -> Iterator[Path]:
     """Make a folder to fill in the block, which becomes ``out`` if the block succeeds.
 
     Raises:
@@ -254,11 +254,11 @@ def recover(output_dir: Path) -> None:
             )
         elif (
             replaced
-            and manifests.is_ours(path)
-            and not os.path.lexists(place(output_dir, int(replaced[1])))
+            and manifests.is_dstrain_checkpoint(path)
+            and not os.path.lexists(checkpoint_path(output_dir, int(replaced[1])))
         ):
             try:
-                os.rename(path, place(output_dir, int(replaced[1])))
+                os.rename(path, checkpoint_path(output_dir, int(replaced[1])))
             except OSError as error:
                 logger.warning("%s could not be put back: %s", path, error)
             else:
@@ -266,7 +266,7 @@ def recover(output_dir: Path) -> None:
         elif _is_leftover(path) and not _is_held(path, if_unknown=True):
             logger.warning("%s is removed: a run was killed while it worked on it", path)
             _remove(path)
-        elif step_of(path.name) is not None and not manifests.is_ours(path):
+        elif step_of(path.name) is not None and not manifests.is_dstrain_checkpoint(path):
             logger.warning(
                 "%s is no checkpoint of dstrain's (%s): it is left as it is, and a checkpoint of "
                 "that step would be kept beside it",
@@ -286,7 +286,7 @@ def _has_our_content(folder: Path) -> bool:
     A save begins with an empty `state` and its lock; the removal of a checkpoint ends with its
     manifest.
     """
-    if folder.is_symlink() or manifests.is_ours(folder):
+    if folder.is_symlink() or manifests.is_dstrain_checkpoint(folder):
         return True
     staged = _STAGED.fullmatch(folder.name)
     marks = {STATE, LOCK} if staged is not None and staged[1] == "writing" else set()
@@ -337,7 +337,7 @@ def remove(checkpoint: Found) -> bool:
         False where the system refused, which is logged.
     """
     folder = checkpoint.folder
-    if not manifests.is_ours(folder):
+    if not manifests.is_dstrain_checkpoint(folder):
         logger.warning("%s is left as it is: it is no checkpoint of dstrain's", folder)
         return False
     hidden = folder.parent / f".checkpoint-{checkpoint.step}.removing-{uuid.uuid4().hex[:8]}"
@@ -351,7 +351,7 @@ def remove(checkpoint: Found) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that has a hidden name of ours; of a symbolic link, only the link."""
+    """Remove a folder that has one of dstrain's hidden names; of a symbolic link, only the link."""
     try:
         if folder.is_symlink():
             folder.unlink()

@@ -1,4 +1,4 @@
-"""Bringing in a run that DeepSpeed or transformers saved, as a dstrain checkpoint.
+"""Importing a run that DeepSpeed or transformers saved, as a dstrain checkpoint.
 
 Nothing of the files is executed (``pickles.py``). They are memory-mapped and copied tensor by
 tensor, so this process needs room for the largest tensor, whatever the size of the checkpoint.
@@ -18,7 +18,7 @@ from typing import Any
 from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.codec import encode
 from dstrain.checkpoint.foreign.deepspeed_files import read_deepspeed, tag_folder
-from dstrain.checkpoint.foreign.parts import Foreign
+from dstrain.checkpoint.foreign.parts import ForeignRun
 from dstrain.checkpoint.foreign.pickles import load_pickle
 from dstrain.checkpoint.foreign.plain_files import OPTIMIZER, SCHEDULE, read_plain, read_state
 from dstrain.checkpoint.manifest import (
@@ -46,7 +46,7 @@ _LEFT_OUT |= {"pytorch_model.bin.index.json"}
 
 @dataclass(frozen=True)
 class Imported:
-    """What came in.
+    """The result of an import.
 
     Attributes:
         kind: what had written it.
@@ -70,7 +70,7 @@ def import_checkpoint(
     on_tensor: Callable[[str, int], object] = lambda name, num_bytes: None,
     on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> Imported:
-    """Make a dstrain checkpoint ``out`` of what ``source`` holds.
+    """Make a dstrain checkpoint ``out`` from the checkpoint in ``source``.
 
     Args:
         source: a folder with ``latest`` or the files of one tag (DeepSpeed), a ``checkpoint-N`` of
@@ -85,14 +85,14 @@ def import_checkpoint(
             checksums.
 
     Raises:
-        CheckpointError: nothing that can be brought in, or only by executing it.
+        CheckpointError: nothing that can be imported, or only by executing it.
         ModelError: its ``config.json`` does not say what the model is.
     """
     folders.check_new(out)
-    _check_own(source, on_file)
+    _check_dstrain_checkpoint(source, on_file)
     state = read_state(source)
     found = _read(source, state)
-    own = _own_record(source)
+    own = _dstrain_record(source)
     shared, documents, remarks = _shared(
         found, state, samples_per_epoch=samples_per_epoch, batch=global_batch_size
     )
@@ -105,7 +105,7 @@ def import_checkpoint(
             json.loads(json.dumps(found.config, default=str)), where="the DeepSpeed config"
         ),
     }
-    with folders.made_whole(out) as staging:
+    with folders.filled_atomically(out) as staging:
         (staging / folders.STATE).mkdir()
         files = _write(found, staging, shared, documents, on_tensor)
         files |= _copy_model_files(source, staging)
@@ -132,7 +132,7 @@ def import_checkpoint(
     return Imported(found.kind, found.step, len(found.parameters), (*found.remarks, *remarks))
 
 
-def _check_own(source: Path, on_file: Callable[[int], object]) -> None:
+def _check_dstrain_checkpoint(source: Path, on_file: Callable[[int], object]) -> None:
     """Verify a dstrain checkpoint, and refuse one that is not in DeepSpeed's layout.
 
     Raises:
@@ -148,7 +148,7 @@ def _check_own(source: Path, on_file: Callable[[int], object]) -> None:
     require_files(source, manifest, list(manifest.files), on_file=on_file)
 
 
-def _read(source: Path, state: Mapping[str, Any]) -> Foreign:
+def _read(source: Path, state: Mapping[str, Any]) -> ForeignRun:
     if not source.is_dir():
         raise CheckpointError(Problem(f"{str(source)!r} is no folder"))
     folder = tag_folder(source)
@@ -167,7 +167,7 @@ def _read(source: Path, state: Mapping[str, Any]) -> Foreign:
     inside = [found.folder for found in folders.named(source)]
     raise CheckpointError(
         Problem(
-            f"nothing in {str(source)!r} can be brought in",
+            f"nothing in {str(source)!r} can be imported",
             "it has neither DeepSpeed's files (latest, *_model_states.pt) nor those of "
             f"transformers' Trainer ({OPTIMIZER}, trainer_state.json)",
             f"did you mean {str(inside[-1])!r}?" if inside else "name a checkpoint's folder",
@@ -176,7 +176,7 @@ def _read(source: Path, state: Mapping[str, Any]) -> Foreign:
 
 
 def _shared(
-    found: Foreign, state: Mapping[str, Any], *, samples_per_epoch: int | None, batch: int | None
+    found: ForeignRun, state: Mapping[str, Any], *, samples_per_epoch: int | None, batch: int | None
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Make ``run.json`` and ``trainer_state.json``, and remarks on what had to be assumed."""
     remarks = []
@@ -201,7 +201,7 @@ def _shared(
             "how far into an epoch the run was is not known: it goes on with the first sample of "
             "one; --samples_per_epoch tells"
         )
-    remarks.append("random states are not brought in, and the order of samples is dstrain's own")
+    remarks.append("random states are not imported, and the order of samples is dstrain's own")
     seen = found.engine["counters"]["global_samples"] or step * batch
     groups = found.engine["groups"]
     position = {
@@ -246,7 +246,7 @@ def _loss_sum(state: Mapping[str, Any]) -> float:
     return total
 
 
-def _own_record(source: Path) -> dict[str, Any] | None:
+def _dstrain_record(source: Path) -> dict[str, Any] | None:
     """Read ``run.json`` of a dstrain checkpoint in DeepSpeed's layout; None where it has none."""
     path = source / content.RUN
     if not (source / NAME).exists() or not path.exists():
@@ -257,7 +257,7 @@ def _own_record(source: Path) -> dict[str, Any] | None:
 
 
 def _write(
-    found: Foreign,
+    found: ForeignRun,
     staging: Path,
     shared: Any,
     documents: Mapping[str, Any],
@@ -269,7 +269,7 @@ def _write(
             "spans": json.dumps(partition.spans),
             "scalars": json.dumps(partition.scalars),
         }
-        tensors = [_told(stored, on_tensor) for stored in partition.tensors]
+        tensors = [_reported(stored, on_tensor) for stored in partition.tensors]
         name = content.slice_file(rank)
         files[name] = write_tensor_file(staging / name, tensors, metadata)
     if found.buffers:
@@ -280,7 +280,7 @@ def _write(
     return files
 
 
-def _told(stored: Stored, on_tensor: Callable[[str, int], object]) -> Stored:
+def _reported(stored: Stored, on_tensor: Callable[[str, int], object]) -> Stored:
     def load() -> Any:
         on_tensor(stored.name, stored.num_bytes)
         return stored.load()

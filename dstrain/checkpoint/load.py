@@ -36,7 +36,7 @@ _CHUNK_NUMEL = 8 * 2**20
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint gives back to the trainer.
+    """The state that a checkpoint gives back to the trainer.
 
     Attributes:
         shared: ``RunRecord.shared``.
@@ -106,7 +106,7 @@ def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceI
     with engine.state.loading(index.scalars) as held:
         _check_state(held, index)
         if manifest.elsewhere:
-            check_here(held, index, folder)
+            check_local_slices(held, index, folder)
         read_shards(held, index)
 
 
@@ -185,7 +185,7 @@ def misfits(
     return problems
 
 
-def check_here(
+def check_local_slices(
     held: Sequence[StateShard], index: SliceIndex, folder: Path, *, values_only: bool = False
 ) -> None:
     """Check that this machine's folder has all slices that this rank needs.

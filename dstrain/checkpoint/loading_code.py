@@ -1,4 +1,4 @@
-"""What a model's own code does when torch loads it, after a checkpoint was read without torch.
+"""Calling the loading code of a model's modules, after a checkpoint was read without torch.
 
 Weights are read into place a slice at a time, so nobody calls ``load_state_dict``. A model may rely
 on it: a hook, or an override, that computes something from the weights once they are loaded. Such
@@ -44,7 +44,7 @@ _LIBRARIES = frozenset(
 
 
 def call_loading_code(engine: Engine, ranks: Ranks) -> bool:
-    """Call the loading code that modules have of their own; a collective of all ranks.
+    """Call the loading code that users have written for modules; a collective of all ranks.
 
     A module that has some finds its weights whole, and those below it: at stage 3 they are gathered
     for it, one such module after the other, once it is known that each fits on every rank. A model
@@ -175,17 +175,17 @@ def _sum_of(parameter: torch.nn.Parameter) -> int:
 def _calls(module: _Module) -> Iterator[_Call]:
     """Find what is to be called, in the order of torch."""
     load: Any = module.load_state_dict
-    if _is_own(load):
+    if _is_user_code(load):
         yield _Call("", module, "load_state_dict", lambda: load(module.state_dict()))
         return
     named = list(module.named_modules())
     for path, part in named:
-        found = ["_load_from_state_dict"] if _is_own(part._load_from_state_dict) else []
-        found += map(_name_of, _own(part._load_state_dict_pre_hooks))
+        found = ["_load_from_state_dict"] if _is_user_code(part._load_from_state_dict) else []
+        found += map(_name_of, _user_hooks(part._load_state_dict_pre_hooks))
         if found:
             yield _Call(path, part, found[0], functools.partial(_load_one, path, part))
     for path, part in reversed(named):  # those of children first
-        if hooks := _own(part._load_state_dict_post_hooks):
+        if hooks := _user_hooks(part._load_state_dict_post_hooks):
             yield _Call(path, part, _name_of(hooks[0]), functools.partial(_after, part, hooks))
 
 
@@ -209,11 +209,11 @@ def _after(part: _Module, hooks: list[Callable[..., object]]) -> None:
         hook(part, _IncompatibleKeys([], []))
 
 
-def _own(hooks: Mapping[int, Callable[..., object]]) -> list[Callable[..., object]]:
-    return [hook for hook in hooks.values() if _is_own(hook)]
+def _user_hooks(hooks: Mapping[int, Callable[..., object]]) -> list[Callable[..., object]]:
+    return [hook for hook in hooks.values() if _is_user_code(hook)]
 
 
-def _is_own(code: Callable[..., object]) -> bool:
+def _is_user_code(code: Callable[..., object]) -> bool:
     """Tell whether a hook or method is the user's, and no library's."""
     home = getattr(_inside(code), "__module__", None) or ""
     return home.split(".")[0] not in _LIBRARIES

@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint is made of. A folder without one is no checkpoint."""
+"""The manifest, which lists the content of a checkpoint. A folder without one is no checkpoint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VERSION = 1
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Manifest:
-    """What one checkpoint holds.
+    """The description of one checkpoint.
 
     Attributes:
         step: optimizer steps that the run had done.
@@ -122,7 +122,15 @@ def _no_manifest(folder: Path) -> CheckpointError:
                 what,
                 f"it has a trainer_state.json and no {NAME}, as those of transformers' Trainer: "
                 f"`dstrain checkpoint import {folder} OUT` makes a checkpoint of it",
-                "import it, and resume from what that writes",
+                "import it, and resume from the checkpoint that this writes",
+            )
+        )
+    if not folder.is_dir():
+        return CheckpointError(
+            Problem(
+                what,
+                "there is no such folder",
+                "give a folder that `dstrain checkpoint ls` lists",
             )
         )
     return CheckpointError(
@@ -186,7 +194,7 @@ def _check_consistent(manifest: Manifest) -> None:
         raise ValueError(f"elsewhere: {both[0]!r} is among its own files too")
 
 
-def is_ours(folder: Path) -> bool:
+def is_dstrain_checkpoint(folder: Path) -> bool:
     """Tell whether dstrain has written a folder as a checkpoint, whole or damaged since.
 
     Nothing else is ever removed, renamed or replaced: not a link, which somebody has made, nor
@@ -244,7 +252,7 @@ def require_files(
     *,
     on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
-    """See to it that files which are about to be read are as they were written.
+    """Check that files which are about to be read are as they were written.
 
     Args:
         folder: the checkpoint.

@@ -14,7 +14,7 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class Reader:
-    """What a run is that wants to go on from a checkpoint.
+    """The facts of a run that resumes, by which DeepSpeed can load a checkpoint or not.
 
     Attributes:
         unpickles: whether the user chose DeepSpeed's layout, and with it that pickles are executed.
@@ -51,7 +51,7 @@ def unpickling(folder: Path, manifest: Manifest, reader: Reader) -> Unpickling:
         CheckpointError: the user did not choose it, or it could not read this one; with every
             reason.
     """
-    convert = f"make it one of any topology: dstrain checkpoint import {folder} OUT"
+    convert = f"convert it for any topology: dstrain checkpoint import {folder} OUT"
     if not reader.unpickles:
         raise CheckpointError(
             Problem(

@@ -1,4 +1,4 @@
-"""How a run saves its checkpoints, and what it adds to each."""
+"""The way in which a run saves its checkpoints, and what it adds to each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dstrain.checkpoint.manifest import SLICES, Layout
 
 @dataclass(frozen=True)
 class Policy:
-    """How a run saves.
+    """The choices of a run about saving.
 
     Attributes:
         output_dir: where checkpoints go.
@@ -38,7 +38,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the trainer adds to the engine's state; plain values and tensors.
+    """The values that the trainer adds to the engine's state: plain values and tensors.
 
     Attributes:
         step: optimizer steps done.
@@ -49,7 +49,8 @@ class RunRecord:
         metrics: of the last evaluation.
         best: folder of the best checkpoint so far, which stays.
         after_commit: called on the main rank with the committed folder, before older ones go; in
-            the writing thread where the save is in the background. It must not raise.
+            the writing thread where the save is in the background. What it raises is logged: the
+            checkpoint is there.
     """
 
     step: int

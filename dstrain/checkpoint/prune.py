@@ -15,7 +15,7 @@ from dstrain.core.errors import CheckpointError, Problem
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a call of ``prune`` does.
+    """The checkpoints that ``prune`` removes, and those that it keeps.
 
     Attributes:
         removed: checkpoints that were removed, or would be.

@@ -1,4 +1,4 @@
-"""``run.json`` and ``rank-N.json`` of a checkpoint: what a run is beside its tensors."""
+"""``run.json`` and ``rank-N.json`` of a checkpoint: the state of a run beside its tensors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def read_rank_state(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str,
 
 @dataclass(frozen=True)
 class _RankExtras:
-    """What is in a rank's file beside ``RunRecord.rank_state``.
+    """The content of a rank's file beside ``RunRecord.rank_state``.
 
     Attributes:
         extra_states: of modules, by their paths, where this rank has another than the main rank.
@@ -86,7 +86,7 @@ class _RankExtras:
 
 
 def _checked(values: Any) -> Any:
-    """Check what is ours among a rank's values, and return all of them."""
+    """Check dstrain's own entries among a rank's values, and return all values."""
     typed(values, _RankExtras)
     return values
 
@@ -95,7 +95,7 @@ _RankState: Any = Annotated[Plain, AfterValidator(_checked)]
 
 
 def _read(path: Path, kind: Any) -> Any:
-    """Read the values of a document of ours, which are of a kind."""
+    """Read a document that dstrain wrote, and check its values against ``kind``."""
     try:
         values = decode(parsed(loaded(path)))
         typed(values, kind)

@@ -63,17 +63,20 @@ class RunLock:
             if not self._times:
                 self._release()
 
-    def keep(self) -> None:
-        """See to it that the folder is still there, and still this run's.
+    def keep(self) -> bool:
+        """Check that the folder is still there, and still this run's; make it anew if it is gone.
 
-        A folder that was moved or removed under the run is made anew in its place, and said so:
+        A folder that was moved or removed under the run is made anew in its place, with a warning:
         the run goes on, and what it saves from then on is there.
+
+        Returns:
+            whether it was moved or removed.
 
         Raises:
             CheckpointError: another run has taken the place of the folder, or it cannot be made.
         """
         if self._file is None or self._is_in_place():
-            return
+            return False
         gone = _id_of(self.folder) != self._of_folder
         moved = self._moved_to()
         self._file.close()
@@ -96,6 +99,7 @@ class RunLock:
                 )
             ) from error
         self._take()
+        return gone
 
     def _take(self) -> None:
         while True:
@@ -109,7 +113,7 @@ class RunLock:
                 raise CheckpointError(
                     Problem(
                         f"another run is writing into {str(self.folder)!r}",
-                        "the two would replace and remove each other's files",
+                        "two runs would replace and remove each other's files",
                         "choose another output_dir, or wait until that run has ended"
                         + (_SHARED if self._on_each_node else ""),
                     )

@@ -100,22 +100,42 @@ class CheckpointWriter:
                 self._lock.keep()
         if self._asynchronous is None:
             self._asynchronous = self._capture.copies_fit(engine)
+        failures = self._begin(engine, record)
+        if self._thread is not None:
+            return
+        if failures and self._lost_folder():
+            failures = self._begin(engine, record)
+            if self._thread is not None:
+                return
+        self._conclude(failures, record.step)
+
+    def _begin(self, engine: Engine, record: RunRecord) -> list[str]:
+        """Save, or begin to in the background; return the failures so far, alike on all ranks."""
         try:
-            copies = self._copies if self._asynchronous else None
-            save = self._prepare(engine, record, copies)
+            save = self._prepare(engine, record, self._copies if self._asynchronous else None)
         except DstrainError as error:
             if isinstance(error, CheckpointError):
                 raise
-            self._conclude([str(error)], record.step)
-            return
-        if self._asynchronous:
-            self._writing = record.step
-            self._thread = threading.Thread(
-                target=self._finish_in_thread, args=(save,), name="checkpoint"
-            )
-            self._thread.start()
-        else:
-            self._conclude(self._finish(save), record.step)
+            return [str(error)]
+        if not self._asynchronous:
+            return self._finish(save)
+        self._writing = record.step
+        self._thread = threading.Thread(
+            target=self._finish_in_thread, args=(save,), name="checkpoint"
+        )
+        self._thread.start()
+        return []
+
+    def _lost_folder(self) -> bool:
+        """Tell whether the folder was moved or removed under a save; a collective.
+
+        That is no failure of the disk: by now the folder has been made anew, and can be written.
+        """
+        lost = False
+        with all_or_none():
+            if self._writers.sharers.is_main:
+                lost = self._lock.keep()
+        return any(gather_objects(lost))
 
     def wait(self) -> None:
         """Wait until nothing is being written any more.
@@ -129,7 +149,9 @@ class CheckpointWriter:
         self._thread = None
         failures, self._failures = self._failures, []
         assert self._writing is not None
-        self._conclude(failures, self._writing)
+        # Training has gone on since: a folder that was lost costs this checkpoint, not the run.
+        lost = any(gather_objects(bool(failures))) and self._lost_folder()
+        self._conclude(failures, self._writing, may_stop=not lost)
 
     def close(self) -> None:
         """Wait, and give everything back; a failure is logged and noted, and no error."""
@@ -147,13 +169,13 @@ class CheckpointWriter:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def _conclude(self, failures: list[str], step: int) -> None:
+    def _conclude(self, failures: list[str], step: int, *, may_stop: bool = True) -> None:
         if not failures:
             self.failed.discard(step)
             return
         self.failed.add(step)
         self._report(failures, step)
-        if self._policy.stop_on_failure:
+        if self._policy.stop_on_failure and may_stop:
             # What is no fault of the disk says its own remedy.
             mended = all("fix: " in failure for failure in failures)
             disk = "" if mended else "free space or repair the disk, then "
@@ -228,7 +250,16 @@ class CheckpointWriter:
         finally:
             save.held.close()  # removes the folder unless it has been committed
         if not failures and self._ranks.is_main and record.after_commit is not None:
-            record.after_commit(folders.place(output_dir, record.step))
+            folder = folders.checkpoint_path(output_dir, record.step)
+            try:
+                record.after_commit(folder)
+            except Exception as error:  # the checkpoint is there, and other ranks know it as such
+                logger.error(
+                    "%s is saved, but what was to follow failed: %s: %s",
+                    folder.name,
+                    type(error).__name__,
+                    error,
+                )
         if not failures and self._writers.sharers.is_main:
             keep = [] if record.best is None else [record.best]
             try:

@@ -31,7 +31,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SliceIndex:
-    """Where all slices of a checkpoint are.
+    """The files and positions of all slices of a checkpoint.
 
     Attributes:
         pieces: (key, parameter) -> pieces in order of their start.
@@ -68,7 +68,7 @@ def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
             Problem(
                 f"{folder} is in DeepSpeed's own layout",
                 "it has no slices by parameter name",
-                f"make it one that has: dstrain checkpoint import {folder} OUT",
+                f"convert it: dstrain checkpoint import {folder} OUT",
             )
         )
     if not manifest.resumable:
@@ -111,10 +111,10 @@ def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
 def _check_spans(
     spans: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], manifest: Manifest
 ) -> None:
-    """Check what a file of slices says of itself against its tensors and the parameters.
+    """Check the metadata of a file of slices against its tensors and the parameters.
 
     Raises:
-        ValueError: it does not.
+        ValueError: they contradict each other.
     """
     for name, (start, numel) in spans.items():
         if name not in manifest.parameters:
@@ -152,10 +152,10 @@ def _mapping(metadata: Mapping[str, str], name: str, kind: Any) -> Any:
     """Read an entry of the metadata of a file of slices.
 
     Raises:
-        ValueError: it does not say it as it must.
+        ValueError: the entry is missing or malformed.
     """
     if name not in metadata:
-        raise ValueError(f"it does not say its {name}: it is no file of slices")
+        raise ValueError(f"it has no {name} in its metadata: it is no file of slices")
     try:
         return typed(parsed(metadata[name].encode()), kind)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The folder that a checkpoint is written in before it is one."""
+"""The folder in which a checkpoint is written before it is committed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dstrain.core.ranks import gather_objects
 
 @dataclass(frozen=True)
 class Staging:
-    """A folder as the rank knows it that made it; empty on the others until they have agreed.
+    """A folder, known to the rank that made it, and to the others once they have agreed.
 
     Attributes:
         path: the folder.

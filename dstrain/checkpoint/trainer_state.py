@@ -1,4 +1,4 @@
-"""What a run reads of a checkpoint's ``trainer_state.json`` and ``training_arguments.json``."""
+"""Reading a checkpoint's ``trainer_state.json`` and ``training_arguments.json``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.core.documents import Count, Flag, Number, Plain, Text, read_document
+from dstrain.core.documents import Count, Flag, Number, Plain, Text, Total, read_document
 
 STATE = "trainer_state.json"
 ARGUMENTS = "training_arguments.json"
@@ -15,7 +15,7 @@ ARGUMENTS = "training_arguments.json"
 
 @dataclass(frozen=True)
 class TrainerStateRecord:
-    """What a checkpoint says of ``TrainerState``; None of what it does not say.
+    """The parts of ``TrainerState`` that a checkpoint states; None for those that it lacks.
 
     Attributes:
         global_step: optimizer steps done.
@@ -35,9 +35,9 @@ class TrainerStateRecord:
     """
 
     global_step: Count | None = None
-    epoch: Number | None = None
-    num_input_tokens_seen: Number | None = None
-    total_flos: Number | None = None
+    epoch: Total | None = None
+    num_input_tokens_seen: Total | None = None
+    total_flos: Total | None = None
     log_history: list[Plain] | None = None
     best_metric: Number | None = None
     best_global_step: Count | None = None
@@ -51,7 +51,7 @@ class TrainerStateRecord:
 
 @dataclass(frozen=True)
 class ArgumentsRecord:
-    """By what a saved run chose its best model."""
+    """The arguments by which a saved run chose its best model."""
 
     metric_for_best_model: Text | None = None
     greater_is_better: Flag | None = None

@@ -12,7 +12,7 @@ from dstrain.checkpoint import content
 from dstrain.checkpoint.buffer_files import load_buffers, reshaped_in
 from dstrain.checkpoint.extra_state import KEY, put_extra_states, states_for
 from dstrain.checkpoint.files import reading
-from dstrain.checkpoint.load import check_here, misfits, read_shards
+from dstrain.checkpoint.load import check_local_slices, misfits, read_shards
 from dstrain.checkpoint.loading_code import call_loading_code
 from dstrain.checkpoint.manifest import Manifest
 from dstrain.checkpoint.run_files import read_rank_state, read_run
@@ -50,7 +50,7 @@ def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks)
         problems = misfits(engine, folder, manifest, index, ranks, reshaped=reshaped)
         raise_problems(problems, error=CheckpointError, title="the checkpoint misfits")
         if index is not None and manifest.elsewhere:
-            check_here(held, index, folder, values_only=True)
+            check_local_slices(held, index, folder, values_only=True)
 
         def read(shards: list[StateShard]) -> None:
             if index is None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from dstrain.cli import checkpoint_look as look
 from dstrain.cli import checkpoint_make as make
 from dstrain.cli.flags import make_parser
-from dstrain.core.errors import ConfigError, Problem, nearest
+from dstrain.core.errors import CheckpointError, ConfigError, Problem, nearest
+from dstrain.core.files import told_refused
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,13 @@ class _Action:
     flags: Callable[[argparse.ArgumentParser], None]
 
 
+@told_refused(CheckpointError)
 def run(words: Sequence[str]) -> int:
     """Run one action; return 1 where ``verify`` found damage or ``diff`` a difference, else 0.
 
     Raises:
         ConfigError: an unknown action or flag.
-        CheckpointError: no checkpoint where one was named.
+        CheckpointError: no checkpoint where one was named, or the system refuses a path.
     """
     if not words or words[0] in ("-h", "--help"):
         print(_usage(), end="")

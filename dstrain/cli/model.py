@@ -8,11 +8,13 @@ import sys
 
 from dstrain.config.memory.sizes import ModelSizes
 from dstrain.core.errors import ModelError, Problem, raise_problems
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
+from dstrain.core.secrets import hidden_in_text
 
 COUNT_SECONDS = 300
 
 
+@told_refused(ModelError)
 def local_folder(name: str) -> str:
     """Check that ``model_name_or_path`` is a local folder with a config; fetch nothing.
 
@@ -37,7 +39,7 @@ def count_in_child(spec: str) -> ModelSizes:
         ModelError: what that process found wrong.
     """
     print(
-        f"no formula for the parameters of {spec!r}: counting them in a process with torch",
+        hidden_in_text(f"no formula for the parameters of {spec!r}: counting them with torch"),
         file=sys.stderr,
         flush=True,
     )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Sequence
 from types import ModuleType
 
 from dstrain.core.errors import ConfigError, Problem, nearest, raise_problems
-from dstrain.core.secrets import hidden_in_words, is_secret_name
+from dstrain.core.secret_names import is_secret_name
+from dstrain.core.secrets import hidden_in_words
 
 # Modules with ``argument_classes()`` (no torch) and ``run(*instances)``.
 TASKS = {"causal-lm": "dstrain.tasks.causal_lm", "seq2seq": "dstrain.tasks.seq2seq"}
 
 
 # How values begin that can have a credential in them: JSON, as it is or in base64, and addresses.
-_SETTINGS = ("{", "ey", "ew", "e3", "http://", "https://")
+_SETTINGS = re.compile(r"\{|e[yw3]|[A-Za-z][A-Za-z0-9+.\-]*:/")
 
 
 def run(words: Sequence[str]) -> int:
@@ -63,7 +65,7 @@ def _refuse_credentials(words: Sequence[str]) -> None:
         flag, equals, value = word.partition("=")
         if not (word.startswith("--") and equals):
             flag, value = (words[i - 1] if i else ""), word
-        if not is_secret_name(flag) and not value.lstrip().startswith(_SETTINGS):
+        if not is_secret_name(flag) and not _SETTINGS.match(value.lstrip()):
             continue  # prose, such as a prompt
         remedy = "put it into a file that only you can read, and give the path of that"
         if flag.replace("-", "_").endswith("hub_token"):

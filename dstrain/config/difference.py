@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dstrain.config.explain import leaf
+from dstrain.core.documents import Plain, Text, parsed, typed
 from dstrain.core.errors import ConfigError, Problem
-from dstrain.core.files import expanded
-from dstrain.core.secrets import without_secrets
+from dstrain.core.files import expanded, told_refused
+from dstrain.core.secrets import hidden_in_text, without_secrets
 
 RECORD_FILE = "resolved_config.json"
 # Where a run writes and what it is called make no other run of it.
@@ -21,6 +22,26 @@ TITLES = {
     "fact": "facts",
     "version": "versions",
 }
+
+
+@dataclass(frozen=True)
+class _Reason:
+    """Why a key of a DeepSpeed config is as it is."""
+
+    detail: Text
+
+
+@dataclass(frozen=True)
+class ConfigRecord:
+    """Holds the parts of ``resolved_config.json`` that a comparison looks at."""
+
+    deepspeed: Plain | None = None
+    provenance: Mapping[Text, _Reason] | None = None
+    arguments: Plain | None = None
+    set_arguments: list[Text] | None = None
+    adopted_from_config: Plain | None = None
+    facts: Plain | None = None
+    versions: Mapping[Text, Text] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +116,7 @@ def as_text(found: tuple[Difference, ...], *, other: str) -> str:
         found: the differences.
         other: what the other run is called.
     """
+    other = hidden_in_text(other)
     if not found:
         return f"nothing differs from {other}"
     counts = {kind: sum(d.kind == kind for d in found) for kind in TITLES}
@@ -114,14 +136,14 @@ def as_data(found: tuple[Difference, ...]) -> list[dict[str, Any]]:
     return [asdict(d) for d in found]
 
 
+@told_refused(ConfigError)
 def read_record(given: str) -> dict[str, Any] | None:
     """Read the record of a run, given its folder or the file; None if ``given`` names neither.
 
     Raises:
-        ConfigError: a folder without a record, or a file that cannot be read.
+        ConfigError: a folder without a record, or a file that cannot be read or holds something
+            else under a record's names.
     """
-    from dstrain.core.documents import parsed
-
     path = expanded(given)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -147,6 +169,14 @@ def read_record(given: str) -> dict[str, Any] | None:
         if is_folder:
             raise ConfigError(Problem(f"--diff {path}", "it is no record of a run of dstrain"))
         return None
+    try:
+        typed(content, ConfigRecord)
+    except ValueError as error:
+        raise ConfigError(
+            Problem(f"--diff {path}", f"it is no record of a run of dstrain: {error}")
+        ) from error
+    if content["deepspeed"] is None or content["provenance"] is None:
+        raise ConfigError(Problem(f"--diff {path}", "it holds no config of a run of dstrain"))
     return content
 
 

@@ -323,7 +323,8 @@ OPTIMIZERS: Final[tuple[Optimizer, ...]] = (
         state_bytes=4,
         warning="Adafactor runs unfactored: ZeRO gives it flat slices, so its second moment is "
         "whole (4 bytes per parameter, half of AdamW's states) and it clips updates by the norm of "
-        "a rank's slice, which depends on the number of ranks; only stage 0 factors",
+        "a rank's slice, which depends on the number of ranks; only stage 0 factors, and its "
+        "checkpoints need checkpoint_format='deepspeed'",
     ),
     Optimizer(
         "adagrad",

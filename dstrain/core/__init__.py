@@ -1,1 +1,1 @@
-"""Errors, rank facts and collectives, seeds, logging. Imports nothing of ours."""
+"""Errors, rank facts and collectives, seeds, logging. Imports no other room."""

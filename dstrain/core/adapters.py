@@ -1,4 +1,4 @@
-"""PEFT's wrapper around a model, told by what it has, so that peft need not be installed."""
+"""Recognising PEFT's wrapper around a model by its attributes, without importing peft."""
 
 from __future__ import annotations
 

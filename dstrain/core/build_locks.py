@@ -87,7 +87,7 @@ def torch_leaves_locks() -> bool:
 
 
 def wait_for_build(lock: Path) -> bool:
-    """Wait until the build that a lock is of has ended, and say on standard error who is at it.
+    """Wait until the build behind a lock has ended; say on standard error which process builds.
 
     Returns:
         Whether its owner has released the lock; False where that was killed, and the lock has been
@@ -221,7 +221,7 @@ def _locks(folder: Path) -> list[Path]:
 
 
 def _stale(locks: Sequence[Path]) -> list[Path]:
-    """Return the locks that are nobody's on two looks, between which all settle at once."""
+    """Return the locks that have no owner in two checks, with one pause for all of them between."""
     first = {lock: seen for lock in locks if (seen := _may_be_stale(lock)) is not None}
     if first:
         time.sleep(SETTLE_SECONDS)
@@ -239,7 +239,7 @@ def _identity(seen: os.stat_result) -> tuple[int, int]:
 
 
 def _may_be_stale(lock: Path, *, says: bool = False) -> os.stat_result | None:
-    """Return the facts of a lock that seems to be nobody's, at one look; else None."""
+    """Return the facts of a lock that has no owner in one check; else None."""
     try:
         seen = lock.stat()
     except FileNotFoundError:

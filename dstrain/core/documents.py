@@ -42,6 +42,12 @@ def _bounded(number: float) -> float:
     return number
 
 
+def _counted(number: float) -> float:
+    if not (0 <= number < 2**63 if isinstance(number, int) else 0.0 <= number < math.inf):
+        raise ValueError("it is out of range")
+    return number
+
+
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
     whole = str(path) == name and name != "."
@@ -63,6 +69,8 @@ Number = Annotated[
     AfterValidator(_bounded),
 ]
 """A number of the type that it is written with."""
+Total = Annotated[Annotated[int, Strict()] | Annotated[float, Strict()], AfterValidator(_counted)]
+"""What has been counted up so far, with its type: finite, and not negative."""
 Shape = Annotated[tuple[Count, ...], AfterValidator(_fits)]
 FileName = Annotated[str, Strict(), AfterValidator(_inside)]
 """A path that stays inside of the folder that it is relative to."""

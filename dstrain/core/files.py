@@ -15,7 +15,7 @@ import xxhash
 from pydantic import StringConstraints
 
 from dstrain.core.documents import Count
-from dstrain.core.errors import Problem, TrainingError
+from dstrain.core.errors import DstrainError, Problem, TrainingError
 
 _CHUNK_BYTES = 16 * 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -114,6 +114,29 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingError(unwritten(f"{path} cannot be written", path, error)) from error
+
+
+@contextlib.contextmanager
+def told_refused(kind: type[DstrainError]) -> Iterator[None]:
+    """Turn the system's refusal of a path in the block into an error for users.
+
+    Also a decorator. Even a look whether a path is there is refused in a folder that is not to be
+    entered.
+
+    Raises:
+        DstrainError: of this kind, in the place of a PermissionError.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "a file"
+        raise kind(
+            Problem(
+                f"{name} cannot be used",
+                f"{error.strerror or error}",
+                "change the permissions of it and of the folders it is in, or name another",
+            )
+        ) from error
 
 
 def unwritten(what: str, path: Path, error: OSError, *, remedy: str = "") -> Problem:

@@ -134,7 +134,7 @@ class _Watch:
     """A thread that checks once a second, in a few small files of /proc, that launchers live."""
 
     def __init__(self, watched: list[Process]) -> None:
-        self.watched, self.ends = watched, False
+        self.watched, self.ends, self.pid = watched, False, os.getpid()
         threading.Thread(target=self._look, name="dstrain-launcher", daemon=True).start()
 
     def _look(self) -> None:
@@ -157,12 +157,14 @@ _watch: _Watch | None = None
 def watch_launchers() -> None:
     """Send this process SIGTERM when a process that launched it has ended.
 
-    To be called once; later calls do nothing.
+    To be called once in a process; later calls do nothing.
 
     SIGTERM, as a scheduler does: training saves and ends, whatever else runs ends at once.
     """
     global _watch
-    if _watch is not None or not Path("/proc/self/stat").exists():
+    if not Path("/proc/self/stat").exists():
+        return
+    if _watch is not None and _watch.pid == os.getpid():  # a fork has no threads
         return
     watched = launchers()
     if not watched and _was_launched():
@@ -171,6 +173,20 @@ def watch_launchers() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     if watched:
         _watch = _Watch(watched)
+
+
+def watch_launchers_of_rank() -> None:
+    """Do the same as ``watch_launchers``, but only where the parent itself is a launcher of ranks.
+
+    For the import of dstrain: the data may take hours from there to the first ``Trainer``, and who
+    has died by then is not found among the processes above. A worker or another child of a rank
+    that imports dstrain ends with that rank, and must not be ended under it while it saves.
+    """
+    if "RANK" not in os.environ or multiprocessing.parent_process() is not None:
+        return
+    parent = Process.of(os.getppid())
+    if parent is not None and parent.launches():
+        watch_launchers()
 
 
 def note_saved(status: int) -> None:

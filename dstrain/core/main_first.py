@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import pickle
+import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
+from dstrain.core import errors
 from dstrain.core.errors import DstrainError, Problem
 from dstrain.core.ranks import Ranks
 
@@ -78,7 +80,7 @@ class _Turn:
 
     def fail(self, error: DstrainError) -> None:
         """Tell the other ranks of an error, and leave them some time to read it."""
-        self._store.set(self._key("failure"), pickle.dumps(error))
+        self._store.set(self._key("failure"), _as_text(error))
         self._store.set(self._key("released"), "")
         self._add("read", True)
         until = time.monotonic() + _READ_SECONDS
@@ -96,7 +98,7 @@ class _Turn:
             time.sleep(pause)
             pause = min(2 * pause, longest)
         if self._store.check([self._key("failure")]):
-            error: DstrainError = pickle.loads(self._store.get(self._key("failure")))
+            error = _from_text(self._store.get(self._key("failure")))
             self._add("read", True)
             raise error
 
@@ -111,6 +113,27 @@ class _Turn:
 
     def _key(self, name: str) -> str:
         return f"turn_{self._number}_{name}"
+
+
+def _as_text(error: DstrainError) -> str:
+    """Return an error as JSON, of which ``_from_text`` makes one of the same kind and message."""
+    message = str(error)
+    has_title = len(error.problems) != 1 or message != str(error.problems[0])
+    return json.dumps(
+        {
+            "kind": type(error).__name__,
+            "title": message.partition("\n")[0].removesuffix(":") if has_title else "",
+            "problems": [asdict(problem) for problem in error.problems],
+        }
+    )
+
+
+def _from_text(text: bytes) -> DstrainError:
+    told = json.loads(text)
+    kind = getattr(errors, told["kind"], DstrainError)
+    problems = [Problem(**problem) for problem in told["problems"]]
+    error: DstrainError = kind(problems, title=told["title"])
+    return error
 
 
 @functools.cache

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dstrain.core.errors import ConfigError, DstrainError, Problem, TrainingError
 
@@ -116,17 +117,19 @@ class PendingSum:
 
     def __init__(self, number: float | Sequence[float], *, device: Any) -> None:
         """Start summing over the ranks, each of several numbers by itself; a collective of all."""
+        import torch
+
         self._sum: Any = number
         self._work: Any = None
+        if is_distributed() or isinstance(number, Sequence):
+            self._sum = torch.tensor(number, dtype=torch.float32, device=device)
         if is_distributed():
-            import torch
             import torch.distributed as dist
 
-            self._sum = torch.tensor(number, dtype=torch.float32, device=device)
             self._work = dist.all_reduce(self._sum, async_op=True)
 
     def get(self) -> Any:
-        """Return the sum: the number as given on one rank, else a float32 tensor of its shape.
+        """Return the sum: one number on one rank as it was given, else a float32 tensor.
 
         On a GPU its stream waits for it and the host does not.
         """
@@ -186,15 +189,55 @@ def barrier() -> None:
         dist.barrier()
 
 
+@dataclass(frozen=True)
+class _Parcel:
+    """A value as it is sent to other ranks: pickled, or in its place why it cannot be."""
+
+    content: bytes = b""
+    failure: str = ""
+
+    @classmethod
+    def of(cls, value: Any) -> _Parcel:
+        """Pack a value; this comes before the collective, in which the others wait for it."""
+        try:
+            return cls(pickle.dumps(value))
+        except Exception as error:  # a user's class may raise anything
+            return cls(failure=f"{type(value).__name__}: {_in_words(error)}")
+
+    def value(self, rank: int) -> Any:
+        """Return what was packed.
+
+        Raises:
+            TrainingError: it could not be packed, or cannot be unpacked; on every rank that asks.
+        """
+        failure = self.failure
+        if not failure:
+            try:
+                return pickle.loads(self.content)  # of a rank of this run
+            except Exception as error:
+                failure = _in_words(error)
+        raise TrainingError(
+            Problem(
+                f"a value of rank {rank} cannot be sent to the other ranks",
+                failure,
+                "use plain values: numbers, texts, lists, dicts and classes of modules",
+            )
+        )
+
+
 def gather_objects(value: T, *, group: Any = None) -> list[T]:
-    """Return the picklable ``value`` of every rank, in rank order, on every rank."""
+    """Return the picklable ``value`` of every rank, in rank order, on every rank.
+
+    Raises:
+        TrainingError: a rank's value cannot be pickled; on every rank.
+    """
     if not is_distributed():
         return [value]
     import torch.distributed as dist
 
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+    parcels: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parcels, _Parcel.of(value), group=group)
+    return [parcel.value(rank) for rank, parcel in enumerate(parcels)]
 
 
 def from_main(ranks: Ranks, ask: Callable[[], T]) -> T:
@@ -211,9 +254,9 @@ def from_main(ranks: Ranks, ask: Callable[[], T]) -> T:
             value = ask()
         except Exception as caught:
             error = caught
-    told: Any = error
+    told: Any = portable_error(error)
     if error is not None and not isinstance(error, DstrainError):
-        told = TrainingError(Problem(f"rank 0 failed: {type(error).__name__}: {error}"))
+        told = TrainingError(Problem(f"rank 0 failed: {_in_words(error)}"))
     value, told = gather_objects((value, told))[0]
     if told is not None:
         raise error or told
@@ -221,14 +264,38 @@ def from_main(ranks: Ranks, ask: Callable[[], T]) -> T:
 
 
 def broadcast_object(value: T, *, group: Any = None) -> T:
-    """Return the main rank's picklable ``value`` on every rank."""
+    """Return the main rank's picklable ``value`` on every rank.
+
+    Raises:
+        TrainingError: it cannot be pickled; on every rank.
+    """
     if not is_distributed():
         return value
     import torch.distributed as dist
 
-    values = [value]
-    dist.broadcast_object_list(values, src=0, group=group)
-    return values[0]
+    parcels = [_Parcel.of(value) if dist.get_rank() == 0 else _Parcel()]
+    dist.broadcast_object_list(parcels, src=0, group=group)
+    return cast("T", parcels[0].value(0))
+
+
+def portable_error(error: Exception | None) -> Exception | None:
+    """Return an error that another rank can raise: this one, or one that says what it says."""
+    if error is None or not why_not_sent(error):
+        return error
+    return TrainingError(Problem(f"{type(error).__name__} on another rank", str(error)))
+
+
+def why_not_sent(value: Any) -> str:
+    """Say why a value cannot be sent to another rank; "" where it can be."""
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception as error:  # a user's class may raise anything
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
@@ -244,7 +311,7 @@ def all_or_none(*, group: Any = None) -> Iterator[None]:
         yield
     except DstrainError as caught:
         error = caught
-    for found in gather_objects(error, group=group):
+    for found in gather_objects(portable_error(error), group=group):
         if found is not None:
             raise error or found
 

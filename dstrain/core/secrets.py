@@ -1,4 +1,4 @@
-"""Credentials: which names and texts hold one, and how they are shown where things are written.
+"""Recognising credentials by their names and texts, and masking them wherever things are written.
 
 Everything that leaves the process goes through here: records, logs, errors, uploads, trackers. A
 value is judged by its name (``comet.api_key``, ``hub_token``, ``--password``), a text also by what
@@ -13,59 +13,18 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-# Words that make a name that of a credential wherever they stand in it.
-_ALWAYS = frozenset(
-    {
-        *("password", "passwords", "passwd", "passphrase", "passcode", "pwd"),
-        *("secret", "secrets", "credential", "credentials", "authorization", "bearer"),
-        *("apikey", "apikeys", "accesskey", "secretkey", "authtoken", "apitoken", "accesstoken"),
-        *("hubtoken", "hftoken", "jwt", "cookie", "cookies", "webhook"),
-    }
-)
-# Words that say so where a name ends in them, or goes on with one of the words below.
-_CODES = frozenset({"pin", "otp", "totp", "psk", "passkey"})
-_OF_CODES = frozenset({"code", "codes", "number"})
-# What a key is that opens something; others name entries of a table, or columns.
-_KEYS = frozenset(
-    {
-        *("api", "access", "secret", "private", "signing", "encryption", "account", "license"),
-        *("ssh", "auth", "master", "subscription", "storage", "deploy", "client", "shared"),
-    }
-)
-# Words that make `..._token` one of a vocabulary. Any other that is a text is a credential.
-_VOCABULARY = frozenset(
-    {
-        *("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video", "audio", "speech"),
-        *("start", "end", "stop", "special", "additional", "added", "extra", "new", "next"),
-        *("first", "last", "max", "min", "num", "per", "text", "prompt", "response", "think"),
-        *("boi", "eoi", "bot", "eot", "eom", "boa", "eoa", "turn", "fim", "prefix", "suffix"),
-        *("middle", "language", "task", "vision", "modal", "object", "placeholder", "split"),
-        *("no", "blank", "delimiter", "word", "decoder", "encoder", "forced", "completion"),
-        *("chunk", "patch", "global", "separator", "padding", "unknown"),
-    }
-)
-# Words that make a list `..._tokens` one of credentials; other lists are of a vocabulary.
-_OPENING = frozenset(
-    {"api", "auth", "access", "hub", "hf", "bearer", "refresh", "session", "login"}
-)
+from dstrain.core.secret_names import is_always_secret, is_secret_name, is_token, words_of
+
 _MARK = re.compile(r"</?[^<>\s]+>|\[[\w|]+\]|\$?\{[\w.]+\}")
 _PLAIN = frozenset({"", "none", "null", "true", "false", "auto"})
 _ELLIPSIS = re.compile(r"(?:\.{3}|…|\*+)[`.,:;!?]*")
 _IDENTIFIER = re.compile(r"-{0,2}[A-Za-z_][\w.\-]*")
 _COLUMN = re.compile(r"[a-z]+(?:_[a-z]+)*")
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-
-
-def is_secret_name(name: str) -> bool:
-    """Tell whether a value of this name is a credential, judged by the name's last part.
-
-    Of ``comet.api_key`` the words ``api`` and ``key`` count; capital letters part words too, as in
-    ``apiKey``.
-    """
-    return _is_always_secret(name) or _is_token(name)
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
@@ -119,6 +78,8 @@ def hidden_in_text(text: str, *, known: Iterable[str | None] = ()) -> str:
         return text
     text = _BASE64.sub(_hidden_base64, text)
     text = _URL.sub(r"\g<1><SECRET>@", text)
+    text = _FLAT_URL.sub(_without_user, text)
+    text = _SIGNED.sub(r"\g<1><SIGNATURE>", text)
     text = _KNOWN.sub("<SECRET>", text)
     text = _AFTER_SCHEME.sub(r"\g<1> <SECRET>", text)
     return _hidden_after(_NAMED, _hidden_after(_FLAG, text))
@@ -140,6 +101,17 @@ def hidden_in_words(words: Sequence[str]) -> list[str]:
     return shown
 
 
+@contextmanager
+def command_without_secrets() -> Iterator[None]:
+    """Let ``sys.argv`` show masks meanwhile: trackers send the command that a run began with."""
+    words = sys.argv
+    sys.argv = [*words[:1], *hidden_in_words(words[1:])]
+    try:
+        yield
+    finally:
+        sys.argv = words
+
+
 class HidesSecrets(logging.Filter):
     """A logging filter that masks credentials in messages and tracebacks, before any handler."""
 
@@ -159,48 +131,23 @@ class HidesSecrets(logging.Filter):
         return True
 
 
-# --- names ---------------------------------------------------------------------------------------
-
-
-def _words(name: str) -> list[str]:
-    return [word.lower() for word in _WORD.findall(name.rpartition(".")[2])]
-
-
-def _is_always_secret(name: str) -> bool:
-    """Tell whether all that is under this name is a credential, numbers and nested parts too."""
-    words = _words(name)
-    if not _ALWAYS.isdisjoint(words):
-        return True
-    pairs = zip(words, words[1:], strict=False)
-    if any(first in _KEYS and second in ("key", "keys") for first, second in pairs):
-        return True
-    if words[-1:] == ["auth"] or not _CODES.isdisjoint(words[-1:]):
-        return True
-    if not _CODES.isdisjoint(words[-2:-1]) and not _OF_CODES.isdisjoint(words[-1:]):
-        return True
-    return words[-1:] == ["tokens"] and words[-2:-1] != [] and words[-2] in _OPENING
-
-
-def _is_token(name: str) -> bool:
-    """Tell whether a text of this name is a token that opens something, not one of a vocabulary."""
-    words = _words(name)
-    return words[-1:] == ["token"] and _VOCABULARY.isdisjoint(words[:-1])
-
-
 # --- values --------------------------------------------------------------------------------------
 
 
 def _hidden(value: Any, name: str, *, inside: bool) -> Any:
     """Mask credentials as ``without_secrets`` does; all of it where ``inside`` a credential."""
-    inside = inside or _is_always_secret(name)
+    inside = inside or is_always_secret(name)
     if isinstance(value, Mapping):
         parts = {k: _hidden(v, str(k), inside=inside) for k, v in value.items()}
         if _names_its_value(value):
             parts["value"] = _hidden(value["value"], _name_in(value), inside=inside)
+        shown_keys = [_hidden_key(key) for key in value]
         same = all(parts[k] is v for k, v in value.items())
-        return value if same else parts
+        if same and all(shown is key for shown, key in zip(shown_keys, value, strict=True)):
+            return value
+        return dict(zip(_distinct(shown_keys), parts.values(), strict=True))
     if isinstance(value, (list, tuple, set, frozenset)):
-        inner = name if inside or _is_token(name) else ""
+        inner = name if inside or is_token(name) else ""
         if hasattr(value, "_fields"):
             names = list(value._fields) if not inner else [inner] * len(value)
         elif _is_named_pair(value):
@@ -214,9 +161,9 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
             return type(value)(*listed)
         return type(value)(listed)
     if isinstance(value, bytes):
-        return mask_of(name) if inside or _is_token(name) else value
+        return mask_of(name) if inside or is_token(name) else value
     if isinstance(value, str):
-        if (inside or _is_token(name)) and not _shows_nothing(value):
+        if (inside or is_token(name)) and not _shows_nothing(value):
             return mask_of(name)
         shown = hidden_in_text(value)
         return value if shown == value else shown
@@ -231,6 +178,29 @@ def _hidden(value: Any, name: str, *, inside: bool) -> Any:
         shown_fields = _hidden(fields, name, inside=inside)
         return value if shown_fields is fields else shown_fields
     return value
+
+
+def _hidden_key(key: Any) -> Any:
+    """Mask credentials in the text of a mapping's key, such as the address of a server."""
+    if isinstance(key, str):
+        shown = hidden_in_text(key)
+        return key if shown == key else shown
+    return _hidden(key, "", inside=False) if isinstance(key, tuple) else key
+
+
+def _distinct(keys: Sequence[Any]) -> list[Any]:
+    """Number keys that are the same once they are masked, so that all entries stay."""
+    plain = set(keys)
+    found: dict[Any, None] = {}
+    counts: dict[Any, int] = {}
+    for key in keys:
+        counts[key] = number = counts.get(key, 0) + 1
+        free = key if number == 1 else f"{key} {number}"
+        while free in found or (number > 1 and free in plain):
+            counts[key] = number = number + 1
+            free = f"{key} {number}"
+        found[free] = None
+    return list(found)
 
 
 def _name_in(value: Mapping[Any, Any]) -> str:
@@ -254,7 +224,7 @@ def _is_named_pair(value: Any) -> bool:
     if not _IDENTIFIER.fullmatch(name) or not is_secret_name(name):
         return False
     is_columns = isinstance(value, list) and isinstance(part, str) and _COLUMN.fullmatch(part)
-    return _is_always_secret(name) or not is_columns
+    return is_always_secret(name) or not is_columns
 
 
 def _shows_nothing(text: str) -> bool:
@@ -267,11 +237,22 @@ def _shows_nothing(text: str) -> bool:
 
 # Without one of these there is nothing to look for; most lines have none.
 _MAY_HOLD = re.compile(
-    r"token|pass|pwd|(?:pin|otp|psk)(?![a-z])|(?:pin|otp|psk)[_\-]?(?:code|number)|secret|credential|auth|key|bearer|basic|jwt|cookie|webhook|://|@"
+    r"token|pass|pwd|(?:pin|otp|psk)(?![a-z])|(?:pin|otp|psk)[_\-]?(?:code|number)|secret|credential|auth|key|bearer|basic|jwt|cookie|webhook|://|@|[?&](?:sig|x-)"
     r"|hf_|sk-|gh[pousr]_|github_pat|glpat|xox|AKIA|e[yw3][A-Za-z0-9]",
     re.IGNORECASE,
 )
 _URL = re.compile(r"(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+://)[^\s/@'\"<>]+@")
+# An address that was taken for a path has lost a stroke, or its scheme: https:/name:word@host. With
+# no known scheme and no colon in it, it is a path such as host:/data@v1.
+_FLAT_URL = re.compile(
+    r"(?<![A-Za-z0-9+.\-])((?:https?|ftps?|sftp|ssh|git|s3a?|gs|hf|wss?):/)(?!/)[^\s/@'\"<>]+@"
+    r"|(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+:/|(?<!:)//)[^\s/@:'\"<>]*+:[^\s/@'\"<>]+@",
+    re.IGNORECASE,
+)
+# What opens a file in an address of S3, Azure, Google or CloudFront.
+_SIGNED = re.compile(
+    r"([?&](?:sig|signature|x-(?:amz|goog)-signature)=)[^&\s'\"<>]+", re.IGNORECASE
+)
 _KNOWN = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_\-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
     r"|\bgithub_pat_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_\-]{16,}|\bxox[abprs]-[A-Za-z0-9\-]{10,}"
@@ -297,6 +278,10 @@ _VALUE = re.compile(
 )
 
 
+def _without_user(address: re.Match[str]) -> str:
+    return f"{address[1] or address[2]}<SECRET>@"
+
+
 def _hidden_after(names: re.Pattern[str], text: str) -> str:
     """Return the text with masks in place of the values that follow names of credentials."""
     shown, position = [], 0
@@ -318,13 +303,13 @@ def _is_worth_hiding(named: re.Match[str], value: re.Match[str]) -> bool:
     bare = value[0] if value["quote"] is None else value["inner"]
     if _shows_nothing(bare) or (value["quote"] is None and bare.startswith("--")):
         return False
-    if _is_always_secret(named["name"]):
+    if is_always_secret(named["name"]):
         return True
     if re.fullmatch(r"[-+]?[0-9.]+", bare):
         return False  # a count of tokens
     # Prose such as "no such token: ..." is none.
     is_prose = named["sign"].strip() == ":" and not named["open"]
-    return not (is_prose and len(_words(named["name"])) < 2)
+    return not (is_prose and len(words_of(named["name"])) < 2)
 
 
 def _is_prose(flag: re.Match[str], value: re.Match[str], text: str) -> bool:

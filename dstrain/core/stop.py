@@ -1,4 +1,4 @@
-"""Exit statuses of processes that end before their work is done, and the exception that says so."""
+"""Exit statuses of processes that end before their work is done, and the exception for it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from dstrain.data.loader import (
     LoaderOptions,
     build_loader,
     end_processes,
-    is_ours,
+    is_dstrain_loader,
     is_stream,
 )
 from dstrain.data.loader_position import (
@@ -74,7 +74,7 @@ __all__ = [
     "forward_columns",
     "inherit_split",
     "input_tokens",
-    "is_ours",
+    "is_dstrain_loader",
     "is_stream",
     "iterate",
     "keep_columns",

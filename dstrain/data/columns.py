@@ -49,7 +49,7 @@ def needs_target_count(module: torch.nn.Module) -> bool:
 
 def returns_loss(module: torch.nn.Module) -> bool:
     """Tell whether the model returns a loss without labels, as models do that contrast inputs."""
-    parameter = inspect.signature(module.forward).parameters.get("return_loss")
+    parameter = inspect.signature(inner_model(module).forward).parameters.get("return_loss")
     return parameter is not None and parameter.default is True
 
 

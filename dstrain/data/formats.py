@@ -91,8 +91,8 @@ class InputFormats:
         Raises:
             ModelError: the model uses labels in a way that takes its own format only.
         """
-        own = self._own_formats(inputs, dtype)
-        if not own:
+        columns = self._label_formats(inputs, dtype)
+        if not columns:
             yield
             return
         try:
@@ -103,15 +103,15 @@ class InputFormats:
                 raise
             raise ModelError(
                 Problem(
-                    f"{self._name} computes in {_named(dtype)}, and {' and '.join(own)}, as the "
-                    "data has it",
+                    f"{self._name} computes in {_named(dtype)}, and {' and '.join(columns)}, as "
+                    "the data has it",
                     f"labels are not rounded to the model's format; torch says: {error}",
                     "in forward, compare labels with predictions.float(), or cast them where they "
                     "go into a layer; or let the collator give them in the model's format",
                 )
             ) from error
 
-    def _own_formats(self, inputs: Any, dtype: torch.dtype) -> list[str]:
+    def _label_formats(self, inputs: Any, dtype: torch.dtype) -> list[str]:
         """Name the label columns in another float format than ``dtype``, with their formats."""
         if not isinstance(inputs, Mapping):
             return []

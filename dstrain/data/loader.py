@@ -147,11 +147,15 @@ def _sampler(
 
 def _cannot_dispatch(what: str) -> DataError:
     return DataError(
-        Problem(f"dispatch_batches=True with {what}", "", "leave it out, or change the other")
+        Problem(
+            f"dispatch_batches=True with {what}",
+            "",
+            "leave dispatch_batches out, or change the other setting",
+        )
     )
 
 
-def is_ours(loader: Any) -> bool:
+def is_dstrain_loader(loader: Any) -> bool:
     """Tell whether ``build_loader`` made the loader, so that ranks share its samples out."""
     return isinstance(getattr(loader, "batch_sampler", None), RankBatchSampler) or isinstance(
         getattr(loader, "dataset", None), RankStream

@@ -71,7 +71,7 @@ def set_epoch(
             else:
                 part.set_epoch(epoch, start=start)
                 if trains:
-                    _tell_dataset(loader, epoch, sampler=part)
+                    _set_dataset_epoch(loader, epoch, sampler=part)
             # MicroBatchSeed in loader processes is that of the epoch, wherever the run began.
             seed = derived_seed(part.worker_seed, step=epoch, rank=part.topology.rank)
             loader.generator.manual_seed(seed)
@@ -83,7 +83,7 @@ def set_epoch(
             return
 
 
-def _tell_dataset(loader: Any, epoch: int, *, sampler: RankBatchSampler) -> None:
+def _set_dataset_epoch(loader: Any, epoch: int, *, sampler: RankBatchSampler) -> None:
     """Tell a dataset with a length which epoch begins, as a curriculum needs to know.
 
     It may have another length then. Loader processes have a copy of it, and are started anew.

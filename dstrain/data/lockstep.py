@@ -1,7 +1,7 @@
-"""Micro-batches of all ranks in step during training: no rank waits for one that has none left.
+"""Keeping ranks in step during training: no rank waits for another that has no data left.
 
-Where data has no length that all ranks know, one may end before another, and would go to an
-evaluation or the next epoch while the other waits for it in a backward pass. Ranks tell each other
+Where data has no length that all ranks know, a rank may run out of it first, and would go to an
+evaluation or the next epoch while other ranks wait for it in a backward pass. Ranks tell each other
 on their hosts, beside training's own collectives, whether they have one more micro-batch.
 """
 
@@ -68,14 +68,14 @@ class _ExchangingSteps(LocalSteps):
         told = torch.tensor([int(have), int(self._failure is not None), *more])
         return dist.all_reduce(told, group=self._group, async_op=True), told
 
-    def _end_exchange(self, telling: tuple[Any, torch.Tensor]) -> tuple[int, list[int]]:
+    def _end_exchange(self, exchange: tuple[Any, torch.Tensor]) -> tuple[int, list[int]]:
         """Return how many ranks have one more micro-batch, and the sums of ``more``.
 
         Raises:
             Exception: on a rank whose data has failed.
             DataError: on the others.
         """
-        work, told = telling
+        work, told = exchange
         work.wait()
         number, num_failed, *sums = told.tolist()
         if num_failed:
@@ -116,7 +116,7 @@ class SharedStreamSteps(_ExchangingSteps):
         """
         super().__init__(steps)
         self._watch = watch
-        self._telling: tuple[Any, torch.Tensor] | None = None
+        self._pending: tuple[Any, torch.Tensor] | None = None
 
     def fetch(self) -> Step | None:
         """Return the next micro-batch; None at the end, or where reading has failed.
@@ -127,19 +127,19 @@ class SharedStreamSteps(_ExchangingSteps):
         self.check_end()
         step = self._next()
         more = [] if self._watch is None else self._watch.bits()
-        self._telling = self._begin_exchange(step is not None, more)
+        self._pending = self._begin_exchange(step is not None, more)
         return step
 
     def check_end(self) -> None:
         """Wait until all ranks have told whether they have the micro-batch fetched last.
 
         Raises:
-            DataError: only some have, or it is of other samples; on all ranks.
+            DataError: only some have it, or ranks read other samples; on all ranks.
         """
-        if self._telling is None:
+        if self._pending is None:
             return
-        telling, self._telling = self._telling, None
-        number, sums = self._end_exchange(telling)
+        exchange, self._pending = self._pending, None
+        number, sums = self._end_exchange(exchange)
         if number not in (0, self._world_size):
             raise stream_ends_differ(number, self._world_size)
         if self._watch is not None and sums:
@@ -150,15 +150,15 @@ class SharedStreamSteps(_ExchangingSteps):
 
     def close(self) -> None:
         """Destroy the group once the last sum has arrived: every rank has started as many."""
-        if self._telling is not None:
-            self._telling[0].wait()
+        if self._pending is not None:
+            self._pending[0].wait()
         super().close()
 
 
 class RankPartSteps(_ExchangingSteps):
-    """Micro-batches of parts of the data that ranks have of their own, until the last of them ends.
+    """Micro-batches of ranks that each have a part of the data, until the longest part ends.
 
-    A rank that has used its part up passes stand-ins that carry no weight.
+    A rank that has used its part up passes padding batches that carry no weight.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class RankPartSteps(_ExchangingSteps):
         steps: Iterator[Step],
         *,
         padding_of: Callable[[Any], Any],
-        stand_in: Callable[[], Any | None],
+        first_padding: Callable[[], Any | None],
         num_samples: int,
         drop_last: bool = False,
     ) -> None:
@@ -175,18 +175,22 @@ class RankPartSteps(_ExchangingSteps):
         Args:
             steps: of this rank.
             padding_of: makes a micro-batch without weight of another.
-            stand_in: a micro-batch for a rank that had used up its part before; None of an empty
-                part.
-            num_samples: samples over all ranks of a stand-in's micro-step.
+            first_padding: makes a padding batch for a rank that had used up its part before the
+                first step; None where the part is empty.
+            num_samples: samples over all ranks of a padding batch's micro-step.
             drop_last: end with the first rank instead.
         """
         super().__init__(steps)
-        self._padding_of, self._stand_in, self._drop_last = padding_of, stand_in, drop_last
+        self._padding_of, self._first_padding, self._drop_last = (
+            padding_of,
+            first_padding,
+            drop_last,
+        )
         self._num_samples = num_samples
         self._last: Any = None
 
     def fetch(self) -> Step | None:
-        """Return the next micro-batch or stand-in; None when no rank has one.
+        """Return the next micro-batch or padding batch; None when no rank has one.
 
         Raises:
             DataError: a rank has no sample at all; on all ranks.
@@ -199,13 +203,13 @@ class RankPartSteps(_ExchangingSteps):
         if step is not None:
             self._last = self._padding_of(step[0])  # before anyone changes it
         if is_first and number < self._world_size:
-            self._find_stand_ins()
+            self._find_padding()
         return (self._padding_of(self._last), self._num_samples) if step is None else step
 
-    def _find_stand_ins(self) -> None:
-        """Find a stand-in for a rank that has nothing at the first step."""
+    def _find_padding(self) -> None:
+        """Find a padding batch for a rank that has nothing at the first step."""
         if self._last is None:
-            self._last = self._stand_in()
+            self._last = self._first_padding()
         number, _ = self._end_exchange(self._begin_exchange(self._last is not None))
         if number < self._world_size:
             raise DataError(
@@ -222,7 +226,7 @@ def stream_ends_differ(number: int, world_size: int) -> DataError:
     return DataError(
         Problem(
             f"the stream ended on {world_size - number} of {world_size} ranks, and goes on on the "
-            "others",
+            "other ranks",
             "all ranks must read the same samples; the streams began alike, or could not be "
             "compared",
             "give all ranks the same stream; or split it with split_dataset_by_node, which says "

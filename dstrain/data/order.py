@@ -118,7 +118,7 @@ class RankBatchSampler:
     """A torch batch sampler that yields a list of dataset indices per micro-step for this rank.
 
     All ranks yield the same number of lists. A rank whose share of the last chunk is empty yields
-    the chunk's first sample as a stand-in, which must carry no weight.
+    the chunk's first sample as a padding batch, which must carry no weight.
     """
 
     def __init__(self, order: EpochOrder, topology: Topology, *, drop_last: bool = False) -> None:
@@ -167,7 +167,7 @@ class RankBatchSampler:
         return min(chunk, self.remaining - step * chunk)
 
     def share_samples(self, step: int) -> int:
-        """Return the samples of this rank in micro-step ``step``; 0 for a stand-in."""
+        """Return the samples of this rank in micro-step ``step``; 0 for a padding batch."""
         return len(self.topology.share(self.chunk_samples(step)))
 
     def _seed_at(self, position: int) -> MicroBatchSeed:

@@ -127,7 +127,7 @@ class RebalancedBatchSampler(RankBatchSampler):
         return sum(len(group) for group in self._dealt_at(step))
 
     def share_samples(self, step: int) -> int:
-        """Return the samples of this rank in micro-step ``step``; 0 for a stand-in."""
+        """Return the samples of this rank in micro-step ``step``; 0 for a padding batch."""
         return len(self._dealt_at(step)[self.topology.rank])
 
     def __iter__(self) -> Iterator[list[int]]:

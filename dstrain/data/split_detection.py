@@ -15,8 +15,15 @@ from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
 from dstrain.data.columns import used_columns
-from dstrain.data.comparison.looks import ALIKE, DIFFERENT, MOST_SAMPLES, UNCLEAR, Verdict, compare
 from dstrain.data.comparison.stream_watch import StreamWatch
+from dstrain.data.comparison.summaries import (
+    ALIKE,
+    DIFFERENT,
+    MOST_SAMPLES,
+    UNCLEAR,
+    Verdict,
+    compare,
+)
 from dstrain.data.order import RankBatchSampler
 from dstrain.data.streams.dispatch import Dispatched
 from dstrain.data.streams.rank_stream import RankStream, share_of
@@ -107,9 +114,9 @@ def _detect_split_of_stream(
         stream.lengths = [broadcast_object(stream.lengths[0])]
         return
     world_size = stream.topology.world_size
-    told = [fact.share for fact in facts]
-    if any(told):
-        _check_shares(told, what)
+    shares = [fact.share for fact in facts]
+    if any(shares):
+        _check_shares(shares, what)
         verdict = Verdict(DIFFERENT, "split_dataset_by_node")
     elif known_whole:
         verdict = Verdict(ALIKE)
@@ -145,11 +152,11 @@ def _compare(stream: RankStream, loader: Any, *, epoch: int) -> Verdict:
         # The first time no more than the first micro-step takes: a run that goes on from after it
         # must be the same without what is done here.
         at_most = MOST_SAMPLES if again else min(MOST_SAMPLES, stream.topology.chunk)
-        return None if unseen else stream.look(epoch=epoch, at_most=at_most)
+        return None if unseen else stream.peek(epoch=epoch, at_most=at_most)
 
     found = compare(read, used_columns(stream.collate))
     if not goes_on:
-        stream.forget_look()
+        stream.forget_peek()
     return found
 
 
@@ -181,19 +188,20 @@ def _gathered(mine: _Facts, what: str) -> Sequence[_Facts]:
     return facts
 
 
-def _check_shares(told: Sequence[tuple[int, int] | None], what: str) -> None:
+def _check_shares(shares: Sequence[tuple[int, int] | None], what: str) -> None:
     """Refuse data that was split into other parts than one for each rank."""
-    if not any(told):
+    if not any(shares):
         return
-    if {share for share in told if share is not None} == {(r, len(told)) for r in range(len(told))}:
+    number = len(shares)
+    if {share for share in shares if share is not None} == {(r, number) for r in range(number)}:
         return
     said = ", ".join(
         f"rank {rank} has " + ("all" if share is None else f"part {share[0]} of {share[1]}")
-        for rank, share in enumerate(told)
+        for rank, share in enumerate(shares)
     )
     raise DataError(
         Problem(
-            f"{what} was split by node into other parts than one for each of {len(told)} ranks",
+            f"{what} was split by node into other parts than one for each of {number} ranks",
             said,
             "split_dataset_by_node(dataset, rank=RANK, world_size=WORLD_SIZE) with the environment "
             "variables of the run; or leave it out: dstrain shares a whole stream out itself",

@@ -1,4 +1,4 @@
-"""Evaluation batches of all ranks in step: as many on each, and every rank knows the last one."""
+"""Evaluation batches with all ranks in step: as many on each, and all know the last one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def synchronized_batches(loader: Any, *, device: Any) -> Iterator[tuple[MicroBat
 
     Where the loader's length is not known to be the same on all ranks (a stream, a user's own
     loader) they tell each other before each batch whether they have one more, and compare the first
-    samples of a stream that all read. A rank that has used up data of its own passes its last batch
-    again, masked.
+    samples of a stream that all read. A rank that has used up its own part of the data yields
+    padding batches, made of its last batch.
 
     Args:
         loader: of this rank.
@@ -50,7 +50,7 @@ def synchronized_batches(loader: Any, *, device: Any) -> Iterator[tuple[MicroBat
 
 
 class _BatchExchange:
-    """The exchange between ranks about every evaluation batch."""
+    """Exchanges between ranks, before every evaluation batch, which of them have one."""
 
     def __init__(self, stream: Any, device: Any) -> None:
         """Set up for one pass.

@@ -22,7 +22,8 @@ class MicroBatch:
     Attributes:
         inputs: what the collator made.
         num_samples: samples of this rank in it: of dstrain's own loaders as many as the collator
-            was given, of a user's own as ``batch_size`` judges by the tensors. 0 for a stand-in.
+            was given, of a user's own as ``batch_size`` judges by the tensors. 0 for a padding
+            batch.
     """
 
     inputs: Any
@@ -30,7 +31,7 @@ class MicroBatch:
 
     @property
     def is_padding(self) -> bool:
-        """Tell whether it is a stand-in, which carries no weight."""
+        """Tell whether it is a padding batch, which carries no weight."""
         return self.num_samples == 0
 
 
@@ -128,20 +129,22 @@ def _synchronized(loader: Any, steps: Iterator[tuple[MicroBatch, int]]) -> Local
     if not isinstance(stream, RankStream):
         if micro_steps(loader) is not None:
             return LocalSteps(steps)  # a length, which is the same on all ranks
-        return RankPartSteps(steps, padding_of=padding_batch, stand_in=lambda: None, num_samples=0)
+        return RankPartSteps(
+            steps, padding_of=padding_batch, first_padding=lambda: None, num_samples=0
+        )
     if isinstance(stream.source, Dispatched):
         return LocalSteps(steps)  # the main rank says where it ends
     if not stream.split:
         return SharedStreamSteps(steps, watch=stream.watch)
 
-    def stand_in() -> MicroBatch | None:
-        inputs = stream.stand_in()
+    def first_padding() -> MicroBatch | None:
+        inputs = stream.padding_inputs()
         return None if inputs is None else MicroBatch(inputs, num_samples=0)
 
     return RankPartSteps(
         steps,
         padding_of=padding_batch,
-        stand_in=stand_in,
+        first_padding=first_padding,
         num_samples=stream.topology.chunk,
         drop_last=stream.drop_last,
     )

@@ -1,4 +1,9 @@
-"""The only room that imports deepspeed: start-up, engine, ZeRO contexts."""
+"""The only room that imports deepspeed; other rooms take from here what they need of it.
+
+Its sub-rooms: ``process_group`` (start-up, devices, recovery), ``zero`` (partitioned parameters),
+``model_checks``, ``optimizers``, ``buffers``, ``state`` (master weights, moments, counters),
+``stepping`` (passes and gradients) and ``weight_watch``. ``engine.py`` joins them.
+"""
 
 from dstrain.engine.buffers import (
     Buffers,

@@ -11,7 +11,7 @@ __all__ = ["get_parameter_names", "is_compiled", "register_config", "registered_
 
 
 def registered_config() -> Any:
-    """Return what transformers builds partitioned models by, or None; its reference is weak."""
+    """Return the config by which transformers builds partitioned models, or None."""
     reference = _integration._hf_deepspeed_config_weak_ref
     return None if reference is None else reference()
 

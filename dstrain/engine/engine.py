@@ -1,4 +1,4 @@
-"""The adapter around a DeepSpeed engine: built from a resolved config, stepped, read, torn down."""
+"""The engine: DeepSpeed's, with what it lacks; built, stepped, released and destroyed."""
 
 from __future__ import annotations
 
@@ -11,27 +11,13 @@ import torch
 
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import Problem, TrainingError
-from dstrain.core.ranks import is_distributed
 from dstrain.engine import live_engines
 from dstrain.engine.buffers import Buffers
-from dstrain.engine.model_checks import (
-    check_formats,
-    check_layerdrop,
-    check_leaf_modules,
-    make_contiguous,
-)
-from dstrain.engine.optimizers import (
-    correct_bias_by_step,
-    group_of,
-    make_adagrad_lazy,
-    optimizer_factory,
-    stepping_by_metric_only,
-    without_adagrad_replacement,
-)
-from dstrain.engine.process_group import device_type, unlink_once_mapped
-from dstrain.engine.quiet import quiet
+from dstrain.engine.construction import SchedulerFactory, build_deepspeed_engine, check_model
+from dstrain.engine.optimizers import group_of
 from dstrain.engine.state import TrainingState
 from dstrain.engine.stepping import (
+    GradientClipping,
     ModuleOrderWatch,
     TrainingPasses,
     gradient_sequence,
@@ -42,7 +28,6 @@ from dstrain.engine.weight_watch import WeightChanges, watching_partitioned_read
 from dstrain.engine.zero import (
     ForwardRegistration,
     MemoryEfficientLinear,
-    clip_scalars_too,
     detach_engine,
     forget_running_modules,
     has_scalars,
@@ -50,12 +35,8 @@ from dstrain.engine.zero import (
     keep_persistent_changes,
     marked_leaves,
     process_settings,
-    scalars_as_bytes,
-    showing_partitions,
     undo_patches,
 )
-
-SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
 
 @dataclass(frozen=True)
@@ -79,13 +60,15 @@ class Engine:
     then ``step()``. Losses are already weighted: DeepSpeed averages gradients over ranks and does
     nothing else to them.
 
-    A module has one engine at a time: building another lets go of the one before.
+    A module has one engine at a time: building another one destroys the engine before it.
 
     Attributes:
-        changes: takes over weights that code of the user's changes; None where none are lost.
-        in_use: whether a training is running, so that the engine cannot be let go.
+        changes: copies weights that the user's code changes into the master weights; None where the
+            optimizer has the model's weights themselves.
+        in_use: whether a training is running, so that the engine cannot be destroyed.
         is_released: whether the module is free of the engine, which can still be read.
-        owner: leads to what lets go of the engine in good order, as long as that exists; or None.
+        owner: returns the function that tears the engine down in good order, or None once the
+            owner is gone.
     """
 
     def __init__(
@@ -109,80 +92,45 @@ class Engine:
                 it to the config.
             trains: False builds no optimizer.
         """
-        import deepspeed
-
-        check_leaf_modules(module, resolved)
-        if trains and resolved.stage == 3 and is_distributed():
-            check_layerdrop(module, leaves=resolved.leaf_classes)
-        check_formats(module, resolved, trains=trains)
+        check_model(module, resolved, trains=trains)
         live_engines.hand_over_module(module)
-        config = resolved.to_deepspeed()
-        if "activation_checkpointing" in config:
-            # DeepSpeed reads this block only when it is asked to, and not while it builds.
-            deepspeed.checkpointing.configure(None, deepspeed_config=config)
-        if not trains:
-            config.pop("optimizer", None)
-            config.pop("scheduler", None)
-        factory = optimizer_factory(resolved) if trains and optimizer is None else None
-        if factory is not None:
-            config.pop("optimizer", None)
-        if optimizer is not None:
-            make_adagrad_lazy(optimizer)
-        if resolved.has_scheduler:
-            scheduler = None
-        make_contiguous(module)
         scalars = has_scalars(module.parameters())
         self.module = module
         self.resolved = resolved
         self._leaves = marked_leaves(module)
         self._linear: MemoryEfficientLinear | None = None
-        self._told: ForwardRegistration | None = None
+        self._registration: ForwardRegistration | None = None
         self.changes: WeightChanges | None = None
-        self._lockstep: ModuleOrderWatch | None = None
-        process_settings.set_for(module, resolved)
+        self._module_order: ModuleOrderWatch | None = None
         try:
-            with quiet(), without_adagrad_replacement(), scalars_as_bytes(wanted=scalars):
-                self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
-                    model=module,
-                    model_parameters=groups if optimizer is None else None,
-                    optimizer=factory if optimizer is None else optimizer,
-                    lr_scheduler=stepping_by_metric_only(scheduler),
-                    config=config,
-                )
+            self._engine, self.optimizer, self.scheduler = build_deepspeed_engine(
+                module,
+                resolved,
+                groups=groups,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                trains=trains,
+            )
         except BaseException:
-            self._untie()
+            self._detach()
             raise
-        forget_running_modules(module)
-        if device_type() == "cpu":
-            unlink_once_mapped()  # where DeepSpeed has only now taken part in a group of the user's
-        self._engine.client_lr_scheduler = None  # what made it may hold all of a Trainer
-        process_settings.keep_communication_format(self.optimizer, resolved)
-        correct_bias_by_step(self._engine.basic_optimizer)
-        # With plain fp32 and stage 0 DeepSpeed keeps no norm, so it is computed on request.
-        self._norm_by_hand = resolved.stage == 0 and resolved.precision == "fp32"
-        if self._norm_by_hand and scalars:
-            clip_scalars_too(self._engine)
-        self._clip: Callable[[], object] = _do_nothing
-        self._is_ready = False  # whether gradients are clipped, and their norm known
-        self._norm: torch.Tensor | None = None
-        if self._norm_by_hand and trains and not self._engine.torch_autocast_z0_gradscaler:
-            self._clip = self._engine.clip_fp32_gradients
-            self._engine.clip_fp32_gradients = _do_nothing
-        self._repair = stage_zero_correction(self.optimizer) if trains else None
+        self._clipping = GradientClipping(
+            self._engine, module, resolved, trains=trains, has_scalars=scalars
+        )
+        self._stage_zero = stage_zero_correction(self.optimizer) if trains else None
         self._sequence = gradient_sequence(self.optimizer, module) if trains else None
         self._passes = TrainingPasses(self._engine, module)
         # As DistributedDataParallel, which sends them unless it is told not to.
-        sends = resolved.broadcasts_buffers
-        buffers = Buffers(module, sends=sends) if trains else None
+        buffers = Buffers(module, sends=resolved.broadcasts_buffers) if trains else None
         self._state = None if buffers is None else self._make_state(buffers)
         self._linear = MemoryEfficientLinear(resolved)
         if resolved.stage == 3:
-            self._told = ForwardRegistration(module, resolved)
-            _let_deepspeed_save(self._engine)
-            patience = resolved.timeout_seconds
-            self._lockstep = ModuleOrderWatch(self.optimizer, module, patience_seconds=patience)
+            self._registration = ForwardRegistration(module, resolved)
+            self._module_order = ModuleOrderWatch(
+                self.optimizer, module, patience_seconds=resolved.timeout_seconds
+            )
             if self._sequence is not None:
-                self._sequence.before_end = self._lockstep.end_of_backward
+                self._sequence.before_end = self._module_order.end_of_backward
         self._compiled_by: dict[str, Any] | None = None
         self.in_use = self.is_released = self._has_computed = False
         self.owner: Callable[[], Callable[[], None] | None] | None = None
@@ -200,7 +148,7 @@ class Engine:
 
     @property
     def state(self) -> TrainingState:
-        """Return the door to what training has made; only of an engine that trains."""
+        """Return master weights, moments, counters and schedule; only of an engine that trains."""
         assert self._state is not None
         return self._state
 
@@ -212,7 +160,7 @@ class Engine:
     def _make_state(self, buffers: Buffers) -> TrainingState:
         def settle_weights() -> None:
             if self.changes is not None:
-                self.changes.take_over()
+                self.changes.update_master_weights()
 
         return TrainingState(
             self.module,
@@ -223,16 +171,18 @@ class Engine:
         )
 
     def compile(self, backend: str, mode: str | None) -> None:
-        """Compile the module's forward in place: names of its parameters stay the same."""
+        """Compile the module's forward in place, so that names of its parameters stay the same."""
         kwargs = {} if mode is None else {"mode": mode}
         self._compiled_by = {"backend": backend, **kwargs}
         if self.changes is not None:
-            self.changes.knows_step = True  # nothing of torch's is called there to be seen
-        if self._told is not None:  # hooks of the module would be compiled with it
-            self._told.remove()
-            self._told = ForwardRegistration(self._engine, self.resolved)
-        if self._lockstep is not None:
-            self._lockstep.close()
+            self.changes.knows_step = (
+                True  # compiled code calls no function of torch that could be watched
+            )
+        if self._registration is not None:  # hooks of the module would be compiled with it
+            self._registration.remove()
+            self._registration = ForwardRegistration(self._engine, self.resolved)
+        if self._module_order is not None:
+            self._module_order.close()
         self._engine.compile(backend=backend, compile_kwargs=kwargs)
 
     def computing_loss(self) -> contextlib.AbstractContextManager[Any]:
@@ -244,39 +194,29 @@ class Engine:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Back-propagate one micro-batch; ``last`` marks the end of the accumulation window."""
-        if self._repair is not None:
-            loss = self._repair.scale(loss)
+        if self._stage_zero is not None:
+            loss = self._stage_zero.scale(loss)
         self._engine.set_gradient_accumulation_boundary(last)
         order = (
             contextlib.nullcontext() if self._sequence is None else self._sequence.backward(loss)
         )
-        with self._passes.begun_by(loss), order:
+        with self._passes.training_pass(loss), order:
             try:
                 self._engine.backward(loss, scale_wrt_gas=False)
             except RuntimeError as error:
-                if self._lockstep is not None:
-                    self._lockstep.explain(error)
+                if self._module_order is not None:
+                    self._module_order.explain(error)
                 if self.resolved.stage == 3 and self._passes.has_graph:
                     raise no_second_gradient() from error
                 raise
 
     def clip(self, *, want_norm: bool = False) -> None:
-        """Clip gradients where they are torch's (stage 0 in fp32), so that callbacks may go on.
-
-        transformers clips before ``on_pre_optimizer_step``. Elsewhere DeepSpeed clips in ``step``
-        what nobody else can reach.
+        """Clip gradients where they are torch's (stage 0 in fp32); ``step`` does so otherwise.
 
         Args:
             want_norm: whether ``step`` will be asked for the norm of before.
         """
-        if self._is_ready:
-            return
-        self._is_ready = True
-        if want_norm and self._norm_by_hand:
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(grads)
-        if self._engine.gradient_clipping() > 0:
-            self._clip()
+        self._clipping.clip(want_norm=want_norm)
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
         """Send buffers that change, clip, update weights and schedule, and clear gradients."""
@@ -284,19 +224,18 @@ class Engine:
         if self.changes is not None:
             self.changes.before_step()
         self.clip(want_norm=want_norm)
-        norm: torch.Tensor | float | None = self._norm
-        self._is_ready, self._norm = False, None
+        norm: torch.Tensor | float | None = self._clipping.finish()
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
-        if self._repair is not None:
-            norm = self._repair.unscaled(norm)
-            self._repair.after_step()
+        if self._stage_zero is not None:
+            norm = self._stage_zero.unscaled(norm)
+            self._stage_zero.after_step()
         return StepOutcome(applied=self._engine.was_step_applied(), grad_norm=norm)
 
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each parameter group, to be used by the next step."""
-        return [float(g["lr"]) for g in self.optimizer.param_groups]
+        return self.state.learning_rates()
 
     def group_of(self, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
         """Return the parameter group that updates a parameter; None for a frozen one."""
@@ -304,25 +243,23 @@ class Engine:
 
     def loss_scale(self) -> float | None:
         """Return the current fp16 loss scale; None in other formats."""
-        if self.resolved.precision != "fp16":
-            return None
-        return float(self.optimizer.loss_scale)
+        return self.state.loss_scale()
 
     @property
     def is_destroyed(self) -> bool:
-        """Tell whether the engine was destroyed; nothing else may be asked of it then."""
+        """Tell whether the engine was destroyed; it can then no longer be used."""
         return self._engine is None
 
     def release_module(self) -> None:
         """Release the module, so that ordinary torch code can use it after a training.
 
-        Optimizer, schedule and counters can still be read. At stage 3 nothing happens: there the
-        hooks put the parameters of each layer together.
+        Optimizer, schedule and counters can still be read. Does nothing at stage 3, where the hooks
+        gather the parameters of each layer.
         """
         self.in_use = False
         if self.is_released or self.resolved.stage == 3:
             return
-        self._untie()
+        self._detach()
         if self._compiled_by is not None:
             self.module._compiled_call_impl = None  # compiled with this engine's hooks in it
             self.module.compile(**self._compiled_by)
@@ -331,7 +268,7 @@ class Engine:
         self.is_released = True
 
     def has_interrupted_pass(self) -> bool:
-        """Tell whether a forward or backward pass at stage 3 has not come to its end."""
+        """Tell whether a forward or backward pass at stage 3 was interrupted."""
         if self.resolved.stage != 3:
             return False
         parameters: Any = self.module.parameters()
@@ -359,10 +296,10 @@ class Engine:
         keep_persistent_changes(self.module.parameters())
         self._engine.destroy()
         if not self.is_released:
-            self._untie()
+            self._detach()
         if self._compiled_by is not None:
             self.module._compiled_call_impl = None
-        # It would be called again when the engine is collected, and undo ties of the next one.
+        # DeepSpeed would call it again when the engine is collected, and undo the next one's hooks.
         self._engine.destroy = _do_nothing
         del self._engine.__dict__["engine_of_dstrain"]
         live_engines.unregister(self)
@@ -374,14 +311,14 @@ class Engine:
         self.optimizer = None
         self.scheduler = None
 
-    def _untie(self) -> None:
-        """Remove all that DeepSpeed has put on the module, and what it keeps in the process."""
+    def _detach(self) -> None:
+        """Remove what DeepSpeed has put on the module, and its settings of the process."""
         if self.changes is not None:
             self.changes.close()
-        if self._told is not None:
-            self._told.remove()
-        if self._lockstep is not None:
-            self._lockstep.close()
+        if self._registration is not None:
+            self._registration.remove()
+        if self._module_order is not None:
+            self._module_order.close()
         if self._linear is not None:
             self._linear.close()
         undo_patches()
@@ -401,18 +338,7 @@ def _has_ended(*_: object, **__: object) -> None:
 
 
 def _do_nothing() -> None:
-    """Replace a method that has done its work."""
-
-
-def _let_deepspeed_save(engine: Any) -> None:
-    """Let DeepSpeed write partitions themselves, which are not to be taken for whole weights."""
-    state_dict = engine.module_state_dict
-
-    def module_state_dict(*args: Any, **kwargs: Any) -> Any:
-        with showing_partitions(engine.module):
-            return state_dict(*args, **kwargs)
-
-    engine.module_state_dict = module_state_dict
+    """Stand for a method that must not run again."""
 
 
 def inference_engine(module: torch.nn.Module, resolved: ResolvedConfig) -> Engine:

@@ -1,4 +1,4 @@
-"""The engines that exist on a module: two at once would change the same parameters."""
+"""The engines of this process by module: two on one module would change the same parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dstrain.core.errors import Problem, TrainingError
 
 
 class LiveEngine(Protocol):
-    """An engine on a module, as far as those need it that did not build it.
+    """What code that did not build an engine may use of it.
 
     Attributes:
         module: the model.
@@ -35,7 +35,7 @@ class LiveEngine(Protocol):
         """Return the object to call for a forward pass."""
 
     def has_interrupted_pass(self) -> bool:
-        """Tell whether a pass at stage 3 has not come to its end."""
+        """Tell whether a pass at stage 3 was interrupted."""
 
     def hand_over(self) -> None:
         """Release the module for another engine, and tell the owner."""
@@ -44,8 +44,8 @@ class LiveEngine(Protocol):
         """Release buffers and hooks."""
 
 
-# Weak: DeepSpeed's engine holds ours, so an engine is in here as long as a hook leads to it. A
-# module cannot say itself, for one engine may be on a part of another's module.
+# Weak: DeepSpeed's engine holds ours, so an engine stays registered as long as a hook leads to it.
+# Not an attribute of the module: one engine may be on a part of another engine's module.
 _ENGINES: weakref.WeakSet[LiveEngine] = weakref.WeakSet()
 
 
@@ -78,7 +78,7 @@ def in_use(module: torch.nn.Module) -> bool:
 def destroy_orphans() -> None:
     """Destroy engines whose owners are gone; to be called on all ranks at the same point.
 
-    They are not collected by themselves: torch's hooks on gradients hide from the collector that
+    Python cannot collect such engines: torch's hooks on gradients hide from the collector that
     parameters and optimizer hold each other.
     """
     for engine in list(_ENGINES):
@@ -107,8 +107,11 @@ def hand_over_module(module: torch.nn.Module) -> None:
 
 
 def _sharing(module: torch.nn.Module) -> Iterator[LiveEngine]:
-    """Yield engines whose modules share a parameter with this one; engines x parameters steps."""
-    own = set(map(id, module.parameters()))
+    """Yield engines whose modules share a parameter with ``module``.
+
+    The time grows with the number of engines times the number of their parameters.
+    """
+    parameters = set(map(id, module.parameters()))
     for engine in list(_ENGINES):
-        if any(id(parameter) in own for parameter in engine.module.parameters()):
+        if any(id(parameter) in parameters for parameter in engine.module.parameters()):
             yield engine

@@ -2,9 +2,9 @@
 
 DeepSpeed compiles an op when a run first needs it, through torch's `load`, which guards each op's
 folder with a file named `lock`. Two things go wrong with that. The first run seems to hang for a
-minute, so `build_ops` does the work ahead and says so. And a process killed while it builds leaves
-its lock behind, after which every later run waits for it for ever, so stale ones are removed first
-(`core/build_locks.py`), and a run that needs an op waits in our way (`guard_builds`).
+minute, so `build_ops` compiles ahead and prints a line. And a process killed while it builds leaves
+its lock behind, after which every later run waits for ever, so stale locks are removed first
+(`core/build_locks.py`), and a run that needs an op waits with a limit (`guard_builds`).
 
 `python -m dstrain.engine.ops shm_comm fused_adam cpu_adam` does both.
 """
@@ -44,7 +44,7 @@ class Op:
         builder: name of DeepSpeed's builder class.
         folder: name of its folder, and of the library in it.
         typical_seconds: how long a build takes on a small machine.
-        needs: what it needs besides a compiler, and how to get it.
+        needs: libraries that it needs besides a compiler, and how to get them.
     """
 
     builder: str
@@ -103,10 +103,10 @@ def prepare_environment() -> Path:
 
 
 def is_built(name: str) -> bool:
-    """Tell whether the op is as `build_ops` left it, for this python, torch, DeepSpeed and CPU.
+    """Tell whether the op is as `build_ops` left it, for this Python, torch, DeepSpeed and CPU.
 
     Looks at two files and imports neither torch nor deepspeed. An op that a run has built again
-    since, for whatever reason, may be built once more by the next, so `build_ops` has another look.
+    since, for whatever reason, may be built once more by the next run, so `build_ops` checks it.
 
     Raises:
         ConfigError: there is no such op.
@@ -117,7 +117,7 @@ def is_built(name: str) -> bool:
 
 
 def check_buildable(name: str) -> None:
-    """Find out in about a second, before anything expensive, that an op cannot be built here.
+    """Check in about a second, before anything expensive, that an op can be built here.
 
     DeepSpeed's own check, which compiles a few lines against the libraries that the op needs.
 
@@ -139,7 +139,7 @@ def check_buildable(name: str) -> None:
 
 
 def build_ops(names: Sequence[str]) -> None:
-    """Build the named ops that are not built yet, and say so on standard error.
+    """Build the named ops that are not built yet, with a line for each on standard error.
 
     Processes that build in the same folder take turns.
 
@@ -158,11 +158,11 @@ def build_ops(names: Sequence[str]) -> None:
 
 
 def guard_builds() -> None:
-    """Have torch wait for a build by another process in our way; for this process, once.
+    """Let torch wait for the build of another process as `wait_for_build` does; once per process.
 
-    torch's own waits without a word or a limit for the file `lock`, also where its owner was
-    killed, and then loads what that has not built. Nothing is to be done where torch locks an open
-    file: no lock outlives its process there.
+    torch itself waits for the file `lock` without a message or a limit, even where its owner was
+    killed, and then loads an op that was never built. Does nothing where torch locks an open file,
+    since no lock outlives its process there.
     """
     if not torch_leaves_locks():
         return
@@ -283,7 +283,7 @@ def _torch_default_dir() -> Path:
 
 
 def _fingerprint() -> dict[str, str]:
-    """Return all that a compiled op depends on, cheap to read."""
+    """Return the versions and the processor that a compiled op depends on."""
     return {
         "python": f"{sys.implementation.cache_tag} {sys.prefix}",
         "torch": importlib.metadata.version("torch"),

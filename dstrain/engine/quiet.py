@@ -1,4 +1,4 @@
-"""Keeping DeepSpeed's banners off the screen."""
+"""Suppression of DeepSpeed's banners."""
 
 from __future__ import annotations
 

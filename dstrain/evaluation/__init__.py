@@ -1,7 +1,7 @@
-"""Exact evaluation: the loop, predictions on rank 0, metrics computed once; which one was best."""
+"""Exact evaluation: the loop, predictions on rank 0, metrics computed once, the best result."""
 
 from dstrain.evaluation.best import BestRule
-from dstrain.evaluation.collect import Collected, Collector, Keeping
+from dstrain.evaluation.collect import Collected, Collector, PredictionOptions
 from dstrain.evaluation.loop import EvalBatch, LossTotals, Prediction, evaluate_batches
 from dstrain.evaluation.metrics import BatchMetric, metric_values, with_prefix
 from dstrain.evaluation.transport import Transport
@@ -12,7 +12,7 @@ __all__ = [
     "Collected",
     "Collector",
     "EvalBatch",
-    "Keeping",
+    "PredictionOptions",
     "LossTotals",
     "Prediction",
     "Transport",

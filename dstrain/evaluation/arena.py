@@ -68,7 +68,7 @@ class Heap:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
         self._due = time.monotonic() + _TRIM_SECONDS
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Return gaps to the system, unless that was done a moment ago."""
         started = time.monotonic()
         if self._trim is None or started < self._due:

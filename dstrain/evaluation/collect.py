@@ -38,8 +38,8 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """The choice which predictions are kept, where, and for how long.
+class PredictionOptions:
+    """The options of a collection: which predictions are kept, where, and for how long.
 
     Attributes:
         keep: keep predictions of all batches; False only shows each batch to ``on_batch``.
@@ -63,13 +63,13 @@ class Keeping:
 class Collector:
     """This rank's collection of predictions, batch by batch; rank 0 has those of all ranks.
 
-    Every rank calls ``add`` as often as every other, with stand-ins where it has no sample.
+    Every rank calls ``add`` as often as every other, with padding batches where it has no sample.
     """
 
     def __init__(
         self,
         transport: Transport,
-        keeping: Keeping,
+        keeping: PredictionOptions,
         *,
         on_batch: Callable[[Collected, bool], None] | None = None,
     ) -> None:
@@ -172,6 +172,7 @@ class Collector:
     def _send(self, batch: EvalBatch, prediction: Prediction | None) -> None:
         """Send one batch to rank 0, or raise on all ranks the error that keeps a rank from it."""
         leaves: list[Any] = []
+        packed: list[bytes | None] = []
         failed = self._failure
         if prediction is not None:
             try:
@@ -179,6 +180,7 @@ class Collector:
                 formats = [_format_of(leaf) for leaf in leaves]
                 if self._layouts is not None:
                     self._check_same(layouts, formats)
+                packed = [self._transport.packed(n) for n in leaves if isinstance(n, list)]
             except DataError as error:
                 failed = failed or error
         del prediction
@@ -194,7 +196,7 @@ class Collector:
         joined: list[Any] = []
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, list):
-                entries = self._transport.objects_to_main(leaf)
+                entries = self._transport.objects_to_main(leaf, packed.pop(0))
                 if self._keeping.keep:
                     self._objects.setdefault(index, []).append(entries)
                 joined.append(entries)
@@ -204,7 +206,7 @@ class Collector:
             joined.append(self._store(index, blocks))
         if self._transport.is_main:
             self._end_batch(joined, is_last=batch.is_last)
-        self._heap.give_back()
+        self._heap.release()
 
     def _take_apart(
         self, batch: EvalBatch, prediction: Prediction

@@ -30,7 +30,7 @@ _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 def widest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """Return the dimensions after the first that hold rows of all these shapes.
 
-    A stand-in's shape has no row and may be wider than any real one.
+    A padding batch's shape has no row and may be wider than any real one.
     """
     real = [shape for shape in shapes if shape[0]] or list(shapes)
     return tuple(max(sizes) for sizes in zip(*(shape[1:] for shape in real), strict=True))

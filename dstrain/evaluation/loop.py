@@ -21,7 +21,7 @@ class EvalBatch:
 
     Attributes:
         inputs: the batch.
-        num_samples: samples; 0 for a stand-in.
+        num_samples: samples; 0 for a padding batch.
         is_last: whether it is the last of all ranks.
     """
 
@@ -67,7 +67,7 @@ class LossTotals:
     has_loss: bool
 
 
-class Keeper(Protocol):
+class PredictionReceiver(Protocol):
     """The receiver of predictions."""
 
     def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
@@ -96,7 +96,7 @@ def evaluate_batches(
     is_sum: Callable[[], bool] = lambda: False,
     can_count: Callable[[], bool] = lambda: True,
     finish: Callable[[Prediction], Prediction] = lambda prediction: prediction,
-    keep: Keeper | None = None,
+    keep: PredictionReceiver | None = None,
     collective: bool = False,
     on_step: Callable[[], None] = lambda: None,
     meet: Callable[[], None] = lambda: None,
@@ -106,7 +106,7 @@ def evaluate_batches(
 
     The mean of batch means would depend on how samples fall into batches; the sum of (batch mean x
     its targets) over the sum of targets does not. Ranks must pass the same number of batches, as
-    ZeRO-3 gathers parameters together; those without a sample pass stand-ins with weight 0.
+    ZeRO-3 gathers parameters together; those without a sample pass padding batches with weight 0.
 
     An error on one rank is raised on all when predictions are next sent; until then this rank goes
     on without keeping anything, in its forward passes too if these are collective. Where nothing is
@@ -122,7 +122,7 @@ def evaluate_batches(
         can_count: whether ``count`` is final; until then the batches are held, and counted at the
             end at the latest.
         finish: what is done to a prediction before it is kept, by this rank alone.
-        keep: takes each batch, stand-ins included, and what came of it.
+        keep: takes each batch, padding batches included, and its results.
         collective: ranks meet inside of ``predict``. An error there is raised at once, on its rank
             alone: the others may wait for it in theirs, where nothing can be told to them.
         on_step: called after each batch.
@@ -219,7 +219,7 @@ class _PartSums:
         return torch.cat([self._losses, targets])
 
 
-def _noted(error: Exception, keep: Keeper | None) -> Exception:
+def _noted(error: Exception, keep: PredictionReceiver | None) -> Exception:
     """Return the error, and log it at once: until it is raised some batches may go by.
 
     Raises:

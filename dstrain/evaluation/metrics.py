@@ -11,7 +11,7 @@ from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.records import plain_numbers
 from dstrain.evaluation.collect import Collected
-from dstrain.evaluation.pages import pages_given_back
+from dstrain.evaluation.pages import releasing_pages
 from dstrain.evaluation.transport import Transport
 
 logger = get_logger(__name__)
@@ -34,7 +34,7 @@ def metric_values(
     def compute() -> dict[str, Any]:
         if not _is_complete(collected):
             return {}
-        with pages_given_back(*vars(collected).values()):
+        with releasing_pages(*vars(collected).values()):
             return _checked(compute_metrics(_eval_prediction(collected)))
 
     return transport.from_main(compute)

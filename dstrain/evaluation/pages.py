@@ -16,7 +16,7 @@ _SHARE = 0.05  # of this process's time that may go into it, where there are tho
 
 
 @contextlib.contextmanager
-def pages_given_back(*values: Any) -> Iterator[None]:
+def releasing_pages(*values: Any) -> Iterator[None]:
     """Return pages of memory maps to the system inside, so that they do not pile up.
 
     What is read of a map stays in the process until the system wants the memory, and whoever looks
@@ -34,7 +34,7 @@ def pages_given_back(*values: Any) -> Iterator[None]:
         return
     done = threading.Event()
 
-    def give_back() -> None:
+    def release() -> None:
         pause = _SECONDS
         while not done.wait(pause):
             started = time.perf_counter()
@@ -42,7 +42,7 @@ def pages_given_back(*values: Any) -> Iterator[None]:
                 pages.madvise(mmap.MADV_DONTNEED)
             pause = max(_SECONDS, (time.perf_counter() - started) / _SHARE)
 
-    thread = threading.Thread(target=give_back, name="predictions", daemon=True)
+    thread = threading.Thread(target=release, name="predictions", daemon=True)
     thread.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The way of predictions from all ranks to rank 0, where they are needed; nobody else gets any."""
+"""Sending predictions from all ranks to rank 0, the only rank that needs them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from dstrain.core.errors import DstrainError, Problem, TrainingError
-from dstrain.core.ranks import PATIENCE, gather_objects, is_distributed
+from dstrain.core.errors import DataError, DstrainError, Problem, TrainingError
+from dstrain.core.ranks import (
+    PATIENCE,
+    gather_objects,
+    is_distributed,
+    portable_error,
+    why_not_sent,
+)
 from dstrain.evaluation.arena import Scratch
 
 T = TypeVar("T")
@@ -89,15 +95,34 @@ class Transport:
                 dist.recv(_as_bytes(theirs), src=rank, group=self.group)
             yield theirs
 
-    def objects_to_main(self, mine: list[Any]) -> list[Any]:
-        """Return the entries of all ranks' lists in rank order, on rank 0; [] elsewhere."""
+    def packed(self, objects: list[Any]) -> bytes | None:
+        """Pack objects for ``objects_to_main``, before ranks wait for them; None where none go.
+
+        Raises:
+            DataError: they cannot be sent.
+        """
         if self.world_size == 1:
+            return None
+        if why := why_not_sent(objects):
+            raise DataError(
+                Problem(
+                    "predictions that are objects cannot be sent to rank 0",
+                    why,
+                    "return tensors, numbers, texts, lists and dicts, or name the output in "
+                    "ignore_keys",
+                )
+            )
+        return pickle.dumps(objects)
+
+    def objects_to_main(self, mine: list[Any], packed: bytes | None) -> list[Any]:
+        """Return the entries of all ranks' lists in rank order, on rank 0; [] elsewhere."""
+        if packed is None:
             return mine
         import torch.distributed as dist
 
         lists: list[Any] | None = [None] * self.world_size if self.is_main else None
-        dist.gather_object(mine, lists, dst=0, group=self.group)
-        return [entry for entries in lists or [] for entry in entries]
+        dist.gather_object(packed, lists, dst=0, group=self.group)
+        return [entry for theirs in lists or [] for entry in pickle.loads(theirs)]
 
     def from_main(self, make: Callable[[], T]) -> T:
         """Return the value that rank 0 makes, on every rank, or raise its exception there."""
@@ -126,7 +151,7 @@ class Transport:
 
 def raise_together(error: Exception | None, *, group: Any = None) -> None:
     """Raise this rank's error, and on ranks without one the first of the others; a collective."""
-    for found in gather_objects(_portable_error(error), group=group):
+    for found in gather_objects(portable_error(error), group=group):
         if found is not None:
             raise error or found
 
@@ -138,7 +163,7 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _portable(value: Any, error: Exception | None) -> tuple[Any, Exception | None]:
     """Return the value, or an error in its place, that can be pickled."""
-    if error is None and (why := _why_not(value)):
+    if error is None and (why := why_not_sent(value)):
         error = TrainingError(
             Problem(
                 f"compute_metrics returned {type(value).__name__} that cannot be sent to the ranks",
@@ -147,21 +172,7 @@ def _portable(value: Any, error: Exception | None) -> tuple[Any, Exception | Non
             )
         )
         value = None
-    return value, _portable_error(error)
-
-
-def _portable_error(error: Exception | None) -> Exception | None:
-    if error is None or not _why_not(error):
-        return error
-    return TrainingError(Problem(f"{type(error).__name__} on another rank", str(error)))
-
-
-def _why_not(value: Any) -> str:
-    try:
-        pickle.loads(pickle.dumps(value))
-    except Exception as error:
-        return str(error) or type(error).__name__
-    return ""
+    return value, portable_error(error)
 
 
 def storage_error(error: OSError) -> DstrainError:

@@ -40,20 +40,20 @@ def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
     """
     with all_or_none():
         if ranks.is_main:
-            with _told(target):
+            with _named_errors(target):
                 target.mkdir(parents=True, exist_ok=True)
                 _write_card(model, target)
     for adapter in model.peft_config:
         folder = target if adapter == "default" else target / adapter
-        held = _held(model, adapter, ranks)
+        held = _gathered_adapter(model, adapter, ranks)
         with all_or_none():
             if ranks.is_main:
-                with _told(folder):
+                with _named_errors(folder):
                     _write(model, adapter, held, folder)
 
 
 @contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _named_errors(folder: Path) -> Iterator[None]:
     """Turn an OSError of the body into an error that names the folder.
 
     Raises:
@@ -81,7 +81,7 @@ def _write_card(model: Any, folder: Path) -> None:
         logger.warning("%s is left as it is: %s", folder / "README.md", error)
 
 
-def _held(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:
+def _gathered_adapter(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:
     """Return the adapter's tensors by their saved names, in host memory of the main rank; else {}.
 
     Which they are, and what they are called, is peft's to say: it is handed the parameters

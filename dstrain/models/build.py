@@ -10,7 +10,7 @@ import torch
 from dstrain.config import ResolvedConfig
 from dstrain.config.memory.model_spec import check_sizes, read_config_file, value_of
 from dstrain.core.errors import ModelError, Problem, nearest
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, launched_ranks
 from dstrain.models import compat
@@ -139,11 +139,11 @@ def _load(
                 ignore_mismatched_sizes=True,
             )
         missing = check_loaded(info, folder, ignore_missing=ignore_missing)
-    _tell_loaded(folder, missing, sorted(info["unexpected_keys"]))
+    _log_loaded(folder, missing, sorted(info["unexpected_keys"]))
     return model
 
 
-def _tell_loaded(folder: str, missing: list[str], unused: list[str]) -> None:
+def _log_loaded(folder: str, missing: list[str], unused: list[str]) -> None:
     for names, what in ((missing, "are missing, and random"), (unused, "are not used")):
         if names and launched_ranks().is_main:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -160,6 +160,7 @@ def max_length(config: Any) -> int | None:
     return None
 
 
+@told_refused(ModelError)
 def _read_config(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
     content = read_config_file(file, str(path))

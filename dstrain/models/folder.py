@@ -7,6 +7,7 @@ the weights, and nothing is executed.
 from __future__ import annotations
 
 import contextlib
+import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,20 +18,37 @@ import torch
 from dstrain.config.memory.model_spec import check_sizes, read_config_file
 from dstrain.core.documents import loaded, parsed
 from dstrain.core.errors import DstrainError, ModelError, Problem
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 
 # In the order in which transformers takes them.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _DAMAGED = "get the file again: it was cut short, or is none of a model"
 _LONGEST_REASON = 600
+_QUANTISED = ("quantization_config", "compression_config")
+_FLOATS = ("F", "BF")
+_WITHOUT = "correct it, or remove the file: the model's own defaults serve then"
+# What is used as a number when text is generated; names of token ids end in "token_id".
+_GENERATION: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("num_beams", "num_beam_groups", "num_return_sequences", "max_length", "max_new_tokens",
+         "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"),
+        (int,),
+    ),
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty",
+         "epsilon_cutoff", "eta_cutoff", "max_time"),
+        (int, float),
+    ),
+}  # fmt: skip
 
 
+@told_refused(ModelError)
 def check_model_folder(folder: str) -> None:
     """Check, before anything expensive, that a local folder holds a model that can be loaded.
 
     Raises:
-        ModelError: no config.json or one that cannot be, no weights beside it, or weights that
-            cannot be read.
+        ModelError: no config.json or one that cannot be, no weights beside it, weights that cannot
+            be read, or a folder that may not be.
     """
     path = expanded(folder)
     if not path.is_dir():
@@ -54,10 +72,65 @@ def check_model_folder(folder: str) -> None:
         )
     if problems:
         raise ModelError(problems)
-    check_sizes(read_config_file(path / "config.json", folder), folder)
-    problems = [problem for file in _files_of_weights(path) for problem in _damage(file)]
+    config = read_config_file(path / "config.json", folder)
+    check_sizes(config, folder)
+    problems = _wrong_generation(path / "generation_config.json")
+    for file in _files_of_weights(path):
+        problems += _damage(file) or ([] if _is_quantised(config) else _whole_numbers(file))
     if problems:
         raise ModelError(problems)
+
+
+def _is_quantised(config: Mapping[str, Any]) -> bool:
+    parts = (config, *(value for value in config.values() if isinstance(value, Mapping)))
+    return any(part.get(key) for part in parts for key in _QUANTISED)
+
+
+def _whole_numbers(file: Path) -> list[Problem]:
+    """Return a problem where weights are stored as whole numbers; buffers may be."""
+    if file.suffix != ".safetensors":
+        return []
+    from safetensors import safe_open
+
+    wrong = []
+    with safe_open(str(file), framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - no mapping
+            if name.endswith((".weight", ".bias")):
+                stored = tensors.get_slice(name).get_dtype()
+                if not stored.startswith(_FLOATS):
+                    wrong.append(f"{name} is {stored}")
+    if not wrong:
+        return []
+    more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
+    return [
+        Problem(
+            f"{len(wrong)} weights of {file} are no floating-point numbers",
+            f"{', '.join(wrong[:3])}{more}; config.json names no quantisation that they are of",
+            "give the weights as they were trained, or the config.json that they were saved with",
+        )
+    ]
+
+
+def _wrong_generation(file: Path) -> list[Problem]:
+    """Return what in a generation config would end the run when it generates, after training."""
+    if not file.exists():
+        return []
+    try:
+        content = parsed(loaded(file))
+    except (OSError, ValueError) as error:
+        return [Problem(f"{file} cannot be read", str(error), _WITHOUT)]
+    if not isinstance(content, dict):
+        return [Problem(f"{file} cannot be read", "it is no JSON object", _WITHOUT)]
+    problems = []
+    for name, value in content.items():
+        parts = value if isinstance(value, list) and name.endswith("token_id") else [value]
+        kinds = _GENERATION.get(name, (int,) if name.endswith("token_id") else ())
+        fits = all(isinstance(p, kinds) and not isinstance(p, bool) for p in parts)
+        if kinds and value is not None and not (fits and (value or name != "num_beams")):
+            wanted = "a number" if float in kinds else "a whole number"
+            shown = json.dumps(value, default=str)
+            problems.append(Problem(f"{name}={shown} in {file}", f"{wanted} is needed", _WITHOUT))
+    return problems
 
 
 @contextlib.contextmanager
@@ -74,7 +147,8 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
     except DstrainError:
         raise
     except Exception as error:  # of libraries' own, anything: odd configs and files raise any class
-        text = str(error).strip() or "no reason given"
+        # Without the frames in C++ that torch puts after some of its messages.
+        text = str(error).partition("\nException raised from ")[0].strip() or "no reason given"
         if len(text) > _LONGEST_REASON:
             text = f"{text[:_LONGEST_REASON]} ..."
         if not isinstance(error, (OSError, ValueError, ImportError)):

@@ -1,4 +1,4 @@
-"""The layout of a model's saved files: which of its tensors they hold, named and arranged how.
+"""The layout of a model's saved files: the tensors that they hold, their names and arrangement.
 
 transformers stores some architectures otherwise than it trains them: under other names, or with
 weights merged, split or transposed. The rules are its own (``revert_weight_conversion``); here they
@@ -182,7 +182,7 @@ def entries_of(module: torch.nn.Module) -> list[Entry]:
             tensors[id(tensor)] = tensor
     _check_made_of_whole(module, tensors)
     dropped = _dropped_aliases(module) if any(len(a) > 1 for a in aliases.values()) else None
-    return [Entry(_kept(names, dropped), tensors[key]) for key, names in aliases.items()]
+    return [Entry(_kept_name(names, dropped), tensors[key]) for key, names in aliases.items()]
 
 
 def _check_made_of_whole(module: torch.nn.Module, tensors: Mapping[int, torch.Tensor]) -> None:
@@ -209,7 +209,7 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _kept(names: list[str], dropped: Any) -> str:
+def _kept_name(names: list[str], dropped: Any) -> str:
     """Return the one of several names that ``save_pretrained`` keeps."""
     if len(names) == 1 or dropped is None:
         return names[0]

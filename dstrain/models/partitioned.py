@@ -1,26 +1,22 @@
-"""Building and loading models of transformers partitioned, so that none stands whole on a rank.
+"""Building and loading models of transformers partitioned, so that no rank holds one whole.
 
-Both are done by the code with which transformers builds and loads whole models, so that weights,
-names and what is initialised are the same; parameters are taken apart on the way.
+Both are done by transformers' own code, so that weights, names and what is initialised are the
+same; parameters are taken apart on the way.
 
-A model that is loaded is built without memory and filled tensor by tensor, and a parameter is taken
-apart as soon as it has its values. Each rank reads the checkpoint itself: only its share of a
-tensor that is stored as it is trained, and one group at a time of weights that are merged or
-reordered. A model that is built is taken apart module by module; each is gathered once more when
-transformers initialises it.
+A model that is loaded is built without memory and filled tensor by tensor; a parameter is taken
+apart as soon as it has its values. Each rank reads the checkpoint itself: its share of a tensor
+that is stored as it is trained, and one group at a time of weights that are merged or reordered. A
+model that is built is taken apart module by module; each is gathered again to be initialised.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ModelError, Problem
@@ -37,6 +33,7 @@ from dstrain.engine import (
     with_full_shapes,
 )
 from dstrain.models import compat
+from dstrain.models.constructors import ValuesForConstructors
 from dstrain.models.guard import guard_partitioned
 
 
@@ -63,7 +60,7 @@ def building_partitioned(resolved: ResolvedConfig) -> Iterator[None]:
             "_initialize_weights": loader.initialize_module,
         }
         try:
-            with compat.with_loading_steps(steps), _ValuesForConstructors():
+            with compat.with_loading_steps(steps), ValuesForConstructors():
                 yield
         finally:
             loader.is_open = False
@@ -98,7 +95,7 @@ class _Loader:
         self._loaded, self._lacking = set(), set()
         self._depth, self._builds = 1, True
         try:
-            with compat.in_context_of_zero(_filled), self._partitioner.building():
+            with compat.in_context_of_zero(_initialized), self._partitioner.building():
                 model = original(cls, *args, **kw)
         finally:
             self._depth, self._builds = 0, False
@@ -148,7 +145,7 @@ class _Loader:
                 loaded = original(cls, *args, **kw)
         except Exception as error:
             if not self._met:  # the others are there, or on their way
-                self._meet(error)
+                self._agree(error)
             raise
         finally:
             self._depth -= 1
@@ -188,16 +185,16 @@ class _Loader:
         if not self._depth:
             return original(model, load_config, info)
         self._met = True
-        self._meet(None)
+        self._agree(None)
         self._lacking = set(info.missing_and_mismatched())
         digest = hashlib.sha256("\n".join(sorted(self._lacking)).encode()).hexdigest()
         require_equal("what the model's checkpoint lacks", digest, ModelError)
         # transformers goes through all modules for it, and some look at their other weights.
-        near = _beside(model, self._lacking)
+        near = _read_by_init(model, self._lacking)
         with gathered(near), with_full_shapes(model.parameters()):
             return original(model, load_config, info)
 
-    def _meet(self, error: Exception | None) -> None:
+    def _agree(self, error: Exception | None) -> None:
         """Find out whether all ranks have read the checkpoint; a collective.
 
         Raises:
@@ -240,7 +237,7 @@ def _check_placement(arguments: dict[str, Any]) -> None:
     )
 
 
-def _beside(model: torch.nn.Module, lacking: set[str]) -> list[torch.nn.Parameter]:
+def _read_by_init(model: torch.nn.Module, lacking: set[str]) -> list[torch.nn.Parameter]:
     """Return partitioned parameters that the initialisation of lacking ones may look at.
 
     Those near the modules with a lacking one, and near the modules around these.
@@ -254,7 +251,7 @@ def _beside(model: torch.nn.Module, lacking: set[str]) -> list[torch.nn.Paramete
     return list(found.values())
 
 
-def _filled(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _initialized(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Fill a tensor with first values, a partitioned one as the main rank does it; a collective."""
     if not isinstance(tensor, torch.nn.Parameter) or is_whole(tensor):
         return fill(tensor, *args, **kwargs)
@@ -264,130 +261,6 @@ def _filled(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs
     if stands_in:
         fill_with_placeholder(tensor)
     return tensor
-
-
-class _ValuesForConstructors(TorchFunctionMode):
-    """A torch mode that gathers partitioned parameters whose values a constructor reads.
-
-    As that of DETR's backbone, which copies the weights of each BatchNorm into another module. What
-    is read is a copy; a change of it is one of the parameter. Only constructors are served, as
-    these run on all ranks: gathering is a collective.
-    """
-
-    def __init__(self) -> None:
-        """Begin with nothing read."""
-        super().__init__()
-        self._copies: Any = WeakTensorKeyDictionary()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func``, with whole parameters where a constructor needs values: a collective."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        is_copy = bool(args) and isinstance(args[0], torch.Tensor) and args[0] in self._copies
-        if in_place and is_copy:
-            return self._change(func, self._copies[args[0]], *args, **kwargs)
-        if name in _USES_VALUES or func == _DATA:
-            parts = [p for p in _parameters_in((args, kwargs)) if not is_whole(p)]
-            if parts and _is_in_constructor(of_user=func == _DATA):
-                with gathered(parts, write_from=0 if in_place else None):
-                    returned = func(*args, **kwargs)
-                    is_all = name == "detach" or func == _DATA
-                    return (
-                        returned
-                        if in_place
-                        else self._copied(returned, parts[0] if is_all else None)
-                    )
-        returned = func(*args, **kwargs)
-        if is_copy and isinstance(returned, torch.Tensor):
-            storages = (args[0].untyped_storage(), returned.untyped_storage())
-            if storages[0].data_ptr() == storages[1].data_ptr():
-                self._copies[returned] = None  # a part of it
-        return returned
-
-    def _change(self, func: Any, parameter: Any, copy: torch.Tensor, *args: Any, **kw: Any) -> Any:
-        """Change a parameter as its copy would be changed, and the copy; a collective.
-
-        Raises:
-            ModelError: the copy is of a part of the parameter alone.
-        """
-        if parameter is None:
-            raise ModelError(
-                Problem(
-                    f"a constructor changes a part of a weight in place ({func.__name__})",
-                    "the weight is in parts already, on all ranks, and the change would be lost",
-                    "build the model outside of the block, or set zero_stage to 2",
-                )
-            )
-        with gathered([parameter], write_from=0), torch.no_grad():
-            func(parameter.data, *args, **kw)
-            copy.copy_(parameter.data)
-        return copy
-
-    def _copied(self, value: Any, parameter: torch.nn.Parameter | None) -> Any:
-        """Return a copy of what was read, so that the gathered weight can be freed.
-
-        Args:
-            value: what was read.
-            parameter: what it is all of, if that is so.
-        """
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._copied(part, None) for part in value)
-        if not isinstance(value, torch.Tensor):
-            return value
-        copy = value.clone()
-        self._copies[copy] = parameter
-        return copy
-
-
-# Functions that read values or, where their name ends with "_", change them. Not conversions, such
-# as ``half``: ``Module.half()`` would put what it gets into the parameter.
-_VALUES = (
-    "abs abs_ add add_ all any cat chunk clone copy_ detach div div_ expand fill_ flatten item "
-    "linear matmul max mean min mul mul_ narrow neg norm normal_ numpy permute pow repeat reshape "
-    "select split sqrt squeeze stack std sub sub_ sum t tolist transpose unbind uniform_ unsqueeze "
-    "view zero_ __add__ __getitem__ __matmul__ __mul__ __neg__ __pow__ __radd__ __rmul__ __rsub__ "
-    "__setitem__ __sub__ __truediv__"
-)
-_USES_VALUES = frozenset(_VALUES.split())
-_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-
-
-def _is_in_constructor(*, of_user: bool) -> bool:
-    """Tell whether a module is being constructed.
-
-    Args:
-        of_user: whether that must be done by the function that calls torch here, and not by
-            DeepSpeed, which takes parameters apart at the end of a constructor, or by dstrain.
-    """
-    frame = inspect.currentframe()
-    asked = False
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__")).split(".")[0]
-        if frame.f_code.co_name != "__torch_function__" and package != "torch" and not asked:
-            if of_user and package in ("deepspeed", "dstrain") and frame.f_code is not _THIS_CODE:
-                return False
-            asked = frame.f_code is not _THIS_CODE
-        first = next(iter(frame.f_code.co_varnames), "")
-        is_init = frame.f_code.co_name == "__init__"
-        if is_init and isinstance(frame.f_locals.get(first), torch.nn.Module):
-            return True
-        frame = frame.f_back
-    return False
-
-
-_THIS_CODE = _is_in_constructor.__code__
-
-
-def _parameters_in(value: Any) -> Iterator[torch.nn.Parameter]:
-    """Yield the parameters among the arguments of a function, in lists as well."""
-    if isinstance(value, torch.nn.Parameter):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _parameters_in(part)
-    elif isinstance(value, dict):
-        yield from _parameters_in(list(value.values()))
 
 
 def _parameters_near(module: torch.nn.Module) -> list[torch.nn.Parameter]:

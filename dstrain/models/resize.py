@@ -25,7 +25,7 @@ def resize_partitioned(
         partitioner: takes the resized parameters apart.
         **kwargs: of the method.
     """
-    _make_whole(model, _changing(model))
+    _make_whole(model, _affected_parameters(model))
     try:
         with building_whole_models():
             return resize(model, *args, **kwargs)
@@ -33,7 +33,7 @@ def resize_partitioned(
         partitioner.split_like_main_rank(model.parameters())
 
 
-def _changing(model: Any) -> list[torch.nn.Parameter]:
+def _affected_parameters(model: Any) -> list[torch.nn.Parameter]:
     """Return partitioned parameters that resizing may replace or look at.
 
     All embeddings are among them: some models have further ones of the vocabulary (per layer).

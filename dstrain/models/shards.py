@@ -46,11 +46,11 @@ class Portion:
         Args:
             load: gives the whole tensors of ``entries``, in host memory.
         """
-        made = _Made(self, load)
+        made = _PortionTensors(self, load)
         return [Stored(s.name, s.shape, s.dtype, partial(made.take, s.name)) for s in self.saved]
 
 
-class _Made:
+class _PortionTensors:
     """The tensors of a portion, made once and each handed out once."""
 
     def __init__(self, portion: Portion, load: Callable[[], Sequence[torch.Tensor]]) -> None:

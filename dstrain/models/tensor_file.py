@@ -1,4 +1,4 @@
-"""Writing and reading safetensors files piece by piece, so that none stands whole in memory.
+"""Writing and reading safetensors files piece by piece, so that no file is whole in memory.
 
 ``safetensors.torch.save_file`` turns all tensors into bytes before it writes the first; and what
 ``safe_open`` has mapped counts as memory of the process for as long as it is open. The format:

@@ -1,4 +1,4 @@
-"""A model's weights in host memory, while a thread writes them and training goes on."""
+"""A snapshot of a model's weights in host memory, which a thread writes while training goes on."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _shards_of_rank(count: int, rank: int, groups: Groups) -> list[int]:
 
 
 def snapshot_bytes(module: torch.nn.Module, ranks: Ranks, *, num_writers: int | None = None) -> int:
-    """Return the bytes that held shards will take on the rank that holds most.
+    """Return the bytes that a snapshot will take on the rank that holds most of it.
 
     Args:
         module: the model.

@@ -1,4 +1,4 @@
-"""What a run shows: progress, trackers, curves; the bridge to transformers' callbacks."""
+"""Showing a run: progress, trackers, curves; the bridge to transformers' callbacks."""
 
 from dstrain.reporting.curve import save_loss_curve
 from dstrain.reporting.trackers import (

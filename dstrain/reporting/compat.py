@@ -34,7 +34,7 @@ __all__ = [
 
 
 def notebook_progress() -> Any:
-    """Transformers' table of a run in a notebook; needs IPython."""
+    """Return transformers' table of a run in a notebook; needs IPython."""
     from transformers.utils.notebook import NotebookProgressCallback
 
     return NotebookProgressCallback

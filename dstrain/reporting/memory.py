@@ -20,7 +20,11 @@ class MemoryMetrics:
     """
 
     def __init__(self, *, enabled: bool) -> None:
-        """Args: whether to measure at all."""
+        """Begin with no stage.
+
+        Args:
+            enabled: whether to measure at all.
+        """
         self._enabled = enabled
         self._stage: str | None = None
         self._kept: dict[str, int] = {}
@@ -41,7 +45,7 @@ class MemoryMetrics:
         self._sampler.start()
 
     def stop(self, stage: str) -> dict[str, int]:
-        """End a stage; its figures, or none where it is not the one that is measured."""
+        """End a stage and return its figures; none where another stage is being measured."""
         if not self._enabled or self._stage != stage:
             return {}
         self._stage = None
@@ -68,7 +72,7 @@ def _deltas(name: str, before: int, now: int, peak: int) -> dict[str, int]:
 
 
 class _PeakSampler:
-    """Looks at this process's resident memory from a thread."""
+    """Samples this process's resident memory in a thread, and keeps the peak."""
 
     def __init__(self) -> None:
         import psutil

@@ -18,7 +18,7 @@ class ProgressBar(ProgressCallback):
     """
 
     def __init__(self) -> None:
-        """Bars are made when training or evaluation begins."""
+        """Begin without bars; they are made when training or evaluation begins."""
         super().__init__()
         self._train: tqdm[Any] | None = None
         self._eval: tqdm[Any] | None = None
@@ -81,7 +81,7 @@ class ProgressBar(ProgressCallback):
 
 
 def log_line(logs: dict[str, Any], *, step: int) -> str:
-    """One line of a log: ``step 20  loss 6.1023  grad_norm 1.204  ...``."""
+    """Return one line of a log: ``step 20  loss 6.1023  grad_norm 1.204  ...``."""
     parts = [f"step {step}"]
     for name, value in logs.items():
         if name == "step":

@@ -1,4 +1,4 @@
-"""Which callbacks report a run: trackers by name, progress bar or plain lines."""
+"""Choosing the callbacks that report a run: trackers by name, progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from dstrain.core.errors import ConfigError, Problem, nearest
 from dstrain.core.files import expanded
 from dstrain.core.log import get_logger
-from dstrain.core.secrets import without_secrets
+from dstrain.core.secrets import command_without_secrets, without_secrets
 from dstrain.reporting import compat
 from dstrain.reporting.progress import ProgressBar
 
@@ -27,10 +27,10 @@ _YES = ("true", "1", "yes", "on")
 
 
 def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
-    """The tracker callback classes for ``report_to``.
+    """Return the tracker callback classes for ``report_to``.
 
     None and "all" take every installed tracker, except W&B where it has neither key nor offline
-    mode: it would stop the run to ask. "none" and an empty list take no one.
+    mode: it would stop the run to ask. "none" and an empty list take none.
 
     Raises:
         ConfigError: an unknown tracker, or one that was named but is not installed.
@@ -62,18 +62,34 @@ def tracker_callbacks(report_to: Sequence[str] | None) -> list[Any]:
         )
     if problems:
         raise ConfigError(problems)
-    return [_ours(c) for c in compat.get_reporting_integration_callbacks(names)]
+    return [_class_to_use(c) for c in compat.get_reporting_integration_callbacks(names)]
 
 
-def _ours(callback: Any) -> Any:
-    """Our own callback where transformers' would not do, else its own."""
-    if callback is compat.INTEGRATION_TO_CALLBACK.get("clearml"):
-        return _given_no_credentials(callback)
-    return _whole_model(callback)
+def _class_to_use(callback: Any) -> Any:
+    """Return a callback class that runs here as it should: transformers', or one made of it."""
+    if callback is compat.INTEGRATION_TO_CALLBACK["wandb"]:
+        callback = _whole_model()
+    elif callback is compat.INTEGRATION_TO_CALLBACK.get("clearml"):
+        callback = _without_credentials(callback)
+    return _without_command_credentials(callback) if hasattr(callback, "setup") else callback
 
 
-def _given_no_credentials(callback: Any) -> Any:
-    """A callback that sends the arguments themselves, and not ``to_dict()``, without credentials.
+def _without_command_credentials(callback: Any) -> Any:
+    """Return a callback class whose tracker sees masks in place of credentials of this command.
+
+    W&B and others send ``sys.argv`` when a run begins.
+    """
+
+    class Careful(callback):
+        def setup(self, *args: Any, **kwargs: Any) -> None:
+            with command_without_secrets():
+                super().setup(*args, **kwargs)
+
+    return _named_like(callback, Careful)
+
+
+def _without_credentials(callback: Any) -> Any:
+    """Return a callback class that masks credentials where it would send the arguments themselves.
 
     What the tracker changes in them is taken over: ClearML does so for a run that it starts.
     """
@@ -90,21 +106,23 @@ def _given_no_credentials(callback: Any) -> Any:
                 if getattr(shown, name) is not before[name]:
                     setattr(args, name, getattr(shown, name))
 
-    Careful.__name__, Careful.__qualname__ = callback.__name__, callback.__qualname__
-    return Careful
+    return _named_like(callback, Careful)
 
 
-def _whole_model(callback: Any) -> Any:
-    """Our own callback where transformers' would save the model with its own Trainer."""
-    if callback is not compat.INTEGRATION_TO_CALLBACK["wandb"]:
-        return callback
+def _named_like(callback: Any, ours: Any) -> Any:
+    ours.__name__, ours.__qualname__ = callback.__name__, callback.__qualname__
+    return ours
+
+
+def _whole_model() -> Any:
+    """Return dstrain's callback of W&B: transformers' would save the model with its own Trainer."""
     from dstrain.reporting.wandb_tracker import WandbCallback
 
     return WandbCallback
 
 
 def progress_callback(*, quiet: bool) -> Any:
-    """What shows progress: plain lines, a table in a notebook, or a bar."""
+    """Return the callback class that shows progress: plain lines, a notebook's table, or a bar."""
     if quiet:
         return compat.PrinterCallback
     if compat.is_in_notebook():

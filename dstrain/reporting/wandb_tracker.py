@@ -26,11 +26,11 @@ class WandbCallback(_Base):
 
     @property
     def reads_checkpoints(self) -> bool:
-        """Whether it uploads each checkpoint once it is saved."""
+        """Tell whether the callback uploads each checkpoint once it is saved."""
         return getattr(self._log_model, "value", "") == "checkpoint"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A trial of another search has a run of its own; that of a sweep has one already."""
+        """Begin a W&B run, unless this is a trial of a sweep, which has begun one already."""
         run = self._wandb.run
         if state.is_hyper_param_search and run is not None and run.sweep_id:
             self.setup(args, state, kwargs.pop("model", None), **kwargs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dstrain.core.adapters import inner_model
+from dstrain.trainer.base import TrainerBase
+from dstrain.trainer.overrides import ELSEWHERE
 
 # Attribute or method that makes no sense here -> what to use instead.
 INSTEAD = {
@@ -31,12 +33,8 @@ INSTEAD = {
 }
 
 
-class OtherAttributes:
+class OtherAttributes(TrainerBase):
     """What scripts and subclasses written for transformers' Trainer look up on it."""
-
-    args: Any
-    model: Any
-    _smoothing: Any
 
     is_deepspeed_enabled = True
     is_fsdp_enabled = False
@@ -71,7 +69,7 @@ class OtherAttributes:
         return None if self._smoothing is None else compat.LabelSmoother(self._smoothing.share)
 
     @label_smoother.setter
-    def label_smoother(self, value: Any) -> None:
+    def label_smoother(self, value: object) -> None:
         raise AttributeError(
             "label_smoother follows args.label_smoothing_factor; for a loss of your own override "
             "compute_loss, or pass compute_loss_func"
@@ -98,7 +96,8 @@ class OtherAttributes:
         kind = type(self)
         if hasattr(kind, name):
             return object.__getattribute__(self, name)  # the error of the property itself
+        instead = INSTEAD.get(name)
+        if instead is None and name in ELSEWHERE:
+            instead = f"use {ELSEWHERE[name]}"
         what = f"{kind.__name__!r} object has no attribute {name!r}"
-        raise AttributeError(
-            f"{what}: {INSTEAD[name]}" if name in INSTEAD else what, name=name, obj=self
-        )
+        raise AttributeError(what if instead is None else f"{what}: {instead}", name=name, obj=self)

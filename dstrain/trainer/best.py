@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import (
@@ -17,16 +19,17 @@ from dstrain.checkpoint import (
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import CheckpointError, ConfigError, Problem
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import from_main, gather_objects
+from dstrain.core.ranks import Ranks, from_main, gather_objects
 from dstrain.evaluation import BestRule
 from dstrain.models import weights_not_in_files
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from transformers import TrainerState
+
     from dstrain.checkpoint import TrainerStateRecord
     from dstrain.engine import Engine
-    from dstrain.trainer.trainer import Trainer
 
 logger = get_logger(__name__)
 
@@ -39,27 +42,37 @@ class BestModel:
     are more frequent than checkpoints.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        ranks: Ranks,
+        model: torch.nn.Module,
+    ) -> None:
         """Begin a run that has not evaluated yet.
+
+        Args:
+            args: the user's arguments.
+            state: of the trainer.
+            ranks: this process among the others.
+            model: that is trained.
 
         Raises:
             ConfigError: the best model could not be loaded from the checkpoints of this run.
         """
-        args: TrainingArguments = trainer.args
-        self._trainer = trainer
+        self._args, self._state, self._ranks = args, state, ranks
         self.rule = None
         if args.metric_for_best_model is not None:
             self.rule = BestRule(args.metric_for_best_model, bool(args.greater_is_better))
         self._latest: tuple[int, float] | None = None
         self._saved: dict[int, float] = {}
         self._folders: dict[int, Path] = {}
-        state = trainer.state
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if args.load_best_model_at_end:
             _check_loadable(args)
-            _check_files_suffice(args, trainer.model)
+            _check_files_suffice(args, model)
 
-    def judge(self, metrics: Mapping[str, Any]) -> bool:
+    def judge(self, metrics: Mapping[str, object]) -> bool:
         """Note an evaluation, and tell whether it is the best so far; a collective of all ranks.
 
         Raises:
@@ -71,12 +84,12 @@ class BestModel:
         value, known = gather_objects((metrics.get(self.rule.key), list(metrics)))[0]
         if value is None:
             raise self.rule.missing(known)
-        state, value = self._trainer.state, self.rule.number(value)
+        state, value = self._state, self.rule.number(value)
         self._latest = state.global_step, value
         if not self.rule.is_better(value, state.best_metric):
             return False
         state.best_metric = value
-        if self._trainer.args.save_strategy != "no":
+        if self._args.save_strategy != "no":
             state.best_global_step = state.global_step
         return True
 
@@ -87,10 +100,10 @@ class BestModel:
             folder: the checkpoint.
             failed: steps of earlier checkpoints that could not be written after all.
         """
-        if self._latest is not None and self._latest[0] == self._trainer.state.global_step:
+        if self._latest is not None and self._latest[0] == self._state.global_step:
             step, value = self._latest
             self._saved[step], self._folders[step] = value, folder
-        self.forget(set(failed) - {self._trainer.state.global_step})
+        self.forget(set(failed) - {self._state.global_step})
 
     def forget(self, failed: Collection[int]) -> None:
         """Choose the best checkpoint without those that could not be written."""
@@ -99,7 +112,7 @@ class BestModel:
         there = {step: value for step, value in self._saved.items() if step not in failed}
         best = self.rule.best_of(there)
         folder = None if best is None else str(self._folders[best])
-        self._trainer.state.best_model_checkpoint = folder
+        self._state.best_model_checkpoint = folder
 
     def take_up(self, saved: TrainerStateRecord, start: Path) -> None:
         """Go on from the state in a checkpoint.
@@ -113,7 +126,7 @@ class BestModel:
         if self._rule_of(start) != self.rule:
             self._warn("best_metric starts anew: the saved run chose its best model by another one")
             return
-        state = self._trainer.state
+        state = self._state
         state.best_metric = saved.best_metric
         state.best_global_step = saved.best_global_step
         if saved.best_model_checkpoint is None:
@@ -136,15 +149,15 @@ class BestModel:
             CheckpointError: it does not verify.
         """
         self.forget(failed)
-        state = self._trainer.state
+        state = self._state
         if state.best_model_checkpoint is None:
             self._warn(
                 "load_best_model_at_end: no checkpoint has an evaluation, so the weights stay "
                 "those of the last step"
             )
             return
-        folder, ranks = Path(state.best_model_checkpoint), self._trainer.ranks
-        whole = verify_on_ranks(folder, ranks, on_each_node=self._trainer.args.save_on_each_node)
+        folder, ranks = Path(state.best_model_checkpoint), self._ranks
+        whole = verify_on_ranks(folder, ranks, on_each_node=self._args.save_on_each_node)
         with holding(folder):
             load_weights(engine, folder, whole, ranks)
         if ranks.is_main:
@@ -154,7 +167,7 @@ class BestModel:
         """Read the metric in a checkpoint's manifest (None if it has none) for all ranks."""
         assert self.rule is not None
         value = None
-        if self._trainer.ranks.is_main:
+        if self._ranks.is_main:
             try:
                 value = read_manifest(folder).figure(self.rule.key)
             except CheckpointError:
@@ -163,14 +176,14 @@ class BestModel:
 
     def _rule_of(self, start: Path) -> BestRule | None:
         """Return how the saved run chose its best model; this run's rule where it does not say."""
-        saved = from_main(self._trainer.ranks, lambda: read_arguments(start))
+        saved = from_main(self._ranks, lambda: read_arguments(start))
         if saved is None:
             return self.rule
         metric = saved.metric_for_best_model
         return None if metric is None else BestRule(metric, bool(saved.greater_is_better))
 
     def _warn(self, message: str) -> None:
-        if self._trainer.ranks.is_main:
+        if self._ranks.is_main:
             logger.warning("%s", message)
 
 
@@ -192,7 +205,7 @@ def _check_loadable(args: TrainingArguments) -> None:
     )
 
 
-def _check_files_suffice(args: TrainingArguments, model: Any) -> None:
+def _check_files_suffice(args: TrainingArguments, model: torch.nn.Module) -> None:
     """Check that weights that come back from model files alone are in them as they are.
 
     Raises:

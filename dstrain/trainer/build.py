@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,29 +20,16 @@ from dstrain.config import Facts, ResolvedConfig, optimizers, resolve
 from dstrain.config.difference import RECORD_FILE
 from dstrain.config.explain import as_record, as_table
 from dstrain.config.memory.sizes import ModelSizes
-from dstrain.config.resolution.batch import eval_micro_batch
 from dstrain.core import log
-from dstrain.core.adapters import inner_model
-from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem
+from dstrain.core.errors import ConfigError, DstrainError, Problem
 from dstrain.core.files import write_record
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, all_or_none, gather_objects, launched_ranks, require_equal
 from dstrain.core.seeds import make_deterministic
 from dstrain.data import (
-    Collator,
-    LoaderOptions,
     LossRule,
     LossTargets,
-    TokenCount,
-    Topology,
-    build_loader,
-    detect_split,
-    forward_columns,
-    is_ours,
-    keep_columns,
     label_columns,
-    micro_steps,
-    sample_lengths,
 )
 from dstrain.engine import (
     Engine,
@@ -66,6 +53,7 @@ from dstrain.engine import (
     start,
 )
 from dstrain.models import building_partitioned, sizes_of_module
+from dstrain.training.types import Scheduler
 
 logger = get_logger(__name__)
 
@@ -103,27 +91,13 @@ def _let_the_main_rank_speak() -> None:
     """
     show = sys.excepthook
 
-    def hook(kind: Any, error: Any, trace: Any) -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, DstrainError):
             time.sleep(_PATIENCE_SECONDS)
         show(kind, error, trace)
 
     hook.lets_main_rank_speak = True  # type: ignore[attr-defined]
     sys.excepthook = hook
-
-
-def default_collator(processing_class: Any) -> Collator:
-    """Return a collator that pads to the longest sample; without a tokenizer, one that stacks."""
-    from transformers import (
-        DataCollatorWithPadding,
-        PreTrainedTokenizerBase,
-        SequenceFeatureExtractor,
-        default_data_collator,
-    )
-
-    pads = isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor))
-    collate: Collator = DataCollatorWithPadding(processing_class) if pads else default_data_collator
-    return collate
 
 
 def targets_of(
@@ -153,116 +127,6 @@ def targets_of(
         model_loss=model_loss,
         receives_count=receives_count,
     )
-
-
-def prepare_dataset(
-    dataset: Any,
-    collate: Collator,
-    module: torch.nn.Module,
-    args: TrainingArguments,
-    *,
-    description: str,
-) -> tuple[Any, Collator]:
-    """Return the dataset and collator without the columns that the model does not take."""
-    known = forward_columns(module) if args.remove_unused_columns else None
-    if known is None:
-        return dataset, collate
-    keep = {*known, *label_columns(module, args.label_names), "label", "label_ids"}
-    return keep_columns(dataset, collate, sorted(keep), description=description)
-
-
-def lengths_of(dataset: Any, args: TrainingArguments, processing_class: Any) -> Any:
-    """Return the lengths of the training samples where their order needs them, else None."""
-    if args.sampling not in ("group_by_length", "batch_rebalance"):
-        return None
-    names = getattr(processing_class, "model_input_names", None) or ["input_ids"]
-    return sample_lengths(
-        dataset, column=args.length_column_name, main_input=names[0], what=_sampling_of(args)
-    )
-
-
-def _sampling_of(args: TrainingArguments) -> str:
-    """Return the argument that orders training samples, as the user wrote it."""
-    if args.group_by_length:
-        return "group_by_length=True"
-    return f"train_sampling_strategy={args.train_sampling_strategy!r}"
-
-
-def token_count(
-    module: torch.nn.Module, args: TrainingArguments, processing_class: Any
-) -> TokenCount:
-    """Return the function that counts the input tokens of a batch for this model."""
-    return TokenCount(
-        getattr(inner_model(module), "main_input_name", "input_ids"),
-        padding=args.counts_tokens != "non_padding",
-        pad_token_id=getattr(processing_class, "pad_token_id", None),
-    )
-
-
-def make_loader(
-    dataset: Any,
-    collate: Collator,
-    resolved: ResolvedConfig,
-    args: TrainingArguments,
-    ranks: Ranks,
-    *,
-    train: bool,
-    lengths: Any = None,
-) -> Any:
-    """Make this rank's loader for training (shuffled) or evaluation (in order, nothing dropped)."""
-    micro_batch = resolved.micro_batch_size if train else eval_micro_batch(args, ranks.world_size)
-    seed = args.seed if args.data_seed is None else args.data_seed
-    return build_loader(
-        dataset,
-        Topology(micro_batch, ranks.world_size, ranks.rank),
-        collate,
-        LoaderOptions(
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            pin_memory=args.dataloader_pin_memory and device_type() != "cpu",
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            drop_last=args.dataloader_drop_last and train,
-            dispatch=args.dispatches_batches,
-            rebalance=(
-                resolved.accumulation if train and args.sampling == "batch_rebalance" else None
-            ),
-        ),
-        seed=seed,
-        shuffle=train and args.sampling != "sequential",
-        lengths=lengths,
-    )
-
-
-def training_steps(
-    loader: Any, args: TrainingArguments, accumulation: int
-) -> tuple[int, int | None]:
-    """Count the optimizer steps of the whole run, and of one epoch (None for a stream).
-
-    Raises:
-        DataError: no micro-batch in an epoch, or a stream without max_steps.
-    """
-    per_epoch = micro_steps(loader)
-    if per_epoch == 0:
-        raise DataError(
-            Problem(
-                "the training data gives no batch",
-                "dataloader_drop_last drops what does not fill one micro-batch on every rank",
-                "add data, use a smaller per_device_train_batch_size, or drop nothing",
-            )
-        )
-    windows = None if per_epoch is None else math.ceil(per_epoch / accumulation)
-    if args.max_steps > 0:
-        return args.max_steps, windows
-    if windows is None:
-        raise DataError(
-            Problem(
-                "the training data is a stream, whose length is not known",
-                "the learning-rate schedule needs the number of steps",
-                "set max_steps",
-            )
-        )
-    return math.ceil(args.num_train_epochs * windows), windows
 
 
 def resolve_config(
@@ -316,6 +180,8 @@ def resolve_config(
     with all_or_none():
         resolved = resolve(args, facts)
         check_precision(resolved.compute_format)
+        if not own_scheduler and not resolved.has_scheduler:
+            _check_schedule(args, resolved)
         prepare_nvme(resolved)
     require_equal("the resolved DeepSpeed config", dict(resolved.values), ConfigError)
     return resolved
@@ -341,60 +207,48 @@ def partitioned(args: TrainingArguments) -> Iterator[None]:
         yield
 
 
-def check_shared_out(
-    loader: Any, ranks: Ranks, *, method: str, epoch: int = 0, known_whole: bool = False
-) -> None:
-    """See to it that every sample is on one rank; a collective of all ranks.
-
-    Args:
-        loader: what the method returned.
-        ranks: this process among the others.
-        method: which made it.
-        epoch: which will be read first.
-        known_whole: a checkpoint of several ranks says that all read one stream.
-
-    Raises:
-        DataError: more than one rank, and a loader that neither dstrain made nor a sampler with
-            ``num_replicas`` shares out; or data that is not the same on all ranks, and cannot be
-            used as it is.
-    """
-    if is_ours(loader):
-        what = "the training data" if "train" in method else "the evaluation data"
-        detect_split(loader, what=what, epoch=epoch, known_whole=known_whole)
-        return
-    parts = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    inner = getattr(parts[2], "sampler", None)
-    shared = any(hasattr(part, "num_replicas") for part in (*parts, inner))
-    if ranks.world_size == 1 or shared:
-        return
-    raise DataError(
-        Problem(
-            f"{method} returned a loader of its own on {ranks.world_size} ranks",
-            "its samples are not shared out, so every rank would read all of them",
-            "give it a torch.utils.data.DistributedSampler, or pass the dataset and let dstrain "
-            "build the loader",
-        )
-    )
-
-
-def scheduler_factory(args: TrainingArguments, num_training_steps: int) -> Callable[[Any], Any]:
+def scheduler_factory(
+    args: TrainingArguments, num_training_steps: int
+) -> Callable[[torch.optim.Optimizer], Scheduler]:
     """Return a function that makes the schedule of an optimizer; the engine calls and steps it."""
 
-    def make(optimizer: torch.optim.Optimizer) -> Any:
+    def make(optimizer: torch.optim.Optimizer) -> Scheduler:
         from transformers import get_scheduler
 
         kwargs = args.scheduler_kwargs()
         if args.lr_scheduler_type in METRIC_SCHEDULERS:
             kwargs.setdefault("mode", "max" if args.greater_is_better else "min")
-        return get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=args.get_warmup_steps(num_training_steps),
-            num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=kwargs,
-        )
+        try:
+            return get_scheduler(
+                args.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs=kwargs,
+            )
+        except (TypeError, ValueError, ArithmeticError) as error:
+            kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+            given = json.dumps(kwargs, default=str)
+            raise ConfigError(
+                Problem(
+                    f"lr_scheduler_type={kind!r} with lr_scheduler_kwargs={given}",
+                    f"no schedule can be made of them: {error}",
+                    f"give what transformers' schedule {kind!r} takes",
+                )
+            ) from error
 
     return make
+
+
+def _check_schedule(args: TrainingArguments, resolved: ResolvedConfig) -> None:
+    """Refuse arguments of a schedule that it does not take, by making one for a tensor.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    if args.scheduler_kwargs():
+        nothing = torch.optim.SGD([torch.zeros(1)], lr=resolved.learning_rate)
+        scheduler_factory(args, max(100, args.max_steps))(nothing)
 
 
 def optimizer_of(args: TrainingArguments) -> tuple[type[Any], dict[str, Any]]:
@@ -404,8 +258,8 @@ def optimizer_of(args: TrainingArguments) -> tuple[type[Any], dict[str, Any]]:
 
 def check_passed(
     args: TrainingArguments,
-    optimizers: tuple[Any, Any],
-    cls_and_kwargs: tuple[Any, dict[str, Any]] | None,
+    optimizers: tuple[object, object],
+    cls_and_kwargs: tuple[object, dict[str, object]] | None,
     resolved: ResolvedConfig,
 ) -> None:
     """Refuse what was passed to the Trainer and could not run as given.
@@ -445,7 +299,7 @@ def training_engine(
     resolved: ResolvedConfig,
     *,
     optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
+    scheduler: object,
     decay_names: Callable[[torch.nn.Module], list[str]],
 ) -> Engine:
     """Build a DeepSpeed engine with our parameter groups, or with the user's own optimizer."""

@@ -1,7 +1,6 @@
 """Semi-private parts of transformers that this room uses, in one place."""
 
-from typing import Any
-
+from transformers import GenerationConfig
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother, log_metrics, metrics_format
 from transformers.trainer_utils import (
@@ -28,11 +27,11 @@ __all__ = [
 ]
 
 
-def is_as_loaded(config: Any) -> bool:
+def is_as_loaded(config: GenerationConfig) -> bool:
     """Tell, by the rule of ``save_pretrained``, whether a generation config is as it was loaded."""
     return getattr(config, "_original_object_hash", None) == hash(config)
 
 
-def mark_as_loaded(config: Any) -> None:
+def mark_as_loaded(config: GenerationConfig) -> None:
     """Let a generation config, as it is now, count as loaded."""
     config._original_object_hash = hash(config)

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -73,7 +72,7 @@ class EngineKeeper:
         if not done and not engine.is_released and close is not None:
             close()
 
-    def forward_model(self, module: torch.nn.Module, resolved: ResolvedConfig) -> Any:
+    def forward_model(self, module: torch.nn.Module, resolved: ResolvedConfig) -> torch.nn.Module:
         """Return what to call for a forward pass without training.
 
         The engine that is alive on the module, whoever trains with it. Before training at stage 3
@@ -97,7 +96,7 @@ class EngineKeeper:
 
     def autocast(
         self, module: torch.nn.Module, resolved: ResolvedConfig
-    ) -> contextlib.AbstractContextManager[Any]:
+    ) -> contextlib.AbstractContextManager[object]:
         """Return the autocast context of an engine; an empty one where an engine is alive."""
         autocasts = resolved.autocasts and engine_on(module) is None
         if not autocasts:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
+from dstrain.arguments import TrainingArguments
+from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.models import DTYPES
 
 
-def full_eval_format(args: Any, resolved: Any) -> str | None:
+def full_eval_format(args: TrainingArguments, resolved: ResolvedConfig) -> str | None:
     """Return the number format to evaluate in; None where it is that of training.
 
     Raises:

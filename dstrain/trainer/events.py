@@ -1,4 +1,4 @@
-"""Events of a run, and the state that transformers' callbacks read."""
+"""The callbacks of a trainer: how they are called, and the state that they read."""
 
 from __future__ import annotations
 
@@ -6,31 +6,50 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dstrain.config.resolution.running import shown_arguments
+import torch
+
+from dstrain.arguments import TrainingArguments
 from dstrain.core.log import get_logger
+from dstrain.core.ranks import Ranks
 from dstrain.reporting import progress_callback, set_tensorboard_folder, tracker_callbacks
 from dstrain.training.freeze_watch import LOOKS_AFTER, FreezeWatch
 from dstrain.training.preemption import EvaluationStopped
 
 if TYPE_CHECKING:
-    from dstrain.trainer.trainer import Trainer
+    from transformers import TrainerControl, TrainerState
 
 
 logger = get_logger(__name__)
 
 
 class Events:
-    """Calls callbacks in transformers' order and holds their state and control."""
+    """Calls callbacks in transformers' order.
 
-    def __init__(self, trainer: Trainer, callbacks: Sequence[Any] | None) -> None:
-        """Set up callbacks, in order: default flow, trackers, the user's, a progress display."""
+    Attributes:
+        handler: transformers' ``CallbackHandler``.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[object] | None,
+        args: TrainingArguments,
+        *,
+        model: torch.nn.Module,
+        processing_class: object,
+    ) -> None:
+        """Set up callbacks, in order: default flow, trackers, the user's, a progress display.
+
+        Args:
+            callbacks: of the user, classes or instances.
+            args: the user's arguments.
+            model: shown to callbacks.
+            processing_class: likewise.
+        """
         from dstrain.reporting import compat
 
-        args, ranks = trainer.args, trainer.ranks
-        self._trainer = trainer
         self._freezing: FreezeWatch | None = None
         trackers = tracker_callbacks(args.report_to)
         if any(t.__name__ == "TensorBoardCallback" for t in trackers):
@@ -45,38 +64,40 @@ class Events:
                 *(callbacks or ()),
                 progress_callback(quiet=quiet),
             ],
-            trainer.model,
-            trainer.processing_class,
+            model,
+            processing_class,
             None,
             None,
         )
-        self.state = compat.TrainerState(
-            is_local_process_zero=ranks.is_local_main, is_world_process_zero=ranks.is_main
-        )
-        self.control = compat.TrainerControl()
-        trainer.state, trainer.control = self.state, self.control
 
-    def __call__(self, name: str, **kwargs: Any) -> Any:
-        """Run one event through all callbacks; returns the control object."""
-        trainer = self._trainer
-        event = getattr(self.handler, name)
+    def tell(
+        self,
+        name: str,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Run one event through all callbacks; return what they want done.
+
+        Args:
+            name: such as "on_step_end".
+            args: the user's arguments.
+            state: of the run.
+            control: that callbacks may change.
+            **kwargs: what this event passes besides.
+        """
         positional = {"on_log": "logs", "on_evaluate": "metrics", "on_predict": "metrics"}.get(name)
         if name == "on_prediction_step":
             self.handler.eval_dataloader = kwargs.pop("eval_dataloader", None)
         extra = (kwargs.pop(positional),) if positional else ()
-        shown = shown_arguments(trainer.args, trainer.resolved)
-        with self._taking_changes(), shown as args:
-            self.control = event(args, trainer.state, self.control, *extra, **kwargs)
-        trainer.control = self.control
+        told: TrainerControl = getattr(self.handler, name)(args, state, control, *extra, **kwargs)
+        return told
+
+    def look_for_frozen(self, name: str) -> None:
+        """Warn, after some events, of parameters that callbacks have frozen or unfrozen."""
         if self._freezing is not None and name in LOOKS_AFTER:
             self._freezing.look()
-        return self.control
-
-    def _taking_changes(self) -> contextlib.AbstractContextManager[None]:
-        """Let weights that callbacks change inside be those that training goes on with."""
-        engine = self._trainer._engines.training
-        changes = None if engine is None or engine.is_released else engine.changes
-        return contextlib.nullcontext() if changes is None else changes.in_callbacks()
 
     @contextlib.contextmanager
     def reports_held(self) -> Iterator[None]:
@@ -89,9 +110,11 @@ class Events:
 
         kinds = tuple(compat.INTEGRATION_TO_CALLBACK.values())
         trackers: list[Any] = [c for c in self.handler.callbacks if isinstance(c, kinds)]
-        held: list[Callable[[], Any]] = []
+        held: list[Callable[[], object]] = []
 
-        def hold(tracker: Any, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+        def hold(
+            tracker: Any, *args: object, logs: Mapping[str, float] | None = None, **kwargs: object
+        ) -> None:
             report = type(tracker).on_log
             logs = None if logs is None else dict(logs)
             held.append(functools.partial(report, tracker, *args, logs=logs, **kwargs))
@@ -139,37 +162,38 @@ class Events:
 
         return give_back
 
-    def begin_run(self, loader: Any, *, max_steps: int, steps_per_epoch: int | None) -> None:
-        """Reset the state for a run of ``max_steps``; the log history of earlier runs is kept."""
+    def begin_run(
+        self,
+        model: torch.nn.Module,
+        *,
+        stage: int,
+        group_of: Callable[[torch.nn.Parameter], object],
+        save_model: Callable[[str], None],
+        is_main: bool,
+    ) -> None:
+        """Prepare callbacks for a training.
+
+        Args:
+            model: that is trained, with its engine on it.
+            stage: of ZeRO.
+            group_of: the optimizer's group that a parameter is in, or None.
+            save_model: writes the model into a folder; for trackers that upload it.
+            is_main: whether this is rank 0.
+        """
         from dstrain.reporting.wandb_tracker import WandbCallback
 
-        trainer, args = self._trainer, self._trainer.args
-        state = trainer.state
-        state.global_step = 0
-        state.epoch = 0.0
-        state.max_steps = max_steps
-        state.num_input_tokens_seen = 0
-        state.total_flos = trainer.current_flos = 0.0
-        # In the unit of the argument, with the value that runs: the DeepSpeed config may decide it.
-        resolved = trainer.resolved
-        state.train_batch_size = resolved.batch_unit.as_argument(resolved.micro_batch_size)
-        state.num_train_epochs = -(-max_steps // steps_per_epoch) if steps_per_epoch else 1
-        state.compute_steps(args, max_steps)
         for callback in self.handler.callbacks:
             if isinstance(callback, WandbCallback):
-                callback.save_model = lambda folder: trainer.save_model(folder, _internal_call=True)
-        control = self.control
-        control.should_training_stop = control.should_epoch_stop = False
-        if trainer.ranks.is_main:
-            self._freezing = FreezeWatch(trainer.model, trainer.get_optimizer_group)
-            self._warn_of_parts()
-        self.hold(loader)
+                callback.save_model = save_model
+        if is_main:
+            self._freezing = FreezeWatch(model, group_of)
+            self._warn_of_parts(stage)
 
-    def _warn_of_parts(self) -> None:
+    def _warn_of_parts(self, stage: int) -> None:
         """Say that gradients are in parts, where a callback may look for them."""
         from dstrain.reporting import compat
 
-        stage, plain = self._trainer.resolved.stage, compat.TrainerCallback.on_pre_optimizer_step
+        plain = compat.TrainerCallback.on_pre_optimizer_step
         names = [
             type(callback).__name__
             for callback in self.handler.callbacks
@@ -186,12 +210,60 @@ class Events:
             stage,
         )
 
-    def hold(self, loader: Any) -> None:
-        """Give callbacks the model, optimizer, schedule and training loader in use, or let go."""
-        trainer = self._trainer
-        self.handler.model = trainer.model
-        self.handler.optimizer = trainer.optimizer
-        self.handler.lr_scheduler = trainer.lr_scheduler
+    def hold(
+        self, model: torch.nn.Module, optimizer: object, scheduler: object, loader: object
+    ) -> None:
+        """Show callbacks what is in use.
+
+        Args:
+            model: the core model.
+            optimizer: None before training.
+            scheduler: likewise.
+            loader: of training; None where none runs.
+        """
+        self.handler.model = model
+        self.handler.optimizer = optimizer
+        self.handler.lr_scheduler = scheduler
         self.handler.train_dataloader = loader
         if loader is None:
             self._freezing = None
+
+
+def new_state(ranks: Ranks) -> tuple[TrainerState, TrainerControl]:
+    """Make the state and control of a trainer that has not begun to train."""
+    from dstrain.reporting import compat
+
+    state = compat.TrainerState(
+        is_local_process_zero=ranks.is_local_main, is_world_process_zero=ranks.is_main
+    )
+    return state, compat.TrainerControl()
+
+
+def begin_state(
+    state: TrainerState,
+    control: TrainerControl,
+    args: TrainingArguments,
+    *,
+    max_steps: int,
+    steps_per_epoch: int | None,
+    train_batch_size: int,
+) -> None:
+    """Reset the state for a run; the log history of earlier runs is kept.
+
+    Args:
+        state: of the trainer.
+        control: likewise.
+        args: the user's arguments.
+        max_steps: optimizer steps of the run.
+        steps_per_epoch: None for a stream.
+        train_batch_size: the micro-batch that runs, in the unit of the argument.
+    """
+    state.global_step = 0
+    state.epoch = 0.0
+    state.max_steps = max_steps
+    state.num_input_tokens_seen = 0
+    state.total_flos = 0.0
+    state.train_batch_size = train_batch_size
+    state.num_train_epochs = -(-max_steps // steps_per_epoch) if steps_per_epoch else 1
+    state.compute_steps(args, max_steps)
+    control.should_training_stop = control.should_epoch_stop = False

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.trainer import compat
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
-def check_generation_config(model: Any) -> None:
+
+def check_generation_config(model: object) -> None:
     """Refuse a model whose generation config cannot be saved.
 
     transformers saves back what it has loaded, whatever that says, and refuses what was changed
@@ -35,7 +38,7 @@ def check_generation_config(model: Any) -> None:
         )
 
 
-def why_not_saved(config: Any) -> ValueError | None:
+def why_not_saved(config: GenerationConfig) -> ValueError | None:
     """Return the error that ``save_pretrained`` of a generation config would raise, or None."""
     try:
         config.validate(strict=not compat.is_as_loaded(config))
@@ -45,7 +48,7 @@ def why_not_saved(config: Any) -> ValueError | None:
 
 
 @contextlib.contextmanager
-def changing(config: Any) -> Iterator[None]:
+def changing(config: GenerationConfig) -> Iterator[None]:
     """Let the block change a generation config, which still counts as loaded if it did before.
 
     One that was as published counts as published afterwards: else what it said from the beginning

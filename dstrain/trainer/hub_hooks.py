@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstrain.core.ranks import Ranks
+from dstrain.trainer.optimizer_hooks import OptimizerHooks
 
 if TYPE_CHECKING:
     from dstrain.hub.model_card import CardFacts, CardWishes
@@ -14,20 +14,9 @@ if TYPE_CHECKING:
     from dstrain.hub.uploads import Destination
 
 
-class HubHooks:
+class HubHooks(OptimizerHooks):
     """The methods of transformers' Trainer about the Hub."""
 
-    args: Any
-    state: Any
-    model: Any
-    ranks: Ranks
-    events: Any
-    save_model: Any
-    train_dataset: Any
-    resolved: Any
-    optimizer: Any
-    lr_scheduler: Any
-    _own: Any
     _publisher: Publisher | None = None
 
     @property
@@ -142,13 +131,22 @@ class HubHooks:
         if not args.push_to_hub or not self.ranks.is_main or state.is_hyper_param_search:
             return None
         from dstrain.hub.model_card import CardWishes, card_of
-        from dstrain.hub.uploads import card_name, checkpoint_upload, uploads_checkpoints
+        from dstrain.hub.uploads import (
+            card_name,
+            checkpoint_upload,
+            report_failure,
+            uploads_checkpoints,
+        )
 
         if not uploads_checkpoints(args):
             return None
         by_step = args.save_strategy == "steps"
         when = f"step {state.global_step}" if by_step else f"epoch {int(state.epoch or 0)}"
-        card = card_of(self._card_facts(), CardWishes(model_name=card_name(args)))
+        try:
+            card = card_of(self._card_facts(), CardWishes(model_name=card_name(args)))
+        except Exception as error:  # no other rank makes one, and would go on with the save
+            report_failure("no checkpoint is uploaded", error, args)
+            return None
         return checkpoint_upload(self._publish_with(), args, when=when, card=card)
 
     def _publish_saved(self) -> None:
@@ -166,7 +164,7 @@ class HubHooks:
         self, message: str, wishes: CardWishes, where: Destination, *, blocking: bool
     ) -> Any:
         """Upload the run's folder as it is, with a new card; see ``push_to_hub``."""
-        self.events("on_push_begin")
+        self.event("on_push_begin")
         if not self.ranks.is_main:
             return None
         from dstrain.hub.model_card import write_card
@@ -206,7 +204,7 @@ class HubHooks:
                 self.args,
                 self.resolved,
                 num_steps=self.state.global_step,
-                user_optimizer=self.optimizer if self._own.has_optimizer else None,
-                user_scheduler=self.lr_scheduler if self._own.has_scheduler else None,
+                user_optimizer=self.optimizer if self._has_user_optimizer else None,
+                user_scheduler=self.lr_scheduler if self._has_user_scheduler else None,
             ),
         )

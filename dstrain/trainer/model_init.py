@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -14,7 +13,9 @@ from dstrain.core.seeds import seed_everything
 from dstrain.trainer import build
 
 
-def check_source(model: Any, model_init: Any, optimizers: tuple[Any, Any]) -> None:
+def check_source(
+    model: object, model_init: Callable[..., object] | None, optimizers: tuple[object, object]
+) -> None:
     """Refuse what leaves open which model is trained.
 
     Args:
@@ -48,7 +49,7 @@ def check_source(model: Any, model_init: Any, optimizers: tuple[Any, Any]) -> No
         num_arguments(model_init)
 
 
-def check_whole(model: Any) -> None:
+def check_on_one_device(model: object) -> None:
     """Refuse a model whose layers lie on several devices.
 
     Raises:
@@ -66,7 +67,7 @@ def check_whole(model: Any) -> None:
         )
 
 
-def num_arguments(model_init: Callable[..., Any]) -> int:
+def num_arguments(model_init: Callable[..., object]) -> int:
     """Count the arguments of ``model_init``: 0, or 1 where it takes the trial.
 
     Raises:
@@ -87,7 +88,7 @@ def num_arguments(model_init: Callable[..., Any]) -> int:
 
 
 def fresh_model(
-    make: Callable[[Any], torch.nn.Module | None], args: TrainingArguments, trial: Any
+    make: Callable[[object], torch.nn.Module | None], args: TrainingArguments, trial: object
 ) -> torch.nn.Module:
     """Make a new model from the run's seed, partitioned while it is built at stage 3.
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from dstrain.arguments.enforce import warn
 from dstrain.core.errors import ConfigError, Problem
+from dstrain.training.types import ProcessingClass
 
 
-def one_name(processing_class: Any, tokenizer: Any) -> Any:
+def one_name(processing_class: object, tokenizer: object) -> ProcessingClass:
     """Return what was passed as ``processing_class``, or by its old name ``tokenizer``.
 
     Raises:

@@ -6,29 +6,25 @@ from typing import Any
 
 import torch
 
+from dstrain.arguments import TrainingArguments
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.engine import decay_parameter_names, parameter_groups
 from dstrain.trainer import build
+from dstrain.trainer.base import TrainerBase
+from dstrain.trainer.user_optimizer import UserOptimizer
+from dstrain.training.types import Optimizer, Scheduler
 
 _MAKERS = ("create_optimizer_and_scheduler", "create_optimizer", "get_optimizer_cls_and_kwargs")
 
 
-class OptimizerHooks:
+class OptimizerHooks(TrainerBase):
     """The methods of transformers' Trainer about optimizer and schedule.
 
     Without an override DeepSpeed builds the optimizer that the config names. An override, an object
     or ``optimizer_cls_and_kwargs`` of the user's runs as given, or is refused; never replaced.
     """
 
-    args: Any
-    model: Any
-    resolved: Any
-    optimizer: Any
-    lr_scheduler: Any
-    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None
-    _engines: Any
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> Any:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         """Build the optimizer as an object, unless there is one; sets and returns ``optimizer``.
 
         Called in training only where it, ``create_optimizer_and_scheduler`` or
@@ -56,7 +52,7 @@ class OptimizerHooks:
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer = None) -> Scheduler:
         """Make the learning-rate schedule of ``optimizer``; the engine steps it."""
         if self.lr_scheduler is None:
             steered = self.optimizer if optimizer is None else optimizer
@@ -69,7 +65,9 @@ class OptimizerHooks:
         self.create_scheduler(num_training_steps)
 
     @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: torch.nn.Module | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """Return the class that ``args.optim`` resolves to, and what its constructor takes.
 
         With optimizer offload that is the implementation for host cores. A collective of all ranks.
@@ -104,102 +102,70 @@ class OptimizerHooks:
         groups = optimizer.param_groups
         return next((g for g in groups if any(p is param for p in g["params"])), None)
 
-    def _set_up_optimizer(self) -> Any:
+    def _set_up_optimizer(self) -> Optimizer:
         if self.optimizer is None:
             raise ValueError("Trainer optimizer is None, it is made when training starts.")
         return self.optimizer
 
-
-class OwnObjects:
-    """Optimizer and schedule that are not the config's: passed, set, or made by an override."""
-
-    def __init__(self, trainer: OptimizerHooks, optimizer: Any, scheduler: Any) -> None:
-        """Keep what was passed to the constructor."""
-        self._trainer = trainer
-        self.optimizer: Any = None
-        self.scheduler = scheduler
-        self._parameters: list[list[Any]] = []
-        self._keep(optimizer)
+    # --- behind the edge --------------------------------------------------------------------------
 
     @property
-    def makes_optimizer(self) -> bool:
+    def _makes_optimizer(self) -> bool:
         """Tell whether the user's code makes an optimizer for every training."""
-        given = self._trainer.optimizer_cls_and_kwargs is not None
-        return given or any(_overrides(self._trainer, name) for name in _MAKERS)
+        given = self.optimizer_cls_and_kwargs is not None
+        return given or any(self._overrides(name) for name in _MAKERS)
 
     @property
-    def has_optimizer(self) -> bool:
+    def _has_user_optimizer(self) -> bool:
         """Tell whether the optimizer is the user's own, and not the config's."""
-        return self.optimizer is not None or self.makes_optimizer
+        return self._user.optimizer is not None or self._makes_optimizer
 
     @property
-    def has_scheduler(self) -> bool:
+    def _has_user_scheduler(self) -> bool:
         """Tell whether the schedule is the user's own, and not the config's."""
-        return self.scheduler is not None or any(
-            _overrides(self._trainer, name)
-            for name in ("create_scheduler", "create_optimizer_and_scheduler")
+        return self._user.scheduler is not None or any(
+            self._overrides(name) for name in ("create_scheduler", "create_optimizer_and_scheduler")
         )
 
-    def notice(self) -> None:
+    def _notice_user_optimizer(self) -> None:
         """Keep what a script has set on the trainer since, or made with ``create_optimizer``."""
-        trainer, engine = self._trainer, self._trainer._engines.training
+        engine = self._engines.training
         used = (None, None) if engine is None else (engine.optimizer, engine.scheduler)
-        if trainer.optimizer not in (None, used[0], self.optimizer):
-            self._keep(trainer.optimizer)
-        if trainer.lr_scheduler not in (None, used[1], self.scheduler):
-            self.scheduler = trainer.lr_scheduler
+        self._user.notice(self.optimizer, self.lr_scheduler, used=used)
 
-    def give_back(self) -> None:
-        """Give the user's own optimizer the model's parameters again, without state.
+    def _forget_optimizer(self) -> None:
+        """Let go of optimizer and schedule, which hold the parameters of a model that goes."""
+        self.optimizer = self.lr_scheduler = None
+        self._user = UserOptimizer()
 
-        DeepSpeed puts flat tensors in their place, which are of no use without its engine.
-        """
-        if self.optimizer is None:
-            return
-        self.optimizer.state.clear()
-        for group, params in zip(self.optimizer.param_groups, self._parameters, strict=True):
-            group["params"] = params
-
-    def for_run(self, num_training_steps: int) -> tuple[Any, Any]:
+    def _optimizer_for_run(self, num_training_steps: int) -> tuple[Optimizer, Scheduler]:
         """Return the user's optimizer (None: the config's) and schedule, or the schedule's maker.
 
         Raises:
             ConfigError: an override made no optimizer.
         """
-        trainer = self._trainer
-        self.give_back()
-        if _overrides(trainer, "create_optimizer_and_scheduler"):
-            trainer.create_optimizer_and_scheduler(num_training_steps)
-        elif self.makes_optimizer and self.optimizer is None:
-            built = trainer.create_optimizer()
-            trainer.optimizer = built if trainer.optimizer is None else trainer.optimizer
-        if self.has_optimizer and trainer.optimizer is None:
+        self._user.give_back()
+        if self._overrides("create_optimizer_and_scheduler"):
+            self.create_optimizer_and_scheduler(num_training_steps)
+        elif self._makes_optimizer and self._user.optimizer is None:
+            built = self.create_optimizer()
+            self.optimizer = built if self.optimizer is None else self.optimizer
+        if self._has_user_optimizer and self.optimizer is None:
             raise ConfigError(
                 Problem(
-                    f"{type(trainer).__name__} overrides the making of its optimizer",
+                    f"{type(self).__name__} overrides the making of its optimizer",
                     "afterwards self.optimizer is None, and nothing was returned",
                     "set self.optimizer in it, or return the optimizer",
                 )
             )
 
-        def schedule(basic: Any) -> Any:
-            before = trainer.optimizer, trainer.lr_scheduler
-            trainer.optimizer = basic  # an override may read it
-            made = trainer.create_scheduler(num_training_steps, basic)
-            made = trainer.lr_scheduler if made is None else made
-            trainer.optimizer, trainer.lr_scheduler = before
+        def schedule(basic: Optimizer) -> Scheduler:
+            before = self.optimizer, self.lr_scheduler
+            self.optimizer = basic  # an override may read it
+            made = self.create_scheduler(num_training_steps, basic)
+            made = self.lr_scheduler if made is None else made
+            self.optimizer, self.lr_scheduler = before
             return made
 
-        made = trainer.lr_scheduler
-        return trainer.optimizer, schedule if made is None else made
-
-    def _keep(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-        groups = getattr(optimizer, "param_groups", ())
-        self._parameters = [list(group["params"]) for group in groups]
-
-
-def _overrides(trainer: Any, name: str) -> bool:
-    method = getattr(type(trainer), name)
-    changed = method is not getattr(OptimizerHooks, name)
-    return changed or name in vars(trainer)
+        made = self.lr_scheduler
+        return self.optimizer, schedule if made is None else made

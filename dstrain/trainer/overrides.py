@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstrain.core.errors import Problem, raise_problems
-from dstrain.trainer.signatures import Functions, misfits_of, serve_overrides
+from dstrain.core.errors import Problem
 
-# Semi-private methods of transformers' Trainer -> what to override instead. Every documented one is
-# called, or runs what it says.
-_ELSEWHERE = {
+# Methods of transformers' Trainers that are not here -> what to override, or to use, instead. Every
+# documented one is here: it is called, or does what it says.
+ELSEWHERE = {
     "_inner_training_loop": "training_step, compute_loss, or a callback",
     "_maybe_log_save_evaluate": "log, evaluate, or a callback that sets the control's flags",
     "_evaluate": "evaluate",
@@ -37,7 +36,38 @@ _ELSEWHERE = {
     "_pad_across_processes": "compute_metrics and preprocess_logits_for_metrics",
     "get_batch_samples": "get_train_dataloader",
     "get_total_train_batch_size": "gradient_accumulation_steps and per_device_train_batch_size",
+    "_build_accelerator_args": "nothing: there is no accelerate here",
+    "_clip_grad_norm": "max_grad_norm, or at stage 0 a callback's on_pre_optimizer_step",
+    "_defer_fsdp_gradient_reduction": "nothing: ZeRO partitions the model, not FSDP",
+    "_determine_best_metric": "metric_for_best_model and greater_is_better, or a callback's "
+    "on_evaluate",
+    "_finalize_training": "train, around super().train(), or a callback's on_train_end",
+    "_finish_current_push": "nothing: train() ends once uploads have",
+    "_get_dataloader": "get_train_dataloader, get_eval_dataloader and get_test_dataloader",
+    "_get_grad_norm": "log",
+    "_get_learning_rate": "log, or create_scheduler",
+    "_get_num_items_in_batch": "compute_loss: its num_items_in_batch is the count of targets",
+    "_get_output_dir": "output_dir, and hp_name of hyperparameter_search",
+    "_has_mixed_mesh_grads": "nothing: all parameters are of one mesh",
+    "_init_training_state": "a callback's on_train_begin",
+    "_issue_warnings_after_load": "nothing: a checkpoint that lacks weights is refused",
+    "_load_callback_state": "restore_callback_states_from_checkpoint",
+    "_load_scaler": "nothing: checkpoints hold the loss scale",
+    "_mixed_mesh_grad_norm": "nothing: all parameters are of one mesh",
+    "_pad_tensors_to_max_len": "prediction_step",
+    "_prepare_context_parallel_inputs": "_prepare_inputs",
+    "_prepare_for_training": "create_optimizer and create_scheduler",
+    "_run_epoch": "training_step, compute_loss, or a callback",
+    "_save_scaler": "nothing: checkpoints hold the loss scale",
+    "_sync_replicated_trainable_parameters": "nothing: DeepSpeed keeps parameters alike",
+    "_track_num_input_tokens": "include_num_input_tokens_seen, or training_step",
+    "_tune_save_checkpoint": "save_strategy",
+    "_update_auto_batch_size": "auto_find_batch_size",
+    "_validate_args": "__init__",
+    "set_initial_training_values": "max_steps, num_train_epochs and get_train_dataloader",
     "create_accelerator_and_postprocess": "nothing: there is no accelerate here",
+    "end": "close, or a callback's on_train_end",
+    "loss_is_scaled_for_ga": "compute_loss: the loss of a step is the mean over all of its targets",
 }
 
 
@@ -64,29 +94,6 @@ def unheard(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
             "dstrain has its own way of doing this and does not call it",
             f"use {instead}",
         )
-        for name, instead in _ELSEWHERE.items()
+        for name, instead in ELSEWHERE.items()
         if hasattr(cls, name)
     ]
-
-
-def refuse_misfits(
-    trainer: Any, unnamed: tuple[Any, ...] = (), functions: Functions | None = None
-) -> None:
-    """Refuse overrides and functions that nothing calls, or that cannot be called as they are.
-
-    Older overrides that can be called without the arguments they do not know will be.
-
-    Args:
-        trainer: with its arguments.
-        unnamed: arguments of its constructor beyond those that all releases have in one order.
-        functions: what was passed to its constructor; None where that has been looked at.
-
-    Raises:
-        ConfigError: listing all of it.
-    """
-    problems = unheard(type(trainer), unnamed)
-    metrics = trainer.compute_metrics if functions is None else functions.compute_metrics
-    wants_predictions = metrics is not None and not trainer.args.prediction_loss_only
-    problems += serve_overrides(trainer, wants_predictions=wants_predictions)
-    problems += [] if functions is None else misfits_of(functions)
-    raise_problems(problems)

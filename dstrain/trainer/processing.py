@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ _OF_A_COLLATOR = ("processor", "tokenizer", "feature_extractor", "image_processo
 _TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
-def processor_writer(processing_class: Any, collate: Any) -> Callable[[Path], None] | None:
+def processor_writer(processing_class: object, collate: object) -> Callable[[Path], None] | None:
     """Return a function that writes tokenizer or processor into a folder; None if there is none.
 
     Without a ``processing_class`` those that the data collator works with are written, or the saved
@@ -43,7 +42,7 @@ def processor_writer(processing_class: Any, collate: Any) -> Callable[[Path], No
     return write
 
 
-def align_special_tokens(module: torch.nn.Module, processing_class: Any) -> dict[str, int]:
+def align_special_tokens(module: torch.nn.Module, processing_class: object) -> dict[str, int]:
     """Give a model's configs the end, start and pad tokens of its tokenizer, as transformers does.
 
     A tokenizer may end a turn with another token than the model it came with. Then generation must
@@ -80,13 +79,13 @@ def align_special_tokens(module: torch.nn.Module, processing_class: Any) -> dict
     return changed
 
 
-def stop_at(module: Any, token: int) -> bool:
+def stop_at(module: object, token: int) -> bool:
     """Let generation stop at one more token; tell whether that is a change."""
     generation = getattr(module, "generation_config", None)
     return generation is not None and _set(generation, "eos_token_id", token, adds=True)
 
 
-def _set(config: Any, name: str, token: int, *, adds: bool) -> bool:
+def _set(config: object, name: str, token: int, *, adds: bool) -> bool:
     """Make ``token`` the value, or the first of several; tell whether that is a change."""
     value = getattr(config, name, None)
     known = value if isinstance(value, (list, tuple)) else [value]

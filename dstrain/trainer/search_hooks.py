@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, from_main
+from dstrain.core.ranks import all_or_none, from_main
 from dstrain.models import check_writable
 from dstrain.trainer import build
+from dstrain.trainer.evaluation_hooks import EvaluationHooks
+from dstrain.training.types import PlainState, Trial
 
 logger = get_logger(__name__)
 
 
-class SearchHooks:
+class SearchHooks(EvaluationHooks):
     """The methods of transformers' Trainer about a search.
 
     Attributes:
@@ -29,37 +31,24 @@ class SearchHooks:
         objective: of the trial, once one of its evaluations is over.
     """
 
-    args: Any
-    state: Any
-    ranks: Ranks
-    events: Any
-    model: Any
-    model_init: Any
-    train: Any
-    evaluate: Any
-    close: Any
-    callback_handler: Any
-    add_callback: Any
-    pop_callback: Any
-    _renew_model: Any
     hp_search_backend: str | None = None
-    hp_space: Callable[[Any], Any] | None = None
-    hp_name: Callable[[Any], str] | None = None
+    hp_space: Callable[[Trial], Any] | None = None
+    hp_name: Callable[[Trial], str] | None = None
     compute_objective: Callable[[dict[str, float]], Any] | None = None
     objective: Any = None
-    _trial: Any = None
+    _trial: Trial = None
     _trial_id: str = ""
     _args_outside: TrainingArguments | None = None
     _give_back_callbacks: Callable[[], None] | None = None
 
     def hyperparameter_search(
         self,
-        hp_space: Callable[[Any], Any] | None = None,
+        hp_space: Callable[[Trial], Any] | None = None,
         compute_objective: Callable[[dict[str, float]], Any] | None = None,
         n_trials: int = 20,
         direction: str | list[str] = "minimize",
-        backend: Any = None,
-        hp_name: Callable[[Any], str] | None = None,
+        backend: object = None,
+        hp_name: Callable[[Trial], str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Train with different arguments and find the best; all ranks must call it.
@@ -148,7 +137,7 @@ class SearchHooks:
                 **kwargs,
             )
 
-    def _run_trial(self, trial: Any, trial_id: str) -> Any:
+    def _run_trial(self, trial: object, trial_id: str) -> Any:
         """Train and evaluate with a trial, and return its objective; a collective of all ranks."""
         assert self._give_back_callbacks is not None
         self._trial_id, self.objective = trial_id, None
@@ -162,7 +151,7 @@ class SearchHooks:
             self.close()
             self._leave_trial()
 
-    def _run_ray_trial(self, config: dict[str, Any], trial_id: str) -> dict[str, Any] | None:
+    def _run_ray_trial(self, config: Mapping[str, object], trial_id: str) -> PlainState | None:
         """Train with a trial of ray, in its process, which is a world of its own.
 
         Returns:
@@ -189,8 +178,8 @@ class SearchHooks:
         # A trial's process has a working folder of its own.
         self.args = with_values(outside, {"output_dir": os.path.abspath(outside.output_dir)})
         board = self.pop_callback(INTEGRATION_TO_CALLBACK["tensorboard"])
-        self.model = None
-        self.events.hold(None)
+        self.model = None  # type: ignore[assignment]
+        self._show_objects(None)
         try:
             yield
         finally:
@@ -208,7 +197,7 @@ class SearchHooks:
         if not any(isinstance(c, tracker) for c in self.callback_handler.callbacks):
             self.add_callback(tracker_callbacks(["wandb"])[0])
 
-    def _take_up_trial(self, trial: Any) -> None:
+    def _take_up_trial(self, trial: object) -> None:
         """Put a trial's arguments in place, or those from before it."""
         self._leave_trial()
         self._trial = trial
@@ -238,7 +227,7 @@ class SearchHooks:
         if self._args_outside is not None:
             self.args, self._args_outside = self._args_outside, None
 
-    def _hyperparameters(self, trial: Any) -> dict[str, Any]:
+    def _hyperparameters(self, trial: object) -> PlainState:
         if isinstance(trial, dict):
             from dstrain.search.trials import hyperparameters_of
 
@@ -259,7 +248,7 @@ class SearchHooks:
                 self._trial,
                 self.objective,
                 step=self.state.global_step,
-                on_prune=lambda: self.events("on_train_end"),
+                on_prune=lambda: self.event("on_train_end"),
             )
         elif self.hp_search_backend == "ray":
             from dstrain.search import ray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dstrain.data import to_device
 from dstrain.engine import bytes_to_gather, device_name, free_memory_bytes, kept_gathered
 from dstrain.trainer.generation_config import why_not_saved
 from dstrain.trainer.trainer import Trainer
+from dstrain.training.types import Batch, Dataset, Nested, PlainState
 
 logger = get_logger(__name__)
 
@@ -27,7 +28,8 @@ _DEFAULT_MAX_LENGTH = 20  # of generate(), where nothing else is said
 class Seq2SeqTrainer(Trainer):
     """A ``Trainer`` that can evaluate what the model generates (``predict_with_generate``)."""
 
-    _gen_kwargs: dict[str, Any] | None = None
+    args: Seq2SeqTrainingArguments
+    _gen_kwargs: PlainState | None = None
     _synced = False  # whether ranks must generate in step, token by token
 
     def __init__(self, model: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> None:
@@ -103,7 +105,7 @@ class Seq2SeqTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Any = None,
+        eval_dataset: Dataset = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
         **gen_kwargs: Any,
@@ -128,7 +130,7 @@ class Seq2SeqTrainer(Trainer):
 
     def predict(
         self,
-        test_dataset: Any,
+        test_dataset: Dataset,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
         **gen_kwargs: Any,
@@ -147,12 +149,12 @@ class Seq2SeqTrainer(Trainer):
 
     def prediction_step(
         self,
-        model: Any,
-        inputs: Any,
+        model: torch.nn.Module,
+        inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[torch.Tensor | None, Nested, Nested]:
         """Return loss, generated tokens and labels of one batch.
 
         Tokens and labels are padded with the pad token to the generation config's ``max_length``
@@ -175,13 +177,14 @@ class Seq2SeqTrainer(Trainer):
         labels = inputs.get("labels")
         with torch.no_grad():
             given = self._prepare_inputs(self._to_generate_from(inputs))
-            tokens = self._padded(self.model.generate(**given, **gen_kwargs))
+            generate: Callable[..., torch.Tensor] = getattr(self.model, "generate")  # noqa: B009
+            tokens = self._padded(generate(**given, **gen_kwargs))
         if labels is None:
             return None, tokens, None
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         return loss, tokens, self._padded(to_device(labels, device_name(), float_dtype=None))
 
-    def _to_generate_from(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def _to_generate_from(self, inputs: Mapping[str, Any]) -> dict[str, object]:
         """Return the batch without labels, and without decoder inputs that were made of them."""
         left_out = set(self.label_names) | {"labels"}
         labels, start = inputs.get("labels"), inputs.get("decoder_input_ids")
@@ -189,7 +192,7 @@ class Seq2SeqTrainer(Trainer):
             left_out |= {"decoder_input_ids", "decoder_attention_mask"}
         return {k: v for k, v in inputs.items() if k not in left_out}
 
-    def _with_defaults(self, gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _with_defaults(self, gen_kwargs: Mapping[str, object]) -> PlainState:
         kwargs, args = dict(gen_kwargs), self.args
         said = kwargs.get("max_length") or kwargs.get("max_new_tokens")
         if said is None and args.generation_max_length is not None:
@@ -228,7 +231,7 @@ class Seq2SeqTrainer(Trainer):
         )
 
     @contextlib.contextmanager
-    def _model_for_evaluation(self, *, generates: bool) -> Iterator[Any]:
+    def _model_for_evaluation(self, *, generates: bool) -> Iterator[torch.nn.Module]:
         """Give the block the model to evaluate; to generate at stage 3, whole if it fits."""
         with (
             super()._model_for_evaluation(generates=generates) as model,

@@ -8,7 +8,7 @@ error when the Trainer is made, not in the first step, evaluation or save.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Call:
 
 _LOOP = ("description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
 # Method -> how this package calls it.
-_METHODS: dict[str, tuple[Call, ...]] = {
+METHODS: dict[str, tuple[Call, ...]] = {
     "training_step": (Call(3),),
     "compute_loss": (Call(2, ("num_items_in_batch",)), Call(2, (_OUTPUTS, "num_items_in_batch"))),
     "prediction_step": (Call(3, ("ignore_keys",)),),
@@ -76,7 +76,7 @@ _EVENTS_WITH = {"on_log": ("logs",), "on_evaluate": ("metrics",), "on_predict": 
 class Served:
     """An override that is called with those arguments that it takes."""
 
-    def __init__(self, name: str, override: Callable[..., Any], base: inspect.Signature) -> None:
+    def __init__(self, name: str, override: Callable[..., object], base: inspect.Signature) -> None:
         """Compare an override's signature with the one that callers know.
 
         Args:
@@ -96,7 +96,7 @@ class Served:
         required = [p for p in _plain(signature)[self._leading :] if p.default is _NO_DEFAULT]
         self._defaults = {p.name: defaults[p.name] for p in required if p.name in defaults}
 
-    def knows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def knows(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
         """Tell whether a call fits the method that was overridden."""
         try:
             self._base.bind(*args, **kwargs)
@@ -105,7 +105,7 @@ class Served:
         return True
 
     def reduced(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
         """Choose the arguments for the override, by position and by name, and those left out.
 
@@ -199,30 +199,55 @@ class Functions:
     optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None
 
 
-def serve_overrides(trainer: Any, *, wants_predictions: bool) -> list[Problem]:
-    """Let older overrides be called as they can be; return problems of those that cannot.
+@dataclass(frozen=True)
+class Overridden:
+    """A method of ours that a user has replaced.
+
+    Attributes:
+        name: of both.
+        override: the user's, bound.
+        base: ours, bound.
+        title: how messages call it.
+    """
+
+    name: str
+    override: Callable[..., Any]
+    base: Callable[..., Any]
+    title: str
+
+
+def serve_overrides(
+    overridden: Iterable[Overridden], *, wants_predictions: bool
+) -> tuple[dict[str, Served], list[Problem]]:
+    """Find out how older overrides can be called, and which cannot.
 
     Args:
-        trainer: whose class, or the instance itself, overrides methods.
+        overridden: the methods that a user has replaced.
         wants_predictions: whether evaluations need the outputs of ``compute_loss``.
+
+    Returns:
+        by name, what is to be called in place of an override; and the problems of those that cannot
+        be called.
     """
+    to_call: dict[str, Served] = {}
     problems = []
-    for name, calls in _METHODS.items():
-        override, base = _override_and_base(trainer, name)
-        if override is None or isinstance(override, Served):
+    for method in overridden:
+        if isinstance(method.override, Served):
             continue
-        known = inspect.signature(base)
-        served, problem = _serve(_title(trainer, name), name, override, known, calls)
+        known = inspect.signature(method.base)
+        served, problem = _serve(
+            method.title, method.name, method.override, known, METHODS[method.name]
+        )
         if problem is not None:
             problems.append(problem)
         elif served is not None:
-            setattr(trainer, name, served)
+            to_call[method.name] = served
         if isinstance(served, ServedLoss) and wants_predictions:
             problems.append(_WITHOUT_OUTPUTS)
-    return problems
+    return to_call, problems
 
 
-def serve_loss_function(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def serve_loss_function(function: Callable[..., object] | None) -> Callable[..., Any] | None:
     """Return a ``compute_loss_func`` that may be called with ``num_items_in_batch``."""
     if function is None or not callable(function):  # which ``misfits_of`` refuses
         return function
@@ -257,7 +282,7 @@ def misfits_of(functions: Functions) -> list[Problem]:
     return problems + _optimizer_misfits(functions.optimizer_cls_and_kwargs)
 
 
-def callback_misfits(callback: Any) -> list[Problem]:
+def callback_misfits(callback: object) -> list[Problem]:
     """List the problems of a callback's methods that cannot take what events pass."""
     cls = callback if isinstance(callback, type) else type(callback)
     problems = []
@@ -280,7 +305,7 @@ def callback_misfits(callback: Any) -> list[Problem]:
 def _serve(
     title: str,
     name: str,
-    override: Callable[..., Any],
+    override: Callable[..., object],
     base: inspect.Signature,
     calls: tuple[Call, ...],
 ) -> tuple[Served | None, Problem | None]:
@@ -301,28 +326,12 @@ def _serve(
     return served, None
 
 
-def _override_and_base(trainer: Any, name: str) -> tuple[Any, Any]:
-    """Find a user's method of this name and this package's method that it overrides, both bound."""
-    cls = type(trainer)
-    owners = [part for part in cls.__mro__ if name in vars(part)]
-    ours = next((part for part in owners if _is_ours(part)), None)
-    if ours is None:
-        return None, None
-    base = vars(ours)[name].__get__(trainer, cls)
-    if name in vars(trainer):
-        return vars(trainer)[name], base
-    return (None, None) if owners[0] is ours else (getattr(trainer, name), base)
-
-
-def _is_ours(cls: type) -> bool:
+def is_ours(cls: type) -> bool:
+    """Tell whether a class is of this package."""
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def _title(trainer: Any, name: str) -> str:
-    return f"{type(trainer).__name__}.{name}"
-
-
-def _optimizer_misfits(cls_and_kwargs: tuple[Any, dict[str, Any]] | None) -> list[Problem]:
+def _optimizer_misfits(cls_and_kwargs: tuple[object, dict[str, object]] | None) -> list[Problem]:
     if cls_and_kwargs is None:
         return []
     import torch
@@ -343,7 +352,7 @@ def _optimizer_misfits(cls_and_kwargs: tuple[Any, dict[str, Any]] | None) -> lis
     ]
 
 
-def _signature(function: Any) -> inspect.Signature | None:
+def _signature(function: Callable[..., object]) -> inspect.Signature | None:
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):  # of a function in C that does not say
@@ -356,23 +365,23 @@ def _plain(signature: inspect.Signature) -> list[inspect.Parameter]:
     return [p for p in signature.parameters.values() if p.kind not in several]
 
 
-def _shown(values: dict[str, Any]) -> str:
+def _shown(values: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 # Signatures of functions that a user passes.
 
 
-def _loss_function(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any: ...
+def _loss_function(outputs: object, labels: object, num_items_in_batch: object = None) -> Any: ...
 
 
-def _metrics(prediction: Any) -> Any: ...
+def _metrics(prediction: object) -> Any: ...
 
 
-def _preprocess(logits: Any, labels: Any) -> Any: ...
+def _preprocess(logits: object, labels: object) -> Any: ...
 
 
-def _collate(samples: Any) -> Any: ...
+def _collate(samples: object) -> Any: ...
 
 
 _LOSS_CALLS = (Call(2, ("num_items_in_batch",)),)

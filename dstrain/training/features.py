@@ -72,14 +72,14 @@ def training_features(model: torch.nn.Module, args: TrainingArguments) -> Iterat
 # --- recomputed activations ----------------------------------------------------------------------
 
 
-def _can_checkpoint(model: Any) -> bool:
+def _can_checkpoint(model: object) -> bool:
     supported = getattr(inner_model(model), "supports_gradient_checkpointing", True)
     return any(hasattr(model, f"{name}_checkpointing_enable") for name in _NAMES) and bool(
         supported
     )
 
 
-def _enables_checkpointing(model: Any) -> tuple[str, Callable[..., Any]]:
+def _enables_checkpointing(model: object) -> tuple[str, Callable[..., Any]]:
     """Return this model's name for activation checkpointing, and the method that turns it on."""
     name = next(name for name in _NAMES if hasattr(model, f"{name}_checkpointing_enable"))
     return name, getattr(model, f"{name}_checkpointing_enable")
@@ -93,7 +93,7 @@ def _checkpointing_kwargs(args: TrainingArguments) -> tuple[dict[str, Any], dict
     return kwargs, {name: kwargs.pop(name) for name in _OF_LAYERS if name in kwargs}
 
 
-def _checkpointing_problems(model: Any, args: TrainingArguments, device: str) -> list[Problem]:
+def _checkpointing_problems(model: object, args: TrainingArguments, device: str) -> list[Problem]:
     what = type(inner_model(model)).__name__
     if not _can_checkpoint(model):
         return [
@@ -128,7 +128,7 @@ def _checkpointing_problems(model: Any, args: TrainingArguments, device: str) ->
 
 
 @contextlib.contextmanager
-def _checkpointing(model: Any, args: TrainingArguments) -> Iterator[None]:
+def _checkpointing(model: object, args: TrainingArguments) -> Iterator[None]:
     """Recompute layers in backward.
 
     Without ``use_reentrant`` transformers takes torch's variant that also works where no input of
@@ -159,7 +159,7 @@ def _checkpointing(model: Any, args: TrainingArguments) -> Iterator[None]:
 # --- noise on embeddings -------------------------------------------------------------------------
 
 
-def _embeddings(model: Any) -> torch.nn.Module | None:
+def _embeddings(model: object) -> torch.nn.Module | None:
     find = getattr(inner_model(model), "get_input_embeddings", None)
     with contextlib.suppress(NotImplementedError):
         return None if find is None else find()
@@ -172,7 +172,7 @@ def _noise(alpha: float) -> Callable[..., torch.Tensor | None]:
     arXiv 2310.05914, algorithm 1.
     """
 
-    def add(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def add(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
         if not module.training:
             return None
         bound = alpha / math.sqrt(output.shape[-2] * output.shape[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ class FreezeWatch:
     """
 
     def __init__(
-        self, module: torch.nn.Module, group_of: Callable[[torch.nn.Parameter], Any]
+        self, module: torch.nn.Module, group_of: Callable[[torch.nn.Parameter], object]
     ) -> None:
         """Note what is trained.
 

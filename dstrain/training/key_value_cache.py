@@ -66,7 +66,7 @@ def _configs_with_cache(module: torch.nn.Module) -> list[Any]:
 
     found: dict[int, Any] = {}
 
-    def take(config: Any) -> None:
+    def take(config: object) -> None:
         if not isinstance(config, PreTrainedConfig) or id(config) in found:
             return
         found[id(config)] = config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from dstrain.core.errors import ModelError, Problem
 from dstrain.core.log import get_logger
 from dstrain.data import IGNORED, LossTargets
 from dstrain.training.model_outputs import loss_of
+from dstrain.training.types import Batch, Nested
 
 logger = get_logger(__name__)
 
@@ -31,7 +31,7 @@ class LabelSmoothing:
     share: float
 
     @staticmethod
-    def of(model: Any, args: TrainingArguments) -> LabelSmoothing | None:
+    def of(model: object, args: TrainingArguments) -> LabelSmoothing | None:
         """Make the smoothing that the arguments ask for; None without, or with several labels."""
         if not args.label_smoothing_factor:
             return None
@@ -46,8 +46,8 @@ class LabelSmoothing:
         return LabelSmoothing(args.label_smoothing_factor)
 
     def __call__(
-        self, model: Any, module: Any, inputs: Any, targets: LossTargets
-    ) -> tuple[torch.Tensor, Any]:
+        self, model: torch.nn.Module, module: torch.nn.Module, inputs: Batch, targets: LossTargets
+    ) -> tuple[torch.Tensor, Nested]:
         """Run the model without labels; return the smoothed loss and the outputs.
 
         As long as the targets of its own loss are not known it is given the labels too.

@@ -15,6 +15,7 @@ import torch
 
 from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.data import IGNORED, Denominator, LossRule
+from dstrain.training.types import Nested
 
 # Their losses are those of a beam search over spans.
 _OTHER_SPANS = {
@@ -102,13 +103,15 @@ class LossTerms:
             )
         )
 
-    def apply_to(self, inputs: Any) -> bool:
+    def apply_to(self, inputs: object) -> bool:
         """Tell whether a batch has the labels of every term, which the model's loss needs."""
         return isinstance(inputs, Mapping) and all(
             isinstance(inputs.get(term.labels), torch.Tensor) for term in self.terms
         )
 
-    def __call__(self, model: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
+    def __call__(
+        self, model: torch.nn.Module, inputs: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, Nested]:
         """Run the model without labels.
 
         Args:
@@ -127,8 +130,8 @@ class LossTerms:
         return torch.stack(means), outputs
 
 
-def _adapters(model: Any) -> list[Any]:
-    return list(model.peft_config.values())
+def _adapters(model: object) -> list[Any]:
+    return list(getattr(model, "peft_config").values())  # noqa: B009
 
 
 def _takes_spans(model: torch.nn.Module) -> bool:

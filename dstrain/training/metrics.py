@@ -81,7 +81,7 @@ class TrainMeter:
     other, so they do not depend on when they are read.
     """
 
-    def __init__(self, device: Any, *, filter_bad: bool) -> None:
+    def __init__(self, device: torch.device | str, *, filter_bad: bool) -> None:
         """Begin at zero.
 
         Args:
@@ -97,6 +97,10 @@ class TrainMeter:
         self._empty: frozenset[str] = frozenset()  # of the first bad step
         self._steps = 0
         self._tokens = 0
+        self._since = time.perf_counter()
+
+    def start(self) -> None:
+        """Count time from here on."""
         self._since = time.perf_counter()
 
     def add(

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from dstrain.core.errors import Problem, TrainingError
+from dstrain.training.types import Nested
 
 
-def loss_of(outputs: Any, *, only_scalar: bool = False) -> torch.Tensor | None:
+def loss_of(outputs: object, *, only_scalar: bool = False) -> torch.Tensor | None:
     """Return the loss in a model's outputs: their "loss", or the first of a tuple.
 
     Args:
@@ -31,7 +32,7 @@ def loss_of(outputs: Any, *, only_scalar: bool = False) -> torch.Tensor | None:
     return loss
 
 
-def check_loss(loss: Any, function: Callable[..., Any]) -> None:
+def check_loss(loss: object, function: Callable[..., object]) -> None:
     """Refuse what cannot be trained on; nothing waits for the device.
 
     Args:
@@ -66,7 +67,7 @@ def check_loss(loss: Any, function: Callable[..., Any]) -> None:
         )
 
 
-def logits_of(outputs: Any, ignore_keys: Sequence[str], *, has_loss: bool) -> Any:
+def logits_of(outputs: object, ignore_keys: Sequence[str], *, has_loss: bool) -> Nested:
     """Return all outputs but the loss and those ignored; a single one without a tuple.
 
     Args:

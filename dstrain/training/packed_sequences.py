@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -15,10 +14,10 @@ _NOISE_FACTOR = 8.0
 
 
 def mixes_sequences(
-    model: Any,
+    model: torch.nn.Module,
     module: torch.nn.Module,
-    batch_of: Callable[[Sequence[list[int]]], Any],
-    prepare: Callable[[Any], Any],
+    batch_of: Callable[[Sequence[list[int]]], Mapping[str, object]],
+    prepare: Callable[[object], Mapping[str, object]],
 ) -> bool | None:
     """Test whether a sequence changes a causal model's outputs for the next one in its row.
 
@@ -50,25 +49,30 @@ def mixes_sequences(
     changed = [token + 1 for token in first]
     model.eval()
 
-    def logits(*sequences: list[int]) -> Any:
+    def logits(*sequences: list[int]) -> torch.Tensor | None:
         batch = batch_of(sequences)
         inputs = prepare({k: v for k, v in batch.items() if "label" not in k})
         outputs = model(**inputs)
-        found: Any = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        whole = isinstance(found, torch.Tensor) and found.dim() == 3
-        return found.float() if whole and found.shape[1] == _FIRST + _SECOND else None
+        found = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if not isinstance(found, torch.Tensor) or found.dim() != 3:
+            return None
+        return found.float() if found.shape[1] == _FIRST + _SECOND else None
 
     with torch.no_grad(), KeyValueCache(module).as_asked():
-        behind = [logits(other, second) for other in (first, changed)]
-        before = [logits(second, other) for other in (first, changed)]
-    if any(found is None for found in (*behind, *before)):
+        tried = [
+            logits(*pair)
+            for pair in ((first, second), (changed, second), (second, first), (second, changed))
+        ]
+    found = [each for each in tried if each is not None]
+    if len(found) < len(tried):
         return None
-    leaked = (behind[0] - behind[1])[:, _FIRST:].abs().max()
-    noise = (before[0] - before[1])[:, :_SECOND].abs().max()
+    behind, behind_changed, before, before_changed = found
+    leaked = (behind - behind_changed)[:, _FIRST:].abs().max()
+    noise = (before - before_changed)[:, :_SECOND].abs().max()
     return bool(leaked > _NOISE_FACTOR * noise)
 
 
-def flattened(collate: Any) -> Callable[[Sequence[list[int]]], Any] | None:
+def flattened(collate: object) -> Callable[[Sequence[list[int]]], Mapping[str, object]] | None:
     """Return ``batch_of`` for a collator that makes one row of all samples; None for others."""
     from transformers import DataCollatorWithFlattening
 
@@ -77,7 +81,7 @@ def flattened(collate: Any) -> Callable[[Sequence[list[int]]], Any] | None:
     return lambda sequences: collate([{"input_ids": tokens} for tokens in sequences])
 
 
-def _vocabulary_size(module: Any) -> int | None:
+def _vocabulary_size(module: object) -> int | None:
     config = getattr(module, "config", None)
     text = getattr(config, "get_text_config", None)
     size = getattr(config if text is None else text(), "vocab_size", None)

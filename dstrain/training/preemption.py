@@ -191,7 +191,7 @@ class Preemption:
             before[number] = signal.signal(number, self._catch)
         return before
 
-    def _catch(self, number: int, _: Any) -> None:
+    def _catch(self, number: int, _: object) -> None:
         """Handle a signal: launchers send several, of which the first counts.
 
         Raises:
@@ -214,7 +214,7 @@ class Preemption:
         self._group = None
 
 
-def _is_to_stop(number: signal.Signals, previous: Any) -> bool:
+def _is_to_stop(number: signal.Signals, previous: object) -> bool:
     """Tell whether a signal asks to stop early and go on later.
 
     A terminal that goes away sends SIGHUP, unless nohup has it ignored. Ctrl-C stops a process

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from annotated_types import MinLen
 from pydantic import AfterValidator, AllowInfNan, ConfigDict, with_config
 
@@ -13,6 +15,10 @@ from dstrain.core.documents import AtLeastOne, Count, Flag, Number, Plain, Real,
 from dstrain.core.progress import Progress
 from dstrain.core.seeds import check_random_state, random_state, set_random_state
 from dstrain.data import LossFindings
+from dstrain.training.types import PlainState
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class _MeterRecord:
     seconds: Real
 
 
-def _check_meter(values: dict[str, Any]) -> dict[str, Any]:
+def _check_meter(values: PlainState) -> PlainState:
     typed(values, _MeterRecord)
     return values
 
@@ -35,6 +41,25 @@ def _check_meter(values: dict[str, Any]) -> dict[str, Any]:
 def _check_random(state: Plain) -> Plain:
     check_random_state(state)
     return state
+
+
+Event = Literal["on_step_end", "on_epoch_end"]
+"""A point of the run at which callbacks decide whether to log, evaluate and save."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did, as logs and checkpoints tell it.
+
+    Attributes:
+        applied: False where gradients were not finite, so that the weights stayed as they were.
+        grad_norm: global gradient norm before clipping; None where it was not computed.
+        learning_rate: of the first parameter group.
+    """
+
+    applied: bool
+    grad_norm: torch.Tensor | float | None
+    learning_rate: float
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -49,19 +74,19 @@ class Due:
         stops_epoch: whether a callback had ended the epoch.
     """
 
-    event: Literal["on_step_end", "on_epoch_end"]
+    event: Event
     saves: Flag
     stops_training: Flag
     stops_epoch: Flag
 
     @staticmethod
-    def of(event: Any, control: Any) -> Due:
+    def of(event: Event, control: TrainerControl) -> Due:
         """Record what callbacks have decided in ``event``, before the evaluation."""
         return Due(
             event, control.should_save, control.should_training_stop, control.should_epoch_stop
         )
 
-    def give_to(self, control: Any) -> None:
+    def give_to(self, control: TrainerControl) -> None:
         """Set these decisions in ``control`` again."""
         control.should_evaluate = True
         control.should_save = self.saves
@@ -94,6 +119,8 @@ class Position:
         due: the evaluation that a signal ended at this very point; None for most positions.
         loss: what has been found out about what the loss is a mean over; None where nothing was to
             be found out.
+        stopped: whether a callback had ended the run, and a signal came when all was done but what
+            follows the last step; such a run has no further step.
     """
 
     progress: Progress
@@ -104,29 +131,30 @@ class Position:
     skipped_steps: Count
     loss_sum: Number
     samples_seen: Count
-    meters: Annotated[list[Annotated[dict[str, Any], AfterValidator(_check_meter)]], MinLen(1)]
-    random_ahead: dict[str, Any] | None = None
+    meters: Annotated[list[Annotated[PlainState, AfterValidator(_check_meter)]], MinLen(1)]
+    random_ahead: PlainState | None = None
     source: dict[Text, Any] | None = None
     shares: AtLeastOne | None = None
     due: Due | None = None
     loss: LossFindings | None = None
+    stopped: Flag = False
 
-    def shared(self) -> dict[str, Any]:
+    def shared(self) -> PlainState:
         """Return the part that is the same on all ranks, as plain values."""
         values = asdict(replace(self, random_ahead=None, source=None))
         del values["random_ahead"]
         source = None if self.is_split else self.source
         return values | {"source": source if is_plain(source) else None}
 
-    def own(self) -> dict[str, Any]:
+    def rank_state(self) -> PlainState:
         """Return this rank's part: its random state now, and before what it has fetched ahead.
 
         And the state of its own part of the data, where it has one.
         """
-        own: dict[str, Any] = {"random": random_state(), "random_ahead": self.random_ahead}
+        state: PlainState = {"random": random_state(), "random_ahead": self.random_ahead}
         if self.is_split and self.source is not None and is_plain(self.source):
-            own["source"] = self.source
-        return own
+            state["source"] = self.source
+        return state
 
     @property
     def is_split(self) -> bool:
@@ -139,7 +167,7 @@ class Position:
         return bool(self.progress.samples_in_epoch) and not self.epoch_is_over
 
     @staticmethod
-    def of(shared: dict[str, Any]) -> Position:
+    def of(shared: Mapping[str, object]) -> Position:
         """Rebuild the position from which ``shared`` was made.
 
         Raises:
@@ -149,8 +177,8 @@ class Position:
 
 
 @dataclass(frozen=True)
-class OwnRecord:
-    """What a rank has for itself in a checkpoint: the values of ``Position.own``."""
+class RankRecord:
+    """What a rank has for itself in a checkpoint: the values of ``Position.rank_state``."""
 
     random: Annotated[Plain, AfterValidator(_check_random)]
     random_ahead: Annotated[Plain, AfterValidator(_check_random)] | None = None
@@ -163,17 +191,17 @@ class Resumption:
 
     Attributes:
         position: of the checkpoint.
-        own: this rank's part of the checkpoint; None where other ranks wrote it, and the random
-            state has been derived anew.
+        rank_state: this rank's part of the checkpoint; None where other ranks wrote it, and the
+            random state has been derived anew.
     """
 
     position: Position
-    own: dict[str, Any] | None
+    rank_state: PlainState | None
 
     @property
-    def random_ahead(self) -> dict[str, Any] | None:
+    def random_ahead(self) -> PlainState | None:
         """Return the random state before what was fetched ahead of the checkpoint, or None."""
-        return None if self.own is None else self.own["random_ahead"]
+        return None if self.rank_state is None else self.rank_state["random_ahead"]
 
     def restore_random_ahead(self) -> None:
         """Restore the random state in which the first micro-batch had been fetched."""
@@ -182,5 +210,5 @@ class Resumption:
 
     def restore_random(self) -> None:
         """Restore the random state of the checkpoint."""
-        if self.own is not None:
-            set_random_state(self.own["random"])
+        if self.rank_state is not None:
+            set_random_state(self.rank_state["random"])

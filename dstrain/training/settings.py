@@ -1,26 +1,38 @@
-"""What the training loop is given: a run's plan, the trainer's hooks, facts of a micro-batch."""
+"""What the training loop is given: the settings of a run, and the hooks that it calls."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from dstrain.core.progress import Progress
+from dstrain.training.accumulation import MicroStep
 from dstrain.training.resume import Position
-from dstrain.training.window_weights import WindowWeights
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl
 
 
 class Hooks(Protocol):
-    """What the loop calls on the trainer: its overridable steps, its events, its evaluation."""
+    """What the loop calls on its owner: overridable steps, events, evaluation and saving."""
 
-    def training_step(
-        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    def train_micro_batch(
+        self, micro_step: MicroStep, num_targets: torch.Tensor | int | None
     ) -> torch.Tensor:
-        """Run forward and backward of one micro-batch; return its mean loss."""
+        """Run forward and backward of one micro-batch.
+
+        Args:
+            micro_step: the micro-batch, and its place in the optimizer step.
+            num_targets: that its loss is a mean over, where user code is told.
+
+        Returns:
+            its mean loss, of shape (), or (parts,) where the loss has several parts.
+        """
         ...
 
-    def count_flos(self, inputs: Any) -> None:
+    def count_flos(self, inputs: object) -> None:
         """Count the floating-point operations of a micro-batch."""
         ...
 
@@ -32,16 +44,20 @@ class Hooks(Protocol):
         """Report the figures of a logging step."""
         ...
 
-    def event(self, name: str, **kwargs: Any) -> Any:
-        """Tell callbacks of an event; returns the control object."""
+    def event(self, name: str) -> TrainerControl:
+        """Tell callbacks of an event; return what they want done."""
         ...
 
-    def evaluate_in_training(self) -> Any:
-        """Evaluate because a callback asked for it; returns the control object.
+    def evaluate_in_training(self) -> TrainerControl:
+        """Evaluate because a callback asked for it; return what callbacks want done.
 
         Raises:
             EvaluationStopped: a signal ended it; all is as if it had not begun.
         """
+        ...
+
+    def check_state(self) -> None:
+        """Check, after the first step, that its optimizer's state can be saved; a collective."""
         ...
 
     def save_in_training(self, position: Position) -> None:
@@ -50,8 +66,8 @@ class Hooks(Protocol):
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """What a run is made of.
+class RunSettings:
+    """What is decided of a run before its first step.
 
     Attributes:
         max_steps: optimizer steps in all.
@@ -78,26 +94,36 @@ class RunPlan:
     empty_cache_steps: int = 0
     num_epochs: int | None = None
 
+    def is_over(self, progress: Progress) -> bool:
+        """Tell whether a run that has come this far has done all of its steps or epochs."""
+        ends_by_epochs = self.num_epochs is not None and progress.epoch >= self.num_epochs
+        return ends_by_epochs or progress.step >= self.max_steps
 
-@dataclass
-class MicroStep:
-    """What ``training_step`` needs to know beyond its arguments.
+    def is_log_step(self, step: int, *, ends_epoch: bool) -> bool:
+        """Tell whether a step will probably be logged.
 
-    Attributes:
-        weights: of the micro-batches of the window; None outside of a step.
-        index: of the micro-batch in the window.
-        last: whether the micro-batch ends the accumulation window.
-        num_samples: samples of the micro-batch, where they are known.
-        inputs: the micro-batch as the loader gave it, in which targets are counted.
-        parts: the parts of the loss of the micro-batch that was trained last, where it has several.
-        looks_again: whether the first forward pass of the step is watched, though the rule of the
-            loss is settled.
-    """
+        Args:
+            step: of the run, counted from 1.
+            ends_epoch: whether it is the last one of its epoch.
+        """
+        if self.log_every:
+            return step % self.log_every == 0 or step in (1, self.max_steps)
+        return ends_epoch
 
-    weights: WindowWeights | None = None
-    index: int = 0
-    last: bool = True
-    num_samples: int | None = None
-    inputs: Any = None
-    parts: torch.Tensor | None = None
-    looks_again: bool = False
+    def clears_cache(self, step: int) -> bool:
+        """Tell whether the device's memory cache is cleared after a step."""
+        return bool(self.empty_cache_steps) and step % self.empty_cache_steps == 0
+
+    def epochs_done(self, progress: Progress, *, ends_epoch: bool) -> float:
+        """Compute the epochs done; in a stream's, as transformers, ``max_steps`` count as one.
+
+        Args:
+            progress: of the run, this step included.
+            ends_epoch: whether the step ended its epoch.
+        """
+        if self.steps_per_epoch is None:
+            return progress.epoch + min(1.0, progress.steps_in_epoch / self.max_steps)
+        if ends_epoch:
+            return progress.epoch + 1.0
+        # A stream may give more than it says.
+        return progress.epoch + min(1.0, progress.steps_in_epoch / self.steps_per_epoch)

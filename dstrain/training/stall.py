@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dstrain.core.errors import Problem
 from dstrain.core.launcher import note_end
@@ -36,6 +36,11 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, named_ranks
 from dstrain.core.stop import STALLED
 from dstrain.engine import device_type, unlink_shared_memory
+from dstrain.training.place import Watched
+from dstrain.training.types import PlainState
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 T = TypeVar("T")
 
@@ -60,28 +65,10 @@ _COLLECTIVES = (
 _DEBUGGERS = ("pdb.py", "bdb.py")
 
 
-class Place:
-    """Where the main thread is in a training, in words, and since when; set by the loop."""
-
-    def __init__(self) -> None:
-        """Begin outside of a step."""
-        self.what, self.in_step, self.count, self.since = "the start", False, 0, time.monotonic()
-
-    def enter(self, what: str, *, in_step: bool = False) -> None:
-        """Note that the loop has come to another place.
-
-        Args:
-            what: of the loop begins, for messages.
-            in_step: all ranks meet in it, so that to wait for one long is a failure.
-        """
-        self.what, self.in_step, self.since = what, in_step, time.monotonic()
-        self.count += 1
-
-
 class StallWatch:
     """Watches the main thread of a run; ``watching`` is entered by all ranks."""
 
-    def __init__(self, ranks: Ranks, loop: Any, *, timeout_seconds: float) -> None:
+    def __init__(self, ranks: Ranks, loop: Watched, *, timeout_seconds: float) -> None:
         """Prepare to watch.
 
         Args:
@@ -92,14 +79,15 @@ class StallWatch:
         self._ranks, self._loop, self._timeout = ranks, loop, timeout_seconds
         self._ended, self._must_tell = threading.Event(), threading.Event()
         self._main = threading.get_ident()
-        self._store: Any = None
+        self._base: Store | None = None
+        self._store: Store | None = None
         self._frame: FrameType | None = None
         self._waits_since = self._asked = 0.0
         self._count = self._excused = -1
         self._waits_in = ""
         self._deciding = self._judges = self._store_is_lost = False
 
-    def follow(self, loop: Any) -> None:
+    def follow(self, loop: Watched) -> None:
         """Watch something else from here on, with its own ``place`` and ``progress``."""
         self._loop, self._frame = loop, None
         self._count = self._excused = -1
@@ -110,6 +98,10 @@ class StallWatch:
         if self._ranks.world_size == 1:
             yield
             return
+        import torch.distributed as dist
+
+        # Ranks that run out of memory form their groups anew, in between have none, and keep this.
+        self._base = dist.distributed_c10d._get_default_store()
         thread = threading.Thread(target=self._look, name="dstrain-stall", daemon=True)
         thread.start()
         try:
@@ -242,7 +234,7 @@ class StallWatch:
             time.sleep(0.2)
         return str(store.get(key).decode())
 
-    def _judge(self, store: Any, number: int) -> str:
+    def _judge(self, store: Store, number: int) -> str:
         """Read where all ranks stand; return the message, "" where the run may go on.
 
         Grows with the number of ranks, on this one, once.
@@ -265,7 +257,7 @@ class StallWatch:
             return ""
         return str(self._error(standings))
 
-    def _error(self, standings: dict[int, dict[str, Any]]) -> Problem:
+    def _error(self, standings: dict[int, PlainState]) -> Problem:
         size = self._ranks.world_size
         silent = [rank for rank in range(size) if rank not in standings]
         away = [rank for rank, at in standings.items() if not at["waits_in"]]
@@ -307,7 +299,7 @@ class StallWatch:
             )
         )
 
-    def _standing(self) -> dict[str, Any]:
+    def _standing(self) -> PlainState:
         """Return where this rank is, and whether it waits there."""
         frame = sys._current_frames().get(self._main)
         in_collective = self._collective(frame) is not None or self._must_tell.is_set()
@@ -321,12 +313,12 @@ class StallWatch:
             "debugger": _is_debugged(frame),
         }
 
-    def _connect(self) -> Any:
+    def _connect(self) -> Store:
         """Return a second connection to the store; the main thread may be in a call of its own."""
         if self._store is None:
             import torch.distributed as dist
 
-            store: Any = dist.distributed_c10d._get_default_store()
+            store: Any = self._base
             while isinstance(store, dist.PrefixStore):
                 store = store.underlying_store
             limit = timedelta(seconds=_STORE_SECONDS)
@@ -340,7 +332,7 @@ class StallWatch:
             self._store = dist.PrefixStore("dstrain-stall", store)
         return self._store
 
-    def _round(self, store: Any) -> int:
+    def _round(self, store: Store) -> int:
         """Return how often all ranks have been asked and went on."""
         return int(store.add("round", 0))
 
@@ -358,7 +350,7 @@ class StallWatch:
         os._exit(STALLED)
 
 
-def _words(standing: dict[str, Any] | None) -> str:
+def _words(standing: PlainState | None) -> str:
     """Say in one line where a rank stands."""
     if standing is None:
         return "has not answered: its process has stopped or is gone, or just now goes on"
@@ -373,13 +365,16 @@ def _words(standing: dict[str, Any] | None) -> str:
 def _line_of(frame: FrameType | None) -> str:
     """Find the innermost line of a user's code, or else of any code."""
     innermost, found = frame, None
+    candidate = None
     while frame is not None and found is None:
-        if not frame.f_code.co_filename.startswith((*_LIBRARIES, _HOME, "<")):
-            found = frame
+        name = frame.f_code.co_filename
+        if name.startswith(_HOME):
+            # What dstrain has called. Around the outermost call of it there is only the user's
+            # script, in whatever function of that: main() says nothing of where a rank stands.
+            found = candidate
+        elif candidate is None and not name.startswith((*_LIBRARIES, "<")):
+            candidate = frame
         frame = frame.f_back
-    # Above the loop there is always the user's script, which called train().
-    if found is not None and found.f_code.co_name == "<module>":
-        found = None
     shown = found or innermost
     if shown is None:
         return "an unknown line"

@@ -6,14 +6,16 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks
-from dstrain.training.stall import Place, StallWatch
+from dstrain.training.place import Place, Watched
+from dstrain.training.stall import StallWatch
 
 P = ParamSpec("P")
 T = TypeVar("T")
+S = TypeVar("S", bound="WatchesRanks")
 
 
 @dataclass
@@ -60,7 +62,7 @@ class RankWatches:
             self._present = None
 
     @contextlib.contextmanager
-    def following(self, loop: Any) -> Iterator[None]:
+    def following(self, loop: Watched) -> Iterator[None]:
         """Watch a training loop in a block inside ``over``, and then what ends training.
 
         Args:
@@ -74,14 +76,20 @@ class RankWatches:
             self._present.follow(_outside("the end of training", step=loop.progress.step))
 
 
+class WatchesRanks(Protocol):
+    """What has methods that are watched."""
+
+    def _watching_ranks(self, what: str) -> contextlib.AbstractContextManager[None]: ...
+
+
 def watched(
     what: str,
-) -> Callable[[Callable[Concatenate[Any, P], T]], Callable[Concatenate[Any, P], T]]:
+) -> Callable[[Callable[Concatenate[S, P], T]], Callable[Concatenate[S, P], T]]:
     """Have a method of a trainer watched as a whole; ``what`` is done in it, for messages."""
 
-    def decorate(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    def decorate(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
         @functools.wraps(method)
-        def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        def call(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
             with self._watching_ranks(what):
                 return method(self, *args, **kwargs)
 

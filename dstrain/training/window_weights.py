@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from dstrain.core.ranks import HostSum, PendingSum, Ranks
 from dstrain.data import LossTargets, MicroBatch
 
 
-def telling_first(
+def most_telling_first(
     micro_batches: Sequence[MicroBatch], targets: LossTargets
 ) -> Sequence[MicroBatch]:
     """Put first the micro-batch that tells most of what a target is, where that is still open.
@@ -44,7 +43,7 @@ class WindowWeights:
         micro_batches: Sequence[MicroBatch],
         ranks: Ranks,
         *,
-        device: Any,
+        device: object,
         host_sum: HostSum | None = None,
         looks_again: bool = False,
     ) -> None:
@@ -70,7 +69,7 @@ class WindowWeights:
             return
         self._count()
         if targets.has_rivals and host_sum is not None:
-            first = micro_batches[0]  # see ``telling_first``
+            first = micro_batches[0]  # see ``most_telling_first``
             told = not first.is_padding and targets.distinguishes_rivals(
                 first.inputs, first.num_samples
             )
@@ -100,7 +99,7 @@ class WindowWeights:
         return self._targets.counts(micro_batch.inputs, micro_batch.num_samples)
 
     @property
-    def totals(self) -> Any:
+    def totals(self) -> torch.Tensor | float:
         """Return the targets of the window over all ranks, for each part of the loss.
 
         Returns:
@@ -123,6 +122,7 @@ class WindowWeights:
         least = totals.clamp(min=1.0) if isinstance(totals, torch.Tensor) else max(1.0, totals)
         if len(counts) == 1:
             return counts[0] * self._ranks.world_size / least
+        assert isinstance(least, torch.Tensor)  # of several parts
         return torch.tensor(counts, device=least.device) * (self._ranks.world_size / least)
 
     def _count(self) -> None:

@@ -169,7 +169,12 @@ class Front:
             if machine.ready is not None:
                 continue
             status = machine.process.returncode if machine.process else None
-            if status == LOST:
+            if machine.silent_seconds is not None:
+                say(
+                    f"{machine.name}: no answer for {machine.silent_seconds:.0f} s "
+                    "(START_SECONDS); see there whether a login script or a disk hangs"
+                )
+            elif status == LOST:
                 say(
                     f"{machine.name}: no ssh without a password (see above; SSH_PORT and "
                     "SSH_OPTIONS may help)"
@@ -240,10 +245,15 @@ class Front:
                     machine.send(message({}))
         for machine in self._running():
             silence = now - machine.heard_at
-            if machine.ready and not self._is_paused and silence > self._settings.link_seconds:
+            most = self._settings.link_seconds
+            if machine.ready is None:
+                most = max(most, self._settings.start_seconds)
+            if not self._is_paused and silence > most and machine.silent_seconds is None:
                 assert machine.process is not None
                 if machine.process.poll() is None:
-                    say(f"{machine.name}: out of reach for {silence:.0f} s; given up")
+                    machine.silent_seconds = silence
+                    if machine.ready is not None:
+                        say(f"{machine.name}: out of reach for {silence:.0f} s; given up")
                     machine.process.kill()
 
     # ---- the end

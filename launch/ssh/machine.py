@@ -30,6 +30,7 @@ class Machine:
         self.exited_at: float | None = None  # the process
         self.rank_ended_at: float | None = None  # the first of its ranks
         self.heard_at = 0.0
+        self.silent_seconds: float | None = None  # after which it was given up
         self._frames = FrameReader()
         self._unsent = bytearray()
         self.lines = {1: Lines(name, OUTPUTS[1]), 2: Lines(name, OUTPUTS[2])}

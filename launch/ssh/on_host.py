@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import selectors
@@ -151,9 +152,13 @@ def addresses() -> list[str]:
     return []
 
 
-def end_with_parent() -> None:
-    """Have the system send TERM to this process when its parent is killed."""
+def end_with_parent(parent: int) -> None:
+    """Have the system send TERM to this process, a new child, when its parent is killed."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # the parent's handlers would never be called here
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was killed before
+        os._exit(1)
 
 
 class Part:
@@ -171,9 +176,15 @@ class Part:
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        # Signals are only counted where they come, which may be before there is a script or when it
+        # has ended and its number belongs to another process.
+        self._num_signals = 0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: self._stop())
+            signal.signal(number, lambda *_: self._count_signal())
         self._script = self._start(master_addr)
+
+    def _count_signal(self) -> None:
+        self._num_signals += 1
 
     def _start(self, master_addr: str) -> subprocess.Popen[bytes]:
         folder = Path(self._job["folder"])
@@ -193,7 +204,7 @@ class Part:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=end_with_parent,  # there is one thread only
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),  # there is one thread only
         )
 
     def run(self) -> int:
@@ -207,7 +218,11 @@ class Part:
         self._selector.register(0, selectors.EVENT_READ)
         give_up_at: float | None = None  # on what has not ended with the script
         was_lost = False
+        num_passed_on = 0
         while True:
+            while num_passed_on < self._num_signals:
+                num_passed_on += 1
+                self._stop()
             if give_up_at is None and self._has_ended():
                 give_up_at = time.monotonic() + LEFT_OVER_SECONDS
                 self._end_left_overs()

@@ -18,6 +18,7 @@ class Settings:
     master_port: str = ""
     task: str = ""
     link_seconds: int = 60
+    start_seconds: int = 120
     stop_seconds: int = 120
     hosts: list[tuple[str, int]] = field(default_factory=list)
     environment: list[str] = field(default_factory=list)

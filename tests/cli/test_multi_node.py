@@ -195,6 +195,17 @@ def test_no_machine_starts_before_all_are_ready(tmp_path):
     assert "alpha" not in run.stderr + run.stdout
 
 
+def test_a_machine_that_takes_the_connection_and_hangs_is_named(tmp_path):
+    repository = make_repository(tmp_path / "repository", TELLS)
+    with stand_in_hosts(tmp_path / "hosts", "alpha", "silent") as hosts:
+        # A machine that is slow to start is none that hangs.
+        run = hosts.start(repository, ["--flag"], env={"LINK_SECONDS": "3", "START_SECONDS": "20"})
+        assert run.wait(SECONDS) == 1
+    assert "[dstrain] silent: no answer for 2" in run.stderr
+    assert "not all 2 machines are ready" in run.stderr
+    assert "alpha" not in run.stderr + run.stdout
+
+
 def test_a_machine_without_the_repository_is_named(hosts, tmp_path):
     repository = make_repository(tmp_path / "repository", TELLS)
     (repository / "launch" / "ssh" / "on_host.py").rename(tmp_path / "gone")

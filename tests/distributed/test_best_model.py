@@ -162,16 +162,16 @@ def test_a_checkpoint_that_could_not_be_written_is_not_the_best(
     asynchronous: bool, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best one before it takes its place, and is still there."""
-    from dstrain.checkpoint import save
+    from dstrain.checkpoint import capture
 
-    real = save.write_tensor_file
+    real = capture.write_tensor_file
 
     def sometimes(path: Path, *args: Any) -> Any:
         if rank == 1 and "checkpoint-4." in str(path):
             raise OSError(28, "No space left on device")
         return real(path, *args)
 
-    monkeypatch.setattr(save, "write_tensor_file", sometimes)
+    monkeypatch.setattr(capture, "write_tensor_file", sometimes)
     trainer = scored(
         tmp_path, {2: 0.3, 4: 0.9, 6: 0.1}, save_failure="continue", save_total_limit=1,
         load_best_model_at_end=True, save_async=asynchronous,

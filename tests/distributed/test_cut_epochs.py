@@ -82,3 +82,61 @@ def test_a_run_that_ended_inside_of_an_epoch_goes_on_at_the_same_sample(
     losses(tmp_path / "run", data, False, *callbacks, **ends)
     resumed = losses(tmp_path / "run", data, True, **goes_on)
     assert resumed == straight
+
+
+class ShortEpochs(TrainerCallback):  # type: ignore[misc]
+    """Ends each epoch after two steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for the end of the epoch, in every second step."""
+        control.should_epoch_stop |= state.global_step % 2 == 0
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("resumes", [False, True])
+def test_epochs_that_a_callback_cuts_short_count(resumes: bool, tmp_path: Path) -> None:
+    """Three epochs of two steps, as in transformers; they went on for as many steps as three whole
+    epochs have."""
+    from dstrain import Trainer, TrainingArguments
+
+    def train(num_epochs: float, resume: bool) -> Any:
+        args = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=BATCH,
+            num_train_epochs=num_epochs,
+            save_strategy="epoch",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(tiny_llama(), args, train_dataset=Rows(), callbacks=[ShortEpochs()])
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.close()
+        return trainer.state
+
+    if resumes:
+        assert train(2, False).global_step == 4
+    state = train(3, resumes)
+    assert state.global_step == 6
+    assert state.epoch == pytest.approx(2.4)
+
+
+@pytest.mark.ranks(1)
+def test_a_stream_counts_its_epochs_as_transformers_does(tmp_path: Path) -> None:
+    """``max_steps`` count as one epoch, from the begin of each: 10 steps, then 2 of 12."""
+    from dstrain import Trainer, TrainingArguments
+
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=BATCH,
+        max_steps=12,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(tiny_llama(), args, train_dataset=Stream())
+    trainer.train()
+    trainer.close()
+    epochs = [entry["epoch"] for entry in trainer.state.log_history if "loss" in entry]
+    expected = [step / 12 for step in range(1, 11)] + [1 + 1 / 12, 1 + 2 / 12]
+    assert epochs == pytest.approx(expected, abs=1e-3)

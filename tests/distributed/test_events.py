@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,7 @@ def test_tensorboard_and_wandb_record_the_run(
     """Real trackers: an event file that TensorBoard reads back, and an offline W&B run."""
     wandb_file.go_offline(tmp_path, monkeypatch)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    monkeypatch.setattr(sys, "argv", [sys.argv[0], "--hub_token", "marked-c0ffee", "--lr", "1"])
     trainer = make_trainer(
         tmp_path,
         stage=3,
@@ -155,6 +157,9 @@ def test_tensorboard_and_wandb_record_the_run(
     config = wandb_file.config(file)
     assert config["learning_rate"] == 1e-3
     assert config["run_name"] == "a run"
+    # The command is sent too, without credentials.
+    assert b"<HUB_TOKEN>" in file.read_bytes()
+    assert b"marked-c0ffee" not in file.read_bytes()
     # transformers counts no parameter once ZeRO-3 has partitioned them
     assert config["model/num_parameters"] == sum(p.numel() for p in tiny_llama().parameters())
 
@@ -245,10 +250,10 @@ def test_no_step_waits_for_the_device_between_logs(
     monkeypatch.undo()
     trainer.close()
     on_host = (
-        "loss_rule.py:count",
+        "rule.py:count",
         "order.py:",
         "preemption.py:answer",
-        "targets.py:_has_no_target",
+        "batches.py:_has_no_target",
     )
     outside = [r for r in reads if not r.startswith(on_host)]
     at_logs = [r for r in outside if r.endswith(("at 5", "at 10"))]

@@ -164,6 +164,33 @@ def test_the_folder_goes_under_a_run(
 
 
 @pytest.mark.ranks(2, timeout=300)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_folder_goes_while_a_checkpoint_is_written(
+    asynchronous: bool, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written once more; in the background, where training has gone on, it is missing."""
+    from dstrain.checkpoint import committed, folders
+    from dstrain.core.ranks import barrier
+
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    commit = folders.commit
+
+    def moved_first(path: Path, output_dir: Path, step: int) -> Any:
+        if step == 3 and not elsewhere.exists():
+            folder.rename(elsewhere)
+        return commit(path, output_dir, step)
+
+    monkeypatch.setattr(folders, "commit", moved_first)  # by rank 0 alone
+    trainer = make_trainer(folder, **{**SETTINGS, "save_async": asynchronous})
+    assert trainer.train().global_step == 4
+    assert trainer.missing_checkpoints == ((3,) if asynchronous else ())
+    barrier()
+    assert [f.step for f in committed(elsewhere)] == [1, 2]
+    assert [f.step for f in committed(folder)] == ([4] if asynchronous else [3, 4])
+    trainer.close()
+
+
+@pytest.mark.ranks(2, timeout=300)
 def test_what_is_missing_is_said_at_the_end(
     tmp_path: Path, rank: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,4 +226,45 @@ def test_what_is_missing_is_said_at_the_end(
     trainer.train()
     assert trainer.missing_checkpoints == (2,)
     assert not trainer.last_save_failed
+    trainer.close()
+
+
+@pytest.mark.ranks(2, timeout=300)
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_what_fails_on_the_main_rank_alone_is_known_to_all(
+    asynchronous: bool, tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the commit of a checkpoint it is there all the same; before it, it is not."""
+    from dstrain import Trainer
+    from dstrain.checkpoint import committed
+    from dstrain.core.errors import CheckpointError
+    from dstrain.core.ranks import gather_objects
+
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            if Path(folder).name.startswith(".checkpoint-2"):
+                raise KeyError("of a tokenizer")
+
+    class Uploads(Trainer):
+        def checkpoint_upload(self) -> Any:
+            def upload(folder: Path) -> None:
+                raise RuntimeError(f"no way from {folder.name}")
+
+            return upload if rank == 0 else None
+
+    folder = tmp_path / "run"
+    settings = {**SETTINGS, "save_async": asynchronous, "max_steps": 3}
+    trainer = make_trainer(folder, cls=Uploads, save_failure="continue", **settings)
+    trainer.processing_class = Tokenizer()
+    trainer.train()
+    trainer.close()
+    assert gather_objects(trainer.missing_checkpoints) == [(2,), (2,)]
+    assert [f.step for f in committed(folder)] == [1, 3]
+    said = [r.getMessage() for r in caplog.records]
+    assert ("checkpoint-3 is saved, but what was to follow failed: RuntimeError: no way from "
+            "checkpoint-3" in said) == (rank == 0)  # fmt: skip
+    trainer = make_trainer(tmp_path / "other", cls=Uploads, **settings)
+    trainer.processing_class = Tokenizer()
+    with pytest.raises(CheckpointError, match="KeyError: 'of a tokenizer'"):
+        trainer.train()
     trainer.close()

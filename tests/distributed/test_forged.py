@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from tests.distributed.runs import make_trainer
-from tests.unit.test_checkpoint_doors import (
+from tests.unit.checkpoint.forged import (
     NAME,
     OWN,
     RUN,

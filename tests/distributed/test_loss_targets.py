@@ -132,6 +132,18 @@ def test_a_pretraining_batch_without_masked_tokens_trains_the_other_head(tmp_pat
 @pytest.mark.parametrize("name", ["bert_answers", "bert_pretraining", "segformer_frozen"])
 def test_samples_without_a_target_of_one_kind_change_no_split(name: str, tmp_path: Path) -> None:
     """An answer outside of the text, no masked token, an image of nothing but 255: NaN alone."""
+    check_splits(name, SPLITS, tmp_path)
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("name", ["bert_answers", "bert_pretraining"])
+def test_a_loss_of_several_means_trains_in_one_process(name: str, tmp_path: Path) -> None:
+    """One process sums over no other; the first answer models that it was given ended there."""
+    check_splits(name, ((GLOBAL_BATCH, 1), (2, 4)), tmp_path)
+
+
+def check_splits(name: str, splits: Sequence[tuple[int, int]], tmp_path: Path) -> None:
+    """Compare loss and gradient of a step with plain torch, for micro-batch and accumulation."""
     family = FAMILIES[name]
     rows = family_data(name)
     for row in rows[::3]:
@@ -143,7 +155,7 @@ def test_samples_without_a_target_of_one_kind_change_no_split(name: str, tmp_pat
     loss = model(**whole).loss
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    for micro, accumulation in SPLITS:
+    for micro, accumulation in splits:
         trainer = trained(
             tmp_path,
             family.build(),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.core.errors import DataError, DstrainError, Problem
-from dstrain.core.main_first import main_first
+from dstrain.core.main_first import _as_text, _from_text, main_first
 from dstrain.core.ranks import Ranks, broadcast_object, launched_ranks
 
 
@@ -57,3 +57,10 @@ def test_another_kind_of_error_is_told_in_words(rank: int, world_size: int) -> N
     with pytest.raises(kind) as caught:
         fail_first(launched_ranks(), KeyError("name"), fails=rank == 0)
     assert rank == 0 or "the main rank failed in: reading" in str(caught.value)
+
+
+def test_an_error_comes_to_other_ranks_as_it_was() -> None:
+    problems = [Problem("a", "b", "c"), Problem("d")]
+    for error in (DataError(problems), DataError(problems, title="x"), DstrainError("y")):
+        same = _from_text(_as_text(error).encode())
+        assert (type(same), str(same)) == (type(error), str(error))

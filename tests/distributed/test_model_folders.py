@@ -76,6 +76,23 @@ def without(*names: str) -> Callable[[Path], None]:
     return change
 
 
+def stored_as(dtype: torch.dtype, *names: str) -> Callable[[Path], None]:
+    """Store weights in another format."""
+    from safetensors.torch import load_file, save_file
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / MODEL)
+        tensors |= {name: tensors[name].to(dtype) for name in names}
+        save_file(tensors, folder / MODEL, {"format": "pt"})
+
+    return change
+
+
+def generation(content: Any) -> Callable[[Path], Any]:
+    """Replace the generation config."""
+    return lambda folder: (folder / "generation_config.json").write_text(json.dumps(content))
+
+
 def shards(folder: Path, *, lose: bool) -> None:
     """Write several files of weights; lose one, or damage their index."""
     (folder / MODEL).unlink()
@@ -116,6 +133,19 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no heads": (config(num_attention_heads=0, vocab_size=-1), ["heads=0", "vocab_size=-1"]),
     "layers": (config(num_hidden_layers=-1), ["num_hidden_layers=-1"]),
     "inside": (config(text_config={"hidden_size": -2}), ["text_config.hidden_size=-2"]),
+    "layer upon layer": (config(num_hidden_layers=10**9), ["more than 100,000 of them"]),
+    "huge number": (config(hidden_size=10**30), ["no llama model can be built"]),
+    "dropout": (
+        config(attention_dropout=-1, text_config={"resid_pdrop": 2}),
+        ["attention_dropout=-1", "text_config.resid_pdrop=2", "a number from 0 to 1"],
+    ),
+    "no dropout": (config(attention_dropout=float("nan")), ["attention_dropout=NaN"]),
+    "bytes": (stored_as(torch.int8, UP), ["1 weights of", f"{UP} is I8", "no quantisation"]),
+    "flags": (stored_as(torch.bool, UP), [f"{UP} is BOOL"]),
+    "complex": (stored_as(torch.complex64, UP), [f"{UP} is C64"]),
+    "no generation config": (generation([1]), ["generation_config.json cannot be read"]),
+    "beams": (generation({"num_beams": 0}), ["num_beams=0 in", "a whole number", "remove the"]),
+    "ends": (generation({"eos_token_id": [2, "x"]}), ['eos_token_id=[2, "x"] in']),
     "deep": (text(nested(100_000)), ["cannot be read", "deeper than 200"]),
     "less deep": (text(nested(900)), ["cannot be read", "deeper than 200"]),
     "half": (text('{"model_type": '), ["cannot be read", "config.json"]),

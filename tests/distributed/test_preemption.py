@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.distributed.runs import make_trainer
+from tests.distributed.runs import make_trainer, whole_weights
 from tests.distributed.test_resume import (
     EPOCH,
     Stream,
@@ -106,6 +107,55 @@ def test_the_run_that_goes_on_is_the_run_that_was_never_stopped(
     assert_same(run(tmp_path / "again", resume=True, **settings), whole)
 
 
+LAST: list[tuple[str, dict[str, Any]]] = [
+    ("on_step_end", {}),
+    ("on_epoch_end", {"num_train_epochs": 1, "max_steps": -1}),
+    ("on_evaluate", {"eval_strategy": "steps", "eval_steps": 4}),
+    ("on_save", {"save_strategy": "steps", "save_steps": 2}),
+    ("on_step_end", {"max_steps": 40}),
+]
+
+
+@pytest.mark.ranks(2, timeout=300)
+@pytest.mark.parametrize(("event", "settings"), LAST, ids=str)
+def test_a_signal_in_the_last_step_loses_nothing(
+    event: str, settings: dict[str, Any], tmp_path: Path, rank: int
+) -> None:
+    """What was trained is saved; the run that goes on takes no step, even if a callback ended it.
+
+    The signal comes when the ranks have told each other of signals for the last time in that step.
+    """
+    from transformers import TrainerCallback
+
+    from dstrain.checkpoint import committed
+
+    class Stopping(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop |= state.global_step == 4
+
+    settings = {"stage": 2, **EPOCH, "save_strategy": "no", "max_steps": 4, **settings}
+    early = [Stopping()] if settings["max_steps"] == 40 else []
+
+    def train(folder: str, *, resume: bool = False, callbacks: Any = (), **more: Any) -> Any:
+        trainer = make_trainer(
+            tmp_path / folder, model=noisy_llama(), callbacks=[*callbacks], **settings, **more
+        )
+        trainer.train(resume)
+        outcome = whole_weights(trainer), trainer.state.global_step, trainer.preempted
+        trainer.close()
+        return outcome
+
+    weights, steps, _ = train("whole", callbacks=early)
+    act = send(signal.SIGTERM, here=rank == 1)
+    acting = callback(event, steps, act)()
+    assert train("again", callbacks=[*early, acting], preemption="return")[2]
+    assert committed(tmp_path / "again")[-1].step == steps
+    resumed, its_steps, _ = train("again", resume=True)
+    assert its_steps == steps
+    for name, value in weights.items():
+        assert torch.equal(resumed[name], value), name
+
+
 @pytest.mark.ranks(2, timeout=300)
 def test_the_process_ends_with_the_documented_status(tmp_path: Path, rank: int) -> None:
     """A SystemExit on every rank, after the records of the run are written."""
@@ -170,13 +220,13 @@ def test_a_last_save_that_fails_is_an_error(
     tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Status 75 would say that the run can go on from here."""
-    from dstrain.checkpoint import save
+    from dstrain.checkpoint import capture
     from dstrain.core.errors import CheckpointError
 
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save, "write_tensor_file", full)
+    monkeypatch.setattr(capture, "write_tensor_file", full)
     act = send(signal.SIGTERM, here=rank == 0)
     trainer = make_trainer(
         tmp_path, callbacks=[callback("on_step_begin", 1, act)], save_failure="continue"

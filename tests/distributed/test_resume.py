@@ -479,10 +479,10 @@ def test_a_failed_write_of_one_rank_stops_or_not_and_leaves_nothing(
     asynchronous: bool, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk of one rank, as the system reports it."""
-    from dstrain.checkpoint import committed, save
+    from dstrain.checkpoint import capture, committed
     from dstrain.core.errors import CheckpointError
 
-    real = save.write_tensor_file
+    real = capture.write_tensor_file
     full = {"at": 2}
 
     def sometimes(path: Path, *args: Any) -> Any:
@@ -490,7 +490,7 @@ def test_a_failed_write_of_one_rank_stops_or_not_and_leaves_nothing(
             raise OSError(28, "No space left on device")
         return real(path, *args)
 
-    monkeypatch.setattr(save, "write_tensor_file", sometimes)
+    monkeypatch.setattr(capture, "write_tensor_file", sometimes)
     settings = {
         "save_strategy": "steps", "save_steps": 1, "max_steps": 4, "evaluation": 0,
         "save_async": asynchronous,

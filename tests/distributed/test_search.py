@@ -141,7 +141,7 @@ def test_optuna_searches_on_all_ranks_together(tmp_path: Path, rank: int) -> Non
         assert best.hyperparameters == study.best_params
         assert all((tmp_path / f"run-{n}" / "resolved_config.json").is_file() for n in range(3))
     trainer.train()  # goes on with the arguments from before the search
-    assert trainer.resolved.value("learning_rate") == 0.5
+    assert trainer.resolved.learning_rate == 0.5
     watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
     assert len(watch.collected) == 4, "what it keeps for the user is left alone"
     for steps, done in watch.collected:

@@ -91,6 +91,19 @@ def test_what_ends_deepspeed_lets_the_ranks_save_and_leaves_none_behind(tmp_path
             assert "Traceback" not in training.text()
 
 
+def test_a_front_that_dies_while_the_data_is_prepared_leaves_no_rank_behind(tmp_path):
+    """No Trainer has been made by then, and the front is no longer among the processes above."""
+    path = write_script(tmp_path, max_steps=10_000, use_cpu=True)
+    preparing = "import dstrain; dstrain.TrainingArguments; print('prepares', flush=True)\n"
+    wait = "import time; time.sleep(600)\n"
+    path.write_text(preparing + wait + path.read_text())
+    with Training(deepspeed(path), tmp_path) as training:
+        training.wait_for(lambda: training.text().count("prepares") == 2)
+        training.process.kill()
+        training.wait_for_end(30)
+        assert "which started this rank" in training.text()
+
+
 # --- the scripts of launch/ -----------------------------------------------------------------------
 
 

@@ -271,3 +271,24 @@ def test_data_that_can_be_read_only_once_is_named_in_the_second_epoch(tmp_path: 
     with pytest.raises(DataError, match="no sample in epoch 2, though it did before"):
         trainer.train()
     trainer.close()
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_save_of_ones_own_is_said_to_be_none_of_checkpoints(
+    saves: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers' Trainer calls it for each checkpoint; only where there are any, it matters."""
+    from dstrain import Trainer
+
+    class Own(Trainer):
+        def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+            """Save in another way."""
+
+    for cls in (Own, Trainer):
+        caplog.clear()
+        settings: dict[str, Any] = {"save_strategy": "steps" if saves else "no", "max_steps": 1}
+        trainer = make_trainer(tmp_path / cls.__name__, cls=cls, save_steps=1, **settings)
+        trainer.train()
+        trainer.close()
+        assert ("Own overrides save_model" in caplog.text) == (saves and cls is Own)

@@ -537,8 +537,8 @@ def test_nothing_more_is_told_than_a_few_numbers(
     from dstrain.data.streams import rank_stream as module
 
     read, looked = [], []
-    look_of = module.look_of
-    monkeypatch.setattr(module, "look_of", lambda *given: looked.append(1) or look_of(*given))
+    summary_of = module.summary_of
+    monkeypatch.setattr(module, "summary_of", lambda *given: looked.append(1) or summary_of(*given))
 
     class Long(Later):
         def __iter__(self) -> Iterator[Any]:

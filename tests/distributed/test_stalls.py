@@ -171,6 +171,59 @@ def test_a_rank_that_stands_still_around_training_is_named(tmp_path, method, sta
     assert "Traceback" not in text, text
 
 
+MAKES = """
+import os, pathlib, time
+from dstrain import Trainer, TrainingArguments
+from transformers import TrainerCallback
+from tests.models import RaggedTokens, pad_collate, tiny_llama
+
+rank = os.environ["RANK"]
+pathlib.Path(f"pid-{rank}").write_text(str(os.getpid()))
+
+def hang(where):
+    if where == "WHERE" and rank == "1":
+        pathlib.Path("stands").write_text(str(time.time()))
+        time.sleep(3600)
+
+def make():
+    hang("model")
+    return tiny_llama()
+
+class AtFirst(TrainerCallback):
+    def on_init_end(self, *args, **kwargs):
+        hang("callback")
+
+def main():
+    trainer = Trainer(
+        args=TrainingArguments(
+            "out", report_to="none", use_cpu=True, disable_tqdm=True, ddp_timeout=TIMEOUT,
+            zero_stage=3, max_steps=2, save_strategy="no",
+        ),
+        model_init=make,
+        data_collator=pad_collate,
+        train_dataset=RaggedTokens(64),
+        callbacks=[AtFirst],
+    )
+    trainer.train()
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("where", "name"), [("model", "make"), ("callback", "on_init_end")])
+def test_a_rank_that_stands_still_while_a_trainer_is_made_is_named(tmp_path, where, name):
+    """The others are in the constructor, or have gone on to the training."""
+    path = tmp_path / "script.py"
+    path.write_text(MAKES.replace("TIMEOUT", str(TIMEOUT_SECONDS)).replace("WHERE", where))
+    text = text_of_one_that_stalls(path, tmp_path)
+    assert f"the ranks waited {TIMEOUT_SECONDS} s (ddp_timeout) for rank 1\n" in text
+    assert "rank 1: after step 0, the construction of the trainer, at" in text
+    assert "script.py:" in text
+    assert "in hang" in text
+    assert "in main" not in text
+    assert "Traceback" not in text, text
+
+
 def test_a_stopped_process_that_holds_the_store_is_named(tmp_path):
     path = script(tmp_path, zero_stage=2, max_steps=10_000, sleep="pass")
     with Training(deepspeed(path), tmp_path) as training:

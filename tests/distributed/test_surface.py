@@ -241,7 +241,7 @@ def test_overrides_of_a_subclass_are_called(tmp_path: Path) -> None:
     assert trainer.state.log_history[-1]["train_runtime"] > 0
     trainer.args.learning_rate = 0.25
     trainer.propagate_args_to_deepspeed()
-    assert trainer.resolved.value("learning_rate") == 0.25
+    assert trainer.resolved.learning_rate == 0.25
     trainer.args.set_dataloader(train_batch_size=1)  # after the constructor, and it holds
     trainer.train()
     assert trainer.deepspeed.train_micro_batch_size_per_gpu() == 1

@@ -220,7 +220,9 @@ def test_a_change_of_parameters_in_parts_is_refused_and_the_remedy_works(tmp_pat
         (lambda model: nn.init.orthogonal_(model.middle.weight), "middle.weight"),
     ):
         trainer = trained(tmp_path, 3, settings=in_parts, on_epoch_begin=change)
-        with pytest.raises(TrainingError, match=rf"a callback changes {name} in place .*in parts"):
+        with pytest.raises(
+            TrainingError, match=rf"a callback changes {name} in place .*partitioned"
+        ):
             trainer.train()
         trainer.close()
     for change in (reset, in_many_ways):

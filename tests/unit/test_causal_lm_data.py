@@ -120,6 +120,17 @@ def test_tokenizer_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     assert len(loaded) <= 400
 
 
+def test_a_tokenizer_that_fails_where_it_is_used_is_refused(tokenizer, tmp_path):
+    """A longest text that is no number: it loads, and its first use was a TypeError."""
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": "x"}))
+    with pytest.raises(DataError, match=r"could not be loaded(.|\n)*'str'(.|\n)*--tokenizer_name"):
+        tokenizers_module.prepare_tokenizer(
+            [], name=str(tmp_path), vocab_size=0, fingerprint=None, text_of=str
+        )
+
+
 def test_tokenizer_training_is_deterministic(tmp_path):
     texts = [sample_text(seed) for seed in range(20)]
     for name in ("first", "second"):

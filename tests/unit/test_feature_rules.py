@@ -16,8 +16,6 @@ from dstrain import TrainingArguments
 from dstrain.config.resolution.batch import smaller
 from dstrain.core.errors import ConfigError, DataError, ModelError
 from dstrain.data import Denominator, EpochOrder, LossRule, LossTargets, TokenCount, sample_lengths
-from dstrain.engine import MetricSchedule, is_out_of_memory
-from dstrain.engine.optimizers.metric_schedule import stepping_by_metric_only
 from dstrain.reporting.memory import MemoryMetrics
 from dstrain.trainer import build
 from dstrain.training import compat
@@ -201,20 +199,6 @@ def test_a_smaller_micro_batch_keeps_the_samples_of_a_step(micro, accumulation, 
     assert smaller(micro, accumulation) == expected
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("shapes differ"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_what_a_lack_of_memory_is(error: Exception, expected: bool):
-    assert is_out_of_memory(error) == expected
-
-
 def test_the_door_to_liger_is_as_it_was():
     """A kernel cannot be run here; what transformers takes and says can be looked at."""
     assert list(inspect.signature(compat.apply_liger_kernel).parameters) == [
@@ -226,23 +210,6 @@ def test_the_door_to_liger_is_as_it_was():
 
 
 # --- schedules that follow a metric --------------------------------------------------------------
-
-
-def test_an_engine_cannot_step_a_schedule_with_something_that_is_no_metric():
-    parameter = torch.nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
-    schedule = stepping_by_metric_only(lambda basic: plateau)(optimizer)
-    assert isinstance(schedule, MetricSchedule)
-    for _ in range(5):
-        schedule.step()
-    assert schedule.state_dict()["best"] == math.inf
-    schedule.step(1.0)
-    schedule.step(1.0)
-    assert optimizer.param_groups[0]["lr"] == 0.5
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    assert stepping_by_metric_only(constant) is constant
-    assert stepping_by_metric_only(None) is None
 
 
 @pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])

@@ -63,6 +63,10 @@ def test_only_failures_of_the_cache_are_taken_for_such(
     assert cache_problem(PermissionError(13, "Permission denied", "/data/a.txt")) is None
     refused = PermissionError(13, "Permission denied", os.fspath(tmp_path / "a.arrow"))
     assert "Permission denied" in str(cache_problem(refused))
+    for name in (7, b"", None):  # a file that was opened by its descriptor has a number
+        full = OSError(28, "No space left on device", name)
+        assert f"the data cache at {tmp_path}" in str(cache_problem(full))
+        assert cache_problem(OSError(5, "Input/output error", name)) is None
     outer = RuntimeError("generating failed")
     outer.__cause__ = Exception("No space left on device (os error 28)")
     assert "bytes are free" in str(cache_problem(outer))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dstrain.core.ranks import Ranks
 from dstrain.training import stall
-from dstrain.training.stall import Place, StallWatch
+from dstrain.training.place import Place
+from dstrain.training.stall import StallWatch
 
 WAITS = {
     "step": 6, "in_step": True, "what": "micro-batch 1", "waits_in": "all_reduce", "line": "",
@@ -80,3 +82,59 @@ def test_a_call_into_a_collective_is_told_from_a_users_code(name):
         leave.set()
         thread.join()
     assert watch._collective(sys._getframe()) is None
+
+
+def called(chain: list[tuple[str, str]]) -> str:
+    """Return the line that is told of the innermost of functions, each in a file, that call on."""
+    inner: Any = lambda: stall._line_of(sys._getframe(1))  # noqa: E731
+    for name, file in reversed(chain):
+        names = {"inner": inner}
+        exec(compile(f"def {name}():\n    return inner()\n", file, "exec"), names)
+        inner = names[name]
+    return str(inner())
+
+
+LOOP, TORCH = (
+    ("loop", f"{stall._HOME}training/loop.py"),
+    ("call", f"{stall._LIBRARIES[1]}/torch/a.py"),
+)
+MAIN, TRAIN = ("main", "/me/script.py"), ("train", f"{stall._HOME}trainer/trainer.py")
+LOSS, FORWARD = ("compute_loss", "/me/script.py"), ("forward", "/me/model.py")
+
+
+@pytest.mark.parametrize(
+    ("chain", "line"),
+    [
+        # What a user's main() calls is not where a rank stands.
+        ([MAIN, TRAIN, LOOP], f"{LOOP[1]}:2 in loop"),
+        ([MAIN, TRAIN, LOOP, TORCH], f"{TORCH[1]}:2 in call"),
+        ([MAIN, TRAIN, LOOP, LOSS, TORCH], "/me/script.py:2 in compute_loss"),
+        ([MAIN, TRAIN, LOSS, LOOP, TORCH, FORWARD, TORCH], "/me/model.py:2 in forward"),
+        # An override that has called the method it overrides.
+        ([MAIN, TRAIN, LOSS, LOOP, TORCH], "/me/script.py:2 in compute_loss"),
+    ],
+)
+def test_the_line_is_of_what_training_calls(chain, line):
+    # The frames of this test are no library's, as a user's script is not.
+    assert called(chain) == line
+
+
+def test_ranks_find_the_store_where_there_is_no_group_for_a_while(tmp_path):
+    """Between two groups, where memory ran out; it once ended a run that was to go on."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
+    loop = SimpleNamespace(place=Place(), progress=SimpleNamespace(step=0))
+    watch = StallWatch(Ranks(0, 0, 2, 2), loop, timeout_seconds=60)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with watch.watching():
+            dist.destroy_process_group()
+            assert watch._round(watch._connect()) == 0
+            again = dist.PrefixStore("again", store)
+            dist.init_process_group("gloo", store=again, rank=0, world_size=1)
+            dist.PrefixStore("dstrain-stall", store).add("round", 1)
+            assert watch._round(watch._connect()) == 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

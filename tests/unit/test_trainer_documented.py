@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 import dstrain
-from dstrain.trainer.overrides import _ELSEWHERE, unheard
+from dstrain.trainer.overrides import ELSEWHERE, unheard
 
 REFERENCE = (
     Path(__file__).resolve().parents[3]
@@ -89,11 +90,26 @@ def test_the_constructor_takes_what_is_documented(cls):
         assert list(parameters)[6:8] == ["processing_class", "model_init"]
 
 
-@pytest.mark.parametrize("name", _ELSEWHERE)
+@pytest.mark.parametrize("name", ELSEWHERE)
 def test_an_override_that_nothing_calls_is_refused(name):
     """A subclass written for transformers must not be ignored in part."""
     own = type("Own", (dstrain.Trainer,), {name: lambda self: None})
     assert [problem.what for problem in unheard(own)] == [f"Own overrides {name}"]
+
+
+@pytest.mark.parametrize("name", ["Trainer", "Seq2SeqTrainer"])
+def test_every_method_of_the_installed_trainer_is_here_or_refused(name):
+    """Private ones too: what nothing calls here is refused where a subclass overrides it.
+
+    Catches a method that a newer transformers has added.
+    """
+    installed = getattr(importlib.import_module("transformers"), name)
+    methods = {n for n in dir(installed) if callable(getattr(installed, n)) and n[:2] != "__"}
+    missing = {n for n in methods if not hasattr(class_named(name), n)}
+    assert missing <= set(ELSEWHERE)
+    for method in missing:
+        with pytest.raises(AttributeError, match=rf"no attribute '{method}': ."):
+            getattr(object.__new__(class_named(name)), method)
 
 
 def test_no_method_of_ours_is_among_the_refused():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint.foreign.parts import (
-    Foreign,
+    ForeignRun,
     Partition,
     engine_record,
     match_groups,
@@ -54,7 +54,7 @@ def tag_folder(folder: Path) -> Path | None:
     return folder / tag
 
 
-def read_deepspeed(folder: Path, decayed: list[str] | None = None) -> Foreign:
+def read_deepspeed(folder: Path, decayed: list[str] | None = None) -> ForeignRun:
     """Read the structure of a checkpoint; tensors stay in their files.
 
     Args:
@@ -184,7 +184,7 @@ def _add_frozen_parts(
             partition.add_frozen(name, start, fragment.reshape(-1).narrow(0, 0, numel))
 
 
-def _stage_zero(model: Mapping[str, Any], decayed: list[str] | None) -> Foreign:
+def _stage_zero(model: Mapping[str, Any], decayed: list[str] | None) -> ForeignRun:
     """Read the one file that has everything; its optimizer knows parameters only by number."""
     saved = model["optimizer"]
     if not saved:
@@ -287,7 +287,7 @@ def _foreign(
     groups: Any,
     scale: Any,
     remarks: tuple[str, ...] = (),
-) -> Foreign:
+) -> ForeignRun:
     config = config if isinstance(config, Mapping) else {}
     precision = next(
         (p for p in ("bf16", "fp16") if (config.get(p) or {}).get("enabled") is True), "fp32"
@@ -298,7 +298,7 @@ def _foreign(
     ranks = int(model["dp_world_size"])
     accumulation = batch // (micro * ranks) if batch and isinstance(micro, int) and micro else 1
     attributes = scale if isinstance(scale, dict) else getattr(scale, "__dict__", None)
-    return Foreign(
+    return ForeignRun(
         kind=f"DeepSpeed {model.get('ds_version', '')}, ZeRO stage {stage}, {ranks} ranks",
         step=steps,
         stage=stage,

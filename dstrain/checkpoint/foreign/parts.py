@@ -15,7 +15,7 @@ from dstrain.models import Stored
 
 @dataclass
 class Partition:
-    """What one file of slices will hold.
+    """The content of one file of slices.
 
     Attributes:
         tensors: under "<key>/<parameter>", 1-D; read when they are written.
@@ -95,8 +95,8 @@ def _as_fp32(name: str, values: torch.Tensor) -> Stored:
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """What an import has found.
+class ForeignRun:
+    """A run as an import has found it.
 
     Attributes:
         kind: what wrote it, for people.

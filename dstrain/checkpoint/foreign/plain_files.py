@@ -11,7 +11,7 @@ import torch
 
 from dstrain.checkpoint.files import mapping
 from dstrain.checkpoint.foreign.parts import (
-    Foreign,
+    ForeignRun,
     Partition,
     engine_record,
     match_groups,
@@ -27,7 +27,7 @@ OPTIMIZER = "optimizer.pt"
 SCHEDULE = "scheduler.pt"
 
 
-def read_plain(folder: Path, state: Mapping[str, Any]) -> Foreign:
+def read_plain(folder: Path, state: Mapping[str, Any]) -> ForeignRun:
     """Read the structure of a checkpoint; tensors stay in their files.
 
     Args:
@@ -63,7 +63,7 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Foreign:
         raise CheckpointError(Problem(f"{folder / STATE} does not say its global_step"))
     step = int(state["global_step"])
     schedule = load_pickle(folder / SCHEDULE) if (folder / SCHEDULE).exists() else None
-    return Foreign(
+    return ForeignRun(
         kind="transformers' Trainer",
         step=step,
         stage=0,

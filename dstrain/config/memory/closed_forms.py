@@ -1,7 +1,7 @@
 """Closed forms of the parameters of common architectures.
 
 Each follows the modules of transformers' ``modeling_<type>.py``; defaults are those of its config
-class. ``tests/unit/config/memory/test_closed_forms.py`` compares every form with the model built without memory.
+class. ``tests/unit/models/test_count.py`` compares every form with the model built without memory.
 """
 
 from __future__ import annotations

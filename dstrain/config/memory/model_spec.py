@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.core.errors import ModelError, Problem
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 
 # Sizes that a model cannot be without, and others that some models set to 0 for "none".
 _POSITIVE = frozenset(
@@ -26,8 +26,20 @@ _NOT_NEGATIVE = frozenset(
         *("num_experts", "num_local_experts", "num_experts_per_tok", "type_vocab_size"),
     }
 )
+# More than this no machine would build in a day; real models have fewer than 1,000.
+_MOST_LAYERS = 100_000
+_LAYERS = frozenset(
+    {
+        *("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers"),
+        *("num_decoder_layers", "num_attention_heads", "num_heads", "n_head"),
+        *("num_experts", "num_local_experts"),
+    }
+)
+# Endings of the names of probabilities.
+_SHARES = ("dropout", "_pdrop", "dropout_prob", "dropout_rate", "layerdrop", "drop_path_rate")
 
 
+@told_refused(ModelError)
 def read_spec(spec: str) -> tuple[dict[str, Any], bool]:
     """Read a model config: ``type:key=value,...``, a config.json, or a folder with one.
 
@@ -88,7 +100,7 @@ def value_of(text: str) -> Any:
 
 
 def check_sizes(values: Mapping[str, Any], name: str) -> None:
-    """Refuse sizes that no model can have: text, fractions, negative, and 0 where there is none.
+    """Refuse sizes and dropouts that no model can have: text, fractions, negative, huge ones.
 
     Args:
         values: of the config, as written.
@@ -98,7 +110,11 @@ def check_sizes(values: Mapping[str, Any], name: str) -> None:
         ModelError: naming all of them.
     """
     problems = [
-        Problem(f"{key}={json.dumps(value, default=str)} in the model config {name!r}", why)
+        Problem(
+            f"{key}={json.dumps(value, default=str)} in the model config {name!r}",
+            why,
+            "correct it, or give the config.json that the weights were saved with",
+        )
         for key, value, why in _wrong_sizes(values)
     ]
     if problems:
@@ -111,12 +127,27 @@ def _wrong_sizes(values: Mapping[str, Any], inside: str = "") -> Iterator[tuple[
             if str(key).endswith("config"):  # text_config, vision_config and their like
                 yield from _wrong_sizes(value, f"{inside}{key}.")
             continue
+        if str(key).endswith(_SHARES) and not _are_shares(value):
+            yield f"{inside}{key}", value, "a number from 0 to 1 is needed"
         if key not in _POSITIVE | _NOT_NEGATIVE or value is None:
             continue
         least = 1 if key in _POSITIVE and not inside else 0
         parts = value if isinstance(value, list) and value else [value]  # a layer or stage each
         if not all(_is_whole(part) and part >= least for part in parts):
             yield f"{inside}{key}", value, f"a whole number of {least} or more is needed"
+        elif key in _LAYERS and any(part > _MOST_LAYERS for part in parts):
+            yield f"{inside}{key}", value, f"no model has more than {_MOST_LAYERS:,} of them"
+
+
+def _are_shares(value: Any) -> bool:
+    """Tell whether a value, or each of a list, can be a probability; none and flags may be too."""
+    parts = value if isinstance(value, list) else [value]
+    return all(
+        part is None
+        or isinstance(part, bool)
+        or (isinstance(part, (int, float)) and 0 <= part <= 1)
+        for part in parts
+    )
 
 
 def _is_whole(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The places where looks at samples of two ranks differ, and whether samples may be the same.
+"""The positions at which samples of two ranks differ, and whether the data may be the same.
 
 Ranks that augment some samples, each with a seed of its own, differ in the same way in each
 reading, as parts of a split stream do. Two things tell them from parts: a label or an id stays the
@@ -11,8 +11,8 @@ import math
 from typing import Any
 
 Part = tuple[str, Any]  # its kind, and what is compared
-SampleLook = dict[str, Part]  # field -> what it is
-Look = dict[str, list[Part | None]]  # field -> what it is in each sample
+SampleSummary = dict[str, Part]  # field -> what it is
+FieldSummaries = dict[str, list[Part | None]]  # field -> what it is in each sample
 
 _ROUGH = 1e-3  # relative difference of floating-point numbers that are taken for the same
 _MOST_DIFFERING = 8  # samples that differ, for each of those that are the same in between
@@ -25,7 +25,7 @@ class Differences:
         differs: whether some field differs, for each sample that both have.
     """
 
-    def __init__(self, mine: Look, theirs: Look) -> None:
+    def __init__(self, mine: FieldSummaries, theirs: FieldSummaries) -> None:
         """Compare the fields.
 
         Args: what this rank and the main rank saw in the fields to compare.
@@ -81,7 +81,7 @@ def is_same(one: list[Part | None], other: list[Part | None] | None) -> bool:
 
 
 def is_close(one: Part | None, other: Part | None) -> bool:
-    """Tell whether two looks at a part show the same."""
+    """Tell whether two summaries of a part agree."""
     if one is None or other is None:
         return one is other
     if one[0] != other[0]:

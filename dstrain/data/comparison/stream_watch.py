@@ -1,4 +1,4 @@
-"""Comparing what ranks read of a stream that began alike, as they use it.
+"""Comparing the samples that ranks read, while they use a stream that began alike on all.
 
 A stream that is split by rank may begin with the same samples everywhere: a header, or duplicates.
 Ranks tell each other of every micro-batch whether they have it; beside that each tells a digest of
@@ -14,16 +14,16 @@ from typing import Any
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import broadcast_object, gather_objects
-from dstrain.data.comparison.differences import Differences, Look, SampleLook
-from dstrain.data.comparison.looks import (
+from dstrain.data.comparison.differences import Differences, FieldSummaries, SampleSummary
+from dstrain.data.comparison.summaries import (
     DIFFERENT,
     MOST_SAMPLES,
     UNCLEAR,
     Finding,
     by_field,
+    compare_again,
     differing_columns,
     digest_of,
-    second_look,
     without_count,
 )
 
@@ -41,15 +41,15 @@ ReadAgain = Callable[[int], "list[Any] | None"]
 
 
 class StreamWatch:
-    """A comparison of running digests of what ranks read of a stream; says where they part.
+    """Compares running digests of the samples that ranks read, and finds where they part.
 
     Per micro-step of the first ``WATCHED_SAMPLES`` samples each rank adds its digest, as 48 zeros
     and ones, to a sum that ranks make in any case; sums other than 0 or the number of ranks mean
     that digests differ. That does not grow with the number of ranks. Only after digests that differ
-    are samples read again, and looks sent: see ``second_look``. That is done again only after eight
-    more samples, and of no column that turns out to be noise.
+    are samples read again, and summaries sent: see ``compare_again``. That is done again only after
+    eight more samples, and not for columns that turn out to be noise.
 
-    What is read by loader processes is looked at there, and what they saw comes with micro-batches.
+    Loader processes summarise the samples that they read, and send summaries with micro-batches.
 
     Attributes:
         columns: of samples that are dicts, those that are used; None for all.
@@ -65,7 +65,14 @@ class StreamWatch:
         *,
         noisy: frozenset[str] = frozenset(),
     ) -> None:
-        """Args: the data, for messages; see above; columns that are known to be noise."""
+        """Begin with nothing read.
+
+        Args:
+            what: the data, for messages.
+            columns: see above.
+            read_again: see above.
+            noisy: columns that are known to be noise.
+        """
         self.columns = columns
         self.read_again = read_again
         self.is_over = False
@@ -75,17 +82,17 @@ class StreamWatch:
     def _begin_anew(self, *, num_steps: int, chunk: int = 0) -> None:
         self._left = num_steps  # micro-steps that are to be told
         self._chunk = chunk
-        self._looks: list[SampleLook] = []
+        self._summaries: list[SampleSummary] = []
         self._num_in_digest = 0  # of these
         # The following are counted in whole chunks: at its end a stream may give one rank more
         # samples than another, and all ranks must do the same after these numbers.
-        self._num_told = 0
+        self._num_compared = 0
         self._num_alike = 0  # told until digests were last the same
         self._num_judged = -MOST_SAMPLES  # told when ranks last compared what they read
         self._digest = ""
 
     def begin(self, *, start: int, chunk: int) -> bool:
-        """Tell whether the samples of an epoch are to be looked at, from its beginning on.
+        """Tell whether the samples of an epoch are to be summarised, from its beginning on.
 
         Args:
             start: samples that are read and left out, because they were used before.
@@ -96,17 +103,17 @@ class StreamWatch:
             self._begin_anew(num_steps=num_steps, chunk=chunk)
         return not self.is_over
 
-    def note(self, looks: Sequence[SampleLook]) -> None:
-        """Keep the looks at samples that a micro-step of the epoch has read."""
-        self._looks += looks
+    def note(self, summaries: Sequence[SampleSummary]) -> None:
+        """Keep the summaries at samples that a micro-step of the epoch has read."""
+        self._summaries += summaries
 
     def bits(self) -> list[int]:
         """Return this rank's digest for the latest micro-step as 0s and 1s; [] when it is over."""
         if self.is_over or not self._left:
             return []
         self._left -= 1
-        self._num_told += self._chunk
-        new, self._num_in_digest = self._looks[self._num_in_digest :], len(self._looks)
+        self._num_compared += self._chunk
+        new, self._num_in_digest = self._summaries[self._num_in_digest :], len(self._summaries)
         self._digest = digest_of((self._digest, _sorted(by_field(new, self._noisy))))
         number = int(self._digest, 16)
         return [number >> bit & 1 for bit in range(_NUM_BITS)]
@@ -114,11 +121,11 @@ class StreamWatch:
     def check_sums(
         self, sums: Sequence[float], *, world_size: int, ended: bool, group: Any
     ) -> None:
-        """Check the sums of what all ranks told of one micro-step; all ranks call it alike.
+        """Check the sums over ranks of one micro-step's digests; all ranks call it alike.
 
         Args:
             sums: of ``bits``.
-            world_size: ranks that told.
+            world_size: the number of ranks.
             ended: whether no rank has a micro-batch any more.
             group: of these ranks; None for that of the run.
 
@@ -127,8 +134,8 @@ class StreamWatch:
         """
         is_last = ended or not self._left
         if all(number in (0, world_size) for number in sums):
-            self._num_alike = self._num_told
-        elif is_last or self._num_told - self._num_judged >= MOST_SAMPLES:
+            self._num_alike = self._num_compared
+        elif is_last or self._num_compared - self._num_judged >= MOST_SAMPLES:
             self._compare(group, is_last=is_last)
         if is_last and self._noisy:
             self._compare_order(group)
@@ -141,12 +148,12 @@ class StreamWatch:
 
         Samples that cannot be read again are judged by what they were, once there are a few.
         """
-        looks = by_field(self._looks, self._noisy)
-        differing = differing_columns(looks, group=group)
-        few = self._num_told - self._num_alike < MOST_SAMPLES + self._chunk
-        number = len(self._looks) + MOST_SAMPLES
-        found = second_look(
-            looks,
+        summaries = by_field(self._summaries, self._noisy)
+        differing = differing_columns(summaries, group=group)
+        few = self._num_compared - self._num_alike < MOST_SAMPLES + self._chunk
+        number = len(self._summaries) + MOST_SAMPLES
+        found = compare_again(
+            summaries,
             lambda: self.read_again(number),
             self.columns,
             judge=find_other_samples,
@@ -166,14 +173,14 @@ class StreamWatch:
                 self._what,
             )
         self._noisy |= differing - found.rare
-        self._digest, self._num_alike, self._num_judged = "", self._num_told, self._num_told
+        self._digest, self._num_alike, self._num_judged = "", self._num_compared, self._num_compared
 
     def _compare_order(self, group: Any) -> None:
         """Find out whether what was taken for noise is another order of samples; a collective.
 
         The main rank sends what it has seen, which does not grow with the number of ranks.
         """
-        mine = by_field(self._looks)
+        mine = by_field(self._summaries)
         theirs = broadcast_object(mine, group=group)
         counts = gather_objects(num_moved(mine, theirs), group=group)
         most = max(counts)
@@ -182,10 +189,10 @@ class StreamWatch:
             raise DataError(
                 Problem(
                     f"{self._what} is read in another order on rank {rank} than on rank 0: {most} "
-                    f"of its first {len(self._looks)} samples are among those of rank 0, at other "
-                    "places",
-                    "of a stream that all ranks read each takes its share by the place of a "
-                    "sample: some samples would be used twice and others never",
+                    f"of its first {len(self._summaries)} samples are among those of rank 0, at "
+                    "other places",
+                    "each rank takes its share of a stream by the position of a sample: "
+                    "some samples would be used twice and others never",
                     "shuffle it with the same seed on all ranks, or not at all; "
                     "dispatch_batches=True lets the main rank read a whole stream for all",
                 )
@@ -206,8 +213,8 @@ class StreamWatch:
         )
 
 
-def num_moved(mine: Look, theirs: Look) -> int:
-    """Count the samples of this rank that the main rank has read at other places.
+def num_moved(mine: FieldSummaries, theirs: FieldSummaries) -> int:
+    """Count the samples of this rank that the main rank has read in another position.
 
     Noise that happens to be the same at two places would also be the same twice on one rank. So
     where a rank has a sample twice nothing is counted, and nothing where a column tells that the
@@ -218,7 +225,8 @@ def num_moved(mine: Look, theirs: Look) -> int:
     if not fields or Differences(mine, theirs).have_column_in_common():
         return 0
     here, there = [
-        [repr(sample) for sample in zip(*look.values(), strict=True)] for look in (mine, theirs)
+        [repr(sample) for sample in zip(*summary.values(), strict=True)]
+        for summary in (mine, theirs)
     ]
     places = {sample: place for place, sample in enumerate(there)}
     if len(places) < len(there) or len(set(here)) < len(here):
@@ -226,8 +234,8 @@ def num_moved(mine: Look, theirs: Look) -> int:
     return sum(places.get(sample, place) != place for place, sample in enumerate(here))
 
 
-def find_other_samples(mine: Look, theirs: Look) -> Finding | None:
-    """Find from where on a rank reads other samples than the main rank, or None.
+def find_other_samples(mine: FieldSummaries, theirs: FieldSummaries) -> Finding | None:
+    """Find the position from which a rank reads other samples than the main rank, or None.
 
     An error ends the run, so only what noise would hardly do counts: that all of ten samples differ
     from the first that does (of eight where there are no more), or half of 24 and more samples up
@@ -253,8 +261,8 @@ def find_other_samples(mine: Look, theirs: Look) -> Finding | None:
     return None
 
 
-def _sorted(look: dict[str, Any]) -> list[Any]:
-    return sorted(look.items())
+def _sorted(summary: dict[str, Any]) -> list[Any]:
+    return sorted(summary.items())
 
 
 def _is_main() -> bool:

@@ -1,4 +1,4 @@
-"""What a model's loss is a mean over, found by watching its first forward passes."""
+"""Finding what a model's loss is a mean over, by watching its first forward passes."""
 
 from dstrain.data.loss.rule import (
     IGNORED,

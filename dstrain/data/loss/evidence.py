@@ -1,4 +1,4 @@
-"""What a rank has learned of its model's loss from the forward passes that it watched."""
+"""The evidence about a model's loss that a rank has from the forward passes that it watched."""
 
 from __future__ import annotations
 

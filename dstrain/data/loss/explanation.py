@@ -60,7 +60,7 @@ def explain(
 
     Args:
         calls: of the forward pass.
-        loss: what came of it, one element.
+        loss: the loss that the pass returned, one element.
         inputs: the batch as the loader gave it: that is where targets will be counted.
         expected: the rule that is tried first.
         labels: the label columns.
@@ -92,15 +92,13 @@ def explain(
         return Explanation({LossRule(is_sum=True): 0}, certain=LossRule(is_sum=True))
     ignored = {c.ignored for c in calls} | _ignored_in(batch)
     tried = dict.fromkeys([*expected.parts[:1], *_denominators(batch, ignored, mixed)])
-    fits = [
-        {d: how for d in tried if (how := _looseness(d, call, batch, samples, value)) is not None}
-        for call in calls
-    ]
+    trials = [_CallInBatch(call, batch, samples, value) for call in calls]
+    fits = [{d: how for d in tried if (how := trial.looseness(d)) is not None} for trial in trials]
     fits = [_preferred(ways, call, mixed) for ways, call in zip(fits, calls, strict=True)]
     for denominator in tried:
         if all(denominator in ways for ways in fits):
             fitting[LossRule((denominator,))] = max(ways[denominator] for ways in fits)
-    if all(_is_over_samples(call, samples, value) for call in calls):
+    if all(trial.is_over_samples() for trial in trials):
         fitting.setdefault(LossRule(), _AS_MANY)
     if may_be_sum:  # a sum over one target, or one sample, is its mean too; a later batch has more
         fitting[LossRule(is_sum=True)] = _AMBIGUOUS_SUM if calls[0].num_targets < 2 else 0
@@ -143,7 +141,7 @@ def _ignored_in(batch: Mapping[str, torch.Tensor]) -> set[int | None]:
 def _preferred(
     ways: dict[Denominator, int], call: LossCall, mixed: frozenset[str]
 ) -> dict[Denominator, int]:
-    """Leave out denominators to which another is surely preferable, and rank the rest.
+    """Drop denominators that another one surely beats, and rank the rest.
 
     A call whose labels are found is not about others that are as many. Where the mean was taken by
     hand, all that went into it tells: labels that are at the same places say nothing of a mask.
@@ -232,99 +230,97 @@ def _found(ways: dict[Denominator, int]) -> dict[Denominator, int]:
     return {denominator: how for denominator, how in ways.items() if how < _AS_MANY}
 
 
-def _looseness(
-    denominator: Denominator,
-    call: LossCall,
-    batch: Mapping[str, torch.Tensor],
-    samples: int,
-    loss: float,
-) -> int | None:
-    """Return how loosely a denominator explains a call, as in ``Explanation``; None: not at all."""
-    for looseness, fits in enumerate((_is_at_the_same_places, _is_in_the_same_order, _agrees)):
-        if fits(denominator, call, batch, samples, loss):
-            return looseness
-    return None
+@dataclass(frozen=True)
+class _CallInBatch:
+    """A call of a loss function, and the batch and loss that it is to explain.
 
-
-def _is_at_the_same_places(
-    denominator: Denominator,
-    call: LossCall,
-    batch: Mapping[str, torch.Tensor],
-    samples: int,
-    loss: float,
-) -> bool:
-    """Compare the call with the labels of the denominator place by place, ignored ones too.
-
-    This alone tells labels that the model shifts from others where the first one of each sequence
-    is ignored. A model that shifts cuts the last place off, or puts an ignored label there.
+    Attributes:
+        call: the call.
+        batch: the columns of the batch, in host memory.
+        samples: its samples.
+        loss: the loss of the forward pass.
     """
-    found = denominator.targets(batch)
-    if found is None or not _agrees(denominator, call, batch, samples, loss):
-        return False
-    labels = found[0].double().masked_fill(~found[1], math.inf)
-    target = call.target.flatten().double()
-    if call.ignored is not None:
-        target = target.masked_fill(target == call.ignored, math.inf)
-    ends = torch.nn.functional.pad(labels, (0, 1), value=math.inf)
-    candidates = (labels, ends) if denominator.shifted else (labels,)
-    return any(torch.equal(target, candidate.flatten()) for candidate in candidates)
 
+    call: LossCall
+    batch: Mapping[str, torch.Tensor]
+    samples: int
+    loss: float
 
-def _is_in_the_same_order(
-    denominator: Denominator,
-    call: LossCall,
-    batch: Mapping[str, torch.Tensor],
-    samples: int,
-    loss: float,
-) -> bool:
-    """Compare the targets of the call with those of the denominator, in order and in number.
+    def looseness(self, denominator: Denominator) -> int | None:
+        """Return how loosely a denominator explains the call; None where it does not at all."""
+        tests = (
+            self._is_at_the_same_places,
+            self._is_in_the_same_order,
+            self._has_as_many_targets,
+        )
+        for looseness, fits in enumerate(tests):
+            if fits(denominator):
+                return looseness
+        return None
 
-    Each may come several times over: a model may predict a token from several places.
-    """
-    found = denominator.targets(batch)
-    if found is None:
-        return False
-    wanted = found[0][found[1]].double()
-    target = call.target.flatten()
-    if call.ignored is not None:
-        target = target[target != call.ignored]
-    times = target.numel() // max(1, wanted.numel())
-    if target.numel() != times * wanted.numel():
-        return False
-    num_in_mean = call.num_in_mean(loss) / max(1, times)
-    agree = abs(num_in_mean - wanted.numel()) <= call.tolerance * wanted.numel()
-    return agree and bool(torch.equal(target.double(), wanted.repeat(times)))
+    def _is_at_the_same_places(self, denominator: Denominator) -> bool:
+        """Compare the call with the labels of the denominator place by place, ignored ones too.
 
+        This alone tells labels that the model shifts from others where the first label of each
+        sequence is ignored. A model that shifts cuts the last place off, or puts an ignored label
+        there.
+        """
+        found = denominator.targets(self.batch)
+        if found is None or not self._has_as_many_targets(denominator):
+            return False
+        labels = found[0].double().masked_fill(~found[1], math.inf)
+        target = self.call.target.flatten().double()
+        if self.call.ignored is not None:
+            target = target.masked_fill(target == self.call.ignored, math.inf)
+        ends = torch.nn.functional.pad(labels, (0, 1), value=math.inf)
+        candidates = (labels, ends) if denominator.shifted else (labels,)
+        return any(torch.equal(target, candidate.flatten()) for candidate in candidates)
 
-def _agrees(
-    denominator: Denominator,
-    call: LossCall,
-    batch: Mapping[str, torch.Tensor],
-    samples: int,
-    loss: float,
-) -> bool:
-    """Tell whether the call's mean is over as many targets as the denominator counts.
+    def _is_in_the_same_order(self, denominator: Denominator) -> bool:
+        """Compare the targets of the call with those of the denominator, in order and in number.
 
-    Of targets that no column of the batch has gone into (a contrast numbers its own samples) the
-    number tells nothing: each one may depend on all samples.
-    """
-    if not call.columns:
-        return False
-    found = denominator.targets(batch)
-    count = samples if found is None else int(found[1].sum())
-    valid = None if found is None else found[1]
-    if found is not None and call.function in ELEMENTWISE and call.reduction == "mean":
-        # Such as the divergence of two models' predictions, of one row for each token.
-        return call.num_rows == count or call.num_targets == count
-    return abs(call.num_in_mean(loss, valid) - count) <= call.tolerance * count
+        Each may come several times over: a model may predict a token from several places.
+        """
+        found = denominator.targets(self.batch)
+        if found is None:
+            return False
+        wanted = found[0][found[1]].double()
+        target = self.call.target.flatten()
+        if self.call.ignored is not None:
+            target = target[target != self.call.ignored]
+        times = target.numel() // max(1, wanted.numel())
+        if target.numel() != times * wanted.numel():
+            return False
+        num_in_mean = self.call.num_in_mean(self.loss) / max(1, times)
+        agree = abs(num_in_mean - wanted.numel()) <= self.call.tolerance * wanted.numel()
+        return agree and bool(torch.equal(target.double(), wanted.repeat(times)))
 
+    def _has_as_many_targets(self, denominator: Denominator) -> bool:
+        """Tell whether the call's mean is over as many targets as the denominator counts.
 
-def _is_over_samples(call: LossCall, samples: int, loss: float) -> bool:
-    """Tell whether the call's mean is over samples, with as many elements in each."""
-    if not call.columns:
-        return False
-    if _agrees(SAMPLES, call, {}, samples, loss):
-        return True
-    whole = call.ignored is None or bool((call.target != call.ignored).all())
-    rows = call.target.dim() > 0 and call.target.shape[0] == samples
-    return call.reduction == "mean" and whole and rows
+        The number tells nothing of targets that were made from no column of the batch (a contrast
+        numbers its own samples): each may depend on all samples.
+        """
+        if not self.call.columns:
+            return False
+        found = denominator.targets(self.batch)
+        count = self.samples if found is None else int(found[1].sum())
+        valid = None if found is None else found[1]
+        if (
+            found is not None
+            and self.call.function in ELEMENTWISE
+            and self.call.reduction == "mean"
+        ):
+            # Such as the divergence of two models' predictions, of one row for each token.
+            return self.call.num_rows == count or self.call.num_targets == count
+        return abs(self.call.num_in_mean(self.loss, valid) - count) <= self.call.tolerance * count
+
+    def is_over_samples(self) -> bool:
+        """Tell whether the call's mean is over samples, with as many elements in each."""
+        if not self.call.columns:
+            return False
+        if replace(self, batch={})._has_as_many_targets(SAMPLES):
+            return True
+        whole = self.call.ignored is None or bool((self.call.target != self.call.ignored).all())
+        rows = self.call.target.dim() > 0 and self.call.target.shape[0] == self.samples
+        return self.call.reduction == "mean" and whole and rows

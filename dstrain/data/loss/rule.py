@@ -73,7 +73,7 @@ class Denominator:
         return (labels[..., 1:], valid[..., 1:]) if shifts else (labels, valid)
 
     def without_ignored(self, inputs: Any) -> Any:
-        """Return the batch with valid labels everywhere, for one that carries no weight.
+        """Return the batch with valid labels everywhere, for a batch that carries no weight.
 
         The mean over no target is 0/0, and NaN times a weight of 0 stays NaN.
         """
@@ -141,7 +141,7 @@ class LossRule:
         return tuple(part.count(inputs, num_samples) for part in self.parts)
 
     def without_ignored(self, inputs: Any) -> Any:
-        """Return the batch with valid labels everywhere, for one that carries no weight."""
+        """Return the batch with valid labels everywhere, for a batch that carries no weight."""
         for part in self.parts:
             inputs = part.without_ignored(inputs)
         return inputs
@@ -179,7 +179,8 @@ class LossFindings:
         labels: the batch keys that are labels.
         rule: in use.
         settled: whether it is final, unless a later batch tells it from a rival.
-        is_exact: whether it is the loss's own; samples for want of one are not.
+        is_exact: whether it is the loss's own. Samples, which are counted where no rule fits, are
+            not.
         is_clear: whether it is the only one left.
         num_open: optimizer steps that it took, or has taken so far.
         ratios: smallest and largest ratio of losses to the means that torch's functions took, one

@@ -160,7 +160,7 @@ class RuleSearch:
         """Forget the rule: neither it nor a rival of it explains a loss that was watched later."""
         if ranks.is_main:
             logger.warning(
-                "the loss of %s was %s, and is not any more: how its micro-batches are weighted is "
+                "the loss of %s was %s, and is not any more: the weights of its micro-batches are "
                 "found out again",
                 self._model,
                 self.rule,

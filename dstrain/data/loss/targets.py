@@ -235,7 +235,7 @@ class LossTargets:
         """Return the rule as this rank sees it so far, inside of ``watching``.
 
         Args:
-            loss: what came of the forward pass up to here.
+            loss: the loss that the forward pass has computed.
         """
         if self._watched is None or loss is None:
             return self.rule
@@ -262,7 +262,7 @@ class LossTargets:
             again: watch it in any case.
 
         Yields:
-            a list for the loss that came of the forward pass; left empty, nothing is learned.
+            a list to put the loss of the forward pass in; left empty, nothing is learned.
         """
         loss: list[Any] = []
         is_open = not self.settled or again or self.distinguishes_rivals(inputs, num_samples)

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from dstrain.core.errors import DataError, Problem
 from dstrain.core.ranks import PATIENCE, broadcast_object, is_distributed
-from dstrain.data.streams.resumable import Resumable, tell_epoch
+from dstrain.data.streams.resumable import Resumable, set_source_epoch
 
 
 class Dispatched(IterableDataset[Any]):
@@ -46,7 +46,7 @@ class Dispatched(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the source its epoch, by its ``set_epoch`` or its generator."""
-        tell_epoch(self._source, epoch)
+        set_source_epoch(self._source, epoch)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the source's state, on the main rank alone; None where it is not known exactly."""

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as worker_module
 
 from dstrain.core.seeds import random_state, set_random_state
-from dstrain.data.comparison.looks import SampleLook, look_of
 from dstrain.data.comparison.stream_watch import WATCHED_SAMPLES, StreamWatch
+from dstrain.data.comparison.summaries import SampleSummary, summary_of
 from dstrain.data.order import Topology
 from dstrain.data.streams.length import LengthWatch, length_of
-from dstrain.data.streams.resumable import Resumable, tell_epoch
+from dstrain.data.streams.resumable import Resumable, set_source_epoch
 from dstrain.data.streams.share import Share, ShareWithState
 from dstrain.data.worker_seeds import MicroBatchSeed, host_generators_restored
 
@@ -145,14 +145,14 @@ class RankStream(IterableDataset[Any]):
         self._length_watch.begin(left // size if self.drop_last else -(-left // size))
         return self._length_watch
 
-    def look(self, *, epoch: int, at_most: int) -> list[Any] | None:
-        """Return the first samples of an epoch, which goes on after them, unless ``forget_look``.
+    def peek(self, *, epoch: int, at_most: int) -> list[Any] | None:
+        """Read the first samples of an epoch ahead; its iteration returns them again.
 
         None where they cannot be read a second time, because the source has a single iteration.
         """
         if self._iteration is not None and self.is_iterator:
             return None  # asked for another iteration it may begin anew, or go on
-        self._tell_source(epoch)
+        self._set_source_epoch(epoch)
         iteration = iter(self._reader())
         if iteration is self._iteration:
             return None
@@ -165,7 +165,7 @@ class RankStream(IterableDataset[Any]):
         """Tell whether the source is its own iterator, so that what is read of it is gone."""
         return hasattr(self._reader(), "__next__")
 
-    def forget_look(self) -> None:
+    def forget_peek(self) -> None:
         """Let the next iteration begin anew where it can, so that it may be in another process."""
         if self._iteration is None or self.is_iterator:
             return
@@ -188,7 +188,7 @@ class RankStream(IterableDataset[Any]):
         drawn = generator.get_state() if isinstance(generator, torch.Generator) else None
         try:
             if epoch != _NO_EPOCH:
-                tell_epoch(source, epoch)
+                set_source_epoch(source, epoch)
             iteration = iter(source)
             if any(iteration is begun for begun in (self._running, self._iteration)):
                 return None
@@ -197,7 +197,7 @@ class RankStream(IterableDataset[Any]):
             if isinstance(generator, torch.Generator) and drawn is not None:
                 generator.set_state(drawn)
 
-    def stand_in(self) -> Any:
+    def padding_inputs(self) -> Any:
         """Return inputs that carry no weight, for a rank that has used up its part.
 
         They are read from the beginning of the source; None if that is empty.
@@ -226,7 +226,7 @@ class RankStream(IterableDataset[Any]):
         self._position.copy_(torch.tensor([epoch, start, compares]))
         self._states.clear()
         if self._iteration is None or epoch != self._first_epoch:  # else it knows, and has begun
-            self._tell_source(epoch)
+            self._set_source_epoch(epoch)
 
     def state_at(self, samples: int) -> dict[str, Any] | None:
         """Return the source's state after ``samples`` samples of the epoch; None if not known.
@@ -236,16 +236,16 @@ class RankStream(IterableDataset[Any]):
         state = dict(self._states).get(samples)
         return pickle.loads(state) if isinstance(state, bytes) else state
 
-    def note(self, told: ShareWithState) -> Share:
+    def note(self, sent: ShareWithState) -> Share:
         """Keep the state that a loader process sent, and return its micro-batch."""
-        self._states.append((told.position, told.state))
-        return told.share
+        self._states.append((sent.position, sent.state))
+        return sent.share
 
     def _reader(self) -> Any:
         return self.source if self._resumable is None else self._resumable.source
 
-    def _tell_source(self, epoch: int) -> None:
-        tell_epoch(self._reader(), epoch)
+    def _set_source_epoch(self, epoch: int) -> None:
+        set_source_epoch(self._reader(), epoch)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield collated micro-batches, each a ``Share`` or a ``ShareWithState`` with one."""
@@ -253,7 +253,7 @@ class RankStream(IterableDataset[Any]):
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch, start, compares = self._position.tolist()
         if worker and epoch != _NO_EPOCH:
-            self._tell_source(epoch)
+            self._set_source_epoch(epoch)
         begun = self._load(epoch, start)
         samples = self._samples(epoch, begins_inside=begun, in_worker=worker is not None)
         size = self.step_samples
@@ -261,7 +261,7 @@ class RankStream(IterableDataset[Any]):
         position = start if begun else 0
         keeps_states = self.keeps_states and self._resumable is not None
         step = 0
-        looks: list[SampleLook] = []
+        summaries: list[SampleSummary] = []
         columns = None if self.watch is None else self.watch.columns
         self._states.clear()
         while True:
@@ -275,7 +275,9 @@ class RankStream(IterableDataset[Any]):
                 begun = False
             if compares and step % turns == turn and position < WATCHED_SAMPLES:
                 with host_generators_restored():  # what is lazy may draw some when it is looked at
-                    looks += [look_of(s, columns) for s in chunk[: WATCHED_SAMPLES - position]]
+                    summaries += [
+                        summary_of(s, columns) for s in chunk[: WATCHED_SAMPLES - position]
+                    ]
             position += len(chunk)
             if not chunk:
                 return
@@ -289,8 +291,8 @@ class RankStream(IterableDataset[Any]):
             if step % turns == turn:
                 share = self.topology.share(len(chunk))
                 mine = chunk if self.split else [chunk[i] for i in share]
-                part = Share(self.collate(mine or chunk[:1]), len(mine), looks)
-                looks = []
+                part = Share(self.collate(mine or chunk[:1]), len(mine), summaries)
+                summaries = []
                 if worker and keeps_states:
                     yield ShareWithState(part, end, _pickled(self._state()))
                 else:
@@ -298,7 +300,7 @@ class RankStream(IterableDataset[Any]):
             step += 1
 
     def _samples(self, epoch: int, *, begins_inside: bool, in_worker: bool) -> Iterator[Any]:
-        """Return the samples of an epoch; those that were looked at are not lost."""
+        """Return the samples of an epoch, those that ``peek`` has read included."""
         first, begun, self._first = self._first, self._iteration, []
         if begins_inside:
             self._iteration = None
@@ -339,8 +341,8 @@ class StreamLoader(DataLoader[Any]):
         stream: Any = self.dataset
         for part in super().__iter__():
             share = stream.note(part) if isinstance(part, ShareWithState) else part
-            if share.looks and stream.watch is not None:
-                stream.watch.note(share.looks)
+            if share.summaries and stream.watch is not None:
+                stream.watch.note(share.summaries)
             yield share
 
 

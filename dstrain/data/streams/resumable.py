@@ -1,4 +1,4 @@
-"""Streams that can tell their position and begin there: nothing that was used is read again."""
+"""Streams that know their position and can begin there, so that no used sample is read again."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Resumable:
 
     @staticmethod
     def of(source: Any) -> Resumable | None:
-        """Return the stream as one that can tell its position exactly; None where it cannot."""
+        """Return the stream wrapped, if it knows its position exactly; else None."""
         import datasets
 
         if isinstance(source, datasets.IterableDataset):
             steps = _steps(source) if type(source) is datasets.IterableDataset else None
-            return Resumable(_own(source), steps, keeps_start=True) if steps else None
+            return Resumable(_with_own_steps(source), steps, keeps_start=True) if steps else None
         if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
             return Resumable(source, type(source).__qualname__, keeps_start=False)
         return None
@@ -72,7 +72,7 @@ class Resumable:
         return None if state is None else {"kind": self._kind, "state": copy.deepcopy(state)}
 
     def load(self, state: dict[str, Any]) -> bool:
-        """Begin the next iteration at ``state``; return False if it is of another stream.
+        """Begin the next iteration at ``state``; return False if the state is another stream's.
 
         Raises:
             CheckpointError: the stream cannot take up that state.
@@ -101,8 +101,8 @@ class Resumable:
             self.source.load_state_dict(None)
 
 
-def tell_epoch(source: Any, epoch: int) -> None:
-    """Tell a source its epoch, by its ``set_epoch`` or else its ``torch.Generator``."""
+def set_source_epoch(source: Any, epoch: int) -> None:
+    """Set a source's epoch, by its ``set_epoch`` or else its ``torch.Generator``."""
     generator = getattr(source, "generator", None)
     if hasattr(source, "set_epoch"):
         source.set_epoch(epoch)
@@ -152,14 +152,14 @@ def _before(step: Any) -> list[Any]:
     return [step.ex_iterable] if hasattr(step, "ex_iterable") else getattr(step, "ex_iterables", [])
 
 
-def _own(dataset: Any) -> Any:
+def _with_own_steps(dataset: Any) -> Any:
     """Return a copy of a dataset with steps of its own.
 
     The position is kept in the steps, and datasets made from one another share them: evaluation
     on ``data.take(100)`` would move that of ``data.skip(100)``.
     """
     own = type(dataset)(
-        ex_iterable=_own_step(dataset._ex_iterable),
+        ex_iterable=_copied_step(dataset._ex_iterable),
         info=dataset._info.copy(),
         split=dataset._split,
         formatting=dataset._formatting,
@@ -170,18 +170,18 @@ def _own(dataset: Any) -> Any:
     return own
 
 
-def _own_step(step: Any) -> Any:
+def _copied_step(step: Any) -> Any:
     if type(step).__name__ == "BufferShuffledExamplesIterable":
         from dstrain.data.streams.shuffle_buffer import ShuffledInRounds
 
-        return ShuffledInRounds(_own_step(step.ex_iterable), step.buffer_size, step.generator)
+        return ShuffledInRounds(_copied_step(step.ex_iterable), step.buffer_size, step.generator)
     own = copy.copy(step)
     if hasattr(step, "ex_iterable"):
-        own.ex_iterable = _own_step(step.ex_iterable)
+        own.ex_iterable = _copied_step(step.ex_iterable)
         if type(step).__name__ == "FormattedExamplesIterable":
             own.ex_iterable = _by_row(own.ex_iterable)
     elif hasattr(step, "ex_iterables"):
-        own.ex_iterables = [_own_step(part) for part in step.ex_iterables]
+        own.ex_iterables = [_copied_step(part) for part in step.ex_iterables]
     return own
 
 

@@ -1,4 +1,4 @@
-"""A rank's share of a micro-step of a stream, and its way out of a loader process."""
+"""A rank's share of a micro-step of a stream, as a loader process sends it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data._utils import pin_memory as pinning
 
-from dstrain.data.comparison.differences import SampleLook
+from dstrain.data.comparison.differences import SampleSummary
 
 
 @dataclass
@@ -17,17 +17,17 @@ class Share:
     Attributes:
         inputs: the micro-batch.
         num_samples: samples that were collated; 0 where this rank had none left and ``inputs`` is a
-            stand-in, which must carry no weight.
-        looks: what the samples of all ranks said, while these are compared.
+            padding batch, which must carry no weight.
+        summaries: what the samples of all ranks said, while these are compared.
     """
 
     inputs: Any
     num_samples: int
-    looks: list[SampleLook] = field(default_factory=list)
+    summaries: list[SampleSummary] = field(default_factory=list)
 
     def pin_memory(self) -> Share:
         """Return a copy in page-locked memory; torch's loader asks for it."""
-        return Share(pinning.pin_memory(self.inputs), self.num_samples, self.looks)
+        return Share(pinning.pin_memory(self.inputs), self.num_samples, self.summaries)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The shuffle buffer of a ``datasets.IterableDataset``, as a step that can tell where it is.
+"""The shuffle buffer of a ``datasets.IterableDataset``, as a step that knows its position.
 
 The buffer is shuffled in rounds: filled up, permuted, one half given away, the other half kept for
 the next round. No state holds rows. A row is kept with probability 1/2, so the oldest in the buffer

@@ -1,4 +1,4 @@
-"""Sending buffers in forms (shape and format) on which all ranks have agreed."""
+"""Broadcasting buffers in forms (shape and format) on which all ranks have agreed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def form_of(slot: Slot) -> Form:
 
 
 @dataclass(frozen=True)
-class _Agreed:
+class _AgreedBuffer:
     """A buffer with the form in which it is sent."""
 
     slot: Slot
@@ -56,15 +56,15 @@ class _Agreed:
 class BroadcastBuffers:
     """Buffers that the main rank sends to all others, with forms that are the same on all ranks.
 
-    A model may change the form of a buffer at any time, and on any rank. What is sent has the
-    agreed length all the same. A rank whose buffer has another form keeps it; where that is the
-    main rank, which has nothing to send then, all ranks keep theirs. So it stays until ranks agree
-    anew, for which ``deviating`` names the buffers.
+    A model may change the form of a buffer at any time, and on any rank. The message keeps the
+    agreed length. A rank whose buffer has another form keeps its values; if that rank is the main
+    one, it has nothing to send, and all ranks keep theirs. This lasts until ranks agree anew, for
+    which ``deviating`` names the buffers.
     """
 
     def __init__(self, slots: Iterable[Slot] = ()) -> None:
         """Agree on the buffers as they are now, which must be alike on all ranks."""
-        agreed = [_Agreed(slot, form_of(slot)) for slot in slots]
+        agreed = [_AgreedBuffer(slot, form_of(slot)) for slot in slots]
         # The widest first, so that each tensor begins at a multiple of its width.
         self._agreed = sorted(agreed, key=lambda one: -_width(one.form))
         self._lengths: torch.Tensor | None = None
@@ -78,7 +78,7 @@ class BroadcastBuffers:
         return len(self._agreed)
 
     def deviating(self) -> list[str]:
-        """Return the names of buffers that have another form on this rank by now."""
+        """Return the names of buffers whose form on this rank is no longer the agreed one."""
         return [one.slot.name for one in self._agreed if not one.holds]
 
     @torch.no_grad()
@@ -96,9 +96,9 @@ class BroadcastBuffers:
 
         device = device_name()
         held = [one.holds for one in self._agreed]
-        # Behind the values stands for each buffer whether they are any.
-        told = _on(device, [int(holds) for holds in held], torch.uint8)
-        present = torch.cat([*(one.bytes_on(device) for one in self._agreed), told])
+        # After the values comes a flag for each buffer: whether its values were sent.
+        flags = _on(device, [int(holds) for holds in held], torch.uint8)
+        present = torch.cat([*(one.bytes_on(device) for one in self._agreed), flags])
         flat = present.clone()
         dist.broadcast(flat, src=0)
         if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""The places in a module that hold buffers: what is in them, and putting something else there."""
+"""The places in a module that hold buffers: reading the buffer there and replacing it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in which a module holds a buffer; a model may put another tensor there.
+    """A place in which a module holds a buffer; the model may replace the tensor in it.
 
     Attributes:
         name: of the buffer, from the outermost module on.
@@ -26,7 +26,7 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """Return the tensor that is there now."""
+        """Return the tensor that is in the slot now."""
         tensor = self.owner._buffers[self.key]
         assert tensor is not None
         return tensor
@@ -67,7 +67,7 @@ class Slot:
 
 
 def slots_of(module: torch.nn.Module) -> list[Slot]:
-    """Return all buffers of a module; one that is in two places is under its first name."""
+    """Return the slots of all buffers of a module; a buffer in two places has its first name."""
     found: dict[int, Slot] = {}
     for slot in _places(module):
         if not slot.is_empty and _is_plain(slot.tensor):
@@ -83,7 +83,7 @@ def _places(module: torch.nn.Module) -> Iterator[Slot]:
 
 
 def empty_slots_of(module: torch.nn.Module) -> list[Slot]:
-    """Return registered buffers that are None now: not made yet, or thrown away."""
+    """Return slots of registered buffers that are None now: not made yet, or discarded."""
     return [slot for slot in _places(module) if slot.is_empty]
 
 

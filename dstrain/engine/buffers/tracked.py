@@ -1,15 +1,14 @@
-"""Buffers that training changes: finding them, and keeping one set of values on all ranks.
+"""Buffers that training changes: finding them, and keeping their values alike on all ranks.
 
 DistributedDataParallel sends the main rank's buffers to the other ranks before the first forward
 pass of every global batch. Here that is done at the end of every global batch, so that evaluation,
-saved model and checkpoint find one set of values between two steps; training goes the same course.
+saved model and checkpoint find one set of values between two steps; training is the same.
 
 Most models have buffers that never change (rotary frequencies, masks, position ids), and pay
-nothing. Which ones change cannot be told from a model, nor from torch alone: kernels of batch
-normalisation and ``buffer.data`` change values without a trace. So their values are looked at, on
-all ranks together, at the end of the first step, and before evaluations and
-checkpoints: a change is another tensor, another version or another checksum. What has changed once
-is sent in every step from then on.
+nothing. Neither the model nor torch tells which buffers change: kernels of batch normalisation and
+``buffer.data`` change values without a trace. So all ranks compare values at the end of the first
+step, and before evaluations and checkpoints: a change is another tensor, another version or another
+checksum. A buffer that has changed once is sent in every step from then on.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ class _Seen:
 class Buffers:
     """The buffers of one module, while an engine trains it.
 
-    A buffer that changes is *state*: it is in checkpoints. What is not state is a cache: a buffer
-    that is in no ``state_dict`` and that the model replaces by another tensor (rotary frequencies
-    for longer sequences). The module computes it anew, and may remember in other attributes what it
-    is for, so it is neither sent nor saved.
+    A buffer that changes is *state*, and is in checkpoints. A buffer that is in no ``state_dict``
+    and that the model replaces by another tensor (rotary frequencies for longer sequences) is a
+    *cache*. The module computes a cache anew, and may keep in other attributes for which input it
+    was computed, so a cache is neither sent nor saved.
     """
 
     def __init__(self, module: torch.nn.Module, *, sends: bool) -> None:
@@ -57,7 +56,7 @@ class Buffers:
 
         Args:
             module: the model, on its device.
-            sends: whether all ranks are to have the main rank's.
+            sends: whether all ranks take the main rank's values.
 
         Raises:
             ModelError: it sends, and ranks have buffers of other names or shapes.
@@ -77,7 +76,7 @@ class Buffers:
         self.note_values()
 
     def note_values(self) -> None:
-        """Note the values of all buffers now; later looks compare with these."""
+        """Note the values of all buffers now, for later searches to compare with."""
         slots = slots_of(self._module)
         sums = _checksums(slots)
         self._seen = {
@@ -90,9 +89,9 @@ class Buffers:
     def send_changed(self) -> None:
         """Send buffers that change, at the end of a global batch; a collective of all ranks.
 
-        What changes is found out at the first step, which waits for the device anyway, and again
-        before evaluations and checkpoints. A buffer that takes another form on some rank in between
-        is that rank's own, and on all ranks from the next look on.
+        Changed buffers are searched for at the first step, which waits for the device anyway, and
+        again before evaluations and checkpoints. A buffer that takes another form on some rank in
+        between keeps its value there, and from the next search on all ranks keep theirs.
         """
         if not self._knows:
             self.find_changed()
@@ -102,7 +101,7 @@ class Buffers:
             self._kept = self._copies()
 
     def find_changed(self) -> None:
-        """Find out which buffers change, and send them; a collective of all ranks.
+        """Search for buffers that have changed, and send them; a collective of all ranks.
 
         Takes one exchange of a few bytes per rank, and one wait for the device where there are
         floating-point buffers that are not known to change.
@@ -110,13 +109,13 @@ class Buffers:
         self._knows = True
         slots = slots_of(self._module)
         new = [("state", slot.name) for slot in self._changed(slots)]
-        new += [("state", name) for name in self._thrown_away()]
+        new += [("state", name) for name in self._discarded()]
         new += [("reshaped", name) for name in self._in_another_form(slots) - self._reshaped]
         new += [("deviating", name) for name in self._sent.deviating()]
-        told = _union(sorted(new))
-        self._reshaped.update(name for kind, name in told if kind == "reshaped")
-        self._state.update(name for kind, name in told if kind == "state")
-        if any(kind != "reshaped" for kind, _ in told):
+        found = _union(sorted(new))
+        self._reshaped.update(name for kind, name in found if kind == "reshaped")
+        self._state.update(name for kind, name in found if kind == "state")
+        if any(kind != "reshaped" for kind, _ in found):
             self._settle(slots)
         self._sent.send()
 
@@ -124,9 +123,9 @@ class Buffers:
         """Return the names of the buffers found so far, the same on all ranks.
 
         Returns:
-            "state": what training changes; "varying": what of it has not had one shape for all
-            steps and ranks; "reshaped": what of it may have another shape or format than in a model
-            that is built anew.
+            "state": buffers that training changes; "varying": those of them whose shape was not the
+            same in all steps and on all ranks; "reshaped": those that may have another shape or
+            format than in a model that is built anew.
         """
         return {
             "state": sorted(self._state),
@@ -135,11 +134,11 @@ class Buffers:
         }
 
     def adopt(self, found: Mapping[str, Iterable[str]]) -> None:
-        """Continue with what another engine has found; a collective of all ranks."""
+        """Continue with the buffers that another engine has found; a collective of all ranks."""
         self._state.update(found["state"])
         self._varying.update(found["varying"])
         self._reshaped.update(found.get("reshaped", ()))
-        self._knows = bool(self._state)  # an engine may end before its first look
+        self._knows = bool(self._state)  # an engine may end before its first search
         self._settle(slots_of(self._module))
 
     def outside_state_dict(self) -> list[Slot]:
@@ -147,17 +146,17 @@ class Buffers:
         return [slot for slot in self._sent if not slot.persistent and not slot.is_empty]
 
     def rank_state(self) -> list[Slot]:
-        """Return the state whose values differ between ranks; a place of it may be empty."""
+        """Return the state whose values differ between ranks; a slot may be empty."""
         sent = {slot.name for slot in self._sent}
         return [slot for slot in self._slots_of_state() if slot.name not in sent]
 
     @property
     def differ_between_ranks(self) -> bool:
-        """Tell whether some of the state has different values on ranks; the same on all ranks."""
+        """Tell, alike on all ranks, whether values of some of the state differ between ranks."""
         return len(self._sent) < len(self._state)
 
     def caches(self) -> list[str]:
-        """Return the names of floating-point buffers that the model replaces and no one saves."""
+        """Return names of unsaved floating-point buffers that the model has replaced."""
         return [
             slot.name
             for slot in slots_of(self._module)
@@ -169,7 +168,7 @@ class Buffers:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Restore, after the block, state that forward passes in it change, as in an evaluation."""
+        """Restore, after the block, the state that forward passes inside of it have changed."""
         before = [(slot, slot.owner._buffers[slot.key]) for slot in self._slots_of_state()]
         copies = self._copies()
         try:
@@ -192,7 +191,7 @@ class Buffers:
                 slot.replace(self._kept[slot.name])
 
     def _changed(self, slots: Sequence[Slot]) -> Iterator[Slot]:
-        """Yield buffers that turn out to be state, and were not known to be."""
+        """Yield buffers that are found to be state, and were not known to be."""
         unknown = [slot for slot in slots if slot.name not in self._state]
         sums = _checksums(unknown)
         for slot in unknown:
@@ -207,13 +206,13 @@ class Buffers:
             ):
                 yield slot
 
-    def _thrown_away(self) -> list[str]:
+    def _discarded(self) -> list[str]:
         """Return the names of persistent buffers that became None and are not known as state."""
         empty = [slot.name for slot in empty_slots_of(self._module) if slot.persistent]
         return [name for name in empty if name in self._seen and name not in self._state]
 
     def _in_another_form(self, slots: Sequence[Slot]) -> set[str]:
-        """Return the names of buffers whose shape or format is not the one that they began with."""
+        """Return the names of buffers whose shape or format has changed since ``note_values``."""
         kept = [slot for slot in slots if slot.persistent or slot.name in self._state]
         began = [(slot, self._seen[slot.name]) for slot in kept if slot.name in self._seen]
         return {slot.name for slot, seen in began if seen.form != form_of(slot)}
@@ -223,7 +222,7 @@ class Buffers:
         return seen is None or seen.tensor() is not slot.tensor
 
     def _settle(self, slots: Sequence[Slot]) -> None:
-        """Decide which state is sent: what has had one shape so far, the same on all ranks."""
+        """Decide which state is sent: buffers whose shape was always the same on all ranks."""
         by_name = {slot.name: slot for slot in [*slots, *empty_slots_of(self._module)]}
         forms: dict[str, Form | None] = {}
         for name in sorted(self._state - self._varying):
@@ -254,15 +253,15 @@ class Buffers:
 def main_rank_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterator[None]:
     """Give all ranks the main rank's persistent buffers inside the block; a collective.
 
-    For saving a model whose buffers may not be the same on all ranks: any rank may write any part.
-    Where they are the same, ranks only tell each other a checksum.
+    For saving a model whose buffers may differ between ranks, since any rank may write any part.
+    Where buffers are the same, ranks only exchange a checksum.
 
     Args:
         module: the model.
         wanted: False, on all ranks, where they are known to be the same.
     """
     slots = [slot for slot in [*slots_of(module), *empty_slots_of(module)] if slot.persistent]
-    if not wanted or not is_distributed() or _same_on_all(_told_of(slots)):
+    if not wanted or not is_distributed() or _same_on_all(_comparable(slots)):
         yield
         return
     theirs = broadcast_object(
@@ -279,8 +278,8 @@ def main_rank_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterat
             slot.owner._buffers[slot.key] = present
 
 
-def _told_of(slots: Sequence[Slot]) -> list[Any]:
-    """Return what ranks compare of their buffers: names, forms and checksums."""
+def _comparable(slots: Sequence[Slot]) -> list[Any]:
+    """Return names, forms and checksums of buffers, for ranks to compare."""
     sums = _checksums([slot for slot in slots if not slot.is_empty])
     return [(slot.name, form_of(slot), sums.get(slot.name)) for slot in slots]
 
@@ -289,22 +288,22 @@ def _check_alike(slots: Sequence[Slot]) -> None:
     forms = {slot.name: form_of(slot) for slot in slots}
     if _same_on_all(forms):
         return
-    said = gather_objects(forms)
-    first = said[0]
-    for rank, theirs in enumerate(said):
+    of_ranks = gather_objects(forms)
+    first = of_ranks[0]
+    for rank, theirs in enumerate(of_ranks):
         for name in sorted({*first, *theirs}):
             if first.get(name) != theirs.get(name):
                 raise ModelError(
                     Problem(
                         f"the buffer {name} is not the same on rank 0 and rank {rank}",
-                        f"{_said(first.get(name))} and {_said(theirs.get(name))}: ranks cannot "
-                        "send it each other",
+                        f"{_described(first.get(name))} and {_described(theirs.get(name))}: ranks "
+                        "cannot send it to each other",
                         "build the model alike on all ranks, or set ddp_broadcast_buffers=False",
                     )
                 )
 
 
-def _said(form: Form | None) -> str:
+def _described(form: Form | None) -> str:
     if form is None or form == EMPTY:
         return "none"
     return f"{str(form[1]).removeprefix('torch.')} of shape {form[0]}"
@@ -324,12 +323,12 @@ def _same_on_all(value: Any) -> bool:
     """Tell whether all ranks have the same value, by comparing checksums; a collective."""
     if not is_distributed():
         return True
-    told = hashlib.sha256(repr(value).encode()).hexdigest()
-    return len(set(gather_objects(told))) == 1
+    digest = hashlib.sha256(repr(value).encode()).hexdigest()
+    return len(set(gather_objects(digest))) == 1
 
 
 def _union(names: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return what any rank has named; long lists are exchanged only where they differ."""
+    """Return the names from all ranks; lists are exchanged only where they differ."""
     if _same_on_all(names):
         return names
     return sorted({name for theirs in gather_objects(names) for name in theirs})

@@ -1,8 +1,8 @@
 """LayerDrop at stage 3: each rank would draw for itself which layers it skips.
 
-A skipped layer gathers no weights, and the ranks that run it wait. Some models of transformers
-(Wav2Vec2 and its kind) know this: they ask whether stage 3 is on, and then run a skipped layer
-without using its result. The others cannot train so on more than one rank.
+A rank that skips a layer does not gather its weights, and the ranks that run it wait. Some models
+of transformers (Wav2Vec2 and its kind) ask whether stage 3 is on, and then run a skipped layer
+without using its result. Other models cannot train with LayerDrop on more than one rank.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _ASKS = "is_deepspeed_zero3_enabled"
 def check_layerdrop(module: torch.nn.Module, *, leaves: Collection[str]) -> None:
     """Refuse a model that skips layers by chance without regard to stage 3.
 
-    Told by the source of each module's ``forward``: it compares something with a probability whose
-    name speaks of layer drop, which is not 0, and does not ask for stage 3. The time grows with
+    Reads the source of each module's ``forward``: such a model compares a number with a probability
+    that is named like "layerdrop" and is not 0, and does not ask for stage 3. The time grows with
     the number of modules, and of classes.
 
     Args:

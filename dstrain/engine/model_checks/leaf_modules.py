@@ -22,9 +22,9 @@ _EXPERTS = re.compile(r"(^|_)experts?($|_)", re.IGNORECASE)
 def expert_blocks(module: torch.nn.Module) -> tuple[str, ...]:
     """Return full names of the classes that hold two or more experts as modules of their own.
 
-    Told by the module tree: a list or dict of modules, under a name that speaks of experts. Experts
+    Searches the module tree for a list or dict of modules that is named like "experts". Experts
     that are slices of one parameter, as in most models of transformers 5, are gathered together
-    anyway and need nothing.
+    anyway.
     """
     found = {
         full_name(type(block))
@@ -41,7 +41,7 @@ def full_name(cls: type) -> str:
 
 
 def leaf_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str | None:
-    """Say which blocks of experts are gathered whole without the user having asked for it."""
+    """Name blocks of experts that are gathered whole although the user did not ask for it."""
     if resolved.stage != 3 or resolved.user_leaf_modules is not None:
         return None
     chosen = set(resolved.leaf_classes) & set(expert_blocks(module))
@@ -54,7 +54,7 @@ def leaf_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str | None
 
 
 def check_leaf_modules(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
-    """Refuse names of leaf classes that stand for no module; DeepSpeed would only log it.
+    """Refuse names of leaf classes that no module has; DeepSpeed would only log a warning.
 
     Raises:
         ModelError: naming them, and the classes that the model has.

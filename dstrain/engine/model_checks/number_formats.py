@@ -1,7 +1,7 @@
-"""Number formats of a model's parameters: which ones DeepSpeed trains as the model has them.
+"""Checks of the number formats of parameters: DeepSpeed would train some in another format.
 
-What DeepSpeed 0.19.8 does, measured on two ranks: in a 16-bit run it casts every parameter in fp16,
-bf16, fp32 or fp64 to the format of the run, also those that a transformers model keeps in fp32
+Measured with DeepSpeed 0.19.8 on two ranks: in a 16-bit run it casts every parameter in fp16,
+bf16, fp32 or fp64 to the format of the run, including those that a transformers model keeps in fp32
 (``engine.py:_cast_module_mixed_precision``). In an fp32 run it leaves parameters as they are, but
 stages 1 and 2 join trained ones into one tensor, which gives all of them the widest format; stage 3
 fails on two formats; master weights are fp32 also for fp64; and gradients of fp64 or complex
@@ -11,7 +11,9 @@ stage 3 cannot gather ones without elements, nor formats that the back end does 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ _KEPT = "data_types.keep_in_fp32_modules"
 # Neither gloo nor every NCCL sends these.
 _NOT_SENT = ("float8", "float4", "uint16", "uint32", "uint64")
 _SHOWN = 3
+# Places in memory that are marked at once, a byte for each, to find out whether tensors share some.
+_MARKED = 2**22
 
 _Named = Sequence[tuple[str, Any]]
 
@@ -34,7 +38,7 @@ _Named = Sequence[tuple[str, Any]]
 def check_formats(
     module: torch.nn.Module, resolved: ResolvedConfig, *, trains: bool = True
 ) -> None:
-    """Refuse parameters that would be trained in another format than the model has them in.
+    """Refuse parameters that would be trained in another format than they have in the model.
 
     Args:
         module: the model, whole or partitioned.
@@ -58,7 +62,7 @@ def check_formats(
 
 
 def make_contiguous(module: torch.nn.Module) -> None:
-    """Let the elements of each whole parameter lie in memory in the order of its dimensions.
+    """Copy parameters so that elements lie in memory in the order of the dimensions.
 
     DeepSpeed sends parameters as bytes (``engine.py:_broadcast_model``), which torch cannot do with
     transposed ones, columns of a larger tensor, or weights in ``torch.channels_last``. Its flat
@@ -78,7 +82,7 @@ def is_in_order(tensor: torch.Tensor) -> bool:
 
 
 def formats_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str:
-    """Say what a run does with formats that it can use but a user may not expect; else ""."""
+    """Describe formats that a run can use but a user may not expect; "" where there are none."""
     run = resolved.precision
     dtypes = [p.dtype for p in module.parameters() if p.dtype in _TRAINED]
     counts = {name: dtypes.count(dtype) for dtype, name in _TRAINED.items()}
@@ -150,7 +154,7 @@ def _memory_problems(named: _Named, *, flat: bool) -> list[Problem]:
     """List pairs of parameters that share memory, of which at least one is trained.
 
     A parameter that is registered under several names is one parameter, and no problem. Sorts the
-    parameters, and compares those element by element whose memory interleaves.
+    parameters, and compares those piece by piece whose memory interleaves.
 
     Args:
         named: parameters by name.
@@ -193,20 +197,87 @@ def _span(tensor: torch.Tensor) -> int:
     return (sum((size - 1) * stride for size, stride in steps) + 1) * tensor.element_size()
 
 
+@dataclass(frozen=True)
+class _Lattice:
+    """The places in memory of a tensor's elements.
+
+    Attributes:
+        start: place of the first element.
+        dims: size and stride of each dimension with more than one place.
+    """
+
+    start: int
+    dims: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, start: int, *, unit: int) -> _Lattice:
+        """Take a tensor's places, in units of so many bytes, of which an element may have more."""
+        units = tensor.element_size() // unit
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        dims = [(size, stride * units) for size, stride in steps]
+        return cls(start, tuple((n, step) for n, step in [*dims, (units, 1)] if n > 1 and step))
+
+    @property
+    def span(self) -> int:
+        """Count the places from the first element to the last."""
+        return sum((size - 1) * stride for size, stride in self.dims) + 1
+
+    def halves(self) -> tuple[_Lattice, _Lattice]:
+        """Cut the dimension with the largest stride in two."""
+        widest = max(self.dims, key=lambda dim: dim[1])
+        size, stride = widest
+        at = self.dims.index(widest)
+        first, second = (
+            tuple(
+                (n, step)
+                for n, step in (*self.dims[:at], (part, stride), *self.dims[at + 1 :])
+                if n > 1
+            )
+            for part in (size // 2, size - size // 2)
+        )
+        return _Lattice(self.start, first), _Lattice(self.start + size // 2 * stride, second)
+
+    def mark(self, marks: torch.Tensor, start: int) -> torch.Tensor:
+        """Return the view of ``marks``, which begin at ``start``, that these places are."""
+        sizes = [size for size, _ in self.dims]
+        return marks.as_strided(sizes, [stride for _, stride in self.dims], self.start - start)
+
+
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Tell whether two tensors, of which the first begins first, have an element in common."""
-    size = first.element_size()
-    away, rest = divmod(second.data_ptr() - first.data_ptr(), size)
-    if rest or second.element_size() != size:
-        return True
-    end = max(_span(first), away * size + _span(second)) // size
-    marks = torch.zeros(end, dtype=torch.bool)
-    marks.as_strided(first.shape, first.stride()).fill_(True)
-    return bool(marks.as_strided(second.shape, second.stride(), away).any())
+    distance = second.data_ptr() - first.data_ptr()
+    unit = math.gcd(first.element_size(), second.element_size(), distance)
+    return _meet(_Lattice.of(first, 0, unit=unit), _Lattice.of(second, distance // unit, unit=unit))
+
+
+def _meet(first: _Lattice, second: _Lattice) -> bool:
+    """Tell whether two lattices have a place in common.
+
+    Those that interleave are cut into pieces whose places are marked: the time grows with the
+    places between their ends, the memory does not.
+    """
+    pairs = [(first, second)]
+    while pairs:
+        a, b = pairs.pop()
+        if a.start + a.span <= b.start or b.start + b.span <= a.start:
+            continue
+        common = math.gcd(*(stride for _, stride in (*a.dims, *b.dims)))
+        if common > 1 and (b.start - a.start) % common:
+            continue  # as the even and the odd elements
+        wider, other = (a, b) if a.span >= b.span else (b, a)
+        if wider.span > _MARKED:
+            pairs += [(half, other) for half in wider.halves()]
+            continue
+        start = min(a.start, b.start)
+        marks = torch.zeros(max(a.start + a.span, b.start + b.span) - start, dtype=torch.bool)
+        a.mark(marks, start).fill_(True)
+        if b.mark(marks, start).any():
+            return True
+    return False
 
 
 def _mixed_problems(named: _Named, resolved: ResolvedConfig) -> list[Problem]:
-    """List what is wrong with the formats of trained parameters in an fp32 run."""
+    """List problems with the formats of trained parameters in an fp32 run."""
     from deepspeed.accelerator import get_accelerator
 
     stage = resolved.stage
@@ -294,7 +365,7 @@ def _cast_problems(
 
 
 def _kept_in_fp32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Return a test whether transformers, loading in ``dtype``, would keep a name in fp32."""
+    """Return a function that tells whether transformers keeps a name in fp32 in a ``dtype`` run."""
     from deepspeed.runtime.keep_in_fp32 import KEEP_IN_FP32_AUTO, keep_in_fp32_pattern
 
     pattern = keep_in_fp32_pattern(module, KEEP_IN_FP32_AUTO, dtype)
@@ -312,7 +383,7 @@ def _of(named: _Named, dtype: torch.dtype) -> _Named:
 
 
 def _listed(named: _Named, *, dtype: bool = True) -> str:
-    """Say how many parameters there are, in which formats, and the first few names."""
+    """Return the number of parameters, their formats and the first few names, as text."""
     names = ", ".join(name for name, _ in named[:_SHOWN])
     more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
     formats = sorted({str(p.dtype).removeprefix("torch.") for _, p in named})

@@ -1,19 +1,16 @@
 """Optimizers, their parameter groups and compiled ops, and schedules that need a metric."""
 
-from dstrain.engine.optimizers.factory import (
-    build_ops,
-    check_user_optimizer,
+from dstrain.engine.optimizers.adagrad import make_adagrad_lazy, without_adagrad_replacement
+from dstrain.engine.optimizers.factory import build_ops, optimizer_class, optimizer_factory
+from dstrain.engine.optimizers.grouping import (
+    decay_parameter_names,
     group_of,
-    make_adagrad_lazy,
-    optimizer_class,
-    optimizer_factory,
-    slices_remark,
-    without_adagrad_replacement,
+    parameter_groups,
 )
 from dstrain.engine.optimizers.host_adam import correct_bias_by_step
 from dstrain.engine.optimizers.metric_schedule import MetricSchedule, stepping_by_metric_only
 from dstrain.engine.optimizers.nvme import prepare_nvme
-from dstrain.engine.optimizers.parameter_groups import decay_parameter_names, parameter_groups
+from dstrain.engine.optimizers.user_optimizer import check_user_optimizer, slices_remark
 
 __all__ = [
     "MetricSchedule",

@@ -7,11 +7,11 @@ from typing import Any
 
 
 class MetricSchedule:
-    """A wrapper that keeps DeepSpeed from stepping such a schedule after every optimizer step.
+    """A wrapper for a schedule that DeepSpeed must not step after every optimizer step.
 
     DeepSpeed 0.19.8 calls ``step()``, and where that needs an argument ``step(train_batch_size)``
-    (engine.py, ``_take_model_step``): the batch size would pass for the metric. Everything else is
-    the schedule's own.
+    (engine.py, ``_take_model_step``): the batch size would pass for the metric. All other
+    attributes are those of the schedule.
     """
 
     def __init__(self, schedule: Any) -> None:

@@ -13,7 +13,7 @@ _SECTIONS = ("offload_optimizer", "offload_param")
 
 
 def nvme_folders(resolved: ResolvedConfig) -> dict[str, Path]:
-    """Return the folder of each thing that is offloaded to disk, by its config key."""
+    """Return the folders that states or parameters are offloaded to, by config key."""
     folders = {}
     for name in _SECTIONS:
         section = f"zero_optimization.{name}"

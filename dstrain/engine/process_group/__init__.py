@@ -1,16 +1,14 @@
 """Start-up of this process, its process group and devices, and forming the group again."""
 
-from dstrain.engine.process_group.recovery import ProcessGroupRecovery, is_out_of_memory
-from dstrain.engine.process_group.shared_memory import unlink_once_mapped, unlink_rank_buffer
-from dstrain.engine.process_group.startup import (
+from dstrain.engine.process_group.devices import (
     check_precision,
-    check_versions,
     device_name,
     device_type,
     empty_cache,
-    shut_down,
-    start,
 )
+from dstrain.engine.process_group.recovery import ProcessGroupRecovery, is_out_of_memory
+from dstrain.engine.process_group.shared_memory import unlink_once_mapped, unlink_rank_buffer
+from dstrain.engine.process_group.startup import check_versions, shut_down, start
 
 __all__ = [
     "ProcessGroupRecovery",

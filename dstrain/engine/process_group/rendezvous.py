@@ -1,7 +1,7 @@
-"""The place where ranks meet: a wrong address or port is found before they wait for each other.
+"""Checks of MASTER_ADDR and MASTER_PORT before torch waits for the ranks to meet there.
 
-torch would wait for ``ddp_timeout``, or end with the frames of its C++ code. On each machine the
-first rank looks, so that the machine of rank 0 answers one question per machine more.
+torch would wait for ``ddp_timeout``, or end with the frames of its C++ code. The first rank of each
+machine checks, so that the machine of rank 0 answers one more connection per machine.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _REMIND_SECONDS = 30.0
 def check_rendezvous(ranks: Ranks, *, timeout_seconds: float) -> None:
     """Check that this machine's ranks can meet the others at MASTER_ADDR and MASTER_PORT.
 
-    An address that nothing answers at is an error after 45 seconds. One that refuses is that of a
-    machine which is there: its rank 0 may start later, and is waited for.
+    An address where nothing answers is an error after 45 seconds. An address that refuses belongs
+    to a machine that is up: its rank 0 may start later, and is waited for.
 
     Args:
         ranks: facts of this process.
         timeout_seconds: how long to wait for a machine that has not begun.
 
     Raises:
-        ConfigError: with what is wrong; the launcher ends the other ranks of the machine.
+        ConfigError: the address or the port is wrong; the launcher ends the machine's other ranks.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if ranks.world_size == 1 or not ranks.is_local_main or not address:
@@ -88,13 +88,13 @@ def _remind(ranks: Ranks) -> None:
 
 
 def rendezvous_error(error: Exception, ranks: Ranks) -> ConfigError:
-    """Return the error of a process group that torch could not form, without C++ frames."""
-    said = str(error).strip().partition("\nException raised from")[0]
+    """Return the error for a process group that torch could not form, without C++ frames."""
+    message = str(error).strip().partition("\nException raised from")[0]
     return ConfigError(
         Problem(
             f"the {ranks.world_size} ranks did not meet at MASTER_ADDR={os.environ['MASTER_ADDR']},"
             f" port {os.environ['MASTER_PORT']}",
-            next(iter(said.splitlines()), type(error).__name__),
+            next(iter(message.splitlines()), type(error).__name__),
             "see what the other ranks show: one of them has failed, was not started, cannot "
             "reach that address, or belongs to another run, which has this port already",
         )
@@ -103,10 +103,10 @@ def rendezvous_error(error: Exception, ranks: Ranks) -> ConfigError:
 
 @contextlib.contextmanager
 def as_rendezvous_error(ranks: Ranks) -> Iterator[None]:
-    """Turn errors of torch in the first collective into that of ranks that did not meet.
+    """Turn errors of torch in the first collective into ``rendezvous_error``.
 
     Raises:
-        ConfigError: they did not.
+        ConfigError: the ranks did not meet.
     """
     try:
         yield
@@ -120,7 +120,7 @@ def _listen(port: int) -> socket.socket:
     """Listen on the port, as torch will.
 
     Raises:
-        ConfigError: another process has it, or it is not for this user.
+        ConfigError: another process listens on it, or this user may not.
     """
     try:
         if socket.has_dualstack_ipv6():
@@ -151,10 +151,10 @@ def _reach(
     """Wait until something accepts connections at the address.
 
     Raises:
-        ConfigError: nothing does, and nothing will.
+        ConfigError: nothing has answered in time.
     """
     if listening is not None:
-        threading.Thread(target=_take_calls, args=(listening,), daemon=True).start()
+        threading.Thread(target=_accept_all, args=(listening,), daemon=True).start()
     started, reminded = time.monotonic(), 0.0
     while True:
         failure = _try(address, port)
@@ -187,7 +187,7 @@ def _try(address: str, port: int) -> OSError | None:
     return None
 
 
-def _take_calls(listening: socket.socket) -> None:
+def _accept_all(listening: socket.socket) -> None:
     while True:
         try:
             listening.accept()[0].close()
@@ -222,11 +222,11 @@ def _reason(failure: OSError) -> str:
 def _unreachable(
     address: str, port: int, ranks: Ranks, failure: OSError, waited: float
 ) -> ConfigError:
-    own = _is_of_this_machine(address)
+    is_here = _is_of_this_machine(address)
     why = _reason(failure)
     if ranks.is_main:
         why += "; this machine runs rank 0, and cannot reach itself there"
-    elif own:
+    elif is_here:
         why += "; that is this machine's own address, and rank 0 runs on another"
     return ConfigError(
         Problem(

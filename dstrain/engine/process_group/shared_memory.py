@@ -1,8 +1,8 @@
 """Removal of the buffers of DeepSpeed's CPU collectives in ``/dev/shm``, which it leaves there.
 
-Each rank makes one of 66 MiB, by a name, and maps those of the others while the process group comes
-up. From then on nobody needs the names: what is mapped stays usable, and the system frees it when
-the last process has ended, however that was.
+Each rank makes a named buffer of 66 MiB, and maps the buffers of all ranks while the process group
+comes up. From then on nobody needs the names: mapped memory stays usable, and the system frees it
+when the last process has ended, even if that was killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FOLDER = Path("/dev/shm")
 _NAME = "deepspeed_allreduce_buffer"
 # Ranks map each other's buffers within seconds of making them; after that no run needs a name.
 SETTLED_SECONDS = 300.0
-_names_are_gone = False
+_is_unlinked = False
 
 
 def unlink_once_mapped() -> None:
@@ -30,11 +30,11 @@ def unlink_once_mapped() -> None:
 
     To be called when DeepSpeed has brought up its side of the process group.
     """
-    global _names_are_gone
-    if not _names_are_gone:
+    global _is_unlinked
+    if not _is_unlinked:
         barrier()
         unlink_rank_buffer()
-        _names_are_gone = True
+        _is_unlinked = True
 
 
 def unlink_rank_buffer() -> None:
@@ -48,11 +48,11 @@ def unlink_rank_buffer() -> None:
 def remove_leftovers(folder: Path = FOLDER, *, settled_seconds: float = SETTLED_SECONDS) -> int:
     """Remove buffers of this user's that no process has mapped: their runs were killed.
 
-    A process that cannot be seen (of another container that shares the folder) loses nothing by
-    it, as its ranks have long mapped what they need.
+    A process that cannot be seen (in another container that shares the folder) loses nothing, as
+    its ranks have long mapped their buffers.
 
     Returns:
-        how many bytes were freed.
+        the number of bytes that were freed.
     """
     user = os.getuid()
     ours = re.compile(rf"{_NAME}_{user}_.+_[0-9]+_[0-9]+")
@@ -79,7 +79,7 @@ def remove_leftovers(folder: Path = FOLDER, *, settled_seconds: float = SETTLED_
 
 
 def _mapped(names: dict[str, os.stat_result]) -> set[str]:
-    """Return those names that a process of this user's has mapped."""
+    """Return the names that some process of this user has mapped."""
     if not names:
         return set()
     mapped: set[str] = set()

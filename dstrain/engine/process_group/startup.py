@@ -1,4 +1,4 @@
-"""Start-up: accelerator, rank and process group, before which deepspeed is not imported."""
+"""Start-up of accelerator, ranks and process group; deepspeed is imported only here."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from dstrain.core.log import get_logger
 from dstrain.core.output import drop_what_cannot_be_written
 from dstrain.core.ranks import Ranks, launched_ranks
 from dstrain.core.versions import require_same_versions
+from dstrain.engine.process_group.devices import choose_accelerator
 
 logger = get_logger(__name__)
 
 _SHUT_DOWN_SECONDS = 10.0
-_LET_GO_SECONDS = 0.1
-_group_is_ours = False
+_RELEASE_SECONDS = 0.1
+_started_group = False
 _versions_are_same = False
 
 
 def start(
     *, use_cpu: bool = False, backend: str | None = None, timeout_seconds: int = 1800
 ) -> Ranks:
-    """Bring up the process group once; later calls only return the facts.
+    """Bring up the process group once; later calls only return the ranks.
 
     Works under the ``deepspeed`` launcher, torchrun and plain Python (one process, no environment
     to set). On the CPU the ranks of one machine share its cores. From here on this process drops
@@ -41,7 +42,7 @@ def start(
             on this machine than accelerators, ranks with different versions, or ranks that cannot
             meet.
     """
-    global _group_is_ours
+    global _started_group
     import torch
     import torch.distributed as dist
 
@@ -108,7 +109,7 @@ def start(
             dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.local_world_size
         )
     check_rendezvous(ranks, timeout_seconds=timeout_seconds)
-    _group_is_ours = True
+    _started_group = True
     # DeepSpeed prints from every rank here; a failure still raises.
     with contextlib.redirect_stdout(io.StringIO()), warning_when_slow(ranks):
         try:
@@ -146,60 +147,6 @@ def check_versions() -> None:
         _versions_are_same = True
 
 
-def choose_accelerator(*, use_cpu: bool) -> None:
-    """Tell DeepSpeed, before its import, to use the CPU where it is wanted or all there is."""
-    import torch
-
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    if use_cpu or not (torch.cuda.is_available() or _other_accelerator()):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def device_type() -> str:
-    """Return the torch device type that DeepSpeed trains on."""
-    from deepspeed.accelerator import get_accelerator
-
-    return str(get_accelerator().device_name()).split(":")[0]
-
-
-def device_name() -> str:
-    """Return the torch device of this rank, such as "cuda:0" or "cpu"."""
-    from deepspeed.accelerator import get_accelerator
-
-    return str(get_accelerator().current_device_name())
-
-
-def empty_cache() -> None:
-    """Free device memory that torch keeps for later tensors; does nothing on the CPU."""
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().empty_cache()
-
-
-def check_precision(precision: str) -> None:
-    """Check, before a model is built, that the device can train in a format.
-
-    Raises:
-        ConfigError: naming the device and the formats it has.
-    """
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    supported = {
-        "fp32": True,
-        "bf16": accelerator.is_bf16_supported(),
-        "fp16": accelerator.is_fp16_supported(),
-    }
-    if not supported[precision]:
-        raise ConfigError(
-            Problem(
-                f"{precision} on {accelerator.device_name()}",
-                f"this device trains in {' and '.join(k for k, v in supported.items() if v)}",
-                f"leave {precision} out, or choose another device",
-            )
-        )
-
-
 def shut_down() -> None:
     """Take the process group down; the last thing a command does."""
     import torch.distributed as dist
@@ -211,34 +158,26 @@ def shut_down() -> None:
 def _end_collectives() -> None:
     """Make sure that no collective is under way when Python ends.
 
-    A worker thread of gloo lets go of the tensors of a collective a moment after the ranks have
-    gone on, and needs Python for that. If Python is ending by then, it stops the thread inside of
-    C++ code, which aborts the process: a run that ended well would have the status -6. Taking the
-    process group down waits for these threads; they may be waiting for a rank that has failed, so
-    there is a limit. A group that the user has brought up is the user's to take down: there the
-    threads only get time.
+    A worker thread of gloo releases the tensors of a collective a moment after the ranks have gone
+    on, and needs Python for that. If Python is ending by then, it stops the thread inside of C++
+    code, which aborts the process: a successful run would have the status -6. Destroying the
+    process group waits for these threads; they may be waiting for a rank that has failed, so there
+    is a limit. A group that the user has brought up stays for the user to destroy: there the
+    threads only get some time.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return
     ending = None
-    if _group_is_ours:
+    if _started_group:
         with contextlib.suppress(RuntimeError):  # newer Pythons start no thread any more
             ending = threading.Thread(target=shut_down, daemon=True)
             ending.start()
     if ending is None or ending.ident is None:
-        time.sleep(_LET_GO_SECONDS)
+        time.sleep(_RELEASE_SECONDS)
     else:
         ending.join(_SHUT_DOWN_SECONDS)
-
-
-def _other_accelerator() -> bool:
-    """Tell whether torch sees an accelerator of another kind (xpu, npu, hpu)."""
-    import torch
-
-    found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
-    return found is not None and found.type not in ("cpu", "mps")
 
 
 def _usable_cores() -> int:

@@ -1,4 +1,4 @@
-"""One door to what a training has made: master weights, moments, counters, loss scale, schedule."""
+"""The state of an engine that trains: master weights, moments, counters, loss scale, schedule."""
 
 from dstrain.engine.state.native import Unpickling
 from dstrain.engine.state.optimizer_state import changing_values, read_scalars

@@ -1,4 +1,4 @@
-"""DeepSpeed's own way to write and read the state of an engine: pickles, for one topology only."""
+"""DeepSpeed's own checkpoint layout: pickles that fit one topology only."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ def _reaching_the_barrier(deepspeed_engine: Any, failures: list[Exception]) -> I
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return method(*args, **kwargs)
-            except (OSError, RuntimeError) as error:  # torch.save says of a full disk: RuntimeError
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # torch.save raises RuntimeError for a full disk
                 failures.append(error)
                 return None
 

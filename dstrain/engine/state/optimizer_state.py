@@ -1,4 +1,4 @@
-"""Creating optimizer state before the first step, and the numbers in it that are no tensors."""
+"""Creation of optimizer state before the first step; its numbers and those of groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstrain.engine.state.shards import StateShard, is_scalar
 logger = get_logger(__name__)
 
 _PROBE_NUMEL = 4
-# Hyper-parameters that nothing changes during training: the arguments of the run decide them.
+# Hyper-parameters that stay constant during training: the arguments of the run decide them.
 STATIC = frozenset(
     [
         "params",
@@ -36,7 +36,7 @@ _NUMBERS = (bool, int, float)
 
 
 def read_scalars(shards: Iterable[StateShard]) -> dict[str, dict[str, Any]]:
-    """Return single numbers in the state of each parameter by its name, such as a step count.
+    """Return the single numbers in the state of each parameter, such as a step count, by name.
 
     Args:
         shards: all shards of this rank: some optimizers keep one number for a whole group.
@@ -61,7 +61,7 @@ def read_scalars(shards: Iterable[StateShard]) -> dict[str, dict[str, Any]]:
 
 
 def _latest_steps(shards: list[StateShard]) -> dict[tuple[int, int], Any]:
-    """Return the step count that is used for each group of an optimizer that keeps one per group.
+    """Return the step count of each parameter group, for optimizers that count by group.
 
     DeepSpeed's FusedAdam steps a whole group by the count of its last parameter, and raises only
     that one (``ops/adam/fused_adam.py:step``).
@@ -113,7 +113,7 @@ def create_state(shards: Iterable[StateShard], saved: Mapping[str, Mapping[str, 
 
 
 def _fresh_state(shard: StateShard) -> dict[str, Any]:
-    """Return state as the optimizer itself would make it, found out by stepping a small tensor.
+    """Return state as the optimizer itself would make it, by letting it step a small tensor.
 
     Raises:
         CheckpointError: the optimizer cannot step such a tensor.
@@ -148,12 +148,12 @@ def _fresh_state(shard: StateShard) -> dict[str, Any]:
 
 
 def group_values(optimizer: Any) -> list[dict[str, Any]]:
-    """Return what changes during training in each parameter group: rates, momenta, counts."""
+    """Return the values of each parameter group that change in training: rates, momenta, counts."""
     return [changing_values(group) for group in optimizer.param_groups]
 
 
 def changing_values(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what changes during training in a parameter group."""
+    """Return the values of a parameter group that change during training."""
     return {
         key: _plain(value) for key, value in group.items() if key not in STATIC and _fits(value)
     }
@@ -173,12 +173,12 @@ def set_group_values(
     """Restore what ``group_values`` returned; values equal in all saved groups fit any number.
 
     Args:
-        optimizer: whose groups.
+        optimizer: the basic optimizer, which has the groups.
         saved: values of the groups.
-        instead: for each group of the optimizer, values that count more than saved ones.
+        instead: for each group of the optimizer, values that take precedence over saved ones.
 
     Raises:
-        CheckpointError: another number of groups, and the saved ones are not alike.
+        CheckpointError: the number of groups differs, and the saved groups are not alike.
     """
     groups = optimizer.param_groups
     if len(groups) != len(saved) and saved and same_for_all(saved):
@@ -190,9 +190,9 @@ def set_group_values(
         )
         saved = [saved[0]] * len(groups)
     check_number_of_groups(len(groups), saved)
-    better = instead or [{}] * len(groups)
-    for group, values, own in zip(groups, saved, better, strict=True):
-        for key, value in {**values, **own}.items():
+    preferred = instead or [{}] * len(groups)
+    for group, values, first in zip(groups, saved, preferred, strict=True):
+        for key, value in {**values, **first}.items():
             present = group.get(key)
             if key in group and not _alike(_plain(present), value):
                 raise CheckpointError(
@@ -210,10 +210,10 @@ def set_group_values(
 
 
 def check_number_of_groups(count: int, saved: list[dict[str, Any]]) -> None:
-    """Check that saved groups are as many as this run has, or alike.
+    """Check that there are as many saved groups as this run has, or that they are alike.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: the groups cannot be matched.
     """
     if count == len(saved) or (saved and same_for_all(saved)):
         return
@@ -232,12 +232,10 @@ def _plain(value: Any) -> Any:
 
 
 def _alike(here: Any, there: Any) -> bool:
-    """Tell whether a saved value of a parameter group can be put in the place of this run's.
+    """Tell whether a saved value of a parameter group can replace the value of this run.
 
-    Both must be numbers, or lists of as many. A value that was None may have got one, and a value
-    of no known kind says nothing.
-
-    What was None may have got a value, and a value of no known kind says nothing.
+    Both must be numbers, or lists of the same length. Where this run has None or a value of an
+    unknown kind, any saved value will do.
     """
     if isinstance(here, _NUMBERS):
         return isinstance(there, _NUMBERS)

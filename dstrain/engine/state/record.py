@@ -1,4 +1,4 @@
-"""The types of what a checkpoint says of an engine, which ``read_progress`` gives."""
+"""The record of an engine in a checkpoint, as ``EngineProgress.read`` returns it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GroupValue = Number | Text | None | tuple[Number | None, ...]
 
 def _changes(name: str) -> str:
     if name in STATIC:
-        raise ValueError("it is nothing that changes during training")
+        raise ValueError("it does not change during training")
     return name
 
 
@@ -63,17 +63,17 @@ class Begun:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """An engine's state without its tensors; schedules have states of their own, of any content.
+    """The state of an engine without its tensors; the state of a schedule may hold anything.
 
     Attributes:
-        counters: of steps and samples.
-        loss_scale: with fp16.
-        groups: of each parameter group what changes during training.
-        schedule: its ``state_dict``.
-        optimizer: its class.
-        rates: what the schedule set last.
+        counters: numbers of steps and samples.
+        loss_scale: the loss scale; None without fp16.
+        groups: values of each parameter group that change during training.
+        schedule: ``state_dict`` of the schedule.
+        optimizer: class name of the optimizer.
+        rates: learning rates that the schedule set last.
         begun: schedule and groups before the first step.
-        buffers: those that training changes.
+        buffers: names of the buffers that training changes.
     """
 
     counters: Counters

@@ -1,9 +1,9 @@
 """Restoring a learning-rate schedule from a checkpoint, also where arguments have changed.
 
-With the arguments of the run that was saved, the state of its schedule comes back as it was. With
-others (more steps in all, another warm-up, rate or kind of schedule) this run's schedule counts: it
-is put where it would be, had it steered the run from the first step. What an argument says is told
-from what training has done by the values of the saved run before its first step.
+With the arguments of the saved run, the state of its schedule is restored as it was. With other
+arguments (more steps in all, another warm-up, rate or kind of schedule) this run's schedule counts:
+it is put where it would be, had it steered the run from the first step. The values of the saved run
+before its first step show which values come from arguments and which from training.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ STEERED = (
     "base_momentum",
     "max_momentum",
 )
-"""What schedules write into parameter groups."""
-# What torch's schedules all compute with.
+"""Entries of parameter groups that schedules write."""
+# State that all schedules of torch have.
 _OF_ALL_SCHEDULES = frozenset(["_step_count", "last_epoch", "base_lrs", "_last_lr"])
 # Steps of a schedule for each of the engine's.
 _MOST_STEPS_AHEAD = 10_000
@@ -48,7 +48,7 @@ def schedule_state(schedule: Any) -> dict[str, Any] | None:
 
 
 def last_rates(schedule: Any) -> list[float] | None:
-    """Return the rates that a schedule set last; None where it does not say."""
+    """Return the rates that a schedule set last; None where it does not keep them."""
     rates = getattr(schedule, "_last_lr", None)
     return None if rates is None else [float(rate) for rate in rates]
 
@@ -67,16 +67,16 @@ def restore_schedule(
     A schedule that can only be stepped takes all ``num_steps`` steps, some microseconds each.
 
     Args:
-        schedule: of this run.
-        groups: the parameter groups that it steers; the rates of the next step are put into them.
+        schedule: the schedule of this run.
+        groups: the parameter groups that it steers; get the rates of the next step.
         saved: the state of the saved run's schedule, and its last ``rates``.
-        begun: the saved run before its first step; None where that was not written down.
-        fresh: this run before its first step.
+        begun: schedule and groups of the saved run before its first step; None if not recorded.
+        fresh: schedule and groups of this run before its first step.
         num_steps: steps that changed the weights in the saved run.
 
     Returns:
-        the entries of parameter groups that now hold this run's values; the others are still to be
-        put back.
+        the entries of parameter groups that now hold this run's values; all other entries are still
+        to be restored.
     """
     state, before = saved["state"], None if begun is None else begun["schedule"]
     inner = schedule.schedule if isinstance(schedule, MetricSchedule) else schedule
@@ -97,29 +97,29 @@ def restore_schedule(
 
 
 def _check_attributes(schedule: LRScheduler, state: Any) -> None:
-    """Check that a state fits one of torch's schedules, which take anything as attributes.
+    """Check that a state fits a schedule of torch, which would accept any attributes.
 
     Raises:
-        ValueError: it would replace a method, or a value by one of another kind.
+        ValueError: the state would replace a method, or a value by a value of another kind.
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"its state is a {type(state).__name__}")
     here = schedule.state_dict()
     for name, value in state.items():
-        own = callable(getattr(type(schedule), str(name), None))
-        if own or name == "optimizer" or str(name).startswith("__"):
+        is_method = callable(getattr(type(schedule), str(name), None))
+        if is_method or name == "optimizer" or str(name).startswith("__"):
             raise ValueError(f"{name} is no part of the state of a {type(schedule).__name__}")
         if name in here and not _same_kind(here[name], value, strict=name in _OF_ALL_SCHEDULES):
             raise ValueError(f"{name} is {value!r}, where this run's has {here[name]!r}")
 
 
 def _same_kind(here: Any, there: Any, *, strict: bool) -> bool:
-    """Tell whether one value of a schedule's state can be put in the place of another.
+    """Tell whether a saved value of a schedule's state can replace the value of this run.
 
     Args:
-        here: of this run.
-        there: of the checkpoint.
-        strict: None stands for no value, and lists have as many.
+        here: value of this run.
+        there: value of the checkpoint.
+        strict: whether None fits only None, and lists must have the same length.
     """
     here, there = _plain(here), _plain(there)
     if here is None or (there is None and not strict):
@@ -138,10 +138,10 @@ def _same_kind(here: Any, there: Any, *, strict: bool) -> bool:
 
 
 def steps_done(saved: Mapping[str, Any]) -> int:
-    """Return the steps that changed the weights in the saved run, by its schedule or counters.
+    """Count the steps that changed the weights in the saved run, by its schedule or counters.
 
     Raises:
-        CheckpointError: the schedule says what cannot be.
+        CheckpointError: the count of the schedule is impossible.
     """
     state, counters = saved["schedule"] or {}, saved["counters"]
     if "last_batch_iteration" in state:  # DeepSpeed's: -1 before the first step
@@ -150,7 +150,7 @@ def steps_done(saved: Mapping[str, Any]) -> int:
         done = max(0, _step_count(state["last_epoch"], first=-1))
     else:
         done = int(counters["global_steps"]) - int(counters["skipped_steps"])
-    # A schedule may be stepped by others than the engine, but not without end.
+    # A user's code may step a schedule as well, but not without end.
     if not 0 <= done <= _MOST_STEPS_AHEAD * (int(counters["global_steps"]) + 1):
         raise CheckpointError(
             Problem(
@@ -164,7 +164,7 @@ def steps_done(saved: Mapping[str, Any]) -> int:
 
 
 def _step_count(value: Any, *, first: int) -> int:
-    """Return a schedule's count of its steps, which must be ``first`` or more."""
+    """Return the step count of a schedule, which must be ``first`` or more."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= first:
         raise CheckpointError(
             Problem(f"the learning-rate schedule in the checkpoint is at step {value!r}")
@@ -173,7 +173,7 @@ def _step_count(value: Any, *, first: int) -> int:
 
 
 def unchanged_in_training(saved: Any, begun: Any) -> bool:
-    """Tell whether a saved value is what it was before the first step, as an argument set it."""
+    """Tell whether a saved value is still the one that an argument set before the first step."""
     return _plain(saved) == _plain(begun)
 
 
@@ -193,16 +193,16 @@ def _restore_factors(
             for name in ("base_lrs", "lr_lambdas")
         }
         schedule.load_state_dict(copy.deepcopy({**state, **kept}))
-        said = state.get("_last_lr")
+        last_rates_set = state.get("_last_lr")
     else:
         schedule._step_count = num_steps + 1
-        said = None
+        last_rates_set = None
     schedule.last_epoch = num_steps
     rates = [
         base * factor(num_steps)
         for factor, base in zip(schedule.lr_lambdas, schedule.base_lrs, strict=True)
     ]
-    if said is not None and _same(said, rates):
+    if last_rates_set is not None and _same(last_rates_set, rates):
         return ()
     _put_rates(groups, rates)
     schedule._last_lr = rates
@@ -229,10 +229,10 @@ def _restore_metric_schedule(
     begun: Mapping[str, Any] | None,
     fresh: Mapping[str, Any],
 ) -> tuple[str, ...]:
-    """Restore a schedule that follows evaluations: what it has seen, with this run's arguments.
+    """Restore a schedule that follows evaluations: its history, with this run's arguments.
 
-    Its rates cannot be computed anew. Where the learning rate is another one, what the schedule has
-    made of the saved run's is done to this run's: they are scaled.
+    Its rates cannot be computed anew. Where this run has another learning rate, the rates that the
+    schedule has reached are scaled to it.
     """
     if not _follows_metric(state):
         return _RATE
@@ -265,9 +265,9 @@ def _follows_metric(state: Mapping[str, Any]) -> bool:
 
 
 def _step_through(schedule: Any, num_steps: int) -> None:
-    """Step a schedule until it has taken as many steps as the saved run's."""
+    """Step a schedule until it has taken ``num_steps`` steps."""
     with warnings.catch_warnings():
-        # The optimizer's steps were those of the saved run.
+        # The optimizer took its steps in the saved run.
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*", category=UserWarning)
         for _ in range(num_steps - max(0, getattr(schedule, "last_epoch", 0))):
             schedule.step()

@@ -1,7 +1,7 @@
-"""The places of this rank's master weights and optimizer state, parameter by parameter.
+"""The shards of master weights and optimizer state that this rank holds, by parameter.
 
-DeepSpeed keeps master weights in flat tensors, cut in another way by every wrapper of the
-optimizer. A ``StateShard`` says where in such a tensor a run of one parameter lies, so that the
+DeepSpeed keeps master weights in flat tensors, and every wrapper of the optimizer cuts them in its
+own way. A ``StateShard`` says where in such a tensor a run of one parameter lies, so that the
 rest of dstrain knows parameters by name, start and length only, and never a stage.
 """
 
@@ -29,8 +29,8 @@ class StateShard:
     Attributes:
         name: the parameter's name in the module.
         start: where the run begins in the whole flattened parameter.
-        numel: elements of the run.
-        shape: of the whole parameter.
+        numel: number of elements of the run.
+        shape: shape of the whole parameter.
         holder: tensor with the values; the optimizer's state is keyed by it.
         offset: where the run begins in the flattened holder.
         group: index of the parameter group; -1 where no optimizer updates the parameter.
@@ -71,7 +71,7 @@ class StateShard:
         return replace(self, start=start, numel=stop - start, offset=offset)
 
     def tensor_keys(self) -> list[str]:
-        """Return the keys of the parameter's own values and of the state tensors of its shape.
+        """Return the keys of the parameter's values and of the state tensors of its shape.
 
         Raises:
             CheckpointError: state of another shape, which has no slice for this shard, or of
@@ -96,8 +96,9 @@ class StateShard:
                         f"optimizer state {key!r} of {self.name} has shape {tuple(value.shape)}",
                         f"only state of the parameter's own shape {tuple(self.holder.shape)}, and "
                         "single numbers, can be saved by slices",
-                        "set checkpoint_format to deepspeed, which resumes at the same topology "
-                        "only; or use another optimizer",
+                        "set zero_stage to 1 or more, where optimizers get flat slices and "
+                        "adafactor keeps whole moments; or checkpoint_format to deepspeed, which "
+                        "resumes at the same topology only; or use another optimizer",
                     )
                 )
             keys.append(key)
@@ -106,8 +107,8 @@ class StateShard:
     def is_number(self, key: str) -> bool:
         """Tell whether a tensor of the state is a single number, such as a step count.
 
-        A parameter of shape () that has a holder of its own (stage 0) has moments of shape () too:
-        there other parameters tell, whose moments have dimensions and whose numbers have none.
+        A parameter of shape () with its own holder (stage 0) has moments of shape () too. There,
+        parameters with dimensions decide: their moments have dimensions, their numbers not.
         """
         value = self.state[key]
         if key == "step" or value.dim() or self.holder.dim():
@@ -119,7 +120,7 @@ class StateShard:
         return False
 
     def read(self, key: str) -> torch.Tensor:
-        """Return the shard's values, 1-D, on their device; a view where memory is contiguous."""
+        """Return the shard's values, 1-D, on their device; a view if memory is contiguous."""
         return self._tensor(key).detach().reshape(-1).narrow(0, self.offset, self.numel)
 
     def write(self, key: str, start: int, values: torch.Tensor) -> None:
@@ -271,7 +272,7 @@ def _bf16_optimizer(optimizer: Any, names: dict[int, str]) -> Iterator[StateShar
 def _cut(
     optimizer: Any, group: int, placed: Any, flat: torch.Tensor, names: dict[int, str]
 ) -> Iterator[StateShard]:
-    """Yield what this rank's partition of a group's flat tensor holds of each parameter."""
+    """Yield the shards in this rank's partition of the flat tensor of a group."""
     import torch.distributed as dist
 
     size = flat.numel()
@@ -334,7 +335,7 @@ def _unknown(what: str) -> CheckpointError:
     return CheckpointError(
         Problem(
             f"a checkpoint of {what}",
-            "dstrain cannot take its optimizer state apart by parameters yet",
+            "dstrain cannot divide its optimizer state by parameters yet",
             "set save_strategy to no, or save_only_model",
         )
     )

@@ -1,4 +1,4 @@
-"""The door to what a training has made in an engine: read it, write it, capture and restore it."""
+"""The door to the state of an engine that trains: reading, loading, capturing and restoring it."""
 
 from __future__ import annotations
 
@@ -62,12 +62,13 @@ class TrainingState:
         """
         self.module, self.buffers = module, buffers
         self._engine, self._settle_weights = deepspeed_engine, settle_weights
+        self._precision = precision
         self._progress = EngineProgress(deepspeed_engine, precision=precision, buffers=buffers)
 
     # --- master weights and moments ---------------------------------------------------------------
 
     def shards(self) -> list[StateShard]:
-        """Return the shards of parameters that this rank holds, in the order of the module's.
+        """Return the shards that this rank holds, in the order of the module's parameters.
 
         Raises:
             CheckpointError: state on NVMe, experts or a wrapper whose layout is not known.
@@ -114,6 +115,14 @@ class TrainingState:
     def optimizer_name(self) -> str:
         """Return the class name of the optimizer inside DeepSpeed's wrapper."""
         return self._progress.optimizer_name
+
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate of each parameter group, to be used by the next step."""
+        return [float(group["lr"]) for group in self._engine.optimizer.param_groups]
+
+    def loss_scale(self) -> float | None:
+        """Return the current loss scale; None without fp16."""
+        return float(self._engine.optimizer.loss_scale) if self._precision == "fp16" else None
 
     def read_progress(self) -> dict[str, Any]:
         """Return ``EngineProgress.read``: the values that do not depend on the rank."""

@@ -1,4 +1,4 @@
-"""The order in which a backward pass will reach parameters, told from its graph beforehand."""
+"""The order in which a backward pass will reach parameters, computed from its graph."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def gradient_arrival_order(
     """Return all indices of ``parameters`` in the order in which gradients of ``loss`` will come.
 
     Runs through the graph as torch's engine does on one device: among the nodes whose inputs are
-    there, the one that the forward pass made last. A parameter that this graph does not show (not
-    used, or inside a re-entrant checkpoint) is put where its neighbour is: behind the parameter
-    that is registered after it. The time grows with the number of nodes and of parameters.
+    ready, it takes the node that the forward pass made last. A parameter that is not in the graph
+    (unused, or inside a re-entrant checkpoint) comes behind the parameter that is registered after
+    it. The time grows with the number of nodes and of parameters.
 
     Args:
-        loss: what backward() is called on; without a graph the order is that of registration,
-            backwards.
-        parameters: in the order in which the model registers them.
+        loss: tensor that backward() is called on; without a graph the order is that of
+            registration, backwards.
+        parameters: all parameters, in the order in which the model registers them.
     """
     index_of = {id(parameter): index for index, parameter in enumerate(parameters)}
     found = [i for i in _reached(loss, index_of) if i is not None]
@@ -66,7 +66,7 @@ def _reached(loss: torch.Tensor, index_of: dict[int, int]) -> list[int | None]:
 
 
 def _num_inputs(root: Any) -> dict[Any, int]:
-    """Return how many edges lead to each node of a graph; holding the nodes keeps them unique."""
+    """Count the edges that lead to each node of a graph; the nodes are kept alive as keys."""
     waits = {root: 0}
     stack = [root]
     while stack:

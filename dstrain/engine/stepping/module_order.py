@@ -1,9 +1,10 @@
-"""Ranks that run different modules at stage 3 end with one error, not in a hang or wrong values.
+"""A watch over the order of modules at stage 3: ranks that differ end with an error, not a hang.
 
 At ZeRO stage 3 every module gathers its weights from all ranks before it runs, in the forward pass
 and again in the backward pass. A rank that skips a module (an expert without tokens, a layer that
-LayerDrop leaves out, a head whose result the loss does not use) meets the others in the gather of
-another module: weights are mixed up where sizes agree, and ranks wait for ever where they do not.
+LayerDrop leaves out, a head whose result the loss does not use) meets the other ranks in the gather
+of another module: weights are mixed up where sizes agree, and ranks wait for ever where they do
+not.
 
 DeepSpeed records the order of modules in a first pass and follows it afterwards. While it records,
 ranks compare module by module before each gather. Afterwards a rank compares only when it leaves
@@ -31,19 +32,19 @@ _ORDER = "_PartitionedParameterCoordinator__submodule_order"
 _END_OF_FORWARD, _END_OF_BACKWARD, _FIRST_MODULE = 0, 1, 2
 # Ranks meet in the gathers of a pass, so that none is far behind but for reading its data.
 _REMIND_SECONDS, _PATIENCE_SECONDS = 10.0, 60.0
-# A model whose order of modules varies on all ranks alike is looked at that often.
+# How often ranks compare where the order of modules varies on all ranks alike.
 _MOST_CHANGES = 16
 
 
 class ModuleOrderWatch:
-    """A watch that all ranks run the same modules of a partitioned model in the same order."""
+    """Checks that all ranks run the same modules of a partitioned model in the same order."""
 
     def __init__(self, optimizer: Any, module: torch.nn.Module, *, patience_seconds: float) -> None:
         """Begin to watch; a collective of all ranks.
 
         Args:
-            optimizer: DeepSpeed's for stage 3, or what stands for it in an engine that only runs
-                forward.
+            optimizer: DeepSpeed's optimizer for stage 3, or its stand-in in an engine that only
+                runs forward.
             module: the model.
             patience_seconds: of the collectives of other ranks. A rank that leaves the recorded
                 order waits half as long for them to do the same, a minute at most.
@@ -71,7 +72,7 @@ class ModuleOrderWatch:
             dist.distributed_c10d._get_default_store(),
         )
         self._changes = 0
-        self._has_told = False
+        self._has_raised = False
 
     def close(self) -> None:
         """Stop watching, and give DeepSpeed its functions back; no rank waits for another."""
@@ -79,8 +80,8 @@ class ModuleOrderWatch:
 
         if self._coordinator is None:
             return
-        if not self._has_told:  # else others may still be reading from this rank
-            with contextlib.suppress(ValueError):  # all groups have been given up
+        if not self._has_raised:  # else other ranks may still be reading from this one
+            with contextlib.suppress(ValueError):  # all groups have been destroyed
                 dist.destroy_process_group(self._group)
         self._hook.remove()
         for name in ("trace_prologue", "fetch_sub_module"):
@@ -95,21 +96,21 @@ class ModuleOrderWatch:
         if not coordinator.is_complete_trace():
             self._compare(_END_OF_BACKWARD)
         elif getattr(coordinator, _STEP) < len(getattr(coordinator, _ORDER)):
-            self._has_left(_END_OF_BACKWARD)
+            self._compare_by_store(_END_OF_BACKWARD)
 
     def explain(self, error: BaseException) -> None:
-        """Raise an error that says so, if another rank's leaving the order has caused ``error``.
+        """Raise a better error if ``error`` comes from a rank that has left the order of modules.
 
         Raises:
-            ModelError: what that rank says.
+            ModelError: naming that rank and its module.
         """
         if self._coordinator is None or not isinstance(error, RuntimeError):
             return
         try:
-            told = self._store.check(["left"])
+            has_left = self._store.check(["left"])
         except RuntimeError:  # the rank that holds the store has gone
             return
-        if told:
+        if has_left:
             rank, code = self._store.get("left").decode().split()
             raise self._differs({int(rank): int(code)}) from error
 
@@ -122,7 +123,7 @@ class ModuleOrderWatch:
         self._follow(module)
         if was_complete:
             if not coordinator.is_complete_trace():
-                self._has_left(self._code.get(id(module), -1))
+                self._compare_by_store(self._code.get(id(module), -1))
             return
         self._compare(self._code.get(id(module), -1))
 
@@ -140,7 +141,7 @@ class ModuleOrderWatch:
     # --- comparing -------------------------------------------------------------------------------
 
     def _compare(self, code: int) -> None:
-        """Compare which module each rank is at; a collective as long as all ranks run alike."""
+        """Compare the modules that ranks are at; a collective as long as all ranks run alike."""
         import torch.distributed as dist
 
         if self._changes > _MOST_CHANGES:
@@ -152,8 +153,8 @@ class ModuleOrderWatch:
             return
         raise self._differs(dict(enumerate(gather_objects(code, group=self._group))))
 
-    def _has_left(self, code: int) -> None:
-        """Compare with ranks that may not all come here: by the store, and with patience."""
+    def _compare_by_store(self, code: int) -> None:
+        """Compare by the store, with a limit, since not all ranks may come here."""
         import torch.distributed as dist
 
         self._changes += 1
@@ -171,7 +172,7 @@ class ModuleOrderWatch:
             if waited > _REMIND_SECONDS and not reminded:
                 reminded = True
                 logger.warning(
-                    "rank %d has come to %s, unlike in the steps before, and waits for the others",
+                    "rank %d has come to %s, unlike in the steps before, and waits for other ranks",
                     rank,
                     self._where(code),
                 )
@@ -182,7 +183,7 @@ class ModuleOrderWatch:
             raise self._differs(codes)
 
     def _differs(self, codes: dict[int, int]) -> ModelError:
-        self._has_told = True
+        self._has_raised = True
         first = min(codes)
         other = next((rank for rank in codes if codes[rank] != codes[first]), None)
         what = f"rank {first} came to {self._where(codes[first])}"

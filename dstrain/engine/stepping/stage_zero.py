@@ -19,7 +19,7 @@ import torch
 
 
 class StageZeroCorrection:
-    """The repair of one such optimizer; made once per engine, asked around every step."""
+    """The correction of one such optimizer, used around every step."""
 
     def __init__(self, optimizer: Any) -> None:
         """Undo the phantom step and take over the updates of the loss scale."""
@@ -56,7 +56,7 @@ class StageZeroCorrection:
 
 
 def stage_zero_correction(optimizer: Any) -> StageZeroCorrection | None:
-    """Return a repair for the two optimizers that need one, None for all others."""
+    """Return the correction for the two optimizers that need it, None for any other."""
     needs = hasattr(optimizer, "loss_scale_config") and hasattr(optimizer, "_update_scale")
     return StageZeroCorrection(optimizer) if needs else None
 
@@ -68,7 +68,7 @@ def _undo_phantom_step(optimizer: Any) -> None:
         if "step" in group:
             counts = group["step"]
             group["step"] = torch.zeros_like(counts) if torch.is_tensor(counts) else 0
-        group.pop("state", None)  # where grokadamw keeps its own
+        group.pop("state", None)  # where grokadamw keeps its state
     flat = getattr(optimizer, "fp32_groups_flat", None)
     with torch.no_grad():
         if flat is not None:

@@ -1,9 +1,9 @@
-"""Backward passes of training, told from those inside a loss that only ask for a gradient.
+"""Backward passes of training, distinguished from gradients that a loss computes for itself.
 
 DeepSpeed 0.19.8 begins its work for a backward pass (of ZeRO, offloading, timers) in hooks on the
-outputs of its engine, and takes every pass that comes by them for one of training. One of
-``autograd.grad`` in a loss (a gradient penalty, adversarial inputs) comes by them too. At stage 0
-that raised, though nobody called ``backward``. At the other stages what was asked for was divided
+outputs of its engine, and takes every pass that reaches them for one of training. A pass of
+``autograd.grad`` in a loss (a gradient penalty, adversarial inputs) reaches them too. At stage 0
+that raised an error, though nobody called ``backward``. At the other stages the result was divided
 by the number of micro-batches, and gradients were reduced that did not exist yet.
 """
 
@@ -21,8 +21,8 @@ from dstrain.core.errors import Problem, TrainingError
 class TrainingPasses:
     """Begins DeepSpeed's work at the start of each pass that trains, and at no other time.
 
-    A pass outside of ``begun_by`` that reaches a parameter (``tensor.backward()`` of the user's) is
-    left to DeepSpeed, as before.
+    A pass outside of ``training_pass`` that reaches a parameter (``tensor.backward()`` in a user's
+    code) is left to DeepSpeed, as before.
 
     Attributes:
         has_graph: whether a gradient was asked for, since the last pass that trained, in a way that
@@ -30,23 +30,23 @@ class TrainingPasses:
     """
 
     def __init__(self, engine: Any, module: torch.nn.Module) -> None:
-        """Take the place of what the hooks of a ``DeepSpeedEngine`` call.
+        """Replace the functions that the hooks of a ``DeepSpeedEngine`` call.
 
         Args:
-            engine: of DeepSpeed.
-            module: whose parameters a pass may reach.
+            engine: DeepSpeed's.
+            module: the model, whose parameters a pass may reach.
         """
         self._begin, self._share = engine._backward_prologue, engine._backward_prologue_per_tensor
         self._parameters = list(module.parameters())
-        self._graph: int | None = None  # of the pass of the user's that DeepSpeed was told of
+        self._graph: int | None = None  # the user's pass that DeepSpeed knows of
         self._is_training = self.has_graph = False
         engine._backward_prologue = _leave_it_to_the_tensors
         engine._backward_prologue_per_tensor = self._at_output
 
     @contextlib.contextmanager
-    def begun_by(self, loss: torch.Tensor) -> Iterator[None]:
-        """Run the pass of ``loss`` inside, which begins when the gradient of ``loss`` is there."""
-        if not loss.requires_grad:  # DeepSpeed says so
+    def training_pass(self, loss: torch.Tensor) -> Iterator[None]:
+        """Run the pass of ``loss`` inside; it begins when the gradient of ``loss`` is computed."""
+        if not loss.requires_grad:  # DeepSpeed raises an error
             yield
             return
         handle = loss.register_hook(self._at_loss)
@@ -76,9 +76,9 @@ class TrainingPasses:
         return self._share(grad)
 
     def _reaches_parameters(self) -> bool:
-        """Return whether the pass that runs adds to the gradient of a parameter.
+        """Tell whether the pass that runs adds to the gradient of a parameter.
 
-        A look at each parameter until one is found; only in passes that do not train.
+        Checks parameters until one is found; only in passes that do not train.
         """
         for parameter in self._parameters:
             if not parameter.requires_grad:
@@ -94,11 +94,11 @@ class TrainingPasses:
 
 
 def _leave_it_to_the_tensors() -> None:
-    """Do nothing at the first output: a hook on each one follows, which knows the pass."""
+    """Do nothing at the first output: the hooks on each output follow, and know the pass."""
 
 
 def no_second_gradient() -> TrainingError:
-    """Make the error of a loss with the gradient of a gradient in it, at stage 3."""
+    """Return the error for a loss that contains the gradient of a gradient, at stage 3."""
     return TrainingError(
         Problem(
             "the loss asks for the gradient of a gradient (create_graph=True), which ZeRO stage 3 "

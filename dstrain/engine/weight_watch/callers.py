@@ -1,4 +1,4 @@
-"""Telling whose code a function of torch is called from, inside of a ``TorchFunctionMode``."""
+"""The package that has called a function of torch, inside of a ``TorchFunctionMode``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _LIBRARIES = ("deepspeed", "dstrain")
 
 
 def is_called_by_a_library(*, passing_on: Sequence[str] = ()) -> bool:
-    """Tell whether DeepSpeed or this package has called it; to be asked in ``__torch_function__``.
+    """Tell whether DeepSpeed or dstrain has made a call; to be used in ``__torch_function__``.
 
     Args:
-        passing_on: modules of theirs that only pass on what others call.
+        passing_on: modules of both that only pass on calls of other code.
     """
     frame = sys._getframe(2)
     while frame.f_back is not None:

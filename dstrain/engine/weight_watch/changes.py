@@ -1,7 +1,7 @@
-"""Weights that a user's code changes in place during training, taken over into what is trained.
+"""Weights that a user's code changes in place during training, copied into the master weights.
 
-DeepSpeed trains master weights and writes them over those of the model in every optimizer step.
-What a model clamps in its forward pass, or a callback sets, would be gone after it.
+DeepSpeed trains master weights and writes them over the weights of the model in every optimizer
+step. What a model clamps in its forward pass, or a callback sets, would be lost then.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from dstrain.engine.zero import (
 
 
 class WeightChanges:
-    """Takes changed weights over, each rank into the part of the master weights that it has.
+    """Copies changed weights into the master weights, each rank into its own shards.
 
     No rank waits for another, and none for its device, unless master weights are offloaded. Moments
-    of the optimizer stay. An element whose value in the model is still that of its master weight
-    keeps all the digits that the master weight has. So does one that was changed and changed back
-    before the next step, as where an average takes the place of the weights for an evaluation.
+    of the optimizer stay. An element whose value in the model equals its rounded master weight
+    keeps all digits of the master weight. This includes elements that were changed and changed back
+    before the next step, as when an average replaces the weights for an evaluation.
 
     Attributes:
-        knows_step: what training steps change is known, or cannot be seen: forward is compiled.
+        knows_step: whether the weights that training steps change are known, or cannot be seen
+            since the forward pass is compiled.
     """
 
     def __init__(self, module: torch.nn.Module, optimizer: Any, *, stage: int) -> None:
@@ -57,25 +58,26 @@ class WeightChanges:
 
     @contextlib.contextmanager
     def in_callbacks(self) -> Iterator[None]:
-        """Run callbacks; what they change is taken over when master weights are needed next.
+        """Run callbacks; the weights that they change are copied when master weights are next used.
 
         Raises:
-            TrainingError: they change a parameter that is in parts, or one of another shape.
+            TrainingError: a callback changes a partitioned parameter, or the shape of one.
         """
         with scalars_as_bytes(wanted=self._has_scalars), self._watch.watching("a callback"):
             yield
         for parameter in self._watch.changed.values():
             if is_partitioned(parameter):
-                _share(parameter)  # before it is taken apart
+                _updated_partition(parameter)  # before it is partitioned again
 
     @contextlib.contextmanager
     def in_training_step(self) -> Iterator[None]:
         """Run forward and backward of a micro-batch, watched until the first optimizer step.
 
-        What is changed there is taken to be changed in every step, and is taken over before each.
+        Weights that are changed there are taken to be changed in every step, and are copied before
+        each.
 
         Raises:
-            TrainingError: a parameter is changed that is in parts.
+            TrainingError: a partitioned parameter is changed.
         """
         if self.knows_step:
             yield
@@ -90,26 +92,26 @@ class WeightChanges:
         self._watch.changed.clear()
 
     def before_step(self) -> None:
-        """Take over what callbacks have changed, and what training steps change."""
+        """Copy the weights that callbacks have changed, and those that training steps change."""
         self.knows_step = True
         self._watch.changed.update(self._repeated)
         for key, before in self._watch.replaced.items():
             _put_back(self._watch.changed[key], before)
         self._watch.replaced.clear()
-        self.take_over()
+        self.update_master_weights()
 
     @torch.no_grad()
-    def take_over(self) -> None:
-        """Take over what was changed since the last time.
+    def update_master_weights(self) -> None:
+        """Copy the weights that were changed since the last call into the master weights.
 
         Raises:
-            TrainingError: master weights are where they cannot be reached.
+            TrainingError: the master weights cannot be reached.
         """
         changed = list(self._watch.changed.values())
         self._watch.changed.clear()
-        held = self._held() if changed else {}
+        held = self._shards_by_parameter() if changed else {}
         for parameter in changed:
-            share = _share(parameter) if is_partitioned(parameter) else None
+            share = _updated_partition(parameter) if is_partitioned(parameter) else None
             for shard in held.get(id(parameter), ()):
                 if shard.optimizer is None or shard.holder is parameter:
                     continue
@@ -119,32 +121,32 @@ class WeightChanges:
                     values = parameter.detach().reshape(-1)[shard.start : shard.stop]
                 else:
                     values = share[: shard.numel]
-                _follow(shard, values)
+                _update_master(shard, values)
 
     def close(self) -> None:
-        """Take hooks away."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def _note(self, parameter: Any) -> None:
-        """Let stage 3 keep what a module's own forward pass changes while it is gathered for it.
+        """Let stage 3 keep a parameter that the forward pass of its module changes while gathered.
 
-        It is gathered again in the backward pass.
+        DeepSpeed gathers it again in the backward pass.
         """
         if not self._in_step or not is_partitioned(parameter) or id(parameter) in self._repeated:
             return
 
         def keep(*_: object) -> None:
             if is_gathered(parameter):
-                _share(parameter)
+                _updated_partition(parameter)
 
         for part in self._module.modules():
-            if any(own is parameter for own in part._parameters.values()):
-                # Before the hook of DeepSpeed's that takes it apart again.
+            if any(candidate is parameter for candidate in part._parameters.values()):
+                # Before DeepSpeed's hook, which partitions it again.
                 self._hooks.append(part.register_forward_hook(keep, prepend=True))
 
-    def _held(self) -> dict[int, list[StateShard]]:
-        """Return the shards of this rank by parameter; found once, as they stay where they are."""
+    def _shards_by_parameter(self) -> dict[int, list[StateShard]]:
+        """Return the shards of this rank by parameter; located once, since they do not move."""
         if self._shards is None:
             parameters = dict(self._module.named_parameters())
             self._shards = {}
@@ -167,9 +169,9 @@ class WeightChanges:
 
 @torch.no_grad()
 def _put_back(parameter: Any, before: torch.Tensor) -> None:
-    """Let a parameter whose ``.data`` was set have its old memory again, with the new values.
+    """Put the new values of a parameter whose ``.data`` was set into its old memory.
 
-    It is a part of a flat tensor of DeepSpeed's, which is what the optimizer's step updates.
+    The old memory is part of a flat tensor of DeepSpeed's, which the optimizer's step updates.
     """
     fits = before.dtype == parameter.dtype and before.device == parameter.device
     if before.data_ptr() != parameter.data_ptr() and fits and before.shape == parameter.shape:
@@ -177,11 +179,11 @@ def _put_back(parameter: Any, before: torch.Tensor) -> None:
         parameter.data = before
 
 
-def _share(parameter: Any) -> torch.Tensor:
-    """Return this rank's share of a partitioned parameter, with the values of one that is whole.
+def _updated_partition(parameter: Any) -> torch.Tensor:
+    """Return this rank's partition of a parameter, updated with the values of a gathered one.
 
     Raises:
-        TrainingError: shares are not as they are trained: quantised, or on a disk.
+        TrainingError: partitions are quantised, or on a disk.
     """
     share = updated_rank_partition(parameter)
     if share is None:
@@ -206,8 +208,8 @@ def _reshaped(shard: StateShard, parameter: torch.Tensor) -> TrainingError:
     )
 
 
-def _follow(shard: StateShard, values: torch.Tensor) -> None:
-    """Give a shard of the master weights the values of the model, where these are others."""
+def _update_master(shard: StateShard, values: torch.Tensor) -> None:
+    """Set elements of a shard of the master weights where the model's values differ."""
     master = shard.read(MASTER)
     values = values.to(master.device)
     differs = master.to(values.dtype) != values

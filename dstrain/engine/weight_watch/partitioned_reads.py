@@ -1,9 +1,9 @@
-"""Parameters that a loss computes with outside of the model's forward pass, in parts as they are.
+"""A watch for losses that compute with partitioned parameters outside of the forward pass.
 
-At ZeRO stage 3 a parameter has no elements but while its own module runs. Torch computes with such
-a tensor without a word: a penalty of weights is 0, and its gradient ends the backward pass with
-shapes that nobody wrote. A fused loss that is given the weight of the last layer cannot know the
-reason either.
+At ZeRO stage 3 a parameter has elements only while its own module runs. Torch computes with the
+empty tensor without an error: a penalty of weights is 0, and its gradient ends the backward pass
+with shapes that nobody wrote. A fused loss that is given the weight of the last layer fails in the
+same way.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dstrain.engine import compat
 from dstrain.engine.weight_watch.callers import is_called_by_a_library
 from dstrain.engine.zero import full_numel, is_partitioned
 
-# They ask what a tensor is, and not for its elements.
-_ASKS = frozenset([
+# Functions that read properties of a tensor, not its elements.
+_READS_PROPERTIES = frozenset([
     "__deepcopy__", "__dir__", "__format__", "__get__", "__hash__", "__len__", "__repr__",
     "__set__", "__str__", "backward", "data_ptr", "dim", "dim_order", "element_size", "get_device",
     "grad", "has_names", "is_complex", "is_contiguous", "is_floating_point", "is_same_size",
@@ -31,21 +31,21 @@ _ASKS = frozenset([
     "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "size", "storage",
     "storage_offset", "stride", "type", "untyped_storage",
 ])  # fmt: skip
-# They make another tensor of the same, which somebody may compute with later or not.
-_MAKES = frozenset([
+# Functions that make a copy, with which somebody may compute later or not.
+_COPIES = frozenset([
     "bfloat16", "clone", "contiguous", "cpu", "cuda", "detach", "double", "empty_like", "float",
     "full_like", "half", "ones_like", "rand_like", "randn_like", "to", "zeros_like",
 ])  # fmt: skip
-# Of their arguments only the first is computed with.
-_TAKES_ONE = frozenset(["to", "type_as"])
-# They pass on what others compute with.
-_PASS_ON = ("deepspeed.runtime.zero.linear", "dstrain.engine.zero.registration")
+# Functions that compute with their first argument only.
+_READS_FIRST_ONLY = frozenset(["to", "type_as"])
+# Modules that only pass on calls of other code.
+_PASSING_ON = ("deepspeed.runtime.zero.linear", "dstrain.engine.zero.torch_patches")
 
 
 def watching_partitioned_reads(
     engine: torch.nn.Module, module: torch.nn.Module
 ) -> contextlib.AbstractContextManager[Any]:
-    """Watch what runs inside, unless the model is compiled, where it would be compiled too.
+    """Watch the code in the block, unless the model is compiled: the watch would be compiled too.
 
     Args:
         engine: DeepSpeed's.
@@ -57,10 +57,10 @@ def watching_partitioned_reads(
 
 
 class PartitionedReadWatch(TorchFunctionMode):
-    """Ends the computation of a loss that uses parameters which are in parts at that moment.
+    """Raises an error where a loss computes with parameters that are partitioned at that moment.
 
-    It looks at every call of a torch function outside of the forward pass of an engine. Calls of
-    DeepSpeed and of this package, which know about parts, are none of its business.
+    Checks every call of a function of torch outside of the forward pass of an engine. Calls by
+    DeepSpeed and dstrain, which know about partitions, are left alone.
     """
 
     def __init__(self, engine: torch.nn.Module, module: torch.nn.Module) -> None:
@@ -73,7 +73,7 @@ class PartitionedReadWatch(TorchFunctionMode):
         super().__init__()
         self._engine = engine
         self._names = {id(p): name for name, p in module.named_parameters()}
-        self._made: Any = WeakTensorKeyDictionary()  # of a parameter in parts: its name
+        self._made: Any = WeakTensorKeyDictionary()  # copy of a partitioned parameter -> name
         self._depth = 0  # of forward passes of the engine
         self._hooks: list[Any] = []
 
@@ -87,7 +87,7 @@ class PartitionedReadWatch(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Watch no more."""
+        """Stop watching."""
         super().__exit__(*error)
         while self._hooks:
             self._hooks.pop().remove()
@@ -96,18 +96,18 @@ class PartitionedReadWatch(TorchFunctionMode):
         """Call a function.
 
         Raises:
-            TrainingError: it would compute with a parameter that is in parts.
+            TrainingError: it would compute with a partitioned parameter.
         """
         kwargs = kwargs or {}
         if self._depth:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        read = self._read(args[:1] if name in _TAKES_ONE else (*args, *kwargs.values()))
+        read = self._read(args[:1] if name in _READS_FIRST_ONLY else (*args, *kwargs.values()))
         if read is None:
             return func(*args, **kwargs)
-        is_harmless = name in _ASKS or name in _MAKES or _changes(name)
-        if not is_harmless and not is_called_by_a_library(passing_on=_PASS_ON):
-            raise _in_parts(read, name)
+        is_harmless = name in _READS_PROPERTIES or name in _COPIES or _changes(name)
+        if not is_harmless and not is_called_by_a_library(passing_on=_PASSING_ON):
+            raise _reads_partitioned(read, name)
         returned = func(*args, **kwargs)
         is_tensor = isinstance(returned, torch.Tensor)
         if is_tensor and returned.numel() == 0 and not self._name_of(returned):
@@ -121,7 +121,7 @@ class PartitionedReadWatch(TorchFunctionMode):
         self._depth -= 1
 
     def _read(self, values: Any) -> str | None:
-        """Return the name of the first parameter among arguments of which nothing is here."""
+        """Return the name of the first parameter among arguments that has no elements here."""
         for tensor in _tensors(values):
             if tensor.numel() == 0:
                 name = self._name_of(tensor) or self._made.get(tensor)
@@ -135,10 +135,10 @@ class PartitionedReadWatch(TorchFunctionMode):
         return self._names.get(id(tensor), "a parameter")
 
 
-def _in_parts(parameter: str, function: str) -> TrainingError:
+def _reads_partitioned(parameter: str, function: str) -> TrainingError:
     return TrainingError(
         Problem(
-            f"the loss computes with {parameter} ({function}) while it is in parts",
+            f"the loss computes with {parameter} ({function}) while it is partitioned",
             "at ZeRO stage 3 a parameter has no elements outside of its own module's forward pass: "
             "the loss would be what it is without this parameter, or of the wrong shape",
             "for a penalty of weights use weight_decay; call the module, not a function with its "
@@ -149,7 +149,7 @@ def _in_parts(parameter: str, function: str) -> TrainingError:
 
 
 def _changes(function: str) -> bool:
-    """Return whether a function changes its first argument, by its name: not seen to here."""
+    """Tell by its name whether a function changes its argument, which ``WeightWatch`` handles."""
     return (function.endswith("_") and not function.endswith("__")) or function == "__setitem__"
 
 

@@ -1,7 +1,7 @@
-"""Seeing which parameters of a model some code changes in place, and refusing what would be lost.
+"""A watch for parameters that code changes in place; changes that would be lost are refused.
 
-At ZeRO stage 3 a parameter that is in parts has no elements: torch changes nothing then, and says
-nothing.
+At ZeRO stage 3 a partitioned parameter has no elements: torch then changes nothing, without an
+error.
 """
 
 from __future__ import annotations
@@ -21,35 +21,37 @@ from dstrain.engine.zero import is_absent, is_partitioned
 
 _Tensor: Any = torch.Tensor
 _GET_DATA, _SET_DATA = _Tensor.data.__get__, _Tensor.data.__set__
-# These end like functions that change values, and change none.
-_HARMLESS = frozenset(["requires_grad_", "retain_grad_", "share_memory_", "rename_", "detach_"])
+# Functions that are named like in-place ones, and change no values.
+_CHANGE_NOTHING = frozenset(
+    ["requires_grad_", "retain_grad_", "share_memory_", "rename_", "detach_"]
+)
 _IN_PLACE = ["add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow"]
 _IN_PLACE += ["and", "or", "xor", "lshift", "rshift"]
 _OPERATORS = frozenset(["__setitem__", *[f"__i{name}__" for name in _IN_PLACE]])
-# Under which names functions of torch.nn.init, and others, take the tensor that they change.
-_CHANGED = ("tensor", "input", "self", "out")
+# Names of the argument that functions of torch.nn.init, and others, change.
+_CHANGED_ARGUMENTS = ("tensor", "input", "self", "out")
 
 
 class WeightWatch(TorchFunctionMode):
-    """Notes the parameters that code inside changes in place: a method, an operator, ``.data``.
+    """Records the parameters that code inside changes in place: a method, an operator, ``.data``.
 
-    Functions of torch that are called from Python are seen: those of tensors, ``torch._foreach_*``,
-    ``torch.nn.init`` and ``load_state_dict``, through a parameter, its ``.data``, ``.detach()`` or
-    a view of these. What one looks at in a call does not grow with the number of parameters.
+    Sees functions of torch that are called from Python: methods of tensors, ``torch._foreach_*``,
+    ``torch.nn.init`` and ``load_state_dict``, on a parameter, its ``.data``, ``.detach()`` or a
+    view of these. The time per call does not grow with the number of parameters.
 
     Attributes:
         changed: parameters that were changed since this was last emptied, by ``id``.
-        replaced: of those whose ``.data`` was set, the tensor that was there before, by ``id``.
+        replaced: the former tensors of parameters whose ``.data`` was set, by ``id``.
     """
 
     def __init__(
         self, module: torch.nn.Module, *, on_change: Callable[[Any], object] = lambda _: None
     ) -> None:
-        """Note the names of the parameters of ``module``, and the shares that they have.
+        """Note the names of the parameters of ``module``, and their partitions.
 
         Args:
             module: the model.
-            on_change: is told of a parameter that was changed, the first time.
+            on_change: called with a parameter when it is first changed.
         """
         super().__init__()
         self.changed: dict[int, Any] = {}
@@ -70,10 +72,10 @@ class WeightWatch(TorchFunctionMode):
 
     @contextlib.contextmanager
     def watching(self, who: str) -> Iterator[None]:
-        """Watch what runs inside; inside of another such block there is nothing more to do.
+        """Watch the code in the block; does nothing inside of another such block.
 
         Args:
-            who: changes parameters there, for messages.
+            who: the code that runs there, for messages.
         """
         if self._is_on:
             yield
@@ -89,7 +91,7 @@ class WeightWatch(TorchFunctionMode):
         """Call a function.
 
         Raises:
-            TrainingError: it would change a parameter that is in parts.
+            TrainingError: it would change a partitioned parameter.
         """
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
@@ -126,9 +128,9 @@ class WeightWatch(TorchFunctionMode):
         return None
 
     def _prepared(self, args: Any) -> list[Any]:
-        """Return a parameter in parts of which torch looks at the shape, to fill it after that.
+        """Return a partitioned parameter whose shape torch reads in order to fill it next.
 
-        It would find a shape that no weight has, and raise an error that leads nowhere.
+        torch would find an empty shape, and raise an error that explains nothing.
         """
         caller = sys._getframe(2)
         fills = caller.f_code.co_name == "_load_from_state_dict"
@@ -141,7 +143,7 @@ class WeightWatch(TorchFunctionMode):
         name = self._names.get(id(parameter), "a parameter")
         return TrainingError(
             Problem(
-                f"{self._who} changes {name} in place ({function}) while it is in parts",
+                f"{self._who} changes {name} in place ({function}) while it is partitioned",
                 "at ZeRO stage 3 a parameter has no elements outside of its own module's forward "
                 "pass, so the change would be lost",
                 "change it on all ranks inside of `with deepspeed.zero.GatheredParameters("
@@ -156,14 +158,14 @@ def _changed_by(
 ) -> Iterator[torch.Tensor]:
     """Yield the tensors that a call changes in place."""
     yield from _tensors(kwargs.get("out"))
-    changes = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
-    sets_data = func == _SET_DATA and args[1].numel() > 0  # model.to() sets nothing in parts
+    changes = name.endswith("_") and not name.endswith("__") and name not in _CHANGE_NOTHING
+    sets_data = func == _SET_DATA and args[1].numel() > 0  # model.to() sets no partitioned data
     if not changes and name not in _OPERATORS and not sets_data:
         return
     if args:
         yield from _tensors(args[0])
         return
-    for key in _CHANGED:
+    for key in _CHANGED_ARGUMENTS:
         yield from _tensors(kwargs.get(key))
 
 

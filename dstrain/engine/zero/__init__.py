@@ -37,11 +37,10 @@ from dstrain.engine.zero.partitioner import (
 from dstrain.engine.zero.registration import (
     BuildRegistration,
     ForwardRegistration,
-    MemoryEfficientLinear,
     StageRegistration,
-    undo_patches,
 )
 from dstrain.engine.zero.scalar_parameters import clip_scalars_too, scalars_as_bytes
+from dstrain.engine.zero.torch_patches import MemoryEfficientLinear, undo_patches
 
 __all__ = [
     "MemoryEfficientLinear",

@@ -1,8 +1,8 @@
 """Attributes and hooks that DeepSpeed leaves on a module, and their removal.
 
-An engine ties its buffers to parameters and modules by attributes and hooks. ``destroy`` of
-DeepSpeed 0.19.8 removes a few of them; the rest would keep its memory, break copying and pickling,
-and send the next engine of the same module to the old one's buffers. The cost of each function
+DeepSpeed's engine sets attributes and hooks on parameters and modules. Its ``destroy`` (0.19.8)
+removes a few of them; the rest would keep its memory, break copying and pickling, and let the next
+engine of the same module use the buffers of the old one. The cost of each function
 grows with the number of modules and parameters, not with their size.
 """
 
@@ -16,10 +16,10 @@ import torch
 
 from dstrain.engine.zero.parameters import full_numel, gathered, is_partitioned
 
-# Gathering parameters one by one would pay a latency for each.
+# Parameters are gathered in groups: one by one would cost a latency for each.
 _GATHER_BYTES = 256 * 2**20
 
-# Of an engine, by where DeepSpeed sets them.
+# Attributes that an engine sets, by the file of DeepSpeed that sets them.
 _OF_PARAMETERS = (
     # mixed_precision_linkage.py, bf16_optimizer.py
     "_dp_group", "_hp_mapping", "_hp_grad", "_index_in_param_group",
@@ -37,14 +37,14 @@ _OF_MODULES = (
     "applied_pre_backward_ref_cnt", "ds_grads_remaining", "ds_id", "ds_inflight_param_registry",
     "ds_recompute_parameters", "ds_model_granularity", "pre_bwd_fn", "post_bwd_fn",
 )  # fmt: skip
-# Of a partitioned parameter, beside all that begins with "ds_" (partition_parameters.py).
+# Attributes of a partitioned parameter, besides all that begin with "ds_".
 _OF_PARTITIONED = (
     "is_external_param", "nvme_swapper", "all_gather", "all_gather_coalesced", "partition",
     "reduce_gradients_at_owner", "partition_gradients", "aligned_size", "padding_size",
     "partition_numel", "convert_to_zero_parameters", "item",
 )  # fmt: skip
 _LEAF = "_z3_leaf"
-# Where torch keeps hooks of a module, each with the sets beside it that name some of them.
+# Dicts in which torch keeps hooks of a module, with the sets that hold keys of some of them.
 _HOOKS = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -54,34 +54,35 @@ _HOOKS = {
 
 
 def marked_leaves(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the modules that somebody has marked as leaves of stage 3."""
+    """Return the modules that are marked as leaves of stage 3."""
     return [m for m in module.modules() if _LEAF in vars(m)]
 
 
 def detach_engine(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module]) -> None:
     """Remove hooks and attributes of an engine; partitioned parameters stay partitioned.
 
-    They are then as zero.Init makes them: no rank holds one whole, also where a forward or backward
-    pass broke off. Gradients go.
+    They are then as zero.Init makes them: no rank holds one whole, even where a forward or backward
+    pass was interrupted. Gradients are removed.
 
     Args:
-        module: of the engine.
+        module: module of the engine.
         leaves: modules that were leaves before the engine was built, and stay so.
     """
     kept = set(map(id, leaves))
     for part in module.modules():
-        own = vars(part)
-        for name, beside in _HOOKS.items():
-            for key in _remove_hooks(own[name]):
-                for others in beside:
-                    own[others].pop(key, None)
-        if "_original_parameters" in own:
-            # A plain dict again; by its items, as reading from DeepSpeed's kind gathers.
-            own["_parameters"] = type(own["_original_parameters"])(part._parameters.items())
-        _take(own, _OF_MODULES if id(part) in kept else (*_OF_MODULES, _LEAF))
+        attributes = vars(part)
+        for name, key_sets in _HOOKS.items():
+            for key in _remove_hooks(attributes[name]):
+                for key_set in key_sets:
+                    attributes[key_set].pop(key, None)
+        if "_original_parameters" in attributes:
+            # A plain dict again; by its items, since look-ups in DeepSpeed's dict gather.
+            plain = type(attributes["_original_parameters"])
+            attributes["_parameters"] = plain(part._parameters.items())
+        _remove_attributes(attributes, _OF_MODULES if id(part) in kept else (*_OF_MODULES, _LEAF))
     parameter: Any
     for parameter in module.parameters():
-        _take(vars(parameter), _OF_PARAMETERS)
+        _remove_attributes(vars(parameter), _OF_PARAMETERS)
         _remove_hooks(parameter._post_accumulate_grad_hooks or {})
         parameter.grad = None
         if is_partitioned(parameter):
@@ -89,7 +90,7 @@ def detach_engine(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module])
 
 
 def _remove_hooks(hooks: dict[int, Any]) -> list[int]:
-    """Remove hooks that are functions of DeepSpeed's, and return their keys."""
+    """Remove hooks that are functions of DeepSpeed, and return their keys."""
     found = [k for k, hook in hooks.items() if _module_of(hook).startswith("deepspeed.")]
     for key in found:
         del hooks[key]
@@ -108,7 +109,7 @@ class _KeepsNothing(dict[int, Any]):
 class _Outside(torch.nn.Module):
     """A stand-in for the outermost module on DeepSpeed's list of running modules.
 
-    DeepSpeed puts the model itself there for the rest of the process: it would never be freed.
+    DeepSpeed keeps the model itself there for the rest of the process, so that it is never freed.
     """
 
     def __init__(self) -> None:
@@ -136,7 +137,7 @@ def _release(parameter: Any) -> None:
 def make_whole(module: torch.nn.Module, device: str) -> None:
     """Turn partitioned parameters into ordinary ones, whole on every rank; a collective.
 
-    No engine may be alive on the module. Beside the whole model a rank holds one group of gathered
+    No engine may exist on the module. Besides the whole model a rank holds one group of gathered
     parameters on its accelerator.
 
     Args:
@@ -147,8 +148,9 @@ def make_whole(module: torch.nn.Module, device: str) -> None:
         with gathered(group):
             values = [parameter.detach().to(device, copy=True) for parameter in group]
         for parameter, value in zip(group, values, strict=True):
-            own = vars(parameter)
-            _take(own, (*_OF_PARTITIONED, *[name for name in own if name.startswith("ds_")]))
+            attributes = vars(parameter)
+            added = [name for name in attributes if name.startswith("ds_")]
+            _remove_attributes(attributes, (*_OF_PARTITIONED, *added))
             parameter.data = value
     module.to(device)
 
@@ -167,6 +169,6 @@ def _groups(parameters: list[torch.nn.Parameter]) -> Iterable[list[torch.nn.Para
         yield group
 
 
-def _take(own: dict[str, Any], names: Iterable[str]) -> None:
+def _remove_attributes(attributes: dict[str, Any], names: Iterable[str]) -> None:
     for name in names:
-        own.pop(name, None)
+        attributes.pop(name, None)

@@ -1,4 +1,4 @@
-"""Generating with partitioned weights: every token takes a gather, and so all ranks."""
+"""Generation with partitioned weights: each token needs a gather, in which all ranks take part."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _REMIND_SECONDS = 30.0
 
 @contextlib.contextmanager
 def generating_together(what: str, *, patience_seconds: float) -> Iterator[None]:
-    """Let ranks generate inside in step: transformers lets no rank end before another.
+    """Let all ranks generate together in the block: transformers lets no rank end before another.
 
     Args:
-        what: called by the user, for messages.
+        what: the function that the user called, for messages.
         patience_seconds: how long to wait for a rank that does not come.
 
     Raises:
         ModelError: another rank has not come.
     """
-    _meet(what, patience_seconds)
+    _wait_for_all(what, patience_seconds)
     with StageRegistration(3):
         yield
 
 
-def _meet(what: str, patience_seconds: float) -> None:
+def _wait_for_all(what: str, patience_seconds: float) -> None:
     """Wait until all ranks are here, by the store of the process group.
 
-    A rank that called alone would else hang in its first gather, or meet the others in another
-    collective of theirs. The time grows with the number of ranks, which one of them serves.
+    Otherwise a rank that calls alone would hang in its first gather, or meet the other ranks in
+    another collective. The time grows with the number of ranks, since one rank serves the store.
     """
     if not is_distributed():
         return
@@ -46,8 +46,8 @@ def _meet(what: str, patience_seconds: float) -> None:
 
     store: Any = dist.distributed_c10d._get_default_store()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    own = f"{_KEY}-calls-{rank}"
-    number = store.add(own, 1)
+    calls = f"{_KEY}-calls-{rank}"
+    number = store.add(calls, 1)
     meeting = f"{_KEY}-{number}"
     store.add(meeting, 1)
     started, pause, reminded = time.monotonic(), 0.001, False
@@ -55,11 +55,11 @@ def _meet(what: str, patience_seconds: float) -> None:
         waited = time.monotonic() - started
         if waited > patience_seconds:
             store.add(meeting, -1)
-            store.add(own, -1)
-            raise _alone(what, rank, waited)
+            store.add(calls, -1)
+            raise _called_alone(what, rank, waited)
         if waited > _REMIND_SECONDS and not reminded:
             reminded = True
-            logger.warning("rank %d waits in %s for the others: %s", rank, what, _WHY)
+            logger.warning("rank %d waits in %s for the other ranks: %s", rank, what, _WHY)
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
     if rank == 0 and number > 1:  # all have left the meeting before this one
@@ -69,7 +69,7 @@ def _meet(what: str, patience_seconds: float) -> None:
 _WHY = "the weights are partitioned (ZeRO stage 3), so that all ranks must generate together"
 
 
-def _alone(what: str, rank: int, waited: float) -> ModelError:
+def _called_alone(what: str, rank: int, waited: float) -> ModelError:
     return ModelError(
         Problem(
             f"rank {rank} called {what}, and after {waited:.0f} s not every other rank had",

@@ -1,4 +1,4 @@
-"""Partitioned parameters of ZeRO-3: their true sizes, gathering them, building models of them."""
+"""Partitioned parameters of ZeRO-3: their true sizes, gathering them, this rank's partition."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def has_scalars(parameters: Iterable[Any]) -> bool:
 
 
 def rank_partition(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return this rank's share of a partitioned parameter as it is trained, 1-D and padded.
+    """Return this rank's partition of a parameter as it is trained, 1-D and padded.
 
     Returns:
-        None where the shares of all ranks, one after another, are not the parameter: quantised
-        weights, a group of some of the ranks, or a share that is not in memory.
+        None where the partitions of all ranks, one after another, are not the parameter: quantised
+        weights, a group of some of the ranks, or a partition that is not in memory.
     """
     import torch.distributed as dist
 
@@ -47,12 +47,12 @@ def rank_partition(parameter: torch.Tensor) -> torch.Tensor | None:
 
 
 def is_absent(parameter: Any) -> bool:
-    """Tell whether no element of a partitioned parameter is here at this moment."""
+    """Tell whether a partitioned parameter has no elements at this moment."""
     return is_partitioned(parameter) and parameter.numel() == 0 and full_numel(parameter) > 0
 
 
 def is_gathered(parameter: Any) -> bool:
-    """Return whether a partitioned parameter has all its elements at this moment."""
+    """Tell whether a partitioned parameter has all its elements at this moment."""
     return parameter.ds_status.name == "AVAILABLE" and parameter.shape == parameter.ds_shape
 
 
@@ -71,18 +71,18 @@ def updated_rank_partition(parameter: Any) -> torch.Tensor | None:
 
 
 def keep_persistent_changes(parameters: Iterable[Any]) -> None:
-    """Keep what a user has changed, after a training, in parameters that are whole between steps.
+    """Keep changes that a user has made to parameters that stay gathered between steps.
 
-    DeepSpeed leaves small ones so, and takes them apart without a look at their values. Grows with
-    the number of parameters; no rank waits for another.
+    DeepSpeed keeps small parameters gathered, and partitions them without reading their values. The
+    time grows with the number of parameters; no rank waits for another.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return
     for parameter in parameters:
-        kept = is_partitioned(parameter) and getattr(parameter, "ds_persist", False)
-        if kept and is_gathered(parameter):
+        is_kept = is_partitioned(parameter) and getattr(parameter, "ds_persist", False)
+        if is_kept and is_gathered(parameter):
             updated_rank_partition(parameter)
 
 
@@ -121,11 +121,11 @@ def gathered(
     write_from: int | None = None,
     checks: bool = True,
 ) -> Iterator[None]:
-    """Make whole parameters of partitioned ones inside the block; a collective of all ranks.
+    """Gather partitioned parameters inside the block; a collective of all ranks.
 
     Args:
-        parameters: the ones to gather; those that are not partitioned are left alone.
-        write_from: rank whose changes are kept and sent to the others; None discards changes.
+        parameters: parameters to gather; those that are not partitioned are left alone.
+        write_from: rank whose changes are kept and sent to all ranks; None discards changes.
         checks: let DeepSpeed's ``enable_sanity_checks`` refuse changes that are discarded; False
             where they are known and allowed.
     """
@@ -172,12 +172,12 @@ def gathers_in_forward(module: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def kept_gathered(module: torch.nn.Module) -> Iterator[None]:
-    """Gather all partitioned parameters once, and keep them through forward passes inside.
+    """Gather all partitioned parameters once, and keep them gathered inside the block.
 
-    DeepSpeed's hooks partition a parameter again after each use, unless another submodule is said
-    to be using it. A collective of all ranks; inside, parameters need none, but DeepSpeed's hooks
-    may compare the order of modules, so ranks must make as many forward passes. Changes are
-    discarded.
+    DeepSpeed's hooks partition a parameter again after each use, unless another submodule uses it,
+    which is pretended here. A collective of all ranks; inside, parameters need none, but
+    DeepSpeed's hooks may compare the order of modules, so all ranks must make as many forward
+    passes. Changes are discarded.
     """
     split: list[Any] = [p for p in module.parameters() if is_partitioned(p)]
     with gathered(split):

@@ -1,4 +1,4 @@
-"""Taking whole parameters apart: each rank keeps its share of them, as ZeRO-3 trains them."""
+"""Partitioning of whole parameters, of which each rank keeps its share as ZeRO-3 trains them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dstrain.engine.zero.parameters import full_numel, full_shape, is_partitione
 
 
 class Partitioner:
-    """A maker of partitioned parameters from whole ones, by the rules of a DeepSpeed config.
+    """Partitions whole parameters by the rules of a DeepSpeed config.
 
     A share lies where the config wants it (device, host, disk) and has the format that the engine
     trains in, as if the parameter had been built under ``deepspeed.zero.Init``.
@@ -24,8 +24,8 @@ class Partitioner:
 
         # An empty module stands for the one that is loaded: what DeepSpeed does once per model
         # (its linear function that keeps no gathered weights) is done for it as well. Formats and
-        # devices of new tensors are left to us: DeepSpeed would also round buffers, which its
-        # engine leaves alone, and its constructors do not take all that torch's take.
+        # devices of new tensors are left to dstrain: DeepSpeed would also round buffers, which its
+        # engine leaves alone, and its constructors do not take all arguments of torch's.
         self._init: Any = deepspeed.zero.Init(
             module=torch.nn.Module(), config_dict_or_path=dict(config), tensor_overrides=[]
         )
@@ -60,7 +60,7 @@ class Partitioner:
         with torch.no_grad():
             self._mark(parameter)
             parameter.partition()  # type: ignore[attr-defined]
-            # What is left is empty; on the device, as after every later use of the parameter.
+            # The parameter is empty now; on the device, as after every later use.
             parameter.data = parameter.data.to(self.device)
 
     def split_like_main_rank(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -96,7 +96,7 @@ class Partitioner:
 
 @contextlib.contextmanager
 def building_whole_models() -> Iterator[None]:
-    """Let transformers build and load whole models inside, although stage 3 is registered."""
+    """Let transformers build and load whole models in the block although stage 3 is registered."""
     from dstrain.engine import compat
 
     registered = compat.registered_config()
@@ -111,7 +111,7 @@ def building_whole_models() -> Iterator[None]:
 def with_full_shapes(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """Let partitioned parameters have their whole shape inside, without memory for the values.
 
-    For code that looks at the shapes of all weights and at the values of others: these are NaN.
+    For code that reads the shapes of all weights but no values of these: the values are NaN.
     """
     empty = [p for p in parameters if is_partitioned(p) and p.numel() != full_numel(p)]
     for parameter in empty:
@@ -129,7 +129,7 @@ def is_whole(parameter: Any) -> bool:
 
 
 def fill_with_placeholder(parameter: torch.nn.Parameter) -> None:
-    """Give a partitioned parameter the shape of the whole one, all of it one number in memory."""
+    """Give a partitioned parameter its whole shape, with a single number in memory."""
     number = float("nan") if parameter.is_floating_point() else 0
     one = torch.full((), number, dtype=parameter.dtype, device=parameter.device)
     parameter.data = one.expand(full_shape(parameter))

@@ -1,6 +1,6 @@
-"""Settings that DeepSpeed keeps once per process, although each engine has its own.
+"""Settings that DeepSpeed keeps once per process, although they belong to an engine.
 
-Left alone, an engine would work by those of another one that lives beside it or lived before.
+Without this, an engine would use the settings of another engine of the process.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dstrain.config import ResolvedConfig
 
 
 def set_for(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
-    """Reset process-wide settings to those of ``module``, before an engine on it is built.
+    """Set process-wide settings to those of ``module``, before an engine on it is built.
 
-    An engine takes over the groups of hpZ, whatever its own size is (``stage3.py:__init__``), and
-    the formats of autocast instead of its ``communication_data_type``.
+    Otherwise the engine would use the groups of hpZ of another engine (``stage3.py:__init__``), and
+    the formats of its autocast instead of ``communication_data_type``.
     """
     from deepspeed.runtime import torch_autocast
     from deepspeed.utils import groups
@@ -29,12 +29,12 @@ def set_for(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
 
 
 def keep_communication_format(optimizer: Any, resolved: ResolvedConfig) -> None:
-    """Let an engine's optimizer communicate in its own formats, whatever is built later.
+    """Fix the format in which an engine's optimizer communicates, whatever is built later.
 
-    It would ask at each gradient whether any engine autocasts (``base_optimizer.py``).
+    Otherwise it would ask at each gradient whether any engine autocasts (``base_optimizer.py``).
     """
     if not hasattr(optimizer, "communication_data_type"):
-        return  # as BF16_Optimizer, which does not ask
+        return  # BF16_Optimizer does not ask
     from deepspeed.runtime.torch_autocast import get_comm_dtype
 
     common = optimizer.communication_data_type
@@ -43,10 +43,10 @@ def keep_communication_format(optimizer: Any, resolved: ResolvedConfig) -> None:
 
 
 def reset(resolved: ResolvedConfig, *, others: bool) -> None:
-    """Undo the settings of an engine that is gone.
+    """Undo the settings of an engine that was destroyed.
 
     Args:
-        resolved: its config.
+        resolved: config of the engine.
         others: whether there are other engines, whose settings of activation checkpointing stay.
     """
     if _has_groups(resolved):

@@ -1,4 +1,4 @@
-"""Parameters of shape (), such as CLIP's ``logit_scale``, where DeepSpeed 0.19.8 cannot take them.
+"""Parameters of shape (), such as CLIP's ``logit_scale``, which DeepSpeed 0.19.8 cannot send.
 
 It sends whole parameters as bytes, ``dist.broadcast(p.data.view(torch.uint8), ...)``, and torch
 cannot see a tensor without dimensions as elements of another size: "self.dim() cannot be 0 to view
@@ -8,8 +8,8 @@ the end of ``GatheredParameters`` with a ``modifier_rank``. And at stage 0 in fp
 ``utils.py:clip_grad_norm_`` multiplies gradients in place by a tensor of shape (1,), which a
 gradient of shape () cannot take. All else works with shape () as it is.
 
-Nothing of DeepSpeed is replaced here, and no parameter has another shape at any time. The tests of
-this module fail once DeepSpeed needs no help any more.
+Nothing of DeepSpeed is replaced here, and no parameter changes its shape at any time. The tests of
+this module fail once DeepSpeed can do it alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def scalars_as_bytes(*, wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """Let a tensor without dimensions be viewed in another format inside, as one element is.
+    """Let a tensor of shape () be viewed in another format in the block, like one of shape (1,).
 
     Only calls change that would raise. Every call of torch from Python passes through it, some
     microseconds each, so it is no place for a training loop.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dstrain.core.errors import Problem
-from dstrain.core.files import expanded
+from dstrain.core.errors import DataError, Problem
+from dstrain.core.files import expanded, told_refused
 from dstrain.tasks.common.arguments import SourceArguments, StartArguments, too_small
 
 DEFAULT_MODEL = (
@@ -139,6 +139,7 @@ def _text_problems(args: DataArguments) -> list[Problem]:
     ]
 
 
+@told_refused(DataError)
 def _chat_problems(args: DataArguments) -> list[Problem]:
     problems = []
     if args.train_file is None and args.dataset_name is None:

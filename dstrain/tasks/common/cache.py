@@ -71,7 +71,11 @@ def cache_problem(error: BaseException) -> Problem | None:
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
-        path = Path(os.fsdecode(getattr(cause, "filename", None) or cache_folder().parent))
+        # Of a file that was opened by its descriptor this is a number.
+        name = getattr(cause, "filename", None)
+        path = cache_folder().parent
+        if name and isinstance(name, (str, bytes, os.PathLike)):
+            path = Path(os.fsdecode(name))
         what = f"the data cache at {path} cannot be written"
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return _with_remedy(unwritten(what, path, cause))

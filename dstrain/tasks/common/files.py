@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from dstrain.core.errors import DataError, Problem
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 from dstrain.tasks.common.arguments import SourceArguments
 from dstrain.tasks.common.origin import ROW_BUILDERS, Origin, TextPart
 
@@ -69,6 +69,7 @@ def library_origin() -> Origin:
     return Origin(label, parts=parts, num_skipped=skipped)
 
 
+@told_refused(DataError)
 def file_origin(name: str, flag: str) -> Origin:
     """Find out what the path given as ``--flag`` holds: text, or shards of rows."""
     path, label = expanded(name), f"--{flag} {name}"

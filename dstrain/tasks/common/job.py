@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import TrainingArguments
-from dstrain.checkpoint import check_there, held_lock
+from dstrain.checkpoint import check_resumable, held_lock
 from dstrain.core.errors import ConfigError, DataError, DstrainError, Problem, collected
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, barrier
@@ -51,7 +51,7 @@ def start_errors(
             check_writable(args.output_dir)
     with collected(errors):
         if ranks.is_main:
-            check_there(args.resume_from_checkpoint, Path(args.output_dir))
+            check_resumable(args.resume_from_checkpoint, Path(args.output_dir))
     with collected(errors):
         resolve_config(args, ranks)
     with collected(errors):

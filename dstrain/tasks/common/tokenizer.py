@@ -82,7 +82,9 @@ def prepare_tokenizer(
     """
     if name is not None:
         try:
-            return AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer("a")  # some damage shows only where it is used
+            return tokenizer
         except Exception as error:
             raise DataError(
                 Problem(

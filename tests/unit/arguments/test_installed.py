@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -83,9 +84,29 @@ def test_two_names_of_one_argument_read_the_same(name: str):
 def test_a_copy_that_turns_it_on_or_off_does_so():
     off = TrainingArguments()
     assert dataclasses.replace(off, gradient_checkpointing=True).gradient_checkpointing
-    on = dataclasses.replace(off, activation_checkpointing=True)
-    assert on.gradient_checkpointing
-    assert not dataclasses.replace(on, activation_checkpointing=False).gradient_checkpointing
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        for other in ("gradient_checkpointing", "activation_checkpointing"):
+            on = dataclasses.replace(off, **{name: True, f"{name}_kwargs": {"use_reentrant": True}})
+            assert on.gradient_checkpointing
+            again = dataclasses.replace(on, **{other: False, "seed": 3, f"{other}_kwargs": None})
+            for one in (again, dataclasses.replace(again, output_dir="x", learning_rate=1.0)):
+                assert not one.gradient_checkpointing
+                assert not one.activation_checkpointing
+                assert one.gradient_checkpointing_kwargs is None
+                assert one.activation_checkpointing_kwargs is None
+            assert dataclasses.replace(on, seed=3).activation_checkpointing
+
+
+def test_a_copy_that_does_not_compile_does_not():
+    on = TrainingArguments(torch_compile=True)
+    assert on.torch_compile_backend == "inductor"
+    off = dataclasses.replace(on, torch_compile=False)
+    assert (off.torch_compile, off.torch_compile_backend) == (False, None)
+    assert dataclasses.replace(on, seed=3).torch_compile
+    assert dataclasses.replace(on, torch_compile=False, torch_compile_mode="x").torch_compile
+    on.torch_compile = False
+    on.validate()
+    assert not on.torch_compile
 
 
 # --- others --------------------------------------------------------------------------------------
@@ -197,6 +218,44 @@ def test_steps_between_two_emptied_caches_are_whole_and_above_0(value: Any):
     with pytest.raises(ConfigError, match="torch_empty_cache_steps"):
         TrainingArguments(torch_empty_cache_steps=value)
     assert TrainingArguments(torch_empty_cache_steps=3).torch_empty_cache_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("torch_empty_cache_steps", 1.0),
+        ("torch_empty_cache_steps", "none"),
+        ("accelerator_config", dict),
+        ("accelerator_config", "there-is-none.json"),
+        ("per_gpu_train_batch_size", "many"),
+        ("no_cuda", "perhaps"),
+        ("evaluation_strategy", "sometimes"),
+    ],
+)
+def test_what_is_wrong_is_wrong_when_it_is_checked_again(name: str, value: Any):
+    args = TrainingArguments()
+    setattr(args, name, value)
+    said = []
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=name.removeprefix("evaluation_")) as caught:
+            args.validate()
+        said.append(str(caught.value))
+        assert getattr(args, name) is value
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("save", "evaluation", "is_multiple"),
+    [
+        (2e-7, 1e-7, True), (3e-7, 2e-7, False), (0.3, 0.1, True), (1 / 3, 1 / 6, True),
+        (0.5, 5e-324, True), (1e-9, 0.5, False), (0.05, 0.1, False), (500, 100, True),
+        (500, 300, False),
+    ],
+)  # fmt: skip
+def test_a_share_of_all_steps_may_be_of_any_size(save: float, evaluation: float, is_multiple: bool):
+    given = {"save_steps": save, "eval_steps": evaluation, "logging_steps": 1e-7}
+    with contextlib.nullcontext() if is_multiple else pytest.raises(ConfigError, match="multiple"):
+        TrainingArguments(eval_strategy="steps", load_best_model_at_end=True, **given)
 
 
 def test_an_accelerator_config_is_a_dict_a_file_or_an_object_and_no_class(tmp_path: Path):

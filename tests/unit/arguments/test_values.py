@@ -83,6 +83,8 @@ def test_mutable_defaults_are_not_shared():
         ("eval_steps", "0.25", 0.25),
         ("eval_steps", "None", None),
         ("data_seed", "7", 7),
+        *(("logging_steps", 5, 5), ("logging_steps", 20.0, 20), ("save_steps", "1e3", 1000)),
+        *(("warmup_steps", 10, 10), ("warmup_steps", 0.5, 0.5), ("eval_delay", "3", 3)),
         ("label_names", "labels, start_positions", ["labels", "start_positions"]),
         ("label_names", ("labels",), ["labels"]),
         ("report_to", "none", []),

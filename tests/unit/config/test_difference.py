@@ -309,3 +309,25 @@ def test_mistakes_are_refused_by_name(words, error, named):
     with pytest.raises(error) as caught:
         explain.run(words)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("provenance", [["bf16", "argument bf16"]], "provenance"),
+        ("provenance", {"bf16": "argument bf16"}, "provenance.bf16"),
+        ("provenance", {"bf16": {"source": "argument"}}, "provenance.bf16.detail: field required"),
+        ("deepspeed", ["x"], "deepspeed"),
+        ("arguments", 3, "arguments"),
+        ("set_arguments", {"a": 1}, "set_arguments"),
+        ("adopted_from_config", "x", "adopted_from_config"),
+        ("facts", [1], "facts"),
+        ("versions", {"torch": 2}, "versions.torch"),
+        ("provenance", None, "holds no config"),
+    ],
+)
+def test_a_record_of_another_form_is_an_error_that_names_the_field(tmp_path, name, value, said):
+    path = saved(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ConfigError, match=f"--diff.*\n?.*{said}"):
+        explain.run(["--diff", str(path)])

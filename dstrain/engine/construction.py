@@ -1,0 +1,115 @@
+"""Building DeepSpeed's engine on a module from a resolved config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dstrain.config import ResolvedConfig
+from dstrain.core.ranks import is_distributed
+from dstrain.engine.model_checks import (
+    check_formats,
+    check_layerdrop,
+    check_leaf_modules,
+    make_contiguous,
+)
+from dstrain.engine.optimizers import (
+    correct_bias_by_step,
+    make_adagrad_lazy,
+    optimizer_factory,
+    stepping_by_metric_only,
+    without_adagrad_replacement,
+)
+from dstrain.engine.process_group import device_type, unlink_once_mapped
+from dstrain.engine.quiet import quiet
+from dstrain.engine.zero import (
+    forget_running_modules,
+    has_scalars,
+    process_settings,
+    scalars_as_bytes,
+    showing_partitions,
+)
+
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+
+
+def check_model(module: torch.nn.Module, resolved: ResolvedConfig, *, trains: bool) -> None:
+    """Refuse a model that DeepSpeed could not run, or would train otherwise than it says.
+
+    Args:
+        module: the model.
+        resolved: the config of the run.
+        trains: False where it only runs forward.
+
+    Raises:
+        ModelError: saying what to change.
+    """
+    check_leaf_modules(module, resolved)
+    if trains and resolved.stage == 3 and is_distributed():
+        check_layerdrop(module, leaves=resolved.leaf_classes)
+    check_formats(module, resolved, trains=trains)
+
+
+def build_deepspeed_engine(
+    module: torch.nn.Module,
+    resolved: ResolvedConfig,
+    *,
+    groups: list[dict[str, Any]] | None,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: SchedulerFactory | Any | None,
+    trains: bool,
+) -> tuple[Any, Any, Any]:
+    """Return DeepSpeed's engine, optimizer and scheduler for a model that ``check_model`` passed.
+
+    The arguments are those of ``Engine``. Settings that DeepSpeed keeps once per process become
+    those of this engine, also where building fails.
+    """
+    import deepspeed
+
+    config = resolved.to_deepspeed()
+    if "activation_checkpointing" in config:
+        # DeepSpeed reads this block only when it is asked to, and not while it builds.
+        deepspeed.checkpointing.configure(None, deepspeed_config=config)
+    if not trains:
+        config.pop("optimizer", None)
+        config.pop("scheduler", None)
+    factory = optimizer_factory(resolved) if trains and optimizer is None else None
+    if factory is not None:
+        config.pop("optimizer", None)
+    if optimizer is not None:
+        make_adagrad_lazy(optimizer)
+    if resolved.has_scheduler:
+        scheduler = None
+    make_contiguous(module)
+    scalars = has_scalars(module.parameters())
+    process_settings.set_for(module, resolved)
+    with quiet(), without_adagrad_replacement(), scalars_as_bytes(wanted=scalars):
+        engine, wrapper, _, built_scheduler = deepspeed.initialize(
+            model=module,
+            model_parameters=groups if optimizer is None else None,
+            optimizer=factory if optimizer is None else optimizer,
+            lr_scheduler=stepping_by_metric_only(scheduler),
+            config=config,
+        )
+    forget_running_modules(module)
+    if device_type() == "cpu":
+        unlink_once_mapped()  # DeepSpeed has only now joined a process group of the user's
+    engine.client_lr_scheduler = None  # what made it may hold all of a Trainer
+    process_settings.keep_communication_format(wrapper, resolved)
+    correct_bias_by_step(engine.basic_optimizer)
+    if resolved.stage == 3:
+        _let_deepspeed_save(engine)
+    return engine, wrapper, built_scheduler
+
+
+def _let_deepspeed_save(engine: Any) -> None:
+    """Let DeepSpeed's own checkpoints read the partitions, which nobody must take for weights."""
+    state_dict = engine.module_state_dict
+
+    def module_state_dict(*args: Any, **kwargs: Any) -> Any:
+        with showing_partitions(engine.module):
+            return state_dict(*args, **kwargs)
+
+    engine.module_state_dict = module_state_dict

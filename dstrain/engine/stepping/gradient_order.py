@@ -1,0 +1,357 @@
+"""The order in which gradients go to DeepSpeed's buckets: the same on all ranks, none left out.
+
+ZeRO puts gradients into its reduce buckets as hooks of the backward pass bring them, and adds up
+the buckets of all ranks. A rank whose micro-batch does not use a parameter (a head without labels,
+an expert without tokens, a layer that LayerDrop skips, a batch without images), or reaches
+parameters in another order, fills its buckets differently: gradients of one parameter are then
+added to those of another. And a parameter without gradient in the last micro-batch of a window, or
+in a whole window, keeps the gradient of the window before where DeepSpeed collects gradients itself
+(CPU offload, stage 3).
+
+Here every gradient waits until those before it in the order have been handed on. A gradient that
+the backward pass will not bring is handed on as zeros, as torch's DistributedDataParallel and
+DeepSpeed at stage 0 do. So every backward pass of every rank fills the buckets alike, and no rank
+has to ask another.
+
+The order is the one in which the main rank's first backward pass brings gradients; it is sent to
+the other ranks once. In a model that uses all its parameters nothing waits then, and buckets are
+filled as without this.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from dstrain.core.errors import Problem, TrainingError
+from dstrain.core.ranks import broadcast_object
+from dstrain.engine.stepping.gradient_arrival import gradient_arrival_order
+
+# Attributes of DeepSpeed 0.19.8's ZeRO optimizers that this file uses, by stage.
+_OF_BOTH = (
+    "reduce_ready_partitions_and_remove_grads",  # one gradient into its bucket
+    "overlapping_partition_gradients_reduce_epilogue",  # the last bucket, at the end of a pass
+    "is_gradient_accumulation_boundary",
+    "_coalesce_grad_reduction",
+)
+_OF_STAGES_1_AND_2 = (
+    *_OF_BOTH,
+    "bit16_groups",
+    "partition_gradients",
+    "overlap_comm",
+    "setup_buckets",
+    "get_gradient_for_reduction",
+    "use_grad_accum_attribute",
+    "gradient_accumulation_dtype",
+)
+_OF_STAGE_3 = (*_OF_BOTH, "fp16_groups", "leaf_parameters")
+
+
+def gradient_sequence(optimizer: Any, module: torch.nn.Module) -> GradientSequence | None:
+    """Return the sequence of a ZeRO optimizer; None for optimizers that fill in zeros themselves.
+
+    Raises:
+        TrainingError: this DeepSpeed lacks attributes that the sequence needs.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return _OfStages1And2(optimizer, module)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return _OfStage3(optimizer, module)
+    return None
+
+
+class GradientSequence(abc.ABC):
+    """A layer between the hooks of a ZeRO optimizer and its buckets.
+
+    Costs one look-up and one comparison per gradient. Parameters that wait keep their gradients
+    meanwhile, as torch's backward pass leaves them.
+
+    Attributes:
+        before_end: called at the end of every backward pass, before the gradients that are left
+            are handed on.
+    """
+
+    def __init__(self, optimizer: Any, module: torch.nn.Module, names: tuple[str, ...]) -> None:
+        """Take the place of the two functions of ``optimizer`` that fill and empty buckets.
+
+        Args:
+            optimizer: DeepSpeed's ZeRO optimizer of this rank.
+            module: the model; gives the order in which parameters are registered.
+            names: attributes of the optimizer that must exist.
+        """
+        _check(optimizer, names)
+        self._optimizer = optimizer
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._hand_on = optimizer.reduce_ready_partitions_and_remove_grads
+        self._end_pass = optimizer.overlapping_partition_gradients_reduce_epilogue
+        optimizer.reduce_ready_partitions_and_remove_grads = self._arrive
+        optimizer.overlapping_partition_gradients_reduce_epilogue = self._end
+        self.before_end: Callable[[], None] = _do_nothing
+        self._has_order = self._knows = False
+        self._graph: int | None = None  # of the backward pass that runs
+        self._is_nested = False  # whether gradients come from backward passes inside of one
+        self._filled: set[int] = set()
+        self._streams: dict[int, Any] = {}
+        given = self._given()
+        registered = [id(p) for p in module.parameters() if id(p) in given]
+        others = [key for key in given if key not in self._names]
+        self._put([given[key] for key in (*registered, *others)])
+
+    def close(self) -> None:
+        """Give DeepSpeed its functions back."""
+        own = vars(self._optimizer)
+        own.pop("reduce_ready_partitions_and_remove_grads", None)
+        own.pop("overlapping_partition_gradients_reduce_epilogue", None)
+
+    @contextlib.contextmanager
+    def backward(self, loss: torch.Tensor) -> Iterator[None]:
+        """Run the backward pass of ``loss`` inside; the first one is a collective of all ranks."""
+        if not self._has_order:
+            self._agree(loss)
+        if not loss.requires_grad:  # DeepSpeed raises an error
+            yield
+            return
+        handle = loss.register_hook(self._begin)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._graph = None
+
+    # --- of the stages ---------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _given(self) -> dict[int, tuple[Any, ...]]:
+        """Return the arguments of DeepSpeed's hook for each parameter, by its ``id``."""
+
+    @abc.abstractmethod
+    def _collects(self) -> bool:
+        """Tell whether gradients of this micro-batch go into buckets."""
+
+    @abc.abstractmethod
+    def _fill(self, parameter: Any) -> None:
+        """Give a parameter a gradient of zeros, unless one waits to be reduced."""
+
+    def _comes_later(self, parameter: Any) -> bool:
+        """Tell whether the gradient of a parameter comes later than torch computes it."""
+        return False
+
+    # --- order -----------------------------------------------------------------------------------
+
+    def _put(self, members: list[tuple[Any, ...]]) -> None:
+        self._members = members
+        self._position = {id(member[0]): n for n, member in enumerate(members)}
+        self._here = bytearray(len(members))
+        self._next = 0
+
+    def _agree(self, loss: torch.Tensor) -> None:
+        """Adopt the order of the main rank's backward pass; sends a number per parameter."""
+        import torch.distributed as dist
+
+        self._has_order = True
+        order: list[int] = []
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            order = gradient_arrival_order(loss, [member[0] for member in self._members])
+        order = broadcast_object(order)
+        if self._next or any(self._here):  # a pass has begun before: in a forward pass
+            return
+        self._put([self._members[index] for index in order])
+
+    # --- a backward pass -------------------------------------------------------------------------
+
+    def _begin(self, _: torch.Tensor) -> None:
+        self._graph = torch._C._current_graph_task_id()
+
+    def _arrive(self, parameter: Any, *group: int) -> None:
+        """Hand a gradient on, with the gradients that wait for it; or let it wait."""
+        if not self._collects():
+            self._hand_on(parameter, *group)
+            return
+        if not getattr(parameter, "ds_grad_is_ready", True):
+            return  # a tile of a computation in tiles: the last one brings the sum
+        position = self._position[id(parameter)]
+        if position < self._next:
+            self._refuse_late(position)
+            self._hand_on(parameter, *group)  # twice in one pass: DeepSpeed has its own error
+            return
+        self._here[position] = 1
+        if self._graph is not None and torch._C._current_graph_task_id() != self._graph:
+            self._is_nested = True
+        if position == self._next:
+            self._go_on()
+            return
+        self._keep(position)
+        while self._next < position and self._is_unused(self._next):
+            self._filled.add(self._next)
+            self._hand(self._next)
+            self._next += 1
+            self._go_on()
+
+    def _go_on(self) -> None:
+        here, size = self._here, len(self._members)
+        while self._next < size and here[self._next]:
+            self._hand(self._next)
+            self._next += 1
+
+    def _end(self) -> None:
+        """Hand on the gradients that are left, zeros where none has come, and end the pass."""
+        self.before_end()
+        with torch.no_grad():
+            for position in range(self._next, len(self._members)):
+                self._hand(position)
+        self._here[:] = bytes(len(self._members))
+        self._next = 0
+        self._filled.clear()
+        self._knows = True
+        self._end_pass()
+
+    def _hand(self, position: int) -> None:
+        member = self._members[position]
+        if not self._here[position]:
+            self._fill(member[0])
+        stream = self._streams.pop(position, None)
+        if stream is not None:
+            _wait_for(stream, member[0])
+        self._hand_on(*member)
+
+    def _is_unused(self, position: int) -> bool:
+        """Tell whether the running pass will certainly bring no gradient for a parameter.
+
+        Torch knows the graph that runs, but not the graphs of re-entrant checkpoints inside of it,
+        which are built later: with these, only the end of the pass decides. The first pass shows
+        whether there are any.
+        """
+        if not self._knows or self._is_nested or self._graph is None:
+            return False
+        if torch._C._current_graph_task_id() != self._graph:
+            return False
+        parameter = self._members[position][0]
+        if self._comes_later(parameter):
+            return False
+        if not parameter.requires_grad:  # frozen since the engine was built
+            return True
+        with torch.enable_grad():
+            node = torch.autograd.graph._get_grad_fn_or_grad_acc(parameter)
+        return not torch._C._will_engine_execute_node(node)
+
+    def _refuse_late(self, position: int) -> None:
+        """Raise where zeros have been handed on for a parameter whose gradient now comes."""
+        if position not in self._filled:
+            return
+        name = self._names.get(id(self._members[position][0]), "a parameter outside the model")
+        raise TrainingError(
+            Problem(
+                f"the gradient of {name} came from a backward pass inside the backward pass",
+                "the passes before had none such (re-entrant checkpointing was turned on during "
+                "training, or this part of the model alone uses it): it was taken for unused",
+                'pass gradient_checkpointing_kwargs={"use_reentrant": False}',
+            )
+        )
+
+    def _keep(self, position: int) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        if not get_accelerator().resolves_data_dependency():
+            self._streams[position] = get_accelerator().current_stream()
+
+
+class _OfStages1And2(GradientSequence):
+    def __init__(self, optimizer: Any, module: torch.nn.Module) -> None:
+        super().__init__(optimizer, module, _OF_STAGES_1_AND_2)
+        if not optimizer.partition_gradients and not optimizer.overlap_comm:
+            # DeepSpeed itself hands all gradients on at the end of the window, group by group.
+            self._put(list(self._given().values()))
+            self._has_order = True
+
+    def _given(self) -> dict[int, tuple[Any, ...]]:
+        groups = enumerate(self._optimizer.bit16_groups)
+        return {id(p): (p, i) for i, group in groups for p in group if p.requires_grad}
+
+    def _collects(self) -> bool:
+        """Tell whether gradients go into buckets: at stage 1 only of the last micro-batch."""
+        optimizer = self._optimizer
+        return optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()
+
+    def _fill(self, parameter: Any) -> None:
+        optimizer = self._optimizer
+        if optimizer.get_gradient_for_reduction(parameter) is not None:
+            return  # of an earlier micro-batch
+        optimizer.setup_buckets()
+        layout = torch.contiguous_format
+        if optimizer.use_grad_accum_attribute:
+            parameter.grad_accum = torch.zeros_like(
+                parameter, dtype=optimizer.gradient_accumulation_dtype, memory_format=layout
+            )
+        else:
+            parameter.grad = torch.zeros_like(parameter, memory_format=layout)
+
+
+class _OfStage3(GradientSequence):
+    def __init__(self, optimizer: Any, module: torch.nn.Module) -> None:
+        super().__init__(optimizer, module, _OF_STAGE_3)
+
+    def _given(self) -> dict[int, tuple[Any, ...]]:
+        return {
+            id(p): (p,)
+            for group in self._optimizer.fp16_groups
+            for p in group
+            if p.requires_grad or hasattr(p, "ds_z3_leaf_module")
+        }
+
+    def _collects(self) -> bool:
+        return not self._optimizer._coalesce_grad_reduction
+
+    def _fill(self, parameter: Any) -> None:
+        if parameter.grad is not None:
+            return
+        # The gradient must have the shape of the whole parameter, of which this rank may hold a
+        # partition: torch compares shapes only when a gradient is set.
+        parameter.grad = torch.zeros_like(parameter)
+        if parameter.shape != parameter.ds_shape:
+            parameter.grad.data = parameter.grad.new_zeros(parameter.ds_shape)
+
+    def _comes_later(self, parameter: Any) -> bool:
+        """Tell whether the parameter is in a leaf module, whose gradients all come at its end."""
+        return hasattr(parameter, "ds_z3_leaf_module")
+
+
+def _do_nothing() -> None:
+    """Do nothing at the end of a backward pass."""
+
+
+def _wait_for(stream: Any, parameter: Any) -> None:
+    """Make the current stream wait for the one that computed a gradient."""
+    from deepspeed.accelerator import get_accelerator
+
+    present = get_accelerator().current_stream()
+    if present == stream:
+        return
+    present.wait_stream(stream)
+    for gradient in (parameter.grad, getattr(parameter, "grad_accum", None)):
+        if gradient is not None:
+            gradient.record_stream(present)
+
+
+def _check(optimizer: Any, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(optimizer, name)]
+    if not hasattr(torch._C, "_will_engine_execute_node"):
+        missing.append("torch._C._will_engine_execute_node")
+    if not missing:
+        return
+    import deepspeed
+
+    raise TrainingError(
+        Problem(
+            f"deepspeed {deepspeed.__version__} with torch {torch.__version__} lacks "
+            f"{', '.join(missing)}",
+            "without them, parameters that not all ranks use would be given wrong gradients",
+            "install the versions that dstrain's pyproject.toml asks for",
+        )
+    )

@@ -1,0 +1,40 @@
+"""Where a run stands, in words: for messages about ranks that do not come."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from dstrain.core.progress import Progress
+
+
+class Place:
+    """Where the main thread is in a training, in words, and since when; set by the loop."""
+
+    def __init__(self) -> None:
+        """Begin outside of a step."""
+        self.what, self.in_step, self.count, self.since = "the start", False, 0, time.monotonic()
+
+    def enter(self, what: str, *, in_step: bool = False) -> None:
+        """Note that the loop has come to another place.
+
+        Args:
+            what: of the loop begins, for messages.
+            in_step: all ranks meet in it, so that to wait for one long is a failure.
+        """
+        self.what, self.in_step, self.since = what, in_step, time.monotonic()
+        self.count += 1
+
+
+class Watched(Protocol):
+    """What is watched: a training loop, or whatever else is done."""
+
+    @property
+    def place(self) -> Place:
+        """Return where the main thread is."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """Return how far training has come."""
+        ...

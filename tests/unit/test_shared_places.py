@@ -1,0 +1,62 @@
+"""Whether two tensors have an element in common, told in bounded memory."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from dstrain.engine import formats
+
+DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
+
+
+def places(tensor: torch.Tensor) -> set[int]:
+    """List the bytes of a tensor's elements."""
+    steps = [
+        range(0, n * s, s) if s else [0] for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    size = tensor.element_size()
+    starts = (tensor.data_ptr() + sum(at) * size for at in itertools.product(*steps))
+    return {start + byte for start in starts for byte in range(size)}
+
+
+@pytest.mark.parametrize("marked", [1, 7, 2**22])
+def test_two_views_overlap_where_they_share_a_byte(monkeypatch, marked):
+    monkeypatch.setattr(formats, "_MARKED", marked)
+    chance = random.Random(3)
+    base = torch.zeros(400, dtype=torch.uint8)
+    found = []
+    for _ in range(400):
+        views = []
+        for _ in range(2):
+            dtype = chance.choice(DTYPES)
+            shape = [chance.randint(1, 4) for _ in range(chance.randint(0, 3))]
+            stride = [chance.choice([0, 1, 2, 3, 4, 6, 8, 12]) for _ in shape]
+            start = chance.randint(0, 20)
+            views.append(base.view(dtype).as_strided(shape, stride, start))
+        first, second = sorted(views, key=torch.Tensor.data_ptr)
+        shares = not places(first).isdisjoint(places(second))
+        assert formats._overlap(first, second) == shares, (first, second)
+        found.append(shares)
+    assert 50 < sum(found) < 350
+
+
+def test_memory_is_bounded_whatever_the_size_of_the_tensors(monkeypatch):
+    marked = []
+    zeros = torch.zeros
+
+    def counted(size: int, **kwargs: object) -> torch.Tensor:
+        marked.append(size)
+        return zeros(size, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", counted)
+    base = torch.empty(200_000, 1000, dtype=torch.uint8)  # never touched
+    assert not formats._overlap(base[:, :500], base[:, 500:])
+    assert formats._overlap(base[:, :501], base[:, 500:])
+    flat = base.flatten()
+    assert not formats._overlap(flat[::2], flat[1::2])
+    assert formats._overlap(flat[::2], flat[198_000_001::3])
+    assert max(marked) < 10_000_000
