@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dstrain.config.model_spec import read_spec
 
 from dstrain.cli.main import main
 from dstrain.cli.model import local_folder
 from dstrain.config.difference import read_record
+from dstrain.config.memory.model_spec import read_spec
 from dstrain.core.errors import CheckpointError, ConfigError, DataError, DstrainError, ModelError
 from dstrain.models import check_model_folder
 
@@ -99,13 +99,13 @@ def test_data_in_a_folder_that_may_not_be_read_is_an_error(locked):
 
 @pytest.mark.parametrize("wanted", [True, None])
 def test_a_checkpoint_in_a_folder_that_may_not_be_read_is_an_error(locked, wanted):
-    from dstrain.checkpoint import check_there, choose
+    from dstrain.checkpoint import check_resumable, choose_checkpoint
     from dstrain.core.ranks import Ranks
 
     folder = locked / "inner"
     given = wanted or str(folder)
-    assert refused(lambda: check_there(given, locked), locked, CheckpointError)
-    assert refused(lambda: choose(given, locked, Ranks()), locked, CheckpointError)
+    assert refused(lambda: check_resumable(given, locked), locked, CheckpointError)
+    assert refused(lambda: choose_checkpoint(given, locked, Ranks()), locked, CheckpointError)
 
 
 @pytest.mark.parametrize(
