@@ -155,18 +155,16 @@ class DataArguments:
         ),
     )
 
-    def _read_accelerator_config(self) -> list[Problem]:
+    def _read_accelerator_config(self) -> Problem | None:
         """Replace an ``AcceleratorConfig`` or a file's path by the dict that it holds."""
         given: Any = self.accelerator_config
         if isinstance(given, type):
             self.accelerator_config = None
-            return [
-                Problem(
-                    f"accelerator_config={given.__name__}, a class",
-                    "an object of it says how to load data, a class does not",
-                    f"write {given.__name__}(...), or a dict",
-                )
-            ]
+            return Problem(
+                f"accelerator_config={given.__name__}, a class",
+                "an object of it says how to load data, a class does not",
+                f"write {given.__name__}(...), or a dict",
+            )
         if given is not None and not isinstance(given, (dict, str)) and hasattr(given, "to_dict"):
             self.accelerator_config = given.to_dict()
         elif isinstance(given, os.PathLike) or (
@@ -176,8 +174,8 @@ class DataArguments:
             try:
                 self.accelerator_config = json.loads(expanded(given).read_text())
             except (OSError, ValueError) as error:
-                return [Problem(f"accelerator_config={str(given)!r}", f"no JSON file: {error}")]
-        return []
+                return Problem(f"accelerator_config={str(given)!r}", f"no JSON file: {error}")
+        return None
 
     @property
     def sampling(self) -> str:

@@ -13,7 +13,9 @@ from dstrain.core.errors import Problem
 _OF_TEXTS = ("prompts", "router_mapping")
 
 
-def read_dicts(arguments: Any, names: tuple[str, ...], *, texts: tuple[str, ...] = ()) -> Any:
+def read_dicts(
+    arguments: Any, names: tuple[str, ...], *, texts: tuple[str, ...] = ()
+) -> dict[str, Problem]:
     """Parse the named fields in place where they are text, and numbers in them that are text.
 
     YAML reads ``1e-6`` as text, since a dot is missing.
@@ -24,19 +26,17 @@ def read_dicts(arguments: Any, names: tuple[str, ...], *, texts: tuple[str, ...]
         texts: those of them for which other text is a value of its own.
 
     Returns:
-        a problem for each text that is no JSON object.
+        the problem of each field with a text that is no JSON object.
     """
-    problems = []
+    problems = {}
     for name in names:
         value = getattr(arguments, name)
         if isinstance(value, str) and (name not in texts or value.lstrip().startswith("{")):
             with contextlib.suppress(ValueError):
                 value = None if value.strip().lower() == "none" else json.loads(value)
             if value is not None and not isinstance(value, dict):
-                problems.append(
-                    Problem(
-                        f"{name}={getattr(arguments, name)!r}", "expected a JSON object, or none"
-                    )
+                problems[name] = Problem(
+                    f"{name}={getattr(arguments, name)!r}", "expected a JSON object, or none"
                 )
                 continue
         setattr(arguments, name, value if name in _OF_TEXTS else plain_values(value))

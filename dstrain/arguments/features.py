@@ -173,20 +173,18 @@ class FeatureArguments:
                 vars(self)[old] = newer
         vars(self)["_twins_agree"] = True
 
-    def _unconverted_problems(self) -> list[Problem]:
-        """Return problems of values that must be seen before a conversion would hide them."""
+    def _read_cache_steps(self) -> Problem | None:
+        """Refuse a fraction of a step, which a conversion to a whole number would hide."""
         steps: Any = self.torch_empty_cache_steps
         is_none = isinstance(steps, str) and steps.strip().lower() == "none"
         if not isinstance(steps, float) and not is_none:
-            return []
+            return None
         self.torch_empty_cache_steps = None
-        return [
-            Problem(
-                f"torch_empty_cache_steps={steps!r} ({type(steps).__name__})",
-                "a whole number of steps above 0 is needed",
-                "leave it out to keep the memory cache",
-            )
-        ]
+        return Problem(
+            f"torch_empty_cache_steps={steps!r} ({type(steps).__name__})",
+            "a whole number of steps above 0 is needed",
+            "leave it out to keep the memory cache",
+        )
 
     def _feature_problems(self) -> list[Problem]:
         problems = []

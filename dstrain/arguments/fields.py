@@ -77,25 +77,31 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
-def coerce_fields(arguments: Any) -> list[Problem]:
+def coerce_fields(arguments: Any) -> dict[str, Problem]:
     """Convert string values of a dataclass in place to the declared types.
 
     JSON and YAML files, environment variables and hyperparameter tools hand over ``"5e-5"`` or
-    ``"true"``; a dict field takes a JSON object as a string. What cannot be converted, or is not
-    among a field's legal values, becomes a problem.
+    ``"true"``; a dict field takes a JSON object as a string.
+
+    Returns:
+        the problem of each field whose value cannot be converted or is not a legal one.
     """
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments)}
     converted, problems = convert_values(type(arguments), given)
     for name, value in converted.items():
         if value is not given[name]:
             setattr(arguments, name, value)
-    return problems
+    unread = [name for name in given if name not in converted]
+    return dict(zip(unread, problems, strict=True))
 
 
 def convert_values(
     cls: type[Any], given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Return values of fields of dataclass ``cls`` in their declared types, and the problems."""
+    """Return values of fields of dataclass ``cls`` in their declared types, and the problems.
+
+    A field that was given is either among the values or has one problem, in the order of fields.
+    """
     problems: list[Problem] = []
     converted: dict[str, Any] = {}
     kinds_by_name = kinds_of(cls)

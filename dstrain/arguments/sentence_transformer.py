@@ -9,7 +9,7 @@ from dstrain.arguments.dicts import read_dicts
 from dstrain.arguments.fields import arg
 from dstrain.arguments.training_arguments import TrainingArguments
 from dstrain.arguments.treatment import implemented, pending
-from dstrain.core.errors import ConfigError, Problem, nearest, raise_problems
+from dstrain.core.errors import Problem, nearest
 
 BATCH_SAMPLERS = ("batch_sampler", "no_duplicates", "no_duplicates_hashed", "group_by_label")
 MULTI_DATASET_SAMPLERS = ("proportional", "round_robin")
@@ -68,8 +68,10 @@ class SentenceTransformerTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        raise_problems(read_dicts(self, ("prompts",), texts=("prompts",)), error=ConfigError)
         super()._validate()
+
+    def _read_values(self) -> dict[str, Problem]:
+        return read_dicts(self, ("prompts",), texts=("prompts",)) | super()._read_values()
 
     def _problems(self) -> list[Problem]:
         problems = super()._problems()

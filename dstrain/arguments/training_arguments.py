@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -92,21 +94,40 @@ class TrainingArguments(
 
     def _validate(self) -> None:
         self._forget_masks()
-        problems = self._unconverted_problems()
+        given = dict(vars(self))
+        unread = self._read_values()
+        # A value that cannot be read stands at its default while the others are checked, so that
+        # one message lists everything.
+        for name in unread:
+            vars(self)[name] = default_of(_field(self, name))
+        found = [p for p in self._check_values() if not _names_any(p, unread)]
+        vars(self).update({name: given[name] for name in unread})
+        raise_problems([*unread.values(), *found], error=ConfigError)
+
+    def _read_values(self) -> dict[str, Problem]:
+        """Convert all fields in place; return the problem of each whose value has no meaning."""
+        early = {
+            "torch_empty_cache_steps": self._read_cache_steps(),
+            "accelerator_config": self._read_accelerator_config(),
+        }
         self._spell()
-        problems += self._read_accelerator_config() + coerce_fields(self)
+        unread = {name: problem for name, problem in early.items() if problem is not None}
+        unread |= coerce_fields(self)
         # What DeepSpeed's config says is read where it is resolved; a path of FSDP's is refused.
-        dicts = tuple(n for n in self._VALID_DICT_FIELDS if n not in ("deepspeed", "fsdp_config"))
-        problems += read_dicts(self, dicts)
+        dicts = [n for n in self._VALID_DICT_FIELDS if n not in ("deepspeed", "fsdp_config")]
+        unread |= read_dicts(self, tuple(name for name in dicts if name not in unread))
         if self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {}
-        raise_problems(problems, error=ConfigError)
+        return unread
+
+    def _check_values(self) -> list[Problem]:
+        """Fill derived values; return what is refused, and what contradicts something else."""
         self._join_twins()
         moved, problems = enforce.move_old_names(self)
         problems += convert_values(type(self), {name: getattr(self, name) for name in moved})[1]
         problems += enforce.refusals(self)
         self._fill()
-        raise_problems(problems + self._problems(), error=ConfigError)
+        return problems + self._problems()
 
     def _spell(self) -> None:
         """Replace other documented or common ways to write a value by its usual form."""
@@ -197,3 +218,9 @@ class TrainingArguments(
 
 def _field(arguments: TrainingArguments, name: str) -> dataclasses.Field[object]:
     return next(f for f in dataclasses.fields(arguments) if f.name == name)
+
+
+def _names_any(problem: Problem, names: Iterable[str]) -> bool:
+    """Tell whether a problem is about one of the names, and may so come from its stand-in."""
+    text = f"{problem.what} {problem.why}"
+    return any(re.search(rf"\b{name}\b", text) for name in names)

@@ -95,7 +95,11 @@ def test_an_enumeration_as_pythons_before_3_11_4_store_it(tmp_path):
 
 
 def test_pickles_are_read_in_one_place():
-    """Nothing else that touches a checkpoint loads one; DeepSpeed's own layout is DeepSpeed's."""
+    """Nothing else that touches a checkpoint loads one; DeepSpeed's own layout is DeepSpeed's.
+
+    ``core/ranks.py`` reads what the ranks of one run send each other, as torch's collectives of
+    objects do; nothing of a file gets there.
+    """
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for room in ("core", "engine", "models", "checkpoint", "trainer", "cli")
@@ -105,7 +109,8 @@ def test_pickles_are_read_in_one_place():
         or (isinstance(node, ast.Import) and any(a.name == "pickle" for a in node.names))
         or (isinstance(node, ast.ImportFrom) and node.module in ("pickle", "joblib", "dill"))
     ]
-    assert {place.partition(":")[0] for place in found} == {"dstrain/checkpoint/foreign/pickles.py"}
+    places = {place.partition(":")[0] for place in found}
+    assert places == {"dstrain/checkpoint/foreign/pickles.py", "dstrain/core/ranks.py"}
 
 
 def groups(*counts: int) -> list[dict[str, Any]]:

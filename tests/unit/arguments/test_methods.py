@@ -25,7 +25,7 @@ from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import NOT_YET
 from dstrain.core.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # --- set_* ---------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from dstrain.arguments.treatment import NOT_YET
 from dstrain.config.resolution.rules import RULES, Binding
 from dstrain.core.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 REFERENCE = ROOT.parent / "shared" / "reference"
 CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in table.CLASSES}
 # Names and defaults of the reference documents' signatures.

@@ -19,17 +19,13 @@ from dstrain.config.resolution.resolve import resolve
 from dstrain.config.resolution.rules import RULES
 from dstrain.config.resolution.source import preset_folder
 from dstrain.core.errors import ConfigError
-from tests.unit.test_presets import ONLY_CUDA, PRESETS
-from tests.unit.test_resolve import (
+from tests.unit.config.resolution.resolving import (
     ALWAYS_WRITTEN,
     DEFAULTS,
-    accepted_by_deepspeed,
     check_complete,
-    deepspeed_config_module,
     situations,
 )
-
-__all__ = ["accepted_by_deepspeed", "deepspeed_config_module"]  # fixtures
+from tests.unit.config.resolution.test_presets import ONLY_CUDA, PRESETS
 
 # Of some keys "auto" is a value that DeepSpeed itself understands: those stay as they are.
 PATHS = sorted(

@@ -312,9 +312,7 @@ PATHS = sorted({build.cls for row in OPTIMIZERS for build in builds(row)})
 def test_classes_take_what_they_are_given(path: str, deepspeed: Any):
     """Every constant, option and hyperparameter is in the signature of the installed class."""
     if path.endswith("MuonWithAuxAdam"):
-        pytest.skip(
-            "DeepSpeed splits its parameters itself: tests of the schema read them from there"
-        )
+        pytest.skip("DeepSpeed splits its parameters itself: the tests of the schema read them")
     taken = set(inspect.signature(class_of(path).__init__).parameters) | {
         "torch_adam",
         "adam_w_mode",
