@@ -1,4 +1,4 @@
-"""What the actions of ``dstrain checkpoint`` share."""
+"""Helpers that the actions of ``dstrain checkpoint`` share."""
 
 from __future__ import annotations
 

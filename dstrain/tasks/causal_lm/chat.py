@@ -34,10 +34,10 @@ class ChatEncoder:
     """Turns messages into token ids and labels."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, answers: str = "all") -> None:
-        """Keep what encodes.
+        """Keep the tokenizer and the choice of answers.
 
         Args:
-            tokenizer: with a chat template.
+            tokenizer: a tokenizer with a chat template.
             answers: "all" for a loss on every answer, "last" on the last one.
         """
         self._tokenizer = tokenizer

@@ -29,7 +29,7 @@ class CausalLMTrainer(Trainer):
 
         Args:
             *args: of ``Trainer``.
-            tokens_per_byte: of the evaluation text.
+            tokens_per_byte: tokens per UTF-8 byte of the evaluation text.
             sequence_length: tokens of one block.
             **kwargs: of ``Trainer``.
         """

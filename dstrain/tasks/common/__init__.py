@@ -1,1 +1,1 @@
-"""What tasks share: where data comes from, its cache, the tokenizer, the order of a job."""
+"""Code shared by tasks: where data comes from, its cache, the tokenizer, the order of a job."""

@@ -1,4 +1,4 @@
-"""What is kept on disk between runs: where, under which name, and made only once."""
+"""The cache on disk: its folder, the names of its entries, and building each only once."""
 
 from __future__ import annotations
 

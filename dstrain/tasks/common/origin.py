@@ -1,4 +1,4 @@
-"""What every reader of data knows: its origin, its two sides, the hash that splits them."""
+"""Facts that every reader of data uses: its origin, its two sides, the hash that splits them."""
 
 from __future__ import annotations
 
