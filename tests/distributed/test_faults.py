@@ -50,7 +50,7 @@ def test_a_disk_that_is_full(
     class MakeRoom(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 3:
-                trainer._writer.wait()  # else it could find the room still
+                trainer.checkpoints.wait()  # else it could find the room still
                 if rank == 0:
                     shutil.rmtree(Path(args.output_dir) / "checkpoint-1")
 
@@ -128,7 +128,7 @@ def test_the_folder_goes_under_a_run(
     class TakeAway(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 2:
-                trainer._writer.wait()
+                trainer.checkpoints.wait()
                 barrier()
                 if rank == 0:
                     if how == "moved":
