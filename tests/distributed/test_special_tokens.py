@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.runs import make_trainer
-from tests.unit.test_processors import tokenizer
+from tests.unit.trainer.test_processing import tokenizer
 
 
 @pytest.mark.ranks(2)

@@ -389,7 +389,7 @@ def test_rows_are_found_in_the_cache_by_another_process(tmp_path, cache, tokeniz
     )
     command = [sys.executable, "-c", code, path, str(cache.parent)]
     found = subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[4]
     )
     expected = [documents.train_fingerprint, documents.validation_fingerprint]
     assert found.stdout.split() == expected
@@ -671,7 +671,7 @@ def test_arguments_import_no_torch():
         "spec.loader.exec_module(module)\n"
         "print([name for name in ('torch', 'datasets', 'transformers') if name in sys.modules])"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[4]
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
     )

@@ -16,7 +16,7 @@ import dstrain
 from dstrain.trainer.overrides import ELSEWHERE, unheard
 
 REFERENCE = (
-    Path(__file__).resolve().parents[3]
+    Path(__file__).resolve().parents[4]
     / "shared"
     / "reference"
     / "trainer-and-training-arguments.txt"
