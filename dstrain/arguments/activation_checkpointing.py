@@ -16,7 +16,7 @@ _ONE_RANK = (
 
 @dataclass
 class ActivationCheckpointingArguments:
-    """What ``deepspeed.checkpointing.checkpoint`` does in models that call it."""
+    """Behaviour of ``deepspeed.checkpointing.checkpoint`` in models that call it."""
 
     cpu_checkpointing: bool = arg(
         False,

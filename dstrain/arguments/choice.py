@@ -1,4 +1,4 @@
-"""A value that is one of a few names: a text with the attributes of transformers' enums."""
+"""Value that is one of a few names: a text with the attributes of transformers' enums."""
 
 from __future__ import annotations
 

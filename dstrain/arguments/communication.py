@@ -13,7 +13,7 @@ COMMUNICATION_DTYPES = ("fp32", "bf16", "fp16")
 
 @dataclass
 class CommunicationArguments:
-    """How ranks exchange gradients and parameters."""
+    """Exchange of gradients and parameters between ranks."""
 
     overlap_comm: bool | None = arg(
         None,

@@ -1,4 +1,4 @@
-"""The one name of transformers that the arguments need, on demand."""
+"""Access to the only name of transformers that the arguments need, imported on demand."""
 
 from __future__ import annotations
 

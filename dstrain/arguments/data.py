@@ -49,7 +49,7 @@ def _loading(key: str) -> Any:
 
 @dataclass
 class DataArguments:
-    """How samples are ordered, read and batched."""
+    """Order, reading and batching of samples."""
 
     dataloader_drop_last: bool = arg(
         False,

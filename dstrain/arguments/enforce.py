@@ -1,4 +1,4 @@
-"""Applying what is declared of arguments: moving old names, warning, refusing."""
+"""Application of the arguments' treatments: moves old names, warns, refuses."""
 
 from __future__ import annotations
 

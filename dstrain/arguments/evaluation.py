@@ -18,7 +18,7 @@ def _with_inputs(arguments: Any, value: bool) -> list[str]:
 
 @dataclass
 class EvaluationArguments:
-    """When to evaluate and what an evaluation keeps."""
+    """Evaluation: when it runs and what it keeps."""
 
     eval_strategy: str = arg(
         "no",

@@ -20,7 +20,7 @@ TWINS = _OLD_TO_NEW | {new: old for old, new in _OLD_TO_NEW.items()}
 
 @dataclass
 class FeatureArguments:
-    """What is done to the model, its loss and its memory."""
+    """Changes to the model, its loss and its memory."""
 
     gradient_checkpointing: bool = arg(
         False,
@@ -120,13 +120,14 @@ class FeatureArguments:
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note which names are given in which order, by which a copy's changes are known."""
+        """Note the keyword arguments in their order, which tells what a copy changes."""
         self = super().__new__(cls)
-        vars(self)["_given"] = tuple(kwargs)
+        if kwargs:  # none are given where a copy or a pickle is read back
+            vars(self)["_given"] = tuple(kwargs)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field, and under both names if it has two; what is off has no settings left."""
+        """Set a field, under both names if it has two; clear compilation's settings with it."""
         super().__setattr__(name, value)
         if "_twins_agree" not in vars(self):
             return
@@ -138,7 +139,7 @@ class FeatureArguments:
     def _changed_in_a_copy(self) -> tuple[str, ...]:
         """Return the names that ``dataclasses.replace`` was given; () where this is no copy.
 
-        It hands these over first, and then all other fields in the order of their declaration.
+        ``replace`` passes the changed names first, then all other fields as they are declared.
         """
         given = vars(self).pop("_given", ())
         order = {f.name: n for n, f in enumerate(dataclasses.fields(self)) if f.init}
@@ -150,16 +151,17 @@ class FeatureArguments:
         return given[:start]
 
     def _forget_compiler(self, changed: tuple[str, ...]) -> None:
-        """Drop how to compile, which would turn it on again, but for what was ``changed`` too."""
+        """Clear the settings of torch.compile, which would turn it on, but those in ``changed``."""
         for name in ("torch_compile_backend", "torch_compile_mode"):
             if name not in changed:
                 vars(self)[name] = None
 
     def _join_twins(self) -> None:
-        """Make the two names of a field read the same; the newer one wins, as in transformers.
+        """Give both names of a field one value; the newer name wins, as in transformers.
 
-        In a copy of arguments (``dataclasses.replace``) the name that was changed wins: the other
-        has what both of them were before. The newer one stays None where nothing is turned on.
+        In a copy of arguments (``dataclasses.replace``) the name that was changed wins, since the
+        second name still has the value of before. The newer name stays None where the feature is
+        off.
         """
         changed = self._changed_in_a_copy()
         if "torch_compile" in changed and self.torch_compile is False:

@@ -1,4 +1,4 @@
-"""The declaration of an argument, and the conversion of texts from files or shells to its type."""
+"""Declaration of arguments, and conversion of texts from files or shells to their types."""
 
 from __future__ import annotations
 

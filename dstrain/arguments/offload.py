@@ -13,7 +13,7 @@ OFFLOAD_DEVICES = ("none", "cpu", "nvme", "auto")
 
 @dataclass
 class OffloadArguments:
-    """Where optimizer and parameters live between uses."""
+    """Offload: places of optimizer and parameters between uses."""
 
     offload_optimizer: str = arg(
         "none",

@@ -1,4 +1,4 @@
-"""This process among the ranks: which device it drives, what it logs and writes."""
+"""Properties of this process: its rank, its device, and what it logs and writes."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 
 @dataclass
 class ReportingArguments:
-    """What is written down while training, how often, and to which trackers."""
+    """Logs and trackers: what is written down while training, and how often."""
 
     logging_strategy: str = arg(
         "steps",

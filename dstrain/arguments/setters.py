@@ -1,4 +1,4 @@
-"""The documented ``set_*`` methods: one call for the arguments of a subject.
+"""Documented ``set_*`` methods: one call sets the arguments of a subject.
 
 Each sets all of its arguments, those left out to the default of the method, checks everything
 again and returns the object. When the check fails the object stays as it was.
@@ -17,9 +17,9 @@ class Setters:
     """Methods that set the arguments of one subject at once."""
 
     def validate(self) -> None:
-        """Convert and check all fields; for after an assignment, and what ``set_*`` end with.
+        """Convert and check all fields, as the ``set_*`` methods do; call it after an assignment.
 
-        What cannot be used stays as it was given, so that a second call finds the same.
+        A value that cannot be used stays as it was given, so that a second call finds it too.
 
         Raises:
             ConfigError: listing everything that is wrong.

@@ -16,13 +16,13 @@ from dstrain.arguments.choice import Choice
 from dstrain.arguments.communication import CommunicationArguments
 from dstrain.arguments.data import DataArguments
 from dstrain.arguments.dicts import read_dicts
-from dstrain.arguments.elsewhere import ElsewhereArguments
 from dstrain.arguments.evaluation import EvaluationArguments
 from dstrain.arguments.features import FeatureArguments
 from dstrain.arguments.fields import coerce_fields, convert_values, default_of
 from dstrain.arguments.hub import HubArguments
 from dstrain.arguments.offload import OffloadArguments
 from dstrain.arguments.optimizer import METRIC_SCHEDULERS, WITHOUT_WARMUP, OptimizerArguments
+from dstrain.arguments.other_back_ends import OtherBackEndArguments
 from dstrain.arguments.precision import PrecisionArguments
 from dstrain.arguments.process import Process
 from dstrain.arguments.records import Records
@@ -33,9 +33,9 @@ from dstrain.arguments.setters import Setters
 from dstrain.arguments.zero import ZeroArguments
 from dstrain.core.errors import ConfigError, Problem, raise_problems
 
-# Arguments whose values transformers makes members of enums.
-# Numbers of steps or epochs, which may be shares too.
+# Numbers of steps or epochs, or below 1 shares of all steps.
 _STEPS = ("logging_steps", "save_steps", "eval_steps", "eval_delay", "warmup_steps")
+# Arguments whose values transformers makes members of enums.
 _LIKE_ENUMS = (
     "eval_strategy",
     "logging_strategy",
@@ -51,7 +51,7 @@ _LIKE_ENUMS = (
 class TrainingArguments(
     Setters,
     Records,
-    ElsewhereArguments,
+    OtherBackEndArguments,
     HubArguments,
     Process,
     ReportingArguments,
@@ -94,14 +94,12 @@ class TrainingArguments(
 
     def _validate(self) -> None:
         self._forget_masks()
-        given = dict(vars(self))
         unread = self._read_values()
         # A value that cannot be read stands at its default while the others are checked, so that
         # one message lists everything.
         for name in unread:
             vars(self)[name] = default_of(_field(self, name))
         found = [p for p in self._check_values() if not _names_any(p, unread)]
-        vars(self).update({name: given[name] for name in unread})
         raise_problems([*unread.values(), *found], error=ConfigError)
 
     def _read_values(self) -> dict[str, Problem]:
@@ -200,7 +198,7 @@ class TrainingArguments(
         ]
 
     def changed_fields(self) -> frozenset[str]:
-        """Return the names of the fields whose value differs from their documented default."""
+        """Return the names of the fields whose value differs from the documented default."""
         return frozenset(
             f.name for f in dataclasses.fields(self) if getattr(self, f.name) != default_of(f)
         )
@@ -221,6 +219,6 @@ def _field(arguments: TrainingArguments, name: str) -> dataclasses.Field[object]
 
 
 def _names_any(problem: Problem, names: Iterable[str]) -> bool:
-    """Tell whether a problem is about one of the names, and may so come from its stand-in."""
+    """Tell whether a problem names one of the arguments, which stand at their default meanwhile."""
     text = f"{problem.what} {problem.why}"
     return any(re.search(rf"\b{name}\b", text) for name in names)

@@ -1,4 +1,4 @@
-"""The treatment of an argument: each declares it where it stands, and nothing is ignored."""
+"""Treatment of an argument's value: every field declares one, so that nothing is ignored."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ NOT_YET = "not implemented yet in this version"
 
 @dataclass(frozen=True)
 class Treatment:
-    """What happens to the value of one argument.
+    """Treatment of the value of an argument.
 
     Attributes:
         kind: "implemented"; "deepspeed" (written to keys of its config); "alias" (an old name);
             "stored" (for scripts to read); "no effect" (accepted with a warning); "refused" (every
-            value but the default is an error); "pending" (likewise, until it is implemented).
-        note: the reason, or what is worth knowing.
+            value but the default is an error); "pending" (refused until it is implemented).
+        note: the reason, or a remark for the page.
         remedy: what to use instead.
         targets: DeepSpeed keys, or the new name of an alias.
         accepts: values that are taken like the default.
-        only_with: name of an argument without which this one means nothing, so it is just stored.
+        only_with: name of another argument; while that is off, any value is just stored.
         convert: of an alias: (arguments, old value) -> new value; a ``ValueError`` is a conflict.
         excluded: legal values that are refused, with the reason.
         own: whether the documents that dstrain follows do not have it: an argument of its own, or

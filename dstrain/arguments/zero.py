@@ -12,7 +12,7 @@ from dstrain.core.errors import Problem
 
 @dataclass
 class ZeroArguments:
-    """What ZeRO partitions over the ranks."""
+    """ZeRO: what is partitioned over the ranks."""
 
     deepspeed: dict[str, Any] | str | None = arg(
         None,

@@ -1,1 +1,1 @@
-"""The command line: ``dstrain train``, ``dstrain explain``, ``dstrain plan``."""
+"""Command line: ``dstrain train``, ``explain``, ``plan`` and ``checkpoint``."""

@@ -16,13 +16,13 @@ from dstrain.core.files import told_refused
 
 @dataclass(frozen=True)
 class _Action:
-    """One word after ``dstrain checkpoint``.
+    """Action of ``dstrain checkpoint``, named by the word after it.
 
     Attributes:
         usage: its arguments.
-        text: what it does.
-        run: does it; returns the exit status.
-        flags: declares its arguments.
+        text: its description.
+        run: carries it out; returns the exit status.
+        flags: declares its arguments to a parser.
     """
 
     usage: str
@@ -87,14 +87,14 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 
 def _diff_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", type=Path, help="a checkpoint, or a run, whose newest is taken")
-    parser.add_argument("second", type=Path, help="likewise")
+    parser.add_argument("second", type=Path, help="the checkpoint or run to compare it with")
     parser.add_argument("--all", action="store_true", default=False, help="list every tensor")
 
 
 def _convert_flags(parser: argparse.ArgumentParser) -> None:
     _dir(parser)
     parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--to", choices=("deepspeed",), required=True, help="the other format")
+    parser.add_argument("--to", choices=("deepspeed",), required=True, help="the format to write")
 
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +107,10 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
         help="size of the training data, where the folder does not tell how far an epoch was",
     )
     parser.add_argument(
-        "--global_batch_size", type=int, default=None, help="samples per optimizer step, likewise"
+        "--global_batch_size",
+        type=int,
+        default=None,
+        help="samples per optimizer step, where the folder does not tell",
     )
 
 

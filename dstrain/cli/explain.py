@@ -118,7 +118,7 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]
         "where nothing differs, 1 where something does",
     )
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
-    given, instances = parse(parser, _joined(words), classes, elsewhere=_of_tasks())
+    given, instances = parse(parser, _joined(words), classes, of_other_commands=_of_tasks())
     arguments = next(found for found in instances if isinstance(found, TrainingArguments))
     of_task = {
         n: getattr(found, n) for found in instances for n in MODEL_FLAGS if hasattr(found, n)

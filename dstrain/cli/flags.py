@@ -52,7 +52,7 @@ def parse(
     argv: Sequence[str],
     classes: Sequence[type[Any]],
     *,
-    elsewhere: Mapping[str, str] = MappingProxyType({}),
+    of_other_commands: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[argparse.Namespace, list[Any]]:
     """Parse flags into one instance of each dataclass, and whatever else the parser declares.
 
@@ -60,14 +60,16 @@ def parse(
         parser: of ``make_parser``.
         argv: the words.
         classes: those that the parser was made of.
-        elsewhere: flag that another command has -> what to write.
+        of_other_commands: flag that only another command has -> what to write instead.
 
     Raises:
         ConfigError: unknown flags, values of the wrong type and illegal combinations, all at once.
     """
     known, unknown = parser.parse_known_args([_underscored(a) for a in argv])
     values = vars(known)
-    problems = [_unknown_flag(flag, parser, elsewhere) for flag in unknown if flag.startswith("-")]
+    problems = [
+        _unknown_flag(flag, parser, of_other_commands) for flag in unknown if flag.startswith("-")
+    ]
     stray = [word for word in unknown if not word.startswith("-")]
     if stray and not problems:  # else they may be the values of the unknown flags
         problems.append(
@@ -161,10 +163,10 @@ def _underscored(word: str) -> str:
 
 
 def _unknown_flag(
-    flag: str, parser: argparse.ArgumentParser, elsewhere: Mapping[str, str]
+    flag: str, parser: argparse.ArgumentParser, of_other_commands: Mapping[str, str]
 ) -> Problem:
     name = flag.split("=")[0]
     known = {o for action in parser._actions for o in action.option_strings}
     close = nearest(name, known)
     guess = f"did you mean {close}?" if close else f"see {parser.prog} --help"
-    return Problem(f"unknown flag {name}", "", elsewhere.get(name, guess))
+    return Problem(f"unknown flag {name}", "", of_other_commands.get(name, guess))

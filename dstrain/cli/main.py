@@ -1,4 +1,4 @@
-"""The entry point: picks the command, and turns every failure into a message and an exit status."""
+"""Entry point: picks the command, and turns every failure into a message and an exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes of the model that a command is asked about; torch only where there is no formula."""
+"""Sizes of the model that a command is asked about; torch only where there is no formula."""
 
 from __future__ import annotations
 

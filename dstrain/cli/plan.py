@@ -11,7 +11,7 @@ from dstrain.config import optimizers
 from dstrain.config.memory.activations import ATTENTION, Batch
 from dstrain.config.memory.closed_forms import sizes_of
 from dstrain.config.memory.placement import WIDTHS, Work, parse_size
-from dstrain.config.memory.planner import Limits, choose, plan
+from dstrain.config.memory.planner import Limits, fastest_choice, plan
 from dstrain.config.memory.report import as_dict, as_table
 from dstrain.core.errors import ConfigError, Problem, raise_problems
 
@@ -74,7 +74,7 @@ def run(words: Sequence[str]) -> int:
             parse_size(options.nvme, "nvme") if options.nvme else None,
         ),
     )
-    choice = choose(found)
+    choice = fastest_choice(found)
     if options.json:
         print(json.dumps(as_dict(found, choice), indent=2))
     else:

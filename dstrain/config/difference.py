@@ -26,7 +26,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class _Reason:
-    """Why a key of a DeepSpeed config is as it is."""
+    """Reason for the value of a key of a DeepSpeed config."""
 
     detail: Text
 
@@ -46,10 +46,10 @@ class ConfigRecord:
 
 @dataclass(frozen=True)
 class Side:
-    """The value that one of the runs has under a name.
+    """Value that one of the two runs has under a name.
 
     Attributes:
-        present: whether it has the name at all.
+        present: whether the run has the name at all.
         value: JSON data; None where it is not present.
         why: the reason for the value, or for its absence.
     """
@@ -86,8 +86,8 @@ def differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Diff
 
     Args:
         this: a record as of ``as_record``.
-        other: likewise. Facts and versions that only one of them has are no difference: a run
-            knows more than a command that looks ahead.
+        other: a second record in the same form. Facts and versions that only one of the two has
+            are no difference: a run knows more than a command that looks ahead.
     """
     # A record of another release, or of another program, may have credentials in it.
     this, other = without_secrets(this), without_secrets(other)

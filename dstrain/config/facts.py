@@ -1,4 +1,4 @@
-"""The facts about the world and the model that the resolver needs; nothing imports torch."""
+"""Facts about the world and the model that the resolver needs; nothing imports torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dstrain.config.memory.sizes import ModelFacts, ModelSizes
 
 @dataclass(frozen=True)
 class Machine:
-    """Memory and disk that a rank has a share of, the least over all ranks.
+    """Memory and disk of a machine, shared by its ranks; the least over all machines.
 
     Attributes:
         ranks: ranks that share one machine.
@@ -28,15 +28,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts that are known when a config is resolved; None stands for "not known yet".
+    """Facts that are known when a config is resolved; None stands for "not known yet".
 
     Attributes:
         world_size: ranks over all machines.
         device: "cpu", "cuda" or another torch device type.
         num_training_steps: optimizer steps of the run.
         model: sizes of the parameters.
-        own_optimizer: the user passes an optimizer object.
-        own_scheduler: the user passes a schedule object.
+        user_optimizer: the user brings an optimizer: an object, or a method that makes it.
+        user_scheduler: the user brings a schedule: an object, or a method that makes it.
         sizes: every parameter and the form of the layers, which the memory plan needs.
         machine: memory and disk.
         sequence_length: tokens of one sample, where the task knows them.
@@ -45,15 +45,15 @@ class Facts:
         is_transformers: the model is one of transformers.
         packages: optional packages of optimizers that can be imported.
         found_batch: micro-batch and accumulation that ``auto_find_batch_size`` found, in the units
-            of the arguments, in whose place they run.
+            of the arguments; they run in the place of the arguments' values.
     """
 
     world_size: int = 1
     device: str = "cuda"
     num_training_steps: int | None = None
     model: ModelFacts | None = None
-    own_optimizer: bool = False
-    own_scheduler: bool = False
+    user_optimizer: bool = False
+    user_scheduler: bool = False
     sizes: ModelSizes | None = None
     machine: Machine | None = None
     sequence_length: int | None = None

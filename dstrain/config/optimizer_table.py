@@ -2,8 +2,8 @@
 
 Names are those of transformers' ``OptimizerNames``, of DeepSpeed's own optimizers and of the torch
 optimizers that have no name there. ZeRO stages 1 to 3 give an optimizer flat slices of many
-parameters joined together, so a rule that treats each element alone is the same there, and one that
-looks at a whole tensor is another: ``whole`` says what would be different.
+parameters joined together. There an update rule that treats each element alone stays the same, and
+a rule that looks at whole tensors becomes another: ``whole`` says what would be different.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Optimizer:
         warning: what is different from what the name promises, from stage ``warns_from`` on.
         no_offload: why it cannot run on the host.
         instead: what to use.
-        argument: whether ``optim`` takes the name; the others come from a DeepSpeed config only.
-        note: what is worth knowing, for the table.
+        argument: whether ``optim`` takes the name; else only a DeepSpeed config can ask for it.
+        note: a remark for the table.
     """
 
     name: str

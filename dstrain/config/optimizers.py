@@ -1,4 +1,4 @@
-"""The optimizer that runs, its implementation and options, or the reasons why it cannot.
+"""Optimizers: the implementation that runs, its options, or the reasons why none can.
 
 The table of all of them is in ``README.md`` (``python -m dstrain.config.table``).
 """
@@ -51,7 +51,7 @@ _ARGUMENTS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """The place where an optimizer would run.
+    """Place where an optimizer would run: stage, offload, device.
 
     Attributes:
         stage: ZeRO stage, 0 to 3.
@@ -73,8 +73,8 @@ class Setting:
 def find(optim: str, kind: str | None) -> Optimizer | None:
     """Return the optimizer of argument ``optim`` and of the type in the DeepSpeed config.
 
-    The type decides; where it can stand for ``optim`` the argument's variant of it runs. None for a
-    type that the table does not have.
+    The type decides. Where it can stand for ``optim``, the variant that the argument names runs.
+    None for a type that the table does not have.
     """
     row = BY_NAME[optim]
     return row if kind is None or stands_for(kind, optim) else BY_TYPE.get(kind.lower())

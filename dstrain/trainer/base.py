@@ -10,7 +10,7 @@ import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.config import ResolvedConfig
-from dstrain.config.resolution.running import shown_arguments
+from dstrain.config.resolution.running import ShownArguments
 from dstrain.core.ranks import Ranks
 from dstrain.data import Collator, InputFormats, LossTargets
 from dstrain.reporting.memory import MemoryMetrics
@@ -84,6 +84,7 @@ class TrainerBase:
     _user: UserOptimizer
     _memory: MemoryMetrics
     _watches: RankWatches
+    _shown: ShownArguments  # to callbacks
     _preemption: Preemption | None = None  # of the training that runs, or ran last
     _formats: InputFormats
     _smoothing: LabelSmoothing | None
@@ -118,8 +119,7 @@ class TrainerBase:
         engine = self._engines.training
         changes = None if engine is None or engine.is_released else engine.changes
         taking_changes = contextlib.nullcontext() if changes is None else changes.in_callbacks()
-        shown = shown_arguments(self.args, self.resolved)
-        with taking_changes, shown as args:
+        with taking_changes, self._shown.of(self.args, self.resolved) as args:
             self.control = self.events.tell(name, args, self.state, self.control, **kwargs)
         self.events.look_for_frozen(name)
         return self.control

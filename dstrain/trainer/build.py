@@ -137,8 +137,8 @@ def resolve_config(
     sizes: ModelSizes | None = None,
     sequence_length: int | None = None,
     num_training_steps: int | None = None,
-    own_optimizer: bool = False,
-    own_scheduler: bool = False,
+    user_optimizer: bool = False,
+    user_scheduler: bool = False,
     found_batch: tuple[int, int] | None = None,
 ) -> ResolvedConfig:
     """Resolve the DeepSpeed config for these ranks, this model and run; alike on all ranks.
@@ -150,8 +150,8 @@ def resolve_config(
         sizes: what is known of it before it is built.
         sequence_length: tokens of one sample, where the task knows them.
         num_training_steps: optimizer steps of the run.
-        own_optimizer: the user passes an optimizer object.
-        own_scheduler: the user passes a schedule object.
+        user_optimizer: the user brings an optimizer: an object, or a method that makes it.
+        user_scheduler: the user brings a schedule: an object, or a method that makes it.
         found_batch: what ``auto_find_batch_size`` found, in the units of the arguments.
 
     Raises:
@@ -166,8 +166,8 @@ def resolve_config(
         device=device_type(),
         num_training_steps=num_training_steps,
         model=None if sizes is None else sizes.facts,
-        own_optimizer=own_optimizer,
-        own_scheduler=own_scheduler,
+        user_optimizer=user_optimizer,
+        user_scheduler=user_scheduler,
         sizes=sizes,
         machine=least(gather_objects(read_machine(ranks, disk=getattr(args, "nvme_path", None)))),
         sequence_length=sequence_length,
@@ -180,7 +180,7 @@ def resolve_config(
     with all_or_none():
         resolved = resolve(args, facts)
         check_precision(resolved.compute_format)
-        if not own_scheduler and not resolved.has_scheduler:
+        if not user_scheduler and not resolved.has_scheduler:
             _check_schedule(args, resolved)
         prepare_nvme(resolved)
     require_equal("the resolved DeepSpeed config", dict(resolved.values), ConfigError)

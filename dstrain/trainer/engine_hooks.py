@@ -69,8 +69,8 @@ class EngineHooks(OptimizerHooks, LoaderHooks):
             module=self.model,
             sequence_length=self.sequence_length,
             num_training_steps=max_steps,
-            own_optimizer=self._has_user_optimizer,
-            own_scheduler=self._has_user_scheduler,
+            user_optimizer=self._has_user_optimizer,
+            user_scheduler=self._has_user_scheduler,
         )
 
     def _start_engine(self, max_steps: int) -> Engine:

@@ -12,6 +12,7 @@ import torch
 
 from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import check_resumable, held_lock
+from dstrain.config.resolution.running import ShownArguments
 from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
 from dstrain.core.launcher import note_saved
 from dstrain.core.log import get_logger
@@ -136,6 +137,7 @@ class Trainer(RunHooks, OtherAttributes):
         self._memory.start("init")
         self.ranks = build.start_run(self.args)
         self._watches = RankWatches(self.ranks)
+        self._shown = ShownArguments()
         with self._watches.over(
             "the construction of the trainer", step=0, timeout_seconds=self.args.ddp_timeout
         ):

@@ -43,7 +43,7 @@ SIGNALS: list[signal.Signals] = []  # that have come and wait to be passed on
 
 
 class Ended(Exception):
-    """This run ends here, with a status."""
+    """Raised to end the run with an exit status."""
 
     def __init__(self, status: int) -> None:
         self.status = status
@@ -148,7 +148,7 @@ class Front:
             number_connecting += 1
 
     def _job(self, number: int) -> dict[str, Any]:
-        """Return what a machine has to know, but for the address where ranks meet."""
+        """Return the job of a machine, without the address where ranks meet, which comes later."""
         settings = self._settings
         return {
             "number": number,
@@ -236,7 +236,7 @@ class Front:
         return [m for m in self._machines if m.process is not None and m.ended_at is None]
 
     def _keep_alive(self) -> None:
-        """Tell every machine that this one is there, and give up those that have not said so."""
+        """Tell every machine that this one is alive; give up those that are silent for too long."""
         now = time.monotonic()
         if now - self._said_alive_at > self._settings.link_seconds / 6:
             self._said_alive_at = now
@@ -298,7 +298,7 @@ class Front:
             self._kill_at = min(self._kill_at, self._ask_at + self._settings.stop_seconds)
 
     def _end_what_is_left(self) -> None:
-        """Ask the machines that are left to end, and later make them."""
+        """Ask the machines that are left to end, and kill their ranks when that takes too long."""
         now = time.monotonic()
         if now >= self._ask_at:
             self._ask_at = float("inf")

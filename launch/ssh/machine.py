@@ -1,4 +1,4 @@
-"""One machine of the hostfile, and the ssh process that reaches it."""
+"""A machine of the hostfile, and the ssh process that reaches it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOST = 255  # the exit status of ssh where the connection breaks
 
 
 class Machine:
-    """One machine of the hostfile, and the ssh process that reaches it."""
+    """A machine of the hostfile, and the ssh process that reaches it."""
 
     def __init__(self, name: str, slots: int, first_rank: int) -> None:
         self.name = name

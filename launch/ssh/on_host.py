@@ -1,4 +1,4 @@
-"""One machine's part of a run over ssh: starts its ranks, and ends them when the connection ends.
+"""Part of a machine in a run over ssh: starts its ranks, and ends them when the connection ends.
 
 `front.py` runs this on every machine and says what to do through standard input. The ranks run
 in a session of their own, so that what belongs to the run, and nothing else, can be ended.
@@ -32,7 +32,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class LinkLost(Exception):
-    """The launching machine is gone, or has said nothing for too long."""
+    """Raised when the launching machine is gone or has been silent for too long."""
 
 
 class Connection:
@@ -162,7 +162,7 @@ def end_with_parent(parent: int) -> None:
 
 
 class Part:
-    """The ranks of this machine: `multi_node.sh` with a number for this machine, and their end."""
+    """Ranks of this machine: `multi_node.sh` with the machine's number starts and ends them."""
 
     def __init__(self, connection: Connection, job: dict[str, Any], master_addr: str) -> None:
         self._connection = connection
@@ -261,7 +261,7 @@ class Part:
         return ended is not None
 
     def _choose(self, streams: dict[int, Kind]) -> None:
-        """Wait for output while there is room for it, and for the connection where it is behind."""
+        """Wait for output while there is room, and for the connection while it has unsent bytes."""
         registered = self._selector.get_map()
         for fd in streams:
             if self._connection.is_full and fd in registered:

@@ -1,4 +1,4 @@
-"""The output of a run on several machines: lines, each with its machine's name before it."""
+"""Output of a run on several machines: lines, each with its machine's name before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `multi_node.sh` and the user have set for a run over ssh."""
+"""Settings of a run over ssh, from `multi_node.sh` and the user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Settings:
-    """What `multi_node.sh` says on standard input, as KEY=VALUE, each ended by a zero byte."""
+    """Settings that `multi_node.sh` writes as KEY=VALUE, each ended by a zero byte."""
 
     root: str = ""
     ssh_port: str = ""

@@ -1,4 +1,4 @@
-"""What the two ends of an ssh connection say to each other: `front.py` here, `on_host.py` there.
+"""Messages between the two ends of an ssh connection, `front.py` here and `on_host.py` there.
 
 From the launching machine: one JSON value a line, in ASCII. From the other machine: `GREETING`,
 before which the output of login scripts may come, then frames: a kind, a length and so many bytes.
@@ -18,7 +18,7 @@ _HEADER = struct.Struct("!BI")
 
 
 class Kind(IntEnum):
-    """What a frame holds."""
+    """Content of a frame."""
 
     ALIVE = 0  # nothing: the machine is there
     STDOUT = 1

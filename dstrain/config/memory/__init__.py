@@ -1,1 +1,1 @@
-"""The memory plan: bytes per rank of a model at every ZeRO stage and offload, and what fits."""
+"""Memory plan: bytes per rank of a model at every ZeRO stage and offload, and what fits."""

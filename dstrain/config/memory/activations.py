@@ -19,7 +19,7 @@ ATTENTION = ("sdpa", "flash_attention_2", "eager")
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on one rank.
+    """A micro-batch on one rank.
 
     Attributes:
         micro_batch: sequences.

@@ -1,4 +1,4 @@
-"""The rule for the sizes of DeepSpeed's communication buffers: pure, from the parameters' shapes.
+"""Rules for the sizes of DeepSpeed's communication buffers, from the parameters' shapes alone.
 
 The resolver writes these sizes into the config, and the planner counts their bytes.
 """

@@ -27,7 +27,7 @@ READ_BY_NOTHING = {
 
 @dataclass(frozen=True)
 class Family:
-    """A closed form.
+    """Closed form of an architecture's parameters.
 
     Attributes:
         architectures: model classes that it holds for; the first is the one built by default.

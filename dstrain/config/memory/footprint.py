@@ -1,4 +1,4 @@
-"""The memory model: bytes per rank by kind, for a stage and a place for optimizer and parameters.
+"""Memory model: bytes per rank by kind, for a stage and a place for optimizer and parameters.
 
 Every formula names the allocation it stands for, in DeepSpeed 0.19.8 (``file:function``) or torch.
 Three moments of a step can be the peak: the *loss* (all activations and logits alive), *backward*
@@ -38,7 +38,7 @@ ADAM_TEMPORARY_BYTES = {"cuda": FP32, "cpu": 2 * FP32}
 
 @dataclass(frozen=True)
 class Footprint:
-    """The bytes of one rank.
+    """Bytes that one rank needs, by kind, by moment of a step, and by place.
 
     Attributes:
         placement: what the numbers are for.

@@ -47,7 +47,7 @@ def read_spec(spec: str) -> tuple[dict[str, Any], bool]:
         its values with ``model_type``, and whether it was the short form.
 
     Raises:
-        ModelError: the file cannot be read, or names no model type; a size that can be none.
+        ModelError: the file cannot be read, names no model type, or has an impossible size.
     """
     path = expanded(spec)
     if not (spec.endswith(".json") or _exists(path)):

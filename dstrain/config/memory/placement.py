@@ -1,4 +1,4 @@
-"""The questions to the memory model: a ZeRO stage with its offloads, buckets, a workload."""
+"""Inputs of the memory model: a ZeRO stage with its offloads, buckets, a workload."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Placement:
         return ", ".join([f"stage {self.stage}", *moved])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments that ask for it."""
+        """Return the arguments that ask for this placement."""
         return {
             "zero_stage": str(self.stage),
             "offload_optimizer": self.optimizer,
@@ -90,7 +90,7 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Work:
-    """How training runs, as far as states depend on it.
+    """Settings of a training on which the size of its states depends.
 
     Attributes:
         world_size: ranks over all machines.

@@ -1,7 +1,7 @@
-"""The ZeRO stages and offloads that fit, and the fastest of them.
+"""Plan of the ZeRO stages and offloads that fit, and the choice of the fastest.
 
-``plan`` computes every choice; ``choose`` takes the first that fits in ``ORDER``, which goes from
-the least communication to the most.
+``plan`` computes every choice; ``fastest_choice`` takes the first one that fits in ``ORDER``, whose
+choices go from the least communication to the most.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ MOST_RANKS = 65536
 
 @dataclass(frozen=True)
 class Limits:
-    """The memory and disk that there is; None where it is not known.
+    """Memory and disk of accelerators and machines; None where a size is not known.
 
     Attributes:
         gpu_bytes: memory of one accelerator; of a rank that trains on the CPU, its share of the
@@ -119,13 +119,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Choice:
-    """The choice for ``zero_stage="auto"``.
+    """Choice for ``zero_stage="auto"``.
 
     Attributes:
-        placement: the fastest that fits, or where none does the one that lacks least.
+        placement: the fastest one that fits; where none does, the one that lacks the fewest bytes.
         fits: whether it fits.
-        reason: why this one and none before it, in words.
-        remedies: what would help where nothing fits.
+        reason: in words, why it was taken and every faster one was not.
+        remedies: changes that would help where nothing fits.
     """
 
     placement: Placement
@@ -134,7 +134,7 @@ class Choice:
     remedies: tuple[str, ...] = ()
 
 
-BucketsOf = Callable[[ModelFacts, int], Buckets]  # of a model and a ZeRO stage
+BucketsOf = Callable[[ModelFacts, int], Buckets]  # (model, ZeRO stage) -> bucket sizes
 
 
 def plan(
@@ -146,7 +146,7 @@ def plan(
     buckets: BucketsOf = derived_buckets,
     placements: Sequence[Placement] = SHOWN,
 ) -> Plan:
-    """Return the bytes of every choice, and what each of them lacks.
+    """Return the bytes of every choice, and the bytes that each choice lacks.
 
     Args:
         sizes: the model.
@@ -177,7 +177,7 @@ def plan(
     return Plan(sizes, work, batch, limits, tuple(rows))
 
 
-def choose(plan: Plan, *, advise: bool = True) -> Choice:
+def fastest_choice(plan: Plan, *, advise: bool = True) -> Choice:
     """Return the fastest choice that fits, and why.
 
     Args:

@@ -79,7 +79,7 @@ def _because(choice: Choice) -> list[str]:
 
 
 def _rows(found: Plan, choice: Choice) -> list[str]:
-    """Return the table: columns without activation checkpointing's effect, then with it, twice."""
+    """Return the lines of the table; activations, peak and need for both checkpointing settings."""
     heads = ["", "", *KINDS.values(), *2 * ["|", "activ", "peak", "need"]]
     table = [[*heads, "|", "host", "disk", "fits"]]
     ranks = found.work.ranks_per_machine

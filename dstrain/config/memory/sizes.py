@@ -1,4 +1,4 @@
-"""The parameters of a model from its config alone: shapes, counts, and the form of a layer.
+"""Parameters of a model from its config alone: shapes, counts, and the form of a layer.
 
 Closed forms are in ``closed_forms.py``; for every other architecture ``dstrain.models.count``
 builds the model without memory in a process of its own and reports in the same form.
@@ -32,7 +32,7 @@ class Tensors:
 
     @property
     def elements(self) -> int:
-        """Return the elements of all of them."""
+        """Return the elements of all these parameters."""
         return prod(self.shape) * self.count
 
 
@@ -96,9 +96,7 @@ class ModelFacts:
         """Return the facts of a sequence of (shape, requires gradient)."""
         total = trainable = largest = vector = 0
         for shape, requires_grad in shapes:
-            numel = 1
-            for side in shape:
-                numel *= side
+            numel = prod(shape)
             total += numel
             trainable += numel if requires_grad else 0
             largest = max(largest, numel)
@@ -109,7 +107,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model that planning needs.
+    """Sizes of a model that planning needs.
 
     Attributes:
         model_type: transformers' name of the architecture.
@@ -130,7 +128,7 @@ class ModelSizes:
 
     @property
     def facts(self) -> ModelFacts:
-        """Return the same facts as of the built model."""
+        """Return the facts that ``ModelFacts.of_shapes`` would find in the built model."""
         return ModelFacts(
             num_parameters=self.elements(),
             num_trainable=sum(t.elements for t in self.tensors if t.trainable),

@@ -13,7 +13,7 @@ from dstrain.core.errors import Problem
 
 
 def adopt(draft: Draft) -> None:
-    """Give arguments the values of the user's config; collect every conflict between the two."""
+    """Give arguments the values of the user's config; collect their conflicts with it."""
     settled: dict[str, Any] = {}
     for rule in RULES:
         if not isinstance(rule, Binding) or rule.key not in draft.explicit:
@@ -25,7 +25,7 @@ def adopt(draft: Draft) -> None:
 
 
 def _values(rule: Binding, draft: Draft) -> list[tuple[str, Any]]:
-    """Return what a key of the user's config says of each argument; nothing if it does not fit."""
+    """Return the arguments that a key of the user's config sets, with values; [] if it cannot."""
     given = draft.explicit[rule.key]
     try:
         values = rule.adopt(given)
@@ -48,7 +48,7 @@ def _adopt_one(key: str, name: str, value: Any, settled: dict[str, Any], draft: 
     Args:
         key: the key.
         name: the argument.
-        value: what the key says of it; None where the key has no equal among its values.
+        value: the argument's value with the same meaning; None where there is none.
         settled: argument -> value, of the keys that were read before.
         draft: the config.
     """

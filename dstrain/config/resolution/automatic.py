@@ -1,4 +1,4 @@
-"""The choice for ``zero_stage="auto"`` and an offload of "auto": the fastest that fits.
+"""Choice for ``zero_stage="auto"`` and an offload of "auto": the fastest that fits.
 
 Pure: sizes of the model and memory of the machines are facts. The same planner prints
 ``dstrain plan``.
@@ -19,7 +19,7 @@ from dstrain.config.memory.placement import WIDTHS, Buckets, Placement, Work
 from dstrain.config.memory.planner import (
     ORDER,
     Limits,
-    choose,
+    fastest_choice,
     first_checkpointed,
     plan,
 )
@@ -40,7 +40,7 @@ OF_STAGE_3 = (
 
 @dataclass(frozen=True)
 class Automatic:
-    """The choice for the arguments that were left at "auto".
+    """Choice for the arguments that were left at "auto".
 
     Attributes:
         values: argument -> value, for those alone.
@@ -54,7 +54,7 @@ class Automatic:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Return argument -> why: in full for the first, which decided the others with it."""
+        """Return argument -> reason: in full for the first, a reference to it for the others."""
         first = next(iter(self.values), "")
         return {
             name: self.how if name == first else f"{name}='auto': decided together with {first}"
@@ -65,7 +65,7 @@ class Automatic:
 def choose_placement(
     arguments: Mapping[str, Any], facts: Facts, explicit: Mapping[str, Any]
 ) -> Automatic:
-    """Decide what was left at "auto"; what the user set is kept.
+    """Decide the arguments that were left at "auto"; keep those that the user has set.
 
     Args:
         arguments: after those of the user's config were adopted.
@@ -90,7 +90,7 @@ def choose_placement(
 
 
 def _open_to(asked: Mapping[str, str], facts: Facts) -> list[Placement]:
-    """Return every choice that the user's own ones, and the state of the model, leave open.
+    """Return every placement that agrees with the arguments that the user has set.
 
     What DeepSpeed asks for: offload of the optimizer needs stage 1, disks and offload of parameters
     stage 3. Where ranks train on the CPU there is nothing to offload to.
@@ -123,7 +123,7 @@ def _is_possible(stage: int, optimizer: str, parameters: str) -> bool:
 
 
 def _needs_of_stage_3(arguments: Mapping[str, Any], facts: Facts) -> str:
-    """Say why only stage 3 is open, in words; "" where other stages are."""
+    """Say in words why only stage 3 is possible; "" where other stages are too."""
     if facts.partitioned:
         return "the model is partitioned already"
     named = [f"{name}=True" for name in OF_STAGE_3 if arguments.get(name)]
@@ -183,7 +183,7 @@ def _planned(
     )
     limits = Limits(usable, machine.host_bytes, machine.nvme_bytes)
     found = plan(sizes, work, batch, limits, buckets=buckets, placements=open_to)
-    choice = choose(found, advise=False)
+    choice = fastest_choice(found, advise=False)
     needed = found.row(choice.placement).footprint.needed
     how = (
         f"{_name(left)}: {choice.reason}; it needs {needed / GIB:.2f} of "
@@ -207,7 +207,7 @@ def _optimizer(
     arguments: Mapping[str, Any], facts: Facts, explicit: Mapping[str, Any]
 ) -> optimizers.Optimizer | None:
     """Return the optimizer that will run; None for one that the table does not know."""
-    if facts.own_optimizer:
+    if facts.user_optimizer:
         return None
     kind = explicit.get("optimizer.type")
     return optimizers.find(str(arguments["optim"]), None if kind is None else str(kind))

@@ -9,7 +9,7 @@ from dstrain.arguments import TrainingArguments
 
 @dataclass(frozen=True)
 class BatchUnit:
-    """The unit in which the arguments give a batch size.
+    """Unit in which the arguments give a batch size.
 
     Attributes:
         num_ranks: ranks that share the samples of one batch: 1, or with ``split_batches`` all.
@@ -18,20 +18,20 @@ class BatchUnit:
     num_ranks: int = 1
 
     def per_rank(self, size: int) -> int:
-        """Return the samples of a rank that gets its share of a batch; the largest share."""
+        """Return the samples of one rank in a batch of this size; the most where ranks differ."""
         return -(-size // self.num_ranks)
 
     def as_argument(self, per_rank: int) -> int:
-        """Return the batch size that stands for so many samples per rank."""
+        """Return the batch size in this unit for a number of samples per rank."""
         return per_rank * self.num_ranks
 
     def splits_evenly(self, size: int) -> bool:
-        """Tell whether every rank gets as many samples of a batch."""
+        """Tell whether all ranks get the same number of samples of such a batch."""
         return size % self.num_ranks == 0
 
 
 def batch_unit(arguments: TrainingArguments, world_size: int) -> BatchUnit:
-    """Return the unit of the batch sizes among the arguments."""
+    """Return the unit in which these arguments give batch sizes."""
     return BatchUnit(world_size if arguments.splits_batches else 1)
 
 
@@ -46,15 +46,15 @@ def global_batch(micro_batch: int, accumulation: int, world_size: int) -> int:
 
 
 def accumulation_for(total: int, micro_batch: int, world_size: int) -> int | None:
-    """Return the micro-batches per rank that give a global batch; None where none do exactly."""
+    """Return the micro-batches per rank that make up a global batch; None where no number does."""
     count, rest = divmod(total, micro_batch * world_size)
     return count if count and not rest else None
 
 
 def smaller(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
-    """Return the largest micro-batch of at most half the size, and the accumulation for it.
+    """Return the largest micro-batch of at most half the size, and its accumulation.
 
-    The samples per step stay. None where it would be less than one sample.
+    The product of the two stays. None where the micro-batch has one sample already.
     """
     total = micro_batch * accumulation
     for size in range(micro_batch // 2, 0, -1):

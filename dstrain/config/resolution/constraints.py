@@ -1,4 +1,4 @@
-"""The settings that exclude each other in a DeepSpeed config: all are reported at once.
+"""Settings that exclude each other in a DeepSpeed config: all are reported at once.
 
 Stated for DeepSpeed 0.19.8; where it is not plain, a comment names the file and function that
 refuses or, worse, silently ignores the value.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from dstrain.config.resolution.effective import ZERO, EffectiveConfig
 from dstrain.config.resolution.format_constraints import FORMAT_CHECKS, coarse_sums
+from dstrain.config.resolution.tree import has
 from dstrain.core.errors import Problem
 
 
@@ -33,7 +34,7 @@ def find_warnings(
         if config.stage in stages or not config.has(key):
             continue
         known = " and ".join(str(stage) for stage in stages)
-        if any(path == key or path.startswith(f"{key}.") for path in by_argument):
+        if has(by_argument, key):
             problems.append(
                 Problem(
                     f"argument {argument} with stage {config.stage}",
@@ -142,7 +143,7 @@ def _super_offload(config: EffectiveConfig) -> Iterator[Problem]:
     if config.facts.device != "cuda":
         lacking.append(f"the device is {config.facts.device}: it is written for CUDA")
     kind = str(config.get("optimizer.type") or "").lower()
-    if config.facts.own_optimizer or kind not in ("adam", "adamw"):
+    if config.facts.user_optimizer or kind not in ("adam", "adamw"):
         lacking.append("the optimizer is not DeepSpeed's Adam")
     if lacking:
         yield Problem(

@@ -28,7 +28,7 @@ class Draft:
         unit: the unit in which the arguments give batch sizes.
         config: the nested config so far.
         arguments: values of the arguments so far; the micro-batch is that of one rank.
-        adopted: those that come from the user's config.
+        adopted: arguments whose value comes from the user's config.
         provenance: why each key has its value, by dotted path.
         reasons: why each argument has its value, where that is not its default.
         problems: what makes the config unusable.
@@ -50,7 +50,7 @@ class Draft:
 
     @property
     def view(self) -> View:
-        """Return what a rule may read."""
+        """Return the values that a rule may read."""
         return View(self.arguments, self.facts, self.config)
 
     def write(self, key: str, value: Any, why: Provenance) -> None:

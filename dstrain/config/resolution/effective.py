@@ -1,4 +1,4 @@
-"""The effective config: the value that DeepSpeed uses at any key, its own default included."""
+"""Effective config: the value that DeepSpeed uses at any key, its own default included."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from dstrain.config import schema
 from dstrain.config.facts import Facts
+from dstrain.config.resolution.tree import has
 
 ZERO = "zero_optimization"
 
@@ -53,4 +54,4 @@ class EffectiveConfig:
 
     def has(self, section: str) -> bool:
         """Tell whether anything is set in a section."""
-        return any(path == section or path.startswith(f"{section}.") for path in self.values)
+        return has(self.values, section)

@@ -14,9 +14,9 @@ from dstrain.core.errors import Problem
 
 
 def fill(draft: Draft) -> None:
-    """Apply all rules in their order; those of the optimizer not to an object of the user's."""
+    """Apply all rules in their order; those of the optimizer only where the user brings none."""
     for rule in RULES:
-        if draft.facts.own_optimizer and rule.key.startswith("optimizer."):
+        if draft.facts.user_optimizer and rule.key.startswith("optimizer."):
             continue
         if rule.key not in draft.explicit:
             _fill_key(rule, draft)
@@ -41,7 +41,7 @@ def _fill_key(rule: Binding | Derivation, draft: Draft) -> None:
 
 
 def _reason(rule: Binding | Derivation, derived: Derived, draft: Draft) -> Provenance:
-    """Return why a rule has this value: its formula, or where its arguments have theirs from."""
+    """Return the reason for a rule's value: its formula, or the origin of its arguments' values."""
     if derived.how or isinstance(rule, Derivation):
         return Provenance("derived", derived.how)
     known = [draft.reasons[name] for name in rule.arguments if name in draft.reasons]

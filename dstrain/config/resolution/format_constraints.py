@@ -1,4 +1,4 @@
-"""The formats of weights, gradients and their reduction that exclude each other.
+"""Formats of weights, gradients and their reduction that exclude each other.
 
 Stated for DeepSpeed 0.19.8, as ``constraints.py`` does.
 """
@@ -112,8 +112,8 @@ def _masters(config: EffectiveConfig) -> Iterator[Problem]:
 
 def _is_cpu_adam(config: EffectiveConfig) -> bool:
     kind = str(config.get("optimizer.type") or "").lower()
-    own, torch_adam = config.facts.own_optimizer, config.values.get("optimizer.params.torch_adam")
-    return own or (kind in ("adam", "adamw") and not torch_adam)
+    is_torch_adam = bool(config.values.get("optimizer.params.torch_adam"))
+    return config.facts.user_optimizer or (kind in ("adam", "adamw") and not is_torch_adam)
 
 
 def _scaling(config: EffectiveConfig) -> Iterator[Problem]:
@@ -135,7 +135,7 @@ def _scaling(config: EffectiveConfig) -> Iterator[Problem]:
 
 
 def coarse_sums(config: EffectiveConfig) -> Iterator[str]:
-    """Warn of sums of gradients in bf16, to which the stage leads that may have been chosen."""
+    """Warn where gradients are added up in bf16 because of the stage."""
     steps = int(config.get("gradient_accumulation_steps") or 1)
     chosen = config.values.get("data_types.grad_accum_dtype") is not None
     if config.precision != "bf16" or steps == 1 or config.stage > 1 or chosen:

@@ -51,7 +51,7 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     if not placed.values.keys() & {"offload_optimizer", "offload_param"}:
         draft.problems += _unused_path(draft)
     optimizer = None
-    if not facts.own_optimizer:
+    if not facts.user_optimizer:
         optimizer, found, remarks = chosen_optimizer(
             draft.view, draft.explicit, draft.changed, draft.label
         )
@@ -78,7 +78,7 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
 
 
 def _begin(arguments: TrainingArguments, facts: Facts) -> Draft:
-    """Read arguments and config.
+    """Read arguments and config; apply what holds before any rule.
 
     Raises:
         ConfigError: keys of the config that DeepSpeed does not have, or wrong values.
@@ -131,7 +131,7 @@ def _take_found_batch(draft: Draft, batch_size: int, accumulation: int) -> None:
         "gradient_accumulation_steps": accumulation,
     }
     draft.arguments |= found
-    draft.changed |= found.keys()
+    draft.changed = draft.changed.union(found)
     why = f"found by auto_find_batch_size: {micro_batch} x {accumulation} samples per rank"
     draft.reasons |= dict.fromkeys(found, Provenance("derived", why))
 
@@ -153,9 +153,9 @@ def _show_placement(placed: Automatic, draft: Draft) -> None:
 
 
 def _make_way_for_user_objects(draft: Draft) -> None:
-    """Leave the optimizer to an object of the user's; refuse sections that objects displace."""
+    """Drop the optimizer section where the user brings one; refuse sections that would be lost."""
     facts = draft.facts
-    passed = {"optimizer": facts.own_optimizer, "scheduler": facts.own_scheduler}
+    passed = {"optimizer": facts.user_optimizer, "scheduler": facts.user_scheduler}
     draft.problems += [
         Problem(
             f"{draft.label} has a section {name!r}, and the Trainer has a {name} of its own",
@@ -165,7 +165,7 @@ def _make_way_for_user_objects(draft: Draft) -> None:
         for name, given in passed.items()
         if given and any(path.startswith(f"{name}.") for path in draft.explicit)
     ]
-    if facts.own_optimizer:
+    if facts.user_optimizer:
         draft.config.pop("optimizer", None)
 
 

@@ -1,4 +1,4 @@
-"""The result of resolution: one frozen, complete DeepSpeed config with a reason for every leaf."""
+"""Result of resolution: one frozen, complete DeepSpeed config with a reason for every leaf."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dstrain.config.resolution.tree import put
 
 @dataclass(frozen=True)
 class Provenance:
-    """The origin of the value of a key.
+    """Origin of the value of a key.
 
     Attributes:
         source: "config", "argument", "derived" or "default" (an argument left at its default).
@@ -160,7 +160,7 @@ class ResolvedConfig:
 
     @property
     def leaf_classes(self) -> tuple[str, ...]:
-        """Return the classes whose modules stage 3 gathers whole; empty for DeepSpeed's own."""
+        """Return the classes whose modules stage 3 gathers whole; () leaves them to DeepSpeed."""
         names = self.values.get("zero_optimization.leaf_module.classes") or ()
         return (names,) if isinstance(names, str) else tuple(names)
 

@@ -1,11 +1,13 @@
-"""The arguments as callbacks and trackers see them: with the values that run."""
+"""Arguments as callbacks and trackers see them: with the values that run."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
-from typing import Any, Final, TypeVar
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar, cast
 
 from dstrain.arguments import TrainingArguments
 from dstrain.arguments.choice import Choice
@@ -35,23 +37,84 @@ def running_arguments(arguments: T, resolved: ResolvedConfig) -> T:
     return shown
 
 
-@contextlib.contextmanager
-def shown_arguments(arguments: T, resolved: ResolvedConfig) -> Iterator[T]:
-    """Give code of the user's the arguments with the values that run.
+@dataclass
+class _Copy:
+    """Arguments with the values that run, and the values at the time when they were copied.
 
-    What that code assigns to them is assigned to the user's own object when the block ends.
+    Attributes:
+        arguments: the user's object.
+        resolved: the config that decided the values.
+        shown: the copy; the user's object itself where nothing differs.
+        taken_from: attributes of ``arguments`` when the copy was made.
+        given: attributes of ``shown`` that are no assignment of the user's.
     """
-    shown = running_arguments(arguments, resolved)
-    if shown is arguments:
-        yield arguments
-        return
-    before = dict(vars(shown))
-    try:
-        yield shown
-    finally:
-        for name, value in vars(shown).items():
+
+    arguments: TrainingArguments
+    resolved: ResolvedConfig
+    shown: TrainingArguments
+    taken_from: Mapping[str, Any]
+    given: Mapping[str, Any]
+
+    @staticmethod
+    def of(arguments: TrainingArguments, resolved: ResolvedConfig) -> _Copy:
+        """Copy the arguments, with the values that run."""
+        shown = running_arguments(arguments, resolved)
+        return _Copy(arguments, resolved, shown, dict(vars(arguments)), dict(vars(shown)))
+
+    def is_of(self, arguments: TrainingArguments, resolved: ResolvedConfig) -> bool:
+        """Tell whether a new copy of these arguments would be like this one."""
+        return (
+            self.arguments is arguments
+            and self.resolved is resolved
+            and _are_same(vars(arguments), self.taken_from)
+        )
+
+    def hand_over(self) -> bool:
+        """Assign to the user's object what the user has assigned to the copy; tell whether any."""
+        present = vars(self.shown)
+        if self.shown is self.arguments or _are_same(present, self.given):
+            return False
+        before, self.given = self.given, dict(present)
+        for name, value in self.given.items():
             if name not in before or value is not before[name]:
-                setattr(arguments, name, value)
+                setattr(self.arguments, name, value)
+        return True
+
+
+class ShownArguments:
+    """Gives code of the user's the arguments with the values that run.
+
+    They are copied once, and again only where the config or the user's object has changed since:
+    callbacks get them several times in every optimizer step.
+    """
+
+    def __init__(self) -> None:
+        """Begin without a copy."""
+        self._copy: _Copy | None = None
+
+    @contextlib.contextmanager
+    def of(self, arguments: T, resolved: ResolvedConfig) -> Iterator[T]:
+        """Show the arguments in a block.
+
+        What its code assigns to them is assigned to the user's own object when the block ends.
+        """
+        shown = self._copy
+        if shown is None or not shown.is_of(arguments, resolved):
+            shown = self._copy = _Copy.of(arguments, resolved)
+        try:
+            yield cast("T", shown.shown)
+        finally:
+            if shown.hand_over():
+                self._copy = None
+
+
+def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether two mappings hold the same objects under the same names, in one order."""
+    return (
+        len(one) == len(other)
+        and all(map(operator.is_, one.values(), other.values()))
+        and list(one) == list(other)
+    )
 
 
 def _running(name: str, resolved: ResolvedConfig) -> Any:
@@ -62,7 +125,7 @@ def _running(name: str, resolved: ResolvedConfig) -> Any:
 
 
 def _schedule(resolved: ResolvedConfig) -> dict[str, Any]:
-    """Return the arguments about the schedule where one of the user's config runs."""
+    """Return the arguments that describe the config's own schedule; {} where it has none."""
     if not resolved.has_scheduler:
         return {}
     kind, warmup = resolved.schedule_type, "scheduler.params.warmup_num_steps"

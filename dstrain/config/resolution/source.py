@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.core.errors import ConfigError, Problem, nearest
-from dstrain.core.files import expanded
+from dstrain.core.files import expanded, told_refused
 from dstrain.core.secrets import is_mask, without_secrets
 
 
@@ -55,14 +55,21 @@ def _read_given(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], 
         return copy.deepcopy(dict(given)), "your config"
     if given.lstrip().startswith("{"):
         return _parse(given, "the JSON text of `deepspeed`"), "your config"
-    path = expanded(given)
-    if _is_file(path):
+    path, refusal = expanded(given), None
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # the text is too long for a file name, or a folder is locked
+        is_file, refusal = False, error
+    if is_file:
         return _parse(_read(path), str(path)), f"your config ({path.name})"
     presets = {p.stem: p for p in preset_folder().glob("*.json")}
     if given in presets:
         return _parse(_read(presets[given]), given), f"preset {given}"
     if (text := _decoded(given)) is not None:
         return _parse(text, "the JSON in `deepspeed` (base64)"), "your config"
+    if isinstance(refusal, PermissionError):
+        with told_refused(ConfigError):
+            raise refusal
     close = nearest(given, set(presets))
     raise ConfigError(
         Problem(
@@ -89,13 +96,6 @@ def _decoded(text: str) -> str | None:
     except ValueError:
         return None
     return decoded if decoded.startswith("{") else None
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a text too long for a file name, or a folder that may not be entered
-        return False
 
 
 def _read(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -24,6 +24,11 @@ def get(config: Mapping[str, Any], path: str) -> Any:
             return None
         node = node[part]
     return node
+
+
+def has(paths: Iterable[str], section: str) -> bool:
+    """Tell whether one of the dotted paths is the section, or is inside of it."""
+    return any(path == section or path.startswith(f"{section}.") for path in paths)
 
 
 def put(config: dict[str, Any], path: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dstrain.config.resolution.tree import has
 from dstrain.core.errors import Problem
 
 _LOADER = "it is for DeepSpeed's own data loader, and dstrain loads the data itself"
@@ -97,7 +98,7 @@ def find_unread(
 
 
 def as_rows() -> list[tuple[str, str, str]]:
-    """Return key with its value, what becomes of it, and why: for the page of keys."""
+    """Return rows for the page of keys: key with value, refused or without effect, the reason."""
     rows = [
         (f"`{key}`: `{str(asking).lower()}`", "refused", f"{why}; {remedy}")
         for key, asking, why, remedy in _REFUSED
@@ -124,5 +125,5 @@ def _warnings(values: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterat
     if arguments.get("checkpoint_format", "dstrain") == "dstrain":
         unread |= dict.fromkeys(_OF_CHECKPOINTS, _OTHER_LAYOUT)
     for key, why in unread.items():
-        if any(path == key or path.startswith(f"{key}.") for path in values):
+        if has(values, key):
             yield f"{key} has no effect: {why}"

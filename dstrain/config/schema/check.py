@@ -126,7 +126,7 @@ def _join(path: str, name: object) -> str:
 
 
 def walk(section: Section, path: str = "") -> Iterator[tuple[str, str, Entry]]:
-    """Yield everything below a section: where it stands, its name, what it is."""
+    """Yield everything below a section: path of the section it is in, its name, its entry."""
     for name, entry in _all_keys(section).items():
         yield path, name, entry
         here = _join(path, name)
@@ -184,7 +184,7 @@ def _homes() -> dict[str, tuple[str, ...]]:
 
 @dataclass
 class _Reading:
-    """The result of one pass over a config."""
+    """Result of one pass over a config."""
 
     config: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)

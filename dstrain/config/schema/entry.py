@@ -1,4 +1,4 @@
-"""The forms of an entry in the schema: a key, a section, another spelling, a removed one."""
+"""Forms of an entry in the schema: a key, a section, another spelling, a removed one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Every key of a DeepSpeed config: what its models declare, and by hand what they do not say.
+"""Keys of a DeepSpeed config: as its models declare them, with additions written by hand.
 
-By hand are the blocks that DeepSpeed reads without a model, limits that only its code checks or
-misreads what lies outside of, other spellings, and keys that it removed. All of it is held to the
-installed source by ``tests/unit/config/schema``.
+Written by hand are blocks that DeepSpeed reads without a model, limits that only its code checks or
+that it does not check at all, other spellings, and keys that it removed. The tests in
+``tests/unit/config/schema`` compare all of them with the installed source.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The keys of optimizers and schedules, by type, as their constructors take them."""
+"""Keys of optimizers and schedules, by type, as their constructors take them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ DEFAULT_PROMPT = "def __init__(self,"
 
 @dataclass
 class ModelArguments(StartArguments):
-    """What to show of the model at the end."""
+    """Model to train, and the completion that is shown at the end."""
 
     model_config: str | None = field(
         default=None,
@@ -45,7 +45,7 @@ class ModelArguments(StartArguments):
 
 @dataclass
 class DataArguments(SourceArguments):
-    """How text or conversations are read and become samples.
+    """Reading of text or conversations, and their way to samples.
 
     With neither ``train_file`` nor ``dataset_name`` the text is the source code of the standard
     library of the running interpreter, which needs no network.

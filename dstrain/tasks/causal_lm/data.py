@@ -1,4 +1,4 @@
-"""The data of a run, whichever its format: tokenizer, samples of both splits, their collator."""
+"""Data of a run, in any format: tokenizer, samples of both splits, their collator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dstrain.tasks.common.tokenizer import prepare_tokenizer
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a model trains on.
+    """Data that a model trains on and is evaluated on.
 
     Attributes:
         description: what was read, for the log.
@@ -31,9 +31,9 @@ class PreparedData:
         train: samples to train on.
         validation: held-out samples, or None.
         collate: list of samples -> batch.
-        tokens_per_byte: of the validation text, for bits per byte; None without it, and of
+        tokens_per_byte: of the validation text, for bits per byte; None without such text, and for
             conversations, whose loss is on a part of their tokens.
-        conversations: the first of the held-out conversations themselves, where there are any;
+        conversations: the first held-out conversation as it was read, [] where there is none;
             None for text.
     """
 

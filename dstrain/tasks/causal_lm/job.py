@@ -1,4 +1,4 @@
-"""The main job: data, model; evaluate, train, evaluate, save, complete a line or a conversation."""
+"""Job of causal language models: evaluate, train, evaluate, save, complete a text."""
 
 from __future__ import annotations
 

@@ -109,12 +109,12 @@ class Packer:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a block was cut, as the texts that were tokenised for it and what is done of them.
+    """Place in a stream where a block ends, from which the next one can be made again.
 
     Attributes:
         rows: state of the rows; None for their beginning.
-        texts: texts after ``rows`` that earlier blocks are made of.
-        held: tokens that those left.
+        texts: texts after ``rows`` that were tokenised before those of the block.
+        held: tokens of earlier texts that were in no block yet.
         cut: blocks cut from ``held`` and the texts tokenised with the block.
         blocks: blocks in all.
         block_size: tokens of a block.
@@ -135,8 +135,8 @@ class PackedStream(torch.utils.data.IterableDataset):
     with workers the first worker reads everything and the others end at once: cutting blocks needs
     every token before them, so more workers than ``max_workers`` could only repeat its work.
 
-    Where its documents can tell their position so can it: a run that goes on reads and tokenises
-    again no more than what was tokenised at once.
+    It can tell its position where its documents can tell theirs: a run that goes on then reads and
+    tokenises no more again than one batch of texts.
     """
 
     max_workers = 1

@@ -41,7 +41,7 @@ _VERSION = 1  # of the packed files; raise it when the same input gives other bl
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """What is known of one packed split.
+    """Counts of one packed split.
 
     Attributes:
         num_blocks: samples.

@@ -1,4 +1,4 @@
-"""Text files: their pieces, their two sides."""
+"""Text files: cut into pieces, and split into a training side and a held-out side."""
 
 from __future__ import annotations
 

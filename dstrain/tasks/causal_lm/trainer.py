@@ -1,4 +1,4 @@
-"""The Trainer of causal language models: adds perplexity and bits per byte to evaluations."""
+"""Trainer of causal language models: adds perplexity and bits per byte to evaluations."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ BYTE_VOCABULARY = 258
 
 @dataclass
 class StartArguments:
-    """Which model to train.
+    """Model to train.
 
     Raises:
         ConfigError: from the constructor, when two models are named.
@@ -49,7 +49,7 @@ class StartArguments:
 
 @dataclass
 class SourceArguments:
-    """Where the data comes from, how it is split, and what reads it.
+    """Source of the data, its split, and the processes that read it.
 
     Raises:
         DataError: from the constructor, with every illegal value and pair at once. Whether files

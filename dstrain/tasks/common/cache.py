@@ -1,4 +1,4 @@
-"""The cache on disk: its folder, the names of its entries, and building each only once."""
+"""Cache on disk: its folder, the names of its entries, and building each only once."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def cache_problem(error: BaseException) -> Problem | None:
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
-        # Of a file that was opened by its descriptor this is a number.
+        # A file that was opened by its descriptor has a number in the place of a name.
         name = getattr(cause, "filename", None)
         path = cache_folder().parent
         if name and isinstance(name, (str, bytes, os.PathLike)):

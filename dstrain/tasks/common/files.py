@@ -1,4 +1,4 @@
-"""Files that a flag names, or the standard library: which there are, text or rows."""
+"""Files that a flag names, or the standard library: their list, and whether they hold rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FOLDER_REMEDY = "give a folder of text files, or of nothing but .jsonl or .parq
 
 
 def origins(args: SourceArguments) -> tuple[Origin, Origin | None]:
-    """Find where training data comes from, and validation data where that is named."""
+    """Find the source of the training data, and of validation data where that is named."""
     if args.dataset_name is not None:
         label = f"--dataset_name {args.dataset_name}"
         train = Origin(label, builder=args.dataset_name, split=args.train_split)

@@ -1,4 +1,4 @@
-"""The order of a job, the same for every task: check, build, evaluate, train, evaluate, save."""
+"""Order of a job, the same for every task: check, build, evaluate, train, evaluate, save."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the models of a task come to be.
+    """Functions that count, load and build the models of a task.
 
     Attributes:
         count: of a config, the sizes of the model that it makes.
@@ -104,7 +104,7 @@ def saved_config(name: str) -> Any:
 
 
 def known_of(tokenizer: Any) -> dict[str, Any]:
-    """Return the values of a new model's config that the tokenizer decides."""
+    """Return the config values of a new model that its tokenizer decides."""
     return {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,

@@ -13,14 +13,14 @@ from dstrain.core.errors import DataError, Problem
 from dstrain.tasks.common.origin import SHARD_BYTES
 
 Span = tuple[str, int, int]
-"""A file, and the bytes in which the lines begin that are meant: first, and after the last."""
+"""A file and two positions in bytes; lines that begin between them belong to the span."""
 _SNIFF_BYTES = 16 * 1024 * 1024
 
 
 def spans_of(file: str) -> list[Span]:
     """Cut a file with an object per line into spans of at most ``SHARD_BYTES``.
 
-    Of another form (one array, an object over several lines) it is one span.
+    A file of another form (one array, an object over several lines) is one span.
     """
     size = Path(file).stat().st_size
     step = SHARD_BYTES if holds_lines(file) else max(1, size)
@@ -69,7 +69,7 @@ def placed_values(span: Span) -> Iterator[tuple[str, Any]]:
 
 
 def stream_lines(files: Sequence[str], columns: Sequence[str]) -> IterableDataset | None:
-    """Stream the texts of files with an object per line; None where a file is not like that.
+    """Stream the texts of files with an object per line; None where a file has no such lines.
 
     ``datasets`` would read a file from its beginning to reach a row in it. Other values than text
     and null in a column are an error, when they are met.

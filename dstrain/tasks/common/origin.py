@@ -50,7 +50,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a split: its rows, their bytes and fingerprint where known, its size in words."""
+    """Side of a split: its rows, their bytes and fingerprint where known, its size in words."""
 
     rows: Dataset | IterableDataset
     num_bytes: int | None
@@ -60,7 +60,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where data comes from: its name in messages, and what is read."""
+    """Source of data: its name in messages, and the files or rows that are read."""
 
     label: str
     parts: tuple[TextPart, ...] = ()

@@ -1,4 +1,4 @@
-"""The tokenizer: a named one, or a byte-level BPE trained on the training data.
+"""Tokenizer: a named one, or a byte-level BPE trained on the training data.
 
 The trained one is lossless for any text: it normalises nothing, starts from all 256 bytes and so
 needs no unknown token. Its pre-tokens, between which merges never reach, are made for code: a word

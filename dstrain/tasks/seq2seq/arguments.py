@@ -16,7 +16,7 @@ DEFAULT_MODEL = (
 
 @dataclass
 class ModelArguments(StartArguments):
-    """What to show of the model at the end."""
+    """Model to train, and the predictions that are shown at the end."""
 
     model_config: str | None = field(
         default=None,
@@ -41,7 +41,7 @@ class ModelArguments(StartArguments):
 
 @dataclass
 class DataArguments(SourceArguments):
-    """How pairs are read, and how long they may be.
+    """Reading of pairs, and the limits of their lengths.
 
     With neither ``train_file`` nor ``dataset_name`` a pair is a documented function of the standard
     library of the running interpreter: its body without the docstring in, the docstring's first

@@ -1,4 +1,4 @@
-"""The job on pairs of texts: data, tokenizer, model; evaluate, train, evaluate, save, show."""
+"""Job on pairs of texts: data, tokenizer, model; evaluate, train, evaluate, save, show."""
 
 from __future__ import annotations
 

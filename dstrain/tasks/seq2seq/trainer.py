@@ -1,4 +1,4 @@
-"""The Trainer of pairs: evaluates generated text, and knows how long a sample is."""
+"""Trainer of pairs: evaluates generated text, and knows how long a sample is."""
 
 from __future__ import annotations
 

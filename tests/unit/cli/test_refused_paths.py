@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from dstrain.cli import explain
 from dstrain.cli.main import main
 from dstrain.cli.model import local_folder
-from dstrain.config.difference import read_record
 from dstrain.config.memory.model_spec import read_spec
 from dstrain.core.errors import CheckpointError, ConfigError, DataError, DstrainError, ModelError
 from dstrain.models import check_model_folder
@@ -76,18 +76,14 @@ def locked(tmp_path: Path) -> Iterator[Path]:
         (check_model_folder, ModelError),
         (local_folder, ModelError),
         (lambda path: read_spec(f"{path}/config.json"), ModelError),
-        (lambda path: read_record(path) or refuse(path), ConfigError),
+        (lambda path: explain.run(["--diff", path]), ConfigError),
+        (lambda path: explain.run(["--deepspeed", f"{path}/config.json"]), ConfigError),
     ],
-    ids=["model", "config", "spec", "record"],
+    ids=["model", "config", "spec", "record", "deepspeed"],
 )
 def test_a_folder_that_may_not_be_read_is_an_error(locked, inside, act, kind):
     path = locked / "inner" if inside else locked
     assert refused(lambda: act(str(path)), path, kind)
-
-
-def refuse(path: str) -> None:
-    """Say as ``explain`` does that a path is none, where no look at it is allowed."""
-    raise ConfigError(f"Permission denied: {path}")
 
 
 def test_data_in_a_folder_that_may_not_be_read_is_an_error(locked):

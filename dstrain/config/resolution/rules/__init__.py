@@ -1,4 +1,4 @@
-"""The rules: each owns named keys of the DeepSpeed config and says where their values come from.
+"""Rules: each owns named keys of the DeepSpeed config and says where their values come from.
 
 One module per subject. Their order is that in which keys are filled and shown: a rule may read what
 those before it have written.

@@ -107,7 +107,7 @@ def _option(name: str) -> Callable[[View], Derived | None]:
 def _allow_untested(view: View) -> Derived | None:
     if view.stage == 0:
         return None
-    if view.facts.own_optimizer:
+    if view.facts.user_optimizer:
         return Derived(True, "your own optimizer")
     build = _build(view)
     kind = str(view.config.get("optimizer", {}).get("type", ""))
@@ -120,7 +120,7 @@ def _allow_untested(view: View) -> Derived | None:
 def _force_cpu_optimizer(view: View) -> Derived | None:
     if not view.offloads_optimizer:
         return None
-    if view.facts.own_optimizer:
+    if view.facts.user_optimizer:
         return Derived(False, "your own optimizer runs as given, on the host")
     build = _build(view)
     if build is None or build.type:
@@ -130,7 +130,7 @@ def _force_cpu_optimizer(view: View) -> Derived | None:
 
 def _reduce_scatter(view: View) -> Derived | None:
     row = row_of(view)
-    if view.facts.own_optimizer or row is None or row.name != "muon" or view.stage != 3:
+    if view.facts.user_optimizer or row is None or row.name != "muon" or view.stage != 3:
         return None
     return Derived(False, "Muon needs whole gradients, which stage 3 then reduces on every rank")
 

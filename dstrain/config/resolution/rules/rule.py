@@ -1,4 +1,4 @@
-"""The form of a rule, and the values that it may read."""
+"""Forms of a rule, and the values that a rule may read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dstrain.config import schema
 from dstrain.config.facts import Facts
+from dstrain.config.resolution.tree import get
 
 
 @dataclass(frozen=True)
 class View:
-    """The values that a rule may read: adopted arguments, facts, and the config filled so far."""
+    """Values that a rule may read: adopted arguments, facts, and the config filled so far."""
 
     arguments: Mapping[str, Any]
     facts: Facts
@@ -46,10 +48,7 @@ class View:
 
     def asks(self, key: str) -> bool:
         """Tell whether the user's config says "auto" at a key that is not filled yet."""
-        node: Any = self.config
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, Mapping) else None
-        return bool(node == "auto")
+        return bool(get(self.config, key) == schema.AUTO)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,8 @@ class Derivation:
         derive: value and formula, or None to leave the key out.
         only_auto: fill it only where the user's config says "auto" or has its section.
         exact: a different value of the user's is a conflict, not a choice.
-        conflicts: it is one where an argument that the rule reads was changed.
+        conflicts: a different value of the user's is a conflict where an argument that the rule
+            reads was changed.
     """
 
     key: str
@@ -125,8 +125,8 @@ def where_set(
 ) -> Binding:
     """Return a rule for a key that stays out of the config while its argument is ``unset``.
 
-    For "auto" in the config it is what ``otherwise`` derives; without that ``unset``, or left out
-    where that is None.
+    Where the config says "auto", the key gets what ``otherwise`` derives. Without ``otherwise`` it
+    gets ``unset``, and is left out where that is None.
     """
 
     def derive(view: View) -> Derived | None:

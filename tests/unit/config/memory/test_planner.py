@@ -18,7 +18,7 @@ from dstrain.config.memory.planner import (
     Choice,
     Limits,
     Plan,
-    choose,
+    fastest_choice,
     plan,
 )
 from dstrain.config.memory.report import as_dict
@@ -56,7 +56,7 @@ def test_the_less_memory_there_is_the_later_the_choice():
     order = [placement for placement, _ in ORDER]
     for gpu_gib in (200, 80, 60, 50, 45, 40, 35, 30, 25):
         found = planned(gpu_gib)
-        choice = choose(found)
+        choice = fastest_choice(found)
         if not choice.fits:
             break
         assert found.row(choice.placement).fits
@@ -68,7 +68,7 @@ def test_the_less_memory_there_is_the_later_the_choice():
 
 def test_the_reason_names_what_the_faster_ones_lack():
     found = planned(40)
-    choice = choose(found)
+    choice = fastest_choice(found)
     before = [p for p, _ in ORDER[: [p for p, _ in ORDER].index(choice.placement)]]
     assert before
     for placement in before:
@@ -77,16 +77,16 @@ def test_the_reason_names_what_the_faster_ones_lack():
 
 
 def test_nothing_fits_and_what_would_help_is_true():
-    choice = choose(planned(16))
+    choice = fastest_choice(planned(16))
     assert isinstance(choice, Choice)
     assert not choice.fits
     assert "nothing fits" in choice.reason
     assert any("--gradient_checkpointing" in remedy for remedy in choice.remedies)
-    assert choose(planned(16, checkpointing=True)).fits
+    assert fastest_choice(planned(16, checkpointing=True)).fits
 
 
 def test_more_gpus_are_proposed_where_nothing_else_helps():
-    choice = choose(planned(9, ranks=1, host=None, checkpointing=True))
+    choice = fastest_choice(planned(9, ranks=1, host=None, checkpointing=True))
     assert not choice.fits
     assert any("GPUs" in remedy for remedy in choice.remedies)
     assert any("--host_memory" in remedy for remedy in choice.remedies)
@@ -95,7 +95,7 @@ def test_more_gpus_are_proposed_where_nothing_else_helps():
 def test_offload_is_not_chosen_into_unknown_or_too_little_host_memory():
     for host in (None, 10**9):
         found = planned(30, host=host, checkpointing=True)
-        choice = choose(found)
+        choice = fastest_choice(found)
         assert (choice.placement.optimizer, choice.placement.parameters) == ("none", "none")
         assert "host memory" in found.row(Placement(2, "cpu")).lacking
 
@@ -134,12 +134,12 @@ def test_a_model_without_known_layers_is_planned_by_its_states():
     unknown = dataclasses.replace(sizes(), block=None)
     found = plan(unknown, Work(8), Batch(1, 2048, 2), Limits(80 * GIB, TB))
     assert found.row(Placement(2)).footprint.kinds["activations"] == 0
-    assert choose(found).fits
+    assert fastest_choice(found).fits
 
 
 def test_the_plan_is_json():
     found = planned(80)
-    data = json.loads(json.dumps(as_dict(found, choose(found))))
+    data = json.loads(json.dumps(as_dict(found, fastest_choice(found))))
     assert len(data["rows"]) == len(SHOWN)
     assert data["model"]["num_parameters"] == 8_030_261_248
     assert data["choice"]["fits"] is True

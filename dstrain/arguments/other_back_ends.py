@@ -25,7 +25,7 @@ def _is_one_rank(parallelism: Any) -> bool:
 
 
 @dataclass
-class ElsewhereArguments:
+class OtherBackEndArguments:
     """Back ends that DeepSpeed replaces or does not run on."""
 
     fsdp: str = arg("", "FSDP options.", treatment=refused(_NO_FSDP, _ZERO_FOR_FSDP))
