@@ -71,10 +71,10 @@ def refusals(arguments: Any) -> list[Problem]:
     problems = []
     for name, (treatment, default) in declared(type(arguments)).items():
         value = getattr(arguments, name)
-        if treatment.refuses(arguments, value, default):
+        if treatment.refuses(value, default):
             why = treatment.note
             if treatment.kind == "pending":
-                why = f"{NOT_YET}: {why}" if why else NOT_YET
+                why = f"{NOT_YET}: {why}"
             remedy = treatment.remedy or f"leave it out (its default is {default!r})"
             problems.append(Problem(f"{name}={shown(name, value)}", why, remedy))
         elif treatment.kind == "no effect" and value is not None and value != default:

@@ -23,7 +23,6 @@ class Treatment:
         remedy: what to use instead.
         targets: DeepSpeed keys, or the new name of an alias.
         accepts: values that are taken like the default.
-        only_with: name of another argument; while that is off, any value is just stored.
         convert: of an alias: (arguments, old value) -> new value; a ``ValueError`` is a conflict.
         excluded: legal values that are refused, with the reason.
         own: whether the documents that dstrain follows do not have it: an argument of its own, or
@@ -35,16 +34,13 @@ class Treatment:
     remedy: str = ""
     targets: tuple[str, ...] = ()
     accepts: Callable[[Any], bool] | None = None
-    only_with: str = ""
     convert: Callable[[Any, Any], Any] | None = None
     excluded: Mapping[Any, str] = field(default_factory=dict)
     own: bool = False
 
-    def refuses(self, arguments: Any, value: Any, default: Any) -> bool:
+    def refuses(self, value: Any, default: Any) -> bool:
         """Tell whether this value of the argument is an error."""
         if self.kind not in ("refused", "pending") or value is None or value == default:
-            return False
-        if self.only_with and getattr(arguments, self.only_with) in (None, False, "no", 0, ""):
             return False
         return self.accepts is None or not self.accepts(value)
 
@@ -70,8 +66,6 @@ class Treatment:
             "refused": "refused",
             "pending": "pending",
         }[self.kind]
-        if self.only_with:
-            head += f" (with `{self.only_with}`)"
         parts = [f"{head}: {self.note}" if self.note else head]
         parts += [self.remedy] if self.remedy else []
         parts += [f"`{value}` is refused: {why}" for value, why in self.excluded.items()]
@@ -127,12 +121,6 @@ def refused(
     return Treatment("refused", why, remedy, accepts=accepts, own=own)
 
 
-def pending(
-    note: str = "",
-    *,
-    remedy: str = "",
-    accepts: Callable[[Any], bool] | None = None,
-    only_with: str = "",
-) -> Treatment:
+def pending(note: str) -> Treatment:
     """Declare that another value than the default is an error until the trainer implements it."""
-    return Treatment("pending", note, remedy, accepts=accepts, only_with=only_with)
+    return Treatment("pending", note)

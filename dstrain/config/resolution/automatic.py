@@ -77,9 +77,12 @@ def choose_placement(
     if not left:
         return Automatic({})
     row = _optimizer(arguments, facts, explicit)
-    open_to = _runnable(_open_to(asked, facts), row, facts, asked)
-    needs = _needs_of_stage_3(arguments, facts)
-    bound = [p for p in open_to if p.stage == 3] if needs and "zero_stage" in left else open_to
+    needs = _needs_of_stage_3(arguments, facts) if "zero_stage" in left else ""
+    possible = _open_to(asked, facts)
+    open_to = _runnable(possible, row, facts, or_0="zero_stage" in left and not needs)
+    bound = open_to
+    if needs:
+        bound = _runnable([p for p in possible if p.stage == 3], row, facts, or_0=False)
     if facts.sizes is None or facts.machine is None:
         return _unplanned(left, bound, needs, facts)
     found = _planned(arguments, left, open_to, facts, facts.machine, explicit)
@@ -217,11 +220,18 @@ def _runnable(
     open_to: list[Placement],
     row: optimizers.Optimizer | None,
     facts: Facts,
-    asked: Mapping[str, str],
+    *,
+    or_0: bool,
 ) -> list[Placement]:
-    """Return the choices at which the optimizer can run; stage 0 where it only runs there.
+    """Return the choices at which the optimizer can run.
 
     All of them where it runs at none: it is refused where conflicts are collected.
+
+    Args:
+        open_to: the choices.
+        row: the optimizer; None for one that the table does not know.
+        facts: device and so on.
+        or_0: take stage 0 where it runs there and at none of the choices.
     """
     if row is None:
         return open_to
@@ -231,7 +241,7 @@ def _runnable(
         return optimizers.build_of(row, setting) is not None
 
     found = [placement for placement in open_to if runs(placement)]
-    if not found and asked["zero_stage"] == AUTO and runs(Placement(0)):
+    if not found and or_0 and runs(Placement(0)):
         return [Placement(0)]
     return found or open_to
 

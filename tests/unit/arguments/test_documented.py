@@ -172,22 +172,12 @@ def test_the_page_has_every_documented_argument_with_what_happens_to_it():
 @pytest.mark.parametrize("name", names_of("refused", "pending"))
 def test_what_is_refused_or_pending_is_an_error_with_reason_and_remedy(name):
     treatment, default = ALL[name]
-    more = {treatment.only_with: other_value(treatment.only_with)} if treatment.only_with else {}
     with pytest.raises(ConfigError) as caught:
-        build(name, **more)
+        build(name)
     problem = next(p for p in caught.value.problems if p.what.startswith(f"{name}="))
     assert problem.remedy
     assert (NOT_YET in problem.why) == (treatment.kind == "pending")
     assert problem.why
-
-
-@pytest.mark.parametrize("name", [n for n in names_of("pending") if ALL[n][0].only_with])
-def test_what_means_nothing_by_itself_is_stored(name):
-    """``hub_token`` without ``push_to_hub`` does nothing in transformers either."""
-    if ALL[name][0].only_with == "save_strategy":  # whose default is not "no"
-        assert getattr(build(name, save_strategy="no"), name) == other_value(name)
-    else:
-        assert getattr(build(name), name) == other_value(name)
 
 
 @pytest.mark.parametrize("name", names_of("no effect"))

@@ -15,6 +15,7 @@ from dstrain.config.memory.planner import speed_rank
 from dstrain.config.memory.sizes import ModelSizes, Tensors
 from dstrain.config.resolution.automatic import ACTIVATION_SHARE, choose_placement
 from dstrain.config.resolution.rules import readable_arguments
+from dstrain.core.errors import ConfigError
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -211,6 +212,24 @@ def test_what_only_stage_3_has_chooses_it(known):
     assert choose_placement({**usual, "quantized_weights": False}, known, {}).values != {
         "zero_stage": "3"
     }
+
+
+@pytest.mark.parametrize("known", [Facts(), facts(80)], ids=["unknown", "planned"])
+@pytest.mark.parametrize(
+    ("config", "arguments", "said"),
+    [
+        ({"optimizer": {"type": "Lamb"}}, {"quantized_weights": True}, "ZeRO stages 1 to 3 give"),
+        ({"optimizer": {"type": "Lamb"}}, {"hpz_partition_size": 2}, "ZeRO stages 1 to 3 give"),
+        (None, {"optim": "sgd", "offload_optimizer": "nvme"}, "DeepSpeed's swapper to disk"),
+        (None, {"optim": "lamb", "offload_param": "cpu"}, "ZeRO stages 1 to 3 give"),
+    ],
+)
+def test_an_optimizer_that_does_not_run_at_the_only_stage_left_is_refused(
+    known, config, arguments, said
+):
+    """Catches a choice among none: what asks for stage 3 excludes where the optimizer runs."""
+    with pytest.raises(ConfigError, match=said):
+        chosen(known, config, **arguments)
 
 
 def test_deciding_is_repeatable_and_accepted_by_the_rules_that_follow():
