@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
+from dstrain.arguments.choice import Choice
 from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import alias, implemented, refused
 from dstrain.core.errors import Problem
@@ -122,7 +123,8 @@ class FeatureArguments:
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note the keyword arguments in their order, which tells what a copy changes."""
         self = super().__new__(cls)
-        if kwargs:  # none are given where a copy or a pickle is read back
+        # Checked arguments have a ``Choice`` among them; what was read from a file has none.
+        if any(isinstance(value, Choice) for value in kwargs.values()):
             vars(self)["_given"] = tuple(kwargs)
         return self
 

@@ -149,6 +149,14 @@ def test_parallelism_other_than_of_data_is_refused_with_what_to_use():
 # --- values as transformers has them -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("order", [list, sorted])
+def test_a_file_with_every_argument_in_any_order_is_no_copy_of_arguments(order: Any):
+    """One of its values was changed by hand, under the older of two names."""
+    values = TrainingArguments("out").to_dict() | {"gradient_checkpointing_kwargs": {"a": 1}}
+    args = TrainingArguments(**{name: values[name] for name in order(values)})
+    assert args.gradient_checkpointing_kwargs == args.activation_checkpointing_kwargs == {"a": 1}
+
+
 def test_values_of_a_few_names_read_like_members_of_enums():
     """And like plain texts, in every way that a script can look at them."""
     theirs = transformers.TrainingArguments(
