@@ -1,4 +1,4 @@
-"""The engine of a ``Trainer``: its config, how it is built, and how it is let go."""
+"""Resolving the config of a ``Trainer``, and building and closing its engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dstrain.trainer.optimizer_hooks import OptimizerHooks
 
 
 class EngineHooks(OptimizerHooks, LoaderHooks):
-    """The methods of a trainer about its DeepSpeed engine."""
+    """Has the methods of a trainer about its DeepSpeed engine."""
 
     @property
     def model_wrapped(self) -> Any:

@@ -1,4 +1,4 @@
-"""Hyperparameter search on a ``Trainer``: a training for each trial, on all ranks."""
+"""Methods of a ``Trainer`` that search hyperparameters: one training per trial, on all ranks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = get_logger(__name__)
 
 
 class SearchHooks(EvaluationHooks):
-    """The methods of transformers' Trainer about a search.
+    """Has the methods of transformers' Trainer about a search.
 
     Attributes:
         hp_search_backend: its name while a search runs, else None.
-        hp_space: of the search: a trial -> hyperparameters.
-        hp_name: of the search: a trial -> its name, or None.
-        compute_objective: of the search: metrics -> what is optimised.
-        objective: of the trial, once one of its evaluations is over.
+        hp_space: the search's trial -> hyperparameters.
+        hp_name: the search's trial -> name of the trial, or None.
+        compute_objective: the search's metrics -> value to optimise.
+        objective: the present trial's value, once one of its evaluations is over.
     """
 
     hp_search_backend: str | None = None
@@ -152,7 +152,7 @@ class SearchHooks(EvaluationHooks):
             self._leave_trial()
 
     def _run_ray_trial(self, config: Mapping[str, object], trial_id: str) -> PlainState | None:
-        """Train with a trial of ray, in its process, which is a world of its own.
+        """Train with a trial of ray, in the process that ray has started for it.
 
         Returns:
             the metrics of an evaluation after training; None where training has evaluated, and
@@ -189,7 +189,7 @@ class SearchHooks(EvaluationHooks):
                 self.add_callback(board)
 
     def _report_to_wandb(self) -> None:
-        """See to it that W&B is among the trackers: a sweep reads what they report."""
+        """Add W&B to the trackers where it is missing: a sweep reads its records."""
         from dstrain.reporting import tracker_callbacks
         from dstrain.reporting.compat import INTEGRATION_TO_CALLBACK
 

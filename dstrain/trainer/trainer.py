@@ -1,4 +1,4 @@
-"""The public ``Trainer``: the edge where users meet the rooms behind it."""
+"""The public ``Trainer``: its constructor, and ``train``."""
 
 from __future__ import annotations
 

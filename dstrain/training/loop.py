@@ -30,15 +30,15 @@ logger = get_logger(__name__)
 
 @dataclass
 class TrainLoop:
-    """One run. ``run`` is the loop; everything else is a step of it.
+    """Runs one training: ``run`` is the loop, the other methods are its steps.
 
     Attributes:
         progress: optimizer steps, epochs, samples and tokens so far.
         figures: losses and counters.
-        steps_before: of the run that the checkpoint is from.
-        tokens_before: likewise.
+        steps_before: optimizer steps that were done before this process resumed the run.
+        tokens_before: input tokens that were read before this process resumed the run.
         preempted: whether a signal ended the run early.
-        place: where the run is, for messages.
+        place: the place that the run has come to, for messages.
     """
 
     settings: RunSettings

@@ -1,4 +1,4 @@
-"""Ending early because a scheduler says so: a signal on any rank, acted upon by all at one step.
+"""Ending a run early on all ranks at the same step, because a rank was sent a signal.
 
 A rank that was sent a signal cannot stop by itself, as the others would wait for it. So the ranks
 exchange a few numbers on the host about once a second, on a group of their own, while the
@@ -50,8 +50,8 @@ class Preemption:
         """Watch nothing yet.
 
         Args:
-            ranks: facts of this process.
-            watches: False leaves signals alone, and no rank ever asks.
+            ranks: rank and world size of this process.
+            watches: whether signals are handled; without it ranks exchange nothing.
         """
         self.cause = ""
         self.acted = False

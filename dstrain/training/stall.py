@@ -1,4 +1,4 @@
-"""A run that stands still, because a rank does not come to a collective, ends and says which.
+"""Ending a run that stands still because a rank does not come to a collective, and naming it.
 
 DeepSpeed's all-reduce in shared memory waits for ever, gloo and NCCL give up after ``ddp_timeout``
 and do not know for whom they waited. A thread of each rank looks at the main thread once a second.
@@ -72,8 +72,8 @@ class StallWatch:
         """Prepare to watch.
 
         Args:
-            ranks: facts of this process.
-            loop: of training, or what else is done, with its ``place`` and ``progress``.
+            ranks: rank and world size of this process.
+            loop: the training loop, or other work, with its ``place`` and ``progress``.
             timeout_seconds: how long a rank may keep the others waiting in a step.
         """
         self._ranks, self._loop, self._timeout = ranks, loop, timeout_seconds

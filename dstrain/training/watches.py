@@ -1,4 +1,4 @@
-"""Watching all that a trainer does for ranks that do not come, one watch at a time."""
+"""Watching the work of a trainer for ranks that hang, with one watch at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ S = TypeVar("S", bound="WatchesRanks")
 
 @dataclass
 class Outside:
-    """The place and progress that a watch sees where no training loop runs."""
+    """Holds the place and progress that a watch sees where no training loop runs."""
 
     place: Place
     progress: Progress
@@ -33,7 +33,7 @@ class RankWatches:
         """Watch nothing yet.
 
         Args:
-            ranks: facts of this process.
+            ranks: rank and world size of this process.
         """
         self._ranks = ranks
         self._present: StallWatch | None = None
@@ -46,9 +46,9 @@ class RankWatches:
         up, it is said which rank did not come, and all end.
 
         Args:
-            what: is done in the block, for messages.
-            step: that training has come to.
-            timeout_seconds: of collectives.
+            what: the work of the block, for messages.
+            step: the step that training has come to.
+            timeout_seconds: time limit of collectives.
         """
         if self._present is not None:
             yield
@@ -66,7 +66,7 @@ class RankWatches:
         """Watch a training loop in a block inside ``over``, and then what ends training.
 
         Args:
-            loop: with its ``place`` and ``progress``.
+            loop: the training loop, with its ``place`` and ``progress``.
         """
         assert self._present is not None
         self._present.follow(loop)
@@ -77,7 +77,7 @@ class RankWatches:
 
 
 class WatchesRanks(Protocol):
-    """What has methods that are watched."""
+    """Declares what an object must have for its methods to be watched."""
 
     def _watching_ranks(self, what: str) -> contextlib.AbstractContextManager[None]: ...
 
