@@ -41,7 +41,7 @@ class EngineHooks(OptimizerHooks, LoaderHooks):
         self.optimizer, self.lr_scheduler = self._user.optimizer, self._user.scheduler
         self._show_objects(None)
         self._engines.close()
-        self._user.give_back()
+        self._user.restore_parameters()
         self._release_eval_loaders()
         if whole:
             make_ordinary(self.model, whole if isinstance(whole, str) else None)

@@ -50,7 +50,7 @@ class EngineKeeper:
 
     def train(self, build: Callable[[], Engine]) -> Engine:
         """Tear down what is alive and build a training engine on the current weights."""
-        self._let_go()
+        self._tear_down()
         gc.collect()  # those of other Trainers, which nobody holds any more, must be gone too
         destroy_orphans()
         engine = self._training = self._adopted(build())
@@ -119,7 +119,7 @@ class EngineKeeper:
 
     def close(self) -> None:
         """Tear down every engine; the module keeps its weights."""
-        if self._let_go():
+        if self._tear_down():
             # Engines hold reference cycles with hooks: their buffers are free only after this.
             gc.collect()
 
@@ -128,7 +128,7 @@ class EngineKeeper:
         guard_partitioned(engine.module, patience_seconds=self._patience)
         return engine
 
-    def _let_go(self) -> bool:
+    def _tear_down(self) -> bool:
         """Tear down the engines that are alive, and tell whether there was any."""
         alive = [
             e for e in (self._training, self._inference) if e is not None and not e.is_destroyed

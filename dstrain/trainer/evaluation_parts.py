@@ -51,11 +51,11 @@ class EvaluationParts(ModelHooks, ReportHooks):
         Trackers have been told nothing yet.
         """
         num_entries = len(self.state.log_history)
-        give_back = self.events.take_down()
+        restore_states = self.events.record_states()
 
         def undo() -> None:
             del self.state.log_history[num_entries:]
-            give_back()
+            restore_states()
 
         return undo
 

@@ -147,7 +147,7 @@ class Events:
 
         return [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
 
-    def take_down(self) -> Callable[[], None]:
+    def record_states(self) -> Callable[[], None]:
         """Record the state of callbacks; return a function that restores it.
 
         Only callbacks that export a state for checkpoints are recorded, such as early stopping.
@@ -155,12 +155,12 @@ class Events:
         """
         states = [(c, copy.deepcopy(c.state().get("attributes", {}))) for c in self.exportable()]
 
-        def give_back() -> None:
+        def restore_states() -> None:
             for callback, attributes in states:
                 for name, value in copy.deepcopy(attributes).items():
                     setattr(callback, name, value)
 
-        return give_back
+        return restore_states
 
     def begin_run(
         self,

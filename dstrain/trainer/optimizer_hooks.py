@@ -144,7 +144,7 @@ class OptimizerHooks(TrainerBase):
         Raises:
             ConfigError: an override made no optimizer.
         """
-        self._user.give_back()
+        self._user.restore_parameters()
         if self._overrides("create_optimizer_and_scheduler"):
             self.create_optimizer_and_scheduler(num_training_steps)
         elif self._makes_optimizer and self._user.optimizer is None:

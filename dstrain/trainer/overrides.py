@@ -71,7 +71,7 @@ ELSEWHERE = {
 }
 
 
-def unheard(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
+def ignored_overrides(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
     """Find overrides and arguments that would be ignored silently.
 
     Args:

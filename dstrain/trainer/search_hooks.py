@@ -39,7 +39,7 @@ class SearchHooks(EvaluationHooks):
     _trial: Trial = None
     _trial_id: str = ""
     _args_outside: TrainingArguments | None = None
-    _give_back_callbacks: Callable[[], None] | None = None
+    _restore_callbacks: Callable[[], None] | None = None
 
     def hyperparameter_search(
         self,
@@ -92,13 +92,13 @@ class SearchHooks(EvaluationHooks):
         self.hp_search_backend, self.hp_name = name, hp_name
         self.hp_space = hp_space or trials.default_space(name)
         self.compute_objective = compute_objective or trials.default_objective
-        self._give_back_callbacks = self.events.take_down()
+        self._restore_callbacks = self.events.record_states()
         try:
             return self._search(name, n_trials, direction, **kwargs)
         finally:
             self.hp_search_backend = None
             self._take_up_trial(None)
-            self._give_back_callbacks()
+            self._restore_callbacks()
 
     def _search(
         self, backend: str, n_trials: int, direction: str | list[str], **kwargs: Any
@@ -139,9 +139,9 @@ class SearchHooks(EvaluationHooks):
 
     def _run_trial(self, trial: object, trial_id: str) -> Any:
         """Train and evaluate with a trial, and return its objective; a collective of all ranks."""
-        assert self._give_back_callbacks is not None
+        assert self._restore_callbacks is not None
         self._trial_id, self.objective = trial_id, None
-        self._give_back_callbacks()
+        self._restore_callbacks()
         try:
             self.train(trial=trial)
             if self.objective is None:  # no evaluation during training

@@ -64,7 +64,7 @@ class StepRecord:
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
-class Due:
+class PendingEvaluation:
     """Describes an evaluation that a signal ended, and what was to follow at that point.
 
     Attributes:
@@ -80,13 +80,13 @@ class Due:
     stops_epoch: Flag
 
     @staticmethod
-    def of(event: Event, control: TrainerControl) -> Due:
+    def of(event: Event, control: TrainerControl) -> PendingEvaluation:
         """Record what callbacks have decided in ``event``, before the evaluation."""
-        return Due(
+        return PendingEvaluation(
             event, control.should_save, control.should_training_stop, control.should_epoch_stop
         )
 
-    def give_to(self, control: TrainerControl) -> None:
+    def restore_decisions(self, control: TrainerControl) -> None:
         """Set these decisions in ``control`` again."""
         control.should_evaluate = True
         control.should_save = self.saves
@@ -135,7 +135,7 @@ class Position:
     random_ahead: PlainState | None = None
     source: dict[Text, Any] | None = None
     shares: AtLeastOne | None = None
-    due: Due | None = None
+    due: PendingEvaluation | None = None
     loss: LossFindings | None = None
     stopped: Flag = False
 
