@@ -212,6 +212,7 @@ class EvaluationHooks(EvaluationParts):
                 meet=lambda: self._meet(collector),
                 meet_last=self._settle_rivals,
             )
+            self._watches.enter("the end of an evaluation")
             if totals.num_samples == 0:
                 raise DataError(
                     Problem("the evaluation data gave no sample", "at least one is needed")

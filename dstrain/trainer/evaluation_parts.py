@@ -169,7 +169,12 @@ class EvaluationParts(ModelHooks, ReportHooks):
         return replace(prediction, predictions=reduce(logits, prediction.labels))
 
     def _eval_batches(self, loader: object) -> Iterator[EvalBatch]:
-        for micro_batch, is_last in synchronized_batches(loader, device=device_name()):
+        """Yield this rank's batches; note for the other ranks which one it is in."""
+        batches = synchronized_batches(loader, device=device_name())
+        # Metrics of batches are computed on one rank, which may take as long as it takes.
+        meets = self.compute_metrics is None or not self.args.batch_eval_metrics
+        for number, (micro_batch, is_last) in enumerate(batches, 1):
+            self._watches.enter(f"batch {number} of an evaluation", in_step=meets, may_lag=True)
             yield EvalBatch(micro_batch.inputs, micro_batch.num_samples, is_last)
 
     def _computes_loss(self, inputs: Mapping[str, object]) -> bool:

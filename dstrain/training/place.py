@@ -14,15 +14,19 @@ class Place:
     def __init__(self) -> None:
         """Begin outside of a step."""
         self.what, self.in_step, self.count, self.since = "the start", False, 0, time.monotonic()
+        self.may_lag = False
 
-    def enter(self, what: str, *, in_step: bool = False) -> None:
+    def enter(self, what: str, *, in_step: bool = False, may_lag: bool = False) -> None:
         """Note that the loop has come to another place.
 
         Args:
             what: the part of the run that begins, for messages.
             in_step: all ranks meet in it, so that to wait for one long is a failure.
+            may_lag: ranks may be many such places behind others, so that one which goes on from
+                place to place is waited for, however long that takes.
         """
         self.what, self.in_step, self.since = what, in_step, time.monotonic()
+        self.may_lag = may_lag
         self.count += 1
 
 

@@ -37,6 +37,7 @@ class RankWatches:
         """
         self._ranks = ranks
         self._present: StallWatch | None = None
+        self._place: Place | None = None
 
     @contextlib.contextmanager
     def over(self, what: str, *, step: int, timeout_seconds: float) -> Iterator[None]:
@@ -55,11 +56,17 @@ class RankWatches:
             return
         run = _outside(what, step=step)
         self._present = StallWatch(self._ranks, run, timeout_seconds=timeout_seconds)
+        self._place = run.place
         try:
             with self._present.watching():
                 yield
         finally:
-            self._present = None
+            self._present = self._place = None
+
+    def enter(self, what: str, *, in_step: bool = False, may_lag: bool = False) -> None:
+        """Note that this rank has come to another place; see ``Place.enter``."""
+        if self._place is not None:
+            self._place.enter(what, in_step=in_step, may_lag=may_lag)
 
     @contextlib.contextmanager
     def following(self, loop: Watched) -> Iterator[None]:
@@ -70,10 +77,13 @@ class RankWatches:
         """
         assert self._present is not None
         self._present.follow(loop)
+        self._place = loop.place
         try:
             yield
         finally:
-            self._present.follow(_outside("the end of training", step=loop.progress.step))
+            after = _outside("the end of training", step=loop.progress.step)
+            self._present.follow(after)
+            self._place = after.place
 
 
 class WatchesRanks(Protocol):
