@@ -1,4 +1,4 @@
-"""The files of a run's folder that belong on the Hub."""
+"""Choosing the files of a run's folder that belong on the Hub."""
 
 from __future__ import annotations
 

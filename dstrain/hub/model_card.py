@@ -1,4 +1,4 @@
-"""The model card of a run: what it has learnt, from what, with which arguments and versions."""
+"""Writing the model card of a run: results, data, arguments and versions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEFT_OUT = {
 
 @dataclass(frozen=True)
 class CardWishes:
-    """What a user says about a model; the arguments of ``create_model_card``."""
+    """Holds the arguments of ``create_model_card``: what a user says about a model."""
 
     language: str | list[str] | None = None
     license: str | None = None
@@ -42,13 +42,13 @@ class CardWishes:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells of a run.
+    """Holds the facts of a run that a card tells.
 
     Attributes:
         output_dir: the run's folder.
-        model: that was trained.
-        train_dataset: that it was trained on.
-        log_history: of ``TrainerState``.
+        model: the model that was trained.
+        train_dataset: the data that it was trained on.
+        log_history: ``log_history`` of ``TrainerState``.
         arguments: the values that ran, by name; see ``arguments_that_ran``.
     """
 
@@ -69,7 +69,7 @@ def card_of(facts: CardFacts, wishes: CardWishes, *, ask_hub: bool = False) -> s
     """Write the text of the model card, with its metadata on top.
 
     Args:
-        facts: of the run.
+        facts: the facts of the run.
         wishes: what the user says.
         ask_hub: look up the licence of the model that this one came from.
     """

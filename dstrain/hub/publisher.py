@@ -22,10 +22,10 @@ LAST_CHECKPOINT = "last-checkpoint"
 
 @dataclass(frozen=True)
 class Upload:
-    """One commit.
+    """Describes one commit.
 
     Attributes:
-        message: of the commit.
+        message: the commit's message.
         files: path in the repository -> a file that nobody changes any more, or its content.
         replaces: folder of the repository whose other files go.
         token: instead of the publisher's.
@@ -42,7 +42,7 @@ class Upload:
 
 
 class Publisher:
-    """The uploads of a run; used on the main rank alone, from any thread."""
+    """Makes the uploads of a run; used on the main rank alone, from any thread."""
 
     def __init__(
         self, name: str, *, token: str | None, private: bool | None, revision: str | None = None
@@ -64,7 +64,7 @@ class Publisher:
 
     @property
     def is_busy(self) -> bool:
-        """Whether an upload is going on or waiting."""
+        """Tell whether an upload is going on or waiting."""
         return self._thread is not None
 
     def create(self, *, token: str | None = None, private: bool | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What a run uploads: its folder when it is asked to, and its checkpoints as they are committed."""
+"""Uploading a run's folder when asked to, and its checkpoints as they are committed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _CARD = "README.md"
 
 @dataclass(frozen=True)
 class Destination:
-    """Where one upload goes, in place of what the arguments say; None leaves that as it is.
+    """Overrides where one upload goes; None keeps what the arguments say.
 
     Attributes:
-        token: of the account.
-        revision: branch.
-        private: visibility of a new repository.
+        token: token of the account.
+        revision: branch to upload to.
+        private: whether a new repository is private.
     """
 
     token: str | None = None
@@ -85,9 +85,9 @@ def upload_folder(
     """Upload a run's folder as it is, with a new card; on the main rank.
 
     Args:
-        publisher: of the run.
-        folder: the run's.
-        message: of the commit.
+        publisher: the run's publisher.
+        folder: the run's folder.
+        message: the commit's message.
         write_card: writes the card into the folder, once the repository is known.
         destination: where this upload goes.
         blocking: wait until it is uploaded.
@@ -121,9 +121,9 @@ def checkpoint_upload(
     """Return a function that uploads a checkpoint after its commit, in any thread.
 
     Args:
-        publisher: of the run.
+        publisher: the run's publisher.
         args: the user's arguments.
-        when: in the run the checkpoint was saved, for the commit's message.
+        when: the step or epoch of the checkpoint, for the commit's message.
         card: the model card at that point.
     """
 
@@ -150,8 +150,8 @@ def report_failure(what: str, error: Exception, args: TrainingArguments) -> None
     """Log that the Hub could not be reached or refused, without the token.
 
     Args:
-        what: failed, with what becomes of it, such as "the model was not uploaded".
-        error: of huggingface_hub.
+        what: the failure in words, such as "the model was not uploaded".
+        error: the error of huggingface_hub.
         args: the user's arguments.
     """
     told = hidden_in_text(str(error), known=[args.hub_token])

@@ -1,4 +1,4 @@
-"""The progress bar of training and evaluation: loss, tokens per second, time left."""
+"""Showing the progress of training and evaluation: loss, tokens per second, time left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dstrain.reporting.compat import ProgressCallback
 
 
 class ProgressBar(ProgressCallback):
-    """One bar over the optimizer steps, and a short-lived one for each evaluation.
+    """Shows one bar over the optimizer steps, and a short-lived one for each evaluation.
 
     A ``ProgressCallback`` of transformers, so that scripts find, replace and remove it as one; what
     that one does at each event is done here in another way.

@@ -97,7 +97,7 @@ def prune_if_told(trial: Any, objective: Any, *, step: int, on_prune: Callable[[
 
 
 class AgreedTrial(optuna.trial.BaseTrial):
-    """A trial that all ranks hold: what the main rank's one says is what every rank gets.
+    """Is a trial on all ranks: the answers of the main rank's trial go to every rank.
 
     All ranks must ask the same in the same order, as ``hp_space`` and ``model_init`` do.
     """

@@ -24,10 +24,10 @@ _PACKAGES = {"optuna": "dstrain[tune]", "ray": "'ray[tune]'", "wandb": "dstrain[
 
 @dataclass(frozen=True)
 class Trials:
-    """What a backend needs to run its trials.
+    """Holds what a backend needs to run its trials.
 
     Attributes:
-        ranks: facts of this process.
+        ranks: rank and world size of this process.
         run: (trial, its name) -> objective, from one training with it; a collective of all ranks.
         space: the hyperparameters of a trial (optuna), or without a trial the space itself.
     """
@@ -39,7 +39,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class Ended:
-    """The search is over: its result, or what ended it."""
+    """Tells that the search is over, with its result or the failure that ended it."""
 
     result: Any = None
     failure: str = ""

@@ -1,4 +1,4 @@
-"""The public Trainer, its assembly and its loop."""
+"""``Trainer`` and ``Seq2SeqTrainer``, and building models partitioned."""
 
 from dstrain.trainer.build import partitioned
 from dstrain.trainer.seq2seq import Seq2SeqTrainer

@@ -1,4 +1,4 @@
-"""Attributes that transformers' Trainer has: what they are here, or what to use instead."""
+"""Attributes of transformers' Trainer: their values here, or errors that name a replacement."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INSTEAD = {
 
 
 class OtherAttributes(TrainerBase):
-    """What scripts and subclasses written for transformers' Trainer look up on it."""
+    """Answers lookups of attributes that scripts written for transformers' Trainer use."""
 
     is_deepspeed_enabled = True
     is_fsdp_enabled = False
@@ -61,8 +61,7 @@ class OtherAttributes(TrainerBase):
     def label_smoother(self) -> Any:
         """Return transformers' ``LabelSmoother`` for an override of ``compute_loss``, or None.
 
-        What ``compute_loss`` itself does with ``label_smoothing_factor`` is the same, over the
-        targets of the model's own loss.
+        ``compute_loss`` itself smooths in the same way, over the targets of the model's own loss.
         """
         from dstrain.trainer import compat
 
@@ -91,7 +90,7 @@ class OtherAttributes(TrainerBase):
         """Say what to use instead of an attribute that only transformers' Trainer has.
 
         Raises:
-            AttributeError: always; this is asked for what is not there.
+            AttributeError: always: Python calls this only for attributes that do not exist.
         """
         kind = type(self)
         if hasattr(kind, name):

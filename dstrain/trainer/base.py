@@ -1,4 +1,4 @@
-"""What all parts of a ``Trainer`` share: its attributes, each declared once, and its events."""
+"""Base of all parts of ``Trainer``: declares each shared attribute once, and tells events."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
 class TrainerBase:
     """Declares what the parts of a ``Trainer`` share; ``Trainer.__init__`` sets it.
 
-    ``Trainer`` describes what users ask for. The rest:
+    ``Trainer`` describes the attributes that users read. The others:
 
     Attributes:
-        ranks: facts of this process.
+        ranks: rank, local rank and world size of this process.
         events: callbacks, and how they are called.
-        checkpoints: of the training that runs or ran last.
+        checkpoints: those of the training that runs or ran last.
         targets: what the loss is a mean over.
         processing_class: tokenizer or processor; saved with the model.
         data_collator: list of samples -> batch.
         train_dataset: map-style dataset or stream.
-        eval_dataset: likewise, or several with names.
+        eval_dataset: map-style dataset or stream, or a dict of several by name.
         model_init: makes the model anew for each training, or None.
-        compute_loss_func: of the user's: (outputs, labels, num_items_in_batch) -> loss, or None.
-        compute_metrics: of the user's, or None.
-        preprocess_logits_for_metrics: of the user's, or None.
+        compute_loss_func: the user's (outputs, labels, num_items_in_batch) -> loss, or None.
+        compute_metrics: the user's prediction -> metrics, or None.
+        preprocess_logits_for_metrics: the user's (logits, labels) -> logits, or None.
         optimizer_cls_and_kwargs: class and keyword arguments of the user's own optimizer, or None.
         ignore_keys_for_eval: outputs that are no predictions, in evaluations of this training.
     """
@@ -114,7 +114,7 @@ class TrainerBase:
 
         Args:
             name: such as "on_step_end".
-            **kwargs: what this event passes besides arguments, state and control.
+            **kwargs: values that this event passes besides arguments, state and control.
         """
         engine = self._engines.training
         changes = None if engine is None or engine.is_released else engine.changes
@@ -143,7 +143,7 @@ class TrainerBase:
         return self.ranks.is_local_main
 
     def _watching_ranks(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Name the ranks that do not come in a block, in which ``what`` is done."""
+        """Watch a block, so that a rank that hangs in it is named; ``what`` describes it."""
         step, timeout = self.state.global_step, self.args.ddp_timeout
         return self._watches.over(what, step=step, timeout_seconds=timeout)
 

@@ -1,4 +1,4 @@
-"""The best model of a run: noted after each evaluation and save, loaded when training has ended."""
+"""Keeping track of a run's best model, and loading it when training has ended."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class BestModel:
 
         Args:
             args: the user's arguments.
-            state: of the trainer.
-            ranks: this process among the others.
-            model: that is trained.
+            state: the trainer's state, whose ``best_*`` fields are kept up to date.
+            ranks: rank and world size of this process.
+            model: the model that is trained.
 
         Raises:
             ConfigError: the best model could not be loaded from the checkpoints of this run.
@@ -118,7 +118,7 @@ class BestModel:
         """Go on from the state in a checkpoint.
 
         Args:
-            saved: what it says of the ``TrainerState``.
+            saved: the ``TrainerState`` in the checkpoint.
             start: the checkpoint; a run whose folders were moved has its best one beside it.
         """
         if self.rule is None or saved.best_metric is None:
@@ -188,10 +188,10 @@ class BestModel:
 
 
 def _check_loadable(args: TrainingArguments) -> None:
-    """Check that checkpoints have model files where they have no slices: in DeepSpeed's layout.
+    """Check that checkpoints in DeepSpeed's layout, which have no slices, have model files.
 
     Raises:
-        ConfigError: they have not.
+        ConfigError: they have none.
     """
     if args.checkpoint_format != "deepspeed" or args.save_weights_with_checkpoint:
         return
@@ -206,10 +206,10 @@ def _check_loadable(args: TrainingArguments) -> None:
 
 
 def _check_files_suffice(args: TrainingArguments, model: torch.nn.Module) -> None:
-    """Check that weights that come back from model files alone are in them as they are.
+    """Check that model files hold the weights unchanged, where only they can bring them back.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: hooks of the model save weights in another form, or not at all.
     """
     if not args.save_only_model and args.checkpoint_format != "deepspeed":
         return

@@ -1,4 +1,4 @@
-"""Assembly: the only place that sees the whole row of rooms, from arguments to engine."""
+"""Assembly of a run from all rooms: process group, resolved config, engine."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def start_run(args: TrainingArguments) -> Ranks:
 
 
 def _set_level_of_transformers(args: TrainingArguments) -> None:
-    """Let transformers be as loud as the arguments say of this rank; passive leaves it as it is."""
+    """Set transformers' log level to this rank's; the level passive leaves it unchanged."""
     from dstrain.trainer import compat
 
     if (args.log_level if args.should_log else args.log_level_replica) != "passive":
@@ -113,7 +113,7 @@ def targets_of(
     Args:
         module: the model.
         args: the user's arguments.
-        rule: where it is known.
+        rule: what the loss is a mean over, where that is known.
         model_loss: whether the loss is the model's own, not one of the user's.
         receives_count: whether the model or the user's loss function takes the count of targets.
     """
@@ -145,9 +145,9 @@ def resolve_config(
 
     Args:
         args: the user's arguments.
-        ranks: this process among the others.
+        ranks: rank and world size of this process.
         module: the model, where there is one.
-        sizes: what is known of it before it is built.
+        sizes: the model's sizes, where they are known before it is built.
         sequence_length: tokens of one sample, where the task knows them.
         num_training_steps: optimizer steps of the run.
         user_optimizer: the user brings an optimizer: an object, or a method that makes it.
@@ -241,10 +241,10 @@ def scheduler_factory(
 
 
 def _check_schedule(args: TrainingArguments, resolved: ResolvedConfig) -> None:
-    """Refuse arguments of a schedule that it does not take, by making one for a tensor.
+    """Refuse arguments that a schedule does not take, by trying to make one for a tensor.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: naming the arguments.
     """
     if args.scheduler_kwargs():
         nothing = torch.optim.SGD([torch.zeros(1)], lr=resolved.learning_rate)
@@ -262,7 +262,7 @@ def check_passed(
     cls_and_kwargs: tuple[object, dict[str, object]] | None,
     resolved: ResolvedConfig,
 ) -> None:
-    """Refuse what was passed to the Trainer and could not run as given.
+    """Refuse optimizers and schedules that were passed and cannot run as given.
 
     Raises:
         ConfigError: both ways to bring an optimizer were used, or it cannot run at this stage.

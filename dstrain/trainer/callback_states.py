@@ -23,7 +23,7 @@ def state_values(state: TrainerState, exportable: Iterable[ExportableState]) -> 
     """Make ``trainer_state.json`` as transformers writes it.
 
     Args:
-        state: of the trainer.
+        state: the trainer's state.
         exportable: the control, and the callbacks whose states checkpoints hold.
     """
     values = dataclasses.asdict(state)
@@ -41,7 +41,7 @@ def state_values(state: TrainerState, exportable: Iterable[ExportableState]) -> 
 
 
 def last_metrics(state: TrainerState) -> dict[str, float]:
-    """Return the metrics of the evaluation at this very step, of all sets if there are several."""
+    """Return the metrics of the evaluation at the present step, over all evaluation sets."""
     metrics: dict[str, float] = {}
     for entry in reversed(state.log_history):
         if entry.get("step") != state.global_step:

@@ -1,4 +1,4 @@
-"""The checkpoints of a trainer: who writes them, which is the best, what could not be written."""
+"""Writing the checkpoints of a trainer's runs, and keeping track of those that failed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 
 
 class RunCheckpoints:
-    """The checkpoints of the run that goes on, or went on last.
+    """Writes the checkpoints of the run that goes on, or went on last.
 
     Attributes:
         best: the best model of the run.
@@ -36,7 +36,7 @@ class RunCheckpoints:
         """Begin without a run.
 
         Args:
-            ranks: this process among the others.
+            ranks: rank and world size of this process.
         """
         self.missing: tuple[int, ...] = ()
         self.last_save_failed = False
@@ -61,7 +61,7 @@ class RunCheckpoints:
 
     @property
     def failed(self) -> frozenset[int]:
-        """Return the steps of this run whose checkpoints are known not to have been written."""
+        """Return the steps of this run whose checkpoints are known to have failed."""
         return frozenset() if self._writer is None else frozenset(self._writer.failed)
 
     def begin(self, args: TrainingArguments, *, is_read: bool) -> None:
@@ -104,7 +104,7 @@ class RunCheckpoints:
             args: the user's arguments.
             record: makes what is saved beside the engine's state, once the best model is known.
             step: optimizer steps done.
-            is_read: see ``begin``.
+            is_read: whether a callback reads checkpoints, as in ``begin``.
 
         Raises:
             CheckpointError: it failed, and ``save_failure`` is "stop".
@@ -134,11 +134,11 @@ class RunCheckpoints:
         """Check that a run which a signal ended left a checkpoint of its last step.
 
         Args:
-            step: its last one.
-            steps_before: of the checkpoint that the run itself came from.
+            step: the last step of the run.
+            steps_before: step of the checkpoint from which the run resumed.
 
         Raises:
-            CheckpointError: that one could not be written, whatever ``save_failure`` is.
+            CheckpointError: it could not be written, whatever ``save_failure`` is.
         """
         if step in self.failed and step != steps_before:
             raise CheckpointError(
@@ -181,10 +181,10 @@ class RunCheckpoints:
 
 
 def check_hooks(model: torch.nn.Module, args: TrainingArguments, resolved: ResolvedConfig) -> None:
-    """Refuse hooks of a model that would save something made of its weights, at stage 3.
+    """Refuse, at stage 3, models whose hooks save tensors that they compute from weights.
 
     Raises:
-        ModelError: they make tensors of weights that will be partitioned, at stage 3.
+        ModelError: the weights will be partitioned when the hooks run.
     """
     saves = args.save_strategy != "no" and (
         args.save_weights_with_checkpoint or args.save_only_model
@@ -199,16 +199,16 @@ def check_hooks(model: torch.nn.Module, args: TrainingArguments, resolved: Resol
 def check_state(engine: Engine, args: TrainingArguments, ranks: Ranks) -> None:
     """Check that checkpoints can hold what the optimizer has made in its first step.
 
-    The first save may be hours later. Where only a signal would ask for one, a warning says that
-    it will not have it. A collective of all ranks.
+    The first save may be hours later. Where only a signal would ask for a save, this is a warning.
+    A collective of all ranks.
 
     Args:
-        engine: after its first step.
+        engine: the engine after its first step.
         args: the user's arguments.
-        ranks: this process among the others.
+        ranks: rank and world size of this process.
 
     Raises:
-        CheckpointError: they cannot.
+        CheckpointError: they cannot hold it.
     """
     if args.checkpoint_format == "deepspeed" or args.save_only_model:
         return
@@ -227,8 +227,8 @@ def keep_folder(lock: RunLock, *, takes: bool) -> None:
     """Make sure that the output folder is there for what a run writes last; a collective.
 
     Args:
-        lock: on the output folder.
-        takes: whether this rank holds it.
+        lock: the lock on the output folder.
+        takes: whether this rank holds the lock.
 
     Raises:
         CheckpointError: it was moved or removed, and another run has its place; on every rank.
@@ -242,8 +242,8 @@ def missing_text(steps: tuple[int, ...], *, last_failed: bool) -> str:
     """Say in one line which checkpoints are missing; return "" where none is.
 
     Args:
-        steps: those whose checkpoints could not be written.
-        last_failed: whether the checkpoint of the last save is one of them.
+        steps: steps whose checkpoints could not be written.
+        last_failed: whether the checkpoint of the last save is among them.
     """
     if not steps:
         return ""

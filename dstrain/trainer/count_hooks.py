@@ -1,4 +1,4 @@
-"""What a run has counted: samples, tokens, parameters and floating-point operations."""
+"""Counting samples, tokens, parameters and floating-point operations of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 
 class CountHooks(TrainerBase):
-    """The methods of transformers' Trainer that count; right for partitioned parameters too.
+    """Has the counting methods of transformers' Trainer, for partitioned parameters too.
 
     Attributes:
         current_flos: operations of this rank that ``state.total_flos`` does not have yet.

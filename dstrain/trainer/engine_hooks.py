@@ -1,4 +1,4 @@
-"""The engine of a ``Trainer``: its config, how it is built, and how it is let go."""
+"""Resolving the config of a ``Trainer``, and building and closing its engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dstrain.trainer.optimizer_hooks import OptimizerHooks
 
 
 class EngineHooks(OptimizerHooks, LoaderHooks):
-    """The methods of a trainer about its DeepSpeed engine."""
+    """Has the methods of a trainer about its DeepSpeed engine."""
 
     @property
     def model_wrapped(self) -> Any:
@@ -41,7 +41,7 @@ class EngineHooks(OptimizerHooks, LoaderHooks):
         self.optimizer, self.lr_scheduler = self._user.optimizer, self._user.scheduler
         self._show_objects(None)
         self._engines.close()
-        self._user.give_back()
+        self._user.restore_parameters()
         self._release_eval_loaders()
         if whole:
             make_ordinary(self.model, whole if isinstance(whole, str) else None)

@@ -1,4 +1,4 @@
-"""Which engine is alive: a new one per training, none or a light one for evaluation alone."""
+"""Keeping the engine of a model: a new one per training, a light one for evaluation alone."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class EngineKeeper:
         """Begin without an engine.
 
         Args:
-            close: a method that lets go of the engine in good order; called where another Trainer
-                needs the module.
+            close: the method that tears the engine down in good order; called where another
+                Trainer needs the module.
             patience_seconds: how long a rank that generates waits for the others at stage 3.
         """
         self._close = weakref.WeakMethod(close)
@@ -50,7 +50,7 @@ class EngineKeeper:
 
     def train(self, build: Callable[[], Engine]) -> Engine:
         """Tear down what is alive and build a training engine on the current weights."""
-        self._let_go()
+        self._tear_down()
         gc.collect()  # those of other Trainers, which nobody holds any more, must be gone too
         destroy_orphans()
         engine = self._training = self._adopted(build())
@@ -58,11 +58,11 @@ class EngineKeeper:
         return engine
 
     def settle(self, *, done: bool) -> None:
-        """Leave, after a training, a module that can be used.
+        """Make the module usable after a training.
 
         Args:
-            done: the training came to its end. One that broke off in the middle of a pass cannot go
-                on at stage 3, so its engine is let go.
+            done: whether the training came to its end. At stage 3 an engine that broke off in the
+                middle of a pass is torn down, as it cannot go on.
         """
         engine = self.training
         if engine is None:
@@ -119,7 +119,7 @@ class EngineKeeper:
 
     def close(self) -> None:
         """Tear down every engine; the module keeps its weights."""
-        if self._let_go():
+        if self._tear_down():
             # Engines hold reference cycles with hooks: their buffers are free only after this.
             gc.collect()
 
@@ -128,7 +128,7 @@ class EngineKeeper:
         guard_partitioned(engine.module, patience_seconds=self._patience)
         return engine
 
-    def _let_go(self) -> bool:
+    def _tear_down(self) -> bool:
         """Tear down the engines that are alive, and tell whether there was any."""
         alive = [
             e for e in (self._training, self._inference) if e is not None and not e.is_destroyed
@@ -143,7 +143,7 @@ def check_parts(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
     """Refuse a partitioned model where it would have to be whole.
 
     Raises:
-        ConfigError: the stage is not 3.
+        ConfigError: the model is partitioned and the stage is not 3.
     """
     if resolved.stage != 3 and any(is_partitioned(p) for p in module.parameters()):
         raise ConfigError(
@@ -159,7 +159,7 @@ def make_ordinary(module: torch.nn.Module, device: str | None) -> None:
     """Make a partitioned model whole on every rank; a collective.
 
     Args:
-        module: the model; engines on it are let go.
+        module: the model; engines on it are torn down.
         device: where its weights are put; None leaves them on the device of training.
 
     Raises:

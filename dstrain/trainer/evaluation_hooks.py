@@ -1,4 +1,4 @@
-"""Evaluation and prediction on a ``Trainer``: what a user calls, and what a subclass overrides."""
+"""Methods of a ``Trainer`` that evaluate and predict, for users and subclasses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _EVALUATION = "Evaluation"
 
 
 class EvaluationHooks(EvaluationParts):
-    """The methods of transformers' Trainer about evaluation and prediction.
+    """Has the methods of transformers' Trainer about evaluation and prediction.
 
     Every sample is predicted once, at any number of ranks. Predictions go to rank 0 alone, which
     computes metrics and tells the others; what is large there is in files.
@@ -61,8 +61,8 @@ class EvaluationHooks(EvaluationParts):
         ``compute_metrics`` runs on rank 0 alone.
 
         Args:
-            eval_dataset: instead of the one given to the constructor, or the name of one there; of
-                a dict each set is evaluated, with its name in the prefix.
+            eval_dataset: a dataset instead of the constructor's, or the name of one of those; each
+                set of a dict is evaluated, with its name in the prefix.
             ignore_keys: outputs of the model that are no predictions.
             metric_key_prefix: "eval" gives ``eval_loss`` and so on.
 
@@ -165,11 +165,11 @@ class EvaluationHooks(EvaluationParts):
         """Run a loader through ``prediction_step``; with and without labels.
 
         Args:
-            dataloader: this rank's.
-            description: "Evaluation" or "Prediction", which keeps predictions in any case.
-            prediction_loss_only: no predictions; None does what the argument of that name says.
+            dataloader: this rank's loader.
+            description: "Evaluation" or "Prediction"; the latter always keeps predictions.
+            prediction_loss_only: keep no predictions; None takes the argument of that name.
             ignore_keys: outputs of the model that are no predictions.
-            metric_key_prefix: before the names of metrics.
+            metric_key_prefix: prefix of the names of metrics.
 
         Returns:
             ``EvalLoopOutput(predictions, label_ids, metrics, num_samples)``; see ``predict``.
@@ -212,6 +212,7 @@ class EvaluationHooks(EvaluationParts):
                 meet=lambda: self._meet(collector),
                 meet_last=self._settle_rivals,
             )
+            self._watches.enter("the end of an evaluation")
             if totals.num_samples == 0:
                 raise DataError(
                     Problem("the evaluation data gave no sample", "at least one is needed")
@@ -245,11 +246,11 @@ class EvaluationHooks(EvaluationParts):
     ) -> tuple[torch.Tensor | None, Nested, Nested]:
         """Return loss, predictions and labels of one batch, each None where there is none.
 
-        Called on every rank as often as on every other; at the end of the data a rank may get a
-        stand-in whose results are dropped.
+        Called equally often on all ranks; at the end of the data a rank may get a padding batch,
+        whose results are dropped.
 
         Args:
-            model: what runs the forward pass.
+            model: the engine or module that runs the forward pass.
             inputs: the batch, as the collator made it.
             prediction_loss_only: return the loss alone.
             ignore_keys: outputs that are no predictions; None takes those that the model's config
@@ -304,7 +305,7 @@ class EvaluationHooks(EvaluationParts):
     def _predict_batch(
         self, model: torch.nn.Module, inputs: Batch, loss_only: bool, ignore_keys: list[str] | None
     ) -> Prediction:
-        """Call ``prediction_step``, and add the inputs where metrics want them."""
+        """Call ``prediction_step``, and keep the inputs where metrics need them."""
         main = getattr(self.model, "main_input_name", "input_ids")
         wants_inputs = not loss_only and "inputs" in self.args.include_for_metrics
         kept = inputs.get(main) if wants_inputs and isinstance(inputs, Mapping) else None

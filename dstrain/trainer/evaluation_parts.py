@@ -1,4 +1,4 @@
-"""The parts of an evaluation of a ``Trainer`` that no subclass of a user's overrides."""
+"""Steps of a ``Trainer``'s evaluation that subclasses do not override."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MOST_WATCHED = 8  # forward passes of an evaluation, where the first have no lo
 
 
 class EvaluationParts(ModelHooks, ReportHooks):
-    """What ``EvaluationHooks`` is made of."""
+    """Has the private methods on which ``EvaluationHooks`` is built."""
 
     _eval_targets: tuple[LossTargets, LossTargets] | None = None  # of training, and made from them
     _num_watched: int = 0
@@ -47,15 +47,15 @@ class EvaluationParts(ModelHooks, ReportHooks):
     def _undo_of_evaluation(self) -> Callable[[], None]:
         """Return a function that undoes an evaluation's log entries and effects on callbacks.
 
-        It is about what a checkpoint holds: a run that goes on from there evaluates all sets.
-        (Trackers have not heard of them yet.)
+        It restores what a checkpoint holds: a run that resumes there evaluates all sets again.
+        Trackers have been told nothing yet.
         """
         num_entries = len(self.state.log_history)
-        give_back = self.events.take_down()
+        restore_states = self.events.record_states()
 
         def undo() -> None:
             del self.state.log_history[num_entries:]
-            give_back()
+            restore_states()
 
         return undo
 
@@ -86,12 +86,12 @@ class EvaluationParts(ModelHooks, ReportHooks):
         self._heed_signals(collector)
 
     def _settle_rivals(self) -> None:
-        """Agree on what a target is, where later batches may have told; a collective."""
+        """Agree on what a target is, where later batches have shown it; a collective."""
         if self.targets.has_rivals:
             self.targets.agree(self.ranks, final=False)
 
     def _can_count(self) -> bool:
-        """Return whether the batches so far can be counted; others are held until ranks agree."""
+        """Tell whether batches can be counted now; until ranks agree they are held."""
         is_given_up = not self.targets.settled and self._num_watched >= _MOST_WATCHED
         return self.targets.can_count or is_given_up
 
@@ -123,7 +123,7 @@ class EvaluationParts(ModelHooks, ReportHooks):
 
     @contextlib.contextmanager
     def _model_for_evaluation(self, *, generates: bool) -> Iterator[torch.nn.Module]:
-        """Give the block the model that runs the forward passes of one evaluation."""
+        """Yield the engine or module that runs the forward passes of one evaluation."""
         if self._engines.training is not None:
             self._engines.training.buffers.find_changed()
         model = self._engines.forward_model(self.model, self.resolved)
@@ -169,7 +169,12 @@ class EvaluationParts(ModelHooks, ReportHooks):
         return replace(prediction, predictions=reduce(logits, prediction.labels))
 
     def _eval_batches(self, loader: object) -> Iterator[EvalBatch]:
-        for micro_batch, is_last in synchronized_batches(loader, device=device_name()):
+        """Yield this rank's batches; note for the other ranks which one it is in."""
+        batches = synchronized_batches(loader, device=device_name())
+        # Metrics of batches are computed on one rank, which may take as long as it takes.
+        meets = self.compute_metrics is None or not self.args.batch_eval_metrics
+        for number, (micro_batch, is_last) in enumerate(batches, 1):
+            self._watches.enter(f"batch {number} of an evaluation", in_step=meets, may_lag=True)
             yield EvalBatch(micro_batch.inputs, micro_batch.num_samples, is_last)
 
     def _computes_loss(self, inputs: Mapping[str, object]) -> bool:

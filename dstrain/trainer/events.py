@@ -1,4 +1,4 @@
-"""The callbacks of a trainer: how they are called, and the state that they read."""
+"""Calling the callbacks of a trainer, and making the state that they read."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Events:
         """Set up callbacks, in order: default flow, trackers, the user's, a progress display.
 
         Args:
-            callbacks: of the user, classes or instances.
+            callbacks: the user's callbacks, classes or instances.
             args: the user's arguments.
-            model: shown to callbacks.
-            processing_class: likewise.
+            model: the model that callbacks are shown.
+            processing_class: the tokenizer or processor that callbacks are shown.
         """
         from dstrain.reporting import compat
 
@@ -83,9 +83,9 @@ class Events:
         Args:
             name: such as "on_step_end".
             args: the user's arguments.
-            state: of the run.
-            control: that callbacks may change.
-            **kwargs: what this event passes besides.
+            state: the state of the run.
+            control: the control object, which callbacks may change.
+            **kwargs: further values that this event passes.
         """
         positional = {"on_log": "logs", "on_evaluate": "metrics", "on_predict": "metrics"}.get(name)
         if name == "on_prediction_step":
@@ -103,8 +103,8 @@ class Events:
     def reports_held(self) -> Iterator[None]:
         """Hold back what is logged in the block from trackers until the block ends.
 
-        They cannot take a point back. So where a signal ends an evaluation of several sets they
-        hear of none: the run that goes on evaluates all of them again.
+        Trackers cannot delete a point. So where a signal ends an evaluation of several sets, they
+        are told of none of them: the resumed run evaluates all sets again.
         """
         from dstrain.reporting import compat
 
@@ -133,7 +133,7 @@ class Events:
                 report()
 
     def read_checkpoints(self) -> bool:
-        """Tell whether a callback may read a checkpoint in ``on_save``, which then must exist."""
+        """Tell whether a callback may read checkpoints in ``on_save``: they must be complete."""
         from dstrain.reporting import compat
 
         return any(
@@ -147,20 +147,20 @@ class Events:
 
         return [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
 
-    def take_down(self) -> Callable[[], None]:
+    def record_states(self) -> Callable[[], None]:
         """Record the state of callbacks; return a function that restores it.
 
-        It is about those that say in ``state`` what that is, for checkpoints, as early stopping
-        does. What others hold may be what a user collects over several runs.
+        Only callbacks that export a state for checkpoints are recorded, such as early stopping.
+        Others may collect values over several runs on purpose.
         """
         states = [(c, copy.deepcopy(c.state().get("attributes", {}))) for c in self.exportable()]
 
-        def give_back() -> None:
+        def restore_states() -> None:
             for callback, attributes in states:
                 for name, value in copy.deepcopy(attributes).items():
                     setattr(callback, name, value)
 
-        return give_back
+        return restore_states
 
     def begin_run(
         self,
@@ -174,8 +174,8 @@ class Events:
         """Prepare callbacks for a training.
 
         Args:
-            model: that is trained, with its engine on it.
-            stage: of ZeRO.
+            model: the model, with its engine on it.
+            stage: the ZeRO stage.
             group_of: the optimizer's group that a parameter is in, or None.
             save_model: writes the model into a folder; for trackers that upload it.
             is_main: whether this is rank 0.
@@ -190,7 +190,7 @@ class Events:
             self._warn_of_parts(stage)
 
     def _warn_of_parts(self, stage: int) -> None:
-        """Say that gradients are in parts, where a callback may look for them."""
+        """Warn that gradients are partitioned, where a callback may read them."""
         from dstrain.reporting import compat
 
         plain = compat.TrainerCallback.on_pre_optimizer_step
@@ -213,13 +213,13 @@ class Events:
     def hold(
         self, model: torch.nn.Module, optimizer: object, scheduler: object, loader: object
     ) -> None:
-        """Show callbacks what is in use.
+        """Give callbacks the objects that are in use.
 
         Args:
             model: the core model.
-            optimizer: None before training.
-            scheduler: likewise.
-            loader: of training; None where none runs.
+            optimizer: the optimizer; None before training.
+            scheduler: the schedule; None before training.
+            loader: the training loader; None where no training runs.
         """
         self.handler.model = model
         self.handler.optimizer = optimizer
@@ -251,11 +251,11 @@ def begin_state(
     """Reset the state for a run; the log history of earlier runs is kept.
 
     Args:
-        state: of the trainer.
-        control: likewise.
+        state: the trainer's state.
+        control: the trainer's control object.
         args: the user's arguments.
         max_steps: optimizer steps of the run.
-        steps_per_epoch: None for a stream.
+        steps_per_epoch: optimizer steps per epoch; None for a stream.
         train_batch_size: the micro-batch that runs, in the unit of the argument.
     """
     state.global_step = 0

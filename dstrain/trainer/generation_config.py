@@ -1,4 +1,4 @@
-"""Generation configs: those that could not be saved with the model are found before training."""
+"""Finding generation configs that could not be saved with the model, before training."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def check_generation_config(model: object) -> None:
     """Refuse a model whose generation config cannot be saved.
 
-    transformers saves back what it has loaded, whatever that says, and refuses what was changed
-    since and contradicts itself.
+    transformers saves a config back as it was loaded, and refuses one that was changed since and
+    contradicts itself.
 
     Raises:
-        ConfigError: listing the fields.
+        ConfigError: listing the fields that contradict each other.
     """
     config = getattr(model, "generation_config", None)
     generates = getattr(model, "can_generate", lambda: False)
@@ -49,10 +49,9 @@ def why_not_saved(config: GenerationConfig) -> ValueError | None:
 
 @contextlib.contextmanager
 def changing(config: GenerationConfig) -> Iterator[None]:
-    """Let the block change a generation config, which still counts as loaded if it did before.
+    """Let the block change a generation config that counts as loaded, and still does afterwards.
 
-    One that was as published counts as published afterwards: else what it said from the beginning
-    would keep it from being saved.
+    Otherwise contradictions that it had when it was published would keep it from being saved.
     """
     as_loaded = compat.is_as_loaded(config)
     yield

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub for a ``Trainer``: its repository, what is uploaded when, its model card."""
+"""Methods of a ``Trainer`` about the Hugging Face Hub: repository, uploads, model card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class HubHooks(OptimizerHooks):
-    """The methods of transformers' Trainer about the Hub."""
+    """Has the methods of transformers' Trainer about the Hub."""
 
     _publisher: Publisher | None = None
 
@@ -150,7 +150,7 @@ class HubHooks(OptimizerHooks):
         return checkpoint_upload(self._publish_with(), args, when=when, card=card)
 
     def _publish_saved(self) -> None:
-        """Upload because ``save_model`` was called; a hub that fails is only told."""
+        """Upload because ``save_model`` was called; only log it where the hub fails."""
         from dstrain.hub.model_card import CardWishes
         from dstrain.hub.uploads import Destination, card_name, report_failure
 
@@ -180,7 +180,7 @@ class HubHooks(OptimizerHooks):
         )
 
     def _finish_publishing(self) -> None:
-        """Wait for what is still on its way."""
+        """Wait for uploads that are still going on."""
         if self._publisher is not None:
             self._publisher.wait()
 

@@ -1,4 +1,4 @@
-"""The data loaders of a ``Trainer``: of training, and of evaluation data with or without names."""
+"""Methods of a ``Trainer`` that make its loaders for training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstrain.training.types import Dataset, Loader
 
 
 class LoaderHooks(TrainerBase):
-    """The methods of transformers' Trainer about data loaders."""
+    """Has the methods of transformers' Trainer about data loaders."""
 
     _eval_loaders: Mapping[str | None, tuple[Dataset, Loader]] = MappingProxyType({})
 
@@ -86,7 +86,7 @@ class LoaderHooks(TrainerBase):
         """Make the loader of an evaluation; check that all ranks have the same data; a collective.
 
         Raises:
-            DataError: one has none, or other data; on all ranks.
+            DataError: a rank has no data, or data other than the rest; on all ranks.
         """
         with all_or_none():
             loader = make()

@@ -1,4 +1,4 @@
-"""Making of this rank's loaders, and checks of those that a user has made."""
+"""Making this rank's loaders, and checking loaders that a user has made."""
 
 from __future__ import annotations
 
@@ -167,14 +167,14 @@ def training_steps(
 def check_shared_out(
     loader: object, ranks: Ranks, *, method: str, epoch: int = 0, known_whole: bool = False
 ) -> None:
-    """See to it that every sample is on one rank; a collective of all ranks.
+    """Check that every sample is on exactly one rank; a collective of all ranks.
 
     Args:
-        loader: what the method returned.
-        ranks: this process among the others.
-        method: which made it.
-        epoch: which will be read first.
-        known_whole: a checkpoint of several ranks says that all read one stream.
+        loader: the loader that the method returned.
+        ranks: rank and world size of this process.
+        method: name of the method that made it, for messages.
+        epoch: the epoch that will be read first.
+        known_whole: whether a checkpoint of several ranks says that all read one stream.
 
     Raises:
         DataError: more than one rank, and a loader that neither dstrain made nor a sampler with

@@ -1,4 +1,4 @@
-"""The model of a ``Trainer``: what must be known of it, and how another one takes its place."""
+"""Methods of a ``Trainer`` that look at its model, and put another in its place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 
 
 class ModelHooks(StepHooks, EngineHooks):
-    """The methods of a trainer about its model."""
+    """Has the methods of a trainer about its model."""
 
     def call_model_init(self, trial: Trial = None) -> torch.nn.Module | None:
         """Make a new model by ``model_init``, which may take the trial of a search."""
@@ -35,8 +35,8 @@ class ModelHooks(StepHooks, EngineHooks):
     def merge_and_unload(self) -> torch.nn.Module:
         """Merge a PEFT model's active adapters into its weights; all ranks must call it.
 
-        As ``peft``'s method of this name, which cannot work on a partitioned model. The trainer
-        goes on with the plain model that is returned: ``save_model`` then writes all of it, at
+        ``peft``'s method of this name cannot work on a partitioned model. The trainer goes on with
+        the plain model that is returned: ``save_model`` then writes all of it, at
         every stage, and ``evaluate`` evaluates it. A rank holds one layer whole at a time.
 
         Raises:
@@ -73,7 +73,7 @@ class ModelHooks(StepHooks, EngineHooks):
         self._note_model()
 
     def _note_model(self) -> None:
-        """Find out what the trainer must know about its model."""
+        """Derive from the model its loss rule, input formats and what its forward pass takes."""
         check_on_one_device(self.model)
         guard_partitioned(self.model, patience_seconds=self.args.ddp_timeout)
         self._check_generation_config()
@@ -112,7 +112,7 @@ class ModelHooks(StepHooks, EngineHooks):
         """Warn where padding-free batches go to a model that cannot keep sequences apart.
 
         Args:
-            model: what runs the forward pass.
+            model: the engine or module that runs the forward pass.
         """
         batch_of = flattened(self.data_collator)
         if batch_of is None:

@@ -1,4 +1,4 @@
-"""A model that is made anew for each training: ``model_init``."""
+"""Making a new model for each training by ``model_init``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dstrain.trainer import build
 def check_source(
     model: object, model_init: Callable[..., object] | None, optimizers: tuple[object, object]
 ) -> None:
-    """Refuse what leaves open which model is trained.
+    """Refuse arguments that leave open which model is trained.
 
     Args:
-        model: given to the Trainer.
-        model_init: likewise.
-        optimizers: likewise.
+        model: the model given to the Trainer, or None.
+        model_init: the function given to the Trainer, or None.
+        optimizers: optimizer and schedule given to the Trainer.
 
     Raises:
         ModelError: neither a model nor a function that makes one.
@@ -71,7 +71,7 @@ def num_arguments(model_init: Callable[..., object]) -> int:
     """Count the arguments of ``model_init``: 0, or 1 where it takes the trial.
 
     Raises:
-        ConfigError: it takes more.
+        ConfigError: it takes more than one.
     """
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(model_init).parameters.values()

@@ -1,4 +1,4 @@
-"""Old names of what a user passes to a ``Trainer``: taken with a warning."""
+"""Taking arguments of a ``Trainer`` by their old names, with a warning."""
 
 from __future__ import annotations
 

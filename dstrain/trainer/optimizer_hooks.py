@@ -1,4 +1,4 @@
-"""The optimizer and schedule of a ``Trainer``: what a subclass overrides, and what it can ask."""
+"""Methods of a ``Trainer`` that make its optimizer and schedule, or tell about them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAKERS = ("create_optimizer_and_scheduler", "create_optimizer", "get_optimizer_
 
 
 class OptimizerHooks(TrainerBase):
-    """The methods of transformers' Trainer about optimizer and schedule.
+    """Has the methods of transformers' Trainer about optimizer and schedule.
 
     Without an override DeepSpeed builds the optimizer that the config names. An override, an object
     or ``optimizer_cls_and_kwargs`` of the user's runs as given, or is refused; never replaced.
@@ -128,13 +128,13 @@ class OptimizerHooks(TrainerBase):
         )
 
     def _notice_user_optimizer(self) -> None:
-        """Keep what a script has set on the trainer since, or made with ``create_optimizer``."""
+        """Keep an optimizer or schedule that a script has set or made since the last training."""
         engine = self._engines.training
         used = (None, None) if engine is None else (engine.optimizer, engine.scheduler)
         self._user.notice(self.optimizer, self.lr_scheduler, used=used)
 
     def _forget_optimizer(self) -> None:
-        """Let go of optimizer and schedule, which hold the parameters of a model that goes."""
+        """Drop optimizer and schedule, which hold the parameters of a model that is released."""
         self.optimizer = self.lr_scheduler = None
         self._user = UserOptimizer()
 
@@ -144,7 +144,7 @@ class OptimizerHooks(TrainerBase):
         Raises:
             ConfigError: an override made no optimizer.
         """
-        self._user.give_back()
+        self._user.restore_parameters()
         if self._overrides("create_optimizer_and_scheduler"):
             self.create_optimizer_and_scheduler(num_training_steps)
         elif self._makes_optimizer and self._user.optimizer is None:

@@ -1,4 +1,4 @@
-"""Methods that a subclass written for transformers may override, and that nothing calls here."""
+"""Finding overrides of methods that transformers' Trainer calls and this one does not."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ ELSEWHERE = {
 }
 
 
-def unheard(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
+def ignored_overrides(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
     """Find overrides and arguments that would be ignored silently.
 
     Args:
@@ -79,7 +79,7 @@ def unheard(cls: type, unnamed: tuple[Any, ...] = ()) -> list[Problem]:
         unnamed: arguments of the constructor beyond those that all releases have in one order.
 
     Returns:
-        a problem for every override that nothing calls, with what to override instead.
+        a problem for every such override, with what to override instead.
     """
     problems = [
         Problem(

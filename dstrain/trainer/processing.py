@@ -1,4 +1,4 @@
-"""Tokenizer and processor of a run: what is saved with its model, and special tokens of both."""
+"""Saving tokenizer or processor with a model, and aligning their special tokens."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 def processor_writer(processing_class: object, collate: object) -> Callable[[Path], None] | None:
     """Return a function that writes tokenizer or processor into a folder; None if there is none.
 
-    Without a ``processing_class`` those that the data collator works with are written, or the saved
-    model could not be used.
+    Without a ``processing_class`` it writes those of the data collator: the saved model could not
+    be used otherwise.
     """
     found = [processing_class]
     if processing_class is None:

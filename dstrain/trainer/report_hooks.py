@@ -1,4 +1,4 @@
-"""What a ``Trainer`` tells: logs, metrics files, callbacks, and who may speak."""
+"""Methods of a ``Trainer`` that log, write metrics and state, and manage callbacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 
 
 class ReportHooks(CountHooks):
-    """The methods of transformers' Trainer that write down or tell."""
+    """Has the methods of transformers' Trainer that log, and write metrics and state."""
 
     log_metrics = compat.log_metrics
     metrics_format = staticmethod(compat.metrics_format)
@@ -33,7 +33,7 @@ class ReportHooks(CountHooks):
         """Write metrics into ``<split>_results.json`` of the run's folder; on the main rank.
 
         Args:
-            split: what they are of, such as "train".
+            split: the data that they are computed on, such as "train".
             metrics: figures by name.
             combined: add them to ``all_results.json`` too.
 

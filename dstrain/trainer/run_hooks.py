@@ -1,4 +1,4 @@
-"""A training of a ``Trainer``: what comes before its first step, what the loop calls, its end."""
+"""Parts of ``Trainer.train``: preparation, methods that the loop calls, and the end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = get_logger(__name__)
 
 
 class RunHooks(SearchHooks, SaveHooks):
-    """The parts of ``Trainer.train``."""
+    """Has the parts of ``Trainer.train``."""
 
     current_flos: float
 
@@ -109,7 +109,7 @@ class RunHooks(SearchHooks, SaveHooks):
     def _run_settings(
         self, loader: object, *, max_steps: int, steps_per_epoch: int | None
     ) -> RunSettings:
-        """Decide what the loop must know of the run before its first step."""
+        """Make the settings of the loop."""
         args = self.args
         return RunSettings(
             max_steps=max_steps,
@@ -198,7 +198,7 @@ class RunHooks(SearchHooks, SaveHooks):
         """Evaluate because a callback asked for it; random states of training stay as they were.
 
         Returns:
-            what callbacks want done.
+            the control object: what callbacks want done.
 
         Raises:
             EvaluationStopped: a signal ended it; log and callbacks are as if it had not begun.
@@ -226,7 +226,7 @@ class RunHooks(SearchHooks, SaveHooks):
         return self.control
 
     def _follow_metric(self, metrics: dict[str, float]) -> None:
-        """Tell a schedule that follows a metric what an evaluation during training has found.
+        """Pass the metric of an evaluation to a schedule that follows it.
 
         Raises:
             ConfigError: the evaluation has no such metric.

@@ -1,4 +1,4 @@
-"""What a ``Trainer`` saves: its model, and checkpoints of its runs."""
+"""Methods of a ``Trainer`` that save its model and its checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 
 
 class SaveHooks(HubHooks):
-    """The methods of transformers' Trainer about saving."""
+    """Has the methods of transformers' Trainer about saving."""
 
     _said_unsaved: bool = False
 
@@ -33,7 +33,7 @@ class SaveHooks(HubHooks):
         """Write a complete Hugging Face folder at every ZeRO stage; all ranks must call it.
 
         Args:
-            output_dir: instead of the run's own.
+            output_dir: a folder instead of the run's own.
             _internal_call: do not upload it, whatever ``push_to_hub`` says.
         """
         folder = Path(output_dir or self.args.output_dir)
@@ -109,7 +109,7 @@ class SaveHooks(HubHooks):
         self.event("on_save")
 
     def _run_record(self, position: Position) -> RunRecord:
-        """Make what a checkpoint holds of the run beside the engine's state."""
+        """Make the part of a checkpoint that is not the engine's state."""
         best = self.state.best_model_checkpoint
         return RunRecord(
             step=self.state.global_step,

@@ -1,4 +1,4 @@
-"""Hyperparameter search on a ``Trainer``: a training for each trial, on all ranks."""
+"""Methods of a ``Trainer`` that search hyperparameters: one training per trial, on all ranks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = get_logger(__name__)
 
 
 class SearchHooks(EvaluationHooks):
-    """The methods of transformers' Trainer about a search.
+    """Has the methods of transformers' Trainer about a search.
 
     Attributes:
         hp_search_backend: its name while a search runs, else None.
-        hp_space: of the search: a trial -> hyperparameters.
-        hp_name: of the search: a trial -> its name, or None.
-        compute_objective: of the search: metrics -> what is optimised.
-        objective: of the trial, once one of its evaluations is over.
+        hp_space: the search's trial -> hyperparameters.
+        hp_name: the search's trial -> name of the trial, or None.
+        compute_objective: the search's metrics -> value to optimise.
+        objective: the present trial's value, once one of its evaluations is over.
     """
 
     hp_search_backend: str | None = None
@@ -39,7 +39,7 @@ class SearchHooks(EvaluationHooks):
     _trial: Trial = None
     _trial_id: str = ""
     _args_outside: TrainingArguments | None = None
-    _give_back_callbacks: Callable[[], None] | None = None
+    _restore_callbacks: Callable[[], None] | None = None
 
     def hyperparameter_search(
         self,
@@ -92,13 +92,13 @@ class SearchHooks(EvaluationHooks):
         self.hp_search_backend, self.hp_name = name, hp_name
         self.hp_space = hp_space or trials.default_space(name)
         self.compute_objective = compute_objective or trials.default_objective
-        self._give_back_callbacks = self.events.take_down()
+        self._restore_callbacks = self.events.record_states()
         try:
             return self._search(name, n_trials, direction, **kwargs)
         finally:
             self.hp_search_backend = None
             self._take_up_trial(None)
-            self._give_back_callbacks()
+            self._restore_callbacks()
 
     def _search(
         self, backend: str, n_trials: int, direction: str | list[str], **kwargs: Any
@@ -139,9 +139,9 @@ class SearchHooks(EvaluationHooks):
 
     def _run_trial(self, trial: object, trial_id: str) -> Any:
         """Train and evaluate with a trial, and return its objective; a collective of all ranks."""
-        assert self._give_back_callbacks is not None
+        assert self._restore_callbacks is not None
         self._trial_id, self.objective = trial_id, None
-        self._give_back_callbacks()
+        self._restore_callbacks()
         try:
             self.train(trial=trial)
             if self.objective is None:  # no evaluation during training
@@ -152,7 +152,7 @@ class SearchHooks(EvaluationHooks):
             self._leave_trial()
 
     def _run_ray_trial(self, config: Mapping[str, object], trial_id: str) -> PlainState | None:
-        """Train with a trial of ray, in its process, which is a world of its own.
+        """Train with a trial of ray, in the process that ray has started for it.
 
         Returns:
             the metrics of an evaluation after training; None where training has evaluated, and
@@ -189,7 +189,7 @@ class SearchHooks(EvaluationHooks):
                 self.add_callback(board)
 
     def _report_to_wandb(self) -> None:
-        """See to it that W&B is among the trackers: a sweep reads what they report."""
+        """Add W&B to the trackers where it is missing: a sweep reads its records."""
         from dstrain.reporting import tracker_callbacks
         from dstrain.reporting.compat import INTEGRATION_TO_CALLBACK
 

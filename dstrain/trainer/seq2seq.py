@@ -36,10 +36,10 @@ class Seq2SeqTrainer(Trainer):
         """Begin as ``Trainer`` does, with ``Seq2SeqTrainingArguments``.
 
         Args:
-            model: as of ``Trainer``.
+            model: the model, as for ``Trainer``.
             args: ``Seq2SeqTrainingArguments``.
-            *others: as of ``Trainer``.
-            **kwargs: as of ``Trainer``.
+            *others: further arguments of ``Trainer`` by position.
+            **kwargs: further arguments of ``Trainer`` by name.
 
         Raises:
             ConfigError: other arguments, a model that cannot generate, or a generation config that
@@ -113,9 +113,9 @@ class Seq2SeqTrainer(Trainer):
         """Evaluate as ``Trainer`` does; with ``predict_with_generate`` on generated tokens.
 
         Args:
-            eval_dataset: as there.
-            ignore_keys: as there.
-            metric_key_prefix: as there.
+            eval_dataset: see ``Trainer.evaluate``.
+            ignore_keys: see ``Trainer.evaluate``.
+            metric_key_prefix: see ``Trainer.evaluate``.
             **gen_kwargs: for ``generate``; ``max_length`` and ``num_beams`` default to
                 ``generation_max_length`` and ``generation_num_beams``.
         """

@@ -22,7 +22,7 @@ _OUTPUTS = "return_outputs"
 
 @dataclass(frozen=True)
 class Call:
-    """How something is called: the number of arguments by position, and those by name."""
+    """Describes a call: the number of arguments by position, and the names of the others."""
 
     positional: int = 0
     named: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ _EVENTS_WITH = {"on_log": ("logs",), "on_evaluate": ("metrics",), "on_predict": 
 
 
 class Served:
-    """An override that is called with those arguments that it takes."""
+    """Calls an override with those arguments that it takes."""
 
     def __init__(self, name: str, override: Callable[..., object], base: inspect.Signature) -> None:
         """Compare an override's signature with the one that callers know.
@@ -164,7 +164,7 @@ class ServedLoss(Served):
 
 
 class _NoOutputs:
-    """In place of outputs; any use of it is an error."""
+    """Stands in place of outputs that are not known; any use of it is an error."""
 
     def __getattr__(self, name: str) -> Any:
         raise ConfigError(_WITHOUT_OUTPUTS)
@@ -180,7 +180,7 @@ _WITHOUT_OUTPUTS = Problem(
 
 @dataclass(frozen=True)
 class Functions:
-    """What a user passes to a Trainer to be called.
+    """Holds the functions and classes that a user passes to a Trainer.
 
     Attributes:
         compute_loss_func: (outputs, labels, num_items_in_batch) -> loss.
@@ -201,13 +201,13 @@ class Functions:
 
 @dataclass(frozen=True)
 class Overridden:
-    """A method of ours that a user has replaced.
+    """Describes a method of a Trainer that a user has replaced.
 
     Attributes:
-        name: of both.
-        override: the user's, bound.
-        base: ours, bound.
-        title: how messages call it.
+        name: the method's name.
+        override: the user's method, bound.
+        base: dstrain's method, bound.
+        title: class and name, for messages.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: found, checked, loaded."""
+"""Finding, checking and loading the checkpoint from which a run resumes."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint that a run will go on from.
+    """Describes the checkpoint from which a run resumes.
 
     Attributes:
         folder: the checkpoint.
         manifest: its manifest.
-        position: where the saved run stood.
+        position: the position of the saved run.
         global_batch_size: samples per optimizer step of the saved run.
-        state: what it says of the ``TrainerState``.
+        state: its ``TrainerState``.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""One micro-batch of a ``Trainer``: its loss and backward pass, as a subclass may change them."""
+"""Methods of a ``Trainer`` that compute the loss and gradients of one micro-batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 
 
 class StepHooks(TrainerBase):
-    """The methods of transformers' Trainer about one micro-batch."""
+    """Has the methods of transformers' Trainer about one micro-batch."""
 
     _micro_step: MicroStep | None = None  # that the loop is training, while it does
     _parts: torch.Tensor | None = None  # of the loss of that micro-batch, where it has several

@@ -1,4 +1,4 @@
-"""The public ``Trainer``: the edge where users meet the rooms behind it."""
+"""The public ``Trainer``: its constructor, and ``train``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dstrain.trainer.engines import EngineKeeper, check_parts
 from dstrain.trainer.events import Events, new_state
 from dstrain.trainer.model_init import check_source
 from dstrain.trainer.old_names import old_resume, one_name
-from dstrain.trainer.overrides import unheard
+from dstrain.trainer.overrides import ignored_overrides
 from dstrain.trainer.run_hooks import RunHooks
 from dstrain.trainer.signatures import (
     Functions,
@@ -341,7 +341,7 @@ class Trainer(RunHooks, OtherAttributes):
         Raises:
             ConfigError: listing all of it.
         """
-        problems = unheard(type(self), unnamed)
+        problems = ignored_overrides(type(self), unnamed)
         metrics = self.compute_metrics if functions is None else functions.compute_metrics
         wants_predictions = metrics is not None and not self.args.prediction_loss_only
         served, misfits = serve_overrides(self._overridden(), wants_predictions=wants_predictions)

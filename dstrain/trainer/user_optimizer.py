@@ -35,7 +35,7 @@ class UserOptimizer:
         if scheduler not in (None, used[1], self.scheduler):
             self.scheduler = scheduler
 
-    def give_back(self) -> None:
+    def restore_parameters(self) -> None:
         """Give the user's optimizer the model's parameters again, without state.
 
         DeepSpeed puts flat tensors in their place, which are of no use without its engine.

@@ -1,1 +1,1 @@
-"""The training loop, and what belongs to it; it knows no Trainer."""
+"""The training loop and its parts; nothing here knows a ``Trainer``."""

@@ -1,4 +1,4 @@
-"""The forward and backward passes of one optimizer step, micro-batch after micro-batch."""
+"""Running the forward and backward passes of one optimizer step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from dstrain.training.window_weights import WindowWeights, most_telling_first
 
 @dataclass(frozen=True)
 class MicroStep:
-    """One micro-batch, and its place in the optimizer step that it is part of.
+    """Describes a micro-batch and its place in the optimizer step.
 
     Attributes:
-        inputs: as the loader gave them; targets are counted in them.
-        num_samples: in the micro-batch, where that is known.
-        index: of the micro-batch in its window.
+        inputs: the batch as the loader gave it; targets are counted in it.
+        num_samples: samples in the micro-batch, where that is known.
+        index: place of the micro-batch in its window, from 0.
         is_last: whether it is the last of its window, after which gradients are complete.
-        weights: of the window's micro-batches in the global batch's loss; None outside of a step.
+        weights: weights of the window's micro-batches in the loss of the global batch; None
+            outside of a step.
         looks_again: whether its forward pass is watched, though it is known what the loss is a mean
             over.
     """
@@ -52,11 +53,11 @@ class MicroStep:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What the passes of a step have given.
+    """Holds the results of a step's passes.
 
     Attributes:
-        losses: of this rank's micro-batches, each of shape () or (parts,); on the device.
-        weights: of them.
+        losses: losses of this rank's micro-batches, each of shape () or (parts,), on the device.
+        weights: weights of these micro-batches in the loss of the global batch.
         num_tokens: input tokens of this rank.
         empty_columns: label columns of this rank that held no target in some micro-batch.
     """
@@ -68,7 +69,7 @@ class Accumulated:
 
 
 class PassHooks(Protocol):
-    """What is called for each micro-batch; see ``Hooks``."""
+    """Declares the methods that are called for each micro-batch; see ``Hooks``."""
 
     def train_micro_batch(
         self, micro_step: MicroStep, num_targets: torch.Tensor | int | None
@@ -90,13 +91,13 @@ class Accumulation:
     """Runs the micro-batches of a step.
 
     Attributes:
-        engine: that takes the gradients.
+        engine: the engine that takes the gradients.
         targets: what the loss is a mean over.
-        ranks: this process among the others.
-        hooks: called for each micro-batch.
+        ranks: rank and world size of this process.
+        hooks: methods that are called for each micro-batch.
         cache: the model's key-value cache, which is off in training unless asked for.
         count_tokens: counts input tokens.
-        place: where the run is, for messages.
+        place: the place that the run has come to, for messages.
         vote: called when all micro-batches of a step are done on this rank, before the step changes
             a weight; a collective, which fails where one rank failed.
         computing: whether a step's micro-batches are being computed, and nothing is changed yet.
@@ -117,7 +118,7 @@ class Accumulation:
         """Run forward and backward over the micro-batches of a window; ``finish`` comes after it.
 
         Args:
-            micro_batches: of this rank; the same number on all ranks.
+            micro_batches: this rank's micro-batches; equally many on all ranks.
             looks_again: whether the first forward pass is watched on all ranks.
         """
         micro_batches = most_telling_first(micro_batches, self.targets)

@@ -1,4 +1,4 @@
-"""Reading a loader epoch by epoch, with what a checkpoint must know to go on inside of one."""
+"""Reading a loader epoch by epoch, and recording what a checkpoint needs to resume inside one."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class EpochReader:
         """Prepare to read.
 
         Args:
-            loader: this rank's.
-            ranks: this process among the others.
+            loader: this rank's loader.
+            ranks: rank and world size of this process.
             saves: whether checkpoints may be written, so that states must be kept.
-            resumption: what the run goes on from; used up by the first epoch that is read.
+            resumption: the checkpoint's position, or None; used by the first epoch that is read.
         """
         self.loader = loader
         self.random_ahead: PlainState | None = None
         self._ranks, self._saves, self._resumption = ranks, saves, resumption
 
     def begin(self, progress: Progress) -> None:
-        """Put the loader at the place of an epoch that a run has come to."""
+        """Set the loader to the epoch and sample that a run has come to."""
         source = None if self._resumption is None else self._resumption.position.source
         if self._saves:
             keep_source_states(self.loader)
@@ -87,12 +87,12 @@ class EpochReader:
         self._resumption.restore_random()
 
     def take_up_random_ahead(self) -> None:
-        """Note as ``random_ahead`` what the checkpoint that the run goes on from has as such."""
+        """Take over ``random_ahead`` of the checkpoint from which the run resumes."""
         assert self._resumption is not None
         self.random_ahead = self._resumption.random_ahead
 
     def skip_resumed_epoch(self) -> None:
-        """Leave out what is left of the epoch in which the checkpoint was saved: nothing."""
+        """Go on to the next epoch: the one of the checkpoint has no samples left."""
         self._resumption = None
 
     def source(self, samples_in_epoch: int) -> PlainState | None:

@@ -1,4 +1,4 @@
-"""What arguments change in a model while it trains; all of it is undone when training ends."""
+"""Changing a model as arguments ask while it trains, and undoing that when training ends."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagra
 
 
 def check_features(model: torch.nn.Module, args: TrainingArguments, *, device: str) -> None:
-    """Refuse what this model or machine cannot do, before anything expensive.
+    """Refuse features that this model or machine cannot have, before anything expensive.
 
     Raises:
-        ConfigError: listing all of it.
+        ConfigError: listing all of them.
     """
     problems: list[Problem] = []
     if args.gradient_checkpointing:

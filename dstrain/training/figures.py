@@ -1,4 +1,4 @@
-"""The figures of a run: losses and counters, kept without waiting for the device, and judged."""
+"""Counting and judging the losses of a run without waiting for the device."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = get_logger(__name__)
 
 
 class RunFigures:
-    """What a run has counted.
+    """Counts steps, samples and losses of a run.
 
     Attributes:
-        skipped_steps: of the whole run, as their gradients were not finite.
-        loss_sum: over all steps that were read from the meter.
-        samples_seen: over all ranks, in the whole run.
-        rank_samples: that this rank has trained on since the run began here.
+        skipped_steps: steps of the whole run whose gradients were not finite.
+        loss_sum: sum of the losses of all steps that were read from the meter.
+        samples_seen: samples over all ranks in the whole run.
+        rank_samples: samples of this rank since the run began or resumed.
         health: judges losses.
     """
 
@@ -35,8 +35,8 @@ class RunFigures:
         """Begin at zero.
 
         Args:
-            settings: of the run.
-            ranks: this process among the others.
+            settings: the settings of the run.
+            ranks: rank and world size of this process.
         """
         self.skipped_steps = self.samples_seen = self.rank_samples = 0
         self.loss_sum = 0.0
@@ -71,8 +71,8 @@ class RunFigures:
 
         Args:
             window: the micro-batches of this rank.
-            passes: what they have given.
-            step: of the run.
+            passes: results of their passes.
+            step: the step's number in the run.
         """
         self.samples_seen += window.num_samples
         self.rank_samples += sum(m.num_samples for m in window.micro_batches)
@@ -93,8 +93,8 @@ class RunFigures:
         """Update the totals, and act on a loss that is not finite.
 
         Args:
-            reading: of the meter.
-            step: that the run has come to.
+            reading: a reading of the meter.
+            step: the step that the run has come to.
 
         Raises:
             TrainingError: a loss is no number, and ``nan_loss`` is "stop"; on all ranks.
@@ -115,8 +115,8 @@ class RunFigures:
 
         Args:
             empty_columns: label columns of this rank without a target in the step.
-            step: that was skipped.
-            loss_scale: of the engine; None where there is none.
+            step: the step that was skipped.
+            loss_scale: the engine's loss scale; None where it has none.
 
         Raises:
             TrainingError: there is no loss scale, and ``nan_loss`` is "stop"; on all ranks.

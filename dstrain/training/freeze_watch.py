@@ -26,7 +26,7 @@ class FreezeWatch:
     def __init__(
         self, module: torch.nn.Module, group_of: Callable[[torch.nn.Parameter], object]
     ) -> None:
-        """Note what is trained.
+        """Note which parameters are trained.
 
         Args:
             module: the model, whose engine has been built.

@@ -1,4 +1,4 @@
-"""The key-value cache of a model: it is for generating text, and off in a run's forward passes.
+"""Turning the key-value cache of a model off in the forward passes of a run.
 
 A forward pass over whole sequences fills a cache for nothing. It also does harm: with a cache
 transformers does not look for packed sequences (``masking_utils``: ``past_key_values is None``), so
@@ -33,8 +33,8 @@ class KeyValueCache:
         """Find the configs: of the module, of models inside of it, and those nested in them.
 
         Args:
-            module: whose forward passes are meant.
-            used: what the argument ``use_cache`` says.
+            module: the model.
+            used: the argument ``use_cache``.
         """
         self._used = used
         self._configs: list[Any]

@@ -1,4 +1,4 @@
-"""The loss with smoothed labels, which the model itself does not compute."""
+"""Computing the loss with smoothed labels, in place of the model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class LabelSmoothing:
-    """Mean cross entropy against (1 - share) x the target + share x all classes alike.
+    """Computes the mean cross entropy against (1 - share) x target + share x uniform.
 
     The same as transformers' ``LabelSmoother``, over the targets of the model's own loss.
 
     Attributes:
-        share: of the probability that is spread.
+        share: share of the probability that is spread over all classes.
     """
 
     share: float
@@ -53,7 +53,7 @@ class LabelSmoothing:
         As long as the targets of its own loss are not known it is given the labels too.
 
         Args:
-            model: what to call.
+            model: the engine or module to call.
             module: the core model, which knows how to shift labels into a decoder's inputs.
             inputs: the batch; not changed.
             targets: of the model's own loss.

@@ -18,7 +18,7 @@ from dstrain.training.loss_health import no_sample
 from dstrain.training.metrics import Reading
 from dstrain.training.place import Place
 from dstrain.training.preemption import EvaluationStopped, Preemption
-from dstrain.training.resume import Due, Event, Position, Resumption, StepRecord
+from dstrain.training.resume import Event, PendingEvaluation, Position, Resumption, StepRecord
 from dstrain.training.settings import Hooks, RunSettings
 from dstrain.training.types import Loader
 
@@ -30,15 +30,15 @@ logger = get_logger(__name__)
 
 @dataclass
 class TrainLoop:
-    """One run. ``run`` is the loop; everything else is a step of it.
+    """Runs one training: ``run`` is the loop, the other methods are its steps.
 
     Attributes:
         progress: optimizer steps, epochs, samples and tokens so far.
         figures: losses and counters.
-        steps_before: of the run that the checkpoint is from.
-        tokens_before: likewise.
+        steps_before: optimizer steps that were done before this process resumed the run.
+        tokens_before: input tokens that were read before this process resumed the run.
         preempted: whether a signal ended the run early.
-        place: where the run is, for messages.
+        place: the place that the run has come to, for messages.
     """
 
     settings: RunSettings
@@ -189,7 +189,7 @@ class TrainLoop:
     def _evaluate_and_save(self, event: Event, last: StepRecord, *, epoch_is_over: bool) -> None:
         """Evaluate and save as callbacks decided; a signal in the evaluation ends the run."""
         if self.control.should_evaluate:
-            due = Due.of(event, self.control)
+            due = PendingEvaluation.of(event, self.control)
             if not self._evaluate():
                 self._end_in_evaluation(due, epoch_is_over=epoch_is_over)
                 return
@@ -214,7 +214,7 @@ class TrainLoop:
         last: StepRecord,
         *,
         epoch_is_over: bool,
-        due: Due | None = None,
+        due: PendingEvaluation | None = None,
         stopped: bool = False,
     ) -> None:
         """Save a checkpoint, which is no training time."""
@@ -283,7 +283,7 @@ class TrainLoop:
             assert self._last is not None
             self._reader.restore_random()
             self._reader.take_up_random_ahead()
-            due.give_to(self.control)
+            due.restore_decisions(self.control)
             at_end = due.event == "on_epoch_end"  # of which nothing is left after this
             over = ends_epoch and not at_end
             self._evaluate_and_save(due.event, self._last, epoch_is_over=over)
@@ -314,7 +314,7 @@ class TrainLoop:
     def _note_preempted(self) -> None:
         self.preempted = self.preemption.acted = self.control.should_training_stop = True
 
-    def _end_in_evaluation(self, due: Due, *, epoch_is_over: bool) -> None:
+    def _end_in_evaluation(self, due: PendingEvaluation, *, epoch_is_over: bool) -> None:
         """Save, so that the run goes on with the evaluation that the signal ended.
 
         A checkpoint of this step was saved before that, if at all, at the step's end; going on from
@@ -324,7 +324,7 @@ class TrainLoop:
         if self.ranks.is_main:
             cause = self.preemption.cause
             logger.warning("%s: training ends in the evaluation after step %d", cause, step)
-        due.give_to(self.control)
+        due.restore_decisions(self.control)
         if step not in (self._saved_step, self.steps_before):
             assert self._last is not None
             over = epoch_is_over or (due.event == "on_epoch_end" and not self._is_cut)

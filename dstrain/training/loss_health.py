@@ -1,4 +1,4 @@
-"""What is wrong with a run's losses: no target, no number, no sample; said once, on all ranks."""
+"""Judging losses: those without a target, those that are no number, epochs without a sample."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class LossHealth:
     """Stops a run that cannot learn anything any more, or warns of it."""
 
     def __init__(self, ranks: Ranks, *, nan_loss: str, max_steps: int) -> None:
-        """Begin with a run of which nothing is known.
+        """Begin with a new run.
 
         Args:
-            ranks: this process among the others.
+            ranks: rank and world size of this process.
             nan_loss: "stop" or "continue".
             max_steps: optimizer steps of the run.
         """
@@ -46,7 +46,7 @@ class LossHealth:
         Waits for the device, in each step until there is a target: in a sound run the first alone.
 
         Args:
-            weights: of the micro-batches, with the targets of the global batch.
+            weights: weights of the micro-batches; they know the targets of the global batch.
             inputs: the first micro-batch of this rank.
             targets: what the loss is a mean over.
             step: the one about to be taken, counted from 1.
@@ -68,8 +68,8 @@ class LossHealth:
         """Stop the run, or go on with a warning where ``nan_loss`` says so; on all ranks alike.
 
         Args:
-            what: is no number, and when.
-            why: it matters, or cannot be mended by itself.
+            what: says what is no number, and when.
+            why: says why it matters.
             empty_columns: label columns, of all ranks, that held no target at that point.
 
         Raises:

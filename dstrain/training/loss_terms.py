@@ -1,4 +1,4 @@
-"""The loss of models that add up several means, each over its own targets.
+"""Computing losses that are sums of several means, each over its own targets.
 
 The mean of such a loss over micro-batches with any one weight is not that of the global batch: a
 micro-batch may have many masked tokens and few sentences. So each mean is computed here, from the
@@ -27,12 +27,12 @@ _OTHER_SPANS = {
 
 @dataclass(frozen=True)
 class Term:
-    """One mean cross entropy in a loss.
+    """Describes one mean cross entropy in a loss.
 
     Attributes:
         logits: the model's output, (samples, ..., classes).
         labels: the batch key of class indices, (samples, ...).
-        factor: of the mean in the loss.
+        factor: factor of the mean in the loss.
         is_position: whether labels are positions in the input: one outside is no target.
     """
 
@@ -115,7 +115,7 @@ class LossTerms:
         """Run the model without labels.
 
         Args:
-            model: what to call.
+            model: the engine or module to call.
             inputs: the batch on the device; not changed.
 
         Returns:

@@ -19,7 +19,7 @@ _MOST_WINDOWS = 1024
 
 @dataclass(frozen=True)
 class Reading:
-    """What the meter has seen since it was last read, over all ranks.
+    """Holds the figures of the steps since the meter was last read, over all ranks.
 
     Attributes:
         loss: mean over steps of the global batch's mean loss; where bad losses are filtered, over
@@ -43,13 +43,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Window:
-    """The losses of a step as they came from the device, not yet read.
+    """Holds the losses of a step, not yet read from the device.
 
     Attributes:
-        step: of the run.
-        losses: of this rank's micro-batches, with one element for each part of the loss.
-        counts: the targets of each part.
-        totals: those of the window over all ranks; a tensor where they are still on the device.
+        step: the step's number in the run.
+        losses: losses of this rank's micro-batches, with one element for each part of the loss.
+        counts: targets of each part.
+        totals: targets of the window over all ranks; a tensor where they are on the device.
         empty: columns of this rank's batches without a target in some micro-batch.
     """
 

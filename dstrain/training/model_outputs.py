@@ -1,4 +1,4 @@
-"""What a model's forward pass returned: which part is the loss, and which are predictions."""
+"""Finding the loss and the predictions in the outputs of a model's forward pass."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _DECIDED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 @dataclass(frozen=True)
 class Rebuilding:
-    """How the owner of a run puts another engine in the place of one that ran out of memory.
+    """Holds the functions that replace an engine that ran out of memory.
 
     Attributes:
         pause: lets go of what uses the process groups, beside the engine; no collective.
@@ -106,13 +106,13 @@ def run_with_recovery(
     of a run that had begun with the smaller micro-batch.
 
     Args:
-        loop: of a training.
+        loop: the training loop.
         module: the model that is trained.
-        ranks: this process among the others.
+        ranks: rank and world size of this process.
         rebuilding: puts another engine in the place of one that ran out of memory.
         micro_batch: samples per rank in one forward pass, to begin with.
         accumulation: micro-batches per step, to begin with.
-        timeout_seconds: of collectives.
+        timeout_seconds: time limit of collectives.
 
     Raises:
         TrainingError: one sample does not fit, or memory ran out outside of forward and backward.

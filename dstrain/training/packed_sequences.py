@@ -1,4 +1,4 @@
-"""Whether a model keeps the sequences of a packed row apart; found out by trying."""
+"""Finding out by trial whether a model keeps the sequences of a packed row apart."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mixes_sequences(
     at ZeRO stage 3 all ranks must call it.
 
     Args:
-        model: what to call; in evaluation mode afterwards.
+        model: the engine or module to call; it is in evaluation mode afterwards.
         module: the core model.
         batch_of: two sequences of token ids -> the batch that a collator makes of them in one row,
             or in several equal rows.

@@ -1,4 +1,4 @@
-"""Where a run stands, in words: for messages about ranks that do not come."""
+"""Describing where a run stands, for messages about ranks that hang."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from dstrain.core.progress import Progress
 
 
 class Place:
-    """Where the main thread is in a training, in words, and since when; set by the loop."""
+    """Holds where the main thread is in a training, in words, and since when."""
 
     def __init__(self) -> None:
         """Begin outside of a step."""
         self.what, self.in_step, self.count, self.since = "the start", False, 0, time.monotonic()
+        self.may_lag = False
 
-    def enter(self, what: str, *, in_step: bool = False) -> None:
+    def enter(self, what: str, *, in_step: bool = False, may_lag: bool = False) -> None:
         """Note that the loop has come to another place.
 
         Args:
-            what: of the loop begins, for messages.
+            what: the part of the run that begins, for messages.
             in_step: all ranks meet in it, so that to wait for one long is a failure.
+            may_lag: ranks may be many such places behind others, so that one which goes on from
+                place to place is waited for, however long that takes.
         """
         self.what, self.in_step, self.since = what, in_step, time.monotonic()
+        self.may_lag = may_lag
         self.count += 1
 
 
 class Watched(Protocol):
-    """What is watched: a training loop, or whatever else is done."""
+    """Declares what a watch reads of a training loop, or of other work."""
 
     @property
     def place(self) -> Place:

@@ -1,4 +1,4 @@
-"""Ending early because a scheduler says so: a signal on any rank, acted upon by all at one step.
+"""Ending a run early on all ranks at the same step, because a rank was sent a signal.
 
 A rank that was sent a signal cannot stop by itself, as the others would wait for it. So the ranks
 exchange a few numbers on the host about once a second, on a group of their own, while the
@@ -50,8 +50,8 @@ class Preemption:
         """Watch nothing yet.
 
         Args:
-            ranks: facts of this process.
-            watches: False leaves signals alone, and no rank ever asks.
+            ranks: rank and world size of this process.
+            watches: whether signals are handled; without it ranks exchange nothing.
         """
         self.cause = ""
         self.acted = False
@@ -76,7 +76,7 @@ class Preemption:
         with contextlib.ExitStack() as stack:
             if is_distributed():
                 self._group = self._new_group()
-                stack.callback(self._leave_group)
+                stack.push(self._leave_group)
             before = self._take_over()
             try:
                 yield
@@ -207,10 +207,19 @@ class Preemption:
 
         return dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def _leave_group(self) -> None:
+    def _leave_group(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Destroy the group, unless an error may be that of a rank which does not come.
+
+        gloo would wait for that rank, which an exchange that has begun still needs.
+
+        Args:
+            kind: of the error that ends the training, or None.
+            *_: the error and its traceback.
+        """
         import torch.distributed as dist
 
-        dist.destroy_process_group(self._group)
+        if kind is None or self._work is None or self._work.is_completed():
+            dist.destroy_process_group(self._group)
         self._group = None
 
 

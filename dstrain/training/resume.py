@@ -1,4 +1,4 @@
-"""Where a run stands between two steps, as a value that a checkpoint can hold."""
+"""Describing where a run stands between two steps, as a checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _MeterRecord:
-    """What the meter of a rank has added since it was last read."""
+    """Describes the sums of a rank's meter since it was last read."""
 
     loss: Real
     finite: Annotated[Real, AllowInfNan(False)]
@@ -49,12 +49,12 @@ Event = Literal["on_step_end", "on_epoch_end"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimizer step did, as logs and checkpoints tell it.
+    """Holds the result of one optimizer step, for logs and checkpoints.
 
     Attributes:
         applied: False where gradients were not finite, so that the weights stayed as they were.
         grad_norm: global gradient norm before clipping; None where it was not computed.
-        learning_rate: of the first parameter group.
+        learning_rate: learning rate of the first parameter group.
     """
 
     applied: bool
@@ -64,11 +64,11 @@ class StepRecord:
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
-class Due:
-    """An evaluation that was not finished, and what was to be done at that point of the run.
+class PendingEvaluation:
+    """Describes an evaluation that a signal ended, and what was to follow at that point.
 
     Attributes:
-        event: "on_step_end" or "on_epoch_end"; what callbacks do in it has been done.
+        event: "on_step_end" or "on_epoch_end"; callbacks have been told of it.
         saves: whether to save after the evaluation, whatever that finds.
         stops_training: whether a callback had ended the run.
         stops_epoch: whether a callback had ended the epoch.
@@ -80,13 +80,13 @@ class Due:
     stops_epoch: Flag
 
     @staticmethod
-    def of(event: Event, control: TrainerControl) -> Due:
+    def of(event: Event, control: TrainerControl) -> PendingEvaluation:
         """Record what callbacks have decided in ``event``, before the evaluation."""
-        return Due(
+        return PendingEvaluation(
             event, control.should_save, control.should_training_stop, control.should_epoch_stop
         )
 
-    def give_to(self, control: TrainerControl) -> None:
+    def restore_decisions(self, control: TrainerControl) -> None:
         """Set these decisions in ``control`` again."""
         control.should_evaluate = True
         control.should_save = self.saves
@@ -97,7 +97,7 @@ class Due:
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Position:
-    """What the loop must know to go on as if it had never stopped.
+    """Holds what the loop needs to go on as if it had never stopped.
 
     Attributes:
         progress: steps and samples; of the next epoch where this one's end has been handled.
@@ -135,7 +135,7 @@ class Position:
     random_ahead: PlainState | None = None
     source: dict[Text, Any] | None = None
     shares: AtLeastOne | None = None
-    due: Due | None = None
+    due: PendingEvaluation | None = None
     loss: LossFindings | None = None
     stopped: Flag = False
 
@@ -178,7 +178,7 @@ class Position:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """What a rank has for itself in a checkpoint: the values of ``Position.rank_state``."""
+    """Describes this rank's own part of a checkpoint: the values of ``Position.rank_state``."""
 
     random: Annotated[Plain, AfterValidator(_check_random)]
     random_ahead: Annotated[Plain, AfterValidator(_check_random)] | None = None
@@ -187,10 +187,10 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a run goes on from.
+    """Holds what a run resumes from.
 
     Attributes:
-        position: of the checkpoint.
+        position: the position in the checkpoint.
         rank_state: this rank's part of the checkpoint; None where other ranks wrote it, and the
             random state has been derived anew.
     """

@@ -1,4 +1,4 @@
-"""What the training loop is given: the settings of a run, and the hooks that it calls."""
+"""Settings of a run, and the hooks that the training loop calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Hooks(Protocol):
-    """What the loop calls on its owner: overridable steps, events, evaluation and saving."""
+    """Declares the methods that the loop calls on its owner: steps, events, evaluation, saving."""
 
     def train_micro_batch(
         self, micro_step: MicroStep, num_targets: torch.Tensor | int | None
@@ -67,7 +67,7 @@ class Hooks(Protocol):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What is decided of a run before its first step.
+    """Holds what is decided of a run before its first step.
 
     Attributes:
         max_steps: optimizer steps in all.

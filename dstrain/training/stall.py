@@ -1,4 +1,4 @@
-"""A run that stands still, because a rank does not come to a collective, ends and says which.
+"""Ending a run that stands still because a rank does not come to a collective, and naming it.
 
 DeepSpeed's all-reduce in shared memory waits for ever, gloo and NCCL give up after ``ddp_timeout``
 and do not know for whom they waited. A thread of each rank looks at the main thread once a second.
@@ -10,10 +10,11 @@ for one key every few seconds, on a connection of its own, whatever the number o
 are then ranks / 5 small requests a second to the store. Only when the run is lost does one rank
 read a key of every rank, once.
 
-Nothing is measured from outside of a step. The preparation of training, an evaluation, a checkpoint
-or a callback may last as long as it does on all ranks together; a rank that stays in one while the
-others are in the next step is one that does not come. Where gloo itself gives up in one, the ranks
-tell each other in the same way.
+Nothing is measured outside of a step and of the batches of an evaluation. The preparation of
+training, metrics, a checkpoint or a callback may last as long as it does on all ranks together; a
+rank that stays in one while the others are in the next step is one that does not come. Where gloo
+itself gives up, ranks tell each other in the same way. A rank that goes on from batch to batch of
+an evaluation is waited for, however far it is behind.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import contextlib
 import json
 import os
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +35,8 @@ from dstrain.core.launcher import note_end
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import Ranks, named_ranks
 from dstrain.core.stop import STALLED
-from dstrain.engine import device_type, unlink_shared_memory
+from dstrain.engine import unlink_shared_memory
+from dstrain.training.frames import collective_of, is_debugged, line_of
 from dstrain.training.place import Watched
 from dstrain.training.types import PlainState
 
@@ -55,14 +56,6 @@ _MOST_SECONDS = 60.0  # for all of the above
 _MOST_LINES = 16
 _TIMED_OUT = ("Timed out waiting", "collective operation timeout")
 _LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-_HOME = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
-_COLLECTIVES = (
-    os.path.join(os.sep, "torch", "distributed", ""),
-    os.path.join(os.sep, "deepspeed", "comm", ""),
-    os.path.join(_HOME, "core", "ranks.py"),
-)
-_DEBUGGERS = ("pdb.py", "bdb.py")
 
 
 class StallWatch:
@@ -72,8 +65,8 @@ class StallWatch:
         """Prepare to watch.
 
         Args:
-            ranks: facts of this process.
-            loop: of training, or what else is done, with its ``place`` and ``progress``.
+            ranks: rank and world size of this process.
+            loop: the training loop, or other work, with its ``place`` and ``progress``.
             timeout_seconds: how long a rank may keep the others waiting in a step.
         """
         self._ranks, self._loop, self._timeout = ranks, loop, timeout_seconds
@@ -140,7 +133,8 @@ class StallWatch:
             self._end(self._no_store())
         elif verdict:
             self._end(verdict if self._judges else "")
-        self._excused = self._loop.place.count
+        self._excused = -1 if self._loop.place.may_lag else self._loop.place.count
+        self._waits_since = time.monotonic()
         self._deciding = False
 
     def _within(self, seconds: float, ask: Callable[[], T]) -> T | None:
@@ -172,28 +166,11 @@ class StallWatch:
         if now - place.since < min(5.0, self._timeout / 4) or self._excused == place.count:
             return False
         # The frame is kept, so that no other can be taken for it.
-        frame = self._collective(sys._current_frames().get(self._main))
+        frame = collective_of(sys._current_frames().get(self._main))
         if frame is None or frame is not self._frame:
             self._frame, self._waits_since = frame, now
         self._waits_in = "" if frame is None else frame.f_code.co_name
         return frame is not None and now - self._waits_since > self._timeout
-
-    def _collective(self, frame: FrameType | None) -> FrameType | None:
-        """Find the call in which the main thread waits for other ranks; None where it does not.
-
-        On an accelerator it waits for the device, and only from there for other ranks: then it is
-        the call of a library.
-        """
-        innermost = frame
-        while frame is not None:
-            if any(part in frame.f_code.co_filename for part in _COLLECTIVES):
-                return frame
-            if frame.f_code.co_filename.startswith(_HOME):
-                break
-            if not frame.f_code.co_filename.startswith(_LIBRARIES):
-                return None  # a user's code, called by a library
-            frame = frame.f_back
-        return innermost if device_type() != "cpu" else None
 
     def _is_asked(self) -> bool:
         """Tell whether another rank has waited too long while this one makes no progress either."""
@@ -255,11 +232,15 @@ class StallWatch:
         if busy:
             logger.warning("rank %s is in a debugger: the others go on waiting", busy[0])
             return ""
+        lacks = len(standings) < self._ranks.world_size
+        if lacks and self._loop.place.may_lag and all(s["waits_in"] for s in standings.values()):
+            return ""  # a rank that has not answered goes on: one that stands still does
         return str(self._error(standings))
 
     def _error(self, standings: dict[int, PlainState]) -> Problem:
         size = self._ranks.world_size
         silent = [rank for rank in range(size) if rank not in standings]
+        silent = [] if self._loop.place.may_lag else silent
         away = [rank for rank, at in standings.items() if not at["waits_in"]]
         if not silent and not away:
             first = min(at["step"] for at in standings.values())
@@ -302,15 +283,15 @@ class StallWatch:
     def _standing(self) -> PlainState:
         """Return where this rank is, and whether it waits there."""
         frame = sys._current_frames().get(self._main)
-        in_collective = self._collective(frame) is not None or self._must_tell.is_set()
+        in_collective = collective_of(frame) is not None or self._must_tell.is_set()
         waits_in = (self._waits_in or "a collective") if in_collective else ""
         return {
             "step": self._loop.progress.step,
-            "in_step": self._loop.place.in_step,
+            "in_step": self._loop.place.in_step and not self._loop.place.may_lag,
             "what": self._loop.place.what,
             "waits_in": waits_in,
-            "line": _line_of(frame),
-            "debugger": _is_debugged(frame),
+            "line": line_of(frame),
+            "debugger": is_debugged(frame),
         }
 
     def _connect(self) -> Store:
@@ -360,33 +341,3 @@ def _words(standing: PlainState | None) -> str:
     if standing["waits_in"]:
         return f"{where}, waits in {standing['waits_in']}"
     return f"{where}, at {standing['line']}"
-
-
-def _line_of(frame: FrameType | None) -> str:
-    """Find the innermost line of a user's code, or else of any code."""
-    innermost, found = frame, None
-    candidate = None
-    while frame is not None and found is None:
-        name = frame.f_code.co_filename
-        if name.startswith(_HOME):
-            # What dstrain has called. Around the outermost call of it there is only the user's
-            # script, in whatever function of that: main() says nothing of where a rank stands.
-            found = candidate
-        elif candidate is None and not name.startswith((*_LIBRARIES, "<")):
-            candidate = frame
-        frame = frame.f_back
-    shown = found or innermost
-    if shown is None:
-        return "an unknown line"
-    return f"{shown.f_code.co_filename}:{shown.f_lineno} in {shown.f_code.co_name}"
-
-
-def _is_debugged(frame: FrameType | None) -> bool:
-    """Tell whether the process is in pdb, or traced by a debugger."""
-    while frame is not None:
-        if os.path.basename(frame.f_code.co_filename) in _DEBUGGERS:
-            return True
-        frame = frame.f_back
-    with contextlib.suppress(OSError), open("/proc/self/status") as status:
-        return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in status)
-    return False

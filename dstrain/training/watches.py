@@ -1,4 +1,4 @@
-"""Watching all that a trainer does for ranks that do not come, one watch at a time."""
+"""Watching the work of a trainer for ranks that hang, with one watch at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ S = TypeVar("S", bound="WatchesRanks")
 
 @dataclass
 class Outside:
-    """The place and progress that a watch sees where no training loop runs."""
+    """Holds the place and progress that a watch sees where no training loop runs."""
 
     place: Place
     progress: Progress
@@ -33,10 +33,11 @@ class RankWatches:
         """Watch nothing yet.
 
         Args:
-            ranks: facts of this process.
+            ranks: rank and world size of this process.
         """
         self._ranks = ranks
         self._present: StallWatch | None = None
+        self._place: Place | None = None
 
     @contextlib.contextmanager
     def over(self, what: str, *, step: int, timeout_seconds: float) -> Iterator[None]:
@@ -46,38 +47,47 @@ class RankWatches:
         up, it is said which rank did not come, and all end.
 
         Args:
-            what: is done in the block, for messages.
-            step: that training has come to.
-            timeout_seconds: of collectives.
+            what: the work of the block, for messages.
+            step: the step that training has come to.
+            timeout_seconds: time limit of collectives.
         """
         if self._present is not None:
             yield
             return
         run = _outside(what, step=step)
         self._present = StallWatch(self._ranks, run, timeout_seconds=timeout_seconds)
+        self._place = run.place
         try:
             with self._present.watching():
                 yield
         finally:
-            self._present = None
+            self._present = self._place = None
+
+    def enter(self, what: str, *, in_step: bool = False, may_lag: bool = False) -> None:
+        """Note that this rank has come to another place; see ``Place.enter``."""
+        if self._place is not None:
+            self._place.enter(what, in_step=in_step, may_lag=may_lag)
 
     @contextlib.contextmanager
     def following(self, loop: Watched) -> Iterator[None]:
         """Watch a training loop in a block inside ``over``, and then what ends training.
 
         Args:
-            loop: with its ``place`` and ``progress``.
+            loop: the training loop, with its ``place`` and ``progress``.
         """
         assert self._present is not None
         self._present.follow(loop)
+        self._place = loop.place
         try:
             yield
         finally:
-            self._present.follow(_outside("the end of training", step=loop.progress.step))
+            after = _outside("the end of training", step=loop.progress.step)
+            self._present.follow(after)
+            self._place = after.place
 
 
 class WatchesRanks(Protocol):
-    """What has methods that are watched."""
+    """Declares what an object must have for its methods to be watched."""
 
     def _watching_ranks(self, what: str) -> contextlib.AbstractContextManager[None]: ...
 

@@ -1,4 +1,4 @@
-"""What each micro-batch of an optimizer step weighs in the loss of the global batch."""
+"""Weighting the micro-batches of an optimizer step in the loss of the global batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dstrain.data import LossTargets, MicroBatch
 def most_telling_first(
     micro_batches: Sequence[MicroBatch], targets: LossTargets
 ) -> Sequence[MicroBatch]:
-    """Put first the micro-batch that tells most of what a target is, where that is still open.
+    """Put first the micro-batch that shows most about what a target is, while that is not known.
 
     Only the first forward pass of a step is watched, before its micro-batches are weighted. Which
     one comes first changes nothing else, as their gradients are added up, but which random numbers
@@ -50,10 +50,10 @@ class WindowWeights:
         """Begin to count, if the rule is settled; a collective of all ranks.
 
         Args:
-            targets: what a target is.
-            micro_batches: of this rank.
-            ranks: this process among the others.
-            device: where to add up.
+            targets: what the loss is a mean over.
+            micro_batches: this rank's micro-batches.
+            ranks: rank and world size of this process.
+            device: the device on which targets are added up.
             host_sum: adds up on the hosts, so that no device is waited for.
             looks_again: whether this step's first forward pass is watched on all ranks.
         """

@@ -102,11 +102,18 @@ def text_of_one_that_stalls(path, folder):
     return text
 
 
-def test_a_rank_that_does_not_come_in_an_evaluation_by_itself_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "method", "steps"), [(2, "evaluate", 0), (0, "train", 2), (2, "train", 2)]
+)
+def test_a_rank_that_does_not_come_in_an_evaluation_is_named(tmp_path, stage, method, steps):
+    """The others wait for its predictions, on a group without a time limit of that length."""
     evaluation = "3600 if rank == '1' else 0"
-    path = script(tmp_path, zero_stage=2, evaluation=evaluation, method="evaluate")
+    path = script(
+        tmp_path, zero_stage=stage, evaluation=evaluation, method=method, max_steps=3,
+        eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
     text = text_of_one_that_stalls(path, tmp_path)
-    assert "rank 1: after step 0, evaluation, at" in text
+    assert f"rank 1: after step {steps}, batch 1 of an evaluation, at" in text
     assert "in prediction_step" in text
     assert "Traceback" not in text, text
 
@@ -242,6 +249,18 @@ def test_what_is_only_long_is_let_be(tmp_path):
         tmp_path, zero_stage=2, max_steps=5, sleep="time.sleep(3)", evaluation=4.0, timeout=6,
         eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=1,
     )  # fmt: skip
+    with Training(deepspeed(path), tmp_path) as training:
+        assert training.wait_for_end(300) == 0, training.text()
+    assert (tmp_path / "done-0").exists()
+
+
+def test_a_rank_that_lags_in_an_evaluation_is_waited_for(tmp_path):
+    """Longer than ddp_timeout in all, while it goes on from batch to batch."""
+    path = script(
+        tmp_path, zero_stage=0, evaluation="2 if rank == '1' else 0", timeout=7, method="evaluate",
+        per_device_eval_batch_size=1,
+    )  # fmt: skip
+    path.write_text(path.read_text().replace("RaggedTokens(4)", "RaggedTokens(20)"))
     with Training(deepspeed(path), tmp_path) as training:
         assert training.wait_for_end(300) == 0, training.text()
     assert (tmp_path / "done-0").exists()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import dstrain
-from dstrain.trainer.overrides import ELSEWHERE, unheard
+from dstrain.trainer.overrides import ELSEWHERE, ignored_overrides
 
 REFERENCE = (
     Path(__file__).resolve().parents[4]
@@ -94,7 +94,7 @@ def test_the_constructor_takes_what_is_documented(cls):
 def test_an_override_that_nothing_calls_is_refused(name):
     """A subclass written for transformers must not be ignored in part."""
     own = type("Own", (dstrain.Trainer,), {name: lambda self: None})
-    assert [problem.what for problem in unheard(own)] == [f"Own overrides {name}"]
+    assert [problem.what for problem in ignored_overrides(own)] == [f"Own overrides {name}"]
 
 
 @pytest.mark.parametrize("name", ["Trainer", "Seq2SeqTrainer"])
@@ -113,12 +113,12 @@ def test_every_method_of_the_installed_trainer_is_here_or_refused(name):
 
 
 def test_no_method_of_ours_is_among_the_refused():
-    assert unheard(dstrain.Trainer) == []
+    assert ignored_overrides(dstrain.Trainer) == []
 
 
 def test_arguments_by_position_that_releases_order_differently_are_refused():
     """The eighth is compute_metrics in some releases and compute_loss_func in others."""
-    (problem,) = unheard(dstrain.Trainer, (print,))
+    (problem,) = ignored_overrides(dstrain.Trainer, (print,))
     assert problem.what == "1 arguments of Trainer by position, after model_init"
 
 

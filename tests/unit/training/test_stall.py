@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dstrain.core.ranks import Ranks
-from dstrain.training import stall
+from dstrain.training import frames
 from dstrain.training.place import Place
 from dstrain.training.stall import StallWatch
 
@@ -54,7 +54,7 @@ def test_ranks_that_wait_for_each_other():
 
 def test_a_debugger_is_seen_in_the_frames():
     def standing() -> bool:
-        return stall._is_debugged(sys._getframe())
+        return frames.is_debugged(sys._getframe())
 
     assert not standing()
     code = compile("found = standing()", "/usr/lib/python3.11/pdb.py", "exec")
@@ -65,28 +65,37 @@ def test_a_debugger_is_seen_in_the_frames():
 
 @pytest.mark.parametrize("name", ["torch/distributed/distributed_c10d.py", "deepspeed/comm/x.py"])
 def test_a_call_into_a_collective_is_told_from_a_users_code(name):
-    loop = SimpleNamespace(place=Place(), progress=SimpleNamespace(step=0))
-    watch = StallWatch(Ranks(0, 0, 2, 2), loop, timeout_seconds=60)
     entered, leave = threading.Event(), threading.Event()
     text = "def all_reduce():\n    entered.set()\n    leave.wait()\n"
     names = {"entered": entered, "leave": leave}
-    exec(compile(text, f"{stall._LIBRARIES[1]}/{name}", "exec"), names)
+    exec(compile(text, f"{frames._LIBRARIES[1]}/{name}", "exec"), names)
     thread = threading.Thread(target=names["all_reduce"])
     thread.start()
     entered.wait()
     try:
-        found = watch._collective(sys._current_frames()[thread.ident])
+        found = frames.collective_of(sys._current_frames()[thread.ident])
         assert found is not None
         assert found.f_code.co_name == "all_reduce"
     finally:
         leave.set()
         thread.join()
-    assert watch._collective(sys._getframe()) is None
+    assert frames.collective_of(sys._getframe()) is None
+
+
+@pytest.mark.parametrize(("caller", "waits"), [("", True), ("user", False)])
+def test_a_wait_for_a_collective_that_began_before_is_one(caller, waits):
+    """Its frame is innermost then; a user's code that is called from there waits for itself."""
+    seen: list[Any] = []
+    text = "def answer(look):\n    return look()\n"
+    names: dict[str, Any] = {}
+    exec(compile(text, f"{frames._HOME}training/preemption.py", "exec"), names)
+    names["answer"](lambda: seen.append(sys._getframe(0 if caller else 1)))
+    assert (frames.collective_of(seen[0]) is not None) == waits
 
 
 def called(chain: list[tuple[str, str]]) -> str:
     """Return the line that is told of the innermost of functions, each in a file, that call on."""
-    inner: Any = lambda: stall._line_of(sys._getframe(1))  # noqa: E731
+    inner: Any = lambda: frames.line_of(sys._getframe(1))  # noqa: E731
     for name, file in reversed(chain):
         names = {"inner": inner}
         exec(compile(f"def {name}():\n    return inner()\n", file, "exec"), names)
@@ -95,10 +104,10 @@ def called(chain: list[tuple[str, str]]) -> str:
 
 
 LOOP, TORCH = (
-    ("loop", f"{stall._HOME}training/loop.py"),
-    ("call", f"{stall._LIBRARIES[1]}/torch/a.py"),
+    ("loop", f"{frames._HOME}training/loop.py"),
+    ("call", f"{frames._LIBRARIES[1]}/torch/a.py"),
 )
-MAIN, TRAIN = ("main", "/me/script.py"), ("train", f"{stall._HOME}trainer/trainer.py")
+MAIN, TRAIN = ("main", "/me/script.py"), ("train", f"{frames._HOME}trainer/trainer.py")
 LOSS, FORWARD = ("compute_loss", "/me/script.py"), ("forward", "/me/model.py")
 
 
