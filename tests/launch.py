@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -117,3 +118,20 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
 def _read(stream: IO[str]) -> str:
     stream.seek(0)
     return stream.read()
+
+
+def in_fresh_process(function: Callable[[], None], seconds: float = 120) -> None:
+    """Call a function of a module in a process that no test has used, such as one without groups.
+
+    A test process keeps the process group that a Trainer has made there.
+
+    Raises:
+        AssertionError: the function raised (its traceback is printed) or took longer.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=function)
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    assert process.exitcode == 0

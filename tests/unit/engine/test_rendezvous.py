@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -15,7 +16,12 @@ import pytest
 from dstrain.core.errors import CheckpointError, ConfigError
 from dstrain.core.ranks import Ranks
 from dstrain.engine.process_group import rendezvous
-from tests.launch import free_port, quiet_environment, remove_shared_memory
+from tests.launch import (
+    free_port,
+    in_fresh_process,
+    quiet_environment,
+    remove_shared_memory,
+)
 
 FIRST, SECOND = Ranks(0, 0, 2, 1), Ranks(1, 0, 2, 1)
 NOWHERE = "192.0.2.1"  # reserved for documentation: no machine has it
@@ -169,14 +175,17 @@ def test_a_failure_of_gloo_in_the_first_collective_is_told_and_a_users_error_sta
         raise CheckpointError("mine")
 
 
-def test_the_frames_of_torchs_own_error_are_left_out(monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+def ask_for_a_second_rank_that_does_not_come() -> None:
     import torch.distributed as dist
 
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with pytest.raises(dist.DistStoreError) as caught:
         dist.init_process_group("gloo", rank=0, world_size=2, timeout=timedelta(seconds=1))
     told = str(rendezvous.rendezvous_error(caught.value, FIRST))
     assert "1/2 clients joined" in told
     assert "frame #" not in told
     assert len(told.splitlines()) == 3
+
+
+def test_the_frames_of_torchs_own_error_are_left_out():
+    in_fresh_process(ask_for_a_second_rank_that_does_not_come)

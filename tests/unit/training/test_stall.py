@@ -13,6 +13,7 @@ from dstrain.core.ranks import Ranks
 from dstrain.training import frames
 from dstrain.training.place import Place
 from dstrain.training.stall import StallWatch
+from tests.launch import in_fresh_process
 
 WAITS = {
     "step": 6, "in_step": True, "what": "micro-batch 1", "waits_in": "all_reduce", "line": "",
@@ -128,22 +129,23 @@ def test_the_line_is_of_what_training_calls(chain, line):
     assert called(chain) == line
 
 
-def test_ranks_find_the_store_where_there_is_no_group_for_a_while(tmp_path):
-    """Between two groups, where memory ran out; it once ended a run that was to go on."""
+def look_for_the_store_between_groups() -> None:
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
     loop = SimpleNamespace(place=Place(), progress=SimpleNamespace(step=0))
     watch = StallWatch(Ranks(0, 0, 2, 2), loop, timeout_seconds=60)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        with watch.watching():
-            dist.destroy_process_group()
-            assert watch._round(watch._connect()) == 0
-            again = dist.PrefixStore("again", store)
-            dist.init_process_group("gloo", store=again, rank=0, world_size=1)
-            dist.PrefixStore("dstrain-stall", store).add("round", 1)
-            assert watch._round(watch._connect()) == 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with watch.watching():
+        dist.destroy_process_group()
+        assert watch._round(watch._connect()) == 0
+        again = dist.PrefixStore("again", store)
+        dist.init_process_group("gloo", store=again, rank=0, world_size=1)
+        dist.PrefixStore("dstrain-stall", store).add("round", 1)
+        assert watch._round(watch._connect()) == 1
+    dist.destroy_process_group()
+
+
+def test_ranks_find_the_store_where_there_is_no_group_for_a_while():
+    """Between two groups, where memory ran out; it once ended a run that was to go on."""
+    in_fresh_process(look_for_the_store_between_groups)
