@@ -14,14 +14,17 @@ from dstrain.checkpoint.extra_state import EXTRA_STATES, extra_states, lost_rema
 from dstrain.checkpoint.folders import LOCK
 from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest
 from dstrain.checkpoint.policy import Policy, RunRecord
+from dstrain.checkpoint.slice_agreement import agree_on_table
+from dstrain.checkpoint.slice_table import SliceTable, uncovered
 from dstrain.checkpoint.staging import Staging
+from dstrain.checkpoint.table_file import write_table
 from dstrain.checkpoint.versions import versions
 from dstrain.core.documents import check_depth
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, gather_objects
+from dstrain.core.ranks import Ranks, all_or_none, broadcast_object, gather_objects
 from dstrain.core.records import described, unrecordable
 from dstrain.core.secrets import without_secrets
 from dstrain.engine import (
@@ -123,6 +126,7 @@ class Captured:
         folder = self.folder or staging.agreed(writers.first, group=group)
         present = gather_objects(_files_in(folder), group=group)[writers.first]
         weights = None if self.weights is None else self.weights.exchanged(group)
+        table = self._table(writers, group)
         if self.failure is not None:
             raise self.failure
         sharers = writers.sharers
@@ -134,7 +138,41 @@ class Captured:
         records |= self._write_rank_files(folder, writers.ranks.rank)
         if sharers.is_main:
             records |= self._write_shared_files(folder)
+            # Machines without a shared disk each have a copy of what all ranks hold.
+            records |= self._write_table(folder, table, has_copies=len(writers.groups) > 1)
         return records
+
+    def _table(self, writers: Writers, group: Any) -> SliceTable | None:
+        """Make the table of all ranks' slices, on each rank that writes it; a collective."""
+        if self.slices is None:
+            return None
+        table = agree_on_table(
+            self.slices.about,
+            self.manifest.parameters,
+            rank=writers.ranks.rank,
+            world_size=writers.ranks.world_size,
+            group=group,
+        )
+        return table if len(writers.groups) == 1 else broadcast_object(table, group=group)
+
+    def _write_table(
+        self, folder: Path, table: SliceTable | None, *, has_copies: bool
+    ) -> dict[str, FileRecord]:
+        """Write the table of all ranks' slices, once it is sure that nothing is missing.
+
+        Raises:
+            CheckpointError: elements of a parameter are in no file, or in several.
+        """
+        if table is None:
+            return {}
+        shapes, optimized = self.manifest.parameters, set(self.manifest.optimized)
+        faults = list(uncovered(table, shapes, optimized, ignore_copies=has_copies))
+        if faults:
+            raise CheckpointError(
+                [Problem(line) for line in faults],
+                title="the slices are not all of the state",
+            )
+        return {content.TABLE: write_table(folder / content.TABLE, table, shapes)}
 
     def _write_rank_files(self, folder: Path, rank: int) -> dict[str, FileRecord]:
         records = {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dstrain.checkpoint.folders import STATE
+from dstrain.checkpoint.slice_table import Numbers, RankSlices
 from dstrain.core.files import FileRecord
 from dstrain.core.ranks import Ranks
 from dstrain.engine import (
@@ -30,6 +31,8 @@ EMPTY = "empty"
 """Key in the metadata of a file of buffers: names of those that are registered and None."""
 RUN = f"{STATE}/run.json"
 LAYOUT = f"{STATE}/layout.json"
+TABLE = f"{STATE}/slices.safetensors"
+"""The table of all ranks' slices."""
 
 
 def slice_file(rank: int) -> str:
@@ -58,11 +61,16 @@ class Slices:
 
     Attributes:
         tensors: under "<key>/<parameter>", 1-D.
-        metadata: of the file: spans (parameter -> [start, numel]) and scalars, in JSON.
+        about: the runs that they are, and single numbers of the optimizer's state.
     """
 
     tensors: list[Stored]
-    metadata: dict[str, str]
+    about: RankSlices
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata of the file, in JSON."""
+        return metadata_of(self.about.spans, self.about.scalars)
 
     @property
     def num_bytes(self) -> int:
@@ -73,8 +81,15 @@ class Slices:
         """Copy the values into host memory of their own, so that training can go on."""
         return Slices(
             [Stored.of(s.name, copies.copy(f"slice/{s.name}", s.load())) for s in self.tensors],
-            self.metadata,
+            self.about,
         )
+
+
+def metadata_of(
+    spans: Mapping[str, Sequence[int]], scalars: Mapping[str, Numbers]
+) -> dict[str, str]:
+    """Return the metadata of a file of slices: runs of parameters and their numbers, in JSON."""
+    return {"spans": json.dumps(spans), "scalars": json.dumps(scalars)}
 
 
 @dataclass(frozen=True)
@@ -125,10 +140,9 @@ def rank_slices(engine: Engine, ranks: Ranks) -> Slices:
         held, replicated=replicated, rank=ranks.rank, world_size=ranks.world_size
     )
     tensors = [_stored(shard, key) for shard in mine for key in shard.tensor_keys()]
-    spans = {shard.name: [shard.start, shard.numel] for shard in mine}
+    spans = {shard.name: (shard.start, shard.numel) for shard in mine}
     scalars = {name: numbers for name, numbers in read_scalars(held).items() if name in spans}
-    metadata = {"spans": json.dumps(spans), "scalars": json.dumps(scalars)}
-    return Slices(tensors, metadata)
+    return Slices(tensors, RankSlices.of([stored.name for stored in tensors], spans, scalars))
 
 
 def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:

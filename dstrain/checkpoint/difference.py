@@ -159,10 +159,7 @@ def _state_values(first: SliceIndex, second: SliceIndex) -> Iterator[tuple[str, 
     """Yield differences of single numbers of the optimizer's state, and of its kinds of tensors."""
     sides = []
     for index in (first, second):
-        keys: dict[str, list[str]] = {}
-        for key, name in index.pieces:
-            keys.setdefault(name, []).append(key)
-        sides.append({name: sorted(found) for name, found in keys.items()})
+        sides.append({name: sorted(index.keys_of(name)) for name in index.names()})
     yield from _of_mappings("kinds of state", *sides)
     yield from _of_mappings("numbers of the optimizer", first.scalars, second.scalars)
 
@@ -170,11 +167,12 @@ def _state_values(first: SliceIndex, second: SliceIndex) -> Iterator[tuple[str, 
 def _slice_pairs(
     first: SliceIndex, second: SliceIndex, manifest: Manifest
 ) -> Iterator[tuple[str, str, list[Piece], list[Piece], int]]:
-    for (key, name), pieces in first.pieces.items():
-        others = second.pieces.get((key, name))
-        ends = [max(p.start + p.numel for p in found) for found in (pieces, others or pieces)]
-        if others and ends[0] == ends[1] and name in manifest.parameters:
-            yield key, name, pieces, others, ends[0]
+    for name in first.names():
+        for key in first.keys_of(name):
+            pieces, others = first.pieces(key, name), second.pieces(key, name)
+            ends = [max(p.start + p.numel for p in found) for found in (pieces, others or pieces)]
+            if others and ends[0] == ends[1] and name in manifest.parameters:
+                yield key, name, pieces, others, ends[0]
 
 
 def _file_pairs(

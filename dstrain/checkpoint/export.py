@@ -154,11 +154,11 @@ class _Source:
 
 
 def slice_files(folder: Path, manifest: Manifest) -> list[str]:
-    """List the files of slices that are in a checkpoint's folder; none where it has no slices."""
+    """List the files of slices, and of their table, that are in a checkpoint's folder, if any."""
     if not manifest.has_slices:
         return []
     absent = set(manifest.not_in(folder))
-    every = map(content.slice_file, range(manifest.world_size))
+    every = [content.TABLE, *map(content.slice_file, range(manifest.world_size))]
     return [name for name in every if manifest.has(name) and name not in absent]
 
 
@@ -288,7 +288,7 @@ def _all_of(load: Callable[[Entry], torch.Tensor], entries: Iterable[Entry]) -> 
 
 
 def _master(index: SliceIndex, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
-    key = MASTER if (MASTER, name) in index.pieces else WEIGHT
+    key = MASTER if MASTER in index.keys_of(name) else WEIGHT
     return assembled(index, key, name, shape, dtype)
 
 
@@ -296,7 +296,7 @@ def assembled(
     index: SliceIndex, key: str, name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Stored:
     """Describe a whole tensor that is put together from its pieces when it is written."""
-    pieces = index.pieces.get((key, name), [])  # none of a parameter without elements
+    pieces = index.pieces(key, name)  # none of a parameter without elements
 
     def load() -> torch.Tensor:
         whole = torch.empty(torch.Size(shape).numel(), dtype=dtype)

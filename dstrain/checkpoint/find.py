@@ -8,7 +8,7 @@ from pathlib import Path
 from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.manifest import Manifest, check_files, extra_files, read_manifest
 from dstrain.checkpoint.run_files import read_run
-from dstrain.checkpoint.slice_index import check_coverage, read_index
+from dstrain.checkpoint.slice_index import check_coverage, header_faults, read_index
 from dstrain.checkpoint.trainer_state import STATE as TRAINER_STATE
 from dstrain.checkpoint.trainer_state import read_trainer_state
 from dstrain.core.errors import CheckpointError, Problem
@@ -149,14 +149,19 @@ def verify(
     problems = check_files(folder, manifest, share=share, on_file=on_file)
     if not problems:
         try:
-            problems = _faults_within(folder, manifest)
+            problems = _faults_within(folder, manifest, share)
         except CheckpointError as error:
             problems = _lines(error)
     return manifest, problems
 
 
-def _faults_within(folder: Path, manifest: Manifest) -> list[str]:
+def _faults_within(folder: Path, manifest: Manifest, share: tuple[int, int]) -> list[str]:
     """List what cannot be in whole files: in documents of the run and in headers of its slices.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        share: (k, n): read the headers of every n-th rank only, from the k-th on.
 
     Raises:
         CheckpointError: they cannot be read as what they must be.
@@ -170,7 +175,8 @@ def _faults_within(folder: Path, manifest: Manifest) -> list[str]:
     if not manifest.has_slices:
         return []
     index = read_index(folder, manifest)
-    return [] if manifest.not_in(folder) else check_coverage(index, manifest)
+    faults = header_faults(folder, manifest, index, share)
+    return faults + ([] if index.absent else check_coverage(index, manifest))
 
 
 def verify_on_ranks(folder: Path, ranks: Ranks, *, on_each_node: bool = False) -> Manifest:

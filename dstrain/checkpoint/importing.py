@@ -31,6 +31,7 @@ from dstrain.checkpoint.manifest import (
 )
 from dstrain.checkpoint.run_files import read_run
 from dstrain.checkpoint.slice_index import check_coverage, read_index
+from dstrain.checkpoint.table_file import write_table
 from dstrain.checkpoint.versions import versions
 from dstrain.core.documents import loaded, parsed
 from dstrain.core.errors import CheckpointError, DstrainError, Problem
@@ -124,11 +125,14 @@ def import_checkpoint(
             versions=versions(),
             files=files | ranks,
         )
-        if missing := check_coverage(read_index(staging, manifest), manifest):
+        index = read_index(staging, manifest)
+        if missing := check_coverage(index, manifest):
             raise CheckpointError(
                 [Problem(line) for line in missing], title=f"{source} does not hold everything"
             )
-        write_manifest(staging, manifest)
+        table = write_table(staging / content.TABLE, index.table, manifest.parameters)
+        files = {**manifest.files, content.TABLE: table}
+        write_manifest(staging, replace(manifest, files=files))
     return Imported(found.kind, found.step, len(found.parameters), (*found.remarks, *remarks))
 
 
@@ -265,10 +269,7 @@ def _write(
 ) -> dict[str, FileRecord]:
     files = {}
     for rank, partition in enumerate(found.partitions):
-        metadata = {
-            "spans": json.dumps(partition.spans),
-            "scalars": json.dumps(partition.scalars),
-        }
+        metadata = content.metadata_of(partition.spans, partition.scalars)
         tensors = [_reported(stored, on_tensor) for stored in partition.tensors]
         name = content.slice_file(rank)
         files[name] = write_tensor_file(staging / name, tensors, metadata)

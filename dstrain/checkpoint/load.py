@@ -251,7 +251,7 @@ def _by_file(
     reads: dict[Path, list[tuple[StateShard, str, int, int, Piece]]] = {}
     for shard in held:
         for key in [shard.value_key] if values_only else shard.tensor_keys():
-            for piece in index.pieces.get((key, shard.name), []):
+            for piece in index.pieces(key, shard.name, shard.start, shard.stop):
                 low = max(piece.start, shard.start)
                 high = min(piece.start + piece.numel, shard.stop)
                 if low < high:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dstrain.checkpoint import content
-from dstrain.checkpoint.files import reading
 from dstrain.checkpoint.manifest import Manifest
-from dstrain.core.documents import Count, Number, Text, parsed, typed, unreadable
+from dstrain.checkpoint.slice_headers import read_rank_slices
+from dstrain.checkpoint.slice_table import (
+    Numbers,
+    SliceTable,
+    count_missing,
+    even_run,
+    table_of,
+    uncovered,
+)
+from dstrain.checkpoint.table_file import read_table
+from dstrain.core.documents import unreadable
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.engine import MASTER, WEIGHT
-
-_Spans: Any = Mapping[Text, tuple[Count, Count]]
-_Scalars: Any = Mapping[Text, Mapping[Text, Number]]
 
 
 @dataclass(frozen=True)
@@ -31,34 +37,100 @@ class Piece:
 
 @dataclass(frozen=True)
 class SliceIndex:
-    """The files and positions of all slices of a checkpoint.
+    """The slices of a checkpoint that are in its folder.
 
     Attributes:
-        pieces: (key, parameter) -> pieces in order of their start.
-        scalars: parameter -> single numbers of its optimizer state; those that had state without
-            numbers are there with an empty dict.
+        folder: of the checkpoint.
+        table: the slices of all ranks.
+        shapes: parameter -> shape.
+        absent: ranks whose files are not in the folder, but on another machine.
     """
 
-    pieces: dict[tuple[str, str], list[Piece]]
-    scalars: dict[str, dict[str, Any]]
+    folder: Path
+    table: SliceTable
+    shapes: Mapping[str, tuple[int, ...]]
+    absent: frozenset[int] = frozenset()
+    _paths: dict[int, Path] = field(default_factory=dict, repr=False)
 
     def keys_of(self, name: str) -> list[str]:
-        """List the kinds of tensors that a parameter has."""
-        return [key for key, parameter in self.pieces if parameter == name]
+        """List the kinds of tensors that a parameter has in the folder."""
+        kinds = self.table.kinds
+        if name in self.table.even:
+            return list(kinds[self.table.even[name]])
+        runs = (r for r in self.table.runs.get(name, ()) if r.rank not in self.absent)
+        return list(dict.fromkeys(key for run in runs for key in kinds[run.kind]))
+
+    def names(self) -> list[str]:
+        """List the parameters that have slices."""
+        return [name for name in self.shapes if self.keys_of(name)]
+
+    @cached_property
+    def scalars(self) -> dict[str, Numbers]:
+        """Return the single numbers of the optimizer state of each parameter that has state.
+
+        Those that had state without numbers are there with an empty mapping.
+        """
+        found = {}
+        for name in self.shapes:
+            has_state = any(key not in (MASTER, WEIGHT) for key in self.keys_of(name))
+            if has_state or name in self.table.scalars:
+                found[name] = self.table.scalars.get(name, {})
+        return found
+
+    def pieces(self, key: str, name: str, start: int = 0, stop: int | None = None) -> list[Piece]:
+        """Return the pieces that have elements of a run, in the order of their start.
+
+        The time grows with the pieces that are returned, and with the listed runs of a parameter
+        that is not divided evenly.
+
+        Args:
+            key: kind of tensor.
+            name: of the parameter.
+            start: first element of the run.
+            stop: its end; the parameter's, if left out.
+        """
+        numel = torch.Size(self.shapes.get(name, (0,))).numel()
+        stop = numel if stop is None else min(stop, numel)
+        return [
+            Piece(begin, size, self._path(rank))
+            for begin, size, rank in self._spans(key, name, numel, start, stop)
+            if rank not in self.absent
+        ]
+
+    def _spans(
+        self, key: str, name: str, numel: int, start: int, stop: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield start, size and rank of the pieces that overlap a run."""
+        table = self.table
+        if start >= stop:
+            return
+        if name in table.even:
+            if key in table.kinds[table.even[name]]:
+                size = even_run(numel, table.world_size, 0)[1]
+                for rank in range(start // size, (stop - 1) // size + 1):
+                    yield (*even_run(numel, table.world_size, rank), rank)
+            return
+        for run in table.runs.get(name, ()):
+            if run.start >= stop:
+                return
+            if run.start + run.numel > start and key in table.kinds[run.kind]:
+                yield run.start, run.numel, run.rank
 
     def missing(self, key: str, name: str, start: int, stop: int) -> int:
-        """Count the elements from ``start`` to ``stop`` that no piece has."""
-        reached, missing = start, 0
-        for piece in self.pieces.get((key, name), []):
-            low, high = max(piece.start, reached), min(piece.start + piece.numel, stop)
-            if low < high:
-                missing += low - reached
-                reached = high
-        return missing + stop - reached
+        """Count the elements from ``start`` to ``stop`` that no piece in the folder has."""
+        return count_missing(self.pieces(key, name, start, stop), start, stop)
+
+    def _path(self, rank: int) -> Path:
+        if rank not in self._paths:
+            self._paths[rank] = self.folder / content.slice_file(rank)
+        return self._paths[rank]
 
 
 def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
-    """Read the headers of all slice files; no tensor is touched.
+    """Read the index of a checkpoint's slices; no tensor is touched.
+
+    It stands in one file. Checkpoints of before dstrain wrote that file are indexed from the
+    headers of all slice files, of which there are as many as ranks wrote.
 
     Raises:
         CheckpointError: the checkpoint has no slices, or a file is damaged.
@@ -79,84 +151,72 @@ def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
                 "train from its weights with model_name_or_path, or choose another checkpoint",
             )
         )
-    pieces: dict[tuple[str, str], list[Piece]] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    absent = set(manifest.not_in(folder))
+    absent_files = set(manifest.not_in(folder))
+    absent = set()
     for rank in range(manifest.world_size):
-        file_name = content.slice_file(rank)
-        if file_name in absent:
-            continue
-        path = folder / file_name
-        if not manifest.has(file_name):
-            raise unreadable(path, ValueError("the manifest does not list it"))
-        with reading(path) as file:
-            sizes = {name: file.numel(name) for name in file.keys()}  # noqa: SIM118
-            spans = _mapping(file.metadata, "spans", _Spans)
-            numbers_of = _mapping(file.metadata, "scalars", _Scalars)
-            _check_spans(spans, sizes, manifest)
-        for name, numbers in numbers_of.items():
-            held = scalars.setdefault(name, {})
-            for key, value in numbers.items():
-                held[key] = max(held.get(key, value), value)
-        for tensor in sizes:
-            key, _, name = tensor.partition("/")
-            pieces.setdefault((key, name), []).append(Piece(spans[name][0], spans[name][1], path))
-            if key not in (MASTER, WEIGHT):
-                scalars.setdefault(name, {})
-    for found in pieces.values():
-        found.sort(key=lambda piece: piece.start)
-    return SliceIndex(pieces, scalars)
+        name = content.slice_file(rank)
+        if name in absent_files:
+            absent.add(rank)
+        elif not manifest.has(name):
+            raise unreadable(folder / name, ValueError("the manifest does not list it"))
+    if manifest.has(content.TABLE):
+        table = read_table(folder / content.TABLE, manifest.world_size, manifest.parameters)
+        return SliceIndex(folder, table, manifest.parameters, frozenset(absent))
+    return SliceIndex(folder, table_from_headers(folder, manifest, absent), manifest.parameters)
 
 
-def _check_spans(
-    spans: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], manifest: Manifest
-) -> None:
-    """Check the metadata of a file of slices against its tensors and the parameters.
+def table_from_headers(
+    folder: Path, manifest: Manifest, absent: Container[int] = frozenset()
+) -> SliceTable:
+    """Make the table of a checkpoint's slices from the headers of the files that hold them.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        absent: ranks whose files are not in the folder.
 
     Raises:
-        ValueError: they contradict each other.
+        CheckpointError: a file is damaged.
     """
-    for name, (start, numel) in spans.items():
-        if name not in manifest.parameters:
-            raise ValueError(f"{name} is none of the checkpoint's parameters")
-        whole = torch.Size(manifest.parameters[name]).numel()
-        if start + numel > whole:
-            raise ValueError(
-                f"it has elements {start} to {start + numel} of {name}, which has {whole}"
-            )
-    for tensor, size in sizes.items():
-        _, _, name = tensor.partition("/")
-        if name not in spans:
-            raise ValueError(f"its spans do not name {tensor}")
-        if size != spans[name][1]:
-            raise ValueError(f"it has {size} elements of {tensor}, its spans say {spans[name][1]}")
+    there = (rank for rank in range(manifest.world_size) if rank not in absent)
+    parts = (
+        (rank, read_rank_slices(folder / content.slice_file(rank), manifest.parameters))
+        for rank in there
+    )
+    return table_of(parts, manifest.parameters, manifest.world_size)
 
 
-def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
-    """List, a line each, the parameters whose slices leave elements out or have some twice."""
+def header_faults(
+    folder: Path, manifest: Manifest, index: SliceIndex, share: tuple[int, int]
+) -> list[str]:
+    """List the slice files whose headers contradict the index, a line each.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        index: of its slices.
+        share: (k, n): look at the files of every n-th rank only, from the k-th on.
+
+    Raises:
+        CheckpointError: a header cannot be read.
+    """
+    if not manifest.has(content.TABLE):
+        return []  # the index was made from the headers
     found = []
-    optimized = set(manifest.optimized)
-    for name, shape in manifest.parameters.items():
-        numel = torch.Size(shape).numel()
-        keys = index.keys_of(name) or [MASTER if name in optimized else WEIGHT]
-        for key in keys:
-            there = sum(piece.numel for piece in index.pieces.get((key, name), []))
-            if missing := index.missing(key, name, 0, numel):
-                found.append(f"{key} of {name}: {missing} of {numel} elements are in no file")
-            elif there > numel and not manifest.elsewhere:
-                found.append(f"{key} of {name}: {there - numel} elements are there twice or more")
+    for rank in range(share[0], manifest.world_size, share[1]):
+        if rank in index.absent:
+            continue
+        there = read_rank_slices(folder / content.slice_file(rank), manifest.parameters)
+        wanted = index.table.of_rank(rank, index.shapes)
+        if (there.spans, there.keys) != (wanted.spans, wanted.keys):
+            found.append(f"{content.slice_file(rank)} has other slices than {content.TABLE} says")
     return found
 
 
-def _mapping(metadata: Mapping[str, str], name: str, kind: Any) -> Any:
-    """Read an entry of the metadata of a file of slices.
+def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
+    """List, a line each, the parameters whose slices leave elements out or have some twice.
 
-    Raises:
-        ValueError: the entry is missing or malformed.
+    The time grows with the number of parameters plus the number of ranks.
     """
-    if name not in metadata:
-        raise ValueError(f"it has no {name} in its metadata: it is no file of slices")
-    try:
-        return typed(parsed(metadata[name].encode()), kind)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    optimized, elsewhere = set(manifest.optimized), bool(manifest.elsewhere)
+    return list(uncovered(index.table, manifest.parameters, optimized, ignore_copies=elsewhere))

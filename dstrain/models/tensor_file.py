@@ -201,8 +201,11 @@ class TensorReader:
 
         Raises:
             OSError: the file ended early or the disk failed.
+            ValueError: the tensor does not have all of these elements.
         """
         place = self._places[name]
+        if not 0 <= start <= stop <= self.numel(name):
+            raise ValueError(f"{name} has {self.numel(name)} elements, not {start} to {stop}")
         width = place.dtype.itemsize
         values = torch.empty(stop - start, dtype=place.dtype)
         if values.numel():

@@ -1,0 +1,166 @@
+"""Agreement of all ranks on the table of a checkpoint's slices, when it is written.
+
+No rank is sent what every rank holds. The main rank says how its own file looks; each rank compares
+its file with that and with the rule of ZeRO stage 3, and reports what differs. So each rank
+exchanges bytes in proportion to the number of parameters, whatever the number of ranks. The main
+rank also receives the runs that follow no rule: at stages 0 to 2 about as many as there are
+parameters and ranks together, at stage 3 none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dstrain.checkpoint.slice_table import (
+    Kind,
+    MergedScalars,
+    Numbering,
+    Numbers,
+    RankSlices,
+    Run,
+    SliceTable,
+    even_run,
+    table_of,
+)
+from dstrain.core.ranks import broadcast_object, is_distributed, send_to_main
+
+_NOTHING = -1
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The main rank's slices; it has the first partition of each parameter that follows the rule.
+
+    Attributes:
+        kinds: combinations of keys that its parameters have.
+        kind_of: index of the kind of each parameter, in sorted order; ``_NOTHING`` without slices.
+        numbers: the single numbers that its parameters have.
+        numbers_of: index into ``numbers`` of each parameter, or ``_NOTHING``.
+    """
+
+    kinds: tuple[Kind, ...]
+    kind_of: tuple[int, ...]
+    numbers: tuple[Numbers, ...]
+    numbers_of: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mine: RankSlices, names: Sequence[str]) -> _Reference:
+        kinds, kind_of = Numbering[Kind](), []
+        numbers, numbers_of = Numbering[str](), []
+        for name in names:
+            kind_of.append(kinds.number(mine.keys[name]) if name in mine.keys else _NOTHING)
+            found = mine.scalars.get(name)
+            text = None if found is None else json.dumps(found, sort_keys=True)
+            numbers_of.append(_NOTHING if text is None else numbers.number(text))
+        distinct = tuple(json.loads(text) for text in numbers.all())
+        return cls(kinds.all(), tuple(kind_of), distinct, tuple(numbers_of))
+
+    def scalars(self, place: int) -> Numbers | None:
+        number = self.numbers_of[place]
+        return None if number == _NOTHING else self.numbers[number]
+
+
+def agree_on_table(
+    mine: RankSlices,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    rank: int,
+    world_size: int,
+    group: Any = None,
+) -> SliceTable | None:
+    """Make the table of all ranks' slices; a collective of the ranks in ``group``.
+
+    Args:
+        mine: the slices that this rank writes.
+        shapes: of all parameters, the same on all ranks.
+        rank: this rank.
+        world_size: number of ranks.
+        group: a process group of all ranks for tensors in host memory.
+
+    Returns:
+        the table on the main rank; None on all others.
+    """
+    if not is_distributed():
+        return table_of([(rank, mine)], shapes, world_size)
+    names = sorted(shapes)
+    reference = broadcast_object(_Reference.of(mine, names) if rank == 0 else None, group=group)
+    assert reference is not None
+    by_rule = _follow_rule(mine, names, shapes, reference, rank, world_size)
+    torch.distributed.all_reduce(by_rule, torch.distributed.ReduceOp.MIN, group=group)
+    follow = by_rule.bool().tolist()
+    reports = send_to_main(_report(mine, names, follow, reference), group=group)
+    return None if reports is None else _merged(reports, names, follow, reference, world_size)
+
+
+def _follow_rule(
+    mine: RankSlices,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    reference: _Reference,
+    rank: int,
+    world_size: int,
+) -> torch.Tensor:
+    """Return 1 for each parameter that this rank has as ``even_run`` and the main rank say."""
+
+    def follows(name: str, kind: int) -> bool:
+        if kind == _NOTHING:
+            return False
+        span = even_run(torch.Size(shapes[name]).numel(), world_size, rank)
+        if name not in mine.spans:
+            return span[1] == 0
+        return mine.spans[name] == span and mine.keys[name] == reference.kinds[kind]
+
+    pairs = zip(names, reference.kind_of, strict=True)
+    return torch.tensor([follows(name, kind) for name, kind in pairs], dtype=torch.uint8)
+
+
+def _report(
+    mine: RankSlices, names: Sequence[str], follow: Sequence[bool], reference: _Reference
+) -> bytes:
+    """Return this rank's runs that follow no rule and its numbers that the main rank lacks."""
+    kinds = Numbering[Kind]()
+    runs = [
+        (place, *mine.spans[name], kinds.number(mine.keys[name]))
+        for place, (name, by_rule) in enumerate(zip(names, follow, strict=True))
+        if not by_rule and name in mine.spans
+    ]
+    numbers = {
+        place: mine.scalars[name]
+        for place, name in enumerate(names)
+        if name in mine.scalars and mine.scalars[name] != reference.scalars(place)
+    }
+    if not runs and not numbers:
+        return b""
+    return json.dumps({"kinds": kinds.all(), "runs": runs, "numbers": numbers}).encode()
+
+
+def _merged(
+    reports: Sequence[bytes],
+    names: Sequence[str],
+    follow: Sequence[bool],
+    reference: _Reference,
+    world_size: int,
+) -> SliceTable:
+    kinds = Numbering[Kind](reference.kinds)
+    runs: dict[str, list[Run]] = {}
+    scalars = MergedScalars()
+    ours = ((name, reference.scalars(place)) for place, name in enumerate(names))
+    scalars.add({name: numbers for name, numbers in ours if numbers is not None})
+    for rank, report in enumerate(reports):
+        if not report:
+            continue
+        document = json.loads(report)
+        theirs = [kinds.number(tuple(keys)) for keys in document["kinds"]]
+        for place, start, numel, kind in document["runs"]:
+            runs.setdefault(names[place], []).append(Run(start, numel, rank, theirs[kind]))
+        scalars.add({names[int(place)]: found for place, found in document["numbers"].items()})
+    for found in runs.values():
+        found.sort()
+    rows = zip(names, follow, reference.kind_of, strict=True)
+    even = {name: kind for name, by_rule, kind in rows if by_rule}
+    return SliceTable(world_size, kinds.all(), even, runs, scalars.merged)
