@@ -170,9 +170,9 @@ def _slice_pairs(
     for name in first.names():
         for key in first.keys_of(name):
             pieces, others = first.pieces(key, name), second.pieces(key, name)
-            ends = [max(p.start + p.numel for p in found) for found in (pieces, others or pieces)]
-            if others and ends[0] == ends[1] and name in manifest.parameters:
-                yield key, name, pieces, others, ends[0]
+            ends = {max(p.start + p.numel for p in found) for found in (pieces, others) if found}
+            if pieces and others and len(ends) == 1 and name in manifest.parameters:
+                yield key, name, pieces, others, ends.pop()
 
 
 def _file_pairs(

@@ -53,11 +53,11 @@ class SliceIndex:
     _paths: dict[int, Path] = field(default_factory=dict, repr=False)
 
     def keys_of(self, name: str) -> list[str]:
-        """List the kinds of tensors that a parameter has in the folder."""
+        """List the kinds of tensors that a parameter has, in this folder or another machine's."""
         kinds = self.table.kinds
         if name in self.table.even:
             return list(kinds[self.table.even[name]])
-        runs = (r for r in self.table.runs.get(name, ()) if r.rank not in self.absent)
+        runs = self.table.runs.get(name, ())
         return list(dict.fromkeys(key for run in runs for key in kinds[run.kind]))
 
     def names(self) -> list[str]:

@@ -18,8 +18,10 @@ from dstrain.checkpoint import (
     folders,
 )
 from dstrain.checkpoint.codec import encode
-from dstrain.checkpoint.content import BUFFERS, LAYOUT, RUN, rank_file, slice_file
+from dstrain.checkpoint.content import BUFFERS, LAYOUT, RUN, TABLE, rank_file, slice_file
 from dstrain.checkpoint.manifest import NAME, Manifest, _checksum, write_manifest
+from dstrain.checkpoint.slice_table import Run, SliceTable
+from dstrain.checkpoint.table_file import write_table
 from dstrain.core.files import record_of, write_json
 from dstrain.core.progress import Progress
 from dstrain.core.ranks import Ranks
@@ -58,6 +60,10 @@ def whole(output_dir: Path, step: int = 4) -> Path:
         "scalars": json.dumps({"w": {"step": step}}),
     }
     files = {SLICES: write_tensor_file(staging / SLICES, tensors, metadata)}
+    table = SliceTable(
+        1, (("exp_avg", "master"),), {}, {"w": [Run(0, NUMEL, 0, 0)]}, {"w": {"step": step}}
+    )
+    files[TABLE] = write_table(staging / TABLE, table, ["w"])
     files[BUFFERS] = write_tensor_file(staging / BUFFERS, [Stored.of("seen", torch.ones(3))])
     groups = [{"lr": 0.1, "betas": (0.9, 0.95)}]
     engine = {
@@ -229,10 +235,10 @@ def spoil(folder: Path, draw: random.Random) -> str:
         forge(folder, name, lambda document: mutated(document, draw))
         return name
     if kind < 0.9:
-        name = draw.choice([SLICES, BUFFERS])
+        name = draw.choice([SLICES, BUFFERS, TABLE])
         forge_header(folder, name, draw)
         return name
-    name = draw.choice([*DOCUMENTS, SLICES, BUFFERS])
+    name = draw.choice([*DOCUMENTS, SLICES, BUFFERS, TABLE])
     content = bytearray((folder / name).read_bytes())
     if draw.random() < 0.5:
         content = content[: draw.randrange(len(content))]
