@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,17 @@ from dstrain.checkpoint.folders import LOCK
 from dstrain.checkpoint.manifest import DEEPSPEED, SLICES, Manifest
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.slice_agreement import agree_on_table
-from dstrain.checkpoint.slice_table import SliceTable, uncovered
+from dstrain.checkpoint.slice_index import check_whole
 from dstrain.checkpoint.staging import Staging
 from dstrain.checkpoint.table_file import write_table
 from dstrain.checkpoint.versions import versions
+from dstrain.checkpoint.writers import Writers
 from dstrain.core.documents import check_depth
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, broadcast_object, gather_objects
+from dstrain.core.ranks import all_or_none, gather_objects
 from dstrain.core.records import described, unrecordable
 from dstrain.core.secrets import without_secrets
 from dstrain.engine import (
@@ -47,35 +47,6 @@ logger = get_logger(__name__)
 
 # A copy of the slices may take this share of the memory that is left.
 _MEMORY_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class Writers:
-    """The ranks that write a checkpoint, by the folders that they share.
-
-    Attributes:
-        ranks: this process among all ranks.
-        sharers: this process among the ranks that write into its folder; their main rank does what
-            is done once for each folder.
-        groups: the ranks of each folder.
-        first: the first rank that writes into this rank's folder.
-    """
-
-    ranks: Ranks
-    sharers: Ranks
-    groups: tuple[tuple[int, ...], ...]
-    first: int
-
-    @classmethod
-    def of(cls, policy: Policy, ranks: Ranks) -> Writers:
-        """Find out which ranks share a folder; a collective of all ranks."""
-        first = ranks.first_on_machine if policy.on_each_node else 0
-        firsts = gather_objects(first)
-        groups = tuple(
-            tuple(rank for rank, other in enumerate(firsts) if other == folder)
-            for folder in sorted(set(firsts))
-        )
-        return cls(ranks, ranks.on_machine() if policy.on_each_node else ranks, groups, first)
 
 
 @dataclass(frozen=True)
@@ -126,7 +97,12 @@ class Captured:
         folder = self.folder or staging.agreed(writers.first, group=group)
         present = gather_objects(_files_in(folder), group=group)[writers.first]
         weights = None if self.weights is None else self.weights.exchanged(group)
-        table = self._table(writers, group)
+        table = None
+        if self.slices is not None:
+            about, several = self.slices.about, len(writers.groups) > 1
+            table = agree_on_table(
+                about, self.manifest.parameters, writers.ranks, group=group, on_all=several
+            )
         if self.failure is not None:
             raise self.failure
         sharers = writers.sharers
@@ -138,41 +114,12 @@ class Captured:
         records |= self._write_rank_files(folder, writers.ranks.rank)
         if sharers.is_main:
             records |= self._write_shared_files(folder)
-            # Machines without a shared disk each have a copy of what all ranks hold.
-            records |= self._write_table(folder, table, has_copies=len(writers.groups) > 1)
+            if table is not None:
+                # Machines without a shared disk each have a copy of what all ranks hold.
+                check_whole(table, self.manifest, may_have_copies=len(writers.groups) > 1)
+                path = folder / content.TABLE
+                records[content.TABLE] = write_table(path, table, self.manifest.parameters)
         return records
-
-    def _table(self, writers: Writers, group: Any) -> SliceTable | None:
-        """Make the table of all ranks' slices, on each rank that writes it; a collective."""
-        if self.slices is None:
-            return None
-        table = agree_on_table(
-            self.slices.about,
-            self.manifest.parameters,
-            rank=writers.ranks.rank,
-            world_size=writers.ranks.world_size,
-            group=group,
-        )
-        return table if len(writers.groups) == 1 else broadcast_object(table, group=group)
-
-    def _write_table(
-        self, folder: Path, table: SliceTable | None, *, has_copies: bool
-    ) -> dict[str, FileRecord]:
-        """Write the table of all ranks' slices, once it is sure that nothing is missing.
-
-        Raises:
-            CheckpointError: elements of a parameter are in no file, or in several.
-        """
-        if table is None:
-            return {}
-        shapes, optimized = self.manifest.parameters, set(self.manifest.optimized)
-        faults = list(uncovered(table, shapes, optimized, ignore_copies=has_copies))
-        if faults:
-            raise CheckpointError(
-                [Problem(line) for line in faults],
-                title="the slices are not all of the state",
-            )
-        return {content.TABLE: write_table(folder / content.TABLE, table, shapes)}
 
     def _write_rank_files(self, folder: Path, rank: int) -> dict[str, FileRecord]:
         records = {}
@@ -380,25 +327,6 @@ class ContentCapture:
         self._warned_of_lost_state = True
         if self._ranks.is_main:
             logger.warning("%s", remark)
-
-
-def files_by_folder(
-    parts: Sequence[tuple[int, dict[str, FileRecord]]], folder: int
-) -> tuple[dict[str, FileRecord], dict[str, FileRecord]]:
-    """Split records of files into those of one folder and those that other machines have.
-
-    Args:
-        parts: of each rank, the first rank of its folder and the records of what it wrote.
-        folder: the first rank of the folder.
-    """
-    files: dict[str, FileRecord] = {}
-    elsewhere: dict[str, FileRecord] = {}
-    for first, records in parts:
-        if first == folder:
-            files |= records
-        else:
-            elsewhere |= {n: r for n, r in records.items() if content.is_rank_file(n)}
-    return files, elsewhere
 
 
 def _write_document(path: Path, document: Any) -> FileRecord:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.checkpoint import folders
-from dstrain.checkpoint.capture import Captured, ContentCapture, Writers, files_by_folder
+from dstrain.checkpoint.capture import Captured, ContentCapture
 from dstrain.checkpoint.manifest import DEEPSPEED, write_manifest
 from dstrain.checkpoint.policy import Policy, RunRecord
 from dstrain.checkpoint.run_lock import RunLock
 from dstrain.checkpoint.staging import Staging, new_staging
+from dstrain.checkpoint.writers import Writers, files_by_folder
 from dstrain.core.errors import CheckpointError, DstrainError, Problem
 from dstrain.core.files import FileRecord
 from dstrain.core.log import get_logger

@@ -27,7 +27,7 @@ from dstrain.checkpoint.slice_table import (
     even_run,
     table_of,
 )
-from dstrain.core.ranks import broadcast_object, is_distributed, send_to_main
+from dstrain.core.ranks import Ranks, broadcast_object, is_distributed, send_to_main
 
 _NOTHING = -1
 
@@ -68,23 +68,24 @@ class _Reference:
 def agree_on_table(
     mine: RankSlices,
     shapes: Mapping[str, tuple[int, ...]],
+    ranks: Ranks,
     *,
-    rank: int,
-    world_size: int,
     group: Any = None,
+    on_all: bool = False,
 ) -> SliceTable | None:
     """Make the table of all ranks' slices; a collective of the ranks in ``group``.
 
     Args:
         mine: the slices that this rank writes.
         shapes: of all parameters, the same on all ranks.
-        rank: this rank.
-        world_size: number of ranks.
+        ranks: facts of this process.
         group: a process group of all ranks for tensors in host memory.
+        on_all: whether all ranks need the table.
 
     Returns:
-        the table on the main rank; None on all others.
+        the table on the main rank; on the others None, unless all need it.
     """
+    rank, world_size = ranks.rank, ranks.world_size
     if not is_distributed():
         return table_of([(rank, mine)], shapes, world_size)
     names = sorted(shapes)
@@ -94,7 +95,10 @@ def agree_on_table(
     torch.distributed.all_reduce(by_rule, torch.distributed.ReduceOp.MIN, group=group)
     follow = by_rule.bool().tolist()
     reports = send_to_main(_report(mine, names, follow, reference), group=group)
-    return None if reports is None else _merged(reports, names, follow, reference, world_size)
+    table = None
+    if reports is not None:
+        table = _merged(reports, names, follow, reference, world_size)
+    return broadcast_object(table, group=group) if on_all else table
 
 
 def _follow_rule(

@@ -218,5 +218,26 @@ def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
 
     The time grows with the number of parameters plus the number of ranks.
     """
-    optimized, elsewhere = set(manifest.optimized), bool(manifest.elsewhere)
-    return list(uncovered(index.table, manifest.parameters, optimized, ignore_copies=elsewhere))
+    return _uncovered(index.table, manifest, may_have_copies=bool(manifest.elsewhere))
+
+
+def check_whole(table: SliceTable, manifest: Manifest, *, may_have_copies: bool) -> None:
+    """Refuse to commit a checkpoint whose slices are not all of the state.
+
+    Args:
+        table: the slices of all ranks.
+        manifest: of the checkpoint.
+        may_have_copies: whether elements may be in the files of several ranks.
+
+    Raises:
+        CheckpointError: elements of a parameter are in no file, or in several.
+    """
+    if faults := _uncovered(table, manifest, may_have_copies=may_have_copies):
+        raise CheckpointError(
+            [Problem(line) for line in faults], title="the slices are not all of the state"
+        )
+
+
+def _uncovered(table: SliceTable, manifest: Manifest, *, may_have_copies: bool) -> list[str]:
+    optimized = set(manifest.optimized)
+    return list(uncovered(table, manifest.parameters, optimized, ignore_copies=may_have_copies))

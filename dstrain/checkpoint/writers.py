@@ -1,0 +1,59 @@
+"""The ranks that write a checkpoint, by the folders that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dstrain.checkpoint import content
+from dstrain.checkpoint.policy import Policy
+from dstrain.core.files import FileRecord
+from dstrain.core.ranks import Ranks, gather_objects
+
+
+@dataclass(frozen=True)
+class Writers:
+    """The ranks that write a checkpoint, by the folders that they share.
+
+    Attributes:
+        ranks: this process among all ranks.
+        sharers: this process among the ranks that write into its folder; their main rank does what
+            is done once for each folder.
+        groups: the ranks of each folder.
+        first: the first rank that writes into this rank's folder.
+    """
+
+    ranks: Ranks
+    sharers: Ranks
+    groups: tuple[tuple[int, ...], ...]
+    first: int
+
+    @classmethod
+    def of(cls, policy: Policy, ranks: Ranks) -> Writers:
+        """Find out which ranks share a folder; a collective of all ranks."""
+        first = ranks.first_on_machine if policy.on_each_node else 0
+        firsts = gather_objects(first)
+        groups = tuple(
+            tuple(rank for rank, other in enumerate(firsts) if other == folder)
+            for folder in sorted(set(firsts))
+        )
+        return cls(ranks, ranks.on_machine() if policy.on_each_node else ranks, groups, first)
+
+
+def files_by_folder(
+    parts: Sequence[tuple[int, dict[str, FileRecord]]], folder: int
+) -> tuple[dict[str, FileRecord], dict[str, FileRecord]]:
+    """Split records of files into those of one folder and those that other machines have.
+
+    Args:
+        parts: of each rank, the first rank of its folder and the records of what it wrote.
+        folder: the first rank of the folder.
+    """
+    files: dict[str, FileRecord] = {}
+    elsewhere: dict[str, FileRecord] = {}
+    for first, records in parts:
+        if first == folder:
+            files |= records
+        else:
+            elsewhere |= {n: r for n, r in records.items() if content.is_rank_file(n)}
+    return files, elsewhere
