@@ -235,7 +235,7 @@ def read_shards(
         index: of the checkpoint.
         values_only: leave the optimizer's state out.
     """
-    for path, reads in _by_file(held, index, values_only=values_only).items():
+    for path, reads in reads_by_file(held, index, values_only=values_only).items():
         with reading(path) as file:
             for shard, key, low, high, piece in reads:
                 for start in range(low, high, _CHUNK_NUMEL):
@@ -244,8 +244,8 @@ def read_shards(
                     shard.write(key, start, file.read(*place))
 
 
-def _by_file(
-    held: Sequence[StateShard], index: SliceIndex, *, values_only: bool
+def reads_by_file(
+    held: Sequence[StateShard], index: SliceIndex, *, values_only: bool = False
 ) -> dict[Path, list[tuple[StateShard, str, int, int, Piece]]]:
     """Group what is to be read by file, so that each file is opened once."""
     reads: dict[Path, list[tuple[StateShard, str, int, int, Piece]]] = {}

@@ -33,34 +33,23 @@ _NOTHING = -1
 
 
 @dataclass(frozen=True)
-class _Reference:
+class Reference:
     """The main rank's slices; it has the first partition of each parameter that follows the rule.
 
     Attributes:
         kinds: combinations of keys that its parameters have.
-        kind_of: index of the kind of each parameter, in sorted order; ``_NOTHING`` without slices.
+        kind_of: index of the kind of each parameter, in sorted order; -1 without slices.
         numbers: the single numbers that its parameters have.
-        numbers_of: index into ``numbers`` of each parameter, or ``_NOTHING``.
+        numbers_of: index into ``numbers`` of each parameter, or -1.
     """
 
-    kinds: tuple[Kind, ...]
-    kind_of: tuple[int, ...]
-    numbers: tuple[Numbers, ...]
-    numbers_of: tuple[int, ...]
-
-    @classmethod
-    def of(cls, mine: RankSlices, names: Sequence[str]) -> _Reference:
-        kinds, kind_of = Numbering[Kind](), []
-        numbers, numbers_of = Numbering[str](), []
-        for name in names:
-            kind_of.append(kinds.number(mine.keys[name]) if name in mine.keys else _NOTHING)
-            found = mine.scalars.get(name)
-            text = None if found is None else json.dumps(found, sort_keys=True)
-            numbers_of.append(_NOTHING if text is None else numbers.number(text))
-        distinct = tuple(json.loads(text) for text in numbers.all())
-        return cls(kinds.all(), tuple(kind_of), distinct, tuple(numbers_of))
+    kinds: tuple[Kind, ...] = ()
+    kind_of: tuple[int, ...] = ()
+    numbers: tuple[Numbers, ...] = ()
+    numbers_of: tuple[int, ...] = ()
 
     def scalars(self, place: int) -> Numbers | None:
+        """Return the single numbers of a parameter; None where the main rank has none."""
         number = self.numbers_of[place]
         return None if number == _NOTHING else self.numbers[number]
 
@@ -85,86 +74,102 @@ def agree_on_table(
     Returns:
         the table on the main rank; on the others None, unless all need it.
     """
-    rank, world_size = ranks.rank, ranks.world_size
     if not is_distributed():
-        return table_of([(rank, mine)], shapes, world_size)
-    names = sorted(shapes)
-    reference = broadcast_object(_Reference.of(mine, names) if rank == 0 else None, group=group)
-    assert reference is not None
-    by_rule = _follow_rule(mine, names, shapes, reference, rank, world_size)
+        return table_of([(ranks.rank, mine)], shapes, ranks.world_size)
+    agreement = Agreement(mine, shapes, ranks.rank, ranks.world_size)
+    reference = agreement.reference() if ranks.is_main else Reference()
+    reference = broadcast_object(reference, group=group)
+    by_rule = agreement.follow(reference)
     torch.distributed.all_reduce(by_rule, torch.distributed.ReduceOp.MIN, group=group)
     follow = by_rule.bool().tolist()
-    reports = send_to_main(_report(mine, names, follow, reference), group=group)
-    table = None
-    if reports is not None:
-        table = _merged(reports, names, follow, reference, world_size)
+    reports = send_to_main(agreement.report(reference, follow), group=group)
+    table = None if reports is None else agreement.merged(reference, reports, follow)
     return broadcast_object(table, group=group) if on_all else table
 
 
-def _follow_rule(
-    mine: RankSlices,
-    names: Sequence[str],
-    shapes: Mapping[str, tuple[int, ...]],
-    reference: _Reference,
-    rank: int,
-    world_size: int,
-) -> torch.Tensor:
-    """Return 1 for each parameter that this rank has as ``even_run`` and the main rank say."""
+class Agreement:
+    """What one rank says, and the main rank makes of it, without the exchange between ranks."""
 
-    def follows(name: str, kind: int) -> bool:
-        if kind == _NOTHING:
-            return False
-        span = even_run(torch.Size(shapes[name]).numel(), world_size, rank)
-        if name not in mine.spans:
-            return span[1] == 0
-        return mine.spans[name] == span and mine.keys[name] == reference.kinds[kind]
+    def __init__(
+        self,
+        mine: RankSlices,
+        shapes: Mapping[str, tuple[int, ...]],
+        rank: int,
+        world_size: int,
+    ) -> None:
+        """Begin with the slices that a rank writes, and the shapes of all parameters."""
+        self._mine, self._shapes = mine, shapes
+        self._rank, self._world_size = rank, world_size
+        self._names = sorted(shapes)
 
-    pairs = zip(names, reference.kind_of, strict=True)
-    return torch.tensor([follows(name, kind) for name, kind in pairs], dtype=torch.uint8)
+    def reference(self) -> Reference:
+        """Return how this rank's file looks; asked of the main rank."""
+        kinds, kind_of = Numbering[Kind](), []
+        numbers, numbers_of = Numbering[str](), []
+        for name in self._names:
+            keys, found = self._mine.keys.get(name), self._mine.scalars.get(name)
+            kind_of.append(_NOTHING if keys is None else kinds.number(keys))
+            text = None if found is None else json.dumps(found, sort_keys=True)
+            numbers_of.append(_NOTHING if text is None else numbers.number(text))
+        distinct = tuple(json.loads(text) for text in numbers.all())
+        return Reference(kinds.all(), tuple(kind_of), distinct, tuple(numbers_of))
 
+    def follow(self, reference: Reference) -> torch.Tensor:
+        """Return 1 for each parameter that this rank has as ``even_run`` and the main rank say."""
+        mine, rank, world_size = self._mine, self._rank, self._world_size
 
-def _report(
-    mine: RankSlices, names: Sequence[str], follow: Sequence[bool], reference: _Reference
-) -> bytes:
-    """Return this rank's runs that follow no rule and its numbers that the main rank lacks."""
-    kinds = Numbering[Kind]()
-    runs = [
-        (place, *mine.spans[name], kinds.number(mine.keys[name]))
-        for place, (name, by_rule) in enumerate(zip(names, follow, strict=True))
-        if not by_rule and name in mine.spans
-    ]
-    numbers = {
-        place: mine.scalars[name]
-        for place, name in enumerate(names)
-        if name in mine.scalars and mine.scalars[name] != reference.scalars(place)
-    }
-    if not runs and not numbers:
-        return b""
-    return json.dumps({"kinds": kinds.all(), "runs": runs, "numbers": numbers}).encode()
+        def follows(name: str, kind: int) -> bool:
+            if kind == _NOTHING:
+                return False
+            span = even_run(torch.Size(self._shapes[name]).numel(), world_size, rank)
+            if name not in mine.spans:
+                return span[1] == 0
+            return mine.spans[name] == span and mine.keys[name] == reference.kinds[kind]
 
+        pairs = zip(self._names, reference.kind_of, strict=True)
+        return torch.tensor([follows(name, kind) for name, kind in pairs], dtype=torch.uint8)
 
-def _merged(
-    reports: Sequence[bytes],
-    names: Sequence[str],
-    follow: Sequence[bool],
-    reference: _Reference,
-    world_size: int,
-) -> SliceTable:
-    kinds = Numbering[Kind](reference.kinds)
-    runs: dict[str, list[Run]] = {}
-    scalars = MergedScalars()
-    ours = ((name, reference.scalars(place)) for place, name in enumerate(names))
-    scalars.add({name: numbers for name, numbers in ours if numbers is not None})
-    for rank, report in enumerate(reports):
-        if not report:
-            continue
-        document = json.loads(report)
-        theirs = [kinds.number(tuple(keys)) for keys in document["kinds"]]
-        for place, start, numel, kind in document["runs"]:
-            runs.setdefault(names[place], []).append(Run(start, numel, rank, theirs[kind]))
-        scalars.add({names[int(place)]: found for place, found in document["numbers"].items()})
-    for found in runs.values():
-        found.sort()
-    rows = zip(names, follow, reference.kind_of, strict=True)
-    even = {name: kind for name, by_rule, kind in rows if by_rule}
-    return SliceTable(world_size, kinds.all(), even, runs, scalars.merged)
+    def report(self, reference: Reference, follow: Sequence[bool]) -> bytes:
+        """Return this rank's runs that follow no rule, and its numbers that the main rank lacks.
+
+        Args:
+            reference: of the main rank.
+            follow: whether all ranks have a parameter by the rule.
+        """
+        mine, kinds = self._mine, Numbering[Kind]()
+        runs = [
+            (place, *mine.spans[name], kinds.number(mine.keys[name]))
+            for place, (name, by_rule) in enumerate(zip(self._names, follow, strict=True))
+            if not by_rule and name in mine.spans
+        ]
+        numbers = {
+            place: mine.scalars[name]
+            for place, name in enumerate(self._names)
+            if name in mine.scalars and mine.scalars[name] != reference.scalars(place)
+        }
+        if not runs and not numbers:
+            return b""
+        return json.dumps({"kinds": kinds.all(), "runs": runs, "numbers": numbers}).encode()
+
+    def merged(
+        self, reference: Reference, reports: Sequence[bytes], follow: Sequence[bool]
+    ) -> SliceTable:
+        """Return the table that the reports of all ranks make."""
+        names, kinds = self._names, Numbering[Kind](reference.kinds)
+        runs: dict[str, list[Run]] = {}
+        scalars = MergedScalars()
+        ours = ((name, reference.scalars(place)) for place, name in enumerate(names))
+        scalars.add({name: numbers for name, numbers in ours if numbers is not None})
+        for rank, report in enumerate(reports):
+            if not report:
+                continue
+            document = json.loads(report)
+            theirs = [kinds.number(tuple(keys)) for keys in document["kinds"]]
+            for place, start, numel, kind in document["runs"]:
+                runs.setdefault(names[place], []).append(Run(start, numel, rank, theirs[kind]))
+            scalars.add({names[int(place)]: found for place, found in document["numbers"].items()})
+        for found in runs.values():
+            found.sort()
+        rows = zip(names, follow, reference.kind_of, strict=True)
+        even = {name: kind for name, by_rule, kind in rows if by_rule}
+        return SliceTable(self._world_size, kinds.all(), even, runs, scalars.merged)
