@@ -281,7 +281,7 @@ def streams(folder: Path) -> dict[str, Any]:
 def split(folder: Path) -> dict[str, Any]:
     """Return what is said where the parts of two ranks were saved and three ranks go on."""
     from dstrain.core.errors import DataError
-    from tests.distributed.test_split_data import EVEN, Part, trainer_of
+    from tests.distributed.split_data import EVEN, Part, trainer_of
 
     found: dict[str, Any] = {}
 

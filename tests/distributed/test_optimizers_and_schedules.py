@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.runs import STAGES, losses, make_trainer
-from tests.models import (
-    tiny_llama,
-)
+from tests.models import tiny_llama
 
 
 @pytest.mark.ranks(2)
