@@ -77,7 +77,7 @@ class EvaluationArguments:
     )
     include_for_metrics: list[str] = arg(
         [],
-        "What compute_metrics gets besides predictions and labels: inputs, loss.",
+        "Values that compute_metrics gets besides predictions and labels: inputs, loss.",
         treatment=implemented(),
     )
     include_inputs_for_metrics: bool = arg(

@@ -79,7 +79,7 @@ class PrecisionArguments:
     )
     half_precision_backend: str = arg(
         "auto",
-        "Which library does mixed precision.",
+        "Library for mixed precision.",
         choices=("auto", "apex", "cpu_amp"),
         treatment=refused(
             "DeepSpeed does mixed precision itself, and 0.19.8 removed its Apex `amp` section",

@@ -35,7 +35,7 @@ Keys that have no effect in a run are listed in the second table.
 
 
 _UNREAD = """
-# Keys without their effect
+# Keys that would not work as documented
 
 DeepSpeed accepts these keys without a message. A refused value is an error; a key without effect
 gives a warning.

@@ -1,4 +1,4 @@
-"""Rules of communication: overlap, formats, and which ranks exchange what."""
+"""Rules of communication: overlap, formats, and groups of ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _ZERO = "zero_optimization"
 _OVERLAP = f"{_ZERO}.overlap_comm"
 _CONTIGUOUS = f"{_ZERO}.contiguous_gradients"
 _HPZ = f"{_ZERO}.zero_hpz_partition_size"
-# Ranks of a machine where they are not known, as when `dstrain explain` runs before the launch.
+# Ranks of a machine if they are not known, as in `dstrain explain` before a launch.
 USUAL_RANKS_PER_MACHINE = 8
 
 

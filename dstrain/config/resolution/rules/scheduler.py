@@ -1,4 +1,4 @@
-"""Rules of DeepSpeed's own schedules, only where the user's config asks for one."""
+"""Rules of DeepSpeed's schedules, which run only if the user's config has one."""
 
 from __future__ import annotations
 

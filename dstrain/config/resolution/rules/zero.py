@@ -1,4 +1,4 @@
-"""Rules of the ZeRO stage, and of how stage 3 walks the model."""
+"""Rules of the ZeRO stage, and of sub-groups and leaf modules at stage 3."""
 
 from __future__ import annotations
 
