@@ -18,7 +18,7 @@ def _with_inputs(arguments: Any, value: bool) -> list[str]:
 
 @dataclass
 class EvaluationArguments:
-    """Evaluation: when it runs and what it keeps."""
+    """Evaluation: its times, its predictions and their memory."""
 
     eval_strategy: str = arg(
         "no",

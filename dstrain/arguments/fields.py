@@ -139,6 +139,7 @@ def _given(name: str, value: Any) -> str:
 
 
 def _illegal(field: dataclasses.Field[Any], value: Any, kinds: tuple[type, ...]) -> Problem | None:
+    """Return the problem of a converted value that is not legal for its field, or None."""
     if value is None:
         if type(None) in kinds or object in kinds or field.default is None:
             return None
@@ -177,6 +178,7 @@ def _say(kinds: tuple[type, ...]) -> str:
 
 
 def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
+    """Convert a value to one of the classes of its field; raise ``ValueError`` if that fails."""
     if isinstance(value, enum.Enum):  # transformers' own arguments use them
         value = value.value
     if value is None or object in kinds:
@@ -203,6 +205,7 @@ def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
 
 
 def _convert_text(text: str, kinds: tuple[type, ...]) -> Any:
+    """Convert a text to one of the classes; raise ``ValueError`` if that fails."""
     low = text.strip().lower()
     if type(None) in kinds and low == "none" and str not in kinds:
         return None

@@ -22,7 +22,7 @@ _FULL_EVAL = (
 
 @dataclass
 class PrecisionArguments:
-    """The format of weights and activations in training; master weights are always fp32."""
+    """Formats of weights and activations in training; master weights are always fp32."""
 
     bf16: bool = arg(
         False,

@@ -63,6 +63,7 @@ class Records:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value of a field as JSON data, as far as its type is known."""
     if isinstance(value, _LIKE_ENUMS):
         return value.value
     if isinstance(value, (list, tuple)) and any(isinstance(v, _LIKE_ENUMS) for v in value):

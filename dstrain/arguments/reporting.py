@@ -14,7 +14,7 @@ _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 
 @dataclass
 class ReportingArguments:
-    """Logs and trackers: what is written down while training, and how often."""
+    """Logs and trackers: their times and content."""
 
     logging_strategy: str = arg(
         "steps",

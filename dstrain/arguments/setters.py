@@ -139,8 +139,8 @@ class Setters:
     ) -> Self:
         """Set the arguments of logging.
 
-        As documented, ``nan_inf_filter`` and ``on_each_node`` are off here where the arguments of
-        the constructor are on.
+        As documented, ``nan_inf_filter`` and ``on_each_node`` are False by default, whereas the
+        arguments of the constructor are True.
         """
         return self._change(
             logging_strategy=strategy,

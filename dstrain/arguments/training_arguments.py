@@ -68,14 +68,14 @@ class TrainingArguments(
     BatchArguments,
     RunArguments,
 ):
-    """Everything a user decides about a training run.
+    """Arguments of a training run.
 
-    What becomes of each argument is declared where it stands, and listed in the README beside this
+    The treatment of each argument is declared with its field, and listed in the README beside this
     file.
 
     Raises:
-        ConfigError: on construction, listing every field whose value cannot be used, every pair of
-            fields that contradict each other, and every value that has no effect here.
+        ConfigError: from the constructor, when values cannot be used, contradict each other, or are
+            refused; the error lists all problems.
     """
 
     _VALID_DICT_FIELDS: ClassVar[tuple[str, ...]] = (

@@ -12,7 +12,7 @@ from dstrain.core.errors import Problem
 
 @dataclass
 class ZeroArguments:
-    """ZeRO: what is partitioned over the ranks."""
+    """ZeRO: partitioning over the ranks, and the DeepSpeed config."""
 
     deepspeed: dict[str, Any] | str | None = arg(
         None,

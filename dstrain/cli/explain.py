@@ -165,7 +165,7 @@ def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
             ) from error
         flags = {word.split("=")[0].replace("-", "_").replace("__", "--", 1) for word in own}
         names = [n for n in SHARED if getattr(options, n) is not None]
-        if flags & {f"--{name}" for name in MODELS}:  # a model named there replaces ours
+        if flags & {f"--{name}" for name in MODELS}:  # a model named there replaces this one
             names = [n for n in names if n not in MODELS]
         kept = [f"--{name}={getattr(options, name)}" for name in names]
         return _record([*([options.task] if options.task else []), *kept, *own])
@@ -184,6 +184,7 @@ def _record(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _resolve(options: argparse.Namespace, arguments: TrainingArguments) -> ResolvedConfig:
+    """Resolve the arguments for the model and the world that the flags describe."""
     _check(options)
     sizes = _sizes(options)
     facts = Facts(

@@ -133,6 +133,7 @@ def _groups(cls: type[Any]) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
 
 
 def _add_flag(group: Any, field: dataclasses.Field[Any], kinds: tuple[type, ...]) -> None:
+    """Add the flag of a field to a group, with choices, treatment and default in its help."""
     options: dict[str, Any] = {"metavar": field.name.upper().split("_")[-1]}
     if bool in kinds:
         options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}

@@ -181,6 +181,7 @@ def read_record(given: str) -> dict[str, Any] | None:
 
 
 def _keys(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
+    """Yield path and side of each key of the DeepSpeed config in a record."""
     for path, reason in record["provenance"].items():
         try:
             value = leaf(record["deepspeed"], path)
@@ -190,6 +191,7 @@ def _keys(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
 
 
 def _arguments(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
+    """Yield name and side of each argument in a record, with the values that ran."""
     given = set(record.get("set_arguments") or ())
     adopted = record.get("adopted_from_config") or {}
     for name, value in (record.get("arguments") or {}).items():
@@ -202,6 +204,7 @@ def _arguments(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
 
 
 def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
+    """Yield dotted name and side of each known fact in a record."""
     for name, value in (record.get("facts") or {}).items():
         for inner, part in value.items() if isinstance(value, Mapping) else [("", value)]:
             if part is not None:

@@ -295,7 +295,7 @@ OPTIMIZERS: Final[tuple[Optimizer, ...]] = (
             "momentum": _FLOAT, "muon_lr": _FLOAT, "adam_lr": _FLOAT,
             "ns_method": Key((str,), choices=("gram", "standard")),
         },
-        # 4 of hidden matrices, 8 of embeddings, head, norms and biases, which are the smaller part.
+        # 4 bytes for hidden matrices, 8 for the fewer embeddings, head, norms and biases.
         state_bytes=5,
         note="DeepSpeed orthogonalises the whole matrix at every stage; embeddings, head, norms "
         "and biases run AdamW; muon_lr and adam_lr in optim_args give each half its own rate",

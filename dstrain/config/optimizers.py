@@ -17,7 +17,7 @@ from dstrain.config.schema.optimizer_keys import OPTIMIZER_PARAMS
 from dstrain.core.errors import Problem, nearest
 
 BY_NAME: Final[Mapping[str, Optimizer]] = {row.name: row for row in OPTIMIZERS}
-# Types of a DeepSpeed config, in lower case, and the optimizer that stands for each.
+# Type in a DeepSpeed config, in lower case -> its optimizer.
 BY_TYPE: Final[Mapping[str, Optimizer]] = {
     **{
         build.type.lower(): row

@@ -122,6 +122,7 @@ def check_sizes(values: Mapping[str, Any], name: str) -> None:
 
 
 def _wrong_sizes(values: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield dotted key, value and reason of each impossible size in a config."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             if str(key).endswith("config"):  # such as text_config and vision_config

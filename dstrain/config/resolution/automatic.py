@@ -157,6 +157,7 @@ def _planned(
     machine: Machine,
     explicit: Mapping[str, Any],
 ) -> Automatic:
+    """Choose the fastest placement that fits by the memory plan."""
     sizes = facts.sizes
     assert sizes is not None
     row = _optimizer(arguments, facts, explicit)

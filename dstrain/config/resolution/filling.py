@@ -25,6 +25,7 @@ def fill(draft: Draft) -> None:
 
 
 def _fill_key(rule: Binding | Derivation, draft: Draft) -> None:
+    """Set the key of a rule to its derived value, or leave the key out."""
     present = get(draft.config, rule.key) is not None
     optional = rule.when_present if isinstance(rule, Binding) else rule.only_auto
     if optional and not present and not _has_section_for(rule.key, draft.config):

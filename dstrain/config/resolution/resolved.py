@@ -177,7 +177,7 @@ class ResolvedConfig:
 
     @property
     def timeout_seconds(self) -> float:
-        """Return the longest time that a rank waits for the others."""
+        """Return the longest time that a rank waits for other ranks."""
         return float(self.arguments["ddp_timeout"])
 
     @property

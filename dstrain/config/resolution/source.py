@@ -49,6 +49,7 @@ def _masks(config: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, s
 
 
 def _read_given(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
+    """Return the config that a user gives in any form, and its label."""
     if given is None:
         return {}, "nothing"
     if isinstance(given, Mapping):
@@ -108,6 +109,7 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str, label: str) -> dict[str, Any]:
+    """Parse a JSON object, and refuse keys that stand twice."""
     repeated: list[str] = []
 
     def keep_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -193,6 +193,7 @@ class _Reading:
 
 
 def _read(config: Any) -> _Reading:
+    """Read a whole config: its converted copy, problems, warnings, and renamed keys."""
     reading = _Reading()
     if not isinstance(config, Mapping):
         what = f"the DeepSpeed config is {kind_of(config)}: {show(config)}"
@@ -207,6 +208,7 @@ def _read(config: Any) -> _Reading:
 def _read_section(
     given: Mapping[Any, Any], section: Section, path: str, reading: _Reading
 ) -> dict[str, Any]:
+    """Return the converted values of a section; add its problems to ``reading``."""
     out: dict[str, Any] = {}
     for name, value in given.items():
         if not (section.open or section.each) and str(name).startswith(COMMENTS):
@@ -274,6 +276,7 @@ def _read_entry(
 
 
 def _read_value(value: Any, key: Key, path: str, reading: _Reading) -> Any:
+    """Return the converted value of a key; add its problem to ``reading``."""
     fitted = fit(value, key)
     what = f"{path} = {show(value)}"
     removed = key.refused.get(str(value).lower())
@@ -335,6 +338,7 @@ def _copy(value: Any) -> Any:
 
 
 def _unknown(name: object, value: Any, section: Section, path: str) -> Problem:
+    """Return the problem of a key that a section does not have."""
     where = f"in {path}" if path else "at the top level"
     known = _suggestable(section)
     why = f"DeepSpeed {DEEPSPEED_VERSION} has no such key {where}"

@@ -283,7 +283,7 @@ CONFIG: Final = Section({
         "overlap_events": flag(True), "use_gds": flag(),
     }, nullable=True),
     "checkpoint": _CHECKPOINT,
-    # Any value but false, null too, asks for DataStates' engine, which reads the block itself.
+    # Any value but false, also null, selects DataStates' engine, which reads the block.
     "datastates_ckpt": Section(open=True, also=(bool,)),
     "tensor_parallel": _TENSOR_PARALLEL, "expert_parallel": _EXPERT_PARALLEL,
     "pipeline": Section({

@@ -104,6 +104,7 @@ class ChatEncoder:
         return text, spans
 
     def _render(self, messages: list[dict[str, str]], place: str, *, asks: bool = False) -> str:
+        """Render messages by the chat template; ``asks`` adds the text that asks for an answer."""
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -139,6 +140,7 @@ class ChatEncoder:
 
 
 def _no_prefix(turn: int, place: str, text: str, part: str, name: str) -> DataError:
+    """Return the error for a template that does not render an answer inside its conversation."""
     same = next((i for i, (a, b) in enumerate(zip(text, part, strict=False)) if a != b), len(text))
     return DataError(
         Problem(

@@ -161,6 +161,7 @@ def _encode_stream(
     args: DataArguments,
     limit: int | None,
 ) -> IterableDataset:
+    """Return the stream of samples of a stream of conversations."""
     given = {"tokenizer": tokenizer, "args": args, "left_out": LeftOut()}
 
     def encoded(part: IterableDataset) -> IterableDataset:
@@ -219,6 +220,7 @@ def _report(name: str, rows: Dataset, samples: Dataset, block_size: int) -> None
 def _encode(
     rows: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, args: DataArguments
 ) -> dict[str, list[Any]]:
+    """Return token ids and labels of a batch of rows, and how many tokens each had before a cut."""
     encode = ChatEncoder(tokenizer, answers=args.train_on_answers)
     found: dict[str, list[Any]] = {"input_ids": [], "labels": [], "num_tokens": []}
     for conversation, place in zip(rows["conversation"], rows["place"], strict=True):
@@ -238,6 +240,7 @@ def _encode_streamed(
     args: DataArguments,
     left_out: LeftOut,
 ) -> dict[str, list[Any]]:
+    """Encode a batch of rows of a stream; warn once of conversations that are left out."""
     found = _encode(rows, tokenizer=tokenizer, args=args)
     if len(found.pop("num_tokens")) < len(rows["place"]):
         left_out(f"conversations without an answer in their first {args.block_size} tokens")

@@ -105,6 +105,7 @@ def messages_of(row: dict[str, str]) -> Messages:
 
 
 def _load(origin: Origin, args: DataArguments) -> Dataset | IterableDataset:
+    """Load the rows of an origin, each with its conversation and its place."""
     if origin.builder is None:
         raise DataError(
             Problem(
@@ -136,6 +137,7 @@ def _load(origin: Origin, args: DataArguments) -> Dataset | IterableDataset:
 
 
 def _load_rows(origin: Origin, args: DataArguments) -> Any:
+    """Load the rows of an origin by ``datasets``, as they are in the data."""
     assert origin.builder is not None
     return load_dataset(
         origin.builder,
@@ -162,7 +164,7 @@ def _stream(origin: Origin, args: DataArguments) -> IterableDataset:
         else:
             rows = _load_rows(origin, args)
             if origin.builder == "parquet" and origin.files:
-                rows = rows.reshard()  # by row groups, at each of which the stream can begin
+                rows = rows.reshard()  # a shard per row group; the stream can begin at each
             judged = rows.map(
                 _judged_row,
                 with_indices=True,
@@ -269,6 +271,7 @@ def _shapes() -> str:
 
 
 def _checked(found: Any, place: str) -> Messages | Problem:
+    """Return checked messages of a row, or the first problem of them."""
     if not isinstance(found, list):
         return Problem(
             f"{place} is {_kind(found)}", "a list of messages is expected", "mend the data"
@@ -291,6 +294,7 @@ def _checked(found: Any, place: str) -> Messages | Problem:
 
 
 def _message(message: Any, place: str) -> dict[str, str] | Problem:
+    """Return a message with the role and the content of our form, or its problem."""
     if not isinstance(message, dict):
         return Problem(
             f"{place} is {_kind(message)}",

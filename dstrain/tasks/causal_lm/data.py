@@ -46,7 +46,7 @@ class PreparedData:
 
 
 def prepare_data(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
-    """Read and tokenise the data, and make samples; one rank per machine does it, the others load.
+    """Read and tokenise the data, and make samples; one rank per machine does it, other ranks load.
 
     Raises:
         DataError: the data cannot be used, or differs between ranks.
@@ -60,6 +60,7 @@ def prepare_data(args: DataArguments, model_name: str | None, ranks: Ranks) -> P
 
 
 def _text(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
+    """Prepare tokenizer, blocks and collator of text."""
     first = functools.partial(main_caches_first, ranks)
     documents = load_documents(args, main_first=first)
     tokenizer = _tokenizer(documents, args, model_name, ranks, lambda row: str(row["text"]))
@@ -75,6 +76,7 @@ def _text(args: DataArguments, model_name: str | None, ranks: Ranks) -> Prepared
 
 
 def _chat(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
+    """Prepare tokenizer, samples and collator of conversations."""
     first = functools.partial(main_caches_first, ranks)
     conversations = load_conversations(args, main_first=first)
     tokenizer = _tokenizer(conversations, args, model_name, ranks, _spoken)
@@ -97,6 +99,7 @@ def _tokenizer(
     ranks: Ranks,
     text_of: Callable[[dict[str, Any]], str],
 ) -> Any:
+    """Load the named tokenizer or that of the model, or train one on the documents."""
     return prepare_tokenizer(
         documents.train,
         name=args.tokenizer_name or model_name,

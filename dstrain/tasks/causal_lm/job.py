@@ -124,6 +124,7 @@ def _fresh_config(
 
 
 def _check_block_size(data_args: DataArguments, config: Any) -> None:
+    """Refuse blocks that are longer than the sequences of the model."""
     limit = None if config is None else max_length(config)
     if limit is not None and data_args.block_size > limit:
         raise ConfigError(

@@ -207,6 +207,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         return packer.num_tokens / packer.num_bytes
 
     def _blocks(self, begin: _Place | None) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the samples behind a position; keep the position of each."""
         places: deque[tuple[dict[str, Any] | None, int]] = deque()
         rows = Resumable.of(self._rows)
         texts = read_texts(self._rows) if rows is None else _placed_texts(rows, begin, places)

@@ -173,6 +173,7 @@ class _BlockFile:
     show_progress: bool
 
     def write(self, folder: Path) -> None:
+        """Write all blocks, or the first ``max_blocks``, to files in a folder."""
         schema = pa.schema({"input_ids": pa.list_(pa.int32())})
         num_blocks = num_tokens = 0
         path = folder / "blocks.arrow"
@@ -200,6 +201,7 @@ class _BlockFile:
         (folder / "facts.json").write_text(json.dumps(asdict(facts)))
 
     def _blocks(self, bar: tqdm) -> Iterator[np.ndarray]:
+        """Yield blocks, shape (num_blocks, length); the last may be shorter than the others."""
         for batch in in_batches(read_texts(self.rows), BATCH_CHARACTERS):
             blocks = self.packer.add(batch)
             bar.update(len(batch))
@@ -218,6 +220,7 @@ def _open_blocks(folder: Path, built: bool) -> _Split:
 def _key(
     fingerprint: str, tokenizer: PreTrainedTokenizerBase, block_size: int, limit: int | None
 ) -> str:
+    """Return the name of the cached blocks of a split: a hash of all that decides them."""
     facts = [
         _VERSION,
         fingerprint,

@@ -55,6 +55,7 @@ def read_pieces(parts: Sequence[TextPart], *, strict: bool) -> Iterator[dict[str
 
 
 def _undecodable(part: TextPart) -> Problem | None:
+    """Return the problem of a part that is not UTF-8, or None."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(part.path, "rb") as file:
         file.seek(part.start)

@@ -35,7 +35,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def main_caches_first(ranks: Ranks) -> Iterator[None]:
-    """Run a block that caches data on the main rank of a machine first, then on the others.
+    """Run a block that caches data on the main rank of a machine first, then on its other ranks.
 
     A failure to write the cache becomes an error that names its folder.
 
@@ -57,7 +57,7 @@ def cache_told() -> Iterator[None]:
         yield
     except DstrainError:
         raise
-    except Exception as error:  # libraries raise what they like where a disk is full
+    except Exception as error:  # libraries raise different exceptions when a disk is full
         if (problem := cache_problem(error)) is not None:
             raise DataError(problem) from error
         raise

@@ -100,6 +100,7 @@ def file_origin(name: str, flag: str) -> Origin:
 
 
 def _folder_origin(path: Path, label: str) -> Origin:
+    """Return the origin of a folder: shards of rows if it has nothing else, or texts."""
     files = _list_files(path)
     if not files:
         raise DataError(

@@ -163,6 +163,7 @@ def make_model(
 
 
 def _check_vocabulary(config: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer with more tokens than the embedding of the model has rows."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is not None and len(tokenizer) > size:
         raise ConfigError(
@@ -187,7 +188,7 @@ def train_and_report(
         show: function that all ranks call at the end, and whose text is printed.
 
     Returns:
-        The exit status: 0, or ``INCOMPLETE`` where the last checkpoint could not be written.
+        the exit status: 0, or ``INCOMPLETE`` if the last checkpoint could not be written.
 
     Raises:
         CheckpointError: another run writes into the output folder.

@@ -54,7 +54,7 @@ class Side:
 
     Attributes:
         rows: its rows.
-        num_bytes: UTF-8 bytes of its text; None where that is not known without reading it.
+        num_bytes: UTF-8 bytes of its text; None if they are not known without reading it.
         fingerprint: changes when ``rows`` do; None for a stream.
         size: size in words, for the log.
     """
@@ -105,7 +105,7 @@ def unit_hash(key: str) -> float:
 
 
 def num_held_out(hashes: list[float], percentage: float) -> int:
-    """Count the sorted hashes to hold out: at least one, and not all, where there are two."""
+    """Count the sorted hashes to hold out: at least one, and not all, if there are two."""
     if percentage == 0:
         return 0
     return min(max(bisect_left(hashes, percentage / 100), 1), len(hashes) - 1)
@@ -134,7 +134,7 @@ def explained(origin: Origin) -> Iterator[None]:
         yield
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None:  # our own error, raised inside a generator of datasets
+        while cause is not None:  # a DataError that was raised inside a generator of datasets
             if isinstance(cause, DataError):
                 raise cause from None
             cause = cause.__cause__
@@ -148,6 +148,7 @@ def explained(origin: Origin) -> Iterator[None]:
 
 
 def _first_bad_line(file: str) -> str | None:
+    """Return what is wrong with the first bad line of a file of JSON lines, or None."""
     if ROW_BUILDERS[Path(file).suffix.lower()] != "json":
         return None
     with open(file, "rb") as lines:

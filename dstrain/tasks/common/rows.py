@@ -88,7 +88,7 @@ def load_rows(
 def _in_shards(
     rows: IterableDataset, first: dict[str, Any], origin: Origin, columns: Iterable[str]
 ) -> IterableDataset:
-    """Cut a stream of rows into more shards, where its format allows; it can begin at each."""
+    """Cut a stream of rows into more shards, if its format allows it; it can begin at each."""
     if origin.builder == "parquet":
         return rows.reshard()
     lines = stream_lines(origin.files, tuple(columns)) if origin.builder == "json" else None
@@ -110,6 +110,7 @@ def text_options(origin: Origin, columns: Iterable[str]) -> dict[str, Any]:
 def _check_column(
     rows: Dataset | IterableDataset, first: dict[str, Any], origin: Origin, name: str, *, flag: str
 ) -> None:
+    """Refuse a column that is missing or does not hold text."""
     if name not in first:
         raise DataError(
             Problem(
@@ -175,6 +176,7 @@ def split_rows(
 def _split_stream(
     rows: IterableDataset, percentage: float, origin: Origin, key: str
 ) -> tuple[Side, Side | None]:
+    """Hold out the first rows of a stream, and rows with the same content later on."""
     with explained(origin):
         first = list(rows.take(2 * STREAM_VALIDATION_DOCUMENTS))
     count = STREAM_VALIDATION_DOCUMENTS

@@ -110,6 +110,7 @@ def _check(
 
 
 def _check_kind(config: Any, model_args: ModelArguments) -> None:
+    """Refuse a model without encoder and decoder."""
     if not getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             Problem(
@@ -168,7 +169,7 @@ def _fresh_config(
 def _prepare_data(
     data_args: DataArguments, model_args: ModelArguments, ranks: Ranks
 ) -> tuple[Pairs, Any, EncodedPairs]:
-    """Prepare pairs, tokenizer and samples; one rank per machine does it, the others load."""
+    """Prepare pairs, tokenizer and samples; one rank per machine does it, other ranks load."""
     first = functools.partial(main_caches_first, ranks)
     pairs = load_pairs(data_args, main_first=first)
     tokenizer = prepare_tokenizer(

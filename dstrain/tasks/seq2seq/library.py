@@ -37,6 +37,7 @@ def split_library(
 
 
 def _side(parts: list[TextPart], without: Sequence[TextPart], origin: Origin) -> Side | None:
+    """Return the pairs of Python files as a side, without sources of files ``without``, or None."""
     if not parts:
         return None
     facts = ["functions", [astuple(part) for part in parts], [astuple(part) for part in without]]
@@ -55,6 +56,7 @@ def _side(parts: list[TextPart], without: Sequence[TextPart], origin: Origin) ->
 
 
 def _stream(parts: list[TextPart], origin: Origin) -> Side | None:
+    """Return a stream of the pairs of Python files as a side; None if there are none."""
     kwargs = {"parts": tuple(parts), "without": ()}
     rows = IterableDataset.from_generator(read_pairs, features=FEATURES, gen_kwargs=kwargs)
     with explained(origin):

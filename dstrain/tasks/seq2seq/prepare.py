@@ -126,6 +126,7 @@ def _encode_stream(
     args: DataArguments,
     limit: int | None,
 ) -> IterableDataset:
+    """Return the stream of samples of a stream of pairs."""
     samples = rows.map(
         _encode,
         batched=True,
@@ -167,6 +168,7 @@ def _report(name: str, samples: Dataset, args: DataArguments) -> None:
 def _encode(
     rows: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, args: DataArguments
 ) -> dict[str, list[list[int]]]:
+    """Return token ids of sources and targets of a batch of rows, cut to the longest lengths."""
     sources = [args.source_prefix + source for source in rows["source"]]
     encoded = tokenizer(
         sources,

@@ -82,6 +82,7 @@ def load_pairs(
 
 
 def _load(origin: Origin, args: DataArguments) -> Any:
+    """Load the rows of an origin, with the columns ``source`` and ``target``."""
     if origin.builder is None:
         raise DataError(
             Problem(

@@ -22,6 +22,7 @@ def _contiguous(view: View) -> Derived | None:
 
 
 def _hpz(view: View) -> Derived | None:
+    """Return the ranks of a secondary partition: by default those of a machine."""
     if view.hpz_partition_size is None and not view.asks(_HPZ):
         return None
     if view.hpz_partition_size:

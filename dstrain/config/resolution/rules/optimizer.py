@@ -105,6 +105,7 @@ def _option(name: str) -> Callable[[View], Derived | None]:
 
 
 def _allow_untested(view: View) -> Derived | None:
+    """Return True for an optimizer that DeepSpeed runs under ZeRO only with this key."""
     if view.stage == 0:
         return None
     if view.facts.user_optimizer:
@@ -118,6 +119,7 @@ def _allow_untested(view: View) -> Derived | None:
 
 
 def _force_cpu_optimizer(view: View) -> Derived | None:
+    """Return False for an offloaded optimizer that DeepSpeed does not build by name."""
     if not view.offloads_optimizer:
         return None
     if view.facts.user_optimizer:
@@ -222,7 +224,7 @@ RULES: tuple[Binding | Derivation, ...] = (
             "what the chosen implementation needs",
             ("optim", "offload_optimizer"),
             _constant(name),
-            # Without it DeepSpeed's Adam is AdamW, whatever was asked for.
+            # Without adam_w_mode DeepSpeed's Adam is AdamW, also for optim="adam".
             conflicts=name == "adam_w_mode",
         )
         for name in optimizers.constant_names()

@@ -22,6 +22,7 @@ def _scheduler_total(view: View) -> Derived | None:
 
 
 def _scheduler_warmup(view: View) -> Derived | None:
+    """Return the warm-up steps of the arguments, at least 1."""
     steps = view.facts.num_training_steps
     if steps is None:
         return None
