@@ -35,7 +35,7 @@ def _fill_key(rule: Binding | Derivation, draft: Draft) -> None:
         draft.write(rule.key, derived.value, _reason(rule, derived, draft))
     elif present:
         # "auto" without a derived value: the key is dropped, and DeepSpeed uses its default. Keys
-        # that need the length of the run are filled when training starts and resolves again.
+        # that need the length of the run are filled by the resolution at the start of training.
         drop(draft.config, rule.key)
         if rule.key.startswith("scheduler.") and draft.facts.num_training_steps is None:
             draft.warnings.append(f"{rule.key} is filled when training starts: it needs max_steps")

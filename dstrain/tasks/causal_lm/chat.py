@@ -6,9 +6,9 @@ and then the messages up to and with the answer. Both texts must be beginnings o
 conversation. The text between their ends is the answer, together with the marks by which the
 template ends it, which the model must learn to write as well.
 
-The whole text is tokenised at once where its tokens begin with those of each beginning, as the
-model sees them when it is asked for an answer. Where a token would contain the edge of an answer,
-the text is cut at the edges of answers and each piece is tokenised.
+The whole text is tokenised at once if the tokens of each beginning, which the model gets when it is
+asked for an answer, are also the first tokens of the whole text. If a token of the whole text would
+cross the edge of an answer, the text is cut at the edges of answers and each piece is tokenised.
 """
 
 from __future__ import annotations
