@@ -1,4 +1,4 @@
-"""Arguments of a run as a user writes them: dataclasses that import no torch."""
+"""Arguments of a run, as dataclasses for the user; without torch."""
 
 from dstrain.arguments.sentence_transformer import SentenceTransformerTrainingArguments
 from dstrain.arguments.seq2seq import Seq2SeqTrainingArguments

@@ -1,4 +1,4 @@
-"""Arguments of DeepSpeed's own activation checkpointing, and when each of them acts."""
+"""Arguments of DeepSpeed's activation checkpointing."""
 
 from __future__ import annotations
 

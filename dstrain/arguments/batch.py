@@ -11,7 +11,7 @@ from dstrain.core.errors import Problem
 
 @dataclass
 class BatchArguments:
-    """Micro-batch, accumulation, and how long to train."""
+    """Micro-batch, accumulation, and length of the run."""
 
     per_device_train_batch_size: int = arg(
         8,

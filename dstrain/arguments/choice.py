@@ -1,9 +1,9 @@
-"""Value that is one of a few names: a text with the attributes of transformers' enums."""
+"""Value of an argument with choices: a text with the attributes of transformers' enums."""
 
 from __future__ import annotations
 
-# Of members that are not called after their value, in transformers' SchedulerType and
-# OptimizerNames: value -> name.
+# Value -> name of members of transformers' SchedulerType and OptimizerNames whose name is not the
+# value in capitals.
 _OTHER_NAMES = {
     "reduce_lr_on_plateau": "REDUCE_ON_PLATEAU",
     "adamw_bnb_8bit": "ADAMW_BNB",
@@ -17,10 +17,10 @@ _OTHER_NAMES = {
 
 
 class Choice(str):
-    """A text that can be read like a member of transformers' enums, such as ``IntervalStrategy``.
+    """A text with ``value`` and ``name``, like a member of an enum such as ``IntervalStrategy``.
 
-    It is equal to the plain text and to the member, and is written, pickled and sent to trackers as
-    the text. The enums themselves would cost an import of transformers, and with it of torch.
+    It equals the plain text and the member, and is written, pickled and sent to trackers as the
+    text. The enums are not used because they would import transformers, and with it torch.
     """
 
     __slots__ = ()

@@ -1,4 +1,4 @@
-"""Arguments about ZeRO's communication: when it happens, in which format, between which ranks."""
+"""Arguments about communication of ZeRO: overlap, formats, and groups of ranks."""
 
 from __future__ import annotations
 

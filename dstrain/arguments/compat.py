@@ -1,4 +1,4 @@
-"""Access to the only name of transformers that the arguments need, imported on demand."""
+"""Access to the one name of transformers that arguments need, imported when it is used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def parallel_mode(name: str) -> Any:
-    """Return a member of transformers' ``ParallelMode``, with which its callbacks compare."""
+    """Return a member of transformers' ``ParallelMode``, which its callbacks compare with."""
     from transformers.training_args import ParallelMode
 
     return ParallelMode[name]

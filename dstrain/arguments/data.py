@@ -13,7 +13,7 @@ from dstrain.core.errors import Problem, nearest
 from dstrain.core.files import expanded
 
 _OWN_ORDER = "the order is always seeded, sharded by rank and complete"
-# Key of accelerator_config -> values that describe what our loaders do, and what they do.
+# Key of accelerator_config -> accepted values, and the behaviour of the loaders, for errors.
 LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
     "split_batches": ((True, False, None), "a batch size counts the samples of all ranks"),
     "dispatch_batches": ((True, False, None), "whether the main rank reads a stream for all"),
@@ -36,7 +36,7 @@ def _is_json(text: str) -> bool:
 
 
 def _loading(key: str) -> Any:
-    """Return a conversion that writes an old argument into ``accelerator_config``."""
+    """Return a function that moves an old argument to a key of ``accelerator_config``."""
 
     def convert(arguments: Any, value: bool) -> dict[str, Any]:
         given = arguments.accelerator_config or {}
@@ -84,7 +84,7 @@ class DataArguments:
     )
     dataloader_multiprocessing_context: str | None = arg(
         None,
-        "How loader processes are started; none is Python's own way on this system. With 'spawn' "
+        "Start method of loader processes; none is Python's default on this system. With 'spawn' "
         "and 'forkserver' dataset and collator are pickled, so they must be importable.",
         choices=("fork", "spawn", "forkserver"),
         treatment=implemented("needs `dataloader_num_workers` above 0", own=True),
@@ -134,7 +134,7 @@ class DataArguments:
     )
     accelerator_config: dict[str, Any] | str | None = arg(
         None,
-        "How accelerate would load data: a dict, a JSON object or the path of a JSON file.",
+        "Data loading options of accelerate: a dict, a JSON object or the path of a JSON file.",
         treatment=implemented(
             "`split_batches` and `dispatch_batches` (of streams) are done, keys that describe what "
             "our loaders do are taken, the others are refused"
@@ -156,7 +156,7 @@ class DataArguments:
     )
 
     def _read_accelerator_config(self) -> Problem | None:
-        """Replace an ``AcceleratorConfig`` or a file's path by the dict that it holds."""
+        """Replace an ``AcceleratorConfig``, or the path of a JSON file, by its dict."""
         given: Any = self.accelerator_config
         if isinstance(given, type):
             self.accelerator_config = None
@@ -179,17 +179,17 @@ class DataArguments:
 
     @property
     def sampling(self) -> str:
-        """Return the order of training samples, whichever way it is written."""
+        """Return the order of training samples, as in ``train_sampling_strategy``."""
         return "group_by_length" if self.group_by_length else self.train_sampling_strategy
 
     @property
     def splits_batches(self) -> bool:
-        """Tell whether batch sizes are those of all ranks together."""
+        """Tell whether a batch size counts the samples of all ranks."""
         return self._loads("split_batches")
 
     @property
     def dispatches_batches(self) -> bool:
-        """Tell whether the main rank reads streams for all."""
+        """Tell whether the main rank reads streams for all ranks."""
         return self._loads("dispatch_batches")
 
     def _loads(self, key: str) -> bool:
@@ -244,7 +244,7 @@ class DataArguments:
                 )
             )
         if self.group_by_length and self.train_sampling_strategy not in (
-            "random",  # what is meant where only group_by_length is written
+            "random",  # the default, if only group_by_length is set
             "group_by_length",
         ):
             problems.append(

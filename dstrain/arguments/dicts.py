@@ -1,4 +1,4 @@
-"""Arguments that are a dict, or a JSON object as text, as a shell writes it."""
+"""Conversion of arguments that are a dict, from the text of a JSON object."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 
 from dstrain.core.errors import Problem
 
-# Their values are texts that may look like numbers.
+# Dicts of texts; a text in them that looks like a number stays a text.
 _OF_TEXTS = ("prompts", "router_mapping")
 
 
 def read_dicts(
     arguments: Any, names: tuple[str, ...], *, texts: tuple[str, ...] = ()
 ) -> dict[str, Problem]:
-    """Parse the named fields in place where they are text, and numbers in them that are text.
+    """Parse the named fields, in place, if they are text; convert texts of numbers in them.
 
-    YAML reads ``1e-6`` as text, since a dot is missing.
+    Numbers are texts in YAML if a dot is missing: ``1e-6``.
 
     Args:
         arguments: a dataclass instance.
-        names: fields that hold a dict; "none" is None.
-        texts: those of them for which other text is a value of its own.
+        names: fields with a dict; "none" becomes None.
+        texts: fields among ``names`` that may also be a text without a JSON object.
 
     Returns:
-        the problem of each field with a text that is no JSON object.
+        field -> problem, for each field with a text that is no JSON object.
     """
     problems = {}
     for name in names:
@@ -44,7 +44,7 @@ def read_dicts(
 
 
 def plain_values(value: Any) -> Any:
-    """Return a parsed dict with texts that mean a bool or a number as that: "true", "1", "1.5"."""
+    """Return a parsed dict in which texts of bools and numbers ("true", "1.5") are converted."""
     if isinstance(value, dict):
         return {k: plain_values(v) for k, v in value.items()}
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Application of the arguments' treatments: moves old names, warns, refuses."""
+"""Application of the treatments of arguments: moving old names, warnings, refusals."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dstrain.core.secrets import hidden_in_text
 def declared(cls: type[Any]) -> dict[str, tuple[Treatment, Any]]:
     """Return treatment and documented default of each argument of a dataclass, by name.
 
-    A subclass that declares a field again, with a default of its own and no treatment, changes
-    neither: what is refused stays refused.
+    A subclass that declares a field again with another default, and without a treatment, changes
+    neither: a refused argument stays refused.
     """
     return _declared(cast("Hashable", cls))
 
@@ -37,7 +37,7 @@ def _declared(cls: Any) -> dict[str, tuple[Treatment, Any]]:
 
 
 def move_old_names(arguments: Any) -> tuple[list[str], list[Problem]]:
-    """Move values of deprecated names to the new ones; return those new names, and conflicts."""
+    """Move values from deprecated names to new names; return the new names, and conflicts."""
     moved, problems = [], []
     table = declared(type(arguments))
     for name, (treatment, default) in table.items():
@@ -67,7 +67,10 @@ def move_old_names(arguments: Any) -> tuple[list[str], list[Problem]]:
 
 
 def refusals(arguments: Any) -> list[Problem]:
-    """Return a problem for each value that is refused or not implemented; warn of inert ones."""
+    """Return a problem for each value that is refused or not implemented.
+
+    For each value without effect a warning is given.
+    """
     problems = []
     for name, (treatment, default) in declared(type(arguments)).items():
         value = getattr(arguments, name)
@@ -83,7 +86,7 @@ def refusals(arguments: Any) -> list[Problem]:
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn once per machine, naming the line outside of dstrain that built the arguments."""
+    """Warn on the first rank of a machine, at the line outside of dstrain that set them."""
     if not launched_ranks().is_local_main:
         return
     level, frame = 2, sys._getframe(1)

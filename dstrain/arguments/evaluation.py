@@ -18,7 +18,7 @@ def _with_inputs(arguments: Any, value: bool) -> list[str]:
 
 @dataclass
 class EvaluationArguments:
-    """Evaluation: when it runs and what it keeps."""
+    """Evaluation: its times, its predictions and their memory."""
 
     eval_strategy: str = arg(
         "no",
@@ -77,7 +77,7 @@ class EvaluationArguments:
     )
     include_for_metrics: list[str] = arg(
         [],
-        "What compute_metrics gets besides predictions and labels: inputs, loss.",
+        "Values that compute_metrics gets besides predictions and labels: inputs, loss.",
         treatment=implemented(),
     )
     include_inputs_for_metrics: bool = arg(

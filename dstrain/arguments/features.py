@@ -1,4 +1,4 @@
-"""Arguments that change how the model computes: memory, compilation, kernels, noise, loss."""
+"""Arguments about computation of the model: memory, compilation, kernels, noise, loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import alias, implemented, refused
 from dstrain.core.errors import Problem
 
-# The name that transformers has had for long -> its newer one.
+# Older name in transformers -> newer name.
 _OLD_TO_NEW = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -80,8 +80,8 @@ class FeatureArguments:
     )
     liger_kernel_config: dict[str, Any] | str | None = arg(
         None,
-        'Which Liger kernels are used, such as {"rope": true, "swiglu": false}; none is Liger\'s '
-        "choice for the model.",
+        'Liger kernels to use, such as {"rope": true, "swiglu": false}; none is Liger\'s choice '
+        "for the model.",
         treatment=implemented("with `use_liger_kernel`", own=True),
     )
     neftune_noise_alpha: float | None = arg(
@@ -121,15 +121,18 @@ class FeatureArguments:
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the keyword arguments in their order, which tells what a copy changes."""
+        """Create the object and keep the order of keyword arguments, for ``_changed_in_a_copy``."""
         self = super().__new__(cls)
-        # Checked arguments have a ``Choice`` among them; what was read from a file has none.
+        # Only values of checked arguments, which a copy has, are a ``Choice``.
         if any(isinstance(value, Choice) for value in kwargs.values()):
             vars(self)["_given"] = tuple(kwargs)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field, under both names if it has two; clear compilation's settings with it."""
+        """Set a field, and its second name if it has one.
+
+        Setting ``torch_compile`` to False clears the settings of torch.compile.
+        """
         super().__setattr__(name, value)
         if "_twins_agree" not in vars(self):
             return
@@ -139,9 +142,9 @@ class FeatureArguments:
             self._forget_compiler(())
 
     def _changed_in_a_copy(self) -> tuple[str, ...]:
-        """Return the names that ``dataclasses.replace`` was given; () where this is no copy.
+        """Return the names that ``dataclasses.replace`` has changed; () if this object is no copy.
 
-        ``replace`` passes the changed names first, then all other fields as they are declared.
+        ``replace`` passes the changed names first, then all other fields in order of declaration.
         """
         given = vars(self).pop("_given", ())
         order = {f.name: n for n, f in enumerate(dataclasses.fields(self)) if f.init}
@@ -153,7 +156,7 @@ class FeatureArguments:
         return given[:start]
 
     def _forget_compiler(self, changed: tuple[str, ...]) -> None:
-        """Clear the settings of torch.compile, which would turn it on, but those in ``changed``."""
+        """Clear settings that turn torch.compile on, except for those in ``changed``."""
         for name in ("torch_compile_backend", "torch_compile_mode"):
             if name not in changed:
                 vars(self)[name] = None
@@ -161,9 +164,8 @@ class FeatureArguments:
     def _join_twins(self) -> None:
         """Give both names of a field one value; the newer name wins, as in transformers.
 
-        In a copy of arguments (``dataclasses.replace``) the name that was changed wins, since the
-        second name still has the value of before. The newer name stays None where the feature is
-        off.
+        In a copy by ``dataclasses.replace`` the changed name wins, since its second name has the
+        value from before. The newer name stays None if the feature is off.
         """
         changed = self._changed_in_a_copy()
         if "torch_compile" in changed and self.torch_compile is False:
@@ -178,7 +180,7 @@ class FeatureArguments:
         vars(self)["_twins_agree"] = True
 
     def _read_cache_steps(self) -> Problem | None:
-        """Refuse a fraction of a step, which a conversion to a whole number would hide."""
+        """Return the problem of a number of steps that is no integer; conversion would round it."""
         steps: Any = self.torch_empty_cache_steps
         is_none = isinstance(steps, str) and steps.strip().lower() == "none"
         if not isinstance(steps, float) and not is_none:

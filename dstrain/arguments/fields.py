@@ -18,10 +18,10 @@ from dstrain.core.secrets import without_secrets
 
 
 class _Help(str):
-    """A field's meaning, which carries its treatment.
+    """Help text of a field, with its treatment as an attribute.
 
-    The treatment has no key of its own in the metadata: ``HfArgumentParser`` hands every key on to
-    ``argparse.add_argument``, which knows no other than its own.
+    The treatment cannot be a key of the metadata: ``HfArgumentParser`` passes every key to
+    ``argparse.add_argument``, which accepts only its own.
     """
 
     treatment: Treatment
@@ -38,9 +38,9 @@ def arg(
 
     Args:
         default: the documented default.
-        help: its meaning, with unit and sentinel.
-        choices: the legal values.
-        treatment: what happens to it; only a user's own fields have none.
+        help: meaning of the argument, with its unit and special values.
+        choices: legal values; None for any.
+        treatment: treatment of values; only fields that a user adds have none.
     """
     if treatment is not None:
         help = _treated(help, treatment)
@@ -60,31 +60,31 @@ def _treated(help: str, treatment: Treatment) -> _Help:
 
 
 def treatment_of(field: dataclasses.Field[Any]) -> Treatment | None:
-    """Return the treatment that the declaration of a field names; None for a user's own field."""
+    """Return the treatment in the declaration of a field; None for a field that a user added."""
     return getattr(field.metadata.get("help"), "treatment", None)
 
 
 def shown(name: str, value: Any) -> str:
-    """Return a value as messages may show it: credentials are masked."""
+    """Return a value as text for messages, in which credentials are masked."""
     hidden = without_secrets(value, name)
     return hidden if hidden is not value and isinstance(hidden, str) else repr(hidden)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Return the default value of a dataclass field, whichever way it was declared."""
+    """Return the default value of a dataclass field, also from a ``default_factory``."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def coerce_fields(arguments: Any) -> dict[str, Problem]:
-    """Convert string values of a dataclass in place to the declared types.
+    """Convert the values of a dataclass, in place, to the declared types.
 
-    JSON and YAML files, environment variables and hyperparameter tools hand over ``"5e-5"`` or
-    ``"true"``; a dict field takes a JSON object as a string.
+    JSON and YAML files, environment variables and tools for hyperparameters give texts such as
+    ``"5e-5"`` and ``"true"``; a dict field accepts a JSON object as a text.
 
     Returns:
-        the problem of each field whose value cannot be converted or is not a legal one.
+        field -> problem, for each field with a value that cannot be converted or is not legal.
     """
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments)}
     converted, problems = convert_values(type(arguments), given)
@@ -98,9 +98,9 @@ def coerce_fields(arguments: Any) -> dict[str, Problem]:
 def convert_values(
     cls: type[Any], given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Return values of fields of dataclass ``cls`` in their declared types, and the problems.
+    """Return the values of ``given`` converted to the declared types of ``cls``, and problems.
 
-    A field that was given is either among the values or has one problem, in the order of fields.
+    Each given field is either among the values or has one problem; both are in order of fields.
     """
     problems: list[Problem] = []
     converted: dict[str, Any] = {}
@@ -124,21 +124,22 @@ def convert_values(
 
 
 def kinds_of(cls: type[Any]) -> dict[str, tuple[type, ...]]:
-    """Return the plain classes that each field of a dataclass admits.
+    """Return field -> classes that its annotation allows.
 
-    Read from the annotations, since ``HfArgumentParser`` writes other types into the fields.
+    ``field.type`` is not used, because ``HfArgumentParser`` replaces it.
     """
     hints = typing.get_type_hints(cls)
     return {f.name: _kinds(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
 def _given(name: str, value: Any) -> str:
-    """Return a value as the user wrote it, with its type where it is no text."""
+    """Return name and value as the user wrote them, and the type of a value that is no text."""
     kind = "" if isinstance(value, str) else f" ({type(value).__name__})"
     return f"{name}={shown(name, value)}{kind}"
 
 
 def _illegal(field: dataclasses.Field[Any], value: Any, kinds: tuple[type, ...]) -> Problem | None:
+    """Return the problem of a converted value that is not legal for its field, or None."""
     if value is None:
         if type(None) in kinds or object in kinds or field.default is None:
             return None
@@ -161,7 +162,7 @@ def _illegal(field: dataclasses.Field[Any], value: Any, kinds: tuple[type, ...])
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:
-    """Return the plain classes of a hint: ``dict | str | None`` -> (dict, str, NoneType)."""
+    """Return the classes in a type hint: ``dict | str | None`` -> (dict, str, NoneType)."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return tuple(k for part in typing.get_args(hint) for k in _kinds(part))
@@ -177,6 +178,7 @@ def _say(kinds: tuple[type, ...]) -> str:
 
 
 def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
+    """Convert a value to one of the classes of its field; raise ``ValueError`` if that fails."""
     if isinstance(value, enum.Enum):  # transformers' own arguments use them
         value = value.value
     if value is None or object in kinds:
@@ -195,7 +197,7 @@ def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
         raise ValueError(value)
     if list in kinds and isinstance(value, (tuple, list)):
         if len(value) == 1 and isinstance(value[0], str) and value[0].startswith("["):
-            return json.loads(value[0])  # how a shell writes an empty list
+            return json.loads(value[0])  # a list that a shell passes as JSON
         return list(value) if isinstance(value, tuple) else value
     if not isinstance(value, kinds) and not hasattr(value, "__fspath__"):
         raise ValueError(value)
@@ -203,6 +205,7 @@ def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
 
 
 def _convert_text(text: str, kinds: tuple[type, ...]) -> Any:
+    """Convert a text to one of the classes; raise ``ValueError`` if that fails."""
     low = text.strip().lower()
     if type(None) in kinds and low == "none" and str not in kinds:
         return None
@@ -210,7 +213,7 @@ def _convert_text(text: str, kinds: tuple[type, ...]) -> Any:
         return low in ("true", "yes", "1")
     if dict in kinds and text.lstrip().startswith("{"):
         if str in kinds:
-            return text  # the owner parses it and reports duplicate keys with their place
+            return text  # it is parsed where the dict is used, with errors about its keys
         parsed = json.loads(text)  # json.JSONDecodeError is a ValueError
         if not isinstance(parsed, dict):
             raise ValueError(text)

@@ -33,8 +33,8 @@ class HubArguments:
     )
     hub_strategy: str = arg(
         "every_save",
-        "What is uploaded and when: the model with each checkpoint ('every_save'), with the last "
-        "checkpoint or all of them beside it, or only at 'end', when save_model is called.",
+        "Upload the model with each checkpoint ('every_save'), with it also the last checkpoint or "
+        "all of them, or only the model that save_model writes ('end').",
         choices=("end", "every_save", "checkpoint", "all_checkpoints"),
         treatment=implemented("in the background, from the committed checkpoint"),
     )
@@ -46,7 +46,7 @@ class HubArguments:
     )
     hub_private_repo: bool | None = arg(
         False,
-        "Whether a repository that is created is private; none takes the owner's default.",
+        "Create the repository as a private one; none takes the owner's default.",
         treatment=implemented(),
     )
     hub_always_push: bool = arg(

@@ -1,4 +1,4 @@
-"""Arguments about offload: what lives outside of the accelerator, and what hides its cost."""
+"""Arguments about offload of optimizer and parameters to host memory or disk."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class OffloadArguments:
 
     offload_optimizer: str = arg(
         "none",
-        "Where optimizer states and master weights live: on the accelerator (none), in host "
-        "memory (cpu; stages 1 to 3) or on a local disk (nvme; stage 3, needs nvme_path). Saves 12 "
+        "Place of optimizer states and master weights: the accelerator (none), host memory (cpu; "
+        "stages 1 to 3) or a local disk (nvme; stage 3, needs nvme_path). Saves 12 "
         "bytes per parameter of a rank's share; the update then runs on host cores, and gradients "
         "and weights cross the bus once per step. auto leaves the choice to the memory plan.",
         choices=OFFLOAD_DEVICES,
@@ -30,8 +30,8 @@ class OffloadArguments:
     )
     offload_param: str = arg(
         "none",
-        "Where parameter partitions live between uses, stage 3 only: on the accelerator (none), "
-        "in host memory (cpu) or on a local disk (nvme, needs nvme_path). Saves 2 bytes per "
+        "Place of parameter partitions between uses, stage 3 only: the accelerator (none), host "
+        "memory (cpu) or a local disk (nvme, needs nvme_path). Saves 2 bytes per "
         "parameter of a rank's share; parameters cross the bus in forward and again in backward. "
         "auto leaves the choice to the memory plan.",
         choices=OFFLOAD_DEVICES,

@@ -16,8 +16,8 @@ from dstrain.arguments.treatment import (
 )
 from dstrain.core.errors import Problem
 
-# transformers.OptimizerNames, DeepSpeed's own, and torch's that have no name there. What each runs
-# and which cannot run is in config/optimizer_table.py.
+# Names of transformers.OptimizerNames, of DeepSpeed's optimizers, and of further ones of torch.
+# config/optimizer_table.py has the implementation of each, or the reason why it cannot run.
 OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adam", "adamw_hf", "adamw_torch_xla",
     "adamw_torch_npu_fused", "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit",
@@ -33,9 +33,9 @@ OPTIMIZERS = (
     "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd",
 )  # fmt: skip
 
-# Names of transformers.SchedulerType whose step needs the metric of an evaluation.
+# Schedules of transformers.SchedulerType whose step needs the metric of an evaluation.
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
-# Those that begin at the full rate, whatever the warm-up.
+# Schedules that begin at the full rate, without warm-up.
 WITHOUT_WARMUP = ("constant", *METRIC_SCHEDULERS)
 SCHEDULERS = (
     "linear",
@@ -56,7 +56,7 @@ def split_optim_args(text: str | None) -> dict[str, str]:
     """Return the pairs of "name=value,name=value"; a comma in brackets belongs to the value.
 
     Raises:
-        ValueError: something in it is no such pair, or a name stands twice.
+        ValueError: a part of the text is no such pair, or has the name of an earlier pair.
     """
     pairs: dict[str, str] = {}
     for part in re.split(r",(?![^(\[]*[)\]])", text.replace(" ", "") if text else ""):
@@ -70,7 +70,7 @@ def split_optim_args(text: str | None) -> dict[str, str]:
 
 
 def _adafactor(arguments: Any, value: bool) -> str:
-    """Return the optimizer that ``adafactor=True`` asks for."""
+    """Return the value of ``optim`` for ``adafactor=True``."""
     if arguments.optim not in ("adamw_torch", "adafactor"):
         raise ValueError(arguments.optim)
     return "adafactor"
@@ -145,7 +145,7 @@ class OptimizerArguments:
             "`greater_is_better`"
         ),
     )
-    # `str` is for HfArgumentParser, which hands over the JSON of a shell unparsed.
+    # `str` is for HfArgumentParser, which passes the JSON of a shell as text.
     lr_scheduler_kwargs: dict[str, Any] | str | None = arg(
         {},
         'Extra arguments of the schedule, such as {"min_lr": 1e-6} of cosine_with_min_lr.',
@@ -163,12 +163,12 @@ class OptimizerArguments:
     )
 
     def scheduler_kwargs(self) -> dict[str, Any]:
-        """Return ``lr_scheduler_kwargs`` as a dict of its own, empty for none."""
+        """Return a copy of ``lr_scheduler_kwargs``, empty for none."""
         assert not isinstance(self.lr_scheduler_kwargs, str), "parsed on construction"
         return dict(self.lr_scheduler_kwargs or {})
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Return the warm-up steps of a run of that length: the count, or the share rounded up."""
+        """Return the warm-up steps of a run of ``num_training_steps``; a share is rounded up."""
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         return math.ceil(num_training_steps * (self.warmup_steps or self.warmup_ratio))

@@ -19,7 +19,7 @@ _SIZES = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
 
 
 def _is_one_rank(parallelism: Any) -> bool:
-    """Tell whether a ``ParallelismConfig`` asks for no parallelism: every size is 1 or None."""
+    """Tell whether a ``ParallelismConfig`` has no parallelism: every size is 1 or None."""
     sizes = [getattr(parallelism, name, None) for name in _SIZES]
     return hasattr(parallelism, "dp_shard_size") and all(size in (None, 1) for size in sizes)
 
@@ -72,7 +72,7 @@ class OtherBackEndArguments:
         None,
         "Send the main rank's buffers that training changes (running statistics of BatchNorm, "
         "moving averages) to all ranks, as DistributedDataParallel does. None is yes. False lets "
-        "each rank train and evaluate with its own; saved is the main rank's.",
+        "each rank train and evaluate with its own; the main rank's are saved.",
         treatment=implemented(
             "once per optimizer step, after its micro-batches; models whose buffers never change "
             "pay nothing"

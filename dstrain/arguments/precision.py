@@ -22,7 +22,7 @@ _FULL_EVAL = (
 
 @dataclass
 class PrecisionArguments:
-    """The format of weights and activations in training; master weights are always fp32."""
+    """Formats of weights and activations in training; master weights are always fp32."""
 
     bf16: bool = arg(
         False,
@@ -79,7 +79,7 @@ class PrecisionArguments:
     )
     half_precision_backend: str = arg(
         "auto",
-        "Which library does mixed precision.",
+        "Library for mixed precision.",
         choices=("auto", "apex", "cpu_amp"),
         treatment=refused(
             "DeepSpeed does mixed precision itself, and 0.19.8 removed its Apex `amp` section",

@@ -1,4 +1,4 @@
-"""Properties of this process: its rank, its device, and what it logs and writes."""
+"""Properties of this process: its rank and device, and its part in logging and writing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Process(ReportingArguments, SavingArguments, RunArguments):
-    """Properties that depend on the process, not only on what the user wrote."""
+    """Properties of the arguments that depend on the process too."""
 
     @property
     def world_size(self) -> int:
@@ -53,7 +53,7 @@ class Process(ReportingArguments, SavingArguments, RunArguments):
 
     @property
     def _setup_devices(self) -> torch.device:
-        """Return the device: scripts ask transformers' property of this name to set it up."""
+        """Return the device; scripts read this property of transformers to set the device up."""
         return self.device
 
     @property
@@ -68,12 +68,12 @@ class Process(ReportingArguments, SavingArguments, RunArguments):
 
     @property
     def place_model_on_device(self) -> bool:
-        """Tell whether the trainer moves the model to the device: no, the engine places it."""
+        """Return False: the engine, not the trainer, moves the model to the device."""
         return False
 
     @property
     def ddp_timeout_delta(self) -> timedelta:
-        """Return how long a collective waits for a missing rank."""
+        """Return the time that a collective waits for a missing rank."""
         return timedelta(seconds=self.ddp_timeout)
 
     @property
@@ -85,31 +85,32 @@ class Process(ReportingArguments, SavingArguments, RunArguments):
 
     @property
     def should_save(self) -> bool:
-        """Tell whether this process writes the files that exist once, or once per machine."""
+        """Tell whether this process writes files that are written once, or once per machine."""
         if self.save_on_each_node:
             return self.local_process_index == 0
         return self.process_index == 0
 
     @property
     def _no_sync_in_gradient_accumulation(self) -> bool:
-        """Return False: DeepSpeed's engine decides itself when gradients are reduced."""
+        """Return False: DeepSpeed's engine decides when gradients are reduced."""
         return False
 
     def get_process_log_level(self) -> int:
-        """Return the ``logging`` level of this process; passive is INFO where it may log."""
+        """Return the ``logging`` level of this process; passive is INFO on ranks that log."""
         name = self.log_level if self.should_log else self.log_level_replica
         return LEVELS.get(name, LEVELS["info"] if self.should_log else LEVELS["warning"])
 
     @contextlib.contextmanager
     def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
-        """Run the body on the main process first; the others wait, then find what it has cached.
+        """Run the block on the main process first; other processes then find its cache.
 
         Args:
-            local: one main process per machine; False is one of all, for a shared disk.
-            desc: the body in words.
+            local: let one process per machine run first; False is one process of all machines, for
+                a shared disk.
+            desc: description of the block.
 
         Raises:
-            DstrainError: on the waiting processes, when the main one failed.
+            DstrainError: on a waiting process: the main process failed.
         """
         with main_first(launched_ranks(), per_node=local, what=desc):
             yield

@@ -1,4 +1,4 @@
-"""Arguments as plain values: for trackers, files and messages; credentials never written down."""
+"""Arguments as plain values for trackers, files and messages, without credentials."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LIKE_ENUMS = (enum.Enum, Choice)
 
 
 class Records:
-    """A dataclass of arguments that can be written down without its credentials."""
+    """Methods of a dataclass of arguments that return its values without credentials."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep ``@dataclass`` from giving a subclass a ``__repr__`` that shows credentials."""
@@ -24,7 +24,7 @@ class Records:
             cls.__repr__ = Records.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        """Return all fields, one a line, sorted by name; credentials masked."""
+        """Return all fields, one per line, sorted by name; credentials are masked."""
         fields = sorted(f.name for f in dataclasses.fields(self))  # type: ignore[arg-type]
         lines = [f"{name}={shown(name, getattr(self, name))},\n" for name in fields]
         return f"{type(self).__name__}(\n{''.join(lines)})"
@@ -44,7 +44,7 @@ class Records:
         return json.dumps(self.to_dict(), indent=2, default=str)
 
     def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:
-        """Return ``to_dict`` with every value a bool, number or text, plus the batch sizes."""
+        """Return ``to_dict`` and batch sizes, with other values than bools and numbers as text."""
         values = self.to_dict()
         for name in ("train_batch_size", "eval_batch_size"):
             values[name] = getattr(self, name)
@@ -53,7 +53,7 @@ class Records:
         }
 
     def _forget_masks(self) -> None:
-        """Remove masks that ``to_dict`` wrote: a mask is no credential, at any depth."""
+        """Remove masks of credentials that ``to_dict`` wrote, at any depth."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if is_mask(field.name, value):
@@ -63,6 +63,7 @@ class Records:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value of a field as JSON data, as far as its type is known."""
     if isinstance(value, _LIKE_ENUMS):
         return value.value
     if isinstance(value, (list, tuple)) and any(isinstance(v, _LIKE_ENUMS) for v in value):

@@ -14,7 +14,7 @@ _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 
 @dataclass
 class ReportingArguments:
-    """Logs and trackers: what is written down while training, and how often."""
+    """Logs and trackers: their times and content."""
 
     logging_strategy: str = arg(
         "steps",
@@ -64,7 +64,7 @@ class ReportingArguments:
     )
     log_on_each_node: bool = arg(
         True,
-        "Whether the first rank of every machine logs as a main rank.",
+        "Let the first rank of every machine log as a main rank.",
         treatment=implemented(),
     )
     include_tokens_per_second: bool | None = arg(
@@ -97,7 +97,7 @@ class ReportingArguments:
     def counts_tokens(self) -> str:
         """Return ``include_num_input_tokens_seen`` as "no", "all" or "non_padding"."""
         given = self.include_num_input_tokens_seen
-        # A script may have assigned a bool since they were checked.
+        # A script may have assigned a bool after the check of the arguments.
         return given if isinstance(given, str) else "all" if given else "no"
 
     def _reporting_problems(self) -> list[Problem]:

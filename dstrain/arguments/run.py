@@ -1,4 +1,4 @@
-"""Arguments about the run as a whole: where it writes, what it repeats, what ends it."""
+"""Arguments about the run as a whole: output folder, seeds, device, start-up, errors."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class RunArguments:
     )
     overwrite_output_dir: bool = arg(
         False,
-        "Whether a script may write into a folder that is not empty.",
+        "Let a script write into a folder that is not empty.",
         treatment=stored("files of the same name are always written over"),
     )
     do_train: bool = arg(
         False,
-        "Whether a script should train; stored only, for scripts to read.",
+        "Train, in a script; stored only, for scripts to read.",
         treatment=stored(),
     )
     do_eval: bool = arg(
         False,
-        "Whether a script should evaluate; set when eval_strategy is not 'no'.",
+        "Evaluate, in a script; set when eval_strategy is not 'no'.",
         treatment=stored("set where `eval_strategy` is not 'no'"),
     )
     do_predict: bool = arg(
         False,
-        "Whether a script should predict; stored only, for scripts to read.",
+        "Predict, in a script; stored only, for scripts to read.",
         treatment=stored(),
     )
     seed: int = arg(
@@ -76,14 +76,14 @@ class RunArguments:
     )
     ray_scope: str | None = arg(
         "last",
-        "Which of a Ray trial's results counts in a hyperparameter search.",
+        "Result of a Ray trial that counts in a hyperparameter search.",
         treatment=implemented("of `hyperparameter_search`"),
     )
     nan_loss: str = arg(
         "stop",
-        "What happens when a logging step sees a NaN or infinite training loss, or when outside of "
-        "fp16 a step is skipped for gradients that are not finite: 'stop' ends the run with an "
-        "error that names the first such step, 'continue' warns and goes on.",
+        "Reaction to a NaN or infinite training loss at a logging step, and outside of fp16 to a "
+        "step that is skipped because gradients are not finite: 'stop' ends the run with an error "
+        "that names the first such step, 'continue' warns and goes on.",
         choices=("stop", "continue"),
         treatment=implemented(own=True),
     )

@@ -1,4 +1,4 @@
-"""Arguments about checkpoints: when, how many, what is in them, and which one is best."""
+"""Arguments about checkpoints: times, number, content, resuming, and the best model."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class SavingArguments:
     )
     save_failure: str = arg(
         "stop",
-        "What a checkpoint that could not be written does: 'stop' ends the run with an error, "
-        "'continue' logs it, trains on, and names at the end what is missing (exit status 3 if "
-        "it is the last); earlier checkpoints stay either way.",
+        "Reaction to a checkpoint that could not be written: 'stop' ends the run with an error, "
+        "'continue' logs it, trains on, and lists missing checkpoints at the end (exit status 3 "
+        "if the last is missing); earlier checkpoints stay in both cases.",
         choices=("stop", "continue"),
         treatment=implemented(own=True),
     )
@@ -83,7 +83,7 @@ class SavingArguments:
     )
     preemption: str = arg(
         "exit",
-        "What SIGTERM, SIGUSR1 or SIGHUP on any rank does to training, and Ctrl-C to a launcher: "
+        "Reaction of training to SIGTERM, SIGUSR1 or SIGHUP on any rank, or Ctrl-C of a launcher: "
         "'exit' saves a checkpoint after the step, whatever save_strategy is, and ends the process "
         "with status 75; 'return' saves and lets train() return, with trainer.preempted set; "
         "'ignore' leaves the signals alone.",
@@ -123,12 +123,12 @@ class SavingArguments:
     )
     greater_is_better: bool | None = arg(
         None,
-        "Whether more of that metric is better; none says yes unless its name ends in loss.",
+        "Higher values of that metric are better; none says yes unless its name ends in loss.",
         treatment=implemented(),
     )
 
     def _fill_best_metric(self, *, needed: bool) -> None:
-        """Fill the documented defaults of metric and direction, where something reads them."""
+        """Fill the documented defaults of the metric, if ``needed``, and of its direction."""
         if needed and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
@@ -185,7 +185,7 @@ class SavingArguments:
         return problems
 
     def _best_problems(self, eval_strategy: str, eval_steps: float | None) -> list[Problem]:
-        """Return problems that keep a saved checkpoint from having an evaluation of its own."""
+        """Return the problem of settings by which some checkpoints have no evaluation."""
         if eval_strategy != self.save_strategy:
             return [
                 Problem(
@@ -219,6 +219,6 @@ class SavingArguments:
 
 
 def _is_multiple(number: float, of: float) -> bool:
-    """Tell whether a positive number of steps, or share of them, is a multiple of another."""
+    """Tell whether a positive number, or share, of steps is a multiple of ``of``."""
     rest = abs(math.remainder(number, of))
     return number > of / 2 and rest <= _ROUNDING * of

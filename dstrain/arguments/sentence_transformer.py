@@ -1,4 +1,4 @@
-"""``SentenceTransformerTrainingArguments``: what embedding models add."""
+"""``SentenceTransformerTrainingArguments``: additional arguments of embedding models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SentenceTransformerTrainingArguments(TrainingArguments):
     # As sentence-transformers documents it: the owner's default.
     hub_private_repo: bool | None = arg(
         None,
-        "Whether a repository that is created is private; none takes the owner's default.",
+        "Create the repository as a private one; none takes the owner's default.",
         treatment=implemented(),
     )
     prompts: dict[str, Any] | str | None = arg(
@@ -37,15 +37,15 @@ class SentenceTransformerTrainingArguments(TrainingArguments):
         "column.",
         treatment=pending("the embedding task"),
     )
-    # Any is a sampler class, or a function that makes one.
+    # Any is a class of samplers, or a function that creates one.
     batch_sampler: Any | str | None = arg(
         "batch_sampler",
-        f"How samples are put into batches: {', '.join(BATCH_SAMPLERS)}, a class or a function.",
+        f"Batch sampler: {', '.join(BATCH_SAMPLERS)}, a class or a function.",
         treatment=pending("the embedding task"),
     )
     multi_dataset_batch_sampler: Any | str | None = arg(
         "proportional",
-        f"How datasets take turns: {', '.join(MULTI_DATASET_SAMPLERS)}, a class or a function.",
+        f"Order of datasets: {', '.join(MULTI_DATASET_SAMPLERS)}, a class or a function.",
         treatment=pending("the embedding task"),
     )
     router_mapping: dict[str, Any] | str | None = arg(

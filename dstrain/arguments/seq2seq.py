@@ -1,4 +1,4 @@
-"""``Seq2SeqTrainingArguments``: what sequence-to-sequence models add."""
+"""``Seq2SeqTrainingArguments``: additional arguments of sequence-to-sequence models."""
 
 from __future__ import annotations
 

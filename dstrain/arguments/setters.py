@@ -1,7 +1,7 @@
-"""Documented ``set_*`` methods: one call sets the arguments of a subject.
+"""Documented ``set_*`` methods: each sets the arguments of a subject.
 
-Each sets all of its arguments, those left out to the default of the method, checks everything
-again and returns the object. When the check fails the object stays as it was.
+A method sets all of its arguments, those that are left out to the default of the method. It then
+checks all arguments again and returns the object. If the check fails the object is not changed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class Setters:
     """Methods that set the arguments of one subject at once."""
 
     def validate(self) -> None:
-        """Convert and check all fields, as the ``set_*`` methods do; call it after an assignment.
+        """Convert and check all fields, as the ``set_*`` methods do; for use after assignments.
 
-        A value that cannot be used stays as it was given, so that a second call finds it too.
+        If the check fails no field is changed, so that a second call fails too.
 
         Raises:
-            ConfigError: listing everything that is wrong.
+            ConfigError: some values are wrong; the error lists all problems.
         """
         with self._as_before_a_failure():
             self._validate()
@@ -39,7 +39,7 @@ class Setters:
 
     @contextlib.contextmanager
     def _as_before_a_failure(self) -> Iterator[None]:
-        """Put all fields back as they were where the block fails."""
+        """Reset all fields to their values before the block if the block fails."""
         before = dict(vars(self))
         try:
             yield
@@ -62,7 +62,7 @@ class Setters:
     ) -> Self:
         """Set the basic arguments of training, and ``do_train``.
 
-        The last two are two names of one argument; the newer one counts where it is given.
+        The last two are names of one argument; ``activation_checkpointing`` counts if it is given.
         """
         if activation_checkpointing is None:
             activation_checkpointing = gradient_checkpointing
@@ -139,8 +139,8 @@ class Setters:
     ) -> Self:
         """Set the arguments of logging.
 
-        As documented, ``nan_inf_filter`` and ``on_each_node`` are off here where the arguments of
-        the constructor are on.
+        As documented, ``nan_inf_filter`` and ``on_each_node`` are False by default, whereas the
+        arguments of the constructor are True.
         """
         return self._change(
             logging_strategy=strategy,
@@ -226,7 +226,7 @@ class Setters:
         multiprocessing_context: str | None = None,
         in_order: bool = True,
     ) -> Self:
-        """Set the arguments of the loaders; ``sampler_seed`` is ``data_seed``."""
+        """Set the arguments of loaders; ``sampler_seed`` sets ``data_seed``."""
         return self._change(
             per_device_train_batch_size=train_batch_size,
             per_device_eval_batch_size=eval_batch_size,

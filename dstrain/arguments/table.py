@@ -1,4 +1,4 @@
-"""The writer of ``README.md`` beside this file: each argument, its default and its treatment.
+"""Generator of ``README.md`` beside this file: arguments, their defaults and treatments.
 
 Run ``python -m dstrain.arguments.table`` after a change of the arguments; a test fails when the
 page is stale.
@@ -30,9 +30,9 @@ _HEAD = """# Arguments
 
 Generated from the code by `python -m dstrain.arguments.table`; do not edit.
 
-What becomes of every argument that transformers and sentence-transformers document, and of the
-others (marked `*`): dstrain's own, and those of newer releases of transformers. Each field declares
-it where it stands, in the files of this folder.
+Treatment of all arguments that transformers and sentence-transformers document, and of further ones
+(marked `*`): those of dstrain, and of newer releases of transformers. Treatments are declared with
+the fields, in the files of this folder.
 
 | treatment | meaning | arguments |
 |---|---|---|

@@ -35,7 +35,7 @@ from dstrain.core.errors import ConfigError, Problem, raise_problems
 
 # Numbers of steps or epochs, or below 1 shares of all steps.
 _STEPS = ("logging_steps", "save_steps", "eval_steps", "eval_delay", "warmup_steps")
-# Arguments whose values transformers makes members of enums.
+# Arguments whose values are members of enums in transformers.
 _LIKE_ENUMS = (
     "eval_strategy",
     "logging_strategy",
@@ -68,14 +68,14 @@ class TrainingArguments(
     BatchArguments,
     RunArguments,
 ):
-    """Everything a user decides about a training run.
+    """Arguments of a training run.
 
-    What becomes of each argument is declared where it stands, and listed in the README beside this
+    The treatment of each argument is declared with its field, and listed in the README beside this
     file.
 
     Raises:
-        ConfigError: on construction, listing every field whose value cannot be used, every pair of
-            fields that contradict each other, and every value that has no effect here.
+        ConfigError: from the constructor, when values cannot be used, contradict each other, or are
+            refused; the error lists all problems.
     """
 
     _VALID_DICT_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -89,21 +89,21 @@ class TrainingArguments(
     )
 
     def __post_init__(self) -> None:
-        """Convert strings to the declared types, fill derived defaults, report all problems."""
+        """Convert values to the declared types, fill derived defaults, and check all arguments."""
         self.validate()
 
     def _validate(self) -> None:
         self._forget_masks()
         unread = self._read_values()
-        # A value that cannot be read stands at its default while the others are checked, so that
-        # one message lists everything.
+        # A value that cannot be read is replaced by its default for the check of other values, so
+        # that one error lists all problems.
         for name in unread:
             vars(self)[name] = default_of(_field(self, name))
         found = [p for p in self._check_values() if not _names_any(p, unread)]
         raise_problems([*unread.values(), *found], error=ConfigError)
 
     def _read_values(self) -> dict[str, Problem]:
-        """Convert all fields in place; return the problem of each whose value has no meaning."""
+        """Convert all fields in place; return field -> problem, for values that cannot be read."""
         early = {
             "torch_empty_cache_steps": self._read_cache_steps(),
             "accelerator_config": self._read_accelerator_config(),
@@ -111,7 +111,7 @@ class TrainingArguments(
         self._spell()
         unread = {name: problem for name, problem in early.items() if problem is not None}
         unread |= coerce_fields(self)
-        # What DeepSpeed's config says is read where it is resolved; a path of FSDP's is refused.
+        # DeepSpeed's config is read by the resolution; a config of FSDP is refused.
         dicts = [n for n in self._VALID_DICT_FIELDS if n not in ("deepspeed", "fsdp_config")]
         unread |= read_dicts(self, tuple(name for name in dicts if name not in unread))
         if self.lr_scheduler_kwargs is None:
@@ -119,7 +119,7 @@ class TrainingArguments(
         return unread
 
     def _check_values(self) -> list[Problem]:
-        """Fill derived values; return what is refused, and what contradicts something else."""
+        """Fill derived values; return the problems of refused and contradictory values."""
         self._join_twins()
         moved, problems = enforce.move_old_names(self)
         problems += convert_values(type(self), {name: getattr(self, name) for name in moved})[1]
@@ -128,7 +128,7 @@ class TrainingArguments(
         return problems + self._problems()
 
     def _spell(self) -> None:
-        """Replace other documented or common ways to write a value by its usual form."""
+        """Replace values in other documented or common forms by their usual form."""
         if self.output_dir is None:
             self.output_dir = default_of(_field(self, "output_dir"))
         if self.include_num_input_tokens_seen is None:
@@ -149,7 +149,7 @@ class TrainingArguments(
             self.fsdp = " ".join(str(getattr(v, "value", v)) for v in self.fsdp)
 
     def _fill(self) -> None:
-        """Fill defaults that follow from other arguments."""
+        """Fill values that follow from other arguments."""
         self.output_dir = os.path.expanduser(self.output_dir)
         if self.eval_strategy != "no":
             self.do_eval = True
@@ -219,6 +219,6 @@ def _field(arguments: TrainingArguments, name: str) -> dataclasses.Field[object]
 
 
 def _names_any(problem: Problem, names: Iterable[str]) -> bool:
-    """Tell whether a problem names one of the arguments, which stand at their default meanwhile."""
+    """Tell whether a problem names one of the arguments, which are replaced by their default."""
     text = f"{problem.what} {problem.why}"
     return any(re.search(rf"\b{name}\b", text) for name in names)

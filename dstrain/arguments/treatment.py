@@ -1,4 +1,4 @@
-"""Treatment of an argument's value: every field declares one, so that nothing is ignored."""
+"""Treatments of arguments: each field declares one, so that no argument is ignored."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ NOT_YET = "not implemented yet in this version"
 
 @dataclass(frozen=True)
 class Treatment:
-    """Treatment of the value of an argument.
+    """Treatment of the values of an argument.
 
     Attributes:
         kind: "implemented"; "deepspeed" (written to keys of its config); "alias" (an old name);
             "stored" (for scripts to read); "no effect" (accepted with a warning); "refused" (every
             value but the default is an error); "pending" (refused until it is implemented).
-        note: the reason, or a remark for the page.
-        remedy: what to use instead.
+        note: the reason, or a remark for the table.
+        remedy: remedy of the error for a refused value.
         targets: DeepSpeed keys, or the new name of an alias.
-        accepts: values that are taken like the default.
-        convert: of an alias: (arguments, old value) -> new value; a ``ValueError`` is a conflict.
-        excluded: legal values that are refused, with the reason.
-        own: whether the documents that dstrain follows do not have it: an argument of its own, or
-            of a newer release of transformers.
+        accepts: tells whether a value is accepted like the default.
+        convert: (arguments, old value) -> new value, for an alias; a ``ValueError`` is a conflict.
+        excluded: legal value that is refused -> reason.
+        own: whether the argument is missing in the documents that dstrain follows: it is an
+            argument of dstrain, or of a newer release of transformers.
     """
 
     kind: Kind
@@ -39,14 +39,14 @@ class Treatment:
     own: bool = False
 
     def refuses(self, value: Any, default: Any) -> bool:
-        """Tell whether this value of the argument is an error."""
+        """Tell whether a value of the argument is refused."""
         if self.kind not in ("refused", "pending") or value is None or value == default:
             return False
         return self.accepts is None or not self.accepts(value)
 
     @property
     def brief(self) -> str:
-        """Return a few words for the help of a command; "" where the argument simply works."""
+        """Return a remark for the help of a command; "" if the argument works as documented."""
         return {
             "alias": "deprecated",
             "no effect": "no effect here",
@@ -55,7 +55,7 @@ class Treatment:
         }.get(self.kind, "")
 
     def __str__(self) -> str:
-        """Return one line for the generated page."""
+        """Return the treatment in words, for the generated table."""
         keys = ", ".join(f"`{t}`" for t in self.targets)
         head = {
             "implemented": "implemented",
@@ -89,24 +89,25 @@ def deepspeed_key(
 def alias(
     new: str, *, convert: Callable[[Any, Any], Any] | None = None, note: str = ""
 ) -> Treatment:
-    """Declare an old name: its value moves to ``new`` with a warning.
+    """Declare an old name, whose value is moved to ``new`` with a warning.
 
     Args:
-        new: the name to use.
-        convert: (arguments, old value) -> new value; may merge it with the present one, and
-            raises ``ValueError`` where the two contradict each other. None takes it as it is.
-        note: what the conversion does.
+        new: name to use.
+        convert: (arguments, old value) -> new value; it may merge the old value with that of
+            ``new``, and raises ``ValueError`` if they contradict each other. None moves the value
+            unchanged.
+        note: remark on the conversion, for the table.
     """
     return Treatment("alias", note, targets=(new,), convert=convert)
 
 
 def stored(note: str = "", *, own: bool = False) -> Treatment:
-    """Declare that the argument is kept for scripts and callbacks; nothing of ours acts on it."""
+    """Declare that the argument is kept for scripts and callbacks, and not used by dstrain."""
     return Treatment("stored", note, own=own)
 
 
 def no_effect(why: str, *, own: bool = False) -> Treatment:
-    """Declare that another value than the default only gives a warning that says why."""
+    """Declare that values other than the default have no effect but a warning with the reason."""
     return Treatment("no effect", why, own=own)
 
 
@@ -117,10 +118,10 @@ def refused(
     accepts: Callable[[Any], bool] | None = None,
     own: bool = False,
 ) -> Treatment:
-    """Declare that a value other than the default is an error."""
+    """Declare that values other than the default are an error."""
     return Treatment("refused", why, remedy, accepts=accepts, own=own)
 
 
 def pending(note: str) -> Treatment:
-    """Declare that another value than the default is an error until the trainer implements it."""
+    """Declare that values other than the default are an error until they are implemented."""
     return Treatment("pending", note)

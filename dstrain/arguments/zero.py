@@ -1,4 +1,4 @@
-"""Arguments about DeepSpeed: the user's config, the ZeRO stage, and how stage 3 walks the model."""
+"""Arguments about DeepSpeed: the user's config, ZeRO stage, sub-groups and leaf modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dstrain.core.errors import Problem
 
 @dataclass
 class ZeroArguments:
-    """ZeRO: what is partitioned over the ranks."""
+    """ZeRO: partitioning over the ranks, and the DeepSpeed config."""
 
     deepspeed: dict[str, Any] | str | None = arg(
         None,
@@ -24,7 +24,7 @@ class ZeroArguments:
     )
     zero_stage: str = arg(
         "auto",
-        "What ZeRO partitions over the ranks: 0 nothing, 1 optimizer states, 2 also gradients, "
+        "Values that ZeRO partitions over the ranks: 0 none, 1 optimizer states, 2 also gradients, "
         "3 also parameters; auto takes the fastest that fits by the memory plan (`dstrain plan`), "
         "and 2 where the model's sizes or the memory are not known.",
         choices=("auto", "0", "1", "2", "3"),

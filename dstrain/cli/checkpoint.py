@@ -1,4 +1,4 @@
-"""``dstrain checkpoint ACTION``: looks after the checkpoints of a run, in one process."""
+"""Command ``dstrain checkpoint ACTION``: list, verify, write and remove checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dstrain.core.files import told_refused
 
 @dataclass(frozen=True)
 class _Action:
-    """Action of ``dstrain checkpoint``, named by the word after it.
+    """Action of ``dstrain checkpoint``, such as ``ls``.
 
     Attributes:
-        usage: its arguments.
-        text: its description.
-        run: carries it out; returns the exit status.
-        flags: declares its arguments to a parser.
+        usage: arguments of the action, as in the help.
+        text: description of the action.
+        run: function that carries the action out and returns the exit status.
+        flags: function that adds the arguments of the action to a parser.
     """
 
     usage: str
@@ -33,11 +33,11 @@ class _Action:
 
 @told_refused(CheckpointError)
 def run(words: Sequence[str]) -> int:
-    """Run one action; return 1 where ``verify`` found damage or ``diff`` a difference, else 0.
+    """Run one action; return 1 if ``verify`` finds damage or ``diff`` a difference, else 0.
 
     Raises:
-        ConfigError: an unknown action or flag.
-        CheckpointError: no checkpoint where one was named, or the system refuses a path.
+        ConfigError: the action or a flag is unknown.
+        CheckpointError: a path holds no checkpoint, or the system refuses access to it.
     """
     if not words or words[0] in ("-h", "--help"):
         print(_usage(), end="")

@@ -1,4 +1,4 @@
-"""Actions of ``dstrain checkpoint`` that only look: ls, verify, diff."""
+"""Actions of ``dstrain checkpoint`` that only read: ls, verify, diff."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WIDEST = 60
 
 
 def ls(options: Namespace) -> int:
-    """List the checkpoints of a run."""
+    """Print a table of the checkpoints of a run."""
     from dstrain.checkpoint import best_of, committed, named, read_manifest
 
     rows = [("step", "size", "state", "ranks", "stage", "metrics", "")]
@@ -67,7 +67,7 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def verify(options: Namespace) -> int:
-    """Read every file, check every parameter; return 1 where something is wrong."""
+    """Check every file and parameter of checkpoints; return 1 if one is damaged, else 0."""
     from tqdm import tqdm
 
     from dstrain import checkpoint
@@ -97,7 +97,7 @@ def verify(options: Namespace) -> int:
 
 
 def diff(options: Namespace) -> int:
-    """Say what differs between two checkpoints; return 1 where something does."""
+    """Print the differences between two checkpoints; return 1 if there are any, else 0."""
     from tqdm import tqdm
 
     from dstrain.checkpoint import compare

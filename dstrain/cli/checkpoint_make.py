@@ -33,7 +33,7 @@ def export(options: Namespace) -> int:
 
 
 def convert(options: Namespace) -> int:
-    """Write a checkpoint so that DeepSpeed loads it."""
+    """Write a checkpoint as a folder in DeepSpeed's universal format."""
     from tqdm import tqdm
 
     from dstrain import checkpoint
@@ -60,7 +60,7 @@ def convert(options: Namespace) -> int:
 
 
 def import_checkpoint(options: Namespace) -> int:
-    """Make a checkpoint of a run of DeepSpeed or transformers."""
+    """Write a checkpoint of DeepSpeed or transformers as a checkpoint of dstrain."""
     from tqdm import tqdm
 
     from dstrain import checkpoint
@@ -81,7 +81,7 @@ def import_checkpoint(options: Namespace) -> int:
 
 
 def prune(options: Namespace) -> int:
-    """Remove old checkpoints of a run, and say which."""
+    """Remove old checkpoints of a run, and print which are removed and which are kept."""
     from tqdm import tqdm
 
     from dstrain import checkpoint

@@ -1,4 +1,4 @@
-"""Helpers that the actions of ``dstrain checkpoint`` share."""
+"""Functions that several actions of ``dstrain checkpoint`` use."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dstrain.core.errors import CheckpointError, Problem
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List the folder itself if it is a checkpoint, else those of the run in it, oldest first.
+    """Return ``[folder]`` for a checkpoint, or the checkpoints in a run's folder, oldest first.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: the folder is no checkpoint, and has none in it.
     """
     from dstrain.checkpoint import committed
 
@@ -31,12 +31,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def quiet() -> bool:
-    """Tell whether to show no progress bars, because they would end up in a file."""
+    """Tell whether progress bars are left out, because standard error is no terminal."""
     return not sys.stderr.isatty()
 
 
 def size(num_bytes: int) -> str:
-    """Format a number of bytes for people."""
+    """Format a number of bytes with a unit, such as "1.5 GB"."""
     size, units = float(num_bytes), ["B", "KB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]

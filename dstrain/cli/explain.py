@@ -1,7 +1,7 @@
-"""``dstrain explain``: the config that flags resolve to, and why; no torch, no GPU.
+"""Command ``dstrain explain``: print the config that flags resolve to, and why; without torch.
 
-``dstrain explain TASK [flags]`` takes every flag of ``dstrain train TASK``: the command of a run is
-explained by writing "explain" for "train".
+``dstrain explain TASK [flags]`` takes every flag of ``dstrain train TASK``: write "explain" in
+place of "train" in the command of a run to explain its config.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
 }
 OPTIONAL = (*SHARED, "diff")
 SAME, DIFFERENT = 0, 1
-"""The exit status of ``--diff`` is that of diff(1)."""
+"""Exit statuses of ``--diff``, as those of diff(1)."""
 
 
 def run(words: Sequence[str]) -> int:
-    """Resolve and print; with ``--diff`` compare.
+    """Print the resolved config, or with ``--diff`` its differences from another one.
 
     Returns:
-        0, or with ``--diff`` 1 where something differs.
+        the exit status: 1 for a ``--diff`` with differences, else 0.
 
     Raises:
-        ConfigError: as training with these flags would.
-        ModelError: a model config that cannot be read.
+        ConfigError: the flags are wrong; training with them raises the same error.
+        ModelError: the model config cannot be read.
     """
     options, arguments = _parse(words)
     resolved = _resolve(options, arguments)
@@ -68,7 +68,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _unsaid(resolved: ResolvedConfig) -> str:
-    """Say which flags would bring the answer nearer to that of a run; "" for none."""
+    """Return a note that names flags for facts which only a run knows; "" if all are given."""
     facts = resolved.facts
     unknown = {"--model_config": facts.sizes is None}
     if resolved.provenance["zero_optimization.stage"].source == "derived":
@@ -79,7 +79,7 @@ def _unsaid(resolved: ResolvedConfig) -> str:
 
 
 def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]:
-    """Parse the command's own flags, those of the model, and the arguments of training."""
+    """Parse flags of the command, of the model and of the world, and the training arguments."""
     words = list(words)
     if words[:1] == ["train"]:
         del words[0]
@@ -128,7 +128,7 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]
 
 
 def _joined(words: list[str]) -> list[str]:
-    """Join ``--diff`` and its flags into one word: argparse takes a lone flag for its own."""
+    """Join ``--diff`` and the word after it by "="; argparse would take that word for a flag."""
     if "--diff" not in words[:-1]:
         return words
     i = words.index("--diff")
@@ -136,7 +136,7 @@ def _joined(words: list[str]) -> list[str]:
 
 
 def _of_tasks() -> dict[str, str]:
-    """Map flags that only tasks have to the command that takes them."""
+    """Return flag of a task -> remedy that names the command which takes the flag."""
     having: dict[str, list[str]] = {}
     for task in TASKS:
         for cls in find_task(task).argument_classes():
@@ -149,14 +149,14 @@ def _of_tasks() -> dict[str, str]:
 
 
 def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
-    """Return the record of the run to compare with.
+    """Return the record of the run that ``--diff`` names: by a folder, a file, or flags.
 
     Raises:
-        ConfigError: it is none of the things that can be compared with, or cannot be resolved.
+        ConfigError: the value of ``--diff`` cannot be read, or its config cannot be resolved.
     """
     given = options.diff.strip()
     if not given or given.startswith("-"):
-        # Its own flags in full; the model and the world are the same unless it says otherwise.
+        # Its flags are complete but for model and world, which are taken over if it names none.
         try:
             own = shlex.split(given)
         except ValueError as error:
@@ -165,7 +165,7 @@ def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
             ) from error
         flags = {word.split("=")[0].replace("-", "_").replace("__", "--", 1) for word in own}
         names = [n for n in SHARED if getattr(options, n) is not None]
-        if flags & {f"--{name}" for name in MODELS}:  # the other way to name a model goes
+        if flags & {f"--{name}" for name in MODELS}:  # a model named there replaces this one
             names = [n for n in names if n not in MODELS]
         kept = [f"--{name}={getattr(options, name)}" for name in names]
         return _record([*([options.task] if options.task else []), *kept, *own])
@@ -184,6 +184,7 @@ def _record(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _resolve(options: argparse.Namespace, arguments: TrainingArguments) -> ResolvedConfig:
+    """Resolve the arguments for the model and the world that the flags describe."""
     _check(options)
     sizes = _sizes(options)
     facts = Facts(
@@ -228,7 +229,7 @@ def _sizes(options: argparse.Namespace) -> ModelSizes | None:
 
 
 def _machine(options: argparse.Namespace) -> Machine | None:
-    """Return the machine's memory as given; None where that of a rank is not."""
+    """Return the machine with the memory that flags give; None without a rank's memory."""
     errors: list[Any] = []
     sizes: dict[str, int] = {}
     for name in ("gpu_memory", "host_memory"):

@@ -1,4 +1,4 @@
-"""Flags from dataclasses: a field is a flag; a misspelt one is an error naming the nearest."""
+"""Flags made of the fields of dataclasses; for a misspelt flag the nearest one is suggested."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _NAMING = (
     *("model_config", "deepspeed"),
 )
 MOST_CHOICES_CHARS = 50
-"""Longer lists of choices stand in a flag's help, where they wrap, and not behind its name."""
+"""Longest list of choices to print beside a flag's name; longer ones are in its help text."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Report like every other mistake of a user instead of exiting here."""
+        """Raise a ``ConfigError``, as for every other mistake of a user, instead of exiting."""
         raise ConfigError(Problem(message, "", f"see {self.prog} --help"))
 
 
 def make_parser(
     prog: str, description: str, classes: Sequence[type[Any]]
 ) -> argparse.ArgumentParser:
-    """Make a parser with a group of flags per dataclass, and per mixin of ``TrainingArguments``."""
+    """Make a parser with a group of flags for each dataclass and each of its base classes."""
     parser = _Parser(
         prog=prog,
         usage="%(prog)s [flags]",
@@ -54,16 +54,17 @@ def parse(
     *,
     of_other_commands: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[argparse.Namespace, list[Any]]:
-    """Parse flags into one instance of each dataclass, and whatever else the parser declares.
+    """Parse flags into one instance of each dataclass, and a namespace of all other flags.
 
     Args:
-        parser: of ``make_parser``.
-        argv: the words.
-        classes: those that the parser was made of.
-        of_other_commands: flag that only another command has -> what to write instead.
+        parser: a parser from ``make_parser``.
+        argv: words of the command line.
+        classes: the dataclasses that the parser was made of.
+        of_other_commands: flag that only another command has -> remedy for the error.
 
     Raises:
-        ConfigError: unknown flags, values of the wrong type and illegal combinations, all at once.
+        ConfigError: flags are unknown, values have the wrong type, or flags contradict each other;
+            one error lists all problems.
     """
     known, unknown = parser.parse_known_args([_underscored(a) for a in argv])
     values = vars(known)
@@ -101,10 +102,10 @@ def parse(
 
 
 def _is_empty(name: str, value: Any) -> bool:
-    """Tell whether a flag that names something is empty, as a shell variable that is not set.
+    """Tell whether the value of a flag for a name or path is empty, as by an unset shell variable.
 
-    Left out it would have its default; empty, a path is the current folder. An empty ``output_dir``
-    is refused by the arguments themselves, also from Python.
+    An empty path would be the current folder, whereas a flag that is left out has its default. An
+    empty ``output_dir`` is refused by ``RunArguments``, which is also used without a command line.
     """
     is_text = isinstance(value, str) and name != "output_dir" and name.endswith(_NAMING)
     return is_text and not value.strip()
@@ -119,7 +120,7 @@ def _names_nothing(name: str) -> Problem:
 
 
 def _groups(cls: type[Any]) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
-    """Group fields by the mixin that declares them, in the order of declaration."""
+    """Group the fields of a class by the base class that declares them, in order."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     groups = []
     for base in reversed(cls.__mro__):
@@ -132,6 +133,7 @@ def _groups(cls: type[Any]) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
 
 
 def _add_flag(group: Any, field: dataclasses.Field[Any], kinds: tuple[type, ...]) -> None:
+    """Add the flag of a field to a group, with choices, treatment and default in its help."""
     options: dict[str, Any] = {"metavar": field.name.upper().split("_")[-1]}
     if bool in kinds:
         options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
@@ -155,7 +157,7 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], kinds: tuple[type, ...]
 
 
 def _underscored(word: str) -> str:
-    """Write a flag's name with underscores (``--learning-rate``); leave values as they are."""
+    """Replace hyphens in a flag's name by underscores (``--learning-rate``), not in its value."""
     name, equals, value = word[2:].partition("=")
     if not word.startswith("--") or " " in name:
         return word

@@ -1,4 +1,4 @@
-"""Entry point: picks the command, and turns every failure into a message and an exit status."""
+"""Entry point: runs a command, and turns each failure into a message and an exit status."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ FAILURE = 1
 
 _GO_ON = "the same command with --resume_from_checkpoint auto goes on from there"
 
-# How gloo and NCCL say in a collective that a peer is gone.
+# Parts of errors by which gloo and NCCL report in a collective that a peer is gone.
 LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status.
 
-    0; 1 for a failure, 2 for a user's mistake, 3 for training that is done but whose last
-    checkpoint could not be written, 75 for training that a signal ended early. Ranks that wait for
-    one that does not come end by themselves, with 76.
+    The status is 0 for success, 1 for a failure, 2 for a mistake of the user, 3 for training that
+    is done but whose last checkpoint could not be written, and 75 for training that a signal ended
+    early. Ranks that wait in vain for another rank end by themselves, with status 76.
     """
     words = [a for a in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(a)]
     try:
@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError as error:
-        if words[:1] == ["train"]:  # of a socket or a pipe of its own: what it prints never raises
+        if words[:1] == ["train"]:  # from another pipe or socket: prints of training never raise it
             return _report_failure(error)
-        # The reader has seen enough: `dstrain explain | head`.
+        # The reader of the output has ended, as in `dstrain explain | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """Run the console script: ``main``, then shut down the process group and end the process."""
+    """Run ``main`` as a console script, shut down the process group, and end the process."""
     status = main()
     note_end(status)
     if status in (0, PREEMPTED, INCOMPLETE) and "torch" in sys.modules:
@@ -82,10 +82,10 @@ def entry() -> NoReturn:
 
 
 def _end(status: int) -> NoReturn:
-    """End as Python would, but for the destructors of C++ libraries.
+    """End the process as Python does, but without running destructors of C++ libraries.
 
-    Threads of gloo have outlived their owners there, and now and then aborted a training command
-    that was done ("terminate called without an active exception").
+    In these destructors, threads of gloo that outlive their owner sometimes abort a training
+    command that is done ("terminate called without an active exception").
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -137,10 +137,13 @@ def _run(words: list[str]) -> int:
 
 
 def _report_user_error(error: DstrainError) -> int:
-    """Report a user's mistake once: ranks usually find the same, so the others let rank 0 speak."""
+    """Print a mistake of the user; return the exit status.
+
+    All ranks usually find the same mistake, so that other ranks let rank 0 print it first.
+    """
     rank = int(os.environ.get("RANK", "0"))
     if rank:
-        # Rank 0 ends within this time if it found the same; the launcher then ends this rank.
+        # If rank 0 finds the same mistake it ends meanwhile, and the launcher ends this rank.
         time.sleep(5)
         print(f"[rank {rank}] {error}", file=sys.stderr, flush=True)
     else:
@@ -149,11 +152,11 @@ def _report_user_error(error: DstrainError) -> int:
 
 
 def _report_failure(error: Exception) -> int:
-    """Show this rank's traceback and end at once, so that the launcher ends the other ranks."""
+    """Print this rank's traceback and end at once, so that the launcher ends all other ranks."""
     rank = os.environ.get("RANK", "0")
     reason = next(iter(str(error).strip().splitlines()), "")
     if any(sign in reason for sign in LOST_RANK):
-        # A consequence: its traceback would bury the one that matters.
+        # Another rank has failed before: this traceback would hide that of the cause.
         text = f"ended, because another rank did; the cause is what that rank shows ({reason})"
     else:
         text = f"failed:\n{traceback.format_exc()}"
@@ -162,7 +165,10 @@ def _report_failure(error: Exception) -> int:
 
 
 def _leave(status: int) -> int:
-    """End without clean-up where other ranks exist: it could wait for them, and they for us."""
+    """End the process without clean-up if there are several ranks; else return the status.
+
+    Clean-up could wait for other ranks, which may wait for this one.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         note_end(status)
         with contextlib.suppress(Exception):

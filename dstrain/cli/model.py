@@ -1,4 +1,4 @@
-"""Sizes of the model that a command is asked about; torch only where there is no formula."""
+"""Sizes of the model that a command plans for; without torch if there is a formula."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNT_SECONDS = 300
 
 @told_refused(ModelError)
 def local_folder(name: str) -> str:
-    """Check that ``model_name_or_path`` is a local folder with a config; fetch nothing.
+    """Return ``model_name_or_path``, which must be a local folder: nothing is downloaded.
 
     Raises:
         ModelError: it is no folder with a config.json.
@@ -33,10 +33,10 @@ def local_folder(name: str) -> str:
 
 
 def count_in_child(spec: str) -> ModelSizes:
-    """Count the sizes of a model without a closed form, in a process that may import torch.
+    """Count the sizes of a model without a closed form, in a child process that imports torch.
 
     Raises:
-        ModelError: what that process found wrong.
+        ModelError: the child process found a problem, or did not end in time.
     """
     print(
         hidden_in_text(f"no formula for the parameters of {spec!r}: counting them with torch"),

@@ -1,4 +1,4 @@
-"""``dstrain plan``: memory of every ZeRO stage and offload for a model; no torch, no GPU."""
+"""Command ``dstrain plan``: print the memory of each ZeRO stage and offload; without torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dstrain.core.errors import ConfigError, Problem, raise_problems
 
 
 def run(words: Sequence[str]) -> int:
-    """Compute and print.
+    """Print the memory plan of the model and machines that the flags describe.
 
     Raises:
-        ConfigError: flags that cannot be used.
-        ModelError: a config that cannot be read.
+        ConfigError: flags are unknown or have wrong values.
+        ModelError: the model config cannot be read.
     """
     parser = make_parser(
         "dstrain plan",

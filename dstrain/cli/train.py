@@ -1,4 +1,4 @@
-"""``dstrain train TASK``: hands the flags to the task."""
+"""Command ``dstrain train TASK``: parse the flags of a task, and run it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dstrain.core.secrets import hidden_in_words
 TASKS = {"causal-lm": "dstrain.tasks.causal_lm", "seq2seq": "dstrain.tasks.seq2seq"}
 
 
-# How values begin that can have a credential in them: JSON, as it is or in base64, and addresses.
+# Beginnings of values that can contain a credential: JSON, plain or in base64, and addresses.
 _SETTINGS = re.compile(r"\{|e[yw3]|[A-Za-z][A-Za-z0-9+.\-]*:/")
 
 
 def run(words: Sequence[str]) -> int:
-    """Parse the task's flags and run it; returns the exit status.
+    """Parse the flags of a task and run it; return the exit status.
 
     Raises:
-        ConfigError: no or an unknown task, unknown or illegal flags; credentials among them where
-            a launcher has started this process.
+        ConfigError: no task or an unknown one is named, flags are wrong, or a launcher has started
+            this process with a credential among the flags.
     """
     if not words:
         raise ConfigError(
@@ -53,10 +53,10 @@ def run(words: Sequence[str]) -> int:
 
 
 def _refuse_credentials(words: Sequence[str]) -> None:
-    """Keep credentials out of a launcher's command, which it prints and every user can read.
+    """Refuse credentials in the command of a launcher, which prints it, and every user can read.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: a word of the command is, or contains, a credential.
     """
     problems = []
     for i, (word, shown) in enumerate(zip(words, hidden_in_words(words), strict=True)):
@@ -86,7 +86,7 @@ def find_task(name: str) -> ModuleType:
     """Import the module of a task.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no task has this name.
     """
     if name not in TASKS:
         close = nearest(name, set(TASKS))

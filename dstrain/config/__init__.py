@@ -1,4 +1,4 @@
-"""Arguments and facts become one complete DeepSpeed config, with a reason for every key."""
+"""Config: one complete DeepSpeed config from arguments and facts, with a reason for every key."""
 
 from dstrain.config.facts import Facts, Machine, ModelFacts
 from dstrain.config.resolution.resolve import resolve

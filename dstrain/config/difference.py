@@ -14,7 +14,7 @@ from dstrain.core.files import expanded, told_refused
 from dstrain.core.secrets import hidden_in_text, without_secrets
 
 RECORD_FILE = "resolved_config.json"
-# Where a run writes and what it is called make no other run of it.
+# Runs that differ in these alone are the same.
 NAMES_OF_A_RUN = {"output_dir", "logging_dir", "run_name"}
 TITLES = {
     "key": "DeepSpeed config",
@@ -33,7 +33,7 @@ class _Reason:
 
 @dataclass(frozen=True)
 class ConfigRecord:
-    """Holds the parts of ``resolved_config.json`` that a comparison looks at."""
+    """Parts of ``resolved_config.json`` that are compared."""
 
     deepspeed: Plain | None = None
     provenance: Mapping[Text, _Reason] | None = None
@@ -46,11 +46,11 @@ class ConfigRecord:
 
 @dataclass(frozen=True)
 class Side:
-    """Value that one of the two runs has under a name.
+    """Value of a name in one of two runs.
 
     Attributes:
-        present: whether the run has the name at all.
-        value: JSON data; None where it is not present.
+        present: whether the run has a value for the name.
+        value: JSON data; None if the run has no value.
         why: the reason for the value, or for its absence.
     """
 
@@ -71,8 +71,8 @@ class Difference:
     Attributes:
         kind: a key of ``TITLES``.
         name: a dotted path of the config, or the name of an argument, fact or package.
-        this: the run that is explained.
-        other: the one it is compared with.
+        this: value in the run that is explained.
+        other: value in the run that it is compared with.
     """
 
     kind: str
@@ -82,12 +82,12 @@ class Difference:
 
 
 def differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Return everything that differs between two records.
+    """Return the differences between two records: of keys, arguments, facts and versions.
 
     Args:
-        this: a record as of ``as_record``.
-        other: a second record in the same form. Facts and versions that only one of the two has
-            are no difference: a run knows more than a command that looks ahead.
+        this: a record, as ``as_record`` returns it.
+        other: a second record in the same form. Arguments, facts and versions that only one record
+            has are no difference: a run knows more than a command before it.
     """
     # A record of another release, or of another program, may have credentials in it.
     this, other = without_secrets(this), without_secrets(other)
@@ -110,11 +110,11 @@ def differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Diff
 
 
 def as_text(found: tuple[Difference, ...], *, other: str) -> str:
-    """Return the differences as text for people: each name with a line per run.
+    """Return the differences as text to print: for each name a line per run.
 
     Args:
         found: the differences.
-        other: what the other run is called.
+        other: name of the second run.
     """
     other = hidden_in_text(other)
     if not found:
@@ -138,11 +138,11 @@ def as_data(found: tuple[Difference, ...]) -> list[dict[str, Any]]:
 
 @told_refused(ConfigError)
 def read_record(given: str) -> dict[str, Any] | None:
-    """Read the record of a run, given its folder or the file; None if ``given`` names neither.
+    """Read the record of a run from its folder or file; None if ``given`` is no such path.
 
     Raises:
-        ConfigError: a folder without a record, or a file that cannot be read or holds something
-            else under a record's names.
+        ConfigError: the folder has no record, or the file cannot be read, or has the keys of a
+            record with values of other types.
     """
     path = expanded(given)
     try:
@@ -181,6 +181,7 @@ def read_record(given: str) -> dict[str, Any] | None:
 
 
 def _keys(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
+    """Yield path and side of each key of the DeepSpeed config in a record."""
     for path, reason in record["provenance"].items():
         try:
             value = leaf(record["deepspeed"], path)
@@ -190,6 +191,7 @@ def _keys(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
 
 
 def _arguments(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
+    """Yield name and side of each argument in a record, with the values that ran."""
     given = set(record.get("set_arguments") or ())
     adopted = record.get("adopted_from_config") or {}
     for name, value in (record.get("arguments") or {}).items():
@@ -202,6 +204,7 @@ def _arguments(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
 
 
 def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, Side]]:
+    """Yield dotted name and side of each known fact in a record."""
     for name, value in (record.get("facts") or {}).items():
         for inner, part in value.items() if isinstance(value, Mapping) else [("", value)]:
             if part is not None:

@@ -1,4 +1,4 @@
-"""A resolved config for people and for files: every key with its value and its reason."""
+"""A resolved config as text and as JSON data: every key with its value and its reason."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PACKAGES = ("dstrain", "deepspeed", "torch", "transformers")
 
 
 def as_table(resolved: ResolvedConfig) -> str:
-    """Return aligned lines ``key  value  reason``, long reasons on several; then warnings.
+    """Return aligned lines ``key  value  reason``, then warnings; long reasons take several lines.
 
-    Credentials are masked, as in everything here.
+    Credentials are masked.
     """
     rows = [
         (key, _show(without_secrets(value, key)), hidden_in_text(str(resolved.provenance[key])))
@@ -53,8 +53,8 @@ def as_dict(resolved: ResolvedConfig) -> dict[str, Any]:
 def as_record(resolved: ResolvedConfig, arguments: TrainingArguments) -> dict[str, Any]:
     """Return the content of a run's ``resolved_config.json``, as plain JSON data.
 
-    Beside ``as_dict``: what the resolution knew, every argument with the names of
-    those that were set, and the versions of the packages.
+    It contains the data of ``as_dict``, the facts of the resolution, all arguments, the names of
+    arguments that were set, and the versions of packages.
     """
     facts = resolved.facts
     model = None if facts.model is None else asdict(facts.model)
@@ -81,7 +81,7 @@ def as_record(resolved: ResolvedConfig, arguments: TrainingArguments) -> dict[st
 
 
 def versions() -> dict[str, str]:
-    """Return installed versions, read without importing the packages; leave out what is missing."""
+    """Return the versions of Python and of installed ``PACKAGES``, which are not imported."""
     return {"python": python_version(), **installed(PACKAGES)}
 
 
@@ -89,7 +89,7 @@ def leaf(config: Mapping[str, Any], path: str) -> Any:
     """Return the value at a dotted path.
 
     Raises:
-        KeyError: there is none.
+        KeyError: the path is not in the config.
     """
     node: Any = config
     for part in path.split("."):

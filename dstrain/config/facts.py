@@ -1,4 +1,4 @@
-"""Facts about the world and the model that the resolver needs; nothing imports torch."""
+"""Facts about ranks, machines and the model that a resolution needs; without torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dstrain.config.memory.sizes import ModelFacts, ModelSizes
 
 @dataclass(frozen=True)
 class Machine:
-    """Memory and disk of a machine, shared by its ranks; the least over all machines.
+    """Memory and disk of a machine, shared by its ranks: the least of all machines.
 
     Attributes:
-        ranks: ranks that share one machine.
-        device_bytes: memory of one accelerator; where ranks train on the CPU, one rank's share of
-            the host's.
-        host_bytes: host memory of one machine; None where it is not known.
-        nvme_bytes: free local disk of one machine; None where there is none or it is not known.
+        ranks: ranks on one machine.
+        device_bytes: memory of one accelerator; for ranks that train on the CPU, one rank's share
+            of the host memory.
+        host_bytes: host memory of one machine; None if it is not known.
+        nvme_bytes: free local disk of one machine; None without one, or if it is not known.
     """
 
     ranks: int
@@ -35,17 +35,17 @@ class Facts:
         device: "cpu", "cuda" or another torch device type.
         num_training_steps: optimizer steps of the run.
         model: sizes of the parameters.
-        user_optimizer: the user brings an optimizer: an object, or a method that makes it.
-        user_scheduler: the user brings a schedule: an object, or a method that makes it.
+        user_optimizer: the user has passed an optimizer, or overrides the method that creates it.
+        user_scheduler: the user has passed a schedule, or overrides the method that creates it.
         sizes: every parameter and the form of the layers, which the memory plan needs.
         machine: memory and disk.
-        sequence_length: tokens of one sample, where the task knows them.
-        partitioned: the model exists and its parameters are partitioned already (ZeRO stage 3).
-        expert_blocks: classes of the model's blocks whose experts are modules of their own.
+        sequence_length: tokens of one sample, if the task knows them.
+        partitioned: the model is built, and its parameters are partitioned (ZeRO stage 3).
+        expert_blocks: classes of blocks of the model in which each expert is a separate module.
         is_transformers: the model is one of transformers.
         packages: optional packages of optimizers that can be imported.
         found_batch: micro-batch and accumulation that ``auto_find_batch_size`` found, in the units
-            of the arguments; they run in the place of the arguments' values.
+            of the arguments; they replace the values of the arguments.
     """
 
     world_size: int = 1
@@ -65,5 +65,5 @@ class Facts:
 
     @property
     def ranks_per_machine(self) -> int | None:
-        """Return the ranks on one machine, the most on any; None if the machine is not known."""
+        """Return the most ranks on one machine; None if the machine is not known."""
         return None if self.machine is None else self.machine.ranks

@@ -1,9 +1,9 @@
-"""Every optimizer: where it runs, its parameters, and why it cannot run. Data only.
+"""Table of optimizers: devices they run on, their parameters, and reasons why they cannot run.
 
-Names are those of transformers' ``OptimizerNames``, of DeepSpeed's own optimizers and of the torch
-optimizers that have no name there. ZeRO stages 1 to 3 give an optimizer flat slices of many
-parameters joined together. There an update rule that treats each element alone stays the same, and
-a rule that looks at whole tensors becomes another: ``whole`` says what would be different.
+Names are those of transformers' ``OptimizerNames``, of DeepSpeed's optimizers, and of optimizers of
+torch that have no name in transformers. ZeRO stages 1 to 3 give an optimizer flat slices of many
+parameters joined together. An update rule that treats each element alone is the same on slices; a
+rule that uses whole tensors is another one, and ``whole`` says how it would differ.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Build:
 
     Attributes:
         cls: dotted path of the class that runs.
-        type: the name by which DeepSpeed builds it; empty where dstrain builds ``cls``.
+        type: the name by which DeepSpeed builds it; empty if dstrain builds ``cls``.
         params: parameters that are always passed.
         op: DeepSpeed's compiled op that it needs (a key of ``engine.ops.OPS``).
         devices: types of device that it runs on; empty for all.
-        options: its further parameters for ``optim_args``, where they differ from the optimizer's.
-        state_bytes: bytes of state per parameter, where they differ from the optimizer's.
+        options: further parameters for ``optim_args``, if they differ from the optimizer's.
+        state_bytes: bytes of state per parameter, if they differ from the optimizer's.
     """
 
     cls: str
@@ -44,18 +44,18 @@ class Optimizer:
 
     Attributes:
         name: value of the argument ``optim``.
-        builds: what runs without offload: the first that the device can run.
-        offload: what runs on host cores when the optimizer is offloaded; None: nothing can.
-        hyper: which of betas, eps and weight_decay it takes from the arguments.
-        options: its further parameters, for ``optim_args``.
-        state_bytes: bytes of state per parameter (fp32 masters not among them).
-        package: what must be importable; ``install`` is its name for pip where that differs.
-        refused: why it cannot run at all.
-        whole: why it needs whole tensors, so that stages 1 to 3 are refused.
-        warning: what is different from what the name promises, from stage ``warns_from`` on.
-        no_offload: why it cannot run on the host.
-        instead: what to use.
-        argument: whether ``optim`` takes the name; else only a DeepSpeed config can ask for it.
+        builds: implementations without offload; the first one that the device can run is used.
+        offload: implementation on host cores, for an offloaded optimizer; None if there is none.
+        hyper: the ones of betas, eps and weight_decay that it takes from the arguments.
+        options: further parameters, for ``optim_args``.
+        state_bytes: bytes of state per parameter, without fp32 master weights.
+        package: Python package that it needs; ``install`` is its name for pip if that differs.
+        refused: reason why it never runs; empty if it does.
+        whole: reason why it needs whole tensors, so that stages 1 to 3 are refused; or empty.
+        warning: difference from the algorithm of that name, from stage ``warns_from`` on; or empty.
+        no_offload: reason why it cannot run on the host.
+        instead: remedy of errors about it.
+        argument: whether ``optim`` takes the name; else only a DeepSpeed config can name it.
         note: a remark for the table.
     """
 
@@ -89,12 +89,12 @@ _HOST_ADAM_OPTIONS = {"bias_correction": _BOOL, **_HOST_STATES}
 
 
 def _torch(cls: str, **params: Any) -> Build:
-    """Return one of torch's implementations, which DeepSpeed builds by its class name."""
+    """Return an implementation of torch, which DeepSpeed builds by the name of its class."""
     return Build(f"torch.optim.{cls}", cls, params)
 
 
 def _on_host_too(name: str, cls: str, hyper: tuple[str, ...], **more: Any) -> Optimizer:
-    """Return one of torch's optimizers that runs wherever its tensors are."""
+    """Return an optimizer of torch that runs on the accelerator and on the host."""
     options = {**more.pop("options"), **_TORCH_FLAGS}
     note = "offloaded it runs torch's code on host cores, slower than DeepSpeed's kernels"
     return Optimizer(name, (_torch(cls),), _torch(cls), hyper, options, note=note, **more)
@@ -134,7 +134,7 @@ _HOST_ADAM = Build(
 _AMSGRAD = {"amsgrad": _BOOL}
 _LION: dict[str, Any] = {
     "builds": (
-        # DeepSpeed's fused Lion is a CUDA kernel; by its name "Lion" it would be built everywhere.
+        # DeepSpeed builds its fused Lion, a CUDA kernel, for "Lion" on every device.
         Build(_CPU_LION, op="cpu_lion", devices=("cpu",), options=_HOST_STATES, state_bytes=8),
         Build("deepspeed.ops.lion.FusedLion", "Lion", op="fused_lion", devices=("cuda",)),
     ),
@@ -295,7 +295,7 @@ OPTIMIZERS: Final[tuple[Optimizer, ...]] = (
             "momentum": _FLOAT, "muon_lr": _FLOAT, "adam_lr": _FLOAT,
             "ns_method": Key((str,), choices=("gram", "standard")),
         },
-        # 4 of hidden matrices, 8 of embeddings, head, norms and biases, which are the smaller part.
+        # 4 bytes for hidden matrices, 8 for the fewer embeddings, head, norms and biases.
         state_bytes=5,
         note="DeepSpeed orthogonalises the whole matrix at every stage; embeddings, head, norms "
         "and biases run AdamW; muon_lr and adam_lr in optim_args give each half its own rate",

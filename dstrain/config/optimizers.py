@@ -1,6 +1,6 @@
-"""Optimizers: the implementation that runs, its options, or the reasons why none can.
+"""Optimizers: the implementation that runs and its options, or the reasons why none can run.
 
-The table of all of them is in ``README.md`` (``python -m dstrain.config.table``).
+The table of all optimizers is in ``README.md`` (``python -m dstrain.config.table``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dstrain.config.schema.optimizer_keys import OPTIMIZER_PARAMS
 from dstrain.core.errors import Problem, nearest
 
 BY_NAME: Final[Mapping[str, Optimizer]] = {row.name: row for row in OPTIMIZERS}
-# Types of a DeepSpeed config, in lower case, and the optimizer that stands for each.
+# Type in a DeepSpeed config, in lower case -> its optimizer.
 BY_TYPE: Final[Mapping[str, Optimizer]] = {
     **{
         build.type.lower(): row
@@ -28,7 +28,7 @@ BY_TYPE: Final[Mapping[str, Optimizer]] = {
     # DeepSpeed's "Adam" decays weights as AdamW does, unless adam_w_mode is false.
     "adam": BY_NAME["adamw_torch"],
 }
-# DeepSpeed's own list (runtime/zero/utils.py): for others it asks for a permission.
+# DeepSpeed's list (runtime/zero/utils.py): other optimizers need zero_allow_untested_optimizer.
 TESTED: Final = frozenset(
     ["torch.optim.Adam", "torch.optim.AdamW", "torch.optim.Adagrad",
      "deepspeed.ops.adam.FusedAdam", "deepspeed.ops.adam.DeepSpeedCPUAdam",
@@ -36,12 +36,12 @@ TESTED: Final = frozenset(
      "deepspeed.ops.lion.FusedLion",
      "deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam"]
 )  # fmt: skip
-# States that its swapper can put on disk: fp32, as long as the parameter, no other tensors.
+# Optimizers whose states DeepSpeed swaps to disk: fp32 tensors of the size of the parameter.
 SWAPPABLE: Final = frozenset(
     ["deepspeed.ops.adam.DeepSpeedCPUAdam", "deepspeed.ops.adagrad.DeepSpeedCPUAdagrad",
      "deepspeed.ops.lion.DeepSpeedCPULion"]
 )  # fmt: skip
-# What the planner takes beside the names of the table.
+# Names that the planner takes and the table does not have.
 _STATE_BYTES: Final[Mapping[str, float]] = {"adamw": 8, "sgd_momentum": 4}
 _ARGUMENTS: Final[Mapping[str, str]] = {
     "lr": "learning_rate", "betas": "adam_beta1 and adam_beta2", "beta1": "adam_beta1",
@@ -51,13 +51,13 @@ _ARGUMENTS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Place where an optimizer would run: stage, offload, device.
+    """Setting in which an optimizer runs: stage, offload, device.
 
     Attributes:
         stage: ZeRO stage, 0 to 3.
         offload: "none", "cpu" or "nvme".
         device: torch device type.
-        packages: which optional packages can be imported; None: not known.
+        packages: optional packages that can be imported; None if that is not known.
     """
 
     stage: int
@@ -66,22 +66,22 @@ class Setting:
     packages: Set[str] | None = None
 
     def __str__(self) -> str:
-        """Return the setting as errors name it."""
+        """Return the setting in words, for errors."""
         return f"stage {self.stage}, optimizer offload {self.offload}, device {self.device}"
 
 
 def find(optim: str, kind: str | None) -> Optimizer | None:
-    """Return the optimizer of argument ``optim`` and of the type in the DeepSpeed config.
+    """Return the optimizer for argument ``optim`` and type ``kind`` of the DeepSpeed config.
 
-    The type decides. Where it can stand for ``optim``, the variant that the argument names runs.
-    None for a type that the table does not have.
+    It is the optimizer of the type. If several have that type and ``optim`` is one of them, it is
+    the optimizer of ``optim``. None for a type that the table does not have.
     """
     row = BY_NAME[optim]
     return row if kind is None or stands_for(kind, optim) else BY_TYPE.get(kind.lower())
 
 
 def stands_for(kind: str, optim: str) -> bool:
-    """Tell whether a type of a DeepSpeed config can be meant by argument ``optim``."""
+    """Tell whether the optimizer of ``optim`` has this type, or class, in a DeepSpeed config."""
     row = BY_NAME[optim]
     types = {build.type.lower() for build in (*row.builds, row.offload) if build and build.type}
     types |= {"adam"} if "adamw" in types else set()
@@ -90,13 +90,13 @@ def stands_for(kind: str, optim: str) -> bool:
 
 
 def argument_of(kind: str) -> str | None:
-    """Return the value of ``optim`` that a type in the DeepSpeed config stands for, or None."""
+    """Return the value of ``optim`` for a type of the DeepSpeed config, or None."""
     row = BY_TYPE.get(kind.lower())
     return row.name if row is not None and row.argument else None
 
 
 def build_of(row: Optimizer, setting: Setting) -> Build | None:
-    """Return the implementation that runs in a setting, or None where none can."""
+    """Return the implementation that runs in a setting; None if none can."""
     if row.refused or (row.whole and setting.stage > 0):
         return None
     if setting.offload != "none":
@@ -106,12 +106,12 @@ def build_of(row: Optimizer, setting: Setting) -> Build | None:
 
 
 def refusals(row: Optimizer, setting: Setting, shown: str) -> list[Problem]:
-    """Return why the optimizer cannot run in a setting; each names stage and offload too.
+    """Return the problems that keep an optimizer from running in a setting.
 
     Args:
         row: the optimizer.
-        setting: where it would run.
-        shown: how the user asked for it, such as "optim='lamb'".
+        setting: stage, offload and device, which the problems name.
+        shown: the user's setting that asks for it, such as "optim='lamb'".
     """
     what = f"{shown} with {setting}"
     if row.refused:
@@ -128,7 +128,7 @@ def refusals(row: Optimizer, setting: Setting, shown: str) -> list[Problem]:
         devices = " and ".join(device for build in row.builds for device in build.devices)
         found.append(Problem(what, f"it runs on {devices} only", row.instead))
     missing = row.package and setting.packages is not None and row.package not in setting.packages
-    # Where it cannot run anyway, installing something would not help.
+    # Installing a package does not help an optimizer that cannot run.
     if missing and not found and _needs_package(row, setting):
         name = row.install or row.package
         why = f"the Python package {row.package!r} is not installed"
@@ -142,20 +142,20 @@ def _needs_package(row: Optimizer, setting: Setting) -> bool:
 
 
 def known_options(row: Optimizer, build: Build | None) -> Mapping[str, Key]:
-    """Return the options that ``optim_args`` may hold for an implementation."""
+    """Return the options that ``optim_args`` may set for an implementation."""
     return row.options if build is None or build.options is None else build.options
 
 
 def options_of(
     row: Optimizer, build: Build | None, given: str | None, shown: str
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the options in ``optim_args`` in their types, and the problems with them.
+    """Return the options in ``optim_args``, converted to their types, and their problems.
 
     Args:
-        row: the optimizer that they are for.
-        build: its implementation.
-        given: "name=value,name=value".
-        shown: how the user asked for the optimizer.
+        row: the optimizer.
+        build: its implementation that runs.
+        given: value of ``optim_args``, "name=value,name=value".
+        shown: the user's setting that asks for the optimizer.
     """
     try:
         texts = split_optim_args(given)
@@ -185,7 +185,7 @@ def options_of(
 
 
 def parameters_of(row: Optimizer) -> set[str]:
-    """Return every parameter that a config may give an optimizer."""
+    """Return the names of all parameters of an optimizer that a config may set."""
     kinds = {build.type.lower() for build in (*row.builds, row.offload) if build}
     listed = {
         name for kind in kinds & OPTIMIZER_PARAMS.keys() for name in OPTIMIZER_PARAMS[kind].keys
@@ -196,7 +196,7 @@ def parameters_of(row: Optimizer) -> set[str]:
 
 
 def constant_names() -> list[str]:
-    """Return the names of the parameters that some implementation is always given."""
+    """Return the names of parameters that are always passed to some implementation."""
     builds = [b for row in OPTIMIZERS for b in (*row.builds, row.offload) if b is not None]
     return list(dict.fromkeys(name for build in builds for name in build.params))
 
@@ -214,7 +214,7 @@ def packages() -> list[str]:
 
 
 def planned_names() -> list[str]:
-    """Return the names whose optimizer states the planner knows."""
+    """Return the names of optimizers whose states the planner can count."""
     return [*_STATE_BYTES, *(row.name for row in OPTIMIZERS if not row.refused and row.argument)]
 
 
@@ -224,7 +224,7 @@ def state_bytes(name: str, *, stage: int, offload: str = "none", device: str = "
         return _STATE_BYTES[name]
     row = BY_NAME[name]
     if name == "adafactor" and stage == 0:
-        return 0  # a row and a column in place of each matrix
+        return 0  # a row and a column for each matrix
     build = build_of(row, Setting(stage, offload, device))
     special = build.state_bytes if build is not None else None
     return row.state_bytes if special is None else special
@@ -238,7 +238,7 @@ def is_torch_adam(name: str) -> bool:
 
 
 def as_markdown() -> str:
-    """Return the table for readers: what each name runs, and where it is refused."""
+    """Return the table of optimizers in Markdown."""
     head = "| `optim` | on the accelerator | offloaded to the cpu | bytes of state | remarks |"
     return "\n".join([head, "|---|---|---|---|---|", *_lines()]) + "\n"
 

@@ -1,6 +1,6 @@
-"""The writer of ``README.md`` beside this file: keys that a rule fills, unread ones, optimizers.
+"""Generator of ``README.md`` beside this file: keys with rules, unread keys, optimizers.
 
-Run ``python -m dstrain.config.table`` after a change of them; a test fails when the page is
+Run ``python -m dstrain.config.table`` after a change of one of these; a test fails when the page is
 stale.
 """
 
@@ -18,16 +18,16 @@ _HEAD = """# Keys of the DeepSpeed config that are filled
 
 Generated from the rules by `python -m dstrain.config.table`; do not edit.
 
-A key that is missing or `"auto"` in the user's config is filled as below, in this order. A value of
-the user's own wins over an argument left at its default and conflicts with one that was changed.
-Every other key of DeepSpeed passes through as it is, and `"auto"` there is an error. Those that a
-run would not honour come below.
+A key that is missing or `"auto"` in the user's config is filled as listed here, in this order. A
+value in the user's config wins over an argument left at its default, and conflicts with an argument
+that was changed. All other keys of DeepSpeed are passed on unchanged; `"auto"` there is an error.
+Keys that have no effect in a run are listed in the second table.
 
 | filled | meaning |
 |---|---|
 | yes | whenever the rule has a value; DeepSpeed's own default would differ, or be hidden |
 | if set | where an argument was changed or the config says `"auto"`, else DeepSpeed's default |
-| if there | where the config says `"auto"`, or has the section that it belongs to |
+| if there | where the config says `"auto"`, or has the section of the key |
 
 | key | rule | arguments it reads | filled |
 |---|---|---|---|
@@ -35,10 +35,10 @@ run would not honour come below.
 
 
 _UNREAD = """
-# Keys that would not do what they say
+# Keys that would not work as documented
 
-DeepSpeed takes them without a word. What is refused is an error when it is set so; what has no
-effect is a warning.
+DeepSpeed accepts these keys without a message. A refused value is an error; a key without effect
+gives a warning.
 
 | key | | why |
 |---|---|---|
@@ -47,9 +47,9 @@ effect is a warning.
 _OPTIMIZERS = """
 # Optimizers
 
-What each value of `optim` runs. Bytes of state are per parameter of the rank's share, without the 4
-of the fp32 master weights. "Stage 0 only": on ZeRO's flat slices it would be another optimizer, so
-it is refused there with stage and offload named.
+Implementations that each value of `optim` runs. Bytes of state are per parameter of the rank's
+share, without the 4 bytes of fp32 master weights. "Stage 0 only": on the flat slices of stages 1 to
+3 the update would be another one, so that these stages are refused.
 
 """
 

@@ -1,1 +1,1 @@
-"""Tasks: what to train on, and how its results are measured."""
+"""Tasks: each reads its data, builds its model, and measures its results."""

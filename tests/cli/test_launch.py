@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from tests.cli.corpus import TINY_MODEL, flags, text, write_corpus
+from tests.cli.launched import TIMEOUT_SECONDS, the_others_end
 from tests.launch import ROOT, launch
 
-TIMEOUT_SECONDS = 240.0  # for machines that do other things too
 BLOCK_SIZE, STEPS = 32, 40
 TRAIN = ("train", "causal-lm")
 LAUNCH_NOTHING_ELSE = ("--quiet", "--module", "dstrain", *TRAIN)
@@ -64,9 +64,6 @@ def run(tmp_path_factory) -> Run:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return Run(folder, corpus, cache, done.stdout, done.stderr)
-
-
-# ------------------------------------------------------------------ two ranks, end to end
 
 
 def test_evaluation_before_and_after_is_printed_and_falls(run):
@@ -199,9 +196,6 @@ def test_saved_tokenizer_gives_every_text_back(loaded):
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
 
-# ------------------------------------------------------------------ errors of all ranks, of one
-
-
 def test_an_error_of_all_ranks_is_printed_once_by_rank_0(tmp_path):
     words = flags(
         tmp_path / "out", block_size=65, model_config=TINY_MODEL + ",max_position_embeddings=64"
@@ -214,86 +208,6 @@ def test_an_error_of_all_ranks_is_printed_once_by_rank_0(tmp_path):
     assert "[rank 1]" not in both
     assert "Traceback" not in both
 
-
-# A rank that waits in a collective of a forward pass for one that is gone, in an evaluation whose
-# predictions are collected.
-BROKEN_SCRIPT = """
-import os, pathlib, time
-from dstrain import Trainer, TrainingArguments
-from tests.models import RaggedTokens, pad_collate, tiny_llama
-
-class Breaks(Trainer):
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        self.seen = getattr(self, "seen", 0) + 1
-        if self.seen == 3 and os.environ["RANK"] == "1":
-            pathlib.Path("broke").write_text(str(time.time()))
-            raise RuntimeError("rank 1 broke on purpose")
-        return super().prediction_step(model, inputs, *args, **kwargs)
-
-Breaks(
-    tiny_llama(),
-    TrainingArguments(
-        "out", max_steps=20, eval_strategy="steps", eval_steps=2, report_to="none",
-        per_device_eval_batch_size=1, eval_accumulation_steps=ACCUMULATION,
-        deepspeed={"zero_optimization": {
-            "stage": STAGE, "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0,
-            "stage3_max_reuse_distance": 0,
-        }},
-    ),
-    data_collator=pad_collate,
-    train_dataset=RaggedTokens(64),
-    eval_dataset=RaggedTokens(32),
-    compute_metrics=lambda prediction: {},
-).train()
-print("went on to the end")
-"""
-
-# An error that all ranks can hear of, then one in the middle of a forward pass of training.
-BREAKS_IN_TRAINING = """
-import os, pathlib, time
-from dstrain import Trainer, TrainingArguments
-from tests.models import RaggedTokens, pad_collate, tiny_llama
-
-RANK, seen = os.environ["RANK"], 0
-
-def reduce(logits, labels):
-    global seen
-    seen += 1
-    if RANK == "1" and seen == 2:
-        raise RuntimeError("logits of rank 1")
-    return logits.argmax(-1)
-
-def in_the_middle(module, inputs):
-    if RANK == "1" and trainer.is_in_train and trainer.state.global_step == 1:
-        pathlib.Path("broke").write_text(str(time.time()))
-        raise RuntimeError("rank 1 broke on purpose")
-
-trainer = Trainer(
-    tiny_llama(),
-    TrainingArguments(
-        "out", max_steps=20, report_to="none", per_device_eval_batch_size=1,
-        eval_accumulation_steps=4,
-        deepspeed={"zero_optimization": {
-            "stage": 3, "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0,
-            "stage3_max_reuse_distance": 0,
-        }},
-    ),
-    data_collator=pad_collate,
-    train_dataset=RaggedTokens(64),
-    eval_dataset=RaggedTokens(32),
-    compute_metrics=lambda prediction: {},
-    preprocess_logits_for_metrics=reduce,
-)
-try:
-    trainer.evaluate()
-except RuntimeError as error:
-    pathlib.Path(f"heard-{RANK}").write_text(str(error))
-trainer.model.model.layers[0].register_forward_pre_hook(in_the_middle)
-trainer.train()
-print("went on to the end")
-"""
 
 # Python imports a module of this name before anything else, here in rank 1 only: so that the
 # command breaks in the middle of training without a hook for tests in it.
@@ -313,38 +227,6 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def the_others_end(
-    done: subprocess.CompletedProcess[str], folder: Path, ended: float, *, where: str
-) -> None:
-    """Check what holds when rank 1 has broken: status, how soon all ended, what is shown."""
-    assert (folder / "broke").exists(), done.stdout + done.stderr
-    assert ended - float((folder / "broke").read_text()) < 60
-    assert done.returncode != 0
-    assert "went on to the end" not in done.stdout
-    shown = done.stderr
-    assert "Traceback (most recent call last)" in shown
-    assert "RuntimeError: rank 1 broke on purpose" in shown
-    assert where in shown
-    assert "model, metrics and loss_curve.png are in" not in done.stdout
-
-
-def test_a_rank_that_breaks_in_an_evaluation_of_a_script_ends_the_others(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(BROKEN_SCRIPT.replace("STAGE", "3").replace("ACCUMULATION", "1"))
-    done = launch(["--quiet", script], timeout=TIMEOUT_SECONDS, cwd=tmp_path)
-    the_others_end(done, tmp_path, time.time(), where="prediction_step")
-
-
-def test_a_rank_that_breaks_in_a_forward_pass_of_training_ends_the_others(tmp_path):
-    """At stage 3, where the others wait in that pass; after an evaluation that failed on all."""
-    script = tmp_path / "script.py"
-    script.write_text(BREAKS_IN_TRAINING)
-    done = launch(["--quiet", script], timeout=TIMEOUT_SECONDS, cwd=tmp_path)
-    for rank in (0, 1):
-        assert (tmp_path / f"heard-{rank}").read_text() == "logits of rank 1", done.stderr
-    the_others_end(done, tmp_path, time.time(), where="in_the_middle")
-
-
 def test_a_rank_that_breaks_in_the_command_ends_the_others(tmp_path, run):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(BREAKING_SITE)
@@ -362,9 +244,6 @@ def test_a_rank_that_breaks_in_the_command_ends_the_others(tmp_path, run):
     assert "[rank 1] failed:\nTraceback" in done.stderr
     # What rank 0 sees of it is a consequence, and must not bury the cause.
     assert done.stderr.count("Traceback (most recent call last)") == 1, done.stderr
-
-
-# ------------------------------------------------------------------ plain Python
 
 
 def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

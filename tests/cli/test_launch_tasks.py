@@ -17,9 +17,9 @@ import torch
 
 from dstrain.tasks.seq2seq.metrics import text_metrics
 from tests.cli.corpus import TINY_MODEL, WORDS, flags
+from tests.cli.launched import TIMEOUT_SECONDS
 from tests.launch import launch
 
-TIMEOUT_SECONDS = 240.0
 STEPS = 30
 TINY_T5 = "t5:d_model=32,d_kv=16,d_ff=64,num_layers=1,num_heads=2,dropout_rate=0.0"
 

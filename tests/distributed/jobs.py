@@ -180,7 +180,7 @@ def buffers(folder: Path) -> dict[str, Any]:
     """Return the main rank's buffers in a checkpoint of two ranks, and those of a resumed run."""
     from transformers import TrainerCallback
 
-    from tests.distributed.test_buffers import TOPOLOGIES, buffers_of
+    from tests.distributed.buffers import TOPOLOGIES, buffers_of
     from tests.statistics import Statistics, trainer_of
 
     class Look(TrainerCallback):
@@ -281,7 +281,7 @@ def streams(folder: Path) -> dict[str, Any]:
 def split(folder: Path) -> dict[str, Any]:
     """Return what is said where the parts of two ranks were saved and three ranks go on."""
     from dstrain.core.errors import DataError
-    from tests.distributed.test_split_data import EVEN, Part, trainer_of
+    from tests.distributed.split_data import EVEN, Part, trainer_of
 
     found: dict[str, Any] = {}
 
@@ -313,10 +313,10 @@ def part(folder: Path) -> dict[str, Any]:
 
     def rank() -> None:
         from dstrain.core.errors import ModelError
-        from tests.distributed.test_missing_gradients import Told, trainer_of
+        from tests.distributed.routed import RoutedByRank, trainer_of
 
         routes = ((4, 4), (4, 4), (4, 4), (4, 2))
-        trainer = trainer_of(folder / "run", Told(*routes), zero_stage="3", ddp_timeout=4)
+        trainer = trainer_of(folder / "run", RoutedByRank(*routes), zero_stage="3", ddp_timeout=4)
         try:
             trainer.train()
         except ModelError as error:

@@ -1,10 +1,7 @@
-"""Buffers that training changes: one set of values for training, evaluation, saving, resuming."""
+"""Buffers that training changes: one set of values for training, evaluation and saving."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from tests.distributed.forked import run_job
-from tests.distributed.runs import STAGES, history, losses, whole_weights
+from tests.distributed.buffers import STATE, assert_equal, buffers_of, on_all_ranks
+from tests.distributed.runs import STAGES, losses, whole_weights
 from tests.statistics import Statistics, rows, trainer_of
-
-STATE = {
-    "mean", "code", "passing", "count", "average",
-    "norm.running_mean", "norm.running_var", "norm.num_batches_tracked",
-}  # fmt: skip
-
-
-def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: b.detach().clone() for name, b in model.named_buffers()}
-
-
-def on_all_ranks(model: nn.Module) -> list[dict[str, Any]]:
-    from dstrain.core.ranks import gather_objects
-
-    return gather_objects({name: b.tolist() for name, b in model.named_buffers()})
-
-
-def assert_equal(found: Any, expected: Any, *, but: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    assert found.keys() == expected.keys()
-    for name in expected.keys() - but:
-        assert torch.equal(found[name], expected[name]), name
 
 
 def by_ddp(model: nn.Module, order: list[int], rank: int, *, accumulation: int) -> list[float]:
@@ -129,56 +105,6 @@ def test_evaluation_the_saved_model_and_all_ranks_agree(
         assert alone(folder / "model.safetensors", beside) == pytest.approx(
             evaluated[step], rel=1e-6
         )
-
-
-@pytest.mark.ranks(2, timeout=240)
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("layout", ["dstrain", "deepspeed"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_resumed_run_is_the_run_that_never_stopped(
-    stage: int, layout: str, apart: bool, tmp_path: Path, rank: int
-) -> None:
-    """Each rank gets its own buffers back, also those that are in no state_dict."""
-    from dstrain.core.ranks import barrier
-
-    settings: dict[str, Any] = {
-        "save_strategy": "steps", "save_steps": 3, "checkpoint_format": layout,
-        "ddp_broadcast_buffers": False if apart else None, "eval_strategy": "steps",
-        "eval_steps": 1,
-    }  # fmt: skip
-    whole = trainer_of(tmp_path / "whole", Statistics(), stage, **settings)
-    whole.train()
-    weights, buffers = whole_weights(whole), buffers_of(whole.model)
-    one, two = on_all_ranks(whole.model)
-    assert {n for n in STATE if one[n] != two[n]} == (
-        STATE - {"count", "norm.num_batches_tracked"} if apart else set()
-    )
-    whole.close()
-    start = tmp_path / "again/checkpoint-3"
-    if rank == 0:
-        shutil.copytree(tmp_path / "whole/checkpoint-3", start)
-    barrier()
-    assert (start / "state/rank-00001-buffers.safetensors").exists() is apart
-    again = trainer_of(tmp_path / "again", Statistics(), stage, **settings)
-    again.train(True)
-    assert history(again) == history(whole)
-    assert_equal(whole_weights(again), weights)
-    assert_equal(buffers_of(again.model), buffers)
-    again.close()
-
-
-TOPOLOGIES = {"main": 1, "apart": 1, "three": 3}
-
-
-@pytest.mark.slow
-def test_another_topology_gets_the_main_ranks(tmp_path: Path) -> None:
-    """From two ranks to one and three; what ranks had for themselves is the main rank's."""
-    found = run_job("buffers", tmp_path, timeout=240)
-    for name in TOPOLOGIES:
-        saved, begun = found[name]
-        for buffers in begun:
-            for buffer in STATE:
-                assert buffers[buffer] == saved[buffer], (name, buffer)
 
 
 @pytest.mark.ranks(2, timeout=240)
@@ -304,187 +230,6 @@ def test_a_buffer_that_begins_to_change_later_is_found(tmp_path: Path) -> None:
     trainer.evaluate()
     one, two = on_all_ranks(trainer.model)
     assert one["late"] == two["late"] == [1.0, 1.0]
-    trainer.close()
-
-
-class Growing(Statistics):
-    """Appends to a buffer at every step, on each rank as many elements as it has rows."""
-
-    def __init__(self) -> None:
-        super().__init__(replaces=False)
-        self.register_buffer("memory", torch.zeros(1))
-
-    def gather(self, hidden: torch.Tensor) -> None:
-        super().gather(hidden)
-        self.memory = torch.cat([self.memory, hidden.flatten()[:1]])
-        self.mean += 0.01 * self.memory.sum()
-
-
-class Strays(Statistics):
-    """Gives a buffer another form in an ordinary step, on one rank or on both."""
-
-    def __init__(self, ranks: tuple[int, ...], form: tuple[int, ...] | None) -> None:
-        super().__init__(replaces=False)
-        self.ranks, self.form = ranks, form
-        self.register_buffer("stray", torch.zeros(3))
-
-    def gather(self, hidden: torch.Tensor) -> None:
-        import torch.distributed as dist
-
-        super().gather(hidden)
-        if self.count == 3 and dist.get_rank() in self.ranks:
-            self.stray = None if self.form is None else torch.zeros(self.form)
-        if self.stray is not None:
-            self.stray += 1 + dist.get_rank()
-
-
-@pytest.mark.ranks(2, timeout=240)
-@pytest.mark.parametrize("form", [None, (2, 300)])
-@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
-def test_a_buffer_that_takes_another_form_between_two_looks(
-    ranks: tuple[int, ...], form: tuple[int, ...] | None, tmp_path: Path
-) -> None:
-    """It is each rank's own from then on; all other buffers stay the main rank's."""
-    settings = {"save_strategy": "steps", "save_steps": 6}
-    straight = trainer_of(tmp_path, Strays(ranks, form), 2, max_steps=8, **settings)
-    straight.train()
-    model = straight.model
-    one, two = on_all_ranks(model)
-    assert {name: one[name] for name in STATE} == {name: two[name] for name in STATE}
-    # Three elements once per step where it stays; what was made in the third step, from then on.
-    expected: list[Any] = []
-    for rank in (0, 1):
-        if rank in ranks:
-            made = None if form is None else torch.full(form, 6.0 * (1 + rank))
-        else:  # the main rank's after two steps
-            made = torch.full((3,), 2.0 + 6.0 * (1 + rank) if rank else 8.0)
-        expected.append(None if made is None else made.tolist())
-    assert [one.get("stray"), two.get("stray")] == expected
-    varies = form is not None or len(ranks) == 1
-    assert straight._engines.training.buffers.found()["varying"] == ["stray"] * varies
-    found = history(straight)
-    straight.close()
-    again = trainer_of(tmp_path / "again", Strays(ranks, form), 2, max_steps=8)
-    again.train(str(tmp_path / "checkpoint-6"))
-    assert history(again) == found
-    assert on_all_ranks(again.model) == [one, two]
-    again.close()
-
-
-@pytest.mark.ranks(2, timeout=240)
-@pytest.mark.parametrize("stage", [0, 3])
-def test_a_buffer_that_changes_its_shape(stage: int, tmp_path: Path) -> None:
-    """Each rank keeps its own, and gets it back with the shape that it had."""
-    settings = {"save_strategy": "steps", "save_steps": 3}
-    whole = trainer_of(tmp_path / "whole", Growing(), stage, **settings)
-    whole.train()
-    weights, buffers = whole_weights(whole), buffers_of(whole.model)
-    one, two = on_all_ranks(whole.model)
-    assert one["memory"] != two["memory"]
-    assert one["mean"] == two["mean"]
-    assert buffers["memory"].shape == (7,)
-    whole.close()
-    again = trainer_of(tmp_path / "again", Growing(), stage, **settings)
-    again.train(str(tmp_path / "whole/checkpoint-3"))
-    assert history(again) == history(whole)
-    assert_equal(whole_weights(again), weights)
-    assert_equal(buffers_of(again.model), buffers)
-    again.close()
-
-
-@pytest.mark.ranks(2, timeout=240)
-def test_shapes_that_do_not_fit_are_an_error(tmp_path: Path, rank: int) -> None:
-    """Between the ranks of a run, and between a checkpoint and the model."""
-    from dstrain.core.errors import CheckpointError, ModelError
-
-    def made(size: int) -> nn.Module:
-        model = Statistics(replaces=False)
-        model.register_buffer("table", torch.zeros(size))
-        return model
-
-    with pytest.raises(ModelError, match="table is not the same on rank 0 and rank 1") as caught:
-        trainer_of(tmp_path, made(2 + rank), 2).train()
-    assert "ddp_broadcast_buffers=False" in str(caught.value)
-    trainer = trainer_of(tmp_path, made(2 + rank), 2, ddp_broadcast_buffers=False, max_steps=1)
-    trainer.train()
-    trainer.close()
-    trainer = trainer_of(tmp_path, made(2), 2, save_strategy="steps", save_steps=3)
-    trainer.train()
-    trainer.close()
-    trainer = trainer_of(tmp_path / "again", made(4), 2)
-    with pytest.raises(CheckpointError, match=r"buffer table has shape \(4,\), in .* \(2,\)"):
-        trainer.train(str(tmp_path / "checkpoint-3"))
-    trainer.close()
-
-
-@pytest.mark.ranks(2, timeout=240)
-def test_the_best_model_comes_back_with_its_buffers(tmp_path: Path) -> None:
-    """Each rank's own where they differ."""
-    for apart in (False, True):
-        folder = tmp_path / str(apart)
-        kept: dict[int, dict[str, torch.Tensor]] = {}
-
-        from transformers import TrainerCallback
-
-        class Keep(TrainerCallback):
-            def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-                kept[state.global_step] = buffers_of(kw["model"])  # noqa: B023
-
-        trainer = trainer_of(
-            folder, Statistics(replaces=False), 2, learning_rate=0.3, eval_strategy="steps",
-            eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
-            callbacks=[Keep()], ddp_broadcast_buffers=not apart,
-        )  # fmt: skip
-        trainer.train()
-        best = trainer.state.best_global_step
-        assert best < 6
-        assert_equal(buffers_of(trainer.model), kept[best])
-        expected = trainer.state.best_metric
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
-        trainer.close()
-
-
-@pytest.mark.ranks(2, timeout=240)
-def test_older_checkpoints_still_load(tmp_path: Path, rank: int) -> None:
-    """Those before there were files of other buffers: all ranks get the main rank's."""
-    from dstrain.checkpoint import read_manifest
-    from dstrain.checkpoint.manifest import write_manifest
-    from dstrain.core.files import record_of
-    from dstrain.core.ranks import barrier
-
-    trainer = trainer_of(
-        tmp_path, Statistics(), 2, save_strategy="steps", save_steps=3, save_async=False
-    )
-    trainer.train()
-    trainer.close()
-    old = tmp_path / "checkpoint-3"
-    if rank == 0:
-        run = json.loads((old / "state/run.json").read_text())
-        del run["engine"]["buffers"], run["formats"]
-        (old / "state/run.json").write_text(json.dumps(run))
-        (old / "state/other_buffers.safetensors").unlink()
-        manifest = read_manifest(old)
-        files = {n: r for n, r in manifest.files.items() if "other_buffers" not in n}
-        files["state/run.json"] = record_of(old / "state/run.json")
-        write_manifest(old, replace(manifest, files=files))
-    barrier()
-    again = trainer_of(tmp_path / "again", Statistics(), 2)
-    again.train(str(old))
-    assert len(losses(again)) == 6
-    assert set(again._engines.training.buffers.found()["state"]) == STATE
-    again.close()
-
-
-@pytest.mark.ranks(2, timeout=240)
-def test_caches_are_said_not_to_be_saved(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, rank: int
-) -> None:
-    """Once; buffers that are in no state_dict and are replaced by another tensor."""
-    trainer = trainer_of(tmp_path, Statistics(), 2, save_strategy="steps", save_steps=1)
-    trainer.train()
-    said = [r.message for r in caplog.records if "taken for caches" in r.message]
-    assert len(said) == (rank == 0)
-    assert all("1 buffers that are in no state_dict" in line and "(cache)" in line for line in said)
     trainer.close()
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.resumed_runs import EPOCH, assert_same, noisy_llama, run
 from tests.distributed.runs import make_trainer, whole_weights
-from tests.distributed.test_resume import EPOCH, assert_same, noisy_llama, run
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from tests.distributed.runs import STAGES, losses, make_trainer, whole_weights
+from tests.distributed.runs import STAGES, losses, make_trainer
 from tests.models import (
     RaggedTokens,
     RegressionModel,
@@ -55,65 +54,6 @@ def test_evaluating_before_training_changes_nothing(stage: int, tmp_path: Path) 
     evaluated.train()
     assert losses(evaluated) == losses(plain)
     evaluated.close()
-
-
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_cpu_offload_trains(stage: int, tmp_path: Path) -> None:
-    """The optimizer on the host follows the curve of the one on the device."""
-    plain = make_trainer(tmp_path, stage=stage)
-    plain.train()
-    plain.close()
-    offloaded = make_trainer(
-        tmp_path,
-        stage=stage,
-        offload_optimizer="cpu",
-        offload_param="cpu" if stage == 3 else "none",
-    )
-    offloaded.train()
-    assert type(offloaded.deepspeed.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
-    assert losses(offloaded) == pytest.approx(losses(plain), rel=1e-4)
-    offloaded.close()
-
-
-@pytest.mark.ranks(2)
-def test_two_parameter_groups_and_the_schedule_of_transformers(tmp_path: Path) -> None:
-    """Norms are not decayed; warm-up starts at 0 and each step uses the documented rate."""
-    rates: list[float] = []
-
-    from transformers import TrainerCallback
-
-    class Recorder(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-            rates.append(kw["optimizer"].param_groups[0]["lr"])
-
-    trainer = make_trainer(
-        tmp_path, train=20, weight_decay=0.1, warmup_steps=2, callbacks=[Recorder]
-    )
-    trainer.train()
-    assert [g["weight_decay"] for g in trainer.optimizer.param_groups] == [0.1, 0.0]
-    # 5 steps, 2 of warm-up: linear to the peak, then to 0.
-    assert rates == pytest.approx([0.0, 5e-4, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
-    logged = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
-    assert logged == pytest.approx(rates)
-    trainer.close()
-
-
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize("stage", [0, 3])
-def test_a_users_own_optimizer_and_schedule_run(stage: int, tmp_path: Path) -> None:
-    """They are used as given, never replaced."""
-    model = tiny_llama()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=100)
-    trainer = make_trainer(tmp_path, stage=stage, model=model, optimizers=(optimizer, schedule))
-    trainer.train()
-    basic = trainer.deepspeed.basic_optimizer
-    assert isinstance(basic, torch.optim.SGD)
-    assert trainer.deepspeed.lr_scheduler is schedule
-    logged = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
-    assert set(logged) == {0.025}
-    trainer.close()
 
 
 @pytest.mark.ranks(2)
@@ -205,179 +145,6 @@ def test_a_stream_trains_like_its_samples_in_order(workers: int, tmp_path: Path)
 
 
 @pytest.mark.ranks(2)
-def test_a_nan_loss_stops_the_run_and_names_its_step(tmp_path: Path) -> None:
-    """On all ranks alike: at a logging step, or before where the step had to be skipped."""
-    from dstrain.core.errors import TrainingError
-
-    for stage in (0, 2):  # DeepSpeed looks at gradients from stage 1 on
-        trainer = make_trainer(
-            tmp_path, stage=stage, logging_steps=3, callbacks=[_poison(at_step=2)]
-        )
-        with pytest.raises(TrainingError, match="loss was NaN or infinite at step 2"):
-            trainer.train()
-        assert not trainer.is_in_train
-        trainer.close()
-
-
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_gradients_that_are_not_finite_do_not_skip_steps_for_ever(
-    policy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The loss stays finite, no loss scale is to be found: such a run used to end as if well."""
-    from transformers import TrainerCallback
-
-    from dstrain.core.errors import TrainingError
-
-    class Spoil(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 1:
-                weight = kwargs["model"].lm_head.weight
-                hook.append(weight.register_hook(lambda grad: grad * float("inf")))
-
-    hook: list[Any] = []
-    trainer = make_trainer(tmp_path, stage=2, nan_loss=policy, callbacks=[Spoil])
-    if policy == "stop":
-        with pytest.raises(TrainingError, match="step 2 skipped"):
-            trainer.train()
-        assert trainer.state.global_step == 1
-    else:
-        trainer.train()
-        assert trainer.deepspeed.skipped_steps == 3
-        assert ("step 2 skipped" in caplog.text) == trainer.ranks.is_main
-    hook[0].remove()
-    trainer.close()
-
-
-@pytest.mark.ranks(2)
-def test_a_nan_loss_is_left_out_of_the_log_when_told_to_go_on(tmp_path: Path) -> None:
-    """nan_loss='continue' with the filter logs a finite mean; without it there is none."""
-    for filtered in (True, False):
-        trainer = make_trainer(
-            tmp_path,
-            logging_steps=4,
-            nan_loss="continue",
-            logging_nan_inf_filter=filtered,
-            callbacks=[_poison(at_step=2)],
-        )
-        trainer.train()
-        assert trainer.state.global_step == 4
-        # A mean that is no number is left out of the record, which is JSON.
-        assert len(losses(trainer)) == (1 if filtered else 0)
-        trainer.close()
-
-
-def _poison(*, at_step: int) -> Any:
-    """Return a callback that makes one rank's weights, and so its loss, NaN before a step."""
-    from transformers import TrainerCallback
-
-    class Poison(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == at_step - 1:
-                with torch.no_grad():
-                    kwargs["model"].lm_head.weight.mul_(float("nan"))
-
-    return Poison
-
-
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize("stage", STAGES)
-def test_fp16_overflow_skips_the_step_and_is_counted_apart(
-    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights and schedule stay; the scale is halved; training then goes on.
-
-    A first scale of 2**40 overflows for sure. The CPU here computes fp16 without saying so.
-    """
-    from deepspeed.accelerator import get_accelerator
-    from transformers import TrainerCallback
-
-    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
-    seen: list[tuple[bool, float]] = []
-    previous: dict[str, torch.Tensor] = {}
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            now = whole_weights(trainer)
-            moved = any(not torch.equal(now[n], previous[n]) for n in now) if previous else True
-            previous.update(now)
-            seen.append((moved, kwargs["optimizer"].param_groups[0]["lr"]))
-
-    config = {"fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
-    trainer = make_trainer(
-        tmp_path,
-        stage=stage,
-        deepspeed=config,
-        max_steps=40,
-        learning_rate=1e-3,
-        callbacks=[Watch],
-        max_grad_norm=0.0,
-    )
-    previous.update({n: p.half() for n, p in whole_weights(trainer).items()})
-    metrics = trainer.train().metrics
-    skipped = int(metrics["train_skipped_steps"])
-    assert 10 < skipped < 35
-    assert trainer.state.global_step == 40
-    # Skipped steps come first here: nothing moved, and the rate stayed at its peak.
-    assert [moved for moved, _ in seen[:skipped]] == [False] * skipped
-    assert {rate for _, rate in seen[:skipped]} == {1e-3}
-    assert seen[skipped][0]
-    assert seen[-1][1] == pytest.approx(1e-3 * skipped / 40)
-    scales = [e["loss_scale"] for e in trainer.state.log_history if "loss_scale" in e]
-    assert scales[skipped - 1] == 2.0 ** (40 - skipped)
-    curve = losses(trainer)
-    assert curve[-1] < curve[0]
-    trainer.close()
-
-
-@pytest.mark.ranks(2)
-def test_fp16_at_stage_zero_follows_stage_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """DeepSpeed's own stage 0 in fp16 divides by a scale that it never multiplied with."""
-    from deepspeed.accelerator import get_accelerator
-
-    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
-    curves, norms = [], []
-    for stage in (0, 1):
-        # Windows of 3 steps make the scale grow in the middle of the run.
-        config = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 3}}
-        trainer = make_trainer(tmp_path, stage=stage, deepspeed=config, train=48, max_steps=12)
-        trainer.train()
-        curves.append(losses(trainer))
-        norms.append([e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e])
-        trainer.close()
-    assert curves[0] == pytest.approx(curves[1], rel=5e-4)
-    assert norms[0] == pytest.approx(norms[1], rel=2e-2)
-
-
-@pytest.mark.ranks(2)
-def test_a_schedule_of_deepspeeds_own_is_filled_and_used(tmp_path: Path) -> None:
-    """Its "auto" values are known only when training starts; the Trainer is built before that."""
-    config = {
-        "scheduler": {
-            "type": "WarmupDecayLR",
-            "params": {
-                "warmup_min_lr": "auto",
-                "warmup_max_lr": "auto",
-                "warmup_num_steps": "auto",
-                "total_num_steps": "auto",
-                "warmup_type": "linear",
-            },
-        }
-    }
-    trainer = make_trainer(tmp_path, train=40, warmup_steps=4, deepspeed=config)
-    trainer.train()
-    assert trainer.resolved.values["scheduler.params.total_num_steps"] == 10
-    assert trainer.resolved.values["scheduler.params.warmup_num_steps"] == 4
-    assert type(trainer.lr_scheduler).__name__ == "WarmupDecayLR"
-    rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
-    # DeepSpeed's own schedule uses the minimum rate twice, and peaks one step late.
-    assert rates[:6] == pytest.approx([0.0, 0.0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
-    trainer.close()
-
-
-@pytest.mark.ranks(2)
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_engine_is_gone_after_close(stage: int, tmp_path: Path) -> None:
     """DeepSpeed leaves hooks that keep master weights and moments alive for ever."""
@@ -396,34 +163,6 @@ def test_an_engine_is_gone_after_close(stage: int, tmp_path: Path) -> None:
 
 def _num_hooks(model: torch.nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_users_own_optimizer_trains_twice(stage: int, tmp_path: Path) -> None:
-    """DeepSpeed puts flat tensors into its groups; the next engine needs the parameters again."""
-    model = tiny_llama()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    trainer = make_trainer(tmp_path, stage=stage, model=model, optimizers=(optimizer, None))
-    trainer.train()
-    trainer.train()
-    curve = losses(trainer)
-    assert curve[4] < curve[0]
-    assert not any(key.startswith("optimizer.") for key in trainer.resolved.values)
-    trainer.close()
-
-
-@pytest.mark.ranks(1)
-def test_a_passed_object_and_a_section_of_the_config_are_a_conflict(tmp_path: Path) -> None:
-    """Whichever lost would be lost silently."""
-    from dstrain.core.errors import ConfigError
-
-    model = tiny_llama()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    config = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
-    with pytest.raises(ConfigError, match=r"(?s)'optimizer', and.*'scheduler', and"):
-        make_trainer(tmp_path, model=model, deepspeed=config, optimizers=(optimizer, schedule))
 
 
 @pytest.mark.ranks(2)
@@ -500,23 +239,6 @@ def test_a_model_built_in_partitioned_is_partitioned(tmp_path: Path) -> None:
         curves.append(losses(trainer))
         trainer.close()
     assert curves[0] == curves[1]
-
-
-@pytest.mark.ranks(1)
-def test_records_are_valid_json_whatever_the_loss(tmp_path: Path) -> None:
-    """Python would write a bare NaN, which other readers refuse."""
-    trainer = make_trainer(
-        tmp_path, nan_loss="continue", callbacks=[_poison(at_step=1)], evaluation=2
-    )
-    trainer.train()
-    trainer.evaluate()
-    trainer.save_state()
-
-    def refuse(name: str) -> None:
-        raise AssertionError(name)
-
-    json.loads((tmp_path / "trainer_state.json").read_text(), parse_constant=refuse)
-    trainer.close()
 
 
 @pytest.mark.ranks(1)

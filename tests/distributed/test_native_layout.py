@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.resumed_runs import EPOCH, check, run
 from tests.distributed.runs import losses, make_trainer
-from tests.distributed.test_resume import EPOCH, check, run
 from tests.models import tiny_llama
 
 SAVING = {"checkpoint_format": "deepspeed", "save_strategy": "steps", "save_steps": 4, **EPOCH}

@@ -11,9 +11,9 @@ import pytest
 from torch.utils.data import IterableDataset
 
 from dstrain.data.comparison.stream_watch import num_moved
+from tests.distributed.later_splits import alike_on_all
 from tests.distributed.runs import make_trainer
-from tests.distributed.test_split_data import warnings_of
-from tests.distributed.test_split_later import alike_on_all
+from tests.distributed.split_data import warnings_of
 
 
 class Shuffled(IterableDataset[Any]):

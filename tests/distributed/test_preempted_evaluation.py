@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.resumed_runs import Stream, assert_same, noisy_llama, run_file
 from tests.distributed.runs import history, make_trainer, whole_weights
 from tests.distributed.test_preemption import send
-from tests.distributed.test_resume import Stream, assert_same, noisy_llama, run_file
 from tests.models import PAD_TOKEN_ID, RaggedTokens, tiny_t5
 
 AT_BATCH = 3

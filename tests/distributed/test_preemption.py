@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.runs import make_trainer, whole_weights
-from tests.distributed.test_resume import (
+from tests.distributed.resumed_runs import (
     EPOCH,
     Stream,
     assert_same,
@@ -19,6 +18,7 @@ from tests.distributed.test_resume import (
     noisy_llama,
     run,
 )
+from tests.distributed.runs import make_trainer, whole_weights
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.test_prediction import EVERYTHING_WIDE
+from tests.distributed.predictions import EVERYTHING_WIDE
 from tests.models import tiny_t5
 
 LENGTH = 8

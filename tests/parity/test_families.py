@@ -37,7 +37,7 @@ RUNS = ((2, 4), (2, 2), (2, 1), (0, 1), (3, 1))
 EXPORTED_STAGE = 3  # whose checkpoint is exported as well
 
 # Whose batches choose which modules have a part in the loss: stage 3 tells ranks that differ so
-# (`tests/distributed/test_missing_gradients.py`).
+# (`tests/distributed/test_different_modules.py`).
 NOT_AT_STAGE_3 = {"two_heads"}
 
 # The weight of a micro-batch's own mean, for the families whose rows cannot be told apart: they are

@@ -1,1 +1,1 @@
-"""Memory plan: bytes per rank of a model at every ZeRO stage and offload, and what fits."""
+"""Memory plan: bytes per rank of a model at each ZeRO stage and offload, and choices that fit."""

@@ -1,10 +1,10 @@
 """Bytes of activations and logits of one micro-batch, per rank.
 
 After Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models"
-(section 4, equation 1 and its derivation): every operation keeps for backward what its derivative
-needs. Their layer (dropout, GeLU, fused softmax, 16 bits) is replaced by what transformers' modules
-keep: RMSNorm that computes in fp32, gated feed-forward, fewer key and value heads, experts, and
-attention kernels that do not store the scores.
+(section 4, equation 1 and its derivation): each operation keeps for backward the tensors that its
+derivative needs. Their layer (dropout, GeLU, fused softmax, 16 bits) is replaced by the layers of
+transformers: RMSNorm that computes in fp32, gated feed-forward, fewer key and value heads, experts,
+and attention kernels that do not store the scores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Batch:
         seq_len: tokens per sequence.
         width: bytes per value in the training format, 2 or 4.
         attention: one of ``ATTENTION``.
-        checkpointing: layers keep their input alone and are computed again in backward.
+        checkpointing: layers keep only their input, and are computed again in backward.
     """
 
     micro_batch: int
@@ -77,8 +77,8 @@ def feed_forward_bytes_per_token(block: Block, width: int) -> int:
     """Return the bytes per token that the feed-forward part keeps besides its normalised input.
 
     Korthikanti 4.1, "MLP" ("8sbh" for the input of GeLU and of the second map, of 4h each). A gated
-    one keeps gate, activated gate, other projection and their product. Each expert that a token
-    passes keeps its own, and the token's copy that was sent to it.
+    feed-forward part keeps gate, activated gate, the second projection and their product. Each
+    expert that a token passes keeps these values, and a copy of the token's input.
     """
     values = block.ffn * (
         2 + block.activation_tensors if block.gated else 1 + block.activation_tensors
@@ -90,7 +90,7 @@ def feed_forward_bytes_per_token(block: Block, width: int) -> int:
 
 
 def layer_bytes(block: Block, batch: Batch) -> int:
-    """Return the bytes that one layer keeps for backward, not checkpointed (Korthikanti, eq. 1)."""
+    """Return the bytes that one layer keeps without checkpointing (Korthikanti, equation 1)."""
     per_token = block.norms * norm_bytes_per_token(block, batch.width)
     per_token += attention_bytes_per_token(block, batch)
     per_token += feed_forward_bytes_per_token(block, batch.width)
@@ -103,10 +103,10 @@ def layer_bytes(block: Block, batch: Batch) -> int:
 
 
 def activation_bytes(block: Block, batch: Batch) -> int:
-    """Return the bytes of activations that are kept when the forward pass is over.
+    """Return the bytes of activations that are kept when the forward pass ends.
 
-    All layers, or with checkpointing the input of each (Korthikanti 5, "full activation
-    recomputation": "2sbhL"), and the last normalisation.
+    They are the activations of all layers, or with checkpointing the input of each layer
+    (Korthikanti 5, "full activation recomputation": "2sbhL"), and those of the last normalisation.
     """
     last = norm_bytes_per_token(block, batch.width) * batch.tokens
     if batch.checkpointing:
@@ -115,10 +115,10 @@ def activation_bytes(block: Block, batch: Batch) -> int:
 
 
 def recomputed_bytes(block: Block, batch: Batch) -> int:
-    """Return the bytes that come on top while backward is inside one layer.
+    """Return the bytes that are added while backward is inside one layer.
 
-    With checkpointing that layer's activations; in any case the gradients of its two widest values
-    and of the residual stream.
+    They are the gradients of the layer's two widest values and of the residual stream, and with
+    checkpointing also the layer's activations.
     """
     gradients = (
         (2 * block.ffn * block.experts_per_token + block.hidden) * batch.width * batch.tokens
@@ -129,15 +129,15 @@ def recomputed_bytes(block: Block, batch: Batch) -> int:
 def logits_bytes(vocab_size: int, batch: Batch, *, fp32_loss: bool = True) -> int:
     """Return the most bytes that logits and loss take at once.
 
-    In ``loss_utils.py:ForCausalLMLoss`` logits become fp32. When backward begins these three are
-    alive (torch ``derivatives.yaml``: ``nll_loss_forward``, ``_log_softmax``): the log-softmax kept
-    for backward, the gradient with respect to it, and the gradient with respect to its input. In
-    forward it is less: logits in the training format, in fp32, and their log-softmax.
+    ``loss_utils.py:ForCausalLMLoss`` converts logits to fp32. When backward begins three tensors
+    are alive (torch ``derivatives.yaml``: ``nll_loss_forward``, ``_log_softmax``): the log-softmax
+    kept for backward, the gradient with respect to it, and the gradient with respect to its input.
+    Forward needs less: logits in the training format, logits in fp32, and their log-softmax.
     """
     width = FP32 if fp32_loss else batch.width
     return 3 * width * vocab_size * batch.tokens
 
 
 def logits_gradient_bytes(vocab_size: int, batch: Batch) -> int:
-    """Return the bytes of the logits' gradient, which is alive while the head's is computed."""
+    """Return the bytes of the logits' gradient, from which the head's gradient is computed."""
     return batch.width * vocab_size * batch.tokens

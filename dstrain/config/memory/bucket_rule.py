@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from dstrain.config.memory.placement import Buckets
 from dstrain.config.memory.sizes import ModelFacts
 
-# DeepSpeed's own default bucket (5e8 elements) is allocated whole, whatever the model's size; at
-# 5e7 elements (100 MB in 16 bits) a bucket is already far above the size at which links saturate.
-# A larger parameter passes by the bucket, uncopied and in one message (stage_1_and_2.py:
-# extra_large_param_to_reduce; stage3.py: __add_grad_to_ipg_bucket), so nothing is won by making
-# room for it: the embedding of a 70B model would cost GiBs of buffers.
+# DeepSpeed allocates a bucket whole, whatever the size of the model (5e8 elements by default). A
+# bucket of 5e7 elements (100 MB in 16 bits) is far above the size at which links saturate. A larger
+# parameter is not copied to the bucket but sent in one message (stage_1_and_2.py:
+# extra_large_param_to_reduce; stage3.py: __add_grad_to_ipg_bucket), so the bucket needs no room for
+# it: for the embedding of a 70B model that would be GiBs.
 BUCKET_ELEMENTS = 50_000_000
 SMALL_PARAMETER_ELEMENTS = 10_000
 KEPT_PARAMETER_ELEMENTS = 1_000_000
@@ -22,7 +22,7 @@ KEPT_PARAMETER_ELEMENTS = 1_000_000
 
 @dataclass(frozen=True)
 class BucketSize:
-    """A size in elements, and the formula with its numbers."""
+    """Size of a bucket in elements, and its formula with numbers."""
 
     elements: int
     formula: str
@@ -44,7 +44,7 @@ def allgather_bucket(model: ModelFacts, stage: int) -> BucketSize | None:
 
 
 def prefetch_bucket(model: ModelFacts, stage: int) -> BucketSize | None:
-    """Return the size of the parameters that stage 3 gathers ahead of their use."""
+    """Return how many elements of parameters stage 3 gathers ahead of their use; None below it."""
     if stage < 3:
         return None
     return BucketSize(
@@ -54,7 +54,7 @@ def prefetch_bucket(model: ModelFacts, stage: int) -> BucketSize | None:
 
 
 def persistence_threshold(model: ModelFacts, stage: int) -> BucketSize | None:
-    """Return the size up to which stage 3 leaves parameters gathered."""
+    """Return the size of the largest parameter that stage 3 keeps gathered; None below it."""
     if stage < 3:
         return None
     return BucketSize(
@@ -65,7 +65,7 @@ def persistence_threshold(model: ModelFacts, stage: int) -> BucketSize | None:
 
 
 def derived_buckets(model: ModelFacts, stage: int) -> Buckets:
-    """Return the sizes that a config gets where the user sets none of them."""
+    """Return the sizes that a config gets if the user sets none."""
     usual = Buckets()
 
     def elements(size: BucketSize | None, default: int) -> int:
@@ -79,5 +79,5 @@ def derived_buckets(model: ModelFacts, stage: int) -> Buckets:
 
 
 def _even(elements: int) -> int:
-    """Round up to an even number: DeepSpeed asserts it of the all-gather bucket (for NCCL)."""
+    """Round up to an even number, which DeepSpeed requires of the all-gather bucket (for NCCL)."""
     return max(2, elements + elements % 2)

@@ -6,18 +6,18 @@ from dstrain.config.memory.placement import Buckets, Placement, Work
 from dstrain.config.memory.sizes import ModelSizes
 
 STAGE_0_BUFFER_ELEMENTS = 500_000_000
-"""``engine.py:buffered_allreduce_fallback`` copies at most this many gradients at once."""
+"""Most gradients that ``engine.py:buffered_allreduce_fallback`` copies at once."""
 
 
 def reduction_bytes(
     sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
 ) -> tuple[int, int]:
-    """Return bytes of gradient communication: of buffers held in backward, and of a passing copy.
+    """Return bytes of buffers that last through backward, and bytes of a copy for each reduction.
 
-    Stages 1-2 hold the contiguous bucket, two of them with overlap (``setup_buckets``), and copy
-    what it is filled with (``allreduce_bucket``). Stage 3 copies what its standing bucket is filled
-    with (``coalesced_collectives.py:reduce_scatter_coalesced``), and stage 0 its gradients
-    (``engine.py:allreduce_bucket``).
+    Stages 1-2 keep a contiguous bucket, with overlap two (``setup_buckets``), and copy its filled
+    part (``allreduce_bucket``). Stage 3 copies the filled part of its bucket, which is counted
+    among the states (``coalesced_collectives.py:reduce_scatter_coalesced``). Stage 0 copies
+    gradients (``engine.py:allreduce_bucket``).
     """
     filled = min(buckets.reduce, sizes.facts.num_trainable)
     if placement.stage == 0:
@@ -29,20 +29,21 @@ def reduction_bytes(
 
 
 def unfilled(sizes: ModelSizes, buckets: Buckets) -> float:
-    """Return how much of backward is left, from 0 to 1, when the first bucket is full."""
+    """Return the share of backward, 0 to 1, that follows the first full bucket."""
     return max(0.0, 1 - buckets.reduce / max(1, sizes.facts.num_trainable))
 
 
 def gathered_bytes(
     sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets
 ) -> tuple[int, int]:
-    """Return bytes of whole parameters at stage 3 beside persistent ones, and of their buffer.
+    """Return bytes of gathered parameters at stage 3, without persistent ones, and of a buffer.
 
-    ``partitioned_param_coordinator.py:__params_to_release`` keeps what is used again within
-    ``max_reuse_distance`` elements, which at the end of forward is the last half of that many; then
-    come the module in use and the prefetched ones. These arrive in a flat buffer
-    (``partition_parameters.py:AllGatherCoalescedHandle``) that lives until the last of them is
-    used, so it is alive in the last layer. One rank alone uses its partition in place.
+    Gathered are parameters that are used again within ``max_reuse_distance`` elements
+    (``partitioned_param_coordinator.py:__params_to_release``), which at the end of forward are the
+    last ``max_reuse_distance / 2`` elements; the parameters of the module in use; and prefetched
+    ones. Prefetched parameters arrive in a flat buffer
+    (``partition_parameters.py:AllGatherCoalescedHandle``) that is freed when the last of them is
+    used, so that it exists in the last layer. A single rank uses its partition in place.
     """
     if placement.stage < 3 or (work.world_size == 1 and placement.parameters == "none"):
         return 0, 0

@@ -1,6 +1,6 @@
-"""Closed forms of architectures with LayerNorm or without gates, and T5; parts shared by all forms.
+"""Closed forms of architectures with LayerNorm or without gates, and T5; parts of all forms.
 
-``closed_forms.py`` has the table, and the forms that follow Llama.
+``closed_forms.py`` has the table of forms, and the form of Llama and its relatives.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from dstrain.config.memory.sizes import Block, Tensors
 
 
 class Reader:
-    """A reader of config values by any of their names, which notes the names asked for."""
+    """Reader of config values that have several names; it keeps the names that were read."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        """Read from ``values``."""
+        """Keep the values to read from."""
         self._values = values
         self.names: set[str] = set()
 
     def __call__(self, default: Any, *names: str) -> Any:
-        """Return the value under the first name that has one."""
+        """Return the value of the first of ``names`` that has one; else ``default``."""
         self.names.update(names)
         found = (self._values[n] for n in names if self._values.get(n) is not None)
         return next(found, default)
 
     def number(self, default: int, *names: str) -> int:
-        """Return that value as a whole number."""
+        """Return the value of the first of ``names`` that has one, as a whole number."""
         return int(self(default, *names))
 
 
 def linear(part: str, out: int, width: int, count: int, bias: bool = False) -> Iterator[Tensors]:
-    """Yield a linear map's weight, and its bias."""
+    """Yield the weight of a linear map, and its bias if it has one."""
     yield Tensors(part, (out, width), count)
     if bias:
         yield Tensors(part, (out,), count)
 
 
 def layer_norm(part: str, width: int, count: int) -> Tensors:
-    """Return weight and bias of LayerNorms."""
+    """Return the weights and biases of ``count`` LayerNorms."""
     return Tensors(part, (width,), 2 * count)
 
 
@@ -46,7 +46,7 @@ def _plain(
     *, hidden: int, layers: int, heads: int, ffn: int, kv: int | None = None,
     gelu: int = 1, dropout: bool = False, norms: int = 2, cross: int = 0, fp32_loss: bool = True,
 ) -> Block:  # fmt: skip
-    """Return a layer with LayerNorm and two linear maps in its feed-forward part."""
+    """Return the form of a layer with LayerNorm and an ungated feed-forward part."""
     return Block(
         layers, hidden, heads, kv or heads, hidden // heads, ffn, gated=False, rms_norm=False,
         norms=norms, activation_tensors=gelu, dropout=dropout, cross_layers=cross,
@@ -57,7 +57,7 @@ def _plain(
 def _fused_attention(
     h: int, n: int, ffn: int, *, bias: bool = True, qkv: int | None = None, norms: int = 2
 ) -> list[Tensors]:
-    """Return layers with one query-key-value projection, an output one and two linear maps."""
+    """Return parameters of layers with a joint query-key-value projection, ungated."""
     tensors = [layer_norm("layer", h, norms * n)]
     tensors += linear("layer", qkv or 3 * h, h, n, bias)
     tensors += linear("layer", h, h, n, bias)
@@ -75,7 +75,7 @@ def gpt2(c: Reader) -> tuple[list[Tensors], Block]:
         raise ValueError("cross attention")
     positions = c.number(1024, "n_positions", "max_position_embeddings")
     tensors = _fused_attention(h, n, ffn)
-    # Conv1D keeps its weights the other way round: (in, out).
+    # Conv1D keeps its weights as (in, out).
     tensors = [Tensors(t.part, t.shape[::-1], t.count) for t in tensors]
     tensors += [Tensors("embedding", (vocab, h)), Tensors("embedding", (positions, h))]
     tensors.append(layer_norm("other", h, 1))
@@ -176,7 +176,7 @@ def t5(c: Reader) -> tuple[list[Tensors], Block]:
     inner = c.number(8, "num_heads", "num_attention_heads") * c.number(64, "d_kv")
     n = c.number(6, "num_layers", "num_hidden_layers")
     decoder, vocab = c.number(n, "num_decoder_layers"), c.number(32128, "vocab_size")
-    # Both stand in a saved config, and where they differ T5Config takes the flag.
+    # A saved config has both; if they differ T5Config uses the flag.
     gated = bool(c(str(c("relu", "feed_forward_proj")).startswith("gated"), "is_gated_act"))
     attentions, both = n + 2 * decoder, n + decoder
     tensors = [Tensors("embedding", (vocab, h)), Tensors("other", (h,), 2)]

@@ -1,7 +1,8 @@
 """Closed forms of the parameters of common architectures.
 
-Each follows the modules of transformers' ``modeling_<type>.py``; defaults are those of its config
-class. ``tests/unit/models/test_count.py`` compares every form with the model built without memory.
+Each form follows the modules of transformers' ``modeling_<type>.py``, with the defaults of the
+config class. ``tests/unit/models/test_count.py`` compares every form with a model that is built on
+the meta device.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class Family:
     """Closed form of an architecture's parameters.
 
     Attributes:
-        architectures: model classes that it holds for; the first is the one built by default.
-        sizes: parameters and form of a layer from a config.
-        vocab_size: default vocabulary.
+        architectures: model classes with this form; the first is built by default.
+        sizes: reader of a config -> parameters, and form of a layer.
+        vocab_size: default size of the vocabulary.
     """
 
     architectures: tuple[str, ...]
@@ -42,7 +43,7 @@ class Family:
 
 @dataclass(frozen=True)
 class _Gated:
-    """Llama and its relatives: RMSNorm, rotary positions, gated feed-forward."""
+    """Form of Llama and its relatives: RMSNorm, rotary positions, gated feed-forward."""
 
     vocab_size: int = 32000
     hidden: int = 4096
@@ -151,8 +152,8 @@ def sizes_of(spec: str, count: Callable[[str], ModelSizes]) -> ModelSizes:
     """Return the sizes of the model that a config describes.
 
     Args:
-        spec: as for ``read_spec``.
-        count: builds the model without memory; asked where there is no closed form.
+        spec: a config as in ``read_spec``.
+        count: returns the sizes of a model without a closed form, by building it.
 
     Raises:
         ModelError: the config cannot be read.
@@ -163,11 +164,11 @@ def sizes_of(spec: str, count: Callable[[str], ModelSizes]) -> ModelSizes:
 
 
 def closed_form(values: Mapping[str, Any], *, strict: bool = False) -> ModelSizes | None:
-    """Return the sizes by formula, or None where no formula is known to hold.
+    """Return the sizes by formula; None if there is no formula for this config.
 
     Args:
-        values: of a model config, with ``model_type``.
-        strict: refuse a config with keys that the formula does not read.
+        values: values of a model config, with ``model_type``.
+        strict: return None if the config has keys that the formula does not read.
     """
     family = FAMILIES.get(str(values.get("model_type")))
     architectures = values.get("architectures") or []

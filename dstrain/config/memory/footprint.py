@@ -1,9 +1,9 @@
 """Memory model: bytes per rank by kind, for a stage and a place for optimizer and parameters.
 
-Every formula names the allocation it stands for, in DeepSpeed 0.19.8 (``file:function``) or torch.
-Three moments of a step can be the peak: the *loss* (all activations and logits alive), *backward*
-(gradients and communication buffers), and the optimizer *step*. A kind is given at its own maximum,
-so the kinds of a row may add up to more than its peak.
+Each formula names the allocation that it counts, in DeepSpeed 0.19.8 (``file:function``) or torch.
+The peak is at one of three moments of a step: the *loss* (with all activations and logits),
+*backward* (with gradients and communication buffers), or the optimizer *step*. Bytes of a kind are
+its maximum over these moments, so that all kinds may add up to more than the peak.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dstrain.config.memory.sizes import ModelSizes
 
 GIB = 2**30
 # CUDA context and kernels (about 0.5 GiB), NCCL's channels (about 0.5 GiB), cuBLAS workspaces and
-# what the caching allocator cannot reuse (about 0.5 GiB). Assumed, not measured.
+# memory that the caching allocator cannot reuse (about 0.5 GiB). Assumed, not measured.
 CUDA_OVERHEAD_BYTES = int(1.5 * GIB)
-# A rank on the CPU: Python with torch, deepspeed and transformers holds 0.27 GiB of pages of its
-# own after import (measured); the rest, for data and buffers of the matrix libraries, is assumed.
+# A rank on the CPU: Python with torch, deepspeed and transformers has 0.27 GiB of private pages
+# after import (measured); the rest, for data and buffers of matrix libraries, is assumed.
 CPU_OVERHEAD_BYTES = GIB // 2
 # torch's AdamW on one flat tensor: the square root of the second moment (_foreach_sqrt in
 # _multi_tensor_adam), and on the CPU its quotient as well (_single_tensor_adam).
@@ -41,12 +41,12 @@ class Footprint:
     """Bytes that one rank needs, by kind, by moment of a step, and by place.
 
     Attributes:
-        placement: what the numbers are for.
-        kinds: kind -> bytes on the accelerator at that kind's own maximum.
-        moments: moment of the step -> bytes on the accelerator, all kinds together.
+        placement: stage and offloads.
+        kinds: kind -> most bytes on the accelerator at any moment.
+        moments: moment of the step -> bytes on the accelerator, of all kinds.
         host: kind -> bytes in host memory.
         nvme: kind -> bytes on local disks.
-        overhead: bytes beside those of tensors, on the accelerator or, without one, in the process.
+        overhead: bytes besides tensors, on the accelerator or, without one, in the process.
     """
 
     placement: Placement
@@ -63,12 +63,12 @@ class Footprint:
 
     @property
     def needed(self) -> int:
-        """Return the bytes of the peak and of what lies beside it."""
+        """Return the bytes of the peak and of the overhead."""
         return self.peak + self.overhead
 
     @property
     def states(self) -> int:
-        """Return the bytes that stay between steps: parameters, masters, optimizer, buffers."""
+        """Return bytes between steps: parameters, master weights, optimizer states, buffers."""
         return self.moments["between steps"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Footprint:
 def footprint(
     sizes: ModelSizes, work: Work, batch: Batch, placement: Placement, buckets: Buckets
 ) -> Footprint:
-    """Return the bytes per rank of one choice."""
+    """Return the bytes per rank of one placement."""
     states = state_bytes(sizes, work, placement, buckets)
     gradients = gradient_bytes(sizes, work, placement)
     carried = gradients if work.accumulation > 1 else 0
@@ -117,7 +117,7 @@ def footprint(
     if placement.stage == 0:
         moments["backward ends"] = standing + inside + gradients + copied
     if placement.stage == 1 and placement.optimizer == "none":
-        # The partition's gradients grow while the whole ones shrink to views of the bucket.
+        # Gradients of the partition grow while whole gradients are replaced by views of the bucket.
         partition = gradient_bytes(sizes, work, Placement(2))
         moments["backward ends"] = standing + inside + gradients + held + max(0, partition - copied)
     if placement.stage >= 2 and (left := unfilled(sizes, buckets)) > 0:
@@ -150,11 +150,11 @@ def state_bytes(
     """Return the bytes that stay allocated on the accelerator between steps, by kind.
 
     ZeRO (Rajbhandari et al. 2020, figure 1): 2 + 2 + 12 bytes per parameter for 16-bit Adam, each
-    whole or divided by the number of ranks. Here the 12 are master weights and optimizer states:
-    stage 0 ``unfused_optimizer.py:__init__`` (no masters in fp32); stages 1-2
+    whole or divided by the number of ranks. The 12 bytes are master weights and optimizer states:
+    stage 0 ``unfused_optimizer.py:__init__`` (in fp32 no master weights); stages 1-2
     ``stage_1_and_2.py:__init__`` (``single_partition_of_fp32_groups``: a clone in fp32 too);
     stage 3 ``stage3.py:_create_fp32_partitions``, ``_setup_for_real_optimizer`` (a flat gradient
-    buffer and the reduction bucket stand all the time), and small parameters stay gathered
+    buffer and the reduction bucket are never freed), and small parameters stay gathered
     (``parameter_offload.py:mark_persistent_parameters``).
     """
     stage, shard = placement.stage, sizes.trainable_shard(work.world_size, placement.stage)
@@ -180,13 +180,13 @@ def state_bytes(
 
 
 def gradient_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> int:
-    """Return bytes of gradients on the accelerator when backward ends, without a flat buffer.
+    """Return bytes of gradients on the accelerator when backward ends, without flat buffers.
 
-    Stages 0-1 keep whole gradients until the window ends (``stage_1_and_2.py:process_gradients``
-    reduces at once only when gradients are partitioned). Stage 2 keeps ``grads_in_partition``
-    (``copy_grads_in_partition``): every parameter that touches the partition, whole; with offload
-    they go to the host one by one. Sums in fp32 are of the partition alone
-    (``_build_compact_grad_partition_buffer``).
+    Stages 0-1 keep whole gradients until the last micro-batch of a step
+    (``stage_1_and_2.py:process_gradients`` reduces earlier only if gradients are partitioned).
+    Stage 2 keeps ``grads_in_partition`` (``copy_grads_in_partition``): the whole gradient of each
+    parameter that overlaps the partition; with offload each is moved to the host. Sums in fp32
+    have the size of the partition (``_build_compact_grad_partition_buffer``).
     """
     trainable = sizes.facts.num_trainable
     if placement.stage < 2:
@@ -201,15 +201,15 @@ def gradient_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> int:
 
 
 def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buckets) -> int:
-    """Return the bytes that the optimizer step takes on top of the states.
+    """Return the bytes that the optimizer step needs besides the states.
 
-    Stages 1-2 (``stage_1_and_2.py:step``): the gradients of the partition, one storage for all
-    parameter groups and so alive until the last; beside them their flat copy and that in fp32, or
-    the latter and Adam's temporary. Stage 3 the same copies for one sub-group at a time
-    (``stage3.py:_prepare_fp32_grad_for_sub_group``). Stage 0: fp32 copies of all gradients
-    (``unfused_optimizer.py:step``) beside those of backward. Where gradients were added up in fp32,
-    stage 2 steps with their buffer as it is (``_get_preflattened_grad_partition``) and stage 3
-    makes one copy.
+    Stages 1-2 (``stage_1_and_2.py:step``): gradients of the partition, which share one storage for
+    all parameter groups and are freed after the last; a flat copy of them and a flat copy in fp32,
+    or the copy in fp32 and the temporary of Adam. Stage 3: these copies for one sub-group at a time
+    (``stage3.py:_prepare_fp32_grad_for_sub_group``). Stage 0: gradients of backward, and fp32
+    copies of all of them (``unfused_optimizer.py:step``). For sums of gradients in fp32, stage 2
+    uses their buffer without a copy (``_get_preflattened_grad_partition``), and stage 3 makes one
+    copy.
     """
     if placement.optimizer != "none":
         return 0

@@ -1,4 +1,4 @@
-"""Bytes of host memory and local disk per rank, for every place of optimizer and parameters."""
+"""Bytes of host memory and local disk per rank, for each placement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dstrain.config.memory.sizes import ModelSizes
 # Python, torch with its CUDA libraries, and a data loader. Assumed, not measured.
 PROCESS_BYTES = 3 * 2**30
 NVME_OPTIMIZER_BUFFERS = 4
-"""``offload_optimizer.buffer_count``, each as large as the largest sub-group of a rank."""
+"""``offload_optimizer.buffer_count``; a buffer has the size of a rank's largest sub-group."""
 NVME_PARAMETER_BUFFERS = 5
 NVME_PARAMETER_BUFFER_ELEMENTS = 100_000_000
 """``offload_param.buffer_count`` and ``buffer_size``."""
@@ -20,15 +20,15 @@ def host_bytes(
     """Return the bytes that a rank keeps in host memory, by kind.
 
     Optimizer at stages 1-2 (``stage_1_and_2.py:__init__``, ``initialize_optimizer_states``): master
-    weights and their fp32 gradients, a copy in the training format on its way back
-    (``param_buffer_of_bit16_for_cpu_offload_groups``), one buffer of the largest parameter
-    (``temp_grad_buffer_for_cpu_offload``), and with accumulation the gradients so far
+    weights and their fp32 gradients, updated weights in the training format
+    (``param_buffer_of_bit16_for_cpu_offload_groups``), one buffer of the size of the largest
+    parameter (``temp_grad_buffer_for_cpu_offload``), and with accumulation the sums of gradients
     (``async_accumulate_grad_in_cpu_via_gpu``). At stage 3 (``stage3.py:_create_fp32_partitions``,
     ``initialize_optimizer_states``, ``_setup_for_real_optimizer``): master weights, fp32 gradients
-    of each sub-group, and a flat gradient buffer in the format in which gradients add up. Adam's
-    moments are fp32 on the host (``cpu_adam.py:step``); other optimizers as in
+    of each sub-group, and a flat gradient buffer in the format of gradient sums. Adam's moments are
+    fp32 on the host (``cpu_adam.py:step``); states of other optimizers are in
     ``optimizer_table.py``. Parameters: ``stage3.py:_create_param_groups_fp16_flat_cpu_memory``.
-    Before training, stages 0-2 build the model whole in every process, in host memory.
+    Before training, stages 0-2 build the whole model in host memory in every process.
     """
     stage, width = placement.stage, work.width
     shard = sizes.trainable_shard(work.world_size, stage)
@@ -64,8 +64,8 @@ def host_bytes(
 def nvme_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str, int]:
     """Return the bytes that a rank keeps on local disks, by kind.
 
-    ``swap_tensor/partitioned_optimizer_swapper.py``: master weights, Adam's moments, and gradients
-    that wait for their sub-group's turn; ``partitioned_param_swapper.py``: parameters.
+    ``swap_tensor/partitioned_optimizer_swapper.py``: master weights, optimizer states, and
+    gradients of sub-groups that are not yet updated; ``partitioned_param_swapper.py``: parameters.
     """
     shard = sizes.trainable_shard(work.world_size, placement.stage)
     kinds = {}
@@ -79,9 +79,10 @@ def nvme_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str,
 
 
 def pinned(num_bytes: int, work: Work, *, when: bool = True) -> int:
-    """Return the size of a page-locked buffer: torch's host allocator rounds up to powers of two.
+    """Return the bytes of a page-locked buffer, which torch rounds up to a power of two.
 
-    (``aten/src/ATen/core/CachingHostAllocator.h:allocate``.) The CPU accelerator locks no pages.
+    The allocator is ``aten/src/ATen/core/CachingHostAllocator.h:allocate``. Ranks on the CPU lock
+    no pages.
     """
     if not when or work.device != "cuda" or num_bytes <= 1:
         return num_bytes

@@ -1,4 +1,4 @@
-"""A model config as a user writes it, read without transformers, and the check of its sizes."""
+"""Reading a model config that a user names, without transformers, and checking its sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.files import expanded, told_refused
 
-# Sizes that a model cannot be without, and others that some models set to 0 for "none".
+# Sizes that every model has, and sizes that are 0 in some models for "none".
 _POSITIVE = frozenset(
     {
         *("hidden_size", "d_model", "n_embd", "vocab_size", "num_hidden_layers", "num_layers"),
@@ -26,7 +26,7 @@ _NOT_NEGATIVE = frozenset(
         *("num_experts", "num_local_experts", "num_experts_per_tok", "type_vocab_size"),
     }
 )
-# More than this no machine would build in a day; real models have fewer than 1,000.
+# No machine builds a model with more layers in a day; real models have fewer than 1,000.
 _MOST_LAYERS = 100_000
 _LAYERS = frozenset(
     {
@@ -44,7 +44,7 @@ def read_spec(spec: str) -> tuple[dict[str, Any], bool]:
     """Read a model config: ``type:key=value,...``, a config.json, or a folder with one.
 
     Returns:
-        its values with ``model_type``, and whether it was the short form.
+        values of the config with ``model_type``, and whether it was in the short form.
 
     Raises:
         ModelError: the file cannot be read, names no model type, or has an impossible size.
@@ -68,10 +68,10 @@ def read_config_file(file: Path, name: str) -> dict[str, Any]:
 
     Args:
         file: the file.
-        name: what the user calls it.
+        name: name of the config in errors.
 
     Raises:
-        ModelError: it cannot be read, is no JSON object, or is nested too deep.
+        ModelError: the file cannot be read, is no JSON object, or is nested too deep.
     """
     from dstrain.core.documents import loaded, parsed
 
@@ -88,10 +88,10 @@ def read_config_file(file: Path, name: str) -> dict[str, Any]:
 
 
 def value_of(text: str) -> Any:
-    """Return the value of one ``key=value`` of the short form; text that is no JSON is text."""
+    """Return the value of a ``key=value`` in the short form: parsed if it is JSON, else text."""
     from dstrain.core.documents import parsed
 
-    # Python's spelling of three values that JSON spells in another way.
+    # Spellings of Python -> spellings of JSON.
     word = {"True": "true", "False": "false", "None": "null"}.get(text, text)
     try:
         return parsed(word.encode())
@@ -100,14 +100,14 @@ def value_of(text: str) -> Any:
 
 
 def check_sizes(values: Mapping[str, Any], name: str) -> None:
-    """Refuse sizes and dropouts that no model can have: text, fractions, negative, huge ones.
+    """Refuse sizes and dropouts that no model can have: texts, fractions, negative or huge numbers.
 
     Args:
-        values: of the config, as written.
-        name: what the user calls it.
+        values: values of the config.
+        name: name of the config in errors.
 
     Raises:
-        ModelError: naming all of them.
+        ModelError: some are; the error lists all of them.
     """
     problems = [
         Problem(
@@ -122,9 +122,10 @@ def check_sizes(values: Mapping[str, Any], name: str) -> None:
 
 
 def _wrong_sizes(values: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield dotted key, value and reason of each impossible size in a config."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            if str(key).endswith("config"):  # text_config, vision_config and their like
+            if str(key).endswith("config"):  # such as text_config and vision_config
                 yield from _wrong_sizes(value, f"{inside}{key}.")
             continue
         if str(key).endswith(_SHARES) and not _are_shares(value):
@@ -140,7 +141,7 @@ def _wrong_sizes(values: Mapping[str, Any], inside: str = "") -> Iterator[tuple[
 
 
 def _are_shares(value: Any) -> bool:
-    """Tell whether a value, or each of a list, can be a probability; none and flags may be too."""
+    """Tell whether a value, or each value of a list, is a probability, a flag or None."""
     parts = value if isinstance(value, list) else [value]
     return all(
         part is None

@@ -1,4 +1,4 @@
-"""Inputs of the memory model: a ZeRO stage with its offloads, buckets, a workload."""
+"""Inputs of the memory model: ZeRO stage and offloads, sizes of buckets, a workload."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Placement:
-    """A stage, and where optimizer (with master weights) and parameters lie between uses.
+    """ZeRO stage, and places of optimizer and parameters between their uses.
 
     Attributes:
         stage: 0 to 3.
-        optimizer: "none" (the accelerator), "cpu" or "nvme".
-        parameters: the same, stage 3 only.
+        optimizer: place of master weights and optimizer states: "none" (the accelerator), "cpu" or
+            "nvme".
+        parameters: place of parameters: "none", or at stage 3 also "cpu" or "nvme".
     """
 
     stage: int
@@ -28,13 +29,13 @@ class Placement:
     parameters: str = "none"
 
     def __str__(self) -> str:
-        """Return the placement in words, as in the tables."""
+        """Return the placement in words, for tables and reasons."""
         places = {"optimizer": self.optimizer, "parameters": self.parameters}
         moved = [f"{name} on {place}" for name, place in places.items() if place != "none"]
         return ", ".join([f"stage {self.stage}", *moved])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments that ask for this placement."""
+        """Return the arguments of training for this placement."""
         return {
             "zero_stage": str(self.stage),
             "offload_optimizer": self.optimizer,
@@ -44,7 +45,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sizes of DeepSpeed's buffers, in elements; the defaults are DeepSpeed's own.
+    """Sizes of DeepSpeed's buffers, in elements, with the defaults of DeepSpeed.
 
     Attributes:
         reduce: ``reduce_bucket_size``.
@@ -66,11 +67,11 @@ class Buckets:
 
     @staticmethod
     def of_config(values: Mapping[str, Any], usual: Buckets | None = None) -> Buckets:
-        """Return the sizes that the dotted keys of a config give.
+        """Return the sizes in a config.
 
         Args:
             values: leaf values by dotted path.
-            usual: what holds for keys that it leaves out; DeepSpeed's defaults by default.
+            usual: sizes for keys that the config leaves out; by default those of DeepSpeed.
         """
         usual = usual or Buckets()
 
@@ -116,9 +117,9 @@ class Work:
         return WIDTHS[self.precision]
 
     def sums_in_fp32(self, stage: int) -> bool:
-        """Tell whether gradients of micro-batches add up in fp32 though training is in 16 bits.
+        """Tell whether gradients of micro-batches are added up in fp32 in 16-bit training.
 
-        The default of ``grad_accum_dtype`` (``rules/precision.py``).
+        That is so by default (``grad_accum_dtype``, ``rules/precision.py``).
         """
         return self.precision == "bf16" and self.accumulation > 1 and stage >= 2
 
@@ -146,7 +147,7 @@ def parse_size(text: str, name: str = "size") -> int:
     """Return the bytes of "80GB", "1.5 TB" (powers of ten) or "640GiB" (powers of two).
 
     Raises:
-        ConfigError: another unit, no number, or nothing left of it.
+        ConfigError: the text is no number with such a unit, or less than one byte.
     """
     word = text.strip().upper()
     digits = word.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")

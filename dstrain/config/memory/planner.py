@@ -1,7 +1,7 @@
-"""Plan of the ZeRO stages and offloads that fit, and the choice of the fastest.
+"""Memory plan of the ZeRO stages and offloads, and the choice of the fastest that fits.
 
-``plan`` computes every choice; ``fastest_choice`` takes the first one that fits in ``ORDER``, whose
-choices go from the least communication to the most.
+``plan`` computes the bytes of each placement; ``fastest_choice`` returns the first placement of
+``ORDER`` that fits. ``ORDER`` goes from the least communication to the most.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ MOST_RANKS = 65536
 
 @dataclass(frozen=True)
 class Limits:
-    """Memory and disk of accelerators and machines; None where a size is not known.
+    """Memory and disk of accelerators and machines; None if a size is not known.
 
     Attributes:
-        gpu_bytes: memory of one accelerator; of a rank that trains on the CPU, its share of the
-            host's.
+        gpu_bytes: memory of one accelerator; for a rank that trains on the CPU, its share of the
+            host memory.
         host_bytes: host memory of one machine.
         nvme_bytes: local disk of one machine.
     """
@@ -75,14 +75,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Row:
-    """A choice, as asked for, and with both settings of activation checkpointing.
+    """Row of a plan: one placement, with and without activation checkpointing.
 
     Attributes:
-        footprint: bytes per rank as asked for.
+        footprint: bytes per rank with the checkpointing that was asked for.
         plain: bytes per rank without activation checkpointing.
-        checkpointed: bytes per rank with it.
-        lacking: resource -> bytes that are missing; None where it is not known how much there is.
-        fits_checkpointed: whether nothing is missing with activation checkpointing.
+        checkpointed: bytes per rank with activation checkpointing.
+        lacking: resource -> bytes that are missing; None if the size of the resource is not known.
+        fits_checkpointed: whether the placement fits with activation checkpointing.
     """
 
     footprint: Footprint
@@ -98,13 +98,13 @@ class Row:
 
     @property
     def fits(self) -> bool:
-        """Tell whether nothing is missing."""
+        """Tell whether no resource lacks bytes."""
         return not self.lacking
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every choice for a model, a workload and machines."""
+    """Plan for a model, a workload and machines, with a row for each placement."""
 
     sizes: ModelSizes
     work: Work
@@ -113,19 +113,19 @@ class Plan:
     rows: tuple[Row, ...]
 
     def row(self, placement: Placement) -> Row:
-        """Return the row of one choice."""
+        """Return the row of one placement."""
         return next(row for row in self.rows if row.placement == placement)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Choice for ``zero_stage="auto"``.
+    """Choice of a placement for ``zero_stage="auto"``.
 
     Attributes:
-        placement: the fastest one that fits; where none does, the one that lacks the fewest bytes.
-        fits: whether it fits.
-        reason: in words, why it was taken and every faster one was not.
-        remedies: changes that would help where nothing fits.
+        placement: the fastest placement that fits; if none does, that which lacks the fewest bytes.
+        fits: whether the placement fits.
+        reason: reason for the placement, and against each faster one.
+        remedies: changes with which a placement would fit, if none does.
     """
 
     placement: Placement
@@ -146,15 +146,15 @@ def plan(
     buckets: BucketsOf = derived_buckets,
     placements: Sequence[Placement] = SHOWN,
 ) -> Plan:
-    """Return the bytes of every choice, and the bytes that each choice lacks.
+    """Return the bytes of each placement, and the bytes that it lacks.
 
     Args:
-        sizes: the model.
+        sizes: sizes of the model.
         work: ranks, precision, optimizer.
         batch: one micro-batch.
         limits: memory and disk.
-        buckets: bucket sizes of a stage; by default those that the resolver derives.
-        placements: the choices.
+        buckets: function that returns the bucket sizes of a stage; by default the resolver's.
+        placements: the placements.
     """
     stages = {placement.stage for placement in placements}
     by_stage = {s: buckets(sizes.facts, s) for s in stages}
@@ -178,12 +178,12 @@ def plan(
 
 
 def fastest_choice(plan: Plan, *, advise: bool = True) -> Choice:
-    """Return the fastest choice that fits, and why.
+    """Return the fastest placement that fits, with the reason.
 
     Args:
-        plan: the choices; stage 0 is taken only where there is no other, since stage 1 does all
-            that it does with less memory and as much communication.
-        advise: look for changes that would help where nothing fits.
+        plan: rows of the placements. Stage 0 is chosen only if it is the only one: stage 1 needs
+            less memory and no more communication.
+        advise: find remedies if nothing fits.
     """
     passed: list[str] = []
     rows = {row.placement: row for row in plan.rows}
@@ -203,13 +203,13 @@ def fastest_choice(plan: Plan, *, advise: bool = True) -> Choice:
 
 
 def first_checkpointed(plan: Plan) -> Placement | None:
-    """Return the fastest choice that fits with activation checkpointing; None where none does."""
+    """Return the fastest placement that fits with activation checkpointing; None if none does."""
     fitting = [row.placement for row in plan.rows if row.fits_checkpointed and row.placement.stage]
     return min(fitting, key=speed_rank, default=None)
 
 
 def speed_rank(placement: Placement) -> tuple[int, int, int]:
-    """Return a sort key from fastest to slowest, the order of ``ORDER`` for choices in it."""
+    """Return a sort key that sorts placements as in ``ORDER``, from the fastest to the slowest."""
     places = ("none", "cpu", "nvme")
     return (
         places.index(placement.optimizer),
@@ -219,7 +219,7 @@ def speed_rank(placement: Placement) -> tuple[int, int, int]:
 
 
 def describe(lacking: Mapping[str, int | None]) -> str:
-    """Return missing resources in words."""
+    """Return the missing bytes of each resource in words."""
     return " and ".join(
         f"{name} (size not known)" if missing is None else f"{missing / GIB:,.1f} GiB of {name}"
         for name, missing in lacking.items()
@@ -227,11 +227,11 @@ def describe(lacking: Mapping[str, int | None]) -> str:
 
 
 def _lacking(found: Footprint, work: Work, limits: Limits) -> dict[str, int | None]:
-    """Return the bytes missing on an accelerator, and on a machine with all of its ranks."""
+    """Return the bytes that an accelerator lacks, and those that a machine lacks for its ranks."""
     ranks = min(work.ranks_per_machine, work.world_size)
     host, disk = sum(found.host.values()), ranks * sum(found.nvme.values())
     lacking: dict[str, int | None] = {}
-    if work.device == "cpu":  # what is offloaded stays in the same memory
+    if work.device == "cpu":  # offload would use the same memory
         if found.needed + host > limits.gpu_bytes:
             lacking["host memory per rank"] = found.needed + host - limits.gpu_bytes
     else:
@@ -250,7 +250,7 @@ def _lacking(found: Footprint, work: Work, limits: Limits) -> dict[str, int | No
 
 
 def _remedies(plan: Plan) -> list[str]:
-    """Return changes after which something fits: the first of them that does, or more GPUs."""
+    """Return the first change of flags with which a placement fits, or else more GPUs, in words."""
     flags: list[tuple[str, Batch]] = []
     if not plan.batch.checkpointing:
         flags.append(("--gradient_checkpointing", replace(plan.batch, checkpointing=True)))

@@ -1,4 +1,4 @@
-"""A plan for people and as data."""
+"""A memory plan as text and as JSON data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = {
 
 
 def as_table(found: Plan, choice: Choice) -> str:
-    """Return the plan as text for people."""
+    """Return the plan as text to print."""
     sizes, work, batch, limits = found.sizes, found.work, found.batch, found.limits
     facts, block = sizes.facts, sizes.block
     lines = [
@@ -66,20 +66,20 @@ def as_table(found: Plan, choice: Choice) -> str:
 
 
 def _asked(choice: Choice) -> str:
-    """Return the arguments that lead to the choice; without an "auto" nothing is offloaded."""
+    """Return the arguments that lead to the choice; they name offload if it has any."""
     if choice.placement.optimizer == choice.placement.parameters == "none":
         return "zero_stage=auto"
     return "zero_stage=auto with offload_optimizer=auto and offload_param=auto"
 
 
 def _because(choice: Choice) -> list[str]:
-    """Return the reason, with a line for every choice that was passed over."""
+    """Return the lines of the reason, one for each placement in it."""
     first, *others = choice.reason.split("; ")
     return [f"  because {first}", *(f"          {other}" for other in others)]
 
 
 def _rows(found: Plan, choice: Choice) -> list[str]:
-    """Return the lines of the table; activations, peak and need for both checkpointing settings."""
+    """Return the lines of the table, with columns for both settings of checkpointing."""
     heads = ["", "", *KINDS.values(), *2 * ["|", "activ", "peak", "need"]]
     table = [[*heads, "|", "host", "disk", "fits"]]
     ranks = found.work.ranks_per_machine
@@ -105,7 +105,7 @@ def _rows(found: Plan, choice: Choice) -> list[str]:
 
 
 def _titles(heads: str) -> str:
-    """Return the line above the heads of columns, which names the groups that bars divide."""
+    """Return the line above the column heads, with names of the groups between bars."""
     line = ""
     bars = [i for i, sign in enumerate(heads) if sign == "|"]
     names = ("not checkpointed", "checkpointed", "per machine")

@@ -1,7 +1,7 @@
 """Parameters of a model from its config alone: shapes, counts, and the form of a layer.
 
-Closed forms are in ``closed_forms.py``; for every other architecture ``dstrain.models.count``
-builds the model without memory in a process of its own and reports in the same form.
+Closed forms are in ``closed_forms.py``. For other architectures ``dstrain.models.count`` builds the
+model on the meta device, in a child process, and returns sizes in the same form.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Tensors:
     """Parameters of one shape.
 
     Attributes:
-        part: where in the model, one of ``PARTS``.
-        shape: of each of them.
-        count: how many there are in the model.
+        part: part of the model, one of ``PARTS``.
+        shape: shape of each of these parameters.
+        count: number of these parameters in the model.
         trainable: whether they have gradients.
     """
 
@@ -38,24 +38,24 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Block:
-    """The form of a transformer's layers, as far as activations depend on it.
+    """Form of a transformer's layers, on which the size of activations depends.
 
     Attributes:
-        layers: how many, those of an encoder and of a decoder together.
+        layers: number of layers, of encoder and decoder together.
         hidden: width of the residual stream.
         heads: query heads.
         kv_heads: key and value heads.
         head_dim: width of a head.
         ffn: width inside the feed-forward part (of one expert).
         gated: the feed-forward part multiplies two projections.
-        rms_norm: RMSNorm in transformers' form (computed in fp32) and not LayerNorm.
+        rms_norm: normalisation is RMSNorm as in transformers (in fp32), else LayerNorm.
         norms: normalisations of width ``hidden`` per layer.
         qk_norm: queries and keys are normalised.
         activation_tensors: tensors of width ``ffn`` that the activation function keeps.
         experts_per_token: experts that each token passes.
-        dropout: whether masks are kept.
-        cross_layers: layers with a second, cross attention (a decoder's).
-        fp32_loss: logits are turned into fp32 before the loss.
+        dropout: layers have dropout and keep its masks.
+        cross_layers: layers with cross-attention, those of a decoder.
+        fp32_loss: logits are converted to fp32 before the loss.
     """
 
     layers: int
@@ -80,8 +80,8 @@ class ModelFacts:
     """Sizes of a model's parameters, counted in elements.
 
     Attributes:
-        num_parameters: all parameters, shared ones once.
-        num_trainable: those with gradients.
+        num_parameters: elements of all parameters, of shared ones once.
+        num_trainable: elements of parameters with gradients.
         largest: elements of the largest parameter.
         largest_vector: elements of the largest parameter with one dimension (a norm or a bias).
     """
@@ -93,7 +93,7 @@ class ModelFacts:
 
     @staticmethod
     def of_shapes(shapes: Iterable[tuple[tuple[int, ...], bool]]) -> ModelFacts:
-        """Return the facts of a sequence of (shape, requires gradient)."""
+        """Return the counts of parameters, each given as (shape, requires gradient)."""
         total = trainable = largest = vector = 0
         for shape, requires_grad in shapes:
             numel = prod(shape)
@@ -107,16 +107,16 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model that planning needs.
+    """Sizes of a model for the memory plan.
 
     Attributes:
         model_type: transformers' name of the architecture.
-        source: how the sizes were found.
-        tensors: the parameters; shared ones once.
-        vocab_size: entries of the logits; 0 for a model without a vocabulary.
-        block: the form of its layers; None where it is not known.
-        text_only: ``block`` is that of a text model among other parts, such as a vision tower,
-            whose activations are not known.
+        source: "closed form", or another way by which the sizes were found.
+        tensors: parameters of the model; shared ones once.
+        vocab_size: logits per token; 0 for a model without a vocabulary.
+        block: form of the layers; None if it is not known.
+        text_only: ``block`` is of the text model only; the model has further parts, such as a
+            vision tower, with activations that are not known.
     """
 
     model_type: str
@@ -128,7 +128,7 @@ class ModelSizes:
 
     @property
     def facts(self) -> ModelFacts:
-        """Return the facts that ``ModelFacts.of_shapes`` would find in the built model."""
+        """Return the counts that ``ModelFacts.of_shapes`` returns for the built model."""
         return ModelFacts(
             num_parameters=self.elements(),
             num_trainable=sum(t.elements for t in self.tensors if t.trainable),
@@ -139,7 +139,7 @@ class ModelSizes:
         )
 
     def elements(self, *parts: str) -> int:
-        """Return the elements of the named parts, of the whole model without a name."""
+        """Return the elements of the named parts, or of the whole model if none is named."""
         return sum(t.elements for t in self.tensors if not parts or t.part in parts)
 
     @property
@@ -152,11 +152,11 @@ class ModelSizes:
         return sum(t.elements for t in self.tensors if prod(t.shape) <= threshold)
 
     def partition_elements(self, num_ranks: int) -> int:
-        """Return the elements of one rank at stage 3, each parameter padded for itself."""
+        """Return the elements of one rank at stage 3, where each parameter is padded."""
         return sum(-(-prod(t.shape) // num_ranks) * t.count for t in self.tensors)
 
     def trainable_shard(self, num_ranks: int, stage: int) -> int:
-        """Return the trainable elements whose optimizer states one rank has."""
+        """Return the number of trainable elements whose optimizer states one rank has."""
         trainable = [t for t in self.tensors if t.trainable]
         if stage == 3:
             return sum(-(-prod(t.shape) // num_ranks) * t.count for t in trainable)
@@ -169,7 +169,7 @@ class ModelSizes:
 
     @property
     def shared_at_boundary(self) -> float:
-        """Return expected elements of a parameter that a partition's boundary cuts."""
+        """Return the expected elements of the parameter at a boundary of partitions."""
         squares = sum(prod(t.shape) ** 2 * t.count for t in self.tensors if t.trainable)
         return squares / max(1, self.facts.num_trainable)
 
@@ -193,7 +193,7 @@ class ModelSizes:
 
 
 def merged(tensors: Iterable[Tensors]) -> tuple[Tensors, ...]:
-    """Return the same parameters with equal ones counted together."""
+    """Return parameters with the counts of equal ones added up."""
     counts: dict[tuple[str, tuple[int, ...], bool], int] = {}
     for t in tensors:
         key = (t.part, t.shape, t.trainable)

@@ -1,1 +1,1 @@
-"""Resolution: arguments, the user's config and facts become one complete DeepSpeed config."""
+"""Resolution: one complete DeepSpeed config from arguments, the user's config and facts."""

@@ -1,4 +1,4 @@
-"""Adoption: arguments at their default take the value that the user's config gives for them."""
+"""Adoption: arguments at their default take the values of the user's config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dstrain.core.errors import Problem
 
 
 def adopt(draft: Draft) -> None:
-    """Give arguments the values of the user's config; collect their conflicts with it."""
+    """Set arguments to the values of the user's config; add conflicts to the problems."""
     settled: dict[str, Any] = {}
     for rule in RULES:
         if not isinstance(rule, Binding) or rule.key not in draft.explicit:
@@ -25,7 +25,7 @@ def adopt(draft: Draft) -> None:
 
 
 def _values(rule: Binding, draft: Draft) -> list[tuple[str, Any]]:
-    """Return the arguments that a key of the user's config sets, with values; [] if it cannot."""
+    """Return arguments, with values, that a key of the user's config sets; [] for a wrong value."""
     given = draft.explicit[rule.key]
     try:
         values = rule.adopt(given)
@@ -43,13 +43,13 @@ def _values(rule: Binding, draft: Draft) -> list[tuple[str, Any]]:
 
 
 def _adopt_one(key: str, name: str, value: Any, settled: dict[str, Any], draft: Draft) -> None:
-    """Let one argument take its value from a key of the user's config.
+    """Set one argument to the value of a key of the user's config, or add a conflict.
 
     Args:
-        key: the key.
-        name: the argument.
-        value: the argument's value with the same meaning; None where there is none.
-        settled: argument -> value, of the keys that were read before.
+        key: key of the config.
+        name: name of the argument.
+        value: value of the argument with the meaning of the key; None if it has none.
+        settled: argument -> value, from keys that were read before.
         draft: the config.
     """
     given = draft.explicit[key]
@@ -76,7 +76,7 @@ def _adopt_one(key: str, name: str, value: Any, settled: dict[str, Any], draft: 
 
 
 def _adopt_accumulation(draft: Draft) -> None:
-    """Derive accumulation from a ``train_batch_size`` of the user's if nothing else decides it."""
+    """Derive accumulation from the user's ``train_batch_size`` if the user set no other value."""
     name, total = "gradient_accumulation_steps", draft.explicit.get("train_batch_size")
     if total is None or name in draft.explicit or name in draft.changed:
         return

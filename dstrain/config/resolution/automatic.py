@@ -1,7 +1,6 @@
-"""Choice for ``zero_stage="auto"`` and an offload of "auto": the fastest that fits.
+"""Choice for ``zero_stage="auto"`` and offloads of "auto": the fastest placement that fits.
 
-Pure: sizes of the model and memory of the machines are facts. The same planner prints
-``dstrain plan``.
+The choice depends only on arguments and facts. ``dstrain plan`` prints the same memory plan.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from dstrain.config.memory.planner import (
 )
 from dstrain.config.memory.sizes import ModelFacts
 
-# Kept free for activations where the tokens of a sample or the form of the layers are not known.
+# Share of memory for activations if tokens of a sample or the form of layers are not known.
 ACTIVATION_SHARE = 0.3
 AUTO = "auto"
 ARGUMENTS = ("zero_stage", "offload_optimizer", "offload_param")
-# Flags for what only stage 3 has.
+# Flags that need stage 3.
 OF_STAGE_3 = (
     "super_offload",
     "quantized_weights",
@@ -40,12 +39,12 @@ OF_STAGE_3 = (
 
 @dataclass(frozen=True)
 class Automatic:
-    """Choice for the arguments that were left at "auto".
+    """Choice for the arguments that are left at "auto".
 
     Attributes:
-        values: argument -> value, for those alone.
-        how: why, with the numbers.
-        warning: what the user should know; empty where all is well.
+        values: argument -> value, for arguments at "auto" only.
+        how: reason for the choice, with numbers.
+        warning: warning that nothing fits; empty if the choice does.
     """
 
     values: Mapping[str, str]
@@ -54,7 +53,7 @@ class Automatic:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Return argument -> reason: in full for the first, a reference to it for the others."""
+        """Return argument -> reason: in full for the first, else a reference to the first."""
         first = next(iter(self.values), "")
         return {
             name: self.how if name == first else f"{name}='auto': decided together with {first}"
@@ -65,12 +64,12 @@ class Automatic:
 def choose_placement(
     arguments: Mapping[str, Any], facts: Facts, explicit: Mapping[str, Any]
 ) -> Automatic:
-    """Decide the arguments that were left at "auto"; keep those that the user has set.
+    """Choose values for the arguments that are left at "auto"; the user's values stay.
 
     Args:
-        arguments: after those of the user's config were adopted.
-        facts: sizes and machine; without them stage 2 is taken, which any model can be moved to.
-        explicit: leaves of the user's config that have a value of their own.
+        arguments: values of arguments, after adoption.
+        facts: sizes of the model and the machine; without them stage 2 is chosen.
+        explicit: leaves of the user's config, without "auto".
     """
     asked = {name: str(arguments[name]) for name in ARGUMENTS}
     left = [name for name, value in asked.items() if value == AUTO]
@@ -93,10 +92,10 @@ def choose_placement(
 
 
 def _open_to(asked: Mapping[str, str], facts: Facts) -> list[Placement]:
-    """Return every placement that agrees with the arguments that the user has set.
+    """Return the placements that agree with the arguments that the user has set.
 
-    What DeepSpeed asks for: offload of the optimizer needs stage 1, disks and offload of parameters
-    stage 3. Where ranks train on the CPU there is nothing to offload to.
+    In DeepSpeed offload of the optimizer needs stage 1 or more, and offload of parameters or to
+    disk needs stage 3. Ranks that train on the CPU have no other memory to offload to.
     """
     machine = facts.machine
     disk = machine is not None and machine.nvme_bytes
@@ -114,9 +113,9 @@ def _open_to(asked: Mapping[str, str], facts: Facts) -> list[Placement]:
         if _is_possible(stage, optimizer, parameters)
     ]
     if asked["offload_optimizer"] == asked["offload_param"] == AUTO:
-        # The optimizer goes first: it is used once per step, parameters in every micro-batch.
+        # Offload the optimizer first: it is used once per step, parameters in each micro-batch.
         found = [p for p in found if p in dict(ORDER)] or found
-    # An offload that excludes the others' values is refused where conflicts are collected.
+    # An impossible offload is refused later, with all conflicts.
     return found or [Placement(stages[-1])]
 
 
@@ -126,7 +125,7 @@ def _is_possible(stage: int, optimizer: str, parameters: str) -> bool:
 
 
 def _needs_of_stage_3(arguments: Mapping[str, Any], facts: Facts) -> str:
-    """Say in words why only stage 3 is possible; "" where other stages are too."""
+    """Return in words why only stage 3 is possible; "" if other stages are possible too."""
     if facts.partitioned:
         return "the model is partitioned already"
     named = [f"{name}=True" for name in OF_STAGE_3 if arguments.get(name)]
@@ -140,7 +139,7 @@ def _needs_of_stage_3(arguments: Mapping[str, Any], facts: Facts) -> str:
 
 
 def _unplanned(left: list[str], open_to: list[Placement], needs: str, facts: Facts) -> Automatic:
-    """Choose without facts: stage 2 where it is possible, and nothing is offloaded."""
+    """Choose a placement without facts: stage 2 if that is possible, and no offload."""
     resident = [p for p in open_to if all(getattr(p, n) == "none" for n in _offloads(left))]
     choice = next((p for p in resident if p.stage == 2), (resident or open_to)[-1])
     unknown = ["the model's sizes"] if facts.sizes is None else []
@@ -158,6 +157,7 @@ def _planned(
     machine: Machine,
     explicit: Mapping[str, Any],
 ) -> Automatic:
+    """Choose the fastest placement that fits by the memory plan."""
     sizes = facts.sizes
     assert sizes is not None
     row = _optimizer(arguments, facts, explicit)
@@ -209,7 +209,7 @@ def _planned(
 def _optimizer(
     arguments: Mapping[str, Any], facts: Facts, explicit: Mapping[str, Any]
 ) -> optimizers.Optimizer | None:
-    """Return the optimizer that will run; None for one that the table does not know."""
+    """Return the optimizer that will run; None if it is not in the table."""
     if facts.user_optimizer:
         return None
     kind = explicit.get("optimizer.type")
@@ -223,15 +223,15 @@ def _runnable(
     *,
     or_0: bool,
 ) -> list[Placement]:
-    """Return the choices at which the optimizer can run.
+    """Return the placements at which the optimizer can run.
 
-    All of them where it runs at none: it is refused where conflicts are collected.
+    If it can run at none, all are returned: the optimizer is refused later, with all conflicts.
 
     Args:
-        open_to: the choices.
-        row: the optimizer; None for one that the table does not know.
-        facts: device and so on.
-        or_0: take stage 0 where it runs there and at none of the choices.
+        open_to: possible placements.
+        row: the optimizer; None if it is not in the table.
+        facts: facts, of which the device is used.
+        or_0: return stage 0 if the optimizer can run there and at none of the placements.
     """
     if row is None:
         return open_to

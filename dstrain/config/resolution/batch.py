@@ -1,4 +1,4 @@
-"""Batch arithmetic: samples per rank, accumulation, ranks, and what ``split_batches`` changes."""
+"""Batch arithmetic: samples per rank, accumulation, ranks, and the unit of ``split_batches``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dstrain.arguments import TrainingArguments
 
 @dataclass(frozen=True)
 class BatchUnit:
-    """Unit in which the arguments give a batch size.
+    """Unit of batch sizes in the arguments: samples of one rank, or of all ranks.
 
     Attributes:
-        num_ranks: ranks that share the samples of one batch: 1, or with ``split_batches`` all.
+        num_ranks: ranks whose samples a batch size counts: 1, or with ``split_batches`` all.
     """
 
     num_ranks: int = 1
 
     def per_rank(self, size: int) -> int:
-        """Return the samples of one rank in a batch of this size; the most where ranks differ."""
+        """Return the samples of one rank in a batch of this size; if ranks differ, the most."""
         return -(-size // self.num_ranks)
 
     def as_argument(self, per_rank: int) -> int:
@@ -26,12 +26,12 @@ class BatchUnit:
         return per_rank * self.num_ranks
 
     def splits_evenly(self, size: int) -> bool:
-        """Tell whether all ranks get the same number of samples of such a batch."""
+        """Tell whether all ranks get the same number of samples of a batch of this size."""
         return size % self.num_ranks == 0
 
 
 def batch_unit(arguments: TrainingArguments, world_size: int) -> BatchUnit:
-    """Return the unit in which these arguments give batch sizes."""
+    """Return the unit of the batch sizes in these arguments."""
     return BatchUnit(world_size if arguments.splits_batches else 1)
 
 
@@ -46,7 +46,7 @@ def global_batch(micro_batch: int, accumulation: int, world_size: int) -> int:
 
 
 def accumulation_for(total: int, micro_batch: int, world_size: int) -> int | None:
-    """Return the micro-batches per rank that make up a global batch; None where no number does."""
+    """Return the micro-batches per rank in a global batch; None if that is no whole number."""
     count, rest = divmod(total, micro_batch * world_size)
     return count if count and not rest else None
 
@@ -54,7 +54,7 @@ def accumulation_for(total: int, micro_batch: int, world_size: int) -> int | Non
 def smaller(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
     """Return the largest micro-batch of at most half the size, and its accumulation.
 
-    The product of the two stays. None where the micro-batch has one sample already.
+    Their product does not change. None if the micro-batch has one sample already.
     """
     total = micro_batch * accumulation
     for size in range(micro_batch // 2, 0, -1):

@@ -1,7 +1,7 @@
-"""Settings that exclude each other in a DeepSpeed config: all are reported at once.
+"""Checks of settings that exclude each other in a DeepSpeed config; all problems are listed.
 
-Stated for DeepSpeed 0.19.8; where it is not plain, a comment names the file and function that
-refuses or, worse, silently ignores the value.
+They hold for DeepSpeed 0.19.8. Comments name the file and function of DeepSpeed that refuses a
+value, or ignores it without a message.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from dstrain.core.errors import Problem
 
 
 def find_problems(config: EffectiveConfig) -> list[Problem]:
-    """Return every pair of keys that exclude each other, and every key without a reader."""
+    """Return a problem for all keys that exclude each other, and for keys without effect."""
     return [problem for check in _CHECKS for problem in check(config)]
 
 
 def find_warnings(
     config: EffectiveConfig, by_argument: frozenset[str]
 ) -> tuple[list[Problem], list[str]]:
-    """Return problems and warnings of keys that only tune at other stages, and of coarse sums.
+    """Return problems and warnings of keys that other stages read, and warnings of sums in bf16.
 
-    A problem where an argument set such a key. A config that was written for another stage keeps
-    them, so there they are a warning.
+    A key that an argument set is a problem. A key in the user's config, which may have been written
+    for another stage, gives a warning.
     """
     problems: list[Problem] = []
     warnings = list(coarse_sums(config))
@@ -61,10 +61,10 @@ _TUNING: dict[str, tuple[tuple[int, ...], str]] = {
 
 
 def _shared_samples(config: EffectiveConfig) -> Iterator[Problem]:
-    """Refuse parallelism in which several ranks work on the same samples.
+    """Refuse parallelism in which the ranks of a group work on the same samples.
 
-    The batch would be micro-batch x accumulation x groups, and each group would have to read the
-    same samples; every rank reads samples of its own here.
+    dstrain gives each rank other samples. The global batch would be micro-batch x accumulation x
+    groups, and the ranks of a group would have to read the same samples.
     """
     for key in (
         "sequence_parallel_size",
@@ -262,7 +262,10 @@ def _activation_checkpointing(config: EffectiveConfig) -> Iterator[Problem]:
 
 
 def _gradient_norm(config: EffectiveConfig) -> Iterator[Problem]:
-    """Check a step without gradient norm (zero/config.py, stage_1_and_2.py: compute_grad_norm)."""
+    """Check settings for steps without a gradient norm.
+
+    DeepSpeed: zero/config.py, and stage_1_and_2.py: compute_grad_norm.
+    """
     if config.zero("compute_grad_norm"):
         return
     clipping, place = config.get("gradient_clipping"), config.device("offload_optimizer")

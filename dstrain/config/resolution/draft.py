@@ -1,4 +1,4 @@
-"""A config while it is resolved: what is set so far, why, and what is wrong with it."""
+"""A config while it is resolved: values so far, their reasons, problems and warnings."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from dstrain.core.errors import Problem
 
 @dataclass
 class Draft:
-    """A config on its way to being complete. Each step of ``resolve`` reads it and writes into it.
+    """A config that the steps of ``resolve`` complete one after the other.
 
     Attributes:
-        label: what messages call the user's config.
-        facts: what is known of world and model.
-        explicit: the values that the user's config gives, by dotted path.
-        changed: arguments that the user set.
-        unit: the unit in which the arguments give batch sizes.
-        config: the nested config so far.
+        label: name of the user's config in messages.
+        facts: facts about ranks, machines and the model.
+        explicit: values in the user's config, by dotted path.
+        changed: names of the arguments that the user set.
+        unit: unit of the batch sizes in the user's arguments.
+        config: nested config so far.
         arguments: values of the arguments so far; the micro-batch is that of one rank.
-        adopted: arguments whose value comes from the user's config.
-        provenance: why each key has its value, by dotted path.
-        reasons: why each argument has its value, where that is not its default.
-        problems: what makes the config unusable.
-        warnings: what the user should know but need not change.
+        adopted: arguments with values from the user's config.
+        provenance: reason for the value of each key, by dotted path.
+        reasons: reason for the value of each argument that is not at its default.
+        problems: problems that make the config unusable.
+        warnings: warnings; the config can be used despite them.
     """
 
     label: str
@@ -63,7 +63,7 @@ class Draft:
         yield from leaves(self.config)
 
     def conflict(self, key: str, name: str) -> Problem:
-        """Return the problem that a key of the user's config contradicts an argument of theirs."""
+        """Return the problem of a key in the user's config that contradicts the user's argument."""
         return Problem(
             f"{key}={self.explicit[key]!r} in {self.label}, but argument {name}="
             f"{self.argument(name)!r}",
@@ -72,18 +72,18 @@ class Draft:
         )
 
     def argument(self, name: str) -> Any:
-        """Return the value of an argument in the unit in which the user writes it."""
+        """Return the value of an argument in the unit of the user's arguments."""
         value = self.arguments[name]
         return self.unit.as_argument(value) if name == "per_device_train_batch_size" else value
 
 
 def is_placeholder(path: str, value: Any) -> bool:
-    """Tell whether a value asks for being filled: "auto" where DeepSpeed does not know the word."""
+    """Tell whether a value is "auto" at a key where that has no meaning for DeepSpeed."""
     return bool(value == schema.AUTO) and not schema.auto_is_a_value(path)
 
 
 def is_equal(a: Any, b: Any) -> bool:
-    """Compare whatever the spelling: "5e-5" equals 5e-5, (0.9, 0.95) equals [0.9, 0.95]."""
+    """Tell whether values are equal in any spelling: "5e-5" and 5e-5, (0.9, 0.95) and a list."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(is_equal(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, bool) or isinstance(b, bool):

@@ -1,4 +1,4 @@
-"""Effective config: the value that DeepSpeed uses at any key, its own default included."""
+"""Effective config: the value that DeepSpeed uses for each key, also its default."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ZERO = "zero_optimization"
 
 @dataclass(frozen=True)
 class EffectiveConfig:
-    """A filled config in which every key has a value: where it has none, DeepSpeed's default.
+    """A filled config that returns DeepSpeed's default for a key without a value.
 
     Attributes:
         values: leaf values by dotted path.
-        facts: world size, device and so on.
-        label: where the user's config came from.
+        facts: facts about ranks, machines and the model.
+        label: name of the user's config in messages.
     """
 
     values: Mapping[str, Any]
@@ -28,7 +28,7 @@ class EffectiveConfig:
     label: str
 
     def get(self, path: str) -> Any:
-        """Return the value at a path, DeepSpeed's default where there is none."""
+        """Return the value at a path, or DeepSpeed's default."""
         if path in self.values:
             return self.values[path]
         default = schema.default_of(path)
@@ -49,7 +49,7 @@ class EffectiveConfig:
         return next((name for name in ("bf16", "fp16") if self.get(f"{name}.enabled")), "fp32")
 
     def device(self, name: str) -> str:
-        """Return where ``offload_optimizer`` or ``offload_param`` puts things, or "none"."""
+        """Return the device of ``offload_optimizer`` or ``offload_param``, or "none"."""
         return str(self.zero(f"{name}.device") or "none")
 
     def has(self, section: str) -> bool:

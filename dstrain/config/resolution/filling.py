@@ -1,4 +1,4 @@
-"""Filling: every rule writes its key where the user left it open, and checks it where not."""
+"""Filling: each rule sets its key if the user did not, or else checks the user's value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstrain.core.errors import Problem
 
 
 def fill(draft: Draft) -> None:
-    """Apply all rules in their order; those of the optimizer only where the user brings none."""
+    """Apply all rules in order, those of the optimizer only if the user brings none."""
     for rule in RULES:
         if draft.facts.user_optimizer and rule.key.startswith("optimizer."):
             continue
@@ -25,6 +25,7 @@ def fill(draft: Draft) -> None:
 
 
 def _fill_key(rule: Binding | Derivation, draft: Draft) -> None:
+    """Set the key of a rule to its derived value, or leave the key out."""
     present = get(draft.config, rule.key) is not None
     optional = rule.when_present if isinstance(rule, Binding) else rule.only_auto
     if optional and not present and not _has_section_for(rule.key, draft.config):
@@ -33,15 +34,15 @@ def _fill_key(rule: Binding | Derivation, draft: Draft) -> None:
     if derived is not None:
         draft.write(rule.key, derived.value, _reason(rule, derived, draft))
     elif present:
-        # "auto" with nothing to say here: without the key DeepSpeed's default holds. What only the
-        # length of the run can fill is resolved again when training starts.
+        # "auto" without a derived value: the key is dropped, and DeepSpeed uses its default. Keys
+        # that need the length of the run are filled by the resolution at the start of training.
         drop(draft.config, rule.key)
         if rule.key.startswith("scheduler.") and draft.facts.num_training_steps is None:
             draft.warnings.append(f"{rule.key} is filled when training starts: it needs max_steps")
 
 
 def _reason(rule: Binding | Derivation, derived: Derived, draft: Draft) -> Provenance:
-    """Return the reason for a rule's value: its formula, or the origin of its arguments' values."""
+    """Return the reason for a rule's value: its formula, or the origin of its arguments."""
     if derived.how or isinstance(rule, Derivation):
         return Provenance("derived", derived.how)
     known = [draft.reasons[name] for name in rule.arguments if name in draft.reasons]
@@ -52,10 +53,10 @@ def _reason(rule: Binding | Derivation, derived: Derived, draft: Draft) -> Prove
 
 
 def _has_section_for(path: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether the user's config has a parameter's section, with a type that knows it.
+    """Tell whether the user's config has the parameter's section, of a type with that parameter.
 
-    Left out, the parameter would get DeepSpeed's default: a schedule of ``WarmupLR`` rises to 1e-3
-    in 1000 steps, whatever the arguments say.
+    A parameter that is left out there would get DeepSpeed's default: a ``WarmupLR`` rises to 1e-3
+    in 1000 steps, whatever the arguments are.
     """
     section, _, _ = path.partition(".params.")
     kind = get(config, f"{section}.type")
@@ -63,7 +64,7 @@ def _has_section_for(path: str, config: Mapping[str, Any]) -> bool:
 
 
 def _disagreements(rule: Derivation, draft: Draft) -> list[Problem]:
-    """Return the problems of an explicit value for a key that could have been derived."""
+    """Return the problems of the user's value for a key that a rule derives."""
     if not (rule.exact or rule.conflicts):
         return []
     derived = rule.derive(draft.view)

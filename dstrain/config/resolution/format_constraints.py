@@ -1,6 +1,6 @@
-"""Formats of weights, gradients and their reduction that exclude each other.
+"""Checks of formats of weights, gradients and their reduction that exclude each other.
 
-Stated for DeepSpeed 0.19.8, as ``constraints.py`` does.
+They hold for DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def _autocast(config: EffectiveConfig) -> Iterator[Problem]:
             "autocast computes in bf16 or fp16",
             "set torch_autocast_dtype",
         )
-    # engine.py: _take_model_step unscales inside the step, after the norm was to be read.
+    # engine.py: _take_model_step unscales inside the step, after the norm is read.
     if dtype == "fp16" and config.stage == 0:
         yield Problem(
             f"{what} with dtype fp16 and stage 0",
             "DeepSpeed scales the loss there in a way that leaves no gradient norm to report",
             "set zero_stage to 1 or more, or torch_autocast_dtype to bf16",
         )
-    # stage_1_and_2.py and stage3.py __init__: each parameter then has a format of its own.
+    # stage_1_and_2.py and stage3.py __init__: autocast sets a format for each parameter.
     if config.get("communication_data_type") is not None:
         yield Problem(
             f"communication_data_type={config.get('communication_data_type')!r} and {what}",
@@ -77,7 +77,10 @@ def _accumulation(config: EffectiveConfig) -> Iterator[Problem]:
 
 
 def _masters(config: EffectiveConfig) -> Iterator[Problem]:
-    """Check master weights in 16 bits (base_optimizer.py: _configure_master_weights)."""
+    """Check settings for master weights in 16 bits.
+
+    DeepSpeed: base_optimizer.py: _configure_master_weights.
+    """
     for training in ("bf16", "fp16"):
         key = f"{training}.{training}_master_weights_and_grads"
         lean = training == "bf16" and config.get("bf16.bf16_optimizer_states")
@@ -135,7 +138,7 @@ def _scaling(config: EffectiveConfig) -> Iterator[Problem]:
 
 
 def coarse_sums(config: EffectiveConfig) -> Iterator[str]:
-    """Warn where gradients are added up in bf16 because of the stage."""
+    """Yield a warning if gradients are added up in bf16 because of the stage."""
     steps = int(config.get("gradient_accumulation_steps") or 1)
     chosen = config.values.get("data_types.grad_accum_dtype") is not None
     if config.precision != "bf16" or steps == 1 or config.stage > 1 or chosen:

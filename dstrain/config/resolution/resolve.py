@@ -1,12 +1,12 @@
-"""``resolve``: arguments, the user's config and facts become one frozen, complete DeepSpeed config.
+"""``resolve``: one complete DeepSpeed config from arguments, the user's config and facts.
 
-Pure and repeatable: nothing of the user's is changed, so it runs again for every training and
-evaluation, and twice gives the same. Precedence for a key:
+The user's objects are not changed, and the same input gives the same config: it is resolved again
+for each training and evaluation. The value of a key is
 
-* missing or "auto" in the user's config -> from the argument, or derived;
-* explicit there, argument at its default -> the config's value, which the arguments then adopt;
-* explicit there, argument changed to the same value -> that value;
-* explicit there, argument changed to another value -> a conflict; all conflicts are one error.
+* the argument's, or a derived value, if the key is missing or "auto" in the user's config;
+* the config's if the argument is at its default; the argument then adopts that value;
+* the config's if the argument was changed to the same value;
+* a conflict if the argument was changed to another value; one error lists all conflicts.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     """Resolve the arguments and their ``deepspeed`` config for the given facts.
 
     Raises:
-        ConfigError: listing every unknown key, wrong type, conflict between config and arguments,
-            and "auto" for which there is nothing to derive.
+        ConfigError: keys are unknown or have wrong types, config and arguments are in conflict, or
+            an "auto" cannot be filled; the error lists all problems.
     """
     draft = _begin(arguments, facts)
     adopt(draft)
@@ -78,10 +78,10 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
 
 
 def _begin(arguments: TrainingArguments, facts: Facts) -> Draft:
-    """Read arguments and config; apply what holds before any rule.
+    """Begin a draft: check the user's config, and read the values of arguments and config.
 
     Raises:
-        ConfigError: keys of the config that DeepSpeed does not have, or wrong values.
+        ConfigError: the config has unknown keys or wrong values.
     """
     given, label = read_config(arguments.deepspeed)
     raise_problems(
@@ -124,7 +124,7 @@ def _uneven_batch(total: int, unit: BatchUnit) -> list[Problem]:
 
 
 def _take_found_batch(draft: Draft, batch_size: int, accumulation: int) -> None:
-    """Use the batch size that fitted into memory, and the accumulation for it."""
+    """Set micro-batch and accumulation to those that ``auto_find_batch_size`` found."""
     micro_batch = draft.unit.per_rank(batch_size)
     found = {
         "per_device_train_batch_size": micro_batch,
@@ -137,7 +137,7 @@ def _take_found_batch(draft: Draft, batch_size: int, accumulation: int) -> None:
 
 
 def _place(draft: Draft) -> Automatic:
-    """Decide the ZeRO stage and the offloads that are left at "auto"."""
+    """Choose the ZeRO stage and the offloads that are left at "auto"."""
     placed = choose_placement(draft.arguments, draft.facts, draft.explicit)
     draft.arguments |= placed.values
     draft.reasons |= {name: Provenance("derived", why) for name, why in placed.reasons.items()}
@@ -146,14 +146,17 @@ def _place(draft: Draft) -> Automatic:
 
 
 def _show_placement(placed: Automatic, draft: Draft) -> None:
-    """Write down that an offload of "auto" became "none", so that the reason is shown."""
+    """Write an offload that was "auto" and became "none" to the config, with the reason."""
     for name, value in placed.values.items():
         if value == "none":
             draft.write(f"zero_optimization.{name}.device", value, draft.reasons[name])
 
 
 def _make_way_for_user_objects(draft: Draft) -> None:
-    """Drop the optimizer section where the user brings one; refuse sections that would be lost."""
+    """Drop the optimizer section if the user brings an optimizer.
+
+    A section in the user's config for an object that the user brings is a problem.
+    """
     facts = draft.facts
     passed = {"optimizer": facts.user_optimizer, "scheduler": facts.user_scheduler}
     draft.problems += [
@@ -170,7 +173,7 @@ def _make_way_for_user_objects(draft: Draft) -> None:
 
 
 def _lost_schedule(draft: Draft) -> list[Problem]:
-    """Refuse arguments about a schedule that would not run, as the config brings its own."""
+    """Return problems of arguments for a schedule that is replaced by the config's schedule."""
     kind = draft.explicit.get("scheduler.type")
     same = SCHEDULES.get(str(kind).lower())
     return [
@@ -186,7 +189,7 @@ def _lost_schedule(draft: Draft) -> list[Problem]:
 
 
 def _check_constraints(draft: Draft) -> None:
-    """Find what is wrong with the filled config: keys that exclude each other or are not read."""
+    """Add problems and warnings of the filled config: of excluding keys and of unread keys."""
     values = {path: value for path, value in draft.leaves() if not is_placeholder(path, value)}
     effective = EffectiveConfig(values, draft.facts, draft.label)
     by_argument = frozenset(p for p, why in draft.provenance.items() if why.source == "argument")
@@ -197,7 +200,7 @@ def _check_constraints(draft: Draft) -> None:
 
 
 def _unused_path(draft: Draft) -> list[Problem]:
-    """Refuse a path for NVMe where nothing goes there."""
+    """Return the problem of an ``nvme_path`` without offload to NVMe."""
     path, places = draft.arguments["nvme_path"], ("offload_optimizer", "offload_param")
     devices = [get(draft.config, f"zero_optimization.{name}.device") for name in places]
     if path is None or "nvme" in devices:
@@ -220,7 +223,7 @@ def _left_auto(path: str) -> Problem:
 
 
 def _drop_nulls(config: dict[str, Any]) -> None:
-    """Remove nulls where a rule knows a value: to DeepSpeed null means that the key is missing."""
+    """Remove keys with a rule whose value is null, which to DeepSpeed means a missing key."""
     for rule in RULES:
         parent, _, last = rule.key.rpartition(".")
         section = get(config, parent) if parent else config

@@ -1,4 +1,4 @@
-"""Result of resolution: one frozen, complete DeepSpeed config with a reason for every leaf."""
+"""Result of a resolution: one complete DeepSpeed config with a reason for every leaf."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Provenance:
 
     Attributes:
         source: "config", "argument", "derived" or "default" (an argument left at its default).
-        detail: one line: the config's label, the argument's name, or the formula with numbers.
+        detail: label of the config, name of the argument, or formula with numbers.
     """
 
     source: str
     detail: str
 
     def __str__(self) -> str:
-        """Return the detail, which reads alone."""
+        """Return the detail."""
         return self.detail
 
 
@@ -38,13 +38,13 @@ class ResolvedConfig:
 
     Attributes:
         values: leaf values by dotted path, in the order in which they are shown.
-        provenance: the reason for each leaf.
-        adopted: arguments that took their value from the user's config.
-        warnings: what the user should know but need not change.
-        facts: what the resolution knew.
-        arguments: every argument with the value that runs; the micro-batch is that of one rank.
-        batch_unit: the unit in which the user's arguments give batch sizes.
-        optimizer: what runs, unless it is the user's own.
+        provenance: reason for each leaf.
+        adopted: arguments with values from the user's config.
+        warnings: warnings; the config can be used despite them.
+        facts: facts of the resolution.
+        arguments: values of all arguments in the run; the micro-batch is that of one rank.
+        batch_unit: unit of the batch sizes in the user's arguments.
+        optimizer: implementation that runs; None for the user's optimizer.
     """
 
     values: Mapping[str, Any]
@@ -57,9 +57,9 @@ class ResolvedConfig:
     optimizer: Build | None = None
 
     def to_deepspeed(self) -> dict[str, Any]:
-        """Return a nested dict of its own, ready for ``deepspeed.initialize``.
+        """Return a new nested dict for ``deepspeed.initialize``.
 
-        Without the section of an optimizer that dstrain builds, which is passed as an object.
+        It has no section for an optimizer that dstrain builds and passes as an object.
         """
         nested: dict[str, Any] = {}
         for path, value in self.values.items():
@@ -73,7 +73,7 @@ class ResolvedConfig:
         return self.optimizer is not None and not self.optimizer.type
 
     def optimizer_parameters(self) -> dict[str, Any]:
-        """Return the arguments of the optimizer's constructor, beside the parameter groups."""
+        """Return the arguments of the optimizer's constructor, without the parameter groups."""
         prefix = "optimizer.params."
         given = {k: v for k, v in self.values.items() if k.startswith(prefix)}
         return {k.removeprefix(prefix): copy.deepcopy(v) for k, v in given.items()}
@@ -108,39 +108,39 @@ class ResolvedConfig:
 
     @property
     def compute_format(self) -> str:
-        """Return the format of matrix products: autocast's where it is on, else ``precision``."""
+        """Return the format of matrix products: autocast's if that is on, else ``precision``."""
         if self.values.get("torch_autocast.enabled"):
             return short_name(self.values["torch_autocast.dtype"])
         return self.precision
 
     @property
     def has_scheduler(self) -> bool:
-        """Tell whether the user's config asks for one of DeepSpeed's own schedules."""
+        """Tell whether the user's config has a schedule of DeepSpeed."""
         return "scheduler.type" in self.values
 
     @property
     def schedule_type(self) -> str:
-        """Return the name of the schedule that runs, unless it is the user's own object."""
+        """Return the name of the schedule that runs unless the user has passed one."""
         return str(self.values.get("scheduler.type", self.arguments["lr_scheduler_type"]))
 
     @property
     def optimizer_type(self) -> str:
-        """Return the name of the optimizer that runs, unless it is the user's own object."""
+        """Return the name of the optimizer that runs unless the user has passed one."""
         return str(self.values.get("optimizer.type", self.arguments["optim"]))
 
     @property
     def learning_rate(self) -> float:
-        """Return the rate that the schedule starts from."""
+        """Return the learning rate that the schedule scales."""
         return float(self.arguments["learning_rate"])
 
     @property
     def weight_decay(self) -> float:
-        """Return the decay of the weights that decay, for an optimizer that decays any."""
+        """Return the weight decay of the parameter group that decays."""
         return float(self.arguments["weight_decay"])
 
     @property
     def optimizer_offload(self) -> str:
-        """Return where the optimizer and its states are: "none" (the device), "cpu" or "nvme"."""
+        """Return the place of optimizer states: "none" (the device), "cpu" or "nvme"."""
         return str(self.arguments["offload_optimizer"])
 
     @property
@@ -166,7 +166,7 @@ class ResolvedConfig:
 
     @property
     def user_leaf_modules(self) -> Sequence[str] | None:
-        """Return the classes that the user named to be gathered whole; None without any."""
+        """Return the classes in the user's ``leaf_modules``, or None."""
         names: Sequence[str] | None = self.arguments["leaf_modules"]
         return names
 
@@ -177,12 +177,12 @@ class ResolvedConfig:
 
     @property
     def timeout_seconds(self) -> float:
-        """Return the longest time that a rank waits for the others."""
+        """Return the longest time that a rank waits for other ranks."""
         return float(self.arguments["ddp_timeout"])
 
     @property
     def compilation(self) -> tuple[str, str | None] | None:
-        """Return backend and mode of torch.compile; None where the model is not compiled."""
+        """Return backend and mode of torch.compile; None if the model is not compiled."""
         if not self.arguments["torch_compile"]:
             return None
         return self.arguments["torch_compile_backend"], self.arguments["torch_compile_mode"]

@@ -1,4 +1,4 @@
-"""Arguments as callbacks and trackers see them: with the values that run."""
+"""Arguments for callbacks and trackers: copies with the values of the run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ BOUND_ARGUMENTS: Final = frozenset(
 
 
 def running_arguments(arguments: T, resolved: ResolvedConfig) -> T:
-    """Return the arguments with the values that run, in the user's own units.
+    """Return the arguments with the values of the run, in the units of the user's arguments.
 
-    The user's object is left as it is, and returned where nothing differs; else a copy.
+    They are a copy; if no value differs, the user's object itself.
     """
     values = {name: _running(name, resolved) for name in BOUND_ARGUMENTS} | _schedule(resolved)
     differing = {n: v for n, v in values.items() if v != getattr(arguments, n)}
@@ -39,14 +39,14 @@ def running_arguments(arguments: T, resolved: ResolvedConfig) -> T:
 
 @dataclass
 class _Copy:
-    """Arguments with the values that run, and the values at the time when they were copied.
+    """A copy of the arguments with the values of the run, and the values when it was made.
 
     Attributes:
         arguments: the user's object.
-        resolved: the config that decided the values.
-        shown: the copy; the user's object itself where nothing differs.
+        resolved: config of the run.
+        shown: the copy; the user's object itself if no value differs.
         taken_from: attributes of ``arguments`` when the copy was made.
-        given: attributes of ``shown`` that are no assignment of the user's.
+        given: attributes of ``shown`` before the user's next assignment to it.
     """
 
     arguments: TrainingArguments
@@ -57,12 +57,12 @@ class _Copy:
 
     @staticmethod
     def of(arguments: TrainingArguments, resolved: ResolvedConfig) -> _Copy:
-        """Copy the arguments, with the values that run."""
+        """Copy the arguments, with the values of the run."""
         shown = running_arguments(arguments, resolved)
         return _Copy(arguments, resolved, shown, dict(vars(arguments)), dict(vars(shown)))
 
     def is_of(self, arguments: TrainingArguments, resolved: ResolvedConfig) -> bool:
-        """Tell whether a new copy of these arguments would be like this one."""
+        """Tell whether a new copy of these arguments would equal this one."""
         return (
             self.arguments is arguments
             and self.resolved is resolved
@@ -70,7 +70,7 @@ class _Copy:
         )
 
     def hand_over(self) -> bool:
-        """Assign to the user's object what the user has assigned to the copy; tell whether any."""
+        """Repeat assignments to the copy on the user's object; tell whether there were any."""
         present = vars(self.shown)
         if self.shown is self.arguments or _are_same(present, self.given):
             return False
@@ -82,9 +82,9 @@ class _Copy:
 
 
 class ShownArguments:
-    """Gives code of the user's the arguments with the values that run.
+    """Arguments with the values of the run, for code of the user.
 
-    They are copied once, and again only where the config or the user's object has changed since:
+    They are copied once, and again only after the config or the user's object has changed:
     callbacks get them several times in every optimizer step.
     """
 
@@ -94,9 +94,9 @@ class ShownArguments:
 
     @contextlib.contextmanager
     def of(self, arguments: T, resolved: ResolvedConfig) -> Iterator[T]:
-        """Show the arguments in a block.
+        """Return the copy for a block; when the block ends, repeat its assignments.
 
-        What its code assigns to them is assigned to the user's own object when the block ends.
+        Values that code in the block assigns to the copy are assigned to the user's object.
         """
         shown = self._copy
         if shown is None or not shown.is_of(arguments, resolved):
@@ -109,7 +109,7 @@ class ShownArguments:
 
 
 def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Tell whether two mappings hold the same objects under the same names, in one order."""
+    """Tell whether two mappings have the same objects under the same names, in the same order."""
     return (
         len(one) == len(other)
         and all(map(operator.is_, one.values(), other.values()))
@@ -125,7 +125,7 @@ def _running(name: str, resolved: ResolvedConfig) -> Any:
 
 
 def _schedule(resolved: ResolvedConfig) -> dict[str, Any]:
-    """Return the arguments that describe the config's own schedule; {} where it has none."""
+    """Return values of arguments for the schedule of the config; {} if it has none."""
     if not resolved.has_scheduler:
         return {}
     kind, warmup = resolved.schedule_type, "scheduler.params.warmup_num_steps"

@@ -1,4 +1,4 @@
-"""Reading the DeepSpeed config that a user gives: nothing, a preset, a path, JSON, a dict."""
+"""Reading of the user's DeepSpeed config: a preset, a path, JSON, a dict, or none."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dstrain.core.secrets import is_mask, without_secrets
 
 
 def read_config(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
-    """Return the user's config as a dict of its own, and a label that says where it came from.
+    """Return a copy of the user's config, and a label of its source for messages.
 
     Raises:
-        ConfigError: for a path or preset that does not exist, text that is not a JSON object,
-            a key that stands twice in one object (JSON parsers would silently keep the last), and
-            the mask of a credential, as records of runs have it, in the place of one.
+        ConfigError: a path or preset does not exist, a text is no JSON object, a key stands twice
+            in one object (of which JSON parsers keep the last without a message), or a value is
+            the mask that records of runs have in place of a credential.
     """
     config, label = _read_given(given)
     masks = list(_masks(config))
@@ -49,6 +49,7 @@ def _masks(config: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, s
 
 
 def _read_given(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
+    """Return the config that a user gives in any form, and its label."""
     if given is None:
         return {}, "nothing"
     if isinstance(given, Mapping):
@@ -83,14 +84,14 @@ def _read_given(given: Mapping[str, Any] | str | None) -> tuple[dict[str, Any], 
 
 
 def preset_folder() -> Path:
-    """Return the folder of presets: in an installed package, or beside it in a checkout."""
+    """Return the folder of presets: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[2]
     inside = package / "ds_configs"
     return inside if inside.is_dir() else package.parent / "ds_configs"
 
 
 def _decoded(text: str) -> str | None:
-    """Return the JSON that base64 text holds, as launchers pass it through shells; else None."""
+    """Return the JSON in base64 text, as launchers pass it through shells; None for other text."""
     try:
         decoded = base64.urlsafe_b64decode(text).decode("utf-8").strip()
     except ValueError:
@@ -108,6 +109,7 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str, label: str) -> dict[str, Any]:
+    """Parse a JSON object, and refuse keys that stand twice."""
     repeated: list[str] = []
 
     def keep_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

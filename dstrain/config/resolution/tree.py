@@ -1,4 +1,4 @@
-"""A nested config by dotted paths, such as ``zero_optimization.stage``."""
+"""Access to a nested config by dotted paths, such as ``zero_optimization.stage``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted path and value of everything that is no section, and of empty sections."""
+    """Yield dotted path and value of all keys that are not sections, and of empty sections."""
     for key, value in config.items():
         path = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
@@ -17,7 +17,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def get(config: Mapping[str, Any], path: str) -> Any:
-    """Return the value or section at a path; None where there is none."""
+    """Return the value or section at a path, or None."""
     node: Any = config
     for part in path.split("."):
         if not isinstance(node, Mapping) or part not in node:
@@ -27,12 +27,12 @@ def get(config: Mapping[str, Any], path: str) -> Any:
 
 
 def has(paths: Iterable[str], section: str) -> bool:
-    """Tell whether one of the dotted paths is the section, or is inside of it."""
+    """Tell whether one of the paths is the section or is inside of it."""
     return any(path == section or path.startswith(f"{section}.") for path in paths)
 
 
 def put(config: dict[str, Any], path: str, value: Any) -> None:
-    """Write a value, making the sections above it."""
+    """Write a value at a path, with the sections above it."""
     *parents, last = path.split(".")
     node = config
     for part in parents:
@@ -44,7 +44,7 @@ def put(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 def drop(config: dict[str, Any], path: str) -> None:
-    """Remove a key, and the sections that it leaves empty."""
+    """Remove a key, and sections that are empty without it."""
     parent, _, last = path.rpartition(".")
     section = get(config, parent) if parent else config
     del section[last]

@@ -1,9 +1,9 @@
-"""Keys that DeepSpeed 0.19.8 knows but that would not do what they say in a run of dstrain.
+"""Keys that DeepSpeed 0.19.8 accepts but that do not work as documented in a run of dstrain.
 
-DeepSpeed takes them without a word: some are for parts of it that dstrain does not use, such as its
-data loader, so that nothing would read them; some would change what dstrain promises, such as the
-mean over the global batch. The latter, and the former where a user surely wants the effect, are
-refused; what is harmless without its effect is a warning.
+DeepSpeed accepts them without a message. Some are for parts of DeepSpeed that dstrain does not use,
+such as its data loader, so that nothing reads them. Others would break a property of dstrain, such
+as the mean over the global batch. Keys of the second kind are refused, and so are keys without
+effect that a user sets for their effect; keys that are harmless without effect give a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dstrain.core.errors import Problem
 
 _LOADER = "it is for DeepSpeed's own data loader, and dstrain loads the data itself"
 
-# key, the value that asks for something, why that cannot be, and what to do
+# key, the refused value, the reason, the remedy
 _REFUSED: tuple[tuple[str, Any, str, str], ...] = (
     (
         # engine.py: gradient_average
@@ -87,18 +87,18 @@ _OF_CHECKPOINTS = (
 def find_unread(
     values: Mapping[str, Any], arguments: Mapping[str, Any], label: str
 ) -> tuple[list[Problem], list[str]]:
-    """Return problems and warnings about such keys of a filled config.
+    """Return problems and warnings of these keys in a filled config.
 
     Args:
         values: leaf values by dotted path.
-        arguments: after those of the user's config were adopted.
-        label: where the user's config came from.
+        arguments: values of arguments, after adoption.
+        label: name of the user's config in messages.
     """
     return list(_problems(values, arguments, label)), list(_warnings(values, arguments))
 
 
 def as_rows() -> list[tuple[str, str, str]]:
-    """Return rows for the page of keys: key with value, refused or without effect, the reason."""
+    """Return rows for the table of keys: key with value, "refused" or "no effect", reason."""
     rows = [
         (f"`{key}`: `{str(asking).lower()}`", "refused", f"{why}; {remedy}")
         for key, asking, why, remedy in _REFUSED

@@ -1,4 +1,4 @@
-"""DeepSpeed's keys as data, and the check of a config against them."""
+"""Schema: the keys of DeepSpeed as data, and the check of a config against them."""
 
 from dstrain.config.schema.check import (
     AUTO,

@@ -1,11 +1,11 @@
-"""A check of a DeepSpeed config against every key that DeepSpeed 0.19.8 knows, before a run.
+"""Check of a DeepSpeed config, before a run, against all keys of DeepSpeed 0.19.8.
 
-DeepSpeed ignores unknown keys at the top level and stops at the first bad one inside a block, after
-the model is built. ``check`` lists all problems at once; ``normalise`` gives numbers written as
-strings their type and old spellings their present name. The keys are data, in ``keys.py``.
+DeepSpeed ignores unknown keys at the top level, and stops at the first wrong key inside a block,
+after the model is built. ``check`` lists all problems; ``normalise`` converts numbers that are
+written as strings, and renames keys in old spellings. The keys are data, in ``keys.py``.
 
-The string "auto" passes for every single value: the resolver fills it in, except where
-``auto_is_a_value`` says that DeepSpeed itself understands it.
+Every key may be "auto": the resolver fills it, unless "auto" has a meaning for DeepSpeed
+(``auto_is_a_value``).
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ from dstrain.config.schema.values import (
 from dstrain.core.errors import Problem, nearest
 
 AUTO: Final = "auto"
-COMMENTS: Final = ("_", "//", "#")  # JSON has no comments: people write them as keys like these
-# A name that stands in more sections than this does not say where it belongs.
+COMMENTS: Final = ("_", "//", "#")  # JSON has no comments: keys with these beginnings serve as such
+# No section is suggested for a key whose name is in more sections than this.
 _MOST_HOMES: Final = 3
 _MOST_LISTED: Final = 16  # keys that an error names
 
 
 def check(config: Any) -> list[Problem]:
-    """Return every problem of a config: unknown, misplaced, removed keys, wrong types or values."""
+    """Return all problems of a config: unknown, misplaced and removed keys, wrong values."""
     return _read(config).problems
 
 
 def normalise(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a copy with number strings as numbers and old names replaced, and warnings of these.
+    """Return a copy with converted numbers and present names, and warnings of replaced names.
 
-    What ``check`` objects to is copied as it stands, and keys that are comments ("_comment") are
-    left out. Lists and mappings are copied, other objects (a process group, say) are shared.
+    Values that ``check`` refuses are copied unchanged, and comments ("_comment") are left out.
+    Lists and mappings are copied; other objects, such as a process group, are shared.
     """
     reading = _read(config)
     return reading.config, reading.warnings
 
 
 def known_paths() -> frozenset[str]:
-    """Return dotted paths of all keys, and of blocks whose keys are the user's own.
+    """Return the dotted paths of all keys, and of blocks in which the user chooses the keys.
 
-    ``*`` stands for a name of the user's, ``[]`` for the elements of a list.
+    ``*`` stands for any name of the user, ``[]`` for the elements of a list.
     """
     return frozenset(
         _join(path, name)
@@ -70,13 +70,13 @@ def known_paths() -> frozenset[str]:
 
 
 def default_of(path: str, *, kind: str | None = None) -> Any:
-    """Return what DeepSpeed takes when the key is missing; ``NO_DEFAULT`` where that depends.
+    """Return DeepSpeed's default for a missing key; ``NO_DEFAULT`` if there is no single one.
 
-    ``kind`` is the neighbouring "type" for optimizer and scheduler parameters; without it their
-    default is given where all types agree.
+    ``kind`` is the "type" of the optimizer or scheduler that has the parameter; without it the
+    default is returned if it is the same for all types.
 
     Raises:
-        KeyError: for a path that is no key.
+        KeyError: the path is no key.
     """
     found = find_entries(path, kind)
     if not found:
@@ -95,7 +95,7 @@ def is_known(path: str, *, kind: str) -> bool:
 
 
 def read_text(text: str, key: Key) -> tuple[Any, str]:
-    """Return the value that a command line spells for a key, and what is wrong with it or ""."""
+    """Return the value of a text on a command line for a key, and what is wrong with it or ""."""
     word = text.strip().lower()
     value: Any = text.strip()
     if bool in key.types and word in (*YES, *NO):
@@ -114,7 +114,7 @@ def read_text(text: str, key: Key) -> tuple[Any, str]:
 
 
 def auto_is_a_value(path: str) -> bool:
-    """Tell whether "auto" at this path has a meaning for DeepSpeed, so that it is not resolved."""
+    """Tell whether "auto" has a meaning for DeepSpeed at this path, and is not filled."""
     return any(isinstance(entry, Key) and entry.auto_is_value for entry in find_entries(path, None))
 
 
@@ -126,7 +126,7 @@ def _join(path: str, name: object) -> str:
 
 
 def walk(section: Section, path: str = "") -> Iterator[tuple[str, str, Entry]]:
-    """Yield everything below a section: path of the section it is in, its name, its entry."""
+    """Yield path of the section, name, and entry of all entries in a section and below it."""
     for name, entry in _all_keys(section).items():
         yield path, name, entry
         here = _join(path, name)
@@ -139,7 +139,7 @@ def walk(section: Section, path: str = "") -> Iterator[tuple[str, str, Entry]]:
 
 
 def _all_keys(section: Section) -> Mapping[str, Entry]:
-    """Return the keys of a section, whatever the neighbouring "type" is."""
+    """Return the keys of a section for all values of "type"."""
     if not section.by_type:
         return section.keys
     merged: dict[str, Entry] = {}
@@ -149,7 +149,7 @@ def _all_keys(section: Section) -> Mapping[str, Entry]:
 
 
 def find_entries(path: str, kind: str | None) -> list[Key | Section]:
-    """Return the entries at a path; several when it depends on a "type" that is not given."""
+    """Return the entries at a path: several if they depend on a "type" and ``kind`` is None."""
     sections, found = [CONFIG], []
     for part in path.split("."):
         children = [_child(section, part) for section in sections]
@@ -171,7 +171,7 @@ def _child(section: Section, part: str) -> Entry | None:
 
 @functools.cache
 def _homes() -> dict[str, tuple[str, ...]]:
-    """Return for each key and block name the sections that have it; "" is the top level."""
+    """Return the name of each key and block -> sections that have it; "" is the top level."""
     homes: dict[str, tuple[str, ...]] = {}
     for path, name, entry in walk(CONFIG):
         if not isinstance(entry, Refused):
@@ -193,6 +193,7 @@ class _Reading:
 
 
 def _read(config: Any) -> _Reading:
+    """Read a whole config: its converted copy, problems, warnings, and renamed keys."""
     reading = _Reading()
     if not isinstance(config, Mapping):
         what = f"the DeepSpeed config is {kind_of(config)}: {show(config)}"
@@ -207,6 +208,7 @@ def _read(config: Any) -> _Reading:
 def _read_section(
     given: Mapping[Any, Any], section: Section, path: str, reading: _Reading
 ) -> dict[str, Any]:
+    """Return the converted values of a section; add its problems to ``reading``."""
     out: dict[str, Any] = {}
     for name, value in given.items():
         if not (section.open or section.each) and str(name).startswith(COMMENTS):
@@ -224,7 +226,7 @@ def _read_section(
         elif isinstance(entry, Alias):
             entry_of = entry.key or find_entries(entry.to, None)[0]
             reading.renamed.append((here, entry, _read_entry(value, entry_of, here, reading)))
-            out[name] = None  # keeps its place until _rename moves it
+            out[name] = None  # reserves the place of the key until _rename moves it
         elif isinstance(entry, Section) and entry.by_type:
             out[name] = _read_params(value, entry, given.get("type"), here, reading)
         else:
@@ -233,9 +235,9 @@ def _read_section(
 
 
 def _read_params(value: Any, section: Section, kind: Any, path: str, reading: _Reading) -> Any:
-    """Read the parameters of an optimizer or scheduler, whose names depend on its type."""
+    """Read the parameters of an optimizer or scheduler of type ``kind``."""
     if kind is None or kind == AUTO:
-        # The type is still to be chosen: any name that some type knows will do.
+        # The type is not chosen yet: parameters of any type are accepted.
         listed: Section | None = Section(_all_keys(section))
     else:
         listed = section.by_type.get(str(kind).lower())
@@ -244,7 +246,7 @@ def _read_params(value: Any, section: Section, kind: Any, path: str, reading: _R
         return _read_entry(value, listed, path, reading)
     read = _read_entry(value, section, path, reading)
     if isinstance(read, dict):
-        # A type of torch's own: number strings are understood, everything else is its affair.
+        # A type of torch: numbers in strings are converted, and nothing is checked.
         for name, key in _all_keys(section).items():
             if isinstance(read.get(name), str) and isinstance(key, Key):
                 number = fit(read[name], key)
@@ -255,7 +257,7 @@ def _read_params(value: Any, section: Section, kind: Any, path: str, reading: _R
 def _read_entry(
     value: Any, entry: Key | Section, path: str, reading: _Reading, *, listed: bool = False
 ) -> Any:
-    """Read a key or block; ``listed`` inside a list, where "auto" is no placeholder."""
+    """Read a key or block; ``listed`` is for elements of a list, where "auto" is not filled."""
     if isinstance(entry, Key):
         is_auto = isinstance(value, str) and value == AUTO and not listed
         return value if is_auto else _read_value(value, entry, path, reading)
@@ -274,6 +276,7 @@ def _read_entry(
 
 
 def _read_value(value: Any, key: Key, path: str, reading: _Reading) -> Any:
+    """Return the converted value of a key; add its problem to ``reading``."""
     fitted = fit(value, key)
     what = f"{path} = {show(value)}"
     removed = key.refused.get(str(value).lower())
@@ -296,7 +299,7 @@ def _read_value(value: Any, key: Key, path: str, reading: _Reading) -> Any:
 
 
 def _rename(path: str, alias: Alias, value: Any, reading: _Reading) -> None:
-    """Move the value of another spelling to the key that it stands for."""
+    """Move the value of a key in another spelling to the key in its present spelling."""
     *parents, old = path.split(".")
     holder: Any = reading.config
     for part in parents:
@@ -335,6 +338,7 @@ def _copy(value: Any) -> Any:
 
 
 def _unknown(name: object, value: Any, section: Section, path: str) -> Problem:
+    """Return the problem of a key that a section does not have."""
     where = f"in {path}" if path else "at the top level"
     known = _suggestable(section)
     why = f"DeepSpeed {DEEPSPEED_VERSION} has no such key {where}"
@@ -345,7 +349,7 @@ def _unknown(name: object, value: Any, section: Section, path: str) -> Problem:
 
 
 def _suggestion(name: str, known: list[str], path: str) -> str:
-    """Say where the name belongs, or the nearest name of this section, then of all sections."""
+    """Return a remedy: the section that has the name, or the nearest name here or elsewhere."""
     elsewhere = [home for home in _homes().get(name, ()) if home != path]
     if elsewhere and len(elsewhere) <= _MOST_HOMES:
         return f"it belongs in {either([home or 'the top level' for home in elsewhere])}"
@@ -353,7 +357,7 @@ def _suggestion(name: str, known: list[str], path: str) -> str:
     if near:
         return f"did you mean {_join(path, near)}?"
     others = {other: homes for other, homes in _homes().items() if path not in homes}
-    # In another section only a slip of the pen counts: there are hundreds of names to be like.
+    # Among the hundreds of names in other sections only a very similar one is suggested.
     for near in difflib.get_close_matches(name, others, n=1, cutoff=0.8):
         if len(others[near]) <= _MOST_HOMES:
             return f"did you mean {either([_join(home, near) for home in others[near]])}?"

@@ -1,4 +1,4 @@
-"""Forms of an entry in the schema: a key, a section, another spelling, a removed one."""
+"""Forms of an entry in the schema: a key, a section, another spelling, a removed key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NONE: Final = type(None)
 
 @dataclass(frozen=True)
 class Refused:
-    """A key or value that DeepSpeed no longer has: why, and what to do instead."""
+    """A key or value that DeepSpeed has removed: the reason, and what to use instead."""
 
     reason: str
     instead: str
@@ -33,14 +33,14 @@ class Key:
 
     Attributes:
         types: accepted types; ``object`` stands for a Python object that JSON cannot hold.
-        default: what DeepSpeed takes when the key is missing.
-        choices: the only accepted values, if any; ``any_case`` holds those for which letter case
-            does not matter.
+        default: value that DeepSpeed uses if the key is missing.
+        choices: the only accepted values, if any.
+        any_case: further choices, in any letter case.
         minimum: smallest accepted number; ``above`` excludes the limit itself.
         maximum: largest accepted number; ``below`` excludes the limit itself.
-        items: what each element of a list is.
-        auto_is_value: "auto" has a meaning of its own to DeepSpeed and is not a placeholder.
-        infinite: infinity is accepted ("never").
+        items: key or section that each element of a list is.
+        auto_is_value: "auto" has a meaning for DeepSpeed and is not filled.
+        infinite: infinity is accepted, for "never".
         refused: choices that DeepSpeed removed, in lower case.
     """
 
@@ -64,13 +64,13 @@ class Section:
 
     Attributes:
         keys: the known keys.
-        open: other keys are accepted too, unchecked.
-        each: every key is a name of the user's and its value is this block.
-        by_type: keys that depend on the neighbouring key "type", by its lower-case value; ``keys``
-            and ``open`` hold for the types that are not listed.
-        nullable: null stands for the missing block.
-        also: other types that the value may have.
-        written_out: old boolean spellings of the block and what they stand for.
+        open: further keys are accepted and not checked.
+        each: block that is the value of every key, with names of the user as keys.
+        by_type: value of the key "type" beside the block, in lower case -> keys of the block.
+            ``keys`` and ``open`` hold for types that are not listed.
+        nullable: null means that the block is missing.
+        also: other accepted types of the value.
+        written_out: old boolean value of the block -> block that it means.
     """
 
     keys: Mapping[str, Key | Section | Alias | Refused] = field(default_factory=dict)
@@ -87,10 +87,10 @@ class Alias:
     """Another spelling of a key.
 
     Attributes:
-        to: dotted path of the key that it stands for.
+        to: dotted path of the key in its present spelling.
         why: "old" for a deprecated spelling, "internal" for DeepSpeed's attribute name.
-        key: what its value must be, where that differs from the key that it stands for.
-        written_out: what each value stands for in the new spelling; None leaves the key out.
+        key: accepted values, if they differ from those of the key at ``to``.
+        written_out: value -> value in the present spelling; None leaves the key out.
     """
 
     to: str
@@ -105,16 +105,15 @@ Entry = Key | Section | Alias | Refused
 def amended(
     section: Section, changes: Mapping[str, Entry | Mapping[str, Any]], **attributes: Any
 ) -> Section:
-    """Return a section with other or more entries, and with other attributes.
+    """Return a section with changed and added entries, and with changed attributes.
 
     Args:
         section: the section.
-        changes: dotted path inside the section -> the entry to stand there, or attributes to change
-            of the entry that stands there.
-        **attributes: changed ones of the section itself.
+        changes: dotted path inside the section -> new entry, or changed attributes of the entry.
+        **attributes: changed attributes of the section.
 
     Raises:
-        KeyError: attributes of an entry that is not there.
+        KeyError: attributes are given for an entry that does not exist.
     """
     keys = dict(section.keys)
     for path, change in changes.items():

@@ -1,8 +1,8 @@
-"""Keys of a DeepSpeed config: as its models declare them, with additions written by hand.
+"""Keys of a DeepSpeed config: those that its pydantic models declare, and additions by hand.
 
-Written by hand are blocks that DeepSpeed reads without a model, limits that only its code checks or
-that it does not check at all, other spellings, and keys that it removed. The tests in
-``tests/unit/config/schema`` compare all of them with the installed source.
+Added by hand are blocks that DeepSpeed reads without a model, limits that its code checks or that
+are not checked, other spellings, and removed keys. The tests in ``tests/unit/config/schema``
+compare all of them with the installed source.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ CONFIG: Final = Section({
         "overlap_events": flag(True), "use_gds": flag(),
     }, nullable=True),
     "checkpoint": _CHECKPOINT,
-    # Any value but false, null too, asks for DataStates' engine, which reads the block itself.
+    # Any value but false, also null, selects DataStates' engine, which reads the block.
     "datastates_ckpt": Section(open=True, also=(bool,)),
     "tensor_parallel": _TENSOR_PARALLEL, "expert_parallel": _EXPERT_PARALLEL,
     "pipeline": Section({

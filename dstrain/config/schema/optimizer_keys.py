@@ -1,4 +1,4 @@
-"""Keys of optimizers and schedules, by type, as their constructors take them."""
+"""Parameters of optimizers and schedules by type: those of their constructors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ OPTIMIZER_PARAMS: Final[Mapping[str, Section]] = {
         eps_inside_sqrt=flag(), max_coeff=number(10.0), min_coeff=number(0.01),
     ),
     "lion": _optimizer(1e-3, betas=_BETAS, set_grad_none=flag(True), **_STATES),
-    # lr is for both halves and has a default in each: 0.02 (Muon) and 3e-4 (Adam).
+    # lr is for both optimizers inside Muon, with the defaults 0.02 (Muon) and 3e-4 (Adam).
     "muon": _optimizer(
         NO_DEFAULT, momentum=number(0.95), ns_method=text("gram", "gram", "standard"),
         muon_lr=number(NO_DEFAULT, 0.0), adam_lr=number(NO_DEFAULT, 0.0),

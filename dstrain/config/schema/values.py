@@ -1,4 +1,4 @@
-"""Single values of a DeepSpeed config: whether a value suits its key, and messages about it."""
+"""Values of a DeepSpeed config: conversion to the types of a key, checks, and messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO: Final = ("false", "no", "off", "0")
 
 
 def fit(value: Any, key: Key) -> Any:
-    """Return the value in one of the key's types, or ``MISFIT``. A boolean is never a number."""
+    """Return the value converted to a type of the key, or ``MISFIT``; a bool is no number."""
     kinds = key.types
     if value is None or isinstance(value, bool):
         return value if type(value) in kinds else MISFIT
@@ -44,7 +44,7 @@ def fit(value: Any, key: Key) -> Any:
 
 
 def _number(text: str) -> int | float | None:
-    """Return the number that a string spells ("5e-5", "1e9", "16"), or None."""
+    """Return the number in a string ("5e-5", "1e9", "16"), or None."""
     try:
         return int(text)
     except ValueError:
@@ -73,7 +73,7 @@ def is_allowed(value: Any, key: Key) -> bool:
 
 
 def remedy_for(value: Any, key: Key) -> str:
-    """Say what to write instead of a value that does not suit its key."""
+    """Return a remedy for a wrong value of a key."""
     word = str(value).strip().lower()
     if bool in key.types and word in (*YES, *NO):
         return f"write {'true' if word in YES else 'false'}, without quotes"
@@ -88,7 +88,7 @@ def remedy_for(value: Any, key: Key) -> str:
 
 
 def expected(key: Key) -> str:
-    """Say what a key accepts, in words."""
+    """Return the accepted values of a key in words."""
     options = [repr(choice) for choice in (*key.any_case, *key.choices)]
     if not options:
         names: dict[type, str] = {
@@ -106,12 +106,12 @@ def expected(key: Key) -> str:
 
 
 def either(options: list[str]) -> str:
-    """Return options as people list them: "a, b or c"."""
+    """Return options as a text: "a, b or c"."""
     return " or ".join([", ".join(options[:-1]), options[-1]] if options[1:] else options)
 
 
 def kind_of(value: Any) -> str:
-    """Return the type of a value in the words of a config file."""
+    """Return the type of a value in words, as JSON calls it."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return "not a finite number"
@@ -127,6 +127,6 @@ def kind_of(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as written, cut where it is long."""
+    """Return a value as text of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""Arguments of the causal language model task: the model, the text, how it is packed."""
+"""Arguments of the causal language model task: the model, the text, and its packing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ModelArguments(StartArguments):
 
 @dataclass
 class DataArguments(SourceArguments):
-    """Reading of text or conversations, and their way to samples.
+    """Text or conversations to read, and the way in which samples are made of them.
 
     With neither ``train_file`` nor ``dataset_name`` the text is the source code of the standard
     library of the running interpreter, which needs no network.

@@ -1,13 +1,14 @@
-"""Conversations to samples: the chat template, and the tokens that are answers.
+"""Samples from conversations: the chat template, and the tokens that are answers.
 
-Which tokens are answers follows from rendering alone, so any template works. The template renders
-the messages before an answer, with what it writes to ask for one (``add_generation_prompt``), and
-the same with the answer. Both must be beginnings of the whole conversation; what lies between is
-the answer, with whatever the template ends it by, which the model must learn to write as well.
+The tokens of answers are found by rendering alone, so that any template works. The template renders
+the messages before an answer, with the text by which it asks for one (``add_generation_prompt``),
+and then the messages up to and with the answer. Both texts must be beginnings of the whole
+conversation. The text between their ends is the answer, together with the marks by which the
+template ends it, which the model must learn to write as well.
 
-The text is tokenised whole where that gives the tokens of each beginning, which is what the model
-will see when it is asked; where a token would reach over the edge of an answer, the text is
-tokenised in pieces cut there.
+The whole text is tokenised at once if the tokens of each beginning, which the model gets when it is
+asked for an answer, are also the first tokens of the whole text. If a token of the whole text would
+cross the edge of an answer, the text is cut at the edges of answers and each piece is tokenised.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ DEFAULT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-"""For a tokenizer without a template: a line with the role, the text, EOS after an answer."""
+"""Template for a tokenizer without one: a line with the role, the text, EOS after an answer."""
 
 
 class ChatEncoder:
-    """Turns messages into token ids and labels."""
+    """Encoder of messages as token ids and labels."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, answers: str = "all") -> None:
-        """Keep the tokenizer and the choice of answers.
+        """Keep the tokenizer, and which answers have labels.
 
         Args:
             tokenizer: a tokenizer with a chat template.
-            answers: "all" for a loss on every answer, "last" on the last one.
+            answers: "all" for labels of every answer, "last" for those of the last answer.
         """
         self._tokenizer = tokenizer
         self._answers = answers
@@ -46,13 +47,13 @@ class ChatEncoder:
     def __call__(
         self, messages: list[dict[str, str]], place: str = "a conversation"
     ) -> tuple[list[int], list[int]]:
-        """Encode a conversation: token ids, and as many labels, which are -100 outside answers.
+        """Return the token ids of a conversation, and a label for each: -100 outside of answers.
 
-        The first label is always -100: no token before it could predict it.
+        The first label is always -100: no token comes before it to predict it.
 
         Raises:
-            DataError: the template refuses the conversation, or renders its beginning in another
-                way when more follows.
+            DataError: the template refuses the conversation, or renders its beginning differently
+                when more messages follow.
         """
         text, spans = self.answer_spans(messages, place)
         edges = sorted({edge for span in spans for edge in span})
@@ -68,11 +69,11 @@ class ChatEncoder:
         return ids, labels
 
     def question(self, messages: list[dict[str, str]]) -> list[int]:
-        """Encode a conversation that waits for an answer, as ``__call__`` trains it."""
+        """Return the token ids of a conversation that ends where the model must answer."""
         return self._ids(self._render(messages, "the conversation", asks=True))
 
     def end_of_answer(self) -> int | None:
-        """Return the special token by which the template ends an answer; None if there is none."""
+        """Return the special token by which the template ends an answer; None without one."""
         asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         _, labels = self(asked)
         special = set(self._tokenizer.all_special_ids) | {
@@ -83,9 +84,9 @@ class ChatEncoder:
     def answer_spans(
         self, messages: list[dict[str, str]], place: str = "a conversation"
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the whole text, and where answers start and end in it, in characters.
+        """Return the text of a conversation, and start and end of each answer in it, in characters.
 
-        A greeting, a first message of the assistant, answers nothing.
+        A greeting, a first message of the assistant, is not an answer.
         """
         text = self._render(messages, place)
         turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
@@ -103,6 +104,7 @@ class ChatEncoder:
         return text, spans
 
     def _render(self, messages: list[dict[str, str]], place: str, *, asks: bool = False) -> str:
+        """Render messages by the chat template; ``asks`` adds the text that asks for an answer."""
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -119,7 +121,7 @@ class ChatEncoder:
             ) from error
 
     def _pieces(self, text: str, edges: Sequence[int]) -> list[list[int]]:
-        """Encode the text between edges; cut the tokens of the whole text where possible."""
+        """Return the tokens between edges, cut from the tokens of the whole text if possible."""
         whole = self._ids(text)
         cuts = [0]
         for edge in edges:
@@ -138,6 +140,7 @@ class ChatEncoder:
 
 
 def _no_prefix(turn: int, place: str, text: str, part: str, name: str) -> DataError:
+    """Return the error for a template that does not render an answer inside its conversation."""
     same = next((i for i, (a, b) in enumerate(zip(text, part, strict=False)) if a != b), len(text))
     return DataError(
         Problem(
@@ -152,7 +155,7 @@ def _no_prefix(turn: int, place: str, text: str, part: str, name: str) -> DataEr
 
 
 def shorten(ids: list[int], labels: list[int], length: int) -> tuple[list[int], list[int]] | None:
-    """Return the first ``length`` tokens; None when no token of an answer is among them."""
+    """Return the first ``length`` token ids and labels; None without a label of an answer."""
     ids, labels = ids[:length], labels[:length]
     return (ids, labels) if any(label != IGNORED for label in labels) else None
 
@@ -160,7 +163,7 @@ def shorten(ids: list[int], labels: list[int], length: int) -> tuple[list[int], 
 def pack(
     conversations: Sequence[tuple[list[int], list[int]]], block_size: int
 ) -> list[list[tuple[list[int], list[int]]]]:
-    """Put whole conversations into blocks of at most ``block_size`` tokens, first fit in order."""
+    """Put each conversation, whole, into the first block with room for its tokens."""
     blocks: list[list[tuple[list[int], list[int]]]] = []
     room: list[int] = []
     for conversation in conversations:
@@ -176,7 +179,7 @@ def pack(
 
 
 def joined(block: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
-    """Join a block's conversations into one sample; positions of each begin at 0."""
+    """Join the conversations of a block into one sample; positions of each begin at 0."""
     return {
         "input_ids": [token for ids, _ in block for token in ids],
         "labels": [label for _, labels in block for label in labels],
@@ -190,12 +193,11 @@ def collate_conversations(
     """Make a batch of samples, padded on the right to the longest of them.
 
     Returns:
-        ``input_ids`` and ``labels``, int64 of shape (batch, length), labels -100 on padding. With
-        packed samples also ``position_ids`` of that shape, which begin again at 0 with each
-        conversation and with the padding: from them, and only without an ``attention_mask`` and
-        without a cache, transformers lets no conversation attend to another (the trainer turns the
-        cache off). Else, where something
-        was padded, ``attention_mask``.
+        ``input_ids`` and ``labels``, int64 of shape (batch, length), labels -100 on padding.
+        Packed samples also have ``position_ids`` of that shape, which begin again at 0 with each
+        conversation and with the padding. By these transformers keeps conversations from attending
+        to each other, but only without an ``attention_mask`` and without a cache, which the trainer
+        turns off. Samples that are not packed have an ``attention_mask`` if any of them is padded.
     """
     length = max(len(sample["input_ids"]) for sample in samples)
 

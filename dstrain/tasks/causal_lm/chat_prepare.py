@@ -1,6 +1,6 @@
-"""Samples of conversations, made once per machine and memory-mapped after that.
+"""Samples of conversations: made once per machine, and memory-mapped from then on.
 
-Those of a stream are made while it is read, by every rank.
+Samples of a stream are made by every rank while it reads the stream.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from dstrain.tasks.common.cache import fingerprint_tokenizer
 from dstrain.tasks.common.rows import STREAMED_TOGETHER
 
 PACKED_TOGETHER = 1000
-"""Conversations that share blocks; more would leave less room empty, and take longer to place."""
-_VERSION = 1  # of the samples; raise it when the same input gives others
+"""Conversations that are packed together: more waste fewer tokens, and take longer to place."""
+_VERSION = 1  # of the samples; raise it when the same input gives other samples
 
 _logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class ChatSamples:
-    """Samples of both splits: ``input_ids`` and ``labels``, packed ones with ``position_ids``.
+    """Samples of both splits: ``input_ids``, ``labels``, and ``position_ids`` if packed.
 
     Attributes:
-        train: samples to train on; a stream where the conversations are one.
-        validation: held-out samples, or None when nothing was held out.
+        train: samples to train on; a stream if the conversations are a stream.
+        validation: held-out samples; None if nothing was held out.
     """
 
     train: Dataset | IterableDataset
@@ -49,12 +49,13 @@ class ChatSamples:
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> None:
-    """Give the tokenizer the template of ``--chat_template``, or a simple one where it has none.
+    """Set the tokenizer's template to that of ``--chat_template``, or if it has none to a default.
 
-    It is saved with the tokenizer.
+    The template is saved with the tokenizer.
 
     Raises:
-        DataError: the file cannot be read, or the default needs an EOS token that is not there.
+        DataError: the file cannot be read, or the tokenizer has neither a template nor the EOS
+            token that the default template needs.
     """
     if args.chat_template is not None:
         try:
@@ -88,14 +89,15 @@ def prepare_chat(
     ranks: Ranks | None = None,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> ChatSamples:
-    """Tokenise both splits of ``conversations``, or load what an earlier run has cached.
+    """Tokenise both splits of ``conversations``, or load the samples that an earlier run cached.
 
-    A conversation of more than ``block_size`` tokens keeps the first ones; it is left out when no
-    token of an answer is among them. Both are counted in the log. With ``packing`` whole
-    conversations share blocks of at most ``block_size`` tokens. Of a stream nothing is counted.
+    A conversation of more than ``block_size`` tokens is cut to its first ``block_size`` tokens, and
+    left out if none of these is of an answer. Except for a stream, the log says how many
+    conversations are cut and left out. With ``packing``, conversations that are whole or cut share
+    blocks of at most ``block_size`` tokens.
 
     Raises:
-        DataError: a conversation that the template cannot render, or a split without a sample.
+        DataError: the template cannot render a conversation, or a split has no sample.
     """
 
     def encode(
@@ -159,6 +161,7 @@ def _encode_stream(
     args: DataArguments,
     limit: int | None,
 ) -> IterableDataset:
+    """Return the stream of samples of a stream of conversations."""
     given = {"tokenizer": tokenizer, "args": args, "left_out": LeftOut()}
 
     def encoded(part: IterableDataset) -> IterableDataset:
@@ -199,7 +202,7 @@ def _no_answer(name: str, which: str, block_size: int) -> DataError:
 
 
 def _report(name: str, rows: Dataset, samples: Dataset, block_size: int) -> None:
-    """Say how many conversations lost tokens, or all of them."""
+    """Log how many conversations were cut, and how many were left out."""
     cut = int((np.asarray(samples["num_tokens"]) > block_size).sum())
     left_out = len(rows) - len(samples)
     if cut or left_out:
@@ -217,6 +220,7 @@ def _report(name: str, rows: Dataset, samples: Dataset, block_size: int) -> None
 def _encode(
     rows: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, args: DataArguments
 ) -> dict[str, list[Any]]:
+    """Return token ids and labels of a batch of rows, and how many tokens each had before a cut."""
     encode = ChatEncoder(tokenizer, answers=args.train_on_answers)
     found: dict[str, list[Any]] = {"input_ids": [], "labels": [], "num_tokens": []}
     for conversation, place in zip(rows["conversation"], rows["place"], strict=True):
@@ -236,6 +240,7 @@ def _encode_streamed(
     args: DataArguments,
     left_out: LeftOut,
 ) -> dict[str, list[Any]]:
+    """Encode a batch of rows of a stream; warn once of conversations that are left out."""
     found = _encode(rows, tokenizer=tokenizer, args=args)
     if len(found.pop("num_tokens")) < len(rows["place"]):
         left_out(f"conversations without an answer in their first {args.block_size} tokens")

@@ -1,16 +1,18 @@
-"""Conversations: what a row may look like, reading them with the place of every mistake.
+"""Conversations: the forms of a row, and reading rows with the place of every mistake.
 
-A row is one of
+A row has one of three forms:
 
-* ``{"messages": [{"role": ..., "content": ...}, ...]}``, roles ``ROLES``;
-* ``{"conversations": [...]}`` of such messages, or of ShareGPT's, ``{"from": ..., "value": ...}``;
-* ``{"prompt": "...", "completion": "..."}``: a user's message and the answer to it.
+* ``{"messages": [{"role": ..., "content": ...}, ...]}``, with roles of ``ROLES``;
+* ``{"conversations": [...]}`` with such messages or those of ShareGPT, ``{"from": ..., "value":
+  ...}``;
+* ``{"prompt": "...", "completion": "..."}``: a message of the user, and the answer to it.
 
-Other keys of a row are left aside. Every conversation has an answer: a message of the assistant
-with text in it and another message before it. A greeting before anything was said is read only.
+Other keys of a row are ignored. A conversation must have an answer: a message of the assistant that
+has text and follows another message. A greeting, a first message of the assistant, is read by the
+model but not learned.
 
-Rows that are no conversation are refused, all in one error, before anything is trained. A stream is
-not read before training: its bad rows are left out, each with a warning.
+Rows that are no conversation are refused before training, in one error. A stream is not read before
+training: its bad rows are left out, each with a warning.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ from dstrain.tasks.common.rows import rows_side, split_rows, text_options
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 MOST_PROBLEMS = 10
-"""Reading stops after as many bad rows, which then come in one error."""
+"""Number of bad rows after which reading stops; one error lists them."""
 STREAM_TRIED_ROWS = 1000
-"""Where none of the first rows of a stream is a conversation, that is an error."""
+"""First rows of a stream of which at least one must be a conversation."""
 FEATURES = Features({"conversation": Value("string"), "place": Value("string")})
 
 Messages = list[dict[str, str]]
@@ -49,14 +51,14 @@ logger = get_logger(__name__)
 
 
 class LeftOut:
-    """Warns of what is left out of a stream: each once, though its start is read several times."""
+    """Warnings about rows left out of a stream, each logged once although rows are read again."""
 
     def __init__(self) -> None:
-        """Begin with nothing said."""
+        """Begin without a logged warning."""
         self._said: set[str] = set()
 
     def __call__(self, what: str) -> None:
-        """Log a message on the main rank, unless it was logged before."""
+        """Log on the main rank that ``what`` is left out, unless that was logged before."""
         if what not in self._said and launched_ranks().is_main:
             logger.warning("left out: %s", what)
         self._said.add(what)
@@ -67,15 +69,15 @@ def load_conversations(
     *,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Documents:
-    """Read the conversations that ``args`` names and hold out a part by the hash of their content.
+    """Read the conversations that ``args`` names; hold out a part by the hash of their content.
 
     Returns:
-        rows ``{"conversation": messages as JSON, "place": where it stands}``, streamed where that
-        was asked for.
+        rows ``{"conversation": messages as JSON, "place": file and line, or number of the row}``;
+        streams if ``args.streaming``.
 
     Raises:
-        DataError: for data that is missing, empty or unreadable, and for rows that are no
-            conversation, with file and line.
+        DataError: the data is missing, empty or unreadable, or has rows that are no conversation,
+            which are listed with file and line.
     """
     with main_first():
         origin, held_out_origin = origins(args)
@@ -97,12 +99,13 @@ def load_conversations(
 
 
 def messages_of(row: dict[str, str]) -> Messages:
-    """Return the messages of a row that ``load_conversations`` has read."""
+    """Return the messages of a row from ``load_conversations``."""
     messages: Messages = json.loads(row["conversation"])
     return messages
 
 
 def _load(origin: Origin, args: DataArguments) -> Dataset | IterableDataset:
+    """Load the rows of an origin, each with its conversation and its place."""
     if origin.builder is None:
         raise DataError(
             Problem(
@@ -134,6 +137,7 @@ def _load(origin: Origin, args: DataArguments) -> Dataset | IterableDataset:
 
 
 def _load_rows(origin: Origin, args: DataArguments) -> Any:
+    """Load the rows of an origin by ``datasets``, as they are in the data."""
     assert origin.builder is not None
     return load_dataset(
         origin.builder,
@@ -146,7 +150,11 @@ def _load_rows(origin: Origin, args: DataArguments) -> Any:
 
 
 def _stream(origin: Origin, args: DataArguments) -> IterableDataset:
-    """Stream conversations, read while they are used; leave rows out that are none."""
+    """Return a stream of the conversations of ``origin``; other rows are left out with a warning.
+
+    Raises:
+        DataError: none of the first ``STREAM_TRIED_ROWS`` rows is a conversation.
+    """
     with explained(origin):
         if origin.builder == "json" and origin.files:
             judged = IterableDataset.from_generator(
@@ -156,7 +164,7 @@ def _stream(origin: Origin, args: DataArguments) -> IterableDataset:
         else:
             rows = _load_rows(origin, args)
             if origin.builder == "parquet" and origin.files:
-                rows = rows.reshard()  # by row groups, at each of which the stream can begin
+                rows = rows.reshard()  # a shard per row group; the stream can begin at each
             judged = rows.map(
                 _judged_row,
                 with_indices=True,
@@ -177,7 +185,7 @@ def _stream(origin: Origin, args: DataArguments) -> IterableDataset:
 
 
 def _judged(row: Any, place: str) -> dict[str, str]:
-    """Convert a row of a stream to a conversation, or say what is wrong with it."""
+    """Convert a row of a stream to its conversation, or to the text of its problem."""
     messages = messages_in(row, place)
     if isinstance(messages, Problem):
         return {"conversation": "", "place": place, "problem": str(messages)}
@@ -201,10 +209,10 @@ def _is_kept(conversation: str, problem: str, *, left_out: LeftOut) -> bool:
 
 
 def read_conversations(origin: Origin, rows: Dataset | None) -> Iterator[dict[str, str]]:
-    """Yield the conversations of JSON files, or of the rows of another source.
+    """Yield the conversations of the JSON files of ``origin``, or of ``rows`` if they are given.
 
     Raises:
-        DataError: the first ``MOST_PROBLEMS`` rows that are none, each with its place.
+        DataError: rows are no conversation; the first ``MOST_PROBLEMS`` are listed with place.
     """
     problems: list[Problem] = []
     spans = ((file, 0, Path(file).stat().st_size) for file in origin.files)
@@ -223,7 +231,7 @@ def read_conversations(origin: Origin, rows: Dataset | None) -> Iterator[dict[st
 
 
 def _placed_json(spans: Iterable[Span]) -> Iterator[tuple[str, Any]]:
-    """Yield values of JSON files with their places: one per line, or the items of one array."""
+    """Yield place and value of each line of JSON files, or of each item of a file's one array."""
     for span in spans:
         file, start, _ = span
         if start == 0:
@@ -242,7 +250,7 @@ def _placed_rows(rows: Dataset, origin: Origin) -> Iterator[tuple[str, Any]]:
 
 
 def messages_in(row: Any, place: str) -> Messages | Problem:
-    """Return the messages of a row as it was written, or what is wrong with it."""
+    """Return the messages of a row in one of the three forms, or the problem of another row."""
     if not isinstance(row, dict):
         return Problem(f"{place} is not an object", f"it holds {_kind(row)}", _shapes())
     for key in ("messages", "conversations"):
@@ -263,6 +271,7 @@ def _shapes() -> str:
 
 
 def _checked(found: Any, place: str) -> Messages | Problem:
+    """Return checked messages of a row, or the first problem of them."""
     if not isinstance(found, list):
         return Problem(
             f"{place} is {_kind(found)}", "a list of messages is expected", "mend the data"
@@ -285,6 +294,7 @@ def _checked(found: Any, place: str) -> Messages | Problem:
 
 
 def _message(message: Any, place: str) -> dict[str, str] | Problem:
+    """Return a message with the role and the content of our form, or its problem."""
     if not isinstance(message, dict):
         return Problem(
             f"{place} is {_kind(message)}",

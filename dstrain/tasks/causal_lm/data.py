@@ -1,4 +1,4 @@
-"""Data of a run, in any format: tokenizer, samples of both splits, their collator."""
+"""Data of a run, from text or conversations: tokenizer, samples of both splits, collator."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ from dstrain.tasks.common.tokenizer import prepare_tokenizer
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Data that a model trains on and is evaluated on.
+    """Data for training and evaluation.
 
     Attributes:
-        description: what was read, for the log.
-        tokenizer: a named one, or one trained on the training split.
+        description: sources and sizes of both splits, for the log.
+        tokenizer: the named tokenizer, or one trained on the training split.
         train: samples to train on.
-        validation: held-out samples, or None.
+        validation: held-out samples; None if nothing was held out.
         collate: list of samples -> batch.
-        tokens_per_byte: of the validation text, for bits per byte; None without such text, and for
-            conversations, whose loss is on a part of their tokens.
-        conversations: the first held-out conversation as it was read, [] where there is none;
-            None for text.
+        tokens_per_byte: tokens per byte of the validation text, for bits per byte. None without
+            validation text, and for conversations, whose loss covers a part of their tokens.
+        conversations: row of the first held-out conversation; [] without one, None for text.
     """
 
     description: str
@@ -47,10 +46,10 @@ class PreparedData:
 
 
 def prepare_data(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
-    """Read, tokenise and cut; one rank per machine prepares, the others load.
+    """Read and tokenise the data, and make samples; one rank per machine does it, other ranks load.
 
     Raises:
-        DataError: for data that cannot be used, or that differs between ranks.
+        DataError: the data cannot be used, or differs between ranks.
     """
     prepared = (_chat if args.is_chat else _text)(args, model_name, ranks)
     parts = (prepared.train, prepared.validation)
@@ -61,6 +60,7 @@ def prepare_data(args: DataArguments, model_name: str | None, ranks: Ranks) -> P
 
 
 def _text(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
+    """Prepare tokenizer, blocks and collator of text."""
     first = functools.partial(main_caches_first, ranks)
     documents = load_documents(args, main_first=first)
     tokenizer = _tokenizer(documents, args, model_name, ranks, lambda row: str(row["text"]))
@@ -76,6 +76,7 @@ def _text(args: DataArguments, model_name: str | None, ranks: Ranks) -> Prepared
 
 
 def _chat(args: DataArguments, model_name: str | None, ranks: Ranks) -> PreparedData:
+    """Prepare tokenizer, samples and collator of conversations."""
     first = functools.partial(main_caches_first, ranks)
     conversations = load_conversations(args, main_first=first)
     tokenizer = _tokenizer(conversations, args, model_name, ranks, _spoken)
@@ -98,6 +99,7 @@ def _tokenizer(
     ranks: Ranks,
     text_of: Callable[[dict[str, Any]], str],
 ) -> Any:
+    """Load the named tokenizer or that of the model, or train one on the documents."""
     return prepare_tokenizer(
         documents.train,
         name=args.tokenizer_name or model_name,

@@ -1,4 +1,4 @@
-"""Job of causal language models: evaluate, train, evaluate, save, complete a text."""
+"""Job of the causal language model task: evaluate, train, evaluate, save, complete a text."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
         The exit status.
 
     Raises:
-        DstrainError: for anything a user can mend; on all ranks alike.
+        DstrainError: the user must change something; the same error on all ranks.
     """
     ranks = start_run(args)
-    # Everything that can be wrong is looked at before data is read or a model is built.
+    # Arguments are checked before data is read or a model is built, which take long.
     with all_or_none():
         _check(args, model_args, data_args, ranks)
     data = prepare_data(data_args, model_args.model_name_or_path, ranks)
@@ -99,7 +99,7 @@ def run(args: TrainingArguments, model_args: ModelArguments, data_args: DataArgu
 def _check(
     args: TrainingArguments, model_args: ModelArguments, data_args: DataArguments, ranks: Ranks
 ) -> None:
-    """Look at everything that needs neither data nor a model; all that is wrong is one error."""
+    """Check all that needs neither data nor a model; raise one error with all problems."""
     errors = start_errors(args, data_args, ranks)
     with collected(errors):
         name = model_args.model_name_or_path
@@ -111,9 +111,10 @@ def _check(
 def _fresh_config(
     model_args: ModelArguments, data_args: DataArguments, tokenizer: Any = None
 ) -> Any:
-    """Make the config of a model to train from scratch; complete a short form with what is known.
+    """Make the config of a model to train from scratch, from a file or a short form.
 
-    Without a tokenizer, before there is one, its sizes and ids are those of transformers.
+    Keys that a short form leaves out are completed: positions for ``block_size``, and vocabulary
+    size and special tokens of the tokenizer. Without a tokenizer these are transformers' defaults.
     """
     spec = model_args.model_config or DEFAULT_MODEL
     defaults: dict[str, Any] = {"max_position_embeddings": max(2048, data_args.block_size)}
@@ -123,6 +124,7 @@ def _fresh_config(
 
 
 def _check_block_size(data_args: DataArguments, config: Any) -> None:
+    """Refuse blocks that are longer than the sequences of the model."""
     limit = None if config is None else max_length(config)
     if limit is not None and data_args.block_size > limit:
         raise ConfigError(
@@ -135,10 +137,12 @@ def _check_block_size(data_args: DataArguments, config: Any) -> None:
 
 
 def _check_packing(model: Any) -> None:
-    """Refuse to pack for a model that has no ``position_ids`` to tell where conversations begin.
+    """Refuse to pack conversations for a model that does not take ``position_ids``.
+
+    Without them the model cannot tell where a conversation begins.
 
     Raises:
-        ConfigError: its ``forward`` takes no ``position_ids``.
+        ConfigError: the model's ``forward`` takes no ``position_ids``.
     """
     if "position_ids" not in (forward_columns(model) or []):
         raise ConfigError(
@@ -151,7 +155,7 @@ def _check_packing(model: Any) -> None:
 
 
 def _stop_at_answers(model: Any, data: PreparedData) -> None:
-    """Let generation stop where the template ends an answer, which may be no EOS token."""
+    """Let generation stop at the token by which the chat template ends an answer, besides EOS."""
     token = ChatEncoder(data.tokenizer).end_of_answer()
     if token is not None and stop_at(model, token):
         text = data.tokenizer.decode([token])
@@ -159,7 +163,10 @@ def _stop_at_answers(model: Any, data: PreparedData) -> None:
 
 
 def _shown(trainer: CausalLMTrainer, data: PreparedData, model_args: ModelArguments) -> str:
-    """Show what the trained model makes of the prompt; return "" where the prompt is empty."""
+    """Return the text to print at the end: a completion, or an answer of the trained model.
+
+    It is empty if the prompt is, or if there is no held-out conversation to answer.
+    """
     prompt, length = model_args.completion_prompt, model_args.completion_tokens
     if prompt == "":
         return ""
@@ -188,7 +195,7 @@ def _shown(trainer: CausalLMTrainer, data: PreparedData, model_args: ModelArgume
 
 
 def _generate(trainer: CausalLMTrainer, prompt: list[int], length: int) -> list[int]:
-    """Generate the greedy continuation of a prompt; all ranks together, as ZeRO-3 needs."""
+    """Generate a greedy continuation of a prompt; all ranks must call it, as at ZeRO stage 3."""
     model: Any = trainer.model
     model.eval()
     limit = max_length(model.config)

@@ -1,9 +1,9 @@
-"""Documents to samples: tokenise, join, cut into blocks, put into batches.
+"""Samples from documents: tokenise, join, cut into blocks, put into batches.
 
-The token stream of a split is its documents in order, each followed by EOS (and preceded by BOS
-where the tokenizer itself adds one). It is cut every ``block_size`` tokens; the last block is
-shorter, and is left out only when it has a single token, which would predict nothing. A sample is
-``{"input_ids": int64 array, shape (block_size,) or shorter}``; ``collate_blocks`` adds the rest.
+The documents of a split are joined in order, each followed by EOS (and preceded by BOS if the
+tokenizer adds it by itself). Their tokens are cut into blocks of ``block_size`` tokens. The last
+block may be shorter; with a single token, which predicts nothing, it is left out. A sample is
+``{"input_ids": int64 array, shape (block_size,) or shorter}``; ``collate_blocks`` adds labels.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dstrain.core.errors import DataError, Problem
 from dstrain.data import Resumable
 
 STREAM_BATCH_CHARACTERS = 256 * 1024
-"""Text of a stream tokenised at once: little, so that the first block comes soon."""
+"""Text of a stream that is tokenised at once: little, so that the first block comes soon."""
 STREAM_MEASURED_DOCUMENTS = 1000
-"""Documents of a streamed validation split from which its tokens per byte are measured."""
+"""Documents of a streamed validation split in which tokens per byte are counted."""
 _READ_ROWS = 64
 
 
@@ -36,8 +36,8 @@ def collate_blocks(
 
     Returns:
         ``input_ids`` and ``labels``, both int64 of shape (batch, length), labels -100 on padding
-        (shifting them is the model's part); and only where something was padded
-        ``attention_mask``, int64 of the same shape, so that full blocks take the mask-free path.
+        and not shifted, which the model does. If a sample is padded, also ``attention_mask``, int64
+        of the same shape; without it attention of full blocks is faster.
     """
     rows = [np.asarray(sample["input_ids"], dtype=np.int64) for sample in samples]
     length = max(map(len, rows))
@@ -56,11 +56,11 @@ def collate_blocks(
 
 
 class Packer:
-    """Turns texts into blocks; holds the tokens that do not fill a block yet.
+    """Packer of texts into blocks; it keeps the tokens that do not fill a block yet.
 
     Attributes:
-        num_tokens: tokens of all texts so far, with EOS (and BOS where it is added).
-        num_bytes: UTF-8 bytes of those texts.
+        num_tokens: tokens of all texts so far, with EOS (and BOS if it is added).
+        num_bytes: UTF-8 bytes of these texts.
     """
 
     def __init__(
@@ -70,7 +70,10 @@ class Packer:
         *,
         held: Sequence[int] = (),
     ) -> None:
-        """Learn which special tokens surround a document; go on from ``held``, a ``rest``."""
+        """Begin with the tokens ``held``, the ``rest`` of an earlier packer.
+
+        Special tokens that surround a document are found by tokenising an empty text.
+        """
         self.num_tokens = 0
         self.num_bytes = 0
         self._tokenizer = tokenizer
@@ -80,10 +83,10 @@ class Packer:
         bos = tokenizer.bos_token_id
         self._start = [bos] if added and bos is not None and added[0] == bos else []
         if self._start == [tokenizer.eos_token_id]:
-            self._start = []  # the EOS of the document before it is already there
+            self._start = []  # the EOS of the document before serves as BOS
 
     def add(self, texts: Sequence[str]) -> np.ndarray:
-        """Add texts; return the blocks that are now full: int32, shape (num_blocks, block_size)."""
+        """Add texts; return the blocks that became full: int32, shape (num_blocks, block_size)."""
         encoded = self._tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -109,14 +112,16 @@ class Packer:
 
 @dataclass(frozen=True)
 class _Place:
-    """Place in a stream where a block ends, from which the next one can be made again.
+    """Position in a stream after a block, from which a resumed stream makes the next block.
+
+    A block is cut from the tokens left over from earlier batches of texts and those of one batch.
 
     Attributes:
-        rows: state of the rows; None for their beginning.
-        texts: texts after ``rows`` that were tokenised before those of the block.
-        held: tokens of earlier texts that were in no block yet.
-        cut: blocks cut from ``held`` and the texts tokenised with the block.
-        blocks: blocks in all.
+        rows: state of the rows at a read before that batch; None for the beginning of the rows.
+        texts: texts between that read and the batch.
+        held: tokens left over from earlier batches.
+        cut: blocks cut so far from ``held`` and the batch.
+        blocks: blocks since the beginning of the stream.
         block_size: tokens of a block.
     """
 
@@ -129,14 +134,14 @@ class _Place:
 
 
 class PackedStream(torch.utils.data.IterableDataset):
-    """Blocks of a stream of documents, tokenised while they are read.
+    """Stream of blocks, made from a stream of documents while that is read.
 
-    Iterating again starts again and gives the same blocks in the same order. Under a ``DataLoader``
-    with workers the first worker reads everything and the others end at once: cutting blocks needs
-    every token before them, so more workers than ``max_workers`` could only repeat its work.
+    Each iteration begins at the start and gives the same blocks in the same order. In a
+    ``DataLoader`` with workers the first worker reads everything and the others end at once: a
+    block depends on all tokens before it, so that other workers would repeat the work of the first.
 
-    It can tell its position where its documents can tell theirs: a run that goes on then reads and
-    tokenises no more again than one batch of texts.
+    If the stream of documents knows its position, so does this one: a resumed run reads and
+    tokenises at most one batch of texts again.
     """
 
     max_workers = 1
@@ -149,23 +154,30 @@ class PackedStream(torch.utils.data.IterableDataset):
         *,
         max_blocks: int | None = None,
     ) -> None:
-        """Keep what to read; nothing is read before iteration."""
+        """Keep the rows and how to cut them; rows are read by iterating only.
+
+        Args:
+            rows: documents, with a column ``text``.
+            tokenizer: tokenizer of the documents.
+            block_size: tokens of a block.
+            max_blocks: blocks after which an iteration ends; None for all of them.
+        """
         self.block_size = block_size
         self.max_blocks = max_blocks
         self._rows = rows
         self._tokenizer = tokenizer
-        self._place: _Place | None = None  # of the last block, where it is known
+        self._place: _Place | None = None  # of the last block, if it is known
         self._begin: _Place | None = None
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return where the iteration that began last is; None where the documents cannot tell."""
+        """Return the position of the latest iteration; None if that of its documents is unknown."""
         return None if self._place is None else dict(vars(self._place))
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Let the next iteration, and only that, begin after the block where ``state`` was taken.
+        """Let the next iteration, and no later one, begin after the block at ``state``.
 
         Returns:
-            false where that was cut from other documents or in another size.
+            False if ``state`` belongs to other documents or to another ``block_size``.
         """
         place, rows = _Place(**state), Resumable.of(self._rows)
         if place.block_size != self.block_size or rows is None:
@@ -176,7 +188,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         return True
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Iterate over samples ``{"input_ids": (block_size,)}``, the last one possibly shorter."""
+        """Iterate over samples ``{"input_ids": (block_size,)}``; the last one may be shorter."""
         worker = torch.utils.data.get_worker_info()
         if worker is not None and worker.id > 0:
             return iter(())
@@ -187,7 +199,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         return islice(self._blocks(begin), limit)
 
     def measure_tokens_per_byte(self) -> float:
-        """Measure tokens per UTF-8 byte over the first ``STREAM_MEASURED_DOCUMENTS`` documents."""
+        """Return tokens per UTF-8 byte in the first ``STREAM_MEASURED_DOCUMENTS`` documents."""
         packer = Packer(self._tokenizer, self.block_size)
         texts = islice(read_texts(self._rows), STREAM_MEASURED_DOCUMENTS)
         for batch in in_batches(texts, STREAM_BATCH_CHARACTERS):
@@ -195,6 +207,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         return packer.num_tokens / packer.num_bytes
 
     def _blocks(self, begin: _Place | None) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the samples behind a position; keep the position of each."""
         places: deque[tuple[dict[str, Any] | None, int]] = deque()
         rows = Resumable.of(self._rows)
         texts = read_texts(self._rows) if rows is None else _placed_texts(rows, begin, places)
@@ -219,9 +232,9 @@ class PackedStream(torch.utils.data.IterableDataset):
 def _placed_texts(
     rows: Resumable, begin: _Place | None, places: deque[tuple[dict[str, Any] | None, int]]
 ) -> Iterator[str]:
-    """Yield the texts of ``rows`` from a place on; add the place of each to ``places``.
+    """Yield the texts of ``rows`` from ``begin`` on; append the position of each to ``places``.
 
-    A place is a state between two reads, and a number of texts after it.
+    A position is the state of ``rows`` at a read, and the number of texts between it and the text.
     """
     state, used = (begin.rows, begin.texts) if begin else (None, 0)
     begins_inside = state is not None and rows.load(state)
@@ -239,13 +252,13 @@ def _placed_texts(
 
 def read_texts(rows: Dataset | IterableDataset) -> Iterator[str]:
     """Yield the texts of a split, one by one."""
-    # iter(), unlike __iter__, gives every row in every worker process of a DataLoader.
+    # iter() gives every row in every worker process of a DataLoader; __iter__ shares them out.
     for batch in rows.iter(_READ_ROWS):
         yield from batch["text"]
 
 
 def in_batches(texts: Iterable[str], num_characters: int) -> Iterator[list[str]]:
-    """Yield lists of texts with about ``num_characters`` characters together."""
+    """Yield texts in lists, each as soon as it has ``num_characters`` characters or more."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -259,7 +272,7 @@ def in_batches(texts: Iterable[str], num_characters: int) -> Iterator[list[str]]
 
 
 def too_short(name: str) -> DataError:
-    """Return the error for a split that makes no sample."""
+    """Return the error for a split that is too short for a sample."""
     return DataError(
         Problem(
             f"the {name} text has fewer than 2 tokens",

@@ -1,7 +1,7 @@
-"""Packed splits, ready for a loader.
+"""Splits as packed samples.
 
-Map-style splits are tokenised once per machine and memory-mapped after that. A streamed split is
-tokenised while it is read, gives the same blocks in the same order, and is read by one process.
+A map-style split is tokenised once per machine, and memory-mapped from then on. A streamed split is
+tokenised while it is read, by one process, and gives the same blocks in the same order.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from dstrain.tasks.causal_lm.sources import Documents
 from dstrain.tasks.common.cache import build_once, cache_folder, fingerprint_tokenizer
 
 BATCH_CHARACTERS = 4 * 1024 * 1024
-"""Text tokenised at once on the way to disk: enough for every thread, small in memory."""
-_VERSION = 1  # of the packed files; raise it when the same input gives other blocks
+"""Text that is tokenised at once on its way to disk: enough for all threads, little memory."""
+_VERSION = 1  # of the files of blocks; raise it when the same input gives other blocks
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class BlockFacts:
     """Counts of one packed split.
 
     Attributes:
-        num_blocks: samples.
-        num_tokens: tokens in them.
-        tokens_per_byte: tokens per UTF-8 byte of the documents tokenised, special tokens included.
+        num_blocks: number of blocks, which are the samples.
+        num_tokens: tokens in all blocks.
+        tokens_per_byte: tokens, special ones included, per UTF-8 byte of the documents.
     """
 
     num_blocks: int
@@ -56,17 +56,18 @@ class BlockFacts:
 
 @dataclass(frozen=True)
 class PackedData:
-    """Samples of both splits, ready for a loader.
+    """Samples of both splits.
 
     Attributes:
-        train: memory-mapped samples, or a ``PackedStream``.
-        validation: the same, or None when nothing was held out.
-        tokens_per_byte: of the validation split, for bits per byte: loss / ln 2 * tokens_per_byte.
-            Exact for map-style data (over the documents that make up the samples); of a streamed
-            split measured on its first 1,000 documents. None without validation data.
+        train: memory-mapped training samples, or a ``PackedStream`` of them.
+        validation: memory-mapped or streamed validation samples; None if nothing was held out.
+        tokens_per_byte: tokens per byte of the validation split, for bits per byte, which are
+            loss / ln 2 * tokens_per_byte. Exact for map-style data (in the documents of the
+            samples); counted in the first 1,000 documents of a stream. None without a validation
+            split.
         train_facts: counts of ``train``; None for a stream.
         validation_facts: counts of ``validation``; None for a stream.
-        from_cache: whether nothing had to be tokenised.
+        from_cache: whether both splits were found in the cache.
     """
 
     train: Dataset | PackedStream
@@ -86,20 +87,20 @@ def prepare(
     ranks: Ranks | None = None,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> PackedData:
-    """Tokenise and pack both splits of ``documents``, or load what an earlier run has cached.
+    """Tokenise and pack both splits of ``documents``, or load the blocks of an earlier run.
 
     Args:
-        documents: raw text, from ``sources.load_documents``.
+        documents: texts, from ``sources.load_documents``.
         tokenizer: any tokenizer with an EOS token.
-        args: ``block_size``, ``max_train_samples`` and ``max_eval_samples`` are read.
-        cache_dir: where packed splits are kept; default ``HF_DATASETS_CACHE/dstrain``.
-        ranks: who shows a progress bar (the main rank).
-        main_first: called for a context in which the main rank of a machine runs before the
-            others, which then find its cache.
+        args: ``block_size``, ``max_train_samples`` and ``max_eval_samples`` are used.
+        cache_dir: folder that keeps packed splits; default ``HF_DATASETS_CACHE/dstrain``.
+        ranks: ranks of this run; the main rank shows a progress bar.
+        main_first: returns a context in which the main rank of a machine runs before its other
+            ranks, which then find the cache.
 
     Raises:
-        DataError: for a tokenizer without EOS, a split of fewer than 2 tokens, or a cache folder
-            that cannot be written.
+        DataError: the tokenizer has no EOS token, a split has fewer than 2 tokens, or the cache
+            cannot be written.
     """
     if tokenizer.eos_token_id is None:
         name = tokenizer.name_or_path or type(tokenizer).__name__
@@ -163,7 +164,7 @@ class _Split:
 
 @dataclass(frozen=True)
 class _BlockFile:
-    """Writes the blocks of one split into a folder: ``blocks.arrow`` and ``facts.json``."""
+    """Writer of the blocks of one split to files of a folder: ``blocks.arrow``, ``facts.json``."""
 
     rows: Dataset
     packer: Packer
@@ -172,6 +173,7 @@ class _BlockFile:
     show_progress: bool
 
     def write(self, folder: Path) -> None:
+        """Write all blocks, or the first ``max_blocks``, to files in a folder."""
         schema = pa.schema({"input_ids": pa.list_(pa.int32())})
         num_blocks = num_tokens = 0
         path = folder / "blocks.arrow"
@@ -199,6 +201,7 @@ class _BlockFile:
         (folder / "facts.json").write_text(json.dumps(asdict(facts)))
 
     def _blocks(self, bar: tqdm) -> Iterator[np.ndarray]:
+        """Yield blocks, shape (num_blocks, length); the last may be shorter than the others."""
         for batch in in_batches(read_texts(self.rows), BATCH_CHARACTERS):
             blocks = self.packer.add(batch)
             bar.update(len(batch))
@@ -217,6 +220,7 @@ def _open_blocks(folder: Path, built: bool) -> _Split:
 def _key(
     fingerprint: str, tokenizer: PreTrainedTokenizerBase, block_size: int, limit: int | None
 ) -> str:
+    """Return the name of the cached blocks of a split: a hash of all that decides them."""
     facts = [
         _VERSION,
         fingerprint,

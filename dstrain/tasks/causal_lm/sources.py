@@ -1,19 +1,19 @@
-"""Raw text of the causal language model task: what is read, and which part is held out.
+"""Text of the causal language model task: its sources, and the part that is held out.
 
-Every source becomes one or two ``datasets`` objects with one column ``text``, a document per row.
-What is held out depends only on names and contents, through a hash, so the split is the same on
-every run and machine, and equal rows never fall on both sides.
+Every source is read as one or two ``datasets`` objects with the one column ``text``, a document per
+row. The held-out part depends only on a hash of names and contents, so that the split is the same
+in every run and on every machine, and equal rows are never on both sides.
 
 | source | a document is | held out when no validation data is named |
 |---|---|---|
-| nothing: standard library | a file | files by hash of their relative path |
+| standard library (no source is named) | a file | files by hash of their relative path |
 | folder | a file (pieces of 256 KiB where it is larger) | files by hash of their relative path |
 | one text file | a piece of at most 256 KiB | the tail, cut at a line boundary |
 | jsonl, parquet, dataset | a row that is not blank | rows by hash of their text |
-| the same, streamed | a row that is not blank | the first 1,000, left out of training |
+| streamed jsonl, parquet, dataset | a row that is not blank | the first 1,000 rows |
 
-Only the training text and a named ``validation_split`` are ever streamed. Large files are then
-several shards, so that a stream can begin near to where a run was: see ``--streaming``.
+Only the training text and a named ``validation_split`` are ever streamed. A large file is then
+several shards, at each of which a resumed run can begin to read: see ``--streaming``.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from dstrain.tasks.common.rows import load_rows, rows_side, split_rows
 
 @dataclass(frozen=True)
 class Documents:
-    """Raw text, split; every row of both sides is ``{"text": str}``.
+    """Documents of both splits, in rows ``{"text": str}``.
 
     Attributes:
-        train: training documents; an ``IterableDataset`` when streaming was asked for.
-        validation: held-out documents, or None when there are none. Streamed only where
-            ``validation_split`` of a streamed dataset was named.
-        description: what was read, for the log.
-        train_bytes: UTF-8 bytes of ``train`` where known without reading it, else None.
-        validation_bytes: the same for ``validation``.
+        train: training documents; an ``IterableDataset`` if they are streamed.
+        validation: held-out documents; None if nothing was held out. Streamed only if they are the
+            ``validation_split`` of a streamed dataset.
+        description: sources and sizes of both splits, for the log.
+        train_bytes: UTF-8 bytes of ``train``; None if they are not known without reading it.
+        validation_bytes: UTF-8 bytes of ``validation``, or None.
         train_fingerprint: changes when ``train`` does; None for a stream, which is not cached.
-        validation_fingerprint: the same for ``validation``.
+        validation_fingerprint: changes when ``validation`` does; None for a stream.
     """
 
     train: Dataset | IterableDataset
@@ -61,17 +61,17 @@ def load_documents(
     *,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Documents:
-    """Read the text that ``args`` names and hold out a validation part.
+    """Read the text that ``args`` names, and hold out a part for validation.
 
-    Files are read into the cache of ``datasets`` once and memory-mapped from then on.
+    Files are written to the cache of ``datasets`` once, and memory-mapped from then on.
 
     Args:
-        args: which text, and how much to hold out.
-        main_first: called for a context in which the main rank of a machine runs before the
-            others, which then find its cache.
+        args: sources of the text, and the share to hold out.
+        main_first: returns a context in which the main rank of a machine runs before its other
+            ranks, which then find the cache.
 
     Raises:
-        DataError: for text that is missing, empty, unreadable or without the named column.
+        DataError: the text is missing, empty or unreadable, or lacks the named column.
     """
     with main_first():
         origin, held_out_origin = origins(args)
@@ -96,7 +96,7 @@ def load_documents(
 
 
 def _read_whole(origin: Origin, args: DataArguments) -> Side:
-    """Read all of a named validation text."""
+    """Read all text of a source that was named for validation."""
     if not origin.builder:
         return split_text(origin, 0.0, streaming=False)[0]
     if origin.files:  # --validation_file

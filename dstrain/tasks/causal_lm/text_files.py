@@ -1,4 +1,4 @@
-"""Text files: cut into pieces, and split into a training side and a held-out side."""
+"""Text files: cutting them into documents, and splitting them into training and held-out side."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from dstrain.tasks.common.origin import (
 )
 
 PIECE_BYTES = 256 * 1024
-"""Larger files become several documents, so that no single text has to fit in memory."""
+"""Most bytes of a document; larger files are several, so that none needs much memory."""
 FEATURES = Features({"text": Value("string")})
 
 _logger = get_logger(__name__)
 
 
 def read_pieces(parts: Sequence[TextPart], *, strict: bool) -> Iterator[dict[str, str]]:
-    """Yield the documents of ``parts`` in order, at most ``PIECE_BYTES`` long, without blank ones.
+    """Yield the documents of ``parts`` in order, each of at most ``PIECE_BYTES``; skip blank ones.
 
-    The pieces of a part joined are its text unchanged, line endings included. ``parts`` are shards
-    of a stream: it can begin at any, so that none may need to read what comes before it.
+    Joined, the documents of a part are its unchanged text, with its line endings. Each part can be
+    read without those before it, because ``parts`` are the shards at which a stream can begin.
 
     Raises:
-        DataError: when ``strict`` and a part is not UTF-8; otherwise it is logged and left out.
+        DataError: a part is not UTF-8 and ``strict`` is true; otherwise a warning is logged and the
+            part is left out.
     """
     for part in parts:
         if not strict and (problem := _undecodable(part)):
@@ -54,6 +55,7 @@ def read_pieces(parts: Sequence[TextPart], *, strict: bool) -> Iterator[dict[str
 
 
 def _undecodable(part: TextPart) -> Problem | None:
+    """Return the problem of a part that is not UTF-8, or None."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(part.path, "rb") as file:
         file.seek(part.start)
@@ -75,7 +77,7 @@ def _not_utf8(part: TextPart, position: int, reason: str) -> Problem:
 
 
 def _shards(part: TextPart) -> Iterator[TextPart]:
-    """Yield the shards of a part, cut at a line, word or character."""
+    """Yield the shards of a part; it is cut after a line, a word or a character."""
     start = part.start
     while part.stop - start > SHARD_BYTES:
         stop = _boundary(part.path, start + SHARD_BYTES - PIECE_BYTES // 2, start + SHARD_BYTES)
@@ -94,7 +96,7 @@ def _cuts(part: TextPart) -> Iterator[tuple[int, int]]:
 
 
 def _boundary(path: str, low: int, high: int) -> int:
-    """Find where to cut in bytes ``low`` to ``high``: after the last line, word or character."""
+    """Return where to cut between bytes ``low`` and ``high``: after a line, word or character."""
     with open(path, "rb") as file:
         file.seek(low)
         data = file.read(high - low)
@@ -102,7 +104,7 @@ def _boundary(path: str, low: int, high: int) -> int:
         found = data.rfind(mark)
         if found >= 0:
             return low + found + 1
-    # Not inside a character: step back over continuation bytes (10xxxxxx) to a first byte.
+    # Cut before a character: step back over continuation bytes (10xxxxxx) to its first byte.
     end = len(data) - 1
     while end > 0 and data[end] & 0xC0 == 0x80:
         end -= 1
@@ -110,7 +112,7 @@ def _boundary(path: str, low: int, high: int) -> int:
 
 
 def split_text(origin: Origin, percentage: float, *, streaming: bool) -> tuple[Side, Side | None]:
-    """Split text files into two sides: by file, or a single file into head and tail."""
+    """Split text files into training and held-out side: by file, or a single file at a cut."""
     if origin.one_file:
         part = origin.parts[0]
         cut = part.stop
@@ -128,7 +130,7 @@ def split_text(origin: Origin, percentage: float, *, streaming: bool) -> tuple[S
 
 
 def _text_side(parts: list[TextPart], origin: Origin, *, streaming: bool = False) -> Side | None:
-    """Make a side of the documents of ``parts``; None when all of them are blank."""
+    """Return the documents of ``parts`` as a side; None if all of them are blank."""
     shards = [shard for part in parts for shard in _shards(part)]
     kwargs: dict[str, Any] = {"parts": shards, "strict": origin.one_file}
     with explained(origin):

@@ -16,7 +16,7 @@ from dstrain.training.packed_sequences import mixes_sequences
 
 
 class CausalLMTrainer(Trainer):
-    """A ``Trainer`` that knows how many tokens a byte of the evaluation text takes."""
+    """A ``Trainer`` with metrics of language models, and a check for packed conversations."""
 
     def __init__(
         self,
@@ -25,25 +25,28 @@ class CausalLMTrainer(Trainer):
         sequence_length: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep what a language model adds; pass the rest to ``Trainer``.
+        """Create the trainer.
 
         Args:
-            *args: of ``Trainer``.
-            tokens_per_byte: tokens per UTF-8 byte of the evaluation text.
-            sequence_length: tokens of one block.
-            **kwargs: of ``Trainer``.
+            *args: passed to ``Trainer``.
+            tokens_per_byte: tokens per UTF-8 byte of the evaluation text; without it there are no
+                bits per byte.
+            sequence_length: tokens of the longest sample, for ``zero_stage="auto"``.
+            **kwargs: passed to ``Trainer``.
         """
         self.tokens_per_byte = tokens_per_byte
         self.sequence_length = sequence_length
         super().__init__(*args, **kwargs)
 
     def refuse_mixing(self) -> None:
-        """Refuse to pack for a model that mixes conversations, as a trial on all ranks shows.
+        """Refuse to pack for a model in which conversations of a sample attend to each other.
+
+        That is found by trying forward passes, in which all ranks take part.
 
         Raises:
-            ConfigError: a conversation would see those before it in its sample.
+            ConfigError: a conversation attends to those before it in its sample.
         """
-        # Some attention kernels heed positions in a batch of one row only.
+        # Some attention kernels use positions only in a batch of one row.
         evaluated = eval_micro_batch(self.args, self.ranks.world_size)
         most = max(self.resolved.micro_batch_size, evaluated)
         rows = min(2, most)
@@ -65,9 +68,10 @@ class CausalLMTrainer(Trainer):
             )
 
     def derived_metrics(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
-        """Compute perplexity, and bits per byte, which are comparable across tokenizers.
+        """Compute perplexity and bits per byte from the loss.
 
-        bits per byte = loss (nats per token) x tokens per byte / ln 2.
+        Bits per byte are loss (nats per token) x tokens per byte / ln 2. They do not depend on the
+        tokenizer, so that models with different ones can be compared.
         """
         loss = metrics.get(f"{prefix}_loss")
         if loss is None:

@@ -1,1 +1,1 @@
-"""Code shared by tasks: where data comes from, its cache, the tokenizer, the order of a job."""
+"""Code shared by tasks: sources of data, its cache, the tokenizer, the order of a job."""

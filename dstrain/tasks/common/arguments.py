@@ -1,4 +1,4 @@
-"""Arguments that every task has: the model, the tokenizer, where the data comes from."""
+"""Arguments of all tasks: the model, the tokenizer, the source of the data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StartArguments:
     )
 
     def __post_init__(self) -> None:
-        """Refuse two models."""
+        """Refuse arguments that name two models."""
         if self.model_name_or_path is not None and self.model_config is not None:
             raise ConfigError(
                 Problem(
@@ -52,8 +52,8 @@ class SourceArguments:
     """Source of the data, its split, and the processes that read it.
 
     Raises:
-        DataError: from the constructor, with every illegal value and pair at once. Whether files
-            and datasets exist is checked where they are read.
+        DataError: from the constructor, with all illegal values and pairs of values at once. Files
+            and datasets are looked for later, when they are read.
     """
 
     train_file: str | None = field(default=None, metadata={"help": "Training data."})
@@ -122,11 +122,11 @@ class SourceArguments:
     )
 
     def __post_init__(self) -> None:
-        """Refuse values and pairs that cannot be used, all in one error."""
+        """Refuse values, and pairs of values, that cannot be used, all in one error."""
         raise_problems(self._problems(), error=DataError)
 
     def _problems(self) -> list[Problem]:
-        """List what is wrong with the arguments; a task adds its own problems."""
+        """List what is wrong with the arguments; the class of a task adds its problems."""
         problems = _source_problems(self)
         problems += too_small(
             self,
@@ -150,7 +150,7 @@ class SourceArguments:
 
 
 def too_small(args: object, minimums: dict[str, tuple[int, str]]) -> list[Problem]:
-    """Return a problem for each field of ``args`` below its minimum; a field may be None."""
+    """Return a problem for each field of ``args`` below its minimum; None is below no minimum."""
     problems = []
     for name, (minimum, why) in minimums.items():
         value = getattr(args, name)

@@ -1,4 +1,4 @@
-"""Cache on disk: its folder, the names of its entries, and building each only once."""
+"""Cache of prepared data on disk: its folder, its entries, and building each only once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def main_caches_first(ranks: Ranks) -> Iterator[None]:
-    """Run the block, which caches data, as ``main_first`` does; name the cache if that fails.
+    """Run a block that caches data on the main rank of a machine first, then on its other ranks.
+
+    A failure to write the cache becomes an error that names its folder.
 
     Raises:
         DataError: the disk of the cache is full, or it cannot be written; on every rank.
@@ -46,32 +48,32 @@ def main_caches_first(ranks: Ranks) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cache_told() -> Iterator[None]:
-    """Turn a library's failure to write the cache, in the block, into an error that says so.
+    """Turn a failure of a library, inside the block, to write the cache into an error about that.
 
     Raises:
-        DataError: in the place of what was raised.
+        DataError: in place of the error of the library.
     """
     try:
         yield
     except DstrainError:
         raise
-    except Exception as error:  # libraries raise what they like where a disk is full
+    except Exception as error:  # libraries raise different exceptions when a disk is full
         if (problem := cache_problem(error)) is not None:
             raise DataError(problem) from error
         raise
 
 
 def cache_problem(error: BaseException) -> Problem | None:
-    """Say what is wrong with the cache where that caused ``error``; None where it did not.
+    """Describe the failure to write the cache that caused ``error``; None for another cause.
 
-    ``datasets``, pyarrow and tokenizers each say it in their own way, the first of them as the
-    cause of another error.
+    ``datasets``, pyarrow and tokenizers raise different errors for a full disk; that of
+    ``datasets`` is the cause of another error.
     """
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
-        # A file that was opened by its descriptor has a number in the place of a name.
+        # The name of a file that was opened by a descriptor is a number.
         name = getattr(cause, "filename", None)
         path = cache_folder().parent
         if name and isinstance(name, (str, bytes, os.PathLike)):
@@ -98,14 +100,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
-    """Make ``folder`` by ``build`` unless it exists; return True when it was made now.
+    """Build ``folder`` with ``build`` unless it exists; return True when it was built by this call.
 
-    ``build`` writes into a temporary folder beside it, which is renamed when complete, so a killed
-    process leaves nothing that looks finished; the next one removes what it left. A file lock,
-    which the system releases with its process, makes runs that want the same folder take turns.
+    ``build`` writes into a temporary folder beside ``folder``, which is renamed when it is
+    complete: a killed process leaves nothing that looks finished, and the next process removes
+    what is left. Runs that need the same folder wait for each other by a file lock, which the
+    system releases when its process ends.
 
     Raises:
-        DataError: when the cache cannot be written, and whatever ``build`` raises.
+        DataError: the cache cannot be written. Errors of ``build`` are passed on.
     """
     if folder.is_dir():
         return False
@@ -129,7 +132,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash everything that decides how ``tokenizer`` encodes a document."""
+    """Hash all facts of ``tokenizer`` that decide how it encodes a document."""
     facts: dict[str, Any] = {
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         "split_special_tokens": getattr(tokenizer, "split_special_tokens", False),
@@ -137,7 +140,7 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, tokenizers.Tokenizer):
         facts["backend"] = json.loads(backend.to_str())
-        # Left over from the last call, and set again by the next one.
+        # They are set by each call, and kept after it.
         facts["backend"].pop("truncation", None)
         facts["backend"].pop("padding", None)
     else:

@@ -1,4 +1,4 @@
-"""Files that a flag names, or the standard library: their list, and whether they hold rows."""
+"""Lists of the files that a flag names or the standard library has: texts, or files of rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FOLDER_REMEDY = "give a folder of text files, or of nothing but .jsonl or .parq
 
 
 def origins(args: SourceArguments) -> tuple[Origin, Origin | None]:
-    """Find the source of the training data, and of validation data where that is named."""
+    """Find the source of the training data, and that of validation data that is named, or None."""
     if args.dataset_name is not None:
         label = f"--dataset_name {args.dataset_name}"
         train = Origin(label, builder=args.dataset_name, split=args.train_split)
@@ -47,7 +47,7 @@ def origins(args: SourceArguments) -> tuple[Origin, Origin | None]:
 
 
 def library_origin() -> Origin:
-    """Describe the source code of the running interpreter's standard library."""
+    """Return the standard library of the running interpreter, its source code, as an origin."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         path
@@ -71,7 +71,7 @@ def library_origin() -> Origin:
 
 @told_refused(DataError)
 def file_origin(name: str, flag: str) -> Origin:
-    """Find out what the path given as ``--flag`` holds: text, or shards of rows."""
+    """Return the path that was given as ``--flag`` as an origin: of text, or of files of rows."""
     path, label = expanded(name), f"--{flag} {name}"
     if not path.exists():
         raise DataError(
@@ -100,6 +100,7 @@ def file_origin(name: str, flag: str) -> Origin:
 
 
 def _folder_origin(path: Path, label: str) -> Origin:
+    """Return the origin of a folder: shards of rows if it has nothing else, or texts."""
     files = _list_files(path)
     if not files:
         raise DataError(
@@ -139,11 +140,11 @@ def _has_rows(path: Path, suffix: str) -> bool:
     try:
         return parquet.read_metadata(path).num_rows > 0
     except (OSError, pa.ArrowException):
-        return True  # not parquet: reading it says so
+        return True  # no parquet file: the error comes when it is read
 
 
 def _list_files(root: Path, skipped_folders: frozenset[str] = frozenset()) -> list[Path]:
-    """List the files under ``root`` in order, without hidden ones and what Python compiled."""
+    """List the files under ``root`` in order, without hidden files and compiled Python."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
@@ -156,7 +157,7 @@ def _list_files(root: Path, skipped_folders: frozenset[str] = frozenset()) -> li
 
 
 def _text_parts(files: Sequence[Path], root: Path) -> tuple[tuple[TextPart, ...], int]:
-    """Return those of ``files`` that hold text, and how many are not readable UTF-8 text."""
+    """Return the ``files`` that hold text, and the number of files without readable UTF-8 text."""
     parts, skipped = [], 0
     for path in files:
         try:

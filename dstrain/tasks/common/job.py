@@ -1,4 +1,4 @@
-"""Order of a job, the same for every task: check, build, evaluate, train, evaluate, save."""
+"""Steps of a job, the same for every task: check, build, evaluate, train, evaluate, save."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Architecture:
     """Functions that count, load and build the models of a task.
 
     Attributes:
-        count: of a config, the sizes of the model that it makes.
-        load: (folder or name, resolved config, ignore_missing=...) -> the model.
-        build: (config, resolved config) -> a new model.
+        count: config of a model -> sizes of the model that is built from it.
+        load: (folder or name, resolved config, ignore_missing=...) -> loaded model.
+        build: (config, resolved config) -> new model with random weights.
     """
 
     count: Callable[[Any], Any]
@@ -44,7 +44,7 @@ class Architecture:
 def start_errors(
     args: TrainingArguments, data_args: SourceArguments, ranks: Ranks
 ) -> list[DstrainError]:
-    """Find the errors that show without data and model; a task adds its own."""
+    """List the errors that can be found without data and model; a task adds those of its kind."""
     errors: list[DstrainError] = []
     with collected(errors):
         if ranks.is_main:
@@ -72,7 +72,11 @@ def start_errors(
 
 
 def refuse_evaluation(args: TrainingArguments, why: str) -> None:
-    """Raise where the arguments ask for evaluations that have no data."""
+    """Refuse arguments that ask for evaluations when there is no evaluation data.
+
+    Raises:
+        DataError: evaluations are asked for.
+    """
     asked = [
         *([f"eval_strategy={args.eval_strategy!r}"] if args.eval_strategy != "no" else []),
         *(["eval_on_start=True"] if args.eval_on_start else []),
@@ -88,10 +92,10 @@ def refuse_evaluation(args: TrainingArguments, why: str) -> None:
 
 
 def saved_config(name: str) -> Any:
-    """Load the config of a model folder, which must hold weights, or of a model of the Hub.
+    """Load the config of a folder with a model and its weights, or of a model of the Hub.
 
     Raises:
-        ModelError: a folder that is no model, or a config that transformers cannot read.
+        ModelError: the folder holds no model, or transformers cannot read the config.
     """
     from transformers import AutoConfig
 
@@ -104,7 +108,7 @@ def saved_config(name: str) -> Any:
 
 
 def known_of(tokenizer: Any) -> dict[str, Any]:
-    """Return the config values of a new model that its tokenizer decides."""
+    """Return the values that a new model's config takes from the tokenizer."""
     return {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -124,20 +128,20 @@ def make_model(
     sequence_length: int,
     ranks: Ranks,
 ) -> Any:
-    """Make the model, partitioned while it is built where the config is one of stage 3.
+    """Load or build the model; at stage 3 its weights are partitioned while it is built.
 
-    DeepSpeed's config must be final by then, so it is resolved with the sizes of the model that is
-    to be.
+    Partitioning needs the final DeepSpeed config, so that is resolved first, with the sizes that
+    ``architecture`` counts from the model's config.
 
     Args:
-        args: of training.
-        architecture: how to make it.
-        name: of a model to load; None builds a new one.
-        ignore_missing: begin with random weights where it lacks some.
-        config: of the model.
-        tokenizer: that it is used with.
-        sequence_length: tokens of its longest sample.
-        ranks: facts of this process.
+        args: training arguments.
+        architecture: functions that count, load and build models of the task.
+        name: folder or hub name of the model to load; None builds a new one.
+        ignore_missing: give weights that the loaded model lacks random values.
+        config: config of the model.
+        tokenizer: tokenizer of the samples.
+        sequence_length: tokens of the longest sample.
+        ranks: ranks of this run.
 
     Raises:
         ConfigError: the tokenizer has ids beyond the model's embedding.
@@ -159,6 +163,7 @@ def make_model(
 
 
 def _check_vocabulary(config: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer with more tokens than the embedding of the model has rows."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is not None and len(tokenizer) > size:
         raise ConfigError(
@@ -175,15 +180,15 @@ def train_and_report(
 ) -> int:
     """Evaluate, train, evaluate again; save the model and the records; print the results.
 
-    No other run may write into the output folder meanwhile.
+    The output folder is locked meanwhile, so that no other run writes into it.
 
     Args:
-        trainer: ready to train; it evaluates where it has an ``eval_dataset``.
-        figures: metrics, without their prefix, of the printed comparison.
-        show: text to print at the end, made by all ranks together.
+        trainer: a trainer that is ready to train; with an ``eval_dataset`` it also evaluates.
+        figures: names, without their prefix, of the metrics in the printed comparison.
+        show: function that all ranks call at the end, and whose text is printed.
 
     Returns:
-        The exit status: 0, or ``INCOMPLETE`` where the last checkpoint could not be written.
+        the exit status: 0, or ``INCOMPLETE`` if the last checkpoint could not be written.
 
     Raises:
         CheckpointError: another run writes into the output folder.
@@ -192,7 +197,7 @@ def train_and_report(
         _train_and_report(trainer, figures, show)
     if not trainer.last_save_failed:
         return 0
-    barrier()  # the launcher ends all ranks once one has ended with another status than 0
+    barrier()  # the launcher ends all ranks when one ends with a status other than 0
     return INCOMPLETE
 
 
@@ -205,7 +210,7 @@ def _train_and_report(
         before = trainer.evaluate(metric_key_prefix="eval_before")
     output = trainer.train()
     trainer.log_metrics("train", output.metrics)
-    trainer.save_model()  # first of all: nothing that fails must cost the model
+    trainer.save_model()  # first of all: no later failure may lose the model
     trainer.save_metrics("train", output.metrics)
     if evaluates:
         after = _final_evaluation(trainer)
@@ -226,7 +231,7 @@ def _train_and_report(
 
 
 def _final_evaluation(trainer: Trainer) -> dict[str, float]:
-    """Return the evaluation of the last step if the run made one there, else a new one."""
+    """Return the evaluation that the run made after its last step; evaluate now if it made none."""
     last = trainer.state.log_history[-2:]
     for entry in last:
         if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
@@ -235,7 +240,7 @@ def _final_evaluation(trainer: Trainer) -> dict[str, float]:
 
 
 def _comparison(before: dict[str, float], after: dict[str, float], figures: Sequence[str]) -> str:
-    """Format a small table of the evaluations before and after training."""
+    """Format a table that compares the evaluations before and after training."""
     lines = [f"\n{'evaluation':<16}{'before':>12}{'after':>12}"]
     for name in figures:
         if f"eval_{name}" in after:

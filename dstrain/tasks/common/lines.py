@@ -1,4 +1,4 @@
-"""JSON lines, read from spans of files, so that a stream of them can begin inside of a file."""
+"""Reading of JSON lines from spans of files, so that a stream can begin inside of a file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SNIFF_BYTES = 16 * 1024 * 1024
 
 
 def spans_of(file: str) -> list[Span]:
-    """Cut a file with an object per line into spans of at most ``SHARD_BYTES``.
+    """Cut a file with one object per line into spans of at most ``SHARD_BYTES`` bytes.
 
-    A file of another form (one array, an object over several lines) is one span.
+    A file in another form (one array, objects over several lines) is returned as one span.
     """
     size = Path(file).stat().st_size
     step = SHARD_BYTES if holds_lines(file) else max(1, size)
@@ -28,7 +28,7 @@ def spans_of(file: str) -> list[Span]:
 
 
 def holds_lines(file: str) -> bool:
-    """Tell whether a file has an object per line, by its first line."""
+    """Tell from its first line whether a file has one object per line."""
     with open(file, "rb") as lines:
         for line in iter(lambda: lines.readline(_SNIFF_BYTES), b""):
             if line.strip():
@@ -40,23 +40,23 @@ def holds_lines(file: str) -> bool:
 
 
 def placed_values(span: Span) -> Iterator[tuple[str, Any]]:
-    """Yield the values of the lines that begin in a span, with their places; skip blank lines.
+    """Yield place and value of each line that begins in a span and is not blank.
 
     Raises:
-        DataError: a line that is not JSON.
+        DataError: a line is not JSON.
     """
     path, start, stop = span
     with open(path, "rb") as file:
         if start:
             file.seek(start - 1)
-            file.readline()  # the end of a line that began before
+            file.readline()  # the end of a line that began before the span
         number = 0
         while (position := file.tell()) < stop:
             line = file.readline()
             number += 1
             if not line.strip():
                 continue
-            # To number the lines of a later span, those before it would have to be read.
+            # A later span is not numbered: that would take reading all lines before it.
             what = f"the line at byte {position:,}" if start else f"line {number}"
             place = f"{what} of {path}"
             try:
@@ -69,10 +69,10 @@ def placed_values(span: Span) -> Iterator[tuple[str, Any]]:
 
 
 def stream_lines(files: Sequence[str], columns: Sequence[str]) -> IterableDataset | None:
-    """Stream the texts of files with an object per line; None where a file has no such lines.
+    """Return a stream of texts of files with one object per line; None where a file has none.
 
-    ``datasets`` would read a file from its beginning to reach a row in it. Other values than text
-    and null in a column are an error, when they are met.
+    It can begin inside of a file, whereas ``datasets`` reads a file from its beginning to reach a
+    row. A value in ``columns`` that is neither text nor null is an error when it is read.
     """
     if not all(map(holds_lines, files)):
         return None
@@ -90,7 +90,7 @@ def read_texts(spans: Sequence[Span], columns: Sequence[str]) -> Iterator[dict[s
     """Yield the ``columns`` of the objects in the lines that begin in ``spans``.
 
     Raises:
-        DataError: a line that is no object, or that has neither text nor null in a column.
+        DataError: a line is no object, or has a value that is neither text nor null in a column.
     """
     for span in spans:
         for place, row in placed_values(span):

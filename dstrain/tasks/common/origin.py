@@ -1,4 +1,4 @@
-"""Facts that every reader of data uses: its origin, its two sides, the hash that splits them."""
+"""Origin of data, its training and held-out sides, and the hash by which they are split."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ROW_BUILDERS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
-"""Suffixes of files of rows, and what reads them in ``datasets.load_dataset``."""
+"""Suffixes of files of rows -> builders of ``datasets.load_dataset`` that read them."""
 SHARD_BYTES = 64 * 1024 * 1024
-"""Larger files are several shards of a stream, which begins again at no more than one's start."""
-_VERSION = 1  # of this module's output; raise it when the same input gives other documents
+"""Largest shard of a stream; larger files are several. A resumed stream begins at a shard."""
+_VERSION = 1  # of the documents; raise it when the same input gives other documents
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class TextPart:
 
     Attributes:
         path: the file.
-        name: what the split hashes: the path relative to the folder, with ``/``.
+        name: path relative to the folder, with ``/``; its hash decides the side.
         start: first byte.
-        stop: byte after the last.
+        stop: byte after the last one.
         mtime_ns: modification time in nanoseconds, for the fingerprint.
     """
 
@@ -50,7 +50,14 @@ class TextPart:
 
 @dataclass(frozen=True)
 class Side:
-    """Side of a split: its rows, their bytes and fingerprint where known, its size in words."""
+    """Training side or held-out side of data.
+
+    Attributes:
+        rows: its rows.
+        num_bytes: UTF-8 bytes of its text; None if they are not known without reading it.
+        fingerprint: changes when ``rows`` do; None for a stream.
+        size: size in words, for the log.
+    """
 
     rows: Dataset | IterableDataset
     num_bytes: int | None
@@ -60,7 +67,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Origin:
-    """Source of data: its name in messages, and the files or rows that are read."""
+    """Source of data.
+
+    Attributes:
+        label: its name in messages.
+        parts: text files; empty for rows.
+        one_file: whether the text is a single file, which is split inside.
+        num_skipped: files of a folder that are not readable UTF-8 text.
+        builder: builder or dataset name for ``datasets.load_dataset``; None for text.
+        files: files of rows; empty for a dataset that is loaded by its name.
+        split: split to load.
+    """
 
     label: str
     parts: tuple[TextPart, ...] = ()
@@ -72,11 +89,11 @@ class Origin:
 
     @property
     def is_csv(self) -> bool:
-        """Tell whether these are files of comma-separated values."""
+        """Tell whether the rows are read from files of comma-separated values."""
         return self.builder == "csv" and bool(self.files)
 
     def empty(self) -> DataError:
-        """Return the error for a source without a document."""
+        """Return the error for a source in which all documents are blank, or that has none."""
         why = "there is not one document with anything but white space in it"
         return DataError(Problem(f"{self.label} holds no text", why, "give data with text in it"))
 
@@ -88,7 +105,7 @@ def unit_hash(key: str) -> float:
 
 
 def num_held_out(hashes: list[float], percentage: float) -> int:
-    """Count how many of the sorted hashes are held out: at least one, and not all, if possible."""
+    """Count the sorted hashes to hold out: at least one, and not all, if there are two."""
     if percentage == 0:
         return 0
     return min(max(bisect_left(hashes, percentage / 100), 1), len(hashes) - 1)
@@ -97,7 +114,7 @@ def num_held_out(hashes: list[float], percentage: float) -> int:
 def split_parts(
     parts: Sequence[TextPart], percentage: float
 ) -> tuple[list[TextPart], list[TextPart]]:
-    """Split files, by the hash of their names, into those to train on and those held out."""
+    """Split files by the hash of their names; return the training files and the held-out files."""
     ranked = sorted(parts, key=lambda part: unit_hash(part.name))
     hashes = [unit_hash(part.name) for part in ranked]
     names = {part.name for part in ranked[: num_held_out(hashes, percentage)]}
@@ -106,22 +123,22 @@ def split_parts(
 
 
 def fingerprint_of(facts: list[Any]) -> str:
-    """Hash facts that JSON can hold, and the version of what is made of them."""
+    """Hash facts that JSON can hold, together with the version of the documents."""
     return hashlib.sha256(json.dumps([_VERSION, facts]).encode()).hexdigest()[:32]
 
 
 @contextmanager
 def explained(origin: Origin) -> Iterator[None]:
-    """Turn whatever ``datasets`` raises into one error that names the flag, and the bad line."""
+    """Turn errors of ``datasets``, inside the block, into one that names the flag and bad line."""
     try:
         yield
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None:  # our own error, raised inside a generator of datasets
+        while cause is not None:  # a DataError that was raised inside a generator of datasets
             if isinstance(cause, DataError):
                 raise cause from None
             cause = cause.__cause__
-        if (problem := cache_problem(error)) is not None:  # no fault of the data
+        if (problem := cache_problem(error)) is not None:  # the data is not at fault
             raise DataError(problem) from error
         why = str(error.__cause__ or error).strip() or type(error).__name__
         by_name = origin.builder and not origin.files
@@ -131,6 +148,7 @@ def explained(origin: Origin) -> Iterator[None]:
 
 
 def _first_bad_line(file: str) -> str | None:
+    """Return what is wrong with the first bad line of a file of JSON lines, or None."""
     if ROW_BUILDERS[Path(file).suffix.lower()] != "json":
         return None
     with open(file, "rb") as lines:

@@ -1,4 +1,4 @@
-"""Rows of jsonl, csv, parquet and datasets: reading their texts, holding a part out."""
+"""Rows of jsonl, csv, parquet and datasets: reading their texts, and holding out a part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dstrain.tasks.common.origin import (
 )
 
 STREAM_VALIDATION_DOCUMENTS = 1000
-"""Documents held out from a stream; a stream of less than twice as many gives up its percentage."""
+"""Rows held out from a stream. Of less than twice as many rows the percentage is held out."""
 STREAMED_TOGETHER = 32
 """Rows of a stream that are tokenised at once: few, so that the first samples come soon."""
 
@@ -28,19 +28,20 @@ STREAMED_TOGETHER = 32
 def load_rows(
     origin: Origin, args: SourceArguments, columns: Mapping[str, str], *, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Load the rows of one split, without those that have a blank text.
+    """Load the rows of one split, without rows in which a text is blank.
 
     Args:
-        origin: what to read.
-        args: ``dataset_config_name`` and ``preprocessing_num_workers`` are read.
-        columns: our name of each text -> its column in the data; ``NAME_column`` is its flag.
-        streaming: read while it is used, nothing written to disk.
+        origin: source of the rows.
+        args: ``dataset_config_name`` and ``preprocessing_num_workers`` are used.
+        columns: task's name of each text -> its column in the data; ``--NAME_column`` is the flag
+            that named the column.
+        streaming: read rows while they are used, and write nothing to disk.
 
     Returns:
-        rows with our names as their only columns, each a string.
+        rows whose only columns are the names of the task, each a string.
 
     Raises:
-        DataError: unreadable data, a column that is missing or holds no text, no row left.
+        DataError: the data cannot be read, a column is missing or holds no text, or no row is left.
     """
     assert origin.builder is not None
     num_proc = None if streaming else args.preprocessing_num_workers
@@ -87,19 +88,19 @@ def load_rows(
 def _in_shards(
     rows: IterableDataset, first: dict[str, Any], origin: Origin, columns: Iterable[str]
 ) -> IterableDataset:
-    """Give a stream of rows more shards, at whose starts it can begin, where the format has any."""
+    """Cut a stream of rows into more shards, if its format allows it; it can begin at each."""
     if origin.builder == "parquet":
         return rows.reshard()
     lines = stream_lines(origin.files, tuple(columns)) if origin.builder == "json" else None
     if lines is None or any(first[c] != text for c, text in next(iter(lines)).items()):
-        return rows  # of a form that datasets makes rows of in its own way
+        return rows  # datasets reads these files as other rows than ours
     return lines
 
 
 def text_options(origin: Origin, columns: Iterable[str]) -> dict[str, Any]:
-    """Return options that make ``load_dataset`` read columns of a CSV file as they are written.
+    """Return options of ``load_dataset`` that read columns of a CSV file as text, as written.
 
-    Else pandas would guess: a column of figures would be numbers, and "None" no text.
+    Without them pandas guesses types: figures become numbers, and "None" a missing value.
     """
     if not origin.is_csv:
         return {}
@@ -109,6 +110,7 @@ def text_options(origin: Origin, columns: Iterable[str]) -> dict[str, Any]:
 def _check_column(
     rows: Dataset | IterableDataset, first: dict[str, Any], origin: Origin, name: str, *, flag: str
 ) -> None:
+    """Refuse a column that is missing or does not hold text."""
     if name not in first:
         raise DataError(
             Problem(
@@ -137,16 +139,16 @@ def split_rows(
     *,
     key: str = "text",
 ) -> tuple[Side, Side | None]:
-    """Split rows into those to train on, and those held out by the hash of their ``key``.
+    """Split rows into a training side and a held-out side, by the hash of the text in ``key``.
 
-    Of a stream, whose rows hold texts only, the first ones are held out.
+    Of a stream, whose rows hold texts only, the first rows are held out.
     """
     if percentage == 0:
         return rows_side(rows), None
     if isinstance(rows, IterableDataset):
         return _split_stream(rows, percentage, origin, key)
     limit = percentage / 100
-    if len(rows) < 20 / limit:  # so few that one side could come out empty
+    if len(rows) < 20 / limit:  # so few that a side could be empty
         hashes = sorted({unit_hash(text) for batch in rows.iter(100) for text in batch[key]})
         limit = hashes[num_held_out(hashes, percentage)]
     train, held_out = (
@@ -174,13 +176,14 @@ def split_rows(
 def _split_stream(
     rows: IterableDataset, percentage: float, origin: Origin, key: str
 ) -> tuple[Side, Side | None]:
+    """Hold out the first rows of a stream, and rows with the same content later on."""
     with explained(origin):
         first = list(rows.take(2 * STREAM_VALIDATION_DOCUMENTS))
     count = STREAM_VALIDATION_DOCUMENTS
     if len(first) < 2 * count:
         count = max(1, round(len(first) * percentage / 100)) if len(first) > 1 else 0
     first = first[:count]
-    # By content, so that a later copy of a held-out row is left out too.
+    # Compared by content, so that a later copy of a held-out row is left out too.
     seen = frozenset(unit_hash(row[key]) for row in first)
     train = rows.filter(_not_in, input_columns=[key], fn_kwargs={"seen": seen})
     columns = {name: [row[name] for row in first] for name in (first[0] if first else (key,))}
@@ -195,7 +198,7 @@ def _split_stream(
 
 
 def rows_side(rows: Dataset | IterableDataset) -> Side:
-    """Make a side of rows, with the size and fingerprint that map-style rows know."""
+    """Return rows as a side; map-style rows have a size and a fingerprint, streams do not."""
     if isinstance(rows, IterableDataset):
         return Side(rows, None, None, "stream")
     return Side(rows, None, rows._fingerprint, f"{len(rows):,} rows")

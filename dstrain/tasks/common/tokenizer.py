@@ -1,14 +1,15 @@
-"""Tokenizer: a named one, or a byte-level BPE trained on the training data.
+"""Tokenizer of a task: a named one, or a byte-level BPE trained on the training data.
 
-The trained one is lossless for any text: it normalises nothing, starts from all 256 bytes and so
-needs no unknown token. Its pre-tokens, between which merges never reach, are made for code: a word
-with at most one space or sign before it, a single digit, a run of signs, line breaks together with
-the indentation after them, other white space. Keeping ``:`` and the line break apart costs 5% more
-tokens than merging them, but lets a prompt end after ``:`` in the way the model has seen it.
+The trained tokenizer loses nothing of any text: it does not normalise, and starts from all 256
+bytes, so that it needs no unknown token. Merges stay inside pre-tokens, which are chosen for code:
+a word with at most one space or sign before it, a single digit, a run of signs, line breaks
+together with the indentation after them, other white space. Keeping ``:`` and the line break apart
+costs 5% more tokens than merging them, but a prompt that ends after ``:`` has the tokens that the
+model has seen in training.
 
-Special tokens: ``<|endoftext|>`` (0) ends every text and doubles as BOS, as in GPT-2; ``<|pad|>``
-(1) is apart from it, because collators that mask the labels of padding by its id would otherwise
-hide every EOS from the loss. Sequence-to-sequence models start to decode from ``<|pad|>``, as T5.
+Special tokens: ``<|endoftext|>`` (0) ends every text and is BOS too, as in GPT-2. ``<|pad|>`` (1)
+is another token, because collators that mask the labels of padding by its id would otherwise hide
+every EOS from the loss. Sequence-to-sequence models start decoding from ``<|pad|>``, as T5 does.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from dstrain.tasks.common.cache import build_once, cache_folder
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 SAMPLE_CHARACTERS = 32 * 1024 * 1024
-"""Text to train on: about 7 s on 2 cores. Of more text, documents are drawn at random."""
+"""Most text to train on, about 7 s on 2 cores. Of more text, documents are drawn at random."""
 STREAM_SAMPLE_CHARACTERS = 8 * 1024 * 1024
-"""Text to train on at the start of a stream, which every rank reads."""
+"""Most text to train on of a stream: its start, which every rank reads."""
 PRE_TOKENS = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"""
 _VERSION = 1  # of the trained tokenizer; raise it when the same text gives another one
 
@@ -61,29 +62,29 @@ def prepare_tokenizer(
     cache_dir: str | Path | None = None,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer called ``name``, else train one here.
+    """Load the tokenizer called ``name``; without a name, train one on the data.
 
-    A trained one is kept beside the prepared data and found again for the same text and size. Of a
-    stream it is trained on the first rows.
+    A trained tokenizer is kept beside the prepared data, and found again for the same text and
+    size. On a stream it is trained from the first rows.
 
     Args:
         rows: training data.
         name: folder or hub name of a tokenizer.
-        vocab_size: of one trained here.
+        vocab_size: size of a trained tokenizer.
         fingerprint: changes when ``rows`` do; None for a stream.
-        text_of: the text of a row.
-        adds_eos: whether one trained here ends every text with EOS by itself.
-        cache_dir: where trained ones are kept; default ``HF_DATASETS_CACHE/dstrain``.
-        main_first: called for a context in which the main rank of a machine runs before the
-            others, which then find its cache.
+        text_of: returns the text of a row.
+        adds_eos: let a trained tokenizer end every text with EOS.
+        cache_dir: folder that keeps trained tokenizers; default ``HF_DATASETS_CACHE/dstrain``.
+        main_first: returns a context in which the main rank of a machine runs before its other
+            ranks, which then find the cache.
 
     Raises:
-        DataError: for a tokenizer that cannot be loaded or a cache that cannot be written.
+        DataError: the tokenizer cannot be loaded, or the cache cannot be written.
     """
     if name is not None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            tokenizer("a")  # some damage shows only where it is used
+            tokenizer("a")  # some damage shows only when it is used
             return tokenizer
         except Exception as error:
             raise DataError(
@@ -94,7 +95,7 @@ def prepare_tokenizer(
                 )
             ) from error
     with main_first():
-        # Taken in every rank: of a stream the texts themselves are the only fingerprint.
+        # On every rank: the texts themselves are the only fingerprint of a stream.
         texts: list[str] | None = None
         if fingerprint is None:
             texts = list(sample_texts(rows, text_of))
@@ -117,15 +118,17 @@ def prepare_tokenizer(
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, folder: str | Path, *, adds_eos: bool = False
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on ``texts`` and save it to ``folder``; the same texts give the same.
+    """Train a byte-level BPE on ``texts`` and save it to ``folder``.
+
+    The same texts give the same tokenizer.
 
     Args:
-        texts: what to train on; 10 MB take about 2 s on 2 cores.
-        vocab_size: entries with the 2 special tokens and 256 bytes; fewer come out when the text
-            has too few pairs that occur twice.
-        folder: receives ``tokenizer.json`` and what ``from_pretrained`` needs with it.
-        adds_eos: whether it ends every text with EOS by itself, as sequence-to-sequence models
-            want it; packed text gets its EOS from the packer.
+        texts: texts to train on; 10 MB take about 2 s on 2 cores.
+        vocab_size: number of entries, with the 2 special tokens and 256 bytes; it is smaller when
+            the texts have too few pairs that occur twice.
+        folder: receives ``tokenizer.json`` and the files that ``from_pretrained`` needs with it.
+        adds_eos: let the tokenizer end every text with EOS, as sequence-to-sequence models need;
+            the packer adds EOS to packed text.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -164,9 +167,10 @@ def train_tokenizer(
 def sample_texts(
     rows: Dataset | IterableDataset, text_of: Callable[[dict[str, Any]], str]
 ) -> Iterator[str]:
-    """Yield text to train the tokenizer: of all rows, or of rows drawn evenly, which is logged.
+    """Yield texts to train the tokenizer on: all, or as many as the limit of characters allows.
 
-    Of a stream the first rows are taken.
+    Beyond the limit rows are drawn at random, or for a stream the first rows are taken, and their
+    number is logged.
     """
     characters = 0
     if isinstance(rows, Dataset):

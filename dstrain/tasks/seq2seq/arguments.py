@@ -1,4 +1,4 @@
-"""Arguments of the sequence-to-sequence task: the model, the pairs, how long they may be."""
+"""Arguments of the sequence-to-sequence task: the model, the pairs, limits of their lengths."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class ModelArguments(StartArguments):
     )
 
     def __post_init__(self) -> None:
-        """Refuse two models, and fewer than no samples."""
+        """Refuse arguments that name two models, and a negative number of samples."""
         super().__post_init__()
         raise_problems(too_small(self, {"num_samples_shown": (0, "it counts samples")}))
 
 
 @dataclass
 class DataArguments(SourceArguments):
-    """Reading of pairs, and the limits of their lengths.
+    """Pairs of texts to read, and the limits of their lengths.
 
     With neither ``train_file`` nor ``dataset_name`` a pair is a documented function of the standard
-    library of the running interpreter: its body without the docstring in, the docstring's first
-    line out. That needs no network.
+    library of the running interpreter: the source is its body without the docstring, the target
+    the first line of the docstring. That needs no network.
     """
 
     train_file: str | None = field(

@@ -1,4 +1,4 @@
-"""Job on pairs of texts: data, tokenizer, model; evaluate, train, evaluate, save, show."""
+"""Job of the sequence-to-sequence task: evaluate, train, evaluate, save, show predictions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dstrain.trainer.generation_config import changing
 logger = get_logger(__name__)
 
 SHOWN_CHARACTERS = 200
-"""Of a source, in the samples printed at the end."""
+"""Most characters of a source in the samples that are printed at the end."""
 SEQ2SEQ = Architecture(count_seq2seq, load_seq2seq, build_seq2seq)
 
 
@@ -51,10 +51,10 @@ def run(
         The exit status.
 
     Raises:
-        DstrainError: for anything a user can mend; on all ranks alike.
+        DstrainError: the user must change something; the same error on all ranks.
     """
     ranks = start_run(args)
-    # Everything that can be wrong is looked at before data is read or a model is built.
+    # Arguments are checked before data is read or a model is built, which take long.
     with all_or_none():
         _check(args, model_args, data_args, ranks)
     pairs, tokenizer, encoded = _prepare_data(data_args, model_args, ranks)
@@ -72,7 +72,7 @@ def run(
         sequence_length=_sequence_length(data_args),
         ranks=ranks,
     )
-    # Also for whoever loads the saved model: else transformers' 20 tokens would cut its texts.
+    # Saved with the model: otherwise transformers' default of 20 tokens would cut its texts.
     with changing(model.generation_config):
         model.generation_config.max_length = data_args.max_target_length + 1  # and the start token
     trainer = PairsTrainer(
@@ -99,7 +99,7 @@ def _check(
     data_args: DataArguments,
     ranks: Ranks,
 ) -> None:
-    """Look at everything that needs neither data nor a model; all that is wrong is one error."""
+    """Check all that needs neither data nor a model; raise one error with all problems."""
     errors = start_errors(args, data_args, ranks)
     with collected(errors):
         name = model_args.model_name_or_path
@@ -110,6 +110,7 @@ def _check(
 
 
 def _check_kind(config: Any, model_args: ModelArguments) -> None:
+    """Refuse a model without encoder and decoder."""
     if not getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             Problem(
@@ -123,7 +124,10 @@ def _check_kind(config: Any, model_args: ModelArguments) -> None:
 
 
 def _check_lengths(config: Any, data_args: DataArguments) -> None:
-    """Refuse lengths beyond a model's positions; T5 and its kin have relative ones, no limit."""
+    """Refuse lengths above the model's number of positions.
+
+    Models with relative positions, such as T5, have no limit.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     lengths = {n: getattr(data_args, n) for n in ("max_source_length", "max_target_length")}
     problems = [
@@ -142,9 +146,10 @@ def _check_lengths(config: Any, data_args: DataArguments) -> None:
 def _fresh_config(
     model_args: ModelArguments, data_args: DataArguments, tokenizer: Any = None
 ) -> Any:
-    """Make the config of a model to train from scratch; complete a short form with what is known.
+    """Make the config of a model to train from scratch, from a file or a short form.
 
-    Without a tokenizer, before there is one, its sizes and ids are those of transformers.
+    Keys that a short form leaves out are completed: positions for the longest text, and vocabulary
+    size and special tokens of the tokenizer. Without a tokenizer these are transformers' defaults.
     """
     spec = model_args.model_config or DEFAULT_MODEL
     longest = max(data_args.max_source_length, data_args.max_target_length)
@@ -164,7 +169,7 @@ def _fresh_config(
 def _prepare_data(
     data_args: DataArguments, model_args: ModelArguments, ranks: Ranks
 ) -> tuple[Pairs, Any, EncodedPairs]:
-    """Prepare pairs, tokenizer and samples; one rank per machine prepares, the others load."""
+    """Prepare pairs, tokenizer and samples; one rank per machine does it, other ranks load."""
     first = functools.partial(main_caches_first, ranks)
     pairs = load_pairs(data_args, main_first=first)
     tokenizer = prepare_tokenizer(
@@ -185,15 +190,15 @@ def _prepare_data(
 
 
 def _sequence_length(data_args: DataArguments) -> int:
-    """Count the tokens of the longest sample: encoder and decoder both keep activations."""
+    """Return the tokens of the longest sample: those of encoder and decoder, for activations."""
     return data_args.max_source_length + data_args.max_target_length
 
 
 def _samples(trainer: PairsTrainer, encoded: EncodedPairs, count: int) -> str:
-    """Show sources, predictions and references of validation samples drawn evenly.
+    """Return sources, predictions and references of validation samples as text to print.
 
-    Of a stream the first ones are taken. All ranks generate the same ones together, as ZeRO-3
-    needs, and so without drawing tokens.
+    Samples are taken at equal distances, or from a stream the first ones. All ranks must call it,
+    as at ZeRO stage 3, and generate the same tokens, so that none is drawn at random.
     """
     samples, pairs = encoded.validation, encoded.validation_pairs
     assert samples is not None

@@ -1,4 +1,4 @@
-"""Pairs that are on every machine: the documented functions of Python's standard library."""
+"""Pairs from the documented functions of Python's standard library, which every machine has."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FEATURES = Features({"source": Value("string"), "target": Value("string")})
 def split_library(
     origin: Origin, percentage: float, *, streaming: bool = False
 ) -> tuple[Side, Side | None]:
-    """Split the library's pairs by file into those to train on and those held out.
+    """Split the library's pairs by file into a training side and a held-out side.
 
-    No source is on both sides.
+    A source that is on the training side is left out of the held-out side.
     """
     train, held_out = split_parts(origin.parts, percentage)
     side = _stream(train, origin) if streaming else _side(train, (), origin)
@@ -37,6 +37,7 @@ def split_library(
 
 
 def _side(parts: list[TextPart], without: Sequence[TextPart], origin: Origin) -> Side | None:
+    """Return the pairs of Python files as a side, without sources of files ``without``, or None."""
     if not parts:
         return None
     facts = ["functions", [astuple(part) for part in parts], [astuple(part) for part in without]]
@@ -45,7 +46,7 @@ def _side(parts: list[TextPart], without: Sequence[TextPart], origin: Origin) ->
         rows = Dataset.from_generator(
             read_pairs,
             features=FEATURES,
-            # Tuples: the parts of a list would be read by a generator each.
+            # Tuples, because datasets takes the items of a list for shards.
             gen_kwargs={"parts": tuple(parts), "without": tuple(without)},
             fingerprint=fingerprint,
         )
@@ -55,6 +56,7 @@ def _side(parts: list[TextPart], without: Sequence[TextPart], origin: Origin) ->
 
 
 def _stream(parts: list[TextPart], origin: Origin) -> Side | None:
+    """Return a stream of the pairs of Python files as a side; None if there are none."""
     kwargs = {"parts": tuple(parts), "without": ()}
     rows = IterableDataset.from_generator(read_pairs, features=FEATURES, gen_kwargs=kwargs)
     with explained(origin):
@@ -66,7 +68,7 @@ def _stream(parts: list[TextPart], origin: Origin) -> Side | None:
 def read_pairs(
     parts: tuple[TextPart, ...], without: tuple[TextPart, ...]
 ) -> Iterator[dict[str, str]]:
-    """Yield the pairs of Python files, in order, but those whose source is in ``without`` too."""
+    """Yield the pairs of Python files in order, without sources that files ``without`` have too."""
     taken = {pair["source"] for part in without for pair in functions_of(_text(part))}
     for part in parts:
         for pair in functions_of(_text(part)):
@@ -75,11 +77,11 @@ def read_pairs(
 
 
 def functions_of(text: str) -> list[dict[str, str]]:
-    """List the documented functions of a module in the order in which they stand.
+    """List pairs of the documented functions of a module, in the order of the module.
 
     ``source`` is the body without its docstring and without common indentation; ``target`` is the
-    first line of the docstring with anything in it. A function without another statement, or on one
-    line, has no body to read.
+    first line of the docstring that is not blank. A function that has only a docstring, or stands
+    on one line, is skipped.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # invalid escapes in old modules

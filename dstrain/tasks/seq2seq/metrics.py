@@ -1,13 +1,13 @@
 """Metrics of generated text: exact match and ROUGE-L, from token ids or from texts.
 
 ROUGE-L is the F-measure of the longest common subsequence of words, as in C.-Y. Lin, "ROUGE: A
-Package for Automatic Evaluation of Summaries" (2004), section 3.1, with precision and recall
-weighted alike (beta = 1), per pair and then averaged. Its words are runs of letters and digits of
-any script in lower case, without stemming; on ASCII text they are those of Google's ``rouge_score``
-package without its stemmer.
+Package for Automatic Evaluation of Summaries" (2004), section 3.1, with equal weight of precision
+and recall (beta = 1); it is computed per pair, and averaged. Words are runs of letters and digits
+of any script in lower case, without stemming. On ASCII text these are the words of Google's
+``rouge_score`` package without its stemmer.
 
-The length of the subsequence comes from H. Hyyro, "Bit-Parallel LCS-length Computation Revisited"
-(2004): one addition of integers per word instead of a row of the table.
+The length of the subsequence is computed as in H. Hyyro, "Bit-Parallel LCS-length Computation
+Revisited" (2004): one addition of integers per word instead of a row of the table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """Compute ROUGE-L (F-measure) of one prediction, 0 to 1; 0 where a side has no word."""
+    """Compute ROUGE-L (F-measure) of one prediction, 0 to 1; 0 if either text has no word."""
     predicted, expected = words_of(prediction), words_of(reference)
     common = lcs_length(predicted, expected)
     if not common:
@@ -52,7 +52,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def text_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Compute ``rouge_l`` and ``exact_match``, means from 0 to 1; ends are stripped."""
+    """Compute the means of ``rouge_l`` and ``exact_match``, 0 to 1; texts are stripped."""
     pairs = [(p.strip(), r.strip()) for p, r in zip(predictions, references, strict=True)]
     return {
         "rouge_l": float(np.mean([rouge_l(p, r) for p, r in pairs])),
@@ -64,11 +64,11 @@ class GenerationMetrics:
     """``compute_metrics`` of a Trainer that predicts with ``generate``."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Keep the tokenizer that decodes."""
+        """Keep the tokenizer, which decodes predictions and references."""
         self.tokenizer = tokenizer
 
     def __call__(self, prediction: Any) -> dict[str, float]:
-        """Compute metrics of an ``EvalPrediction`` of token ids, padded with -100 or the pad token.
+        """Compute the metrics of an ``EvalPrediction`` of token ids, padded with -100 or pad token.
 
         ``generated_length`` is the mean number of tokens generated, without special ones.
         """

@@ -1,6 +1,6 @@
-"""Pairs of texts to pairs of token ids, made once per machine and memory-mapped after that.
+"""Samples of pairs of texts: made once per machine, and memory-mapped from then on.
 
-Those of a stream are made while it is read, by every rank.
+Samples of a stream are made by every rank while it reads the stream.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dstrain.tasks.common.rows import STREAMED_TOGETHER
 from dstrain.tasks.seq2seq.arguments import DataArguments
 from dstrain.tasks.seq2seq.sources import Pairs
 
-_VERSION = 1  # of the encoded pairs; raise it when the same input gives others
+_VERSION = 1  # of the samples; raise it when the same input gives other samples
 
 _logger = get_logger(__name__)
 
@@ -34,9 +34,9 @@ class EncodedPairs:
     """Samples of both splits: ``input_ids``, ``attention_mask`` and ``labels``, unpadded.
 
     Attributes:
-        train: samples to train on; a stream where the pairs are one.
-        validation: held-out samples, or None when nothing was held out.
-        validation_pairs: their texts, row by row.
+        train: samples to train on; a stream if the pairs are a stream.
+        validation: held-out samples; None if nothing was held out.
+        validation_pairs: pairs of texts of ``validation``, in the same order.
     """
 
     train: Dataset | IterableDataset
@@ -48,7 +48,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that cannot pad, or whose targets would never end.
 
     Raises:
-        DataError: with all that is missing.
+        DataError: the tokenizer has no padding token, or does not end texts with EOS.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     problems = []
@@ -76,10 +76,10 @@ def prepare(
     *,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> EncodedPairs:
-    """Tokenise both splits of ``pairs``, or load what an earlier run has cached.
+    """Tokenise both splits of ``pairs``, or load the samples that an earlier run cached.
 
     A source is ``source_prefix`` and the text, cut to ``max_source_length`` tokens; a target is cut
-    to ``max_target_length``. Both end with EOS, also where they are cut.
+    to ``max_target_length`` tokens. Both end with EOS, even if they are cut.
     """
 
     def encode(
@@ -102,7 +102,7 @@ def prepare(
             batched=True,
             fn_kwargs={"tokenizer": tokenizer, "args": args},
             remove_columns=rows.column_names,
-            # Ours: that of datasets would depend on what else the tokenizer object remembers.
+            # The fingerprint of datasets would depend on unrelated state of the tokenizer object.
             new_fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32],
             desc=f"Tokenising {name}",
         )
@@ -126,6 +126,7 @@ def _encode_stream(
     args: DataArguments,
     limit: int | None,
 ) -> IterableDataset:
+    """Return the stream of samples of a stream of pairs."""
     samples = rows.map(
         _encode,
         batched=True,
@@ -147,7 +148,7 @@ def _encode_stream(
 
 
 def _report(name: str, samples: Dataset, args: DataArguments) -> None:
-    """Say how many samples may have lost their ends."""
+    """Log how many sources and targets have the most tokens, and so may have been cut."""
     limits = {"source": ("input_ids", args.max_source_length)}
     limits["target"] = ("labels", args.max_target_length)
     for text, (column, limit) in limits.items():
@@ -167,6 +168,7 @@ def _report(name: str, samples: Dataset, args: DataArguments) -> None:
 def _encode(
     rows: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, args: DataArguments
 ) -> dict[str, list[list[int]]]:
+    """Return token ids of sources and targets of a batch of rows, cut to the longest lengths."""
     sources = [args.source_prefix + source for source in rows["source"]]
     encoded = tokenizer(
         sources,

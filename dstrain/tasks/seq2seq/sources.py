@@ -1,14 +1,14 @@
-"""Pairs of the sequence-to-sequence task: what is read, and which part is held out.
+"""Pairs of the sequence-to-sequence task: their sources, and the part that is held out.
 
-Every source becomes one or two datasets with the columns ``source`` and ``target``. What is held
-out depends only on names and contents, through a hash, so the split is the same on every run and
-machine, and equal sources never fall on both sides.
+Data is read as one or two datasets with the columns ``source`` and ``target``. The held-out part
+depends only on a hash of names and contents, so that the split is the same in every run and on
+every machine, and equal sources are never on both sides.
 
-| source | a pair is | held out when no validation data is named |
+| data | a pair is | held out when no validation data is named |
 |---|---|---|
-| nothing: standard library | a function's body, its docstring's first line | files by their path |
+| standard library | a function's body, its docstring's first line | files by hash of their path |
 | jsonl, csv, parquet, dataset | a row without a blank text | rows by hash of their source |
-| the same, streamed | a row without a blank text | the first 1,000, left out of training |
+| streamed jsonl, csv, parquet, dataset | a row without a blank text | the first 1,000 rows |
 
 Only the training pairs and a named ``validation_split`` are ever streamed.
 """
@@ -32,15 +32,15 @@ from dstrain.tasks.seq2seq.library import split_library
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of texts, split; every row of both sides is ``{"source": str, "target": str}``.
+    """Pairs of both splits, in rows ``{"source": str, "target": str}``.
 
     Attributes:
-        train: pairs to train on; a stream where that was asked for.
-        validation: held-out pairs, or None when there are none. Streamed only where
-            ``validation_split`` of a streamed dataset was named.
-        description: what was read, for the log.
+        train: pairs to train on; an ``IterableDataset`` if they are streamed.
+        validation: held-out pairs; None if nothing was held out. Streamed only if they are the
+            ``validation_split`` of a streamed dataset.
+        description: sources and sizes of both splits, for the log.
         train_fingerprint: changes when ``train`` does; None for a stream, which is not cached.
-        validation_fingerprint: the same for ``validation``.
+        validation_fingerprint: changes when ``validation`` does; None for a stream.
     """
 
     train: Dataset | IterableDataset
@@ -55,10 +55,10 @@ def load_pairs(
     *,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Pairs:
-    """Read the pairs that ``args`` names and hold out a validation part.
+    """Read the pairs that ``args`` names, and hold out a part for validation.
 
     Raises:
-        DataError: for data that is missing, empty, unreadable or without the named columns.
+        DataError: the data is missing, empty or unreadable, or lacks the named columns.
     """
     with main_first():
         origin, held_out_origin = origins(args)
@@ -82,6 +82,7 @@ def load_pairs(
 
 
 def _load(origin: Origin, args: DataArguments) -> Any:
+    """Load the rows of an origin, with the columns ``source`` and ``target``."""
     if origin.builder is None:
         raise DataError(
             Problem(

@@ -1,15 +1,11 @@
-"""``set_*`` methods, properties of the process, records without tokens, and every way to parse."""
+"""``set_*`` methods, and properties of the process."""
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import inspect
-import json
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,17 +13,12 @@ from typing import Any
 import pytest
 
 from dstrain.arguments import (
-    SentenceTransformerTrainingArguments,
-    Seq2SeqTrainingArguments,
     TrainingArguments,
 )
-from dstrain.arguments.fields import arg
-from dstrain.arguments.treatment import NOT_YET
 from dstrain.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# --- set_* ---------------------------------------------------------------------------------------
 
 # Parameters and defaults of the reference documents' signatures.
 SIGNATURES: dict[str, dict[str, Any]] = {
@@ -170,9 +161,6 @@ def test_set_push_to_hub_sets_its_subject(monkeypatch):
     assert (args.hub_private_repo, args.hub_always_push) == (True, True)
 
 
-# --- properties ----------------------------------------------------------------------------------
-
-
 def test_parallel_mode_is_the_enum_of_transformers(monkeypatch):
     """``TrainingSummary`` compares with ``==``, which is false for any other enum."""
     from transformers.training_args import ParallelMode
@@ -282,189 +270,3 @@ def test_the_other_ranks_wait_for_the_main_one_without_a_process_group(tmp_path,
         assert "disk full" in texts[0]
         assert all(rank.returncode for rank in ranks)
         assert "the main rank failed in: reading" in texts[1] or "Connection" in texts[1]
-
-
-# --- records -------------------------------------------------------------------------------------
-
-
-@dataclass
-class WithToken(TrainingArguments):
-    """A user's arguments, decorated as everyone does."""
-
-    tracker_token: str | None = None
-
-
-@pytest.mark.parametrize(
-    "show",
-    [
-        repr,
-        str,
-        lambda args: args.to_json_string(),
-        lambda args: str(args.to_dict()),
-        lambda args: str(args.to_sanitized_dict()),
-    ],
-)
-def test_tokens_are_never_written_down(show):
-    text = show(WithToken("out", hub_token="secret", tracker_token="secret"))
-    assert "secret" not in text
-    assert "<HUB_TOKEN>" in text
-    assert "<TRACKER_TOKEN>" in text
-
-
-def test_a_token_of_the_wrong_type_is_not_shown_either():
-    with pytest.raises(ConfigError) as caught:
-        TrainingArguments(hub_token=["secret"])
-    assert "secret" not in str(caught.value)
-
-
-def test_the_mask_of_a_token_is_no_token():
-    """Catches an upload with the text <HUB_TOKEN> after a round trip."""
-    args = TrainingArguments("out", hub_token="secret")
-    assert TrainingArguments(**args.to_dict()).hub_token is None
-
-
-def test_repr_names_class_and_every_field_in_order():
-    text = repr(Seq2SeqTrainingArguments("out", learning_rate=1e-3))
-    names = [line.split("=")[0] for line in text.splitlines()[1:-1]]
-    assert text.startswith("Seq2SeqTrainingArguments(\n")
-    assert names == sorted(f.name for f in dataclasses.fields(Seq2SeqTrainingArguments))
-    assert "\nlearning_rate=0.001,\n" in text
-
-
-@pytest.mark.parametrize(
-    "cls",
-    [TrainingArguments, Seq2SeqTrainingArguments, SentenceTransformerTrainingArguments, WithToken],
-)
-def test_a_round_trip_gives_the_same_arguments(cls):
-    args = cls(
-        "out", eval_strategy="steps", use_cpu=True, lr_scheduler_kwargs={"min_lr": 1e-6},
-        accelerator_config={"split_batches": False}, deepspeed={"bf16": {"enabled": "auto"}},
-        report_to="none", save_strategy="no", zero_stage=3,
-    )  # fmt: skip
-    assert cls(**args.to_dict()) == args
-    assert cls(**json.loads(args.to_json_string())) == args
-
-
-def test_records_have_plain_values_of_libraries_objects():
-    import torch
-    from transformers import GenerationConfig
-
-    args = Seq2SeqTrainingArguments("out")
-    args.generation_config = GenerationConfig(max_new_tokens=5)
-    args.run_name = torch.bfloat16  # type: ignore[assignment]
-    values = args.to_dict()
-    assert values["generation_config"]["max_new_tokens"] == 5
-    assert values["run_name"] == "bfloat16"
-
-
-# --- sentence-transformers -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def unpended(monkeypatch):
-    """Let the embedding arguments be as if the trainer had them."""
-    from dstrain.arguments import enforce
-
-    monkeypatch.setattr(enforce, "refusals", lambda arguments: [])
-    return SentenceTransformerTrainingArguments
-
-
-def test_prompts_are_text_or_a_dict(unpended):
-    assert unpended(prompts="query: ").prompts == "query: "
-    assert unpended(prompts='{"query": "q: "}').prompts == {"query": "q: "}
-    assert unpended(prompts='{"a": {"query": "1"}}').prompts == {"a": {"query": "1"}}, (
-        "not a number"
-    )
-
-
-@pytest.mark.parametrize("name", ["router_mapping", "learning_rate_mapping"])
-def test_mappings_are_a_dict_or_its_json(unpended, name):
-    assert getattr(unpended(**{name: '{"a": 0.5}'}), name) == {"a": 0.5}
-    assert getattr(unpended(**{name: None}), name) == {}
-    with pytest.raises(ConfigError, match="expected a JSON object"):
-        unpended(**{name: "text"})
-
-
-def test_samplers_are_names_enums_classes_or_functions(unpended):
-    class Samplers(enum.StrEnum):
-        NO_DUPLICATES = "no_duplicates"
-
-    assert unpended(batch_sampler=Samplers.NO_DUPLICATES).batch_sampler == "no_duplicates"
-    args = unpended(batch_sampler=dict, multi_dataset_batch_sampler=lambda **_: None)
-    assert args.batch_sampler is dict
-    assert "batch_sampler" not in args.to_dict()
-    assert "multi_dataset_batch_sampler" not in args.to_dict()
-    with pytest.raises(ConfigError, match="did you mean 'no_duplicates'"):
-        unpended(batch_sampler="no_duplicate")
-
-
-def test_embedding_arguments_are_not_silently_ignored():
-    with pytest.raises(ConfigError, match=NOT_YET):
-        SentenceTransformerTrainingArguments(prompts="query: ")
-
-
-# --- parsing -------------------------------------------------------------------------------------
-
-FLAGS = [
-    *("--output_dir", "out", "--save_strategy", "no", "--learning_rate", "1e-3", "--bf16"),
-    *("--accelerator_config", '{"split_batches": "false"}', "--remove_unused_columns", "False"),
-    *("--lr_scheduler_kwargs", '{"min_lr": "1e-6"}', "--max_steps", "7"),
-]
-VALUES: dict[str, Any] = {
-    "output_dir": "out", "save_strategy": "no", "learning_rate": 1e-3, "bf16": True,
-    "accelerator_config": {"split_batches": False}, "remove_unused_columns": False,
-    "lr_scheduler_kwargs": {"min_lr": 1e-6}, "max_steps": 7,
-}  # fmt: skip
-
-
-@dataclass
-class Extended(Seq2SeqTrainingArguments):
-    """Arguments of a user's script."""
-
-    temperature: float = arg(0.5, "Ours.")
-    stages: list[str] | None = None
-
-
-@pytest.mark.parametrize(
-    "cls",
-    [
-        TrainingArguments,
-        Seq2SeqTrainingArguments,
-        SentenceTransformerTrainingArguments,
-        Extended,
-    ],
-)
-def test_hf_argument_parser_reads_command_line_json_and_yaml(cls, tmp_path):
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(cls)
-    assert parser.parse_args_into_dataclasses([])[0] == cls()
-    (args,) = parser.parse_args_into_dataclasses(FLAGS)
-    assert args == cls(**VALUES)
-    json_file, yaml_file = tmp_path / "a.json", tmp_path / "a.yaml"
-    json_file.write_text(json.dumps({**VALUES, "learning_rate": "1e-3", "bf16": "true"}))
-    # YAML reads 1e-3 as text: a dot is missing.
-    yaml_file.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in VALUES.items()).replace(
-        "0.001", "1e-3"))  # fmt: skip
-    assert parser.parse_json_file(str(json_file))[0] == cls(**VALUES)
-    assert parser.parse_yaml_file(str(yaml_file))[0] == cls(**VALUES)
-
-
-def test_hf_argument_parser_shows_its_help():
-    """A ``%`` in a meaning would break ``--help`` of every script."""
-    from transformers import HfArgumentParser
-
-    for cls in (Extended, SentenceTransformerTrainingArguments):
-        assert "--nan_loss" in HfArgumentParser(cls).format_help()
-
-
-@pytest.mark.parametrize("cls", [Extended, SentenceTransformerTrainingArguments])
-def test_our_parser_reads_them_too(cls):
-    from dstrain.cli.flags import make_parser, parse
-
-    parser = make_parser("prog", "", [cls])
-    assert parse(parser, [], [cls])[1] == [cls()]
-    assert parse(parser, FLAGS, [cls])[1] == [cls(**VALUES)]
-    text = " ".join(parser.format_help().split())
-    assert "(deprecated) (default: False)" in text
-    assert "(refused here)" in text

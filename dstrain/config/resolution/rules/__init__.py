@@ -1,7 +1,7 @@
-"""Rules: each owns named keys of the DeepSpeed config and says where their values come from.
+"""Rules, each for one key of the DeepSpeed config: they derive its value.
 
-One module per subject. Their order is that in which keys are filled and shown: a rule may read what
-those before it have written.
+There is a module for each subject. Keys are filled and shown in the order of the rules: a rule may
+read the values of rules before it.
 """
 
 from dstrain.config.resolution.rules import (

@@ -1,4 +1,4 @@
-"""Rules of communication: overlap, formats, and which ranks exchange what."""
+"""Rules of communication: overlap, formats, and groups of ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _ZERO = "zero_optimization"
 _OVERLAP = f"{_ZERO}.overlap_comm"
 _CONTIGUOUS = f"{_ZERO}.contiguous_gradients"
 _HPZ = f"{_ZERO}.zero_hpz_partition_size"
-# Ranks of a machine where they are not known, as when `dstrain explain` runs before the launch.
+# Ranks of a machine if they are not known, as in `dstrain explain` before a launch.
 USUAL_RANKS_PER_MACHINE = 8
 
 
@@ -22,6 +22,7 @@ def _contiguous(view: View) -> Derived | None:
 
 
 def _hpz(view: View) -> Derived | None:
+    """Return the ranks of a secondary partition: by default those of a machine."""
     if view.hpz_partition_size is None and not view.asks(_HPZ):
         return None
     if view.hpz_partition_size:

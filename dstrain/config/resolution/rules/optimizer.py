@@ -1,4 +1,4 @@
-"""Rules of the optimizer: which implementation runs, with which parameters."""
+"""Rules of the optimizer: its implementation and its parameters."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dstrain.core.errors import Problem
 
 
 def setting_of(view: View) -> optimizers.Setting:
-    """Return the setting in which the optimizer would run."""
+    """Return the setting in which the optimizer runs."""
     return optimizers.Setting(
         view.stage, view.offload_optimizer, view.facts.device, view.facts.packages
     )
 
 
 def row_of(view: View) -> Optimizer | None:
-    """Return the optimizer of the argument, or that which the type in the config stands for."""
+    """Return the optimizer of the type in the config, or else of argument ``optim``."""
     kind = view.config.get("optimizer", {}).get("type")
     return optimizers.find(view.optim, kind if isinstance(kind, str) and kind != "auto" else None)
 
@@ -42,7 +42,7 @@ def _optimizer_type(view: View) -> Derived | None:
 
 
 def _argument(kind: Any) -> tuple[Any, ...]:
-    """Return the argument that stands for a type in the config; unknown types stay the config's."""
+    """Return the value of ``optim`` for a type in the config, or None, as a tuple."""
     return (optimizers.argument_of(str(kind)),)
 
 
@@ -67,7 +67,7 @@ def _eps(view: View) -> Derived | None:
     row = row_of(view)
     if row is not None and "eps" in row.hyper:
         return Derived(view.adam_epsilon)
-    return _option("eps")(view)  # elsewhere it is another figure with another default
+    return _option("eps")(view)  # for other optimizers eps has another meaning and another default
 
 
 def _weight_decay(view: View) -> Derived | None:
@@ -75,14 +75,14 @@ def _weight_decay(view: View) -> Derived | None:
 
 
 def _constant(name: str) -> Callable[[View], Derived | None]:
-    """Return a rule for a parameter that the implementation is always given."""
+    """Return a rule for a parameter that is always passed to the implementation."""
 
     def derive(view: View) -> Derived | None:
         build = _build(view)
         if build is None or name not in build.params:
             return None
         if name == "fused" and not view.config["optimizer"].get("params", {}).get("torch_adam"):
-            return None  # DeepSpeed's kernel knows no such parameter
+            return None  # DeepSpeed's kernel has no such parameter
         how = f"optim={view.optim!r}"
         if view.offloads_optimizer:
             how = f"offloaded: {build.cls.rsplit('.', 1)[1]}"
@@ -105,6 +105,7 @@ def _option(name: str) -> Callable[[View], Derived | None]:
 
 
 def _allow_untested(view: View) -> Derived | None:
+    """Return True for an optimizer that DeepSpeed runs under ZeRO only with this key."""
     if view.stage == 0:
         return None
     if view.facts.user_optimizer:
@@ -118,13 +119,14 @@ def _allow_untested(view: View) -> Derived | None:
 
 
 def _force_cpu_optimizer(view: View) -> Derived | None:
+    """Return False for an offloaded optimizer that DeepSpeed does not build by name."""
     if not view.offloads_optimizer:
         return None
     if view.facts.user_optimizer:
         return Derived(False, "your own optimizer runs as given, on the host")
     build = _build(view)
     if build is None or build.type:
-        return None  # what DeepSpeed builds by name it does not question
+        return None  # DeepSpeed accepts every optimizer that it builds by name
     return Derived(False, f"{build.cls.rsplit('.', 1)[1]} runs on the host")
 
 
@@ -141,10 +143,10 @@ def chosen_optimizer(
     """Return the implementation that runs, problems, and warnings.
 
     Args:
-        view: the config with every rule applied.
-        explicit: what the user's config says, by dotted path.
-        changed: arguments that are not at their default.
-        label: what errors call the user's config.
+        view: the config after all rules.
+        explicit: values in the user's config, by dotted path.
+        changed: names of arguments that are not at their default.
+        label: name of the user's config in messages.
     """
     row, setting = row_of(view), setting_of(view)
     if row is None:
@@ -178,7 +180,10 @@ def chosen_optimizer(
 def _muon_problems(
     view: View, explicit: Mapping[str, Any], shown: str, label: str
 ) -> list[Problem]:
-    """Refuse settings that DeepSpeed's Muon takes otherwise (stage_1_and_2.py, stage3.py)."""
+    """Return problems of settings with which DeepSpeed's Muon does not work as documented.
+
+    DeepSpeed: stage_1_and_2.py and stage3.py.
+    """
     problems = []
     clip = view.config.get("gradient_clipping")
     if view.stage > 0 and clip:
@@ -219,7 +224,7 @@ RULES: tuple[Binding | Derivation, ...] = (
             "what the chosen implementation needs",
             ("optim", "offload_optimizer"),
             _constant(name),
-            # Without it DeepSpeed's Adam is AdamW, whatever was asked for.
+            # Without adam_w_mode DeepSpeed's Adam is AdamW, also for optim="adam".
             conflicts=name == "adam_w_mode",
         )
         for name in optimizers.constant_names()

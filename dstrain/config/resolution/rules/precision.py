@@ -15,7 +15,7 @@ _SHORT = {
 
 
 def short_name(dtype: Any) -> str:
-    """Return one name for each of DeepSpeed's spellings of a format: "torch.bfloat16" -> "bf16"."""
+    """Return the short name of a format in any of DeepSpeed's spellings ("torch.bfloat16")."""
     text = str(dtype).lower().removeprefix("torch.")
     return _SHORT.get(text, text)
 

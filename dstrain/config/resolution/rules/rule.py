@@ -14,7 +14,7 @@ from dstrain.config.resolution.tree import get
 
 @dataclass(frozen=True)
 class View:
-    """Values that a rule may read: adopted arguments, facts, and the config filled so far."""
+    """Values that a rule may read: arguments after adoption, facts, and the config so far."""
 
     arguments: Mapping[str, Any]
     facts: Facts
@@ -47,15 +47,17 @@ class View:
         return str(getattr(self, name))  # "auto" is decided before the rules run
 
     def asks(self, key: str) -> bool:
-        """Tell whether the user's config says "auto" at a key that is not filled yet."""
+        """Tell whether a key is "auto" in the user's config and is not filled yet."""
         return bool(get(self.config, key) == schema.AUTO)
 
 
 @dataclass(frozen=True)
 class Derived:
-    """A value and how it came about.
+    """A derived value.
 
-    ``how`` is the formula with its numbers; empty when the value is an argument's own.
+    Attributes:
+        value: the value.
+        how: formula with numbers; empty if the value is that of an argument.
     """
 
     value: Any
@@ -69,11 +71,11 @@ class Binding:
     Attributes:
         key: dotted path.
         arguments: names of the arguments.
-        adopt: argument values that a config value stands for, in the order of ``arguments``.
-        derive: the key's value from arguments; None leaves the key out of the config.
-        when_present: fill it only where the user's config has the section or says "auto".
-        rule: where the value comes from when it is not simply the argument's, for the table.
-        optional: the key stays out of the config while nobody asks for it (``where_set``).
+        derive: returns the key's value; None leaves the key out of the config.
+        adopt: value of the key -> values of ``arguments``, in their order.
+        when_present: fill the key only if the user's config has its section or says "auto".
+        rule: rule in words, for the table, if the value is not just that of the argument.
+        optional: leave the key out unless an argument or "auto" asks for it (``where_set``).
     """
 
     key: str
@@ -91,13 +93,13 @@ class Derivation:
 
     Attributes:
         key: dotted path.
-        rule: the rule in words, for the generated table.
-        reads: argument names the rule reads.
-        derive: value and formula, or None to leave the key out.
-        only_auto: fill it only where the user's config says "auto" or has its section.
-        exact: a different value of the user's is a conflict, not a choice.
-        conflicts: a different value of the user's is a conflict where an argument that the rule
-            reads was changed.
+        rule: rule in words, for the table.
+        reads: names of arguments that the rule reads.
+        derive: returns value and formula; None leaves the key out of the config.
+        only_auto: fill the key only if the user's config says "auto" or has its section.
+        exact: another value in the user's config is a conflict.
+        conflicts: another value in the user's config is a conflict if an argument in ``reads`` was
+            changed.
     """
 
     key: str
@@ -110,7 +112,7 @@ class Derivation:
 
 
 def same(name: str) -> Callable[[View], Derived | None]:
-    """Return a rule that takes the value of one argument as it stands."""
+    """Return a function that derives the unchanged value of an argument."""
     return lambda view: Derived(getattr(view, name))
 
 
@@ -123,10 +125,10 @@ def where_set(
     adopt: Callable[[Any], tuple[Any, ...]] = lambda value: (value,),
     rule: str = "",
 ) -> Binding:
-    """Return a rule for a key that stays out of the config while its argument is ``unset``.
+    """Return a rule for a key that is left out of the config if its argument is ``unset``.
 
-    Where the config says "auto", the key gets what ``otherwise`` derives. Without ``otherwise`` it
-    gets ``unset``, and is left out where that is None.
+    If the argument is ``unset`` and the config says "auto", the key gets the value that
+    ``otherwise`` derives; without ``otherwise`` it gets ``unset``, or is left out if that is None.
     """
 
     def derive(view: View) -> Derived | None:
@@ -143,5 +145,5 @@ def where_set(
 
 
 def readable_arguments(arguments: Any) -> dict[str, Any]:
-    """Return the arguments as a plain mapping, shallow."""
+    """Return the arguments as a dict of name and value."""
     return {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments)}

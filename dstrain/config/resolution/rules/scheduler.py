@@ -1,4 +1,4 @@
-"""Rules of DeepSpeed's own schedules, only where the user's config asks for one."""
+"""Rules of DeepSpeed's schedules, which run only if the user's config has one."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def _scheduler_total(view: View) -> Derived | None:
 
 
 def _scheduler_warmup(view: View) -> Derived | None:
+    """Return the warm-up steps of the arguments, at least 1."""
     steps = view.facts.num_training_steps
     if steps is None:
         return None

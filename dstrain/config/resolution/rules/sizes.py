@@ -13,7 +13,7 @@ from dstrain.config.resolution.rules.rule import Binding, Derivation, Derived, V
 def _sized(
     size: Callable[[ModelFacts, int], BucketSize | None],
 ) -> Callable[[View], Derived | None]:
-    """Return a rule that applies one of ``bucket_rule.py`` once the model's sizes are known."""
+    """Return a rule that computes a size by ``size`` if the model's sizes are known."""
 
     def derive(view: View) -> Derived | None:
         model = view.facts.model

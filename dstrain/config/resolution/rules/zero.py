@@ -1,4 +1,4 @@
-"""Rules of the ZeRO stage, and of how stage 3 walks the model."""
+"""Rules of the ZeRO stage, and of sub-groups and leaf modules at stage 3."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def _stage(view: View) -> Derived:
 
 
 def _leaf_classes(view: View) -> Derived | None:
+    """Return the user's leaf modules, or DeepSpeed's and the model's blocks of experts."""
     if view.leaf_modules is not None:
         return Derived(list(view.leaf_modules))
     found = view.facts.expert_blocks
