@@ -1,4 +1,4 @@
-"""The index of a checkpoint's slices: which file has which run of which parameter."""
+"""Index of a checkpoint's slices: the files with the elements of each parameter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Scalars: Any = Mapping[Text, Mapping[Text, Number]]
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of one parameter's values under one key, as it stands in a file."""
+    """Consecutive elements of a parameter (under some key) that are in a file."""
 
     start: int
     numel: int
@@ -31,12 +31,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class SliceIndex:
-    """The files and positions of all slices of a checkpoint.
+    """Files and positions of all slices of a checkpoint.
 
     Attributes:
         pieces: (key, parameter) -> pieces in order of their start.
-        scalars: parameter -> single numbers of its optimizer state; those that had state without
-            numbers are there with an empty dict.
+        scalars: parameter -> single numbers of its optimizer state; an empty dict for a parameter
+            whose state has tensors only.
     """
 
     pieces: dict[tuple[str, str], list[Piece]]
@@ -58,7 +58,7 @@ class SliceIndex:
 
 
 def read_index(folder: Path, manifest: Manifest) -> SliceIndex:
-    """Read the headers of all slice files; no tensor is touched.
+    """Read the headers of all slice files, without their tensors.
 
     Raises:
         CheckpointError: the checkpoint has no slices, or a file is damaged.
@@ -114,7 +114,7 @@ def _check_spans(
     """Check the metadata of a file of slices against its tensors and the parameters.
 
     Raises:
-        ValueError: they contradict each other.
+        ValueError: metadata, tensors and parameters contradict each other.
     """
     for name, (start, numel) in spans.items():
         if name not in manifest.parameters:
@@ -133,7 +133,7 @@ def _check_spans(
 
 
 def check_coverage(index: SliceIndex, manifest: Manifest) -> list[str]:
-    """List, a line each, the parameters whose slices leave elements out or have some twice."""
+    """Return a line for each parameter whose slices lack elements or have some twice."""
     found = []
     optimized = set(manifest.optimized)
     for name, shape in manifest.parameters.items():
