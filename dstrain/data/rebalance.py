@@ -3,8 +3,8 @@
 A micro-batch is padded to its longest sample. With equal numbers of samples, ranks with short
 samples would wait for those with long ones. Here the samples of a step are sorted by length and cut
 into as many groups as there are (rank, micro-batch) pairs: few long samples in one group, many
-short samples in another. The set of samples in a step is unchanged, and so is the loss, which weights by
-targets.
+short samples in another. The set of samples in a step is unchanged, and so is the loss, which
+weights by targets.
 """
 
 from __future__ import annotations
