@@ -1,4 +1,4 @@
-"""Files of buffers of a checkpoint: whether they fit a model, and putting them into it."""
+"""Loading of a checkpoint's buffer files into a model, and the check that they fit it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ logger = get_logger(__name__)
 def load_buffers(
     engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks, *, reshaped: Iterable[str]
 ) -> None:
-    """Put the saved buffers into the module: the main rank's, then those that only this rank had.
+    """Load the saved buffers into the module: the shared ones, then those saved by this rank.
 
-    Another number of ranks takes what the main rank had for itself. Ranks read the same files. A
-    buffer that the model has not made yet, or had thrown away when it was saved, is there, or gone,
-    again.
+    All ranks read the shared files. Where another number of ranks wrote the checkpoint, every rank
+    takes the main rank's own buffers. A buffer that the model has not created yet is created; one
+    that was None when it was saved is set to None.
 
     Args:
-        engine: of the module.
+        engine: engine whose module takes the buffers.
         folder: the checkpoint.
         manifest: its manifest.
         ranks: facts of this process.
-        reshaped: buffers that come back in the shape and format that they were saved in.
+        reshaped: names of buffers to restore in the shape and format in which they were saved.
     """
     own, anew = rank_file_of(manifest, ranks), set(reshaped)
     lost: list[str] = []
@@ -55,7 +55,7 @@ def load_buffers(
 
 
 def load_shared_buffers(engine: Engine, folder: Path, manifest: Manifest) -> None:
-    """Give buffers the shapes of the main rank's, into which DeepSpeed will load its files."""
+    """Load the shared persistent buffers, so that their shapes fit the files DeepSpeed loads."""
     if _has(folder, manifest, content.BUFFERS):
         _read_into(
             engine,
@@ -65,17 +65,17 @@ def load_shared_buffers(engine: Engine, folder: Path, manifest: Manifest) -> Non
 
 
 def _read_into(engine: Engine, path: Path, put: Callable[[Slot, TensorReader], None]) -> list[str]:
-    """Read a file of buffers into the module, and empty the places of those that were None.
+    """Read a file of buffers into the module; set buffers that were saved as None to None.
 
     Args:
-        engine: of the module.
+        engine: engine of the module.
         path: the file.
-        put: sets one buffer from the file.
+        put: sets a buffer from the file.
 
     Returns:
-        names of buffers that the module has no place for.
+        Names of buffers in the file that the module does not register.
     """
-    # Looked up for each file: one may make the buffer that the next has other values of.
+    # Looked up for each file: a file may create a buffer that the next file has values for.
     there = _places(engine)
     lost = []
     with reading(path) as file:
@@ -91,11 +91,11 @@ def _read_into(engine: Engine, path: Path, put: Callable[[Slot, TensorReader], N
 
 
 def reshaped_in(run: Mapping[str, Any], engine: Engine) -> set[str]:
-    """Find buffers whose shape or format was changed by the run of a checkpoint, or by this one.
+    """Return names of buffers whose shape or format the saved run or this run has changed.
 
     Args:
-        run: what ``read_run`` gave; empty for a checkpoint without.
-        engine: of this run.
+        run: result of ``read_run``; empty for a checkpoint without ``run.json``.
+        engine: engine of this run.
     """
     found = run.get("engine", {}).get("buffers") or {}
     return {*found.get("reshaped", ()), *engine.buffers.found()["reshaped"]}
@@ -104,14 +104,16 @@ def reshaped_in(run: Mapping[str, Any], engine: Engine) -> set[str]:
 def misfitting_buffers(
     engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks, *, reshaped: Iterable[str]
 ) -> list[Problem]:
-    """Find buffers of another shape than the model has, unless training has made that shape.
+    """Return a problem for each saved buffer whose shape differs from the model's.
+
+    Buffers whose shape training has changed are left out.
 
     Args:
-        engine: of the module.
+        engine: engine of the module.
         folder: the checkpoint.
         manifest: its manifest.
         ranks: facts of this process.
-        reshaped: buffers whose shape training has changed.
+        reshaped: names of buffers whose shape training has changed.
     """
     there = {slot.name: slot for slot in slots_of(engine.module)}
     own = set(reshaped)
@@ -139,7 +141,7 @@ def misfitting_buffers(
 
 
 def rank_file_of(manifest: Manifest, ranks: Ranks) -> str:
-    """Return the file of the buffers of one rank: this one, if as many ranks wrote them."""
+    """Return the buffer file for this rank: its own if as many ranks wrote them, else rank 0's."""
     same = manifest.world_size == ranks.world_size
     return content.buffer_file(ranks.rank if same else 0)
 
@@ -153,17 +155,20 @@ _Names: Any = list[Text]
 
 
 def _empty_in(file: TensorReader) -> list[str]:
-    """Read the names of the buffers that were None; older files do not say.
+    """Read the names of the buffers that were saved as None; older files list none.
 
     Raises:
-        ValueError: it is no list of names.
+        ValueError: the entry is not a list of names.
     """
     names: list[str] = typed(parsed(file.metadata.get(content.EMPTY, "[]").encode()), _Names)
     return names
 
 
 def _has(folder: Path, manifest: Manifest, name: str) -> bool:
-    """Tell whether a checkpoint has a file, perhaps one of another machine that was copied here."""
+    """Tell whether a file is part of the checkpoint and exists in this folder.
+
+    It may be a file of another machine that was copied here.
+    """
     return manifest.has(name) and (folder / name).exists()
 
 

@@ -1,4 +1,4 @@
-"""Capturing what a checkpoint holds, so that it can be written while training goes on."""
+"""Capturing the content of a checkpoint, so that it can be written while training goes on."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, gather_objects
 from dstrain.core.records import described, unrecordable
 from dstrain.core.secrets import without_secrets
-from dstrain.engine import (
-    Engine,
-    main_rank_buffers,
-)
+from dstrain.engine import Engine, main_rank_buffers
 from dstrain.models import (
     HostCopies,
     WeightSnapshot,
@@ -45,27 +42,28 @@ from dstrain.models import (
 
 logger = get_logger(__name__)
 
-# A copy of the slices may take this share of the memory that is left.
+# Copies for a background save may take this share of the available memory.
 _MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Captured:
-    """The content of one checkpoint that this rank writes, which training changes no more.
+    """This rank's part of a checkpoint's content, which training no longer changes.
 
     Attributes:
-        record: what the trainer adds.
-        manifest: of the checkpoint, without its files.
-        folder: the folder, where ranks agreed on it already.
-        slices: this rank's share of the state, in the layout of slices.
-        weights: copies of the model's weights; None where ``folder`` has them, or none are saved.
+        record: values that the trainer adds.
+        manifest: manifest of the checkpoint, without the list of its files.
+        folder: the staging folder if ranks have already agreed on it, else None.
+        slices: this rank's share of the state; None without the layout of slices.
+        weights: copies of the model's weights; None where they are already written into ``folder``,
+            or none are saved.
         rank_state: the content of this rank's JSON file; None in a checkpoint of the model alone.
         shared: the content of ``run.json``.
         layout: the content of ``layout.json``, on the main rank of each folder.
         rank_buffers: buffers that only this rank has.
-        buffers: the model's buffers, on the main rank of each folder.
+        buffers: the model's persistent buffers, on the main rank of each folder.
         other_buffers: changed buffers that are in no ``state_dict``.
-        failure: the error of a file that was to be written already.
+        failure: error of a file that ``capture`` failed to write, which ``write`` raises.
     """
 
     record: RunRecord
@@ -85,15 +83,18 @@ class Captured:
         """Write this rank's files; a collective of all ranks in ``group``.
 
         Args:
-            staging: the folder, on the rank that made it.
+            staging: the staging folder, known to the rank that made it.
             writers: the ranks that write.
             group: the process group of the writing threads.
 
+        Returns:
+            A record of size and checksum for each file of this rank, by its name.
+
         Raises:
             OSError: the disk is full, the folder is gone, and so on.
-            DstrainError: something that belongs into a file cannot be written there.
+            DstrainError: a value cannot be written to its file.
         """
-        # Collectives first: whoever fails below must not leave the others in one.
+        # Collectives first: a rank that fails below must not leave others waiting in one.
         folder = self.folder or staging.agreed(writers.first, group=group)
         present = gather_objects(_files_in(folder), group=group)[writers.first]
         weights = None if self.weights is None else self.weights.exchanged(group)
@@ -151,13 +152,13 @@ class Captured:
 
 
 class ContentCapture:
-    """Takes from an engine what a checkpoint holds; every method is a collective of all ranks."""
+    """Captures checkpoint content from an engine; every method is a collective of all ranks."""
 
     def __init__(self, policy: Policy, writers: Writers) -> None:
         """Set up for a run.
 
         Args:
-            policy: what is saved where.
+            policy: the run's choices about saving.
             writers: the ranks that write.
         """
         self._policy, self._writers, self._ranks = policy, writers, writers.ranks
@@ -183,19 +184,19 @@ class ContentCapture:
     def capture(
         self, engine: Engine, record: RunRecord, staging: Staging, copies: HostCopies | None
     ) -> Captured:
-        """Take everything that training would change.
+        """Capture all state that further training would change.
 
         Args:
             engine: the engine.
-            record: what the trainer adds.
-            staging: the folder, on the rank that made it. Files that are made by a collective, or
-                by transformers, are written into it now.
-            copies: makes copies, in a round that the caller begins and ends. None where training
-                waits for the write, which then reads the engine's own tensors.
+            record: values that the trainer adds.
+            staging: the staging folder, known to the rank that made it. Files that need a
+                collective, or that transformers writes, are written into it now.
+            copies: makes copies in host memory, in a round that the caller begins and ends. None
+                where training waits for the write, which then reads the engine's own tensors.
 
         Raises:
-            CheckpointError: the state cannot be saved; on all ranks.
-            ModelError: the folder could not be made; on all ranks.
+            CheckpointError: the state cannot be saved; raised on all ranks.
+            ModelError: the folder could not be made; raised on all ranks.
         """
         policy, sharers = self._policy, self._writers.sharers
         slices: content.Slices | None = None
@@ -203,7 +204,7 @@ class ContentCapture:
         self._warn_of_caches(engine)
         extra, rank_extra = self._extra_states(engine)
         beside = {EXTRA_STATES: rank_extra} if rank_extra else {}
-        with all_or_none():  # before copies, whose end no rank needs to wait for on another
+        with all_or_none():  # ends before copies begin, so that no rank waits for another's copies
             if not policy.only_model and policy.layout == SLICES:
                 slices = content.rank_slices(engine, sharers)
             rank_state = encode({**record.rank_state, **beside}, where="this rank's state")
@@ -224,7 +225,7 @@ class ContentCapture:
                 groups = self._writers.groups
                 weights = snapshot_weights(engine.module, self._ranks, copies, groups=groups)
             if copies is None or (policy.with_weights and weights is None):
-                folder = staging.agreed(self._writers.first)  # else in the thread, beside training
+                folder = staging.agreed(self._writers.first)  # else the writing thread does this
             if folder is not None and policy.with_weights:
                 save_model(engine.module, folder, self._ranks, on_each_node=policy.on_each_node)
             if sharers.is_main:
@@ -256,10 +257,10 @@ class ContentCapture:
     def _write_small_files(
         self, engine: Engine, record: RunRecord, staging: Staging
     ) -> tuple[list[dict[str, Any]] | None, Exception | None]:
-        """Write the model's and the processor's small files, on the rank that shares the folder.
+        """Write the model's and the processor's small files, on the main rank of each folder.
 
         Returns:
-            the record of the model's layout, None on other ranks; and the error if that fails.
+            The record of the model's layout (None on other ranks), and the error of a failed write.
         """
         if not self._writers.sharers.is_main:
             return None, None
@@ -269,7 +270,7 @@ class ContentCapture:
                 save_configs(engine.module, staging.path)
             if record.write_processor is not None and staging.path is not None:
                 record.write_processor(staging.path)
-        except Exception as error:  # a tokenizer may raise anything; told to all in ``write``
+        except Exception as error:  # a tokenizer may raise anything; ``write`` raises it
             return None, error
         return layout, None
 
@@ -290,7 +291,7 @@ class ContentCapture:
         )
 
     def _warn_of_caches(self, engine: Engine) -> None:
-        """Warn once of changed buffers that a resumed run will not find."""
+        """Warn once of changed buffers that checkpoints leave out as caches."""
         caches = [] if self._policy.only_model else engine.buffers.caches()
         if caches and self._ranks.is_main and not self._warned_of_caches:
             self._warned_of_caches = True
@@ -303,13 +304,13 @@ class ContentCapture:
             )
 
     def _extra_states(self, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Ask modules for their extra state, and warn once per run of what a checkpoint lacks.
+        """Get the modules' extra state; warn once per run of extra state that cannot be saved.
 
-        A checkpoint of the model alone has no file for it, so that it is only looked for until the
-        warning was given.
+        A checkpoint of the model alone has no file for extra state; modules are then only searched
+        until the warning has been given.
 
         Returns:
-            the main rank's, by path; and the states in which this rank differs.
+            The main rank's states by path of the module, and the states in which this rank differs.
         """
         if self._policy.only_model:
             if not self._warned_of_lost_state:
@@ -333,7 +334,7 @@ def _write_document(path: Path, document: Any) -> FileRecord:
     """Write a JSON document of the trainer with credentials masked; callbacks may hold some.
 
     Raises:
-        CheckpointError: it holds what JSON does not know; a callback can put anything there.
+        CheckpointError: JSON cannot hold a value in it; a callback can put anything there.
     """
     try:
         check_depth(document)
@@ -359,7 +360,7 @@ def _write_document(path: Path, document: Any) -> FileRecord:
 
 
 def _files_in(staging: Path) -> list[str]:
-    """List the files that were written already."""
+    """List the files already written into a staging folder."""
     return sorted(
         str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file() and p.name != LOCK
     )

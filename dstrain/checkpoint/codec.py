@@ -1,7 +1,7 @@
-"""Python values as JSON and back, exactly: the state of schedules, random generators, callbacks.
+"""Lossless conversion of Python values to JSON and back, for state of schedules and callbacks.
 
-JSON alone would turn tuples into lists and integer keys into strings, and has no NaN. What it lacks
-is written as an object with one key in double underscores. Nothing is ever executed to read it.
+JSON alone would turn tuples into lists and integer keys into strings, and has no NaN. Values that
+JSON lacks are written as an object with one key in double underscores. Reading never executes code.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _DTYPES = {
     )
 }
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-# What a document has around a value: a reader refuses what is nested deeper than that.
+# Levels of a document around an encoded value; with these, no value exceeds ``MOST_LEVELS``.
 _LEVELS_AROUND = 20
 
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class _TensorForm:
-    """A tensor in JSON: its format, and its elements as base64."""
+    """JSON form of a tensor: its dtype, its shape, and its elements as base64."""
 
     dtype: Text
     shape: Shape
@@ -54,12 +54,12 @@ def encode(value: Any, *, where: str, levels: int = 0) -> Any:
     """Return the JSON form of a value made of plain Python types, tensors and numpy numbers.
 
     Args:
-        value: what to write.
+        value: the value to encode.
         where: its name, for the message.
-        levels: of JSON that are around it.
+        levels: levels of JSON around the value.
 
     Raises:
-        CheckpointError: a value of another type, or one nested too deep; with its place.
+        CheckpointError: a value of another type, or nested too deep; the message names its place.
     """
     if levels > MOST_LEVELS - _LEVELS_AROUND:
         raise CheckpointError(
@@ -106,14 +106,14 @@ def is_plain(value: Any) -> bool:
 
 
 def decode(value: Any, where: str = "") -> Any:
-    """Return the value whose JSON form ``encode`` made.
+    """Decode a JSON form that ``encode`` made, and return the value.
 
     Args:
-        value: from JSON of limited depth (``documents.parsed``).
+        value: parsed JSON of limited depth (``documents.parsed``).
         where: its place, for the message.
 
     Raises:
-        ValueError: a form that ``encode`` does not write, with its place.
+        ValueError: ``encode`` does not write such a form; the message names its place.
     """
     if isinstance(value, list):
         return [decode(v, f"{where}[{i}]") for i, v in enumerate(value)]
@@ -133,7 +133,7 @@ def decode(value: Any, where: str = "") -> Any:
 
 
 class _FormError(ValueError):
-    """A form that ``encode`` does not write; it says where."""
+    """Error of a JSON form that ``encode`` does not write; its message names the place."""
 
 
 def _decode_float(content: Any, where: str) -> float:

@@ -1,4 +1,4 @@
-"""The content of a checkpoint: this rank's slices, copied to host memory or read when written."""
+"""Content of a checkpoint's files: slices and buffers, copied to host memory or read on writing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dstrain.models import DTYPES, HostCopies, Stored, write_tensor_file
 BUFFERS = f"{STATE}/buffers.safetensors"
 OTHER_BUFFERS = f"{STATE}/other_buffers.safetensors"
 EMPTY = "empty"
-"""Key in the metadata of a file of buffers: names of those that are registered and None."""
+"""Key in the metadata of a file of buffers, with the names of registered buffers that are None."""
 RUN = f"{STATE}/run.json"
 LAYOUT = f"{STATE}/layout.json"
 TABLE = f"{STATE}/slices.safetensors"
@@ -57,11 +57,11 @@ def is_rank_file(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Slices:
-    """The slices that one rank writes.
+    """Slices that a rank writes into its file.
 
     Attributes:
-        tensors: under "<key>/<parameter>", 1-D.
-        about: the runs that they are, and single numbers of the optimizer's state.
+        tensors: 1-D tensors named "<key>/<parameter>".
+        about: runs of the parameters, and single numbers of the optimizer's state.
     """
 
     tensors: list[Stored]
@@ -78,7 +78,7 @@ class Slices:
         return sum(stored.num_bytes for stored in self.tensors)
 
     def copied(self, copies: HostCopies) -> Slices:
-        """Copy the values into host memory of their own, so that training can go on."""
+        """Copy the values into separate host memory, so that training can go on."""
         return Slices(
             [Stored.of(s.name, copies.copy(f"slice/{s.name}", s.load())) for s in self.tensors],
             self.about,
@@ -94,7 +94,7 @@ def metadata_of(
 
 @dataclass(frozen=True)
 class Buffers:
-    """The content of a file of buffers.
+    """Content of a file of buffers.
 
     Attributes:
         tensors: the buffers by their names.
@@ -105,11 +105,11 @@ class Buffers:
     empty: tuple[str, ...] = ()
 
     def copied(self, copies: HostCopies | None, kind: str = "buffer") -> Buffers:
-        """Copy the buffers into host memory, unless ``copies`` is None; then training can go on.
+        """Copy the buffers into host memory, so that training can go on.
 
         Args:
-            copies: makes the copies.
-            kind: tells them from other tensors of the same names.
+            copies: makes the copies; None returns the buffers uncopied.
+            kind: prefix that separates these copies from other tensors of the same names.
         """
         if copies is None:
             return self
@@ -117,7 +117,7 @@ class Buffers:
         return Buffers([Stored.of(name, values) for name, values in found], self.empty)
 
     def write(self, folder: Path, name: str) -> dict[str, FileRecord]:
-        """Write the file unless there are no buffers; return the records of what was written.
+        """Write the file unless there are no buffers; return the records of written files.
 
         Raises:
             OSError: the disk is full, the folder is gone, and so on.
@@ -132,7 +132,7 @@ def rank_slices(engine: Engine, ranks: Ranks) -> Slices:
     """Return this rank's share of master weights, optimizer state and frozen weights.
 
     Raises:
-        CheckpointError: optimizer state that cannot be taken apart.
+        CheckpointError: optimizer state cannot be split by parameter.
     """
     replicated = engine.resolved.stage == 0
     held = engine.state.shards()
@@ -151,14 +151,17 @@ def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
 
 
 def formats(engine: Engine) -> dict[str, str]:
-    """Return, by name, the format of every parameter that is not in the format of the run."""
+    """Return the dtype of every parameter that is not in the run's dtype, by parameter name."""
     run = DTYPES[engine.resolved.precision]
     named = engine.module.named_parameters()
     return {name: str(p.dtype).removeprefix("torch.") for name, p in named if p.dtype != run}
 
 
 def buffers(module: torch.nn.Module) -> Buffers:
-    """Return a module's persistent buffers, whatever its hooks call them in the ``state_dict``."""
+    """Return a module's persistent buffers under their registered names.
+
+    Hooks may rename them in the ``state_dict``; such names are not used.
+    """
     return buffer_contents(
         [s for s in [*slots_of(module), *empty_slots_of(module)] if s.persistent]
     )

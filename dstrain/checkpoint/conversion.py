@@ -1,9 +1,10 @@
-"""A dstrain checkpoint as a folder that DeepSpeed loads: its universal format.
+"""Conversion of a dstrain checkpoint to DeepSpeed's universal checkpoint format.
 
-That format is a file per parameter and kind of state, so DeepSpeed loads it at any number of ranks
-and at its stages 1, 2 and 3: ``{"checkpoint": {"load_universal": true}}`` in its config, then
-``engine.load_checkpoint(out)``. What must be in which file was read off DeepSpeed 0.19.8
-(``base_optimizer.py``, ``zero/stage3.py``, ``engine.py``). Memory holds one tensor at a time.
+That format has a file for each parameter and kind of state, so DeepSpeed loads it at any number of
+ranks and at its stages 1, 2 and 3: ``{"checkpoint": {"load_universal": true}}`` in its config, then
+``engine.load_checkpoint(out)``. The content of each file follows the code of DeepSpeed 0.19.8 that
+reads it (``base_optimizer.py``, ``zero/stage3.py``, ``engine.py``). Memory holds one tensor at a
+time.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from dstrain.core.files import make_durable, write_bytes
 from dstrain.engine import MASTER
 
 TARGETS = ("deepspeed",)
-# DeepSpeed loads as many groups as the shorter list has: further ones would silently stay as made.
+# DeepSpeed loads as many groups as the shorter of two lists has, and silently leaves the rest of
+# its groups as they are; so the file gets more groups than any run has.
 _MOST_GROUPS = 64
 _ADAM = {"exp_avg", "exp_avg_sq"}
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The result of a conversion.
+    """Result of a conversion.
 
     Attributes:
         step: optimizer steps of the run.
-        num_parameters: parameters with optimizer state.
-        remarks: what DeepSpeed will not take from it.
+        num_parameters: number of parameters with optimizer state.
+        remarks: sentences about state that DeepSpeed does not load from the converted folder.
     """
 
     step: int
@@ -55,7 +57,7 @@ def convert(
 ) -> Converted:
     """Write a checkpoint in DeepSpeed's universal format.
 
-    The files that it reads are verified before, so nothing is made of a damaged checkpoint.
+    All files to be read are verified first, so that no output is made from a damaged checkpoint.
 
     Args:
         folder: a committed checkpoint.
@@ -64,14 +66,14 @@ def convert(
         on_file: called with the bytes of each file that has been verified.
 
     Raises:
-        CheckpointError: it has no slices, is damaged, or ``out`` has files in it.
+        CheckpointError: the checkpoint has no slices or is damaged, or ``out`` is not empty.
     """
     manifest = read_manifest(folder)
     folders.check_new(out)
     if manifest.has_slices:
         names = [*slice_files(folder, manifest), content.RUN]
         require_files(folder, manifest, names, on_file=on_file)
-    index = read_index(folder, manifest)  # which says where there are no slices
+    index = read_index(folder, manifest)  # raises where there are no slices
     if missing := check_coverage(index, manifest):
         raise CheckpointError(Problem(f"{folder} is damaged", "\n".join(missing)))
     engine = read_run(folder)["engine"]
@@ -82,7 +84,7 @@ def convert(
             kinds |= _write_parameter(index, manifest, name, staging / tag / "zero", on_tensor)
         _save(_optimizer_state(engine, index, manifest), staging / tag / "zero/optimizer_state.pt")
         model = _model_state(engine, manifest)
-        # The first is what DeepSpeed looks for at stages 1 and 2, the second at stage 3.
+        # DeepSpeed reads the first file at stages 1 and 2, the second at stage 3.
         for file in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
             _save(model, staging / tag / file)
         write_bytes(staging / "latest_universal", tag.encode())
@@ -97,11 +99,11 @@ def _write_parameter(
     zero: Path,
     on_tensor: Callable[[str, int], object],
 ) -> set[str]:
-    """Write a parameter's folder, a file per kind of tensor; return the kinds but the weights."""
+    """Write a parameter's folder with a file per kind of tensor; return the optimizer's kinds."""
     if Path(name).name != name:
         raise CheckpointError(Problem(f"a parameter is called {name!r}", "that is no file name"))
     folder, kinds = zero / name, set()
-    # DeepSpeed cuts it along a dimension even where there is one piece, so it must have one.
+    # DeepSpeed splits the tensor along a dimension even into one piece, so it needs a dimension.
     shape = manifest.parameters[name] or (1,)
     for key in index.keys_of(name):
         stored = assembled(index, key, name, shape, torch.float32)
@@ -118,7 +120,7 @@ def _file(key: str) -> str:
 
 
 def _step(number: Any) -> Any:
-    """Return a step count as its optimizer keeps it: torch in a tensor, DeepSpeed as an integer."""
+    """Return a step count in the type of its optimizer: a tensor for torch's, else an integer."""
     return torch.tensor(number) if isinstance(number, float) else number
 
 
@@ -126,7 +128,7 @@ def _optimizer_state(
     engine: Mapping[str, Any], index: SliceIndex, manifest: Manifest
 ) -> dict[str, Any]:
     groups = [dict(group) for group in engine["groups"]] or [{}]
-    # Stage 3 gives what stands in the first group to all groups, so only what they share may.
+    # Stage 3 applies the first group's values to all groups, so it gets only values common to all.
     shared = {k: v for k, v in groups[0].items() if all(g.get(k) == v for g in groups)}
     numbers = [index.scalars.get(name, {}) for name in manifest.optimized]
     steps = [found["step"] for found in numbers if "step" in found]

@@ -1,7 +1,7 @@
-"""Comparing two checkpoints: values of every tensor, state of the run, config, metrics.
+"""Comparison of two checkpoints: values of every tensor, state of the run, config, metrics.
 
-The two may have been written by any number of ranks at any stage. Values are compared piece by
-piece, so memory holds a few megabytes of each whatever the size of the checkpoints.
+The checkpoints may have been written by any number of ranks at any stage. Values are compared piece
+by piece, so that memory holds a few megabytes of each, for checkpoints of any size.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from dstrain.models import TensorReader
 _CHUNK_NUMEL = 2**20
 _MOST_FILES = 64
 _IN_MANIFEST = ("step", "world_size", "stage", "precision", "resumable", "has_weights", "layout")
-# What a clock says, or where it was said.
+# Timings, which differ between any two runs.
 _NOT_COMPARED = ("position.meters",)
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor whose values differ.
+    """Difference between two tensors of the same name.
 
     Attributes:
-        key: "master", "exp_avg" and so on; "buffer" or "model" for those files.
-        name: the parameter or buffer.
-        numel: elements of it.
-        different: how many of them differ.
-        largest: the largest absolute difference.
+        key: kind of tensor: "master", "exp_avg" and so on in slices; "buffer" in the file of
+            buffers, "model" in Hugging Face files.
+        name: name of the parameter or buffer.
+        numel: number of elements.
+        different: number of elements that differ.
+        largest: largest absolute difference.
     """
 
     key: str
@@ -56,9 +57,9 @@ class Comparison:
     """All differences between two checkpoints.
 
     Attributes:
-        values: plain values: (title of the group, name, of the first, of the second).
-        tensors: those with other values.
-        num_compared: tensors that both have, in the same shape.
+        values: differing plain values, as (title of the group, name, first value, second value).
+        tensors: tensors whose values differ.
+        num_compared: number of tensors compared: those that both have in the same size.
     """
 
     values: tuple[tuple[str, str, Any, Any], ...]
@@ -77,16 +78,16 @@ def compare(
     on_tensor: Callable[[str], object] = lambda name: None,
     on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> Comparison:
-    """Compare two committed checkpoints, whose files are verified before.
+    """Verify the files of two committed checkpoints, and compare them.
 
     Args:
         first: a checkpoint.
-        second: another.
+        second: the checkpoint to compare it with.
         on_tensor: called with the name of each tensor that has been compared.
         on_file: called with the bytes of each file that has been verified.
 
     Raises:
-        CheckpointError: one of them is no checkpoint, or is damaged.
+        CheckpointError: a folder is no checkpoint, or is damaged.
     """
     manifests = read_manifest(first), read_manifest(second)
     sliced = all(m.has_slices for m in manifests)
@@ -112,7 +113,7 @@ def compare(
 
 
 def _read_files(folder: Path, manifest: Manifest, sliced: bool) -> list[str]:
-    """List the files of a checkpoint that a comparison reads, with its slices or its weights."""
+    """List the files that a comparison reads: slices if ``sliced``, else Hugging Face weights."""
     names = [n for n in (configs.RECORD_FILE, content.RUN, content.BUFFERS) if n in manifest.files]
     return names + (slice_files(folder, manifest) if sliced else _weight_files(manifest))
 
@@ -146,7 +147,7 @@ def _config_values(
     ]
     if all(r.deepspeed is not None and r.provenance is not None for r in records):
         for found in configs.differences(*map(asdict, records)):
-            ours, theirs = found.this, found.other  # whose value is None where it is not there
+            ours, theirs = found.this, found.other  # the value is None where a config has no key
             yield configs.TITLES[found.kind], found.name, ours.value, theirs.value
 
 
@@ -156,7 +157,7 @@ def _run_values(first: Path, second: Path) -> Iterator[tuple[str, str, Any, Any]
 
 
 def _state_values(first: SliceIndex, second: SliceIndex) -> Iterator[tuple[str, str, Any, Any]]:
-    """Yield differences of single numbers of the optimizer's state, and of its kinds of tensors."""
+    """Yield differences in the optimizer state's kinds of tensors and in its single numbers."""
     sides = []
     for index in (first, second):
         sides.append({name: sorted(index.keys_of(name)) for name in index.names()})
@@ -215,7 +216,7 @@ def _whole(folder: Path, files: list[str]) -> dict[str, Piece]:
 def _compared(
     files: _Files, tensor: str, ours: list[Piece], theirs: list[Piece], numel: int
 ) -> tuple[int, float]:
-    """Count the elements that differ, and find the largest difference."""
+    """Return the number of elements that differ, and the largest absolute difference."""
     different, largest = 0, 0.0
     for start in range(0, numel, _CHUNK_NUMEL):
         stop = min(numel, start + _CHUNK_NUMEL)
@@ -231,13 +232,13 @@ def _compared(
 
 def _largest(gap: torch.Tensor, unequal: torch.Tensor) -> float:
     found = float(gap.abs_().max())
-    if math.isnan(found):  # of a NaN on both sides, which is no difference, or on one
+    if math.isnan(found):  # NaN on both sides is no difference; NaN on one side is an infinite one
         found = float(gap[unequal].nan_to_num(nan=math.inf).max())
     return found
 
 
 class _Files(contextlib.ExitStack):
-    """Files of slices that stay open while tensor after tensor is compared."""
+    """Cache of open tensor files, so that a file is not opened anew for each tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +251,7 @@ class _Files(contextlib.ExitStack):
             low, high = max(piece.start, start), min(piece.start + piece.numel, stop)
             if low < high:
                 file = self._file(piece.path)
-                # A file of whole tensors has them under their own names.
+                # Files of whole tensors have names without the key.
                 name = tensor if tensor in file else tensor.partition("/")[2]
                 parts.append(file.read(name, low - piece.start, high - piece.start))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -274,7 +275,7 @@ def _of_mappings(
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested values under dotted names, without those that are not compared."""
+    """Yield the leaves of nested values under dotted names; skip ``_NOT_COMPARED``."""
     if path in _NOT_COMPARED:
         return
     if isinstance(value, Mapping):

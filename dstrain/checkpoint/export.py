@@ -1,8 +1,9 @@
-"""A checkpoint as a plain Hugging Face folder, made by one process without the model's own code.
+"""Export of a checkpoint's model as a Hugging Face folder, by one process without the model's code.
 
 Weights come from the master weights, so they can have more digits than the model trained with.
-Memory holds one tensor at a time, or what transformers merges or splits for its files. Only where
-it lays a model out otherwise than it trains it is transformers itself needed.
+Memory holds one tensor at a time, or the tensors that transformers merges or splits together.
+transformers itself is needed only for architectures whose files differ from the trained model in
+names or layout.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
-# What peft puts before the names of the model below.
+# Prefix of all parameter names in a PEFT model.
 _OF_PEFT = "base_model."
 SHARD_BYTES = 5 * 10**9
 _TRAINING_FILES = {"trainer_state.json", "training_arguments.json", "resolved_config.json"}
@@ -68,19 +69,19 @@ def export(
 ) -> int:
     """Write the model of a checkpoint to ``out``; return the number of its tensors.
 
-    The files that it reads are verified before, so nothing is made of a damaged checkpoint.
+    All files to be read are verified first, so that no output is made from a damaged checkpoint.
 
     Args:
         folder: a committed checkpoint.
-        out: a folder that is made, or empty.
-        dtype: of floating-point weights; None takes the format that the model was trained in.
-        shard_bytes: the largest shard; a larger tensor has one of its own.
+        out: an empty folder, or one to make.
+        dtype: format of floating-point weights; None for the format of training.
+        shard_bytes: size of the largest shard; a larger tensor gets a shard to itself.
         on_tensor: called with the name and bytes of each tensor once it is written.
         on_file: called with the bytes of each file that has been verified.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, ``out`` has files in it, or an unknown dtype; or
-            it is of a PEFT model.
+        CheckpointError: the checkpoint is damaged or of a PEFT model, ``out`` is not empty, or
+            ``dtype`` is unknown.
     """
     manifest = read_manifest(folder)
     if any(name.startswith(_OF_PEFT) for name in manifest.parameters):
@@ -119,7 +120,7 @@ def _is_copied(name: str) -> bool:
 
 
 class _Source:
-    """A checkpoint whose files are verified before they are read, each once."""
+    """Checkpoint whose files are verified before they are read, each file once."""
 
     def __init__(self, folder: Path, manifest: Manifest, on_file: Callable[[int], object]) -> None:
         self.folder, self.manifest, self._on_file = folder, manifest, on_file
@@ -129,7 +130,7 @@ class _Source:
         """Check that files are as they were written.
 
         Raises:
-            CheckpointError: naming those that are not.
+            CheckpointError: files are damaged; the message names them.
         """
         wanted = set(names) - self._verified
         require_files(self.folder, self.manifest, wanted, on_file=self._on_file)
@@ -141,7 +142,7 @@ class _Source:
         return self.folder / name
 
     def extra_states(self) -> dict[str, Any]:
-        """Read the main rank's extra states by their keys in a ``state_dict``; empty if none."""
+        """Read the main rank's extra states, named by their keys in a ``state_dict``."""
         if not self.manifest.has(content.RUN):
             return {}
         self.verify([content.RUN])
@@ -169,17 +170,17 @@ def _tensors(
 
     Args:
         source: the checkpoint.
-        dtype: of floating-point weights.
-        extra: extra states by their keys; those that are tensors are in it.
-        as_trained: but weights that the model had in another format keep that.
+        dtype: format of floating-point weights.
+        extra: extra states by their keys; those that are tensors are exported.
+        as_trained: keep the format of weights that the model trained in another format.
 
     Raises:
-        CheckpointError: what it would read is damaged, or misses a part of the model.
+        CheckpointError: a file to be read is damaged, or a part of the model is missing.
     """
     folder, manifest = source.folder, source.manifest
-    # Only names are looked at here: what is not read need not be verified.
+    # Only names are read here; files are verified before their tensors are read.
     stored = _stored_names(folder, manifest) if manifest.has_weights else {}
-    as_stored = dtype == DTYPES[manifest.precision]  # buffers have formats of their own there
+    as_stored = dtype == DTYPES[manifest.precision]  # then files are kept, with buffers' formats
 
     def files() -> list[Stored]:
         source.verify(stored.values())
@@ -194,12 +195,12 @@ def _tensors(
     beside = [Stored.of(k, s) for k, s in sorted(extra.items()) if isinstance(s, torch.Tensor)]
     has_buffers = manifest.has(content.BUFFERS)
     persistent = _file_names(source.path(content.BUFFERS)) if has_buffers else set()
-    if stored and record is None:  # as it is trained, or an older checkpoint, which does not say
+    if stored and record is None:  # files are laid out as trained, or it is an older checkpoint
         if set(stored) != {*manifest.parameters, *persistent, *(s.name for s in beside)}:
             return files()
     elif stored and as_stored:
         return files()
-    index = source.slices()  # where there are no files either, this says so
+    index = source.slices()  # raises where the checkpoint has no slices either
     if missing := check_coverage(index, manifest):
         raise CheckpointError(Problem(f"{folder} is damaged", "\n".join(missing)))
     source.verify([content.RUN])
@@ -225,7 +226,7 @@ def _tensors(
 
 @dataclass(frozen=True)
 class _Patterns:
-    """Holds the patterns of names by which a conversion of transformers is made."""
+    """Name patterns with which a conversion of transformers is constructed."""
 
     source_patterns: list[Text]
     target_patterns: list[Text]
@@ -233,7 +234,7 @@ class _Patterns:
 
 @dataclass(frozen=True)
 class _Conversion:
-    """A conversion of transformers that saving reverts."""
+    """Entry of ``layout.json``: a conversion of transformers that saving reverts."""
 
     kind: Text
     sources: list[Text]
@@ -261,7 +262,7 @@ def _converted(
     dtype: torch.dtype,
     format_of: Callable[[str], torch.dtype],
 ) -> list[Stored]:
-    """List tensors as ``save_pretrained`` lays them out; each group is made when it is written."""
+    """List tensors in the layout of ``save_pretrained``; each group is converted on writing."""
 
     def load(entry: Entry) -> torch.Tensor:
         name = layout.first_names.get(entry.name, entry.name)
@@ -368,7 +369,7 @@ def _counted(stored: Stored, on_tensor: Callable[[str, int], None]) -> Stored:
 
 
 def _correct_config(out: Path, dtype: torch.dtype) -> None:
-    """Say in ``config.json`` which format the weights have now."""
+    """Set ``dtype`` in ``config.json`` to the format of the exported weights."""
     path = out / "config.json"
     if not path.exists():
         return

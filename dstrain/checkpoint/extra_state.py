@@ -1,4 +1,4 @@
-"""State that modules keep outside of parameters and buffers (``Module.get_extra_state``)."""
+"""Saving and restoring of modules' extra state (``Module.get_extra_state``)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.ranks import broadcast_object, gather_objects
 
 KEY = "_extra_state"
-"""The last part of torch's name for it in a ``state_dict``."""
+"""Last part of the name that torch gives an extra state in a ``state_dict``."""
 EXTRA_STATES = "extra_states"
 """Key of ``run.json``, and of ``rank-N.json`` for the states in which that rank differs."""
 
 
 def extra_states(module: torch.nn.Module) -> tuple[dict[str, Any], list[str]]:
-    """Ask all modules for their extra state.
+    """Get the extra state of all modules.
 
     Returns:
-        states by the path of the module, and the paths of those whose state a checkpoint cannot
-        hold: it is made of plain values, tensors and arrays, as pickles are never written.
+        States by the path of the module, and the paths of modules whose state a checkpoint cannot
+        hold: only plain values, tensors and arrays can be saved, as pickles are never written.
 
     Raises:
-        CheckpointError: a module fails to give it.
+        CheckpointError: a module's ``get_extra_state`` fails.
     """
     states = {}
     for path, part in _with_extra_state(module):
         try:
             states[path] = part.get_extra_state()
-        except Exception as error:  # of the module's own code, which can be anything
+        except Exception as error:  # user code may raise anything
             raise CheckpointError(
                 Problem(
                     f"{_module(path)} cannot give its extra state",
@@ -48,11 +48,11 @@ def extra_states(module: torch.nn.Module) -> tuple[dict[str, Any], list[str]]:
 def rank_states(states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split states into the main rank's and those in which this rank differs; a collective.
 
-    Each rank tells a digest of all its states. Only where these differ the main rank sends its own,
-    in the form that a checkpoint has them in: a tensor itself would come to the main rank's device.
+    Each rank sends a digest of all its states. Only where digests differ does the main rank send
+    its states, encoded as in a checkpoint: a tensor would be received on the main rank's device.
 
     Returns:
-        the main rank's states, and those states of this rank that differ from them.
+        The main rank's states, and this rank's states that differ from them.
     """
     encoded = {path: encode(state, where="") for path, state in states.items()}
     if len(set(gather_objects(_digest(encoded)))) == 1:
@@ -63,22 +63,22 @@ def rank_states(states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def states_for(shared: Mapping[str, Any], rank_state: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Choose the extra states that a rank gets back: its own, else the main rank's.
+    """Merge the extra states to restore on a rank: its own where saved, else the main rank's.
 
     Args:
-        shared: what ``read_run`` gave.
-        rank_state: what ``read_rank_state`` gave.
+        shared: result of ``read_run``.
+        rank_state: result of ``read_rank_state``.
     """
     return {**shared.get(EXTRA_STATES, {}), **(rank_state or {}).get(EXTRA_STATES, {})}
 
 
 def by_key(states: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the states by the keys that they have in a ``state_dict``."""
+    """Rename states from module paths to their keys in a ``state_dict``."""
     return {f"{path}.{KEY}" if path else KEY: state for path, state in states.items()}
 
 
 def lost_remark(paths: list[str]) -> str:
-    """Say of which modules a checkpoint lacks the extra state, in one line."""
+    """Return a line that names modules whose extra state a checkpoint cannot hold."""
     return (
         f"the extra state of {len(paths)} modules ({', '.join(map(_shown, paths[:3]))}) is not in "
         "checkpoints, which hold plain values and tensors only: let get_extra_state return such"
@@ -98,10 +98,10 @@ def _shown(path: str) -> str:
 
 
 def put_extra_states(module: torch.nn.Module, states: Mapping[str, Any]) -> None:
-    """Give modules the extra state back that they had when it was saved.
+    """Restore the saved extra state of modules.
 
     Raises:
-        CheckpointError: a module is not there any more, or cannot take up its state.
+        CheckpointError: a module no longer exists, or its ``set_extra_state`` fails.
     """
     there = dict(_with_extra_state(module))
     for path, state in states.items():
@@ -109,7 +109,7 @@ def put_extra_states(module: torch.nn.Module, states: Mapping[str, Any]) -> None
             raise _useless(path, "it has none any more")
         try:
             there[path].set_extra_state(state)
-        except Exception as error:  # of the module's own code, which can be anything
+        except Exception as error:  # user code may raise anything
             raise _useless(path, f"{type(error).__name__}: {error}") from error
 
 

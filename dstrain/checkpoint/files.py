@@ -1,4 +1,4 @@
-"""Opening the tensor files of a checkpoint, with one error for all that can be wrong."""
+"""Opening of a checkpoint's tensor files, with every failure raised as a ``CheckpointError``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dstrain.models import TensorReader
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[TensorReader]:
-    """Open a file of tensors, of which runs are read into memory.
+    """Open a file of tensors for reading ranges of their elements into memory.
 
     Raises:
-        CheckpointError: it is damaged or not there; also where reading inside the block finds that.
+        CheckpointError: the file is missing or damaged; also where reading in the body fails.
     """
     try:
         with TensorReader(path) as file:
@@ -27,10 +27,10 @@ def reading(path: Path) -> Iterator[TensorReader]:
 
 @contextlib.contextmanager
 def mapping(path: Path) -> Iterator[Any]:
-    """Open a file of tensors that stay in it, mapped into memory until their values are used.
+    """Open a file of tensors as memory-mapped tensors, whose values are read on use.
 
     Raises:
-        CheckpointError: it is damaged or not there; also where reading inside the block finds that.
+        CheckpointError: the file is missing or damaged; also where reading in the body fails.
     """
     from safetensors import SafetensorError, safe_open
 

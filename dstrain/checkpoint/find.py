@@ -1,4 +1,4 @@
-"""Choosing the checkpoint to resume from: the newest that verifies, or the one that was named."""
+"""Choosing and verifying the checkpoint to resume from: a named folder, or the newest valid one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AUTO = "auto"
 
 
 Inspect = Callable[[Path, Manifest], object]
-"""Reads what a run needs of a checkpoint, and raises a ``CheckpointError`` where it cannot."""
+"""Function that reads the parts of a checkpoint a run needs; raises ``CheckpointError``."""
 
 
 def choose_checkpoint(
@@ -36,20 +36,21 @@ def choose_checkpoint(
     """Choose the checkpoint to resume from, the same on all ranks, which verify it together.
 
     Args:
-        wanted: a folder; True for the newest of the run that verifies; "auto" likewise, but None
-            where the run has no checkpoint at all.
+        wanted: a folder; True for the run's newest checkpoint that verifies; "auto" for the same,
+            or for a fresh start where the run has no checkpoint at all.
         output_dir: the run's folder.
         ranks: facts of this process.
         on_each_node: whether each machine has the folder on a disk of its own; a checkpoint counts
             only where every machine has its part of it.
-        inspect: reads what the run needs beside the files of this room; called on every rank once
-            the files have been verified.
+        inspect: reads further parts that the run needs; called on every rank once the files have
+            been verified.
 
     Returns:
-        folder and manifest; None only for "auto".
+        Folder and manifest; None only for "auto".
 
     Raises:
-        CheckpointError: the named one does not verify, or none does; with the reasons.
+        CheckpointError: the named checkpoint does not verify, or no checkpoint of the run does; the
+            message has the reasons.
     """
     if wanted is not True and wanted != AUTO:
         folder = expanded(str(wanted))
@@ -77,8 +78,8 @@ def _candidates(output_dir: Path, *, on_each_node: bool) -> tuple[list[Path], bo
     """List the checkpoints of a run on any of its machines, newest first; the same on all ranks.
 
     Returns:
-        Everything with a checkpoint's name, so that each that is none is skipped with its reason;
-        and whether any of them has a manifest.
+        All folders with a checkpoint's name, also without a manifest, so that the caller can log
+        why it skips them; and whether any of them has a manifest.
     """
     with all_or_none(), told_refused(CheckpointError):
         manifests = {found.folder for found in folders.committed(output_dir)}
@@ -95,7 +96,7 @@ def _candidates(output_dir: Path, *, on_each_node: bool) -> tuple[list[Path], bo
 
 
 def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
-    """Read ``resume_from_checkpoint``: a folder, True, "auto", or None for a fresh start."""
+    """Parse ``resume_from_checkpoint`` to a folder, True, "auto", or None for a fresh start."""
     word = given.lower() if isinstance(given, str) else given
     if word in (None, False, "false", "none", ""):
         return None
@@ -104,10 +105,10 @@ def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
 
 @told_refused(CheckpointError)
 def check_resumable(given: str | bool | None, output_dir: Path) -> None:
-    """Check quickly, before anything expensive, that there is something to resume from.
+    """Check quickly, before anything expensive, that there is a checkpoint to resume from.
 
     Raises:
-        CheckpointError: there is not.
+        CheckpointError: there is none.
     """
     wanted = wanted_checkpoint(given)
     if wanted is None or wanted == AUTO:
@@ -135,7 +136,7 @@ def verify(
     share: tuple[int, int] = (0, 1),
     on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> tuple[Manifest, list[str]]:
-    """Read a checkpoint's manifest and its files; return the manifest and everything that is wrong.
+    """Verify a checkpoint's files against its manifest; return the manifest and all problems.
 
     Args:
         folder: the checkpoint.
@@ -143,7 +144,7 @@ def verify(
         on_file: called with the bytes of each file that has been read.
 
     Raises:
-        CheckpointError: there is no manifest that this dstrain can read.
+        CheckpointError: the manifest is missing, or this dstrain cannot read it.
     """
     manifest = read_manifest(folder)
     problems = check_files(folder, manifest, share=share, on_file=on_file)
@@ -156,7 +157,7 @@ def verify(
 
 
 def _faults_within(folder: Path, manifest: Manifest, share: tuple[int, int]) -> list[str]:
-    """List what cannot be in whole files: in documents of the run and in headers of its slices.
+    """List problems in the content of intact files: the run's documents, the slices' headers.
 
     Args:
         folder: the checkpoint.
@@ -164,7 +165,7 @@ def _faults_within(folder: Path, manifest: Manifest, share: tuple[int, int]) -> 
         share: (k, n): read the headers of every n-th rank only, from the k-th on.
 
     Raises:
-        CheckpointError: they cannot be read as what they must be.
+        CheckpointError: a document or header cannot be parsed.
     """
     if manifest.resumable:
         if content.RUN not in manifest.files:
@@ -180,7 +181,7 @@ def _faults_within(folder: Path, manifest: Manifest, share: tuple[int, int]) -> 
 
 
 def verify_on_ranks(folder: Path, ranks: Ranks, *, on_each_node: bool = False) -> Manifest:
-    """Return the manifest of a checkpoint after all ranks together have verified its files.
+    """Verify a checkpoint's files on all ranks together, and return its manifest.
 
     Args:
         folder: the checkpoint.
@@ -188,7 +189,7 @@ def verify_on_ranks(folder: Path, ranks: Ranks, *, on_each_node: bool = False) -
         on_each_node: as in ``choose_checkpoint``.
 
     Raises:
-        CheckpointError: on every rank, with what is wrong.
+        CheckpointError: the checkpoint is damaged; raised on every rank with all problems.
     """
     manifest, problems = _verified(folder, ranks, on_each_node=on_each_node, model_alone=True)
     if manifest is None:
@@ -212,7 +213,7 @@ def _verified(
         folder: the checkpoint.
         ranks: facts of this process.
         on_each_node: whether each machine reads a folder of its own.
-        model_alone: whether it will do without optimizer state.
+        model_alone: whether a checkpoint without optimizer state is accepted.
         inspect: as for ``choose_checkpoint``; not called for a damaged checkpoint.
     """
     manifest = None
@@ -238,7 +239,7 @@ def _verified(
 
 
 def _other_saves(manifest: Manifest | None, ranks: Ranks) -> list[str]:
-    """Say which machines have parts of a different save of this step; a collective of all ranks."""
+    """Return problems that machines have parts of different saves; a collective of all ranks."""
     said = gather_objects(
         ({} if manifest is None else dict(manifest.files), ranks.first_on_machine)
     )

@@ -1,11 +1,11 @@
-"""The checkpoint folders of a run: their names, finding, committing, keeping and removing them.
+"""Checkpoint folders of a run: naming, finding, committing, rotating and removing them.
 
-A checkpoint is written under a hidden name of its own and gets its place by renaming, after its
-manifest is on the disk. Whatever is killed when: `checkpoint-N` is a whole checkpoint or absent.
+A checkpoint is written under a hidden name and is renamed to `checkpoint-N` once its manifest is on
+the disk. Even if a process is killed at any point, `checkpoint-N` is a whole checkpoint or absent.
 
-A run's folder is the user's. What is removed, renamed or replaced in it is what dstrain has made: a
-hidden folder of its own naming and content, or a folder that passes
-`manifest.is_dstrain_checkpoint`. Links are the user's.
+A run's folder belongs to the user. Only folders that dstrain has made are removed, renamed or
+replaced in it: a hidden folder with dstrain's naming and content, or a folder that passes
+`manifest.is_dstrain_checkpoint`. Symbolic links are the user's and are left alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint: its folder and the step in its name."""
+    """Checkpoint folder, with the step in its name."""
 
     step: int
     folder: Path
@@ -54,7 +54,7 @@ def step_of(name: str) -> int | None:
 
 
 def named(output_dir: Path) -> list[Found]:
-    """List the folders that have a checkpoint's name, whatever is in them, lowest step first."""
+    """List the folders that have a checkpoint's name, with any content, lowest step first."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in output_dir.iterdir():
@@ -65,20 +65,23 @@ def named(output_dir: Path) -> list[Found]:
 
 
 def committed(output_dir: Path) -> list[Found]:
-    """List the committed checkpoints of a run, lowest step first; times of files can lie."""
+    """List the committed checkpoints of a run by step, lowest first, not by unreliable file times.
+
+    A folder counts as committed when it has a manifest.
+    """
     return [f for f in named(output_dir) if (f.folder / manifests.NAME).is_file()]
 
 
 def owned(output_dir: Path) -> list[Found]:
-    """List the committed checkpoints that dstrain may remove: none that is a symbolic link."""
+    """List the committed checkpoints that dstrain has made and may remove; no symbolic links."""
     return [f for f in committed(output_dir) if manifests.is_dstrain_checkpoint(f.folder)]
 
 
 def new_staging(output_dir: Path, step: int) -> Path:
-    """Make the folder in which the checkpoint of a step is written, under a name of its own.
+    """Make the staging folder of a step's checkpoint, under a unique hidden name.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     folder = output_dir / f".checkpoint-{step}.writing-{uuid.uuid4().hex[:8]}"
     (folder / STATE).mkdir(parents=True)
@@ -87,10 +90,10 @@ def new_staging(output_dir: Path, step: int) -> Path:
 
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Keep other processes from removing a folder inside the block.
+    """Lock a folder during the body, so that other dstrain processes do not remove it.
 
-    The kernel lets go when the process dies, so nothing of a killed run is held for ever. Where the
-    file system knows no locks, this does nothing.
+    The kernel releases the lock when the process dies, so that no lock of a killed run stays. Where
+    the file system has no locks, this does nothing.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
@@ -102,16 +105,16 @@ def holding(folder: Path) -> Iterator[None]:
 
 
 def _lock_file(folder: Path) -> Path:
-    """Return the file by which a folder is locked: the manifest of a committed one, else ``LOCK``.
+    """Return the file on which a folder is locked: its manifest if it has one, else ``LOCK``.
 
-    A committed folder gets no new file: it may be read-only.
+    A committed folder may be read-only, so it gets no new file.
     """
     committed_manifest = folder / manifests.NAME
     return committed_manifest if committed_manifest.exists() else folder / LOCK
 
 
 def _is_held(folder: Path, *, if_unknown: bool) -> bool:
-    """Tell whether a living process holds the folder; ``if_unknown`` where there are no locks."""
+    """Tell whether a living process has locked the folder; ``if_unknown`` without file locks."""
     try:
         with open(_lock_file(folder), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,20 +128,20 @@ def _is_held(folder: Path, *, if_unknown: bool) -> bool:
 
 
 def commit(staging: Path, output_dir: Path, step: int) -> Path:
-    """Give a written folder, manifest included, its place.
+    """Rename a fully written staging folder, manifest included, to ``checkpoint-<step>``.
 
-    A checkpoint of the same step from an earlier run is replaced; until the new one is in place
-    the old one stays under a name that ``recover`` knows. Anything else at that place is not
-    dstrain's to remove: the new checkpoint then stays beside it.
+    A checkpoint of the same step from an earlier run is replaced; until the rename is done, the old
+    checkpoint stays under a name that ``recover`` restores. Anything else at this path is not
+    dstrain's to remove: the new checkpoint then gets a name beside it.
 
     Raises:
         OSError: renaming failed.
-        CheckpointError: the place is taken; with the name that the checkpoint has instead.
+        CheckpointError: the path is taken; the message has the name of the new checkpoint.
     """
     target = checkpoint_path(output_dir, step)
     (staging / LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        (staging / STATE).rmdir()  # only where it is empty
+        (staging / STATE).rmdir()  # succeeds only where it is empty
     if (staging / STATE).exists():
         sync_folder(staging / STATE)
     sync_folder(staging)
@@ -156,7 +159,7 @@ def commit(staging: Path, output_dir: Path, step: int) -> Path:
 
 
 def _kept_beside(staging: Path, target: Path) -> Path:
-    """Give a finished checkpoint a name that dstrain never removes."""
+    """Rename a finished checkpoint to a name that dstrain never removes."""
     kept = target.parent / f"{target.name}.kept-{uuid.uuid4().hex[:8]}"
     os.rename(staging, kept)
     sync_folder(kept.parent)
@@ -184,10 +187,10 @@ def _what_is_at(path: Path) -> str:
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that has files in it.
+    """Check that a folder is empty or does not exist.
 
     Raises:
-        CheckpointError: it has.
+        CheckpointError: the folder has files, or the path is a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(
@@ -197,16 +200,16 @@ def check_new(folder: Path) -> None:
 
 @contextlib.contextmanager
 def filled_atomically(out: Path) -> Iterator[Path]:
-    """Make a folder to fill in the block, which becomes ``out`` if the block succeeds.
+    """Make a hidden folder to fill in the body, and rename it to ``out`` if the body succeeds.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    # A folder that something else holds on to (a mount, a shell that is in it) is filled in place.
+    # A folder that cannot be replaced (a mount, the working directory) is filled in place.
     stays = out.exists() and (os.path.ismount(out) or out == Path.cwd())
-    # Of a checkpoint-N it has the name by which a run knows what a killed writer has left.
+    # For an `out` named checkpoint-N, `recover` knows this name as one that a killed writer left.
     staging = (out if stays else out.parent) / f".{out.name}.writing-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     with contextlib.ExitStack() as stack:
@@ -224,23 +227,23 @@ def filled_atomically(out: Path) -> Iterator[Path]:
 
 
 def _move_content(staging: Path, out: Path) -> None:
-    """Move what is in a folder into the one around it, a manifest last."""
+    """Move the content of a staging folder into its parent, a manifest last; remove the folder."""
     for path in sorted(staging.iterdir(), key=lambda p: p.name == manifests.NAME):
         os.rename(path, out / path.name)
     staging.rmdir()
 
 
 def discard_if_there(staging: Path) -> None:
-    """Remove the folder of a save that failed; one that was committed has another name by now."""
+    """Remove a staging folder if it still exists: after a commit it has another name."""
     if staging.exists():
         _remove(staging)
 
 
 def recover(output_dir: Path) -> None:
-    """Clear up after killed runs: put back what was being replaced, remove what was unfinished.
+    """Clean up after killed runs: restore checkpoints being replaced, remove unfinished folders.
 
-    Folders that a living process writes are left alone. So is what has such a name and is none of
-    dstrain's, which is said: no checkpoint of that step can be saved there.
+    Folders that a living process writes are left alone. Folders with such a name that dstrain has
+    not made are left alone with a warning, as no checkpoint of that step can be saved there.
     """
     if not output_dir.is_dir():
         return
@@ -276,14 +279,14 @@ def recover(output_dir: Path) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Tell whether a killed run has left this folder, or an older dstrain this renamed link."""
+    """Tell whether a path is a hidden folder, or a link renamed by an older dstrain, to remove."""
     return bool(_STAGED.fullmatch(path.name)) and (path.is_dir() or path.is_symlink())
 
 
 def _has_our_content(folder: Path) -> bool:
-    """Tell whether a folder of a hidden name holds what dstrain writes there, or nothing at all.
+    """Tell whether a folder with a hidden name is empty or has files that dstrain writes there.
 
-    A save begins with an empty `state` and its lock; the removal of a checkpoint ends with its
+    A save begins with an empty `state` and a lock file; the removal of a checkpoint ends with its
     manifest.
     """
     if folder.is_symlink() or manifests.is_dstrain_checkpoint(folder):
@@ -298,10 +301,10 @@ def _has_our_content(folder: Path) -> bool:
 
 
 def rotate(output_dir: Path, *, limit: int | None, keep: list[Path]) -> list[Path]:
-    """Remove the oldest committed checkpoints until ``limit`` are left; return those removed.
+    """Remove the oldest committed checkpoints until ``limit`` are left; return the removed ones.
 
-    The newest, those in ``keep`` (the best one) and those that somebody reads stay whatever the
-    limit; the best counts towards it, as documented by transformers.
+    The newest, those in ``keep`` (the best one) and those that a process reads are never removed;
+    the best counts towards the limit, as documented by transformers.
     """
     if not limit or limit < 0:
         return []
@@ -317,7 +320,7 @@ def rotate(output_dir: Path, *, limit: int | None, keep: list[Path]) -> list[Pat
 def surplus(output_dir: Path, *, limit: int, keep: list[Path]) -> list[Found]:
     """List the oldest committed checkpoints beyond ``limit``; never the newest or one in ``keep``.
 
-    Only folders that dstrain has made count: a link takes no room here, and is never removed.
+    Only folders that dstrain has made count towards the limit; links do not, and are never removed.
     """
     found = owned(output_dir)
     protected = {path.resolve() for path in keep}
@@ -326,15 +329,15 @@ def surplus(output_dir: Path, *, limit: int, keep: list[Path]) -> list[Found]:
 
 
 def is_read(folder: Path) -> bool:
-    """Tell whether a living process holds a committed checkpoint."""
+    """Tell whether a living process reads (has locked) a committed checkpoint."""
     return _is_held(folder, if_unknown=False)
 
 
 def remove(checkpoint: Found) -> bool:
-    """Remove a committed checkpoint; it stops to count as one before any of its files is removed.
+    """Rename a committed checkpoint to a hidden name, so that it no longer counts, and remove it.
 
     Returns:
-        False where the system refused, which is logged.
+        False where the folder is not dstrain's or the system refused, which is logged.
     """
     folder = checkpoint.folder
     if not manifests.is_dstrain_checkpoint(folder):
@@ -351,7 +354,7 @@ def remove(checkpoint: Found) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that has one of dstrain's hidden names; of a symbolic link, only the link."""
+    """Remove a folder with one of dstrain's hidden names; for a symbolic link, only the link."""
     try:
         if folder.is_symlink():
             folder.unlink()
@@ -363,7 +366,7 @@ def _remove(folder: Path) -> None:
 
 
 def _remove_content(folder: Path) -> None:
-    """Remove what is in a folder, last that by which ``recover`` knows it if this is killed."""
+    """Empty a folder; remove last the files by which ``recover`` recognises a leftover."""
     last = (STATE, LOCK, manifests.NAME)
     for path in sorted(folder.iterdir(), key=lambda p: (p.name in last, p.name == manifests.NAME)):
         if path.is_dir() and not path.is_symlink():

@@ -1,7 +1,7 @@
-"""Importing a run that DeepSpeed or transformers saved, as a dstrain checkpoint.
+"""Import of checkpoints that DeepSpeed or transformers saved, as dstrain checkpoints.
 
-Nothing of the files is executed (``pickles.py``). They are memory-mapped and copied tensor by
-tensor, so this process needs room for the largest tensor, whatever the size of the checkpoint.
+No code in the files is executed (``pickles.py``). They are memory-mapped and copied tensor by
+tensor, so that memory holds the largest tensor only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from dstrain.core.files import FileRecord, make_durable, write_json
 from dstrain.models import Stored, skeleton_of, write_tensor_file
 
 _COPIED = {".json", ".txt", ".model", ".jinja"}
-# Nothing is left to be logged of steps that are done.
+# State of a meter after a log: no earlier step is left to be logged.
 _EMPTY_METER = {"loss": 0.0, "finite": 0.0, "bad": -1.0, "steps": 0, "tokens": 0, "seconds": 0.0}
 _LEFT_OUT = {NAME, "trainer_state.json", "model.safetensors.index.json"}
 _LEFT_OUT |= {"pytorch_model.bin.index.json"}
@@ -47,13 +47,13 @@ _LEFT_OUT |= {"pytorch_model.bin.index.json"}
 
 @dataclass(frozen=True)
 class Imported:
-    """The result of an import.
+    """Result of an import.
 
     Attributes:
-        kind: what had written it.
+        kind: the program that wrote the source, in words.
         step: optimizer steps of the run.
-        num_parameters: parameters, by name.
-        remarks: what a user should know.
+        num_parameters: number of named parameters.
+        remarks: sentences about assumptions, for the user.
     """
 
     kind: str
@@ -77,7 +77,7 @@ def import_checkpoint(
         source: a folder with ``latest`` or the files of one tag (DeepSpeed), a ``checkpoint-N`` of
             transformers' Trainer with or without DeepSpeed, or a checkpoint of dstrain in
             DeepSpeed's layout.
-        out: the checkpoint's folder, which is made.
+        out: folder of the new checkpoint, which must not exist or be empty.
         samples_per_epoch: size of the training data, where ``source`` does not say how far into
             an epoch the run was.
         global_batch_size: samples per optimizer step, where ``source`` does not say.
@@ -86,8 +86,9 @@ def import_checkpoint(
             checksums.
 
     Raises:
-        CheckpointError: nothing that can be imported, or only by executing it.
-        ModelError: its ``config.json`` does not say what the model is.
+        CheckpointError: ``source`` has no checkpoint that can be imported, or could only be read by
+            executing code in it.
+        ModelError: the ``config.json`` in ``source`` does not describe the model.
     """
     folders.check_new(out)
     _check_dstrain_checkpoint(source, on_file)
@@ -137,10 +138,10 @@ def import_checkpoint(
 
 
 def _check_dstrain_checkpoint(source: Path, on_file: Callable[[int], object]) -> None:
-    """Verify a dstrain checkpoint, and refuse one that is not in DeepSpeed's layout.
+    """Verify ``source`` where it is a dstrain checkpoint; accept only DeepSpeed's layout.
 
     Raises:
-        CheckpointError: it is of slices, or damaged.
+        CheckpointError: it is in the layout of slices, or damaged.
     """
     if not (source / NAME).exists():
         return
@@ -158,7 +159,7 @@ def _read(source: Path, state: Mapping[str, Any]) -> ForeignRun:
     folder = tag_folder(source)
     if folder is not None:
         decayed = None
-        with contextlib.suppress(DstrainError):  # only stage 0 asks for it
+        with contextlib.suppress(DstrainError):  # needed at stage 0 only
             decayed = skeleton_of(source).decayed if (source / "config.json").exists() else None
         found = read_deepspeed(folder, decayed)
         if found.engine["schedule"] is None and (source / SCHEDULE).exists():
@@ -241,7 +242,7 @@ def _shared(
 
 
 def _loss_sum(state: Mapping[str, Any]) -> float:
-    """Add up the losses of all steps as far as they were logged; a log stands for all its steps."""
+    """Estimate the sum of all steps' losses from the log; an entry counts for all its steps."""
     total, before = 0.0, 0
     for entry in state.get("log_history") or []:
         if "loss" in entry and entry.get("step", 0) > before:
@@ -290,7 +291,7 @@ def _reported(stored: Stored, on_tensor: Callable[[str, int], object]) -> Stored
 
 
 def _copy_model_files(source: Path, staging: Path) -> dict[str, FileRecord]:
-    """Copy config, tokenizer and the like, so that an export of the checkpoint is complete."""
+    """Copy config and tokenizer files, so that an export of the checkpoint is complete."""
     files = {}
     for path in sorted(source.iterdir()):
         wanted = path.is_file() and path.suffix in _COPIED and path.name not in _LEFT_OUT
@@ -301,12 +302,12 @@ def _copy_model_files(source: Path, staging: Path) -> dict[str, FileRecord]:
 
 
 def _copy_random_states(source: Path, staging: Path, count: int) -> dict[str, FileRecord]:
-    """Copy the random states of a dstrain run, where each rank has a file of slices too."""
+    """Copy the random states of a dstrain run, if it had as many ranks as the import has files."""
     names = [content.rank_file(rank) for rank in range(count)]
     if not all((source / name).exists() for name in names):
         return {}
     if (source / content.rank_file(count)).exists():
-        return {}  # of more ranks than there are files: stage 0
+        return {}  # there were more ranks than slice files: stage 0
     files = {}
     for name in names:
         shutil.copyfile(source / name, staging / name)

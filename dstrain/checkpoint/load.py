@@ -1,4 +1,4 @@
-"""Reading a checkpoint into an engine of any topology: each rank reads what its shards need."""
+"""Loading a checkpoint into an engine of any topology; each rank reads only its own shards."""
 
 from __future__ import annotations
 
@@ -25,23 +25,20 @@ from dstrain.checkpoint.run_files import read_rank_state, read_run
 from dstrain.checkpoint.slice_index import Piece, SliceIndex, check_coverage, read_index
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks, all_or_none
-from dstrain.engine import (
-    Engine,
-    StateShard,
-)
+from dstrain.engine import Engine, StateShard
 
-# Slices are read in pieces of this many elements: what loading takes beyond the engine itself.
+# Slices are read in pieces of this many elements, which bounds the extra memory of loading.
 _CHUNK_NUMEL = 8 * 2**20
 
 
 @dataclass(frozen=True)
 class Restored:
-    """The state that a checkpoint gives back to the trainer.
+    """State of the trainer, restored from a checkpoint.
 
     Attributes:
         shared: ``RunRecord.shared``.
-        rank_state: ``RunRecord.rank_state`` of this rank; None in an import, and where another
-            number of ranks wrote the checkpoint.
+        rank_state: ``RunRecord.rank_state`` of this rank; None for an imported checkpoint, and
+            where another number of ranks wrote the checkpoint.
     """
 
     shared: dict[str, Any]
@@ -51,20 +48,24 @@ class Restored:
 def load_into(
     engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks, *, unpickles: bool = False
 ) -> Restored:
-    """Put a checkpoint into a fresh engine; a collective of all ranks.
+    """Load a checkpoint into a new engine; a collective of all ranks.
 
-    Only what overlaps this rank's shards is read, some 32 MB at a time. Where the checkpoint
-    is in DeepSpeed's own layout, DeepSpeed reads it, which executes its pickles.
+    Each rank reads only the elements of its own shards, some 32 MB at a time. A checkpoint in
+    DeepSpeed's own layout is read by DeepSpeed, which executes its pickles.
 
     Args:
-        engine: a fresh one.
+        engine: a new engine.
         folder: the checkpoint.
         manifest: its manifest.
         ranks: facts of this process.
         unpickles: whether the user allowed DeepSpeed's layout.
 
+    Returns:
+        The trainer's state.
+
     Raises:
-        CheckpointError: it does not fit the model or the optimizer; the weights are as they were.
+        CheckpointError: the checkpoint does not fit the model or the optimizer; the engine's
+            weights are then unchanged.
     """
     native, index = None, None
     with all_or_none():
@@ -91,7 +92,7 @@ def load_into(
     with all_or_none():
         load_buffers(engine, folder, manifest, ranks, reshaped=reshaped)
         put_extra_states(engine.module, states_for(shared, rank_state))
-    # DeepSpeed has loaded whole modules as torch does, but at stage 3, where weights were in parts.
+    # DeepSpeed calls load_state_dict itself, except at stage 3, where weights are partitioned.
     if native is None or engine.resolved.stage == 3:
         changed = call_loading_code(engine, ranks)
         if changed and index is not None:
@@ -111,13 +112,13 @@ def _load_slices(engine: Engine, folder: Path, manifest: Manifest, index: SliceI
 
 
 def _load_values(engine: Engine, index: SliceIndex) -> None:
-    """Read the weights alone into the engine once more, after other code has changed them."""
+    """Read the weights into the engine again, after loading code of the model changed them."""
     with engine.state.loading() as held:
         read_shards(held, index, values_only=True)
 
 
 def _check_optimizer(engine: Engine, there: str) -> None:
-    """Refuse another optimizer's state, which DeepSpeed would load without a word."""
+    """Refuse the state of another optimizer, which DeepSpeed would load without an error."""
     here = engine.state.optimizer_name
     if here != there:
         raise CheckpointError(
@@ -144,9 +145,9 @@ def misfits(
         engine: the engine.
         folder: the checkpoint.
         manifest: its manifest.
-        index: of its slices, if it has any.
+        index: index of its slices; None where it has none.
         ranks: facts of this process.
-        reshaped: buffers whose shape training has changed, which need not be the model's.
+        reshaped: names of buffers whose shape training has changed and may differ from the model's.
     """
     here, there = content.parameter_shapes(engine), manifest.parameters
     problems = []
@@ -169,7 +170,7 @@ def misfits(
                 )
             )
     changed = sorted(set(engine.state.optimized_names()) ^ set(manifest.optimized))
-    # Whether DeepSpeed counts one without elements as trained depends on the stage.
+    # DeepSpeed counts parameters without elements as trained at some stages only.
     changed = [name for name in changed if torch.Size(here.get(name, ())).numel()]
     if changed and not problems:
         problems.append(
@@ -191,7 +192,7 @@ def check_local_slices(
     """Check that this machine's folder has all slices that this rank needs.
 
     Raises:
-        CheckpointError: it has not.
+        CheckpointError: slices are missing.
     """
     for shard in held:
         for key in [shard.value_key] if values_only else shard.tensor_keys():
@@ -212,7 +213,8 @@ def _check_state(held: Sequence[StateShard], index: SliceIndex) -> None:
         if shard.optimizer is None or shard.name not in index.scalars:
             continue
         here, there = set(shard.tensor_keys()), set(index.keys_of(shard.name))
-        # DeepSpeed's CPU Lion and Adagrad carry a moment that they never use.
+        # A tensor that only the checkpoint has is no error: DeepSpeed's CPU Lion and Adagrad carry
+        # a moment that they never use.
         if here - there:
             raise CheckpointError(
                 Problem(
@@ -228,11 +230,11 @@ def _check_state(held: Sequence[StateShard], index: SliceIndex) -> None:
 def read_shards(
     held: Sequence[StateShard], index: SliceIndex, *, values_only: bool = False
 ) -> None:
-    """Read what overlaps the shards, from each file in turn, some 32 MB at a time.
+    """Read the elements of the shards from the slice files, file by file, some 32 MB at a time.
 
     Args:
         held: all shards of this rank.
-        index: of the checkpoint.
+        index: index of the checkpoint's slices.
         values_only: leave the optimizer's state out.
     """
     for path, reads in reads_by_file(held, index, values_only=values_only).items():
@@ -247,7 +249,11 @@ def read_shards(
 def reads_by_file(
     held: Sequence[StateShard], index: SliceIndex, *, values_only: bool = False
 ) -> dict[Path, list[tuple[StateShard, str, int, int, Piece]]]:
-    """Group what is to be read by file, so that each file is opened once."""
+    """Group the ranges to read by file, so that each file is opened once.
+
+    Returns:
+        For each file, the shard, the key, first and last element (exclusive), and the piece.
+    """
     reads: dict[Path, list[tuple[StateShard, str, int, int, Piece]]] = {}
     for shard in held:
         for key in [shard.value_key] if values_only else shard.tensor_keys():

@@ -1,13 +1,13 @@
-"""Calling the loading code of a model's modules, after a checkpoint was read without torch.
+"""Calling users' loading code in a model's modules after weights were read without torch.
 
-Weights are read into place a slice at a time, so nobody calls ``load_state_dict``. A model may rely
-on it: a hook, or an override, that computes something from the weights once they are loaded. Such
-code is called here with the ``state_dict`` of the model itself, whose weights are those of the
-checkpoint by then. It has the same effect, but on weights: those stay as they were saved.
+Weights are read into place a slice at a time, without ``load_state_dict``. A model may rely on that
+call: a hook or an override may compute something from the loaded weights. Such code is called here
+with the model's own ``state_dict``, which has the checkpoint's weights by then. It has its usual
+effects, except on weights: these stay as they were saved.
 
-Code of torch, transformers and other libraries of layers is left out. It brings files of older
-versions up to date, under names of older versions, or takes a rank's share of a whole weight; a
-checkpoint of ours has each tensor under its name in the model, and it is in place already.
+Code of torch, transformers and other libraries of layers is not called. It converts files of older
+versions, or takes a rank's share of a whole weight; in a dstrain checkpoint each tensor has its
+name in the model, and is already in place.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ _LIBRARIES = frozenset(
 def call_loading_code(engine: Engine, ranks: Ranks) -> bool:
     """Call the loading code that users have written for modules; a collective of all ranks.
 
-    A module that has some finds its weights whole, and those below it: at stage 3 they are gathered
-    for it, one such module after the other, once it is known that each fits on every rank. A model
-    without such code costs a look at its modules.
+    At stage 3 the weights of a module with such code, and of its submodules, are gathered for the
+    call, one such module after another, once all are known to fit on every rank. For a model
+    without such code its modules are only searched.
 
     Returns:
-        whether weights were changed, the same on all ranks: they are to be read again.
+        True, on all ranks, if weights were changed and must be read again.
 
     Raises:
-        CheckpointError: such code failed, or would have more weights gathered than fit.
+        CheckpointError: such code failed, or the weights to gather do not fit into memory.
     """
     outcome = _Outcome()
     calls = list(_calls(engine.module))
@@ -74,15 +74,16 @@ def call_loading_code(engine: Engine, ranks: Ranks) -> bool:
             ", ".join(changed[:3]),
         )
     if outcome.is_any:
-        engine.buffers.note_values()  # what was written into them is no change by training
+        engine.buffers.note_values()  # so that these writes do not count as changes by training
     return bool(changed)
 
 
 def _check_room(calls: Sequence[_Call], ranks: Ranks) -> None:
-    """Check that weights in parts fit whole on every rank; a collective where there are any.
+    """Check that the weights to gather fit on every rank; a collective if any are partitioned.
 
     Raises:
-        CheckpointError: they do not, with the code that is the reason; on all ranks.
+        CheckpointError: they do not fit; the message, alike on all ranks, names the code that needs
+            them.
     """
     sizes = [bytes_to_gather(call.part) for call in calls]
     most = max(sizes, default=0)
@@ -104,13 +105,13 @@ def _check_room(calls: Sequence[_Call], ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class _Call:
-    """Loading code of a module, to be called.
+    """Pending call of a module's loading code.
 
     Attributes:
-        path: of the module.
-        part: the module; its weights are whole in the call.
-        name: of the code, for messages.
-        run: calls it.
+        path: path of the module in the model.
+        part: the module; its weights are gathered for the call.
+        name: name of the code, for messages.
+        run: function that makes the call.
     """
 
     path: str
@@ -134,13 +135,16 @@ class _Outcome:
     is_any: bool = False
 
     def note(self, call: _Call) -> None:
-        """Call something of a module; a failure is kept, as other ranks may be in a gather."""
+        """Make a call and restore changed parameter objects; keep a failure as a problem.
+
+        A failure is not raised here, as other ranks may wait in a gather.
+        """
         self.is_any = True
         path, part = call.path, call.part
         before = _weights(part)
         try:
             call.run()
-        except Exception as error:  # of the module's own code, which can be anything
+        except Exception as error:  # user code may raise anything
             self.failures.append(
                 Problem(
                     f"{call.name} of {_shown(path)} failed",
@@ -151,7 +155,7 @@ class _Outcome:
             )
         for (owner, key), (parameter, seen) in before.items():
             if owner._parameters.get(key) is not parameter:
-                owner._parameters[key] = parameter  # the one that the optimizer knows
+                owner._parameters[key] = parameter  # the object that the optimizer updates
             elif _sum_of(parameter) == seen:
                 continue
             name = next(n for n, module in part.named_modules() if module is owner)
@@ -159,7 +163,7 @@ class _Outcome:
 
 
 def _weights(part: _Module) -> dict[tuple[_Module, str], tuple[torch.nn.Parameter, int]]:
-    """Find the parameters in a module and below it by their places, each with a checksum."""
+    """Return the parameters of a module and its submodules by owner and key, with checksums."""
     return {
         (owner, key): (parameter, _sum_of(parameter))
         for owner in part.modules()
@@ -173,7 +177,7 @@ def _sum_of(parameter: torch.nn.Parameter) -> int:
 
 
 def _calls(module: _Module) -> Iterator[_Call]:
-    """Find what is to be called, in the order of torch."""
+    """Yield the calls to make, in the order in which torch makes them."""
     load: Any = module.load_state_dict
     if _is_user_code(load):
         yield _Call("", module, "load_state_dict", lambda: load(module.state_dict()))
@@ -184,13 +188,13 @@ def _calls(module: _Module) -> Iterator[_Call]:
         found += map(_name_of, _user_hooks(part._load_state_dict_pre_hooks))
         if found:
             yield _Call(path, part, found[0], functools.partial(_load_one, path, part))
-    for path, part in reversed(named):  # those of children first
+    for path, part in reversed(named):  # children before their parents
         if hooks := _user_hooks(part._load_state_dict_post_hooks):
             yield _Call(path, part, _name_of(hooks[0]), functools.partial(_after, part, hooks))
 
 
 def _load_one(path: str, part: _Module) -> None:
-    """Load a module, not those in it, with its own state, as ``Module.load_state_dict`` does."""
+    """Load a module with its own state, without its submodules, as ``load_state_dict`` would."""
     prefix = f"{path}." if path else ""
     own: Any = part.state_dict(prefix=prefix)
     state: Any = OrderedDict(own)
@@ -214,13 +218,13 @@ def _user_hooks(hooks: Mapping[int, Callable[..., object]]) -> list[Callable[...
 
 
 def _is_user_code(code: Callable[..., object]) -> bool:
-    """Tell whether a hook or method is the user's, and no library's."""
+    """Tell whether a hook or method is defined outside the libraries listed above."""
     home = getattr(_inside(code), "__module__", None) or ""
     return home.split(".")[0] not in _LIBRARIES
 
 
 def _inside(code: Any) -> Any:
-    """Return the function in the wrappings of torch and ``functools.partial``."""
+    """Return the function inside wrappers of torch and ``functools.partial``."""
     from torch.nn.modules.module import _WrappedHook
 
     while isinstance(code, (_WrappedHook, functools.partial)):

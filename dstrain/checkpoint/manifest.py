@@ -1,4 +1,4 @@
-"""The manifest, which lists the content of a checkpoint. A folder without one is no checkpoint."""
+"""Manifest of a checkpoint: its content and checksums. A folder without one is no checkpoint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VERSION = 1
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Manifest:
-    """The description of one checkpoint.
+    """Description of a checkpoint and its files.
 
     Attributes:
         step: optimizer steps that the run had done.
@@ -51,13 +51,14 @@ class Manifest:
         created: time of the commit, ISO 8601, UTC.
         parameters: name -> shape, of every parameter.
         optimized: names of the parameters that have master weights and optimizer state.
-        metrics: of the last evaluation before it, empty where there was none; what a user's
-            function gave, so most are numbers.
-        versions: of dstrain and the libraries that it stands on.
+        metrics: metrics of the last evaluation before the save, empty where there was none; values
+            are from a user's function, so most but not all are numbers.
+        versions: versions of dstrain and the libraries that it uses.
         files: path relative to the folder -> size and checksum, of every file but the manifest.
-        elsewhere: likewise, of the files of ranks that have another machine's disk; they may be
-            copied here.
-        layout: of what a resume needs: "slices" by parameter name, or "deepspeed"'s own files.
+        elsewhere: path -> size and checksum of the files of ranks on other machines' disks; they
+            may have been copied into this folder.
+        layout: layout of the state for a resume: "slices" by parameter name, or "deepspeed" for
+            DeepSpeed's own files.
     """
 
     step: Count
@@ -76,13 +77,13 @@ class Manifest:
     elsewhere: Mapping[FileName, FileRecord] = field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:
-        """Return a metric's value; None where there is none of that name, or it is no number."""
+        """Return a metric's value; None where the metric is missing or not a number."""
         value = self.metrics.get(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return value if is_number else None
 
     def not_in(self, folder: Path) -> list[str]:
-        """List the files of other machines that are not in this folder either."""
+        """List the files of other machines that were not copied into this folder."""
         return [name for name in self.elsewhere if not (folder / name).exists()]
 
     def has(self, name: str) -> bool:
@@ -91,7 +92,7 @@ class Manifest:
 
     @property
     def has_slices(self) -> bool:
-        """Tell whether it can be resumed at any topology."""
+        """Tell whether the checkpoint has slices, and so can be resumed at any topology."""
         return self.resumable and self.layout == SLICES
 
     @property
@@ -101,7 +102,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest durably, under its name at the very end, which commits the checkpoint.
+    """Write the manifest to the disk, then rename it to its final name.
 
     Raises:
         OSError: the disk is full, the folder is gone, and so on.
@@ -146,7 +147,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or a newer dstrain wrote it.
+        CheckpointError: the manifest is missing or damaged, or a newer dstrain wrote it.
     """
     path = folder / NAME
     try:
@@ -181,10 +182,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_consistent(manifest: Manifest) -> None:
-    """Check fields against each other.
+    """Check that the fields of a manifest are consistent with each other.
 
     Raises:
-        ValueError: they contradict each other.
+        ValueError: fields contradict each other.
     """
     if unknown := sorted(set(manifest.optimized) - set(manifest.parameters)):
         raise ValueError(f"optimized: {unknown[0]!r} is none of its parameters")
@@ -195,10 +196,10 @@ def _check_consistent(manifest: Manifest) -> None:
 
 
 def is_dstrain_checkpoint(folder: Path) -> bool:
-    """Tell whether dstrain has written a folder as a checkpoint, whole or damaged since.
+    """Tell whether dstrain has written a folder as a checkpoint, also if it was damaged since.
 
-    Nothing else is ever removed, renamed or replaced: not a link, which somebody has made, nor
-    a folder without a manifest, nor one with another program's.
+    Only such folders are ever removed, renamed or replaced: no symbolic link, no folder without a
+    manifest, no folder with another program's manifest.
     """
     path = folder / NAME
     try:
@@ -207,7 +208,7 @@ def is_dstrain_checkpoint(folder: Path) -> bool:
         begin = loaded(path, 4096)
     except OSError:
         return False
-    # A manifest that has lost its text is known by what stands beside it in every checkpoint.
+    # If the manifest's text is lost, the files that every checkpoint has beside it count.
     return FORMAT.encode() in begin or _has_our_files(folder)
 
 
@@ -223,14 +224,14 @@ def check_files(
     only: Collection[str] | None = None,
     on_file: Callable[[int], object] = lambda num_bytes: None,
 ) -> list[str]:
-    """List what is wrong with the files of a checkpoint, a line each; empty when nothing is.
+    """Check the files of a checkpoint against its manifest; return a line for each fault.
 
     Args:
         folder: the checkpoint.
         manifest: its manifest.
-        share: (k, n) looks at every n-th file from the k-th on, so that ranks share the work.
-        only: look at these files alone.
-        on_file: called with the bytes of each file that has been looked at.
+        share: (k, n) checks every n-th file from the k-th on, so that ranks share the work.
+        only: names of files to check; None for all.
+        on_file: called with the bytes of each file that has been checked.
     """
     found = []
     absent = manifest.not_in(folder)
@@ -257,11 +258,11 @@ def require_files(
     Args:
         folder: the checkpoint.
         manifest: its manifest.
-        names: of the files, by their path in the folder.
+        names: paths of the files in the folder.
         on_file: as for ``check_files``.
 
     Raises:
-        CheckpointError: naming each that is not, or that the manifest does not list.
+        CheckpointError: files are damaged or not listed in the manifest; the message names them.
     """
     problems = [f"{n} is not listed in {NAME}" for n in sorted(names) if not manifest.has(n)]
     problems += check_files(folder, manifest, only=names, on_file=on_file)
@@ -272,7 +273,7 @@ def require_files(
 
 
 def _fault_of(folder: Path, name: str, expected: FileRecord) -> str | None:
-    """Say what is wrong with one file; return None where nothing is."""
+    """Return the fault of a file in words; None where the file matches its record."""
     path = folder / name
     try:
         about = path.stat()
@@ -286,7 +287,7 @@ def _fault_of(folder: Path, name: str, expected: FileRecord) -> str | None:
             return f"{name} does not have its checksum: its content has changed"
     except FileNotFoundError:
         return f"{name} is missing"
-    except (OSError, RuntimeError) as error:  # the latter of a circle of links, up to Python 3.12
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, up to Python 3.12
         return f"{name} cannot be read: {getattr(error, 'strerror', None) or error}"
     return None
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose state is in DeepSpeed's own layout: which runs may read them."""
+"""Checks that a run may read a checkpoint whose state is in DeepSpeed's own layout."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class Reader:
-    """The facts of a run that resumes, by which DeepSpeed can load a checkpoint or not.
+    """Facts of a resuming run that decide whether DeepSpeed can load a checkpoint into it.
 
     Attributes:
-        unpickles: whether the user chose DeepSpeed's layout, and with it that pickles are executed.
-        world_size: its ranks.
-        stage: its ZeRO stage.
-        precision: its number format.
+        unpickles: whether the user chose DeepSpeed's layout, and so allowed executing pickles.
+        world_size: number of ranks.
+        stage: ZeRO stage.
+        precision: "fp32", "bf16" or "fp16".
     """
 
     unpickles: bool
@@ -30,26 +30,31 @@ class Reader:
 
 
 def tag_of(step: int) -> str:
-    """Name the folder of DeepSpeed's files inside of a checkpoint, as DeepSpeed names it."""
+    """Return the name of the folder with DeepSpeed's files in a checkpoint, as DeepSpeed does."""
     return f"global_step{step}"
 
 
 def check_readable(folder: Path, manifest: Manifest, reader: Reader) -> None:
-    """Refuse early what DeepSpeed could not load, or what nobody allowed it to load.
+    """Refuse early a checkpoint in DeepSpeed's layout that it cannot, or may not, load.
+
+    Does nothing for a checkpoint of slices.
 
     Raises:
-        CheckpointError: with every reason; never for a checkpoint of slices.
+        CheckpointError: DeepSpeed cannot or may not load it; the message has every reason.
     """
     if manifest.layout == DEEPSPEED:
         unpickling(folder, manifest, reader)
 
 
 def unpickling(folder: Path, manifest: Manifest, reader: Reader) -> Unpickling:
-    """Allow DeepSpeed's loader, which executes pickles, to read a checkpoint.
+    """Permit DeepSpeed's loader, which executes pickles, to read a checkpoint.
+
+    Returns:
+        The permission that ``load_native`` requires.
 
     Raises:
-        CheckpointError: the user did not choose it, or it could not read this one; with every
-            reason.
+        CheckpointError: the user did not choose DeepSpeed's layout, or DeepSpeed cannot load this
+            checkpoint into this run; the message has every reason.
     """
     convert = f"convert it for any topology: dstrain checkpoint import {folder} OUT"
     if not reader.unpickles:
@@ -76,7 +81,7 @@ def unpickling(folder: Path, manifest: Manifest, reader: Reader) -> Unpickling:
     tag = tag_of(manifest.step)
     if manifest.layout != DEEPSPEED or not manifest.resumable:
         problems.append(Problem(f"{folder} does not hold what DeepSpeed resumes from"))
-    # DeepSpeed reads what it finds there; what the manifest does not list has no checksum.
+    # DeepSpeed reads every file it finds there; a file that is not listed has no checksum.
     there = sorted(str(p.relative_to(folder)) for p in (folder / tag).rglob("*") if not p.is_dir())
     if unknown := [name for name in there if not manifest.has(name)]:
         problems.append(

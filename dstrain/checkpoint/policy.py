@@ -1,4 +1,4 @@
-"""The way in which a run saves its checkpoints, and what it adds to each."""
+"""Settings of a run for saving checkpoints, and the values it adds to each checkpoint."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dstrain.checkpoint.manifest import SLICES, Layout
 
 @dataclass(frozen=True)
 class Policy:
-    """The choices of a run about saving.
+    """Settings of a run for saving checkpoints.
 
     Attributes:
-        output_dir: where checkpoints go.
-        limit: how many are kept; None or 0 keeps all.
-        only_model: leave everything out that a resume needs.
+        output_dir: folder of the checkpoints.
+        limit: number of checkpoints to keep; None or 0 keeps all.
+        only_model: leave out all state for a resume.
         with_weights: write the model's weights as Hugging Face files too.
-        asynchronous: write beside training; None decides by the memory that is left.
-        on_each_node: write into the folder of every machine, which has a disk of its own: what is
-            of a rank where the rank is, and the rest on all of them.
-        stop_on_failure: whether a save that failed ends the run.
-        layout: of what a resume needs; DeepSpeed's own is written while training waits.
+        asynchronous: write in the background; None decides by the available memory.
+        on_each_node: machines have no shared disk: write a folder on every machine, with the files
+            of the machine's ranks and all files that belong to no rank.
+        stop_on_failure: whether a failed save ends the run.
+        layout: layout of the state for a resume; DeepSpeed's own is written while training waits.
     """
 
     output_dir: Path
@@ -38,19 +38,19 @@ class Policy:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The values that the trainer adds to the engine's state: plain values and tensors.
+    """Values that the trainer adds to a checkpoint: plain values and tensors.
 
     Attributes:
         step: optimizer steps done.
-        shared: the same on all ranks.
-        rank_state: of this rank alone: random state and the like.
-        documents: further files of the main rank: name -> JSON content.
+        shared: values that are the same on all ranks.
+        rank_state: values of this rank alone, such as its random state.
+        documents: further files, written by the main rank: name -> JSON content.
         write_processor: writes tokenizer or processor into a folder, or None.
-        metrics: of the last evaluation.
-        best: folder of the best checkpoint so far, which stays.
-        after_commit: called on the main rank with the committed folder, before older ones go; in
-            the writing thread where the save is in the background. What it raises is logged: the
-            checkpoint is there.
+        metrics: metrics of the last evaluation.
+        best: folder of the best checkpoint so far, which rotation keeps.
+        after_commit: called on the main rank with the committed folder, before older checkpoints
+            are removed; in the writing thread if the save is in the background. Its exceptions are
+            only logged, as the checkpoint exists by then.
     """
 
     step: int

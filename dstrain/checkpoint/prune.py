@@ -1,4 +1,4 @@
-"""Removing old checkpoints of a run by hand, with the care that rotation takes."""
+"""Removal of a run's old checkpoints on a user's command, with the safeguards of rotation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dstrain.core.errors import CheckpointError, Problem
 
 @dataclass(frozen=True)
 class Pruning:
-    """The checkpoints that ``prune`` removes, and those that it keeps.
+    """Result of ``prune``: removed and kept checkpoints.
 
     Attributes:
-        removed: checkpoints that were removed, or would be.
-        kept: those that stay, each with the reason.
+        removed: checkpoints that were removed, or would be in a dry run.
+        kept: remaining checkpoints, each with the reason.
     """
 
     removed: tuple[folders.Found, ...]
@@ -35,18 +35,19 @@ def prune(
 ) -> Pruning:
     """Remove the oldest checkpoints of a run until ``keep`` are left.
 
-    The newest, the best and those that a process reads stay whatever ``keep`` is; and so does what
-    dstrain has not made, such as links, which do not count. Nothing is removed unless the newest
-    verifies: it may be all that is left afterwards.
+    The newest, the best and those that a process reads are never removed. Folders that dstrain has
+    not made, such as links, are not removed and do not count. Nothing is removed unless the newest
+    checkpoint verifies, as it may be the only one left afterwards.
 
     Args:
         output_dir: a run's folder.
-        keep: how many to leave, at least 1.
+        keep: number of checkpoints to leave, at least 1.
         dry_run: remove nothing.
-        on_file: called with the bytes of each file of the newest one that has been read.
+        on_file: called with the bytes of each file of the newest checkpoint that has been verified.
 
     Raises:
-        CheckpointError: no checkpoint there, ``keep`` below 1, or the newest is damaged.
+        CheckpointError: the folder has no checkpoint, ``keep`` is below 1, or the newest checkpoint
+            is damaged.
     """
     if keep < 1:
         raise CheckpointError(Problem(f"--keep {keep}", "at least the newest checkpoint stays"))
@@ -80,7 +81,7 @@ def prune(
 
 
 def best_of(output_dir: Path) -> Path | None:
-    """Find the run's best checkpoint, as the newest readable ``trainer_state.json`` names it."""
+    """Return the best checkpoint named in the newest readable ``trainer_state.json``, or None."""
     for checkpoint in reversed(folders.committed(output_dir)):
         with contextlib.suppress(CheckpointError):
             best = read_trainer_state(checkpoint.folder).best_model_checkpoint

@@ -1,4 +1,4 @@
-"""``run.json`` and ``rank-N.json`` of a checkpoint: the state of a run beside its tensors."""
+"""Reading of a checkpoint's ``run.json`` and ``rank-N.json``: the run's state except tensors."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ States = Mapping[Annotated[str, Strict()], Any]
 
 @dataclass(frozen=True)
 class RunDocument:
-    """The content of ``run.json``.
+    """Content of ``run.json``.
 
     Attributes:
-        engine: what the engine has beside its tensors.
+        engine: the engine's state except tensors.
         global_batch_size: samples per step.
-        position: where the run stands, in the trainer's terms.
-        formats: of parameters in another format than the run's.
-        extra_states: of modules, by their paths, as the main rank had them.
+        position: the trainer's position in the run.
+        formats: parameter name -> dtype, for parameters in another dtype than the run's.
+        extra_states: path of a module -> its extra state on the main rank.
     """
 
     engine: EngineRecord
@@ -49,7 +49,7 @@ class RunDocument:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read what all ranks share of a run: ``RunRecord.shared`` and the engine's progress.
+    """Read ``run.json``: ``RunRecord.shared`` and the engine's progress, shared by all ranks.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -62,7 +62,7 @@ def read_rank_state(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str,
     """Read this rank's ``RunRecord.rank_state``.
 
     Returns:
-        None where another number of ranks wrote the checkpoint, or an import.
+        The values; None where another number of ranks wrote the checkpoint, or it was imported.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -76,10 +76,11 @@ def read_rank_state(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str,
 
 @dataclass(frozen=True)
 class _RankExtras:
-    """The content of a rank's file beside ``RunRecord.rank_state``.
+    """Entries of a rank's file that are not from ``RunRecord.rank_state``.
 
     Attributes:
-        extra_states: of modules, by their paths, where this rank has another than the main rank.
+        extra_states: path of a module -> its extra state, where this rank's differs from the main
+            rank's.
     """
 
     extra_states: States = field(default_factory=dict)

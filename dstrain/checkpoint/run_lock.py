@@ -1,4 +1,4 @@
-"""The lock of a run on its output folder, in which two runs would replace each other's files."""
+"""Lock of a run on its output folder, so that two runs do not replace each other's files."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _SHARED = "; if it is this one on another machine, they share the disk: leave sa
 
 
 class RunLock:
-    """A lock of one process on a folder, which may be taken several times over.
+    """Re-entrant lock of a process on a folder.
 
-    The kernel lets go when the process dies. Its file is empty, and is removed when the run has
-    ended. Where the folder cannot be written, or the file system knows no locks, this does nothing.
-    Anything else by that name is the user's: a link is not followed, and nothing is removed.
+    The kernel releases it when the process dies. The lock file is empty, and is removed when the
+    run has ended. Where the folder cannot be written, or the file system has no locks, this does
+    nothing. Anything else under that name is the user's: it is neither followed nor removed.
 
     Attributes:
         folder: the run's output folder.
     """
 
     def __init__(self, folder: Path, *, on_each_node: bool = False) -> None:
-        """Take nothing yet.
+        """Set up without taking the lock.
 
         Args:
-            folder: of the run.
-            on_each_node: whether every machine of this run takes its own disk's.
+            folder: output folder of the run.
+            on_each_node: whether every machine of this run locks a folder on its own disk.
         """
         self.folder = Path(folder)
         self._on_each_node = on_each_node
@@ -48,10 +48,10 @@ class RunLock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock while the block runs; a block inside another changes nothing.
+        """Hold the lock during the body; nested uses share it.
 
         Raises:
-            CheckpointError: another living process holds it, or the file cannot be made.
+            CheckpointError: another living process holds the lock, or its file cannot be made.
         """
         if not self._times:
             self._take()
@@ -64,16 +64,16 @@ class RunLock:
                 self._release()
 
     def keep(self) -> bool:
-        """Check that the folder is still there, and still this run's; make it anew if it is gone.
+        """Check that the folder still exists and is locked by this run; make it anew if it is gone.
 
-        A folder that was moved or removed under the run is made anew in its place, with a warning:
-        the run goes on, and what it saves from then on is there.
+        A folder that was moved or removed during the run is made anew at the same path, with an
+        error in the log; the run goes on and saves into the new folder.
 
         Returns:
-            whether it was moved or removed.
+            True if the folder was moved or removed.
 
         Raises:
-            CheckpointError: another run has taken the place of the folder, or it cannot be made.
+            CheckpointError: another run has locked the new folder, or it cannot be made.
         """
         if self._file is None or self._is_in_place():
             return False
@@ -128,10 +128,10 @@ class RunLock:
             self._file = None
 
     def _opened(self) -> BinaryIO | None:
-        """Open the file by that name, made where there is none; None where it cannot be written.
+        """Open or create the lock file; return None where the folder cannot be written.
 
         Raises:
-            CheckpointError: something else has the name, or the system refuses.
+            CheckpointError: the name is taken by something else than a file, or opening fails.
         """
         path = self.folder / RUN_LOCK
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -171,7 +171,7 @@ class RunLock:
         return _id_of(path) == (facts.st_dev, facts.st_ino) and not path.is_symlink()
 
     def _moved_to(self) -> str:
-        """Return where the folder is now, as far as the system tells; "" where it is removed."""
+        """Return the present path of a moved folder by ``/proc``; "" if the folder was removed."""
         assert self._file is not None
         with contextlib.suppress(OSError):
             path = Path(os.readlink(f"/proc/self/fd/{self._file.fileno()}"))
@@ -182,10 +182,10 @@ class RunLock:
 
 @contextlib.contextmanager
 def held_lock(lock: RunLock, *, takes: bool) -> Iterator[None]:
-    """Hold a lock while the block runs, on the ranks that take it; a collective of all ranks.
+    """Hold a lock during the body, on the ranks with ``takes``; a collective of all ranks.
 
     Raises:
-        CheckpointError: another run holds one of them; on every rank.
+        CheckpointError: another run holds the lock of some rank; raised on every rank.
     """
     with contextlib.ExitStack() as stack:
         with all_or_none():
@@ -195,7 +195,7 @@ def held_lock(lock: RunLock, *, takes: bool) -> Iterator[None]:
 
 
 def _is_something_else(path: Path) -> bool:
-    """Tell whether a name is that of anything but a file."""
+    """Tell whether a path exists and is not a regular file."""
     try:
         return not stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:

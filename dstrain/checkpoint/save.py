@@ -1,4 +1,4 @@
-"""Writing checkpoints: when ranks copy, write and commit them, and what happens on a failure."""
+"""Saving of checkpoints: copying, writing and committing on all ranks, and handling of failures."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ logger = get_logger(__name__)
 
 @dataclass
 class _Save:
-    """A save whose content no longer depends on training.
+    """Save in progress, whose content training no longer changes.
 
     Attributes:
-        captured: what is written.
-        staging: the folder, on the rank that made it.
-        held: removes the folder unless it has been committed.
+        captured: the content to write.
+        staging: the staging folder, known to the rank that made it.
+        held: on closing, removes the folder unless it has been committed.
     """
 
     captured: Captured
@@ -43,23 +43,23 @@ class _Save:
 
 
 class CheckpointWriter:
-    """Saves of one run; every method is a collective of all ranks.
+    """Writer of a run's checkpoints; every method is a collective of all ranks.
 
     Attributes:
-        failed: steps whose checkpoints could not be written, as far as that is known.
-        last: the step that was to be saved last; None before the first.
+        failed: steps whose checkpoints could not be written, as known so far.
+        last: step of the latest call of ``save``; None before the first.
     """
 
     def __init__(self, policy: Policy, ranks: Ranks, lock: RunLock) -> None:
-        """Clear up after killed runs, and refuse a second run in the same folder.
+        """Lock the folder and clean up after killed runs.
 
         Args:
-            policy: what is saved where.
+            policy: the run's settings for saving.
             ranks: facts of this process.
-            lock: of the run on the folder, which the writer holds until it is closed.
+            lock: the run's lock on the folder, which the writer holds until it is closed.
 
         Raises:
-            CheckpointError: another run is writing there.
+            CheckpointError: another run is writing into the folder.
         """
         self._policy, self._ranks = policy, ranks
         self._writers = Writers.of(policy, ranks)
@@ -81,18 +81,18 @@ class CheckpointWriter:
         if is_distributed():
             import torch.distributed as dist
 
-            # Its own group: what the writing threads agree on must not meet training's collectives.
+            # A separate group: collectives of writing threads must not mix with training's.
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def save(self, engine: Engine, record: RunRecord) -> None:
         """Save the engine's state and ``record`` as ``checkpoint-<step>``.
 
-        In the background training goes on once this rank's slices are copied; a save that is still
-        being written is waited for first.
+        Waits first for a background save that is still being written. A save in the background
+        returns once this rank's slices are copied.
 
         Raises:
-            CheckpointError: the optimizer cannot be saved; or a save failed (this one, or in the
-                background the one before) and the policy says stop.
+            CheckpointError: the optimizer's state cannot be saved; or this save, or the background
+                save before it, failed and the policy stops the run on failures.
         """
         self.wait()
         self.last = record.step
@@ -111,7 +111,7 @@ class CheckpointWriter:
         self._conclude(failures, record.step)
 
     def _begin(self, engine: Engine, record: RunRecord) -> list[str]:
-        """Save, or begin to in the background; return the failures so far, alike on all ranks."""
+        """Save, or start a save in the background; return failures so far, alike on all ranks."""
         try:
             save = self._prepare(engine, record, self._copies if self._asynchronous else None)
         except DstrainError as error:
@@ -128,9 +128,9 @@ class CheckpointWriter:
         return []
 
     def _lost_folder(self) -> bool:
-        """Tell whether the folder was moved or removed under a save; a collective.
+        """Tell whether the output folder was moved or removed during a save; a collective.
 
-        That is no failure of the disk: by now the folder has been made anew, and can be written.
+        That is no failure of the disk: this call makes the folder anew, and it can be written.
         """
         lost = False
         with all_or_none():
@@ -139,10 +139,10 @@ class CheckpointWriter:
         return any(gather_objects(lost))
 
     def wait(self) -> None:
-        """Wait until nothing is being written any more.
+        """Wait until a background save has ended.
 
         Raises:
-            CheckpointError: that save failed and the policy says stop.
+            CheckpointError: the save failed and the policy stops the run on failures.
         """
         if self._thread is None:
             return
@@ -150,12 +150,12 @@ class CheckpointWriter:
         self._thread = None
         failures, self._failures = self._failures, []
         assert self._writing is not None
-        # Training has gone on since: a folder that was lost costs this checkpoint, not the run.
+        # Training has gone on meanwhile: for a moved folder this checkpoint is lost, not the run.
         lost = any(gather_objects(bool(failures))) and self._lost_folder()
         self._conclude(failures, self._writing, may_stop=not lost)
 
     def close(self) -> None:
-        """Wait, and give everything back; a failure is logged and noted, and no error."""
+        """Wait for a background save and release all resources; a failed save is only logged."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -177,7 +177,7 @@ class CheckpointWriter:
         self.failed.add(step)
         self._report(failures, step)
         if self._policy.stop_on_failure and may_stop:
-            # What is no fault of the disk says its own remedy.
+            # A failure with a remedy of its own is not the disk's fault.
             mended = all("fix: " in failure for failure in failures)
             disk = "" if mended else "free space or repair the disk, then "
             raise CheckpointError(
@@ -198,7 +198,7 @@ class CheckpointWriter:
             )
 
     def _prepare(self, engine: Engine, record: RunRecord, copies: HostCopies | None) -> _Save:
-        """Make the folder, and everything in it that training would change."""
+        """Make the staging folder and capture all state that training would change."""
         with contextlib.ExitStack() as held:
             output_dir = self._policy.output_dir
             staging = Staging()
@@ -218,13 +218,13 @@ class CheckpointWriter:
             self._failures = [f"rank {self._ranks.rank}: {type(error).__name__}: {error}"]
 
     def _finish(self, save: _Save) -> list[str]:
-        """Write this rank's files; commit if every rank could; return the failures of all ranks."""
+        """Write this rank's files; commit if no rank failed; return the failures of all ranks."""
         record = save.captured.record
         records: dict[str, FileRecord] = {}
         failure = None
         try:
             records = save.captured.write(save.staging, self._writers, self._group)
-        except DstrainError as error:  # of all ranks
+        except DstrainError as error:  # raised alike on all ranks, so without the rank's number
             failure = str(error)
         except Exception as error:
             failure = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
@@ -244,7 +244,8 @@ class CheckpointWriter:
                     lambda path: write_manifest(path, manifest), save.staging
                 )
             if not failures:
-                # Where each machine has a folder, none has lost an older one until all have this.
+                # Where each machine has a folder, older checkpoints are removed only after all
+                # machines have committed this one.
                 failures = self._on_each_folder(
                     lambda path: folders.commit(path, output_dir, record.step), save.staging
                 )
@@ -254,7 +255,7 @@ class CheckpointWriter:
             folder = folders.checkpoint_path(output_dir, record.step)
             try:
                 record.after_commit(folder)
-            except Exception as error:  # the checkpoint is there, and other ranks know it as such
+            except Exception as error:  # the checkpoint is committed on all ranks
                 logger.error(
                     "%s is saved, but what was to follow failed: %s: %s",
                     folder.name,
@@ -270,7 +271,7 @@ class CheckpointWriter:
         return failures
 
     def _on_each_folder(self, act: Callable[[Path], object], staging: Staging) -> list[str]:
-        """Act once on every folder, on the rank that made it; return the failures of all ranks."""
+        """Call ``act`` on every folder, on the rank that made it; return failures of all ranks."""
         failure = None
         if staging.path is not None:
             try:

@@ -1,4 +1,4 @@
-"""The folder in which a checkpoint is written before it is committed."""
+"""Staging folder, in which a checkpoint is written before it is committed."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from dstrain.core.ranks import gather_objects
 
 @dataclass(frozen=True)
 class Staging:
-    """A folder, known to the rank that made it, and to the others once they have agreed.
+    """Staging folder, known to the rank that made it, and to other ranks through ``agreed``.
 
     Attributes:
-        path: the folder.
-        failure: why there is none.
+        path: the folder; None on ranks that did not make it.
+        failure: reason why the folder could not be made.
     """
 
     path: Path | None = None
     failure: str | None = None
 
     def agreed(self, maker: int, *, group: Any = None) -> Path:
-        """Return the folder once every rank that writes into it has seen it; a collective.
+        """Share the path of the folder and check that every rank sees it; a collective.
 
         Args:
             maker: the rank that made this rank's folder.
-            group: of all ranks.
+            group: process group of all ranks.
 
         Raises:
-            ModelError: one could not be made, or a rank does not see its own; on all ranks.
+            ModelError: a folder could not be made, or a rank does not see its folder; raised on all
+                ranks.
         """
         told = gather_objects(self, group=group)
         if failures := [staging.failure for staging in told if staging.failure is not None]:
@@ -54,7 +55,7 @@ class Staging:
 
 @contextlib.contextmanager
 def new_staging(output_dir: Path, step: int) -> Iterator[Staging]:
-    """Make a new folder for a step's checkpoint; remove it afterwards unless it was committed."""
+    """Make a staging folder for a step's checkpoint; remove it on exit unless it was committed."""
     with contextlib.ExitStack() as held:
         try:
             path = folders.new_staging(output_dir, step)

@@ -15,20 +15,20 @@ ARGUMENTS = "training_arguments.json"
 
 @dataclass(frozen=True)
 class TrainerStateRecord:
-    """The parts of ``TrainerState`` that a checkpoint states; None for those that it lacks.
+    """Fields of ``TrainerState`` in a checkpoint; None for fields that the file lacks.
 
     Attributes:
         global_step: optimizer steps done.
-        epoch: with its part that is done.
-        num_input_tokens_seen: as the trainer counts them.
+        epoch: epochs done, with the fraction of the current one.
+        num_input_tokens_seen: input tokens seen, as the trainer counts them.
         total_flos: floating-point operations so far.
-        log_history: everything that was logged.
-        best_metric: of the best evaluation.
-        best_global_step: of the best evaluation.
-        best_model_checkpoint: folder of the best checkpoint, as it was called then.
-        stateful_callbacks: class of a callback -> its state, or those of several; their content is
-            for the callbacks to judge.
-        train_batch_size: of transformers; samples per step and process.
+        log_history: all logged entries.
+        best_metric: metric of the best evaluation.
+        best_global_step: step of the best evaluation.
+        best_model_checkpoint: folder of the best checkpoint, under its name at the time.
+        stateful_callbacks: class name of a callback -> its state, or a list of states for several;
+            their content is checked by the callbacks alone.
+        train_batch_size: transformers' field: samples per step and process.
         logging_steps: optimizer steps between two logs.
         eval_steps: optimizer steps between two evaluations.
         save_steps: optimizer steps between two checkpoints.
@@ -51,7 +51,7 @@ class TrainerStateRecord:
 
 @dataclass(frozen=True)
 class ArgumentsRecord:
-    """The arguments by which a saved run chose its best model."""
+    """Arguments that determine the best model of a saved run."""
 
     metric_for_best_model: Text | None = None
     greater_is_better: Flag | None = None

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's weights alone into an engine that has trained: the best model of a run."""
+"""Loading of a checkpoint's weights alone into an engine that has trained, for the best model."""
 
 from __future__ import annotations
 
@@ -20,27 +20,21 @@ from dstrain.checkpoint.slice_index import read_index
 from dstrain.core.documents import FileName, Text, read_document, unreadable
 from dstrain.core.errors import CheckpointError, Problem, raise_problems
 from dstrain.core.ranks import Ranks
-from dstrain.engine import (
-    Engine,
-    Slot,
-    StateShard,
-    empty_slots_of,
-    slots_of,
-)
+from dstrain.engine import Engine, Slot, StateShard, empty_slots_of, slots_of
 from dstrain.models import Group, groups_of
 
 _INDEX = "model.safetensors.index.json"
 
 
 def load_weights(engine: Engine, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
-    """Put a checkpoint's weights and buffers into an engine; a collective of all ranks.
+    """Load a checkpoint's weights and buffers into an engine; a collective of all ranks.
 
     Optimizer state, schedule, loss scale and counters stay as they are. Master weights come from
-    the checkpoint's slices; where it has none, from its Hugging Face files. Each rank reads what
-    its shards need, a piece at a time.
+    the checkpoint's slices; without slices, from its Hugging Face files. Each rank reads only its
+    shards' elements, a piece at a time.
 
     Raises:
-        CheckpointError: it does not fit the model.
+        CheckpointError: the checkpoint does not fit the model.
     """
     with engine.state.loading() as held:
         index = read_index(folder, manifest) if manifest.has_slices else None
@@ -90,7 +84,7 @@ def _from_model_files(
     known = of_parameter.keys() | slots.keys() | set(map(id, parameters.values()))
     groups = [g for g in groups if all(id(entry.tensor) in known for entry in g.entries)]
     with torch.no_grad():
-        for group in emptied:  # there was none then: every one that there is would be in the files
+        for group in emptied:  # a buffer that is not in the files was None when they were saved
             slots[id(group.entries[0].tensor)].replace(None)
         for group in groups:
             _read_group(group, places, of_parameter, slots)
@@ -98,7 +92,7 @@ def _from_model_files(
 
 
 def _is_buffer(group: Group) -> bool:
-    """Tell whether a group is one buffer that is saved as it is."""
+    """Tell whether a group is a single buffer, saved without a conversion."""
     return group.is_as_trained and not isinstance(group.entries[0].tensor, torch.nn.Parameter)
 
 
@@ -107,7 +101,7 @@ def _saved_names(groups: Iterable[Group]) -> set[str]:
 
 
 def _read_late(engine: Engine, places: Mapping[str, Path]) -> None:
-    """Read what a fresh model has no tensor for: late buffers, and extra state that is a tensor."""
+    """Read tensors that a new model lacks: buffers created later, and extra state in tensors."""
     empty = {slot.name: slot for slot in empty_slots_of(engine.module)}
     for name, path in sorted(places.items()):
         with reading(path) as file:
@@ -125,7 +119,10 @@ def _read_group(
     of_parameter: dict[int, list[StateShard]],
     slots: dict[int, Slot],
 ) -> None:
-    """Read what this rank has of a group: runs of a tensor, or all of a group that is converted."""
+    """Read a group of tensors into this rank's shards and buffers.
+
+    Reads only the shards' elements of an unconverted tensor, and all tensors of a converted group.
+    """
     wanted = [of_parameter.get(id(entry.tensor), []) for entry in group.entries]
     buffers = [e for e in group.entries if not isinstance(e.tensor, torch.nn.Parameter)]
     if not any(wanted) and not buffers:
@@ -159,13 +156,13 @@ def _read_group(
 
 @dataclass(frozen=True)
 class _ShardIndex:
-    """``model.safetensors.index.json``: which tensor is in which file."""
+    """Content of ``model.safetensors.index.json``: tensor name -> file name."""
 
     weight_map: Mapping[Text, FileName]
 
 
 def _places(folder: Path, manifest: Manifest) -> dict[str, Path]:
-    """Map the tensors of a checkpoint's model to their files, as the checkpoint lists them.
+    """Map the names of the model's tensors to the Hugging Face files that contain them.
 
     Raises:
         CheckpointError: the index is damaged, or names a file that is no part of the checkpoint.

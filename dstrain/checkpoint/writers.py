@@ -16,9 +16,9 @@ class Writers:
     """The ranks that write a checkpoint, by the folders that they share.
 
     Attributes:
-        ranks: this process among all ranks.
-        sharers: this process among the ranks that write into its folder; their main rank does what
-            is done once for each folder.
+        ranks: rank facts of this process among all ranks.
+        sharers: rank facts among the ranks that write into the same folder; their main rank writes
+            the files that each folder has once.
         groups: the ranks of each folder.
         first: the first rank that writes into this rank's folder.
     """
@@ -30,7 +30,7 @@ class Writers:
 
     @classmethod
     def of(cls, policy: Policy, ranks: Ranks) -> Writers:
-        """Find out which ranks share a folder; a collective of all ranks."""
+        """Gather which ranks share a folder; a collective of all ranks."""
         first = ranks.first_on_machine if policy.on_each_node else 0
         firsts = gather_objects(first)
         groups = tuple(
@@ -43,10 +43,10 @@ class Writers:
 def files_by_folder(
     parts: Sequence[tuple[int, dict[str, FileRecord]]], folder: int
 ) -> tuple[dict[str, FileRecord], dict[str, FileRecord]]:
-    """Split records of files into those of one folder and those that other machines have.
+    """Split records of files into those of a folder and those of other machines' folders.
 
     Args:
-        parts: of each rank, the first rank of its folder and the records of what it wrote.
+        parts: for each rank, the first rank of its folder and the records of its files.
         folder: the first rank of the folder.
     """
     files: dict[str, FileRecord] = {}

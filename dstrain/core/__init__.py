@@ -1,1 +1,1 @@
-"""Errors, rank facts and collectives, seeds, logging. Imports no other room."""
+"""Errors, rank facts and collectives, seeds, logging. Imports no other package of dstrain."""

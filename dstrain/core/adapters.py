@@ -11,5 +11,8 @@ def has_adapters(module: Any) -> bool:
 
 
 def inner_model(module: Any) -> Any:
-    """Return the model inside PEFT's wrapper, whose ``forward`` names the inputs; else itself."""
+    """Return the model inside PEFT's wrapper, whose ``forward`` names the inputs.
+
+    A module without the wrapper is returned as it is.
+    """
     return module.get_base_model() if has_adapters(module) else module

@@ -1,10 +1,11 @@
-"""The locks of builds: taking turns at one, and removing those that killed builds left behind.
+"""Locks around builds of DeepSpeed's ops: waiting for them, and removing stale ones.
 
 torch's ``load`` guards the folder of each op that it compiles with a file named `lock`. A process
-killed while it builds leaves it, after which every later run waits for it for ever:
-``clear_stale_locks`` removes the ones that no living process holds, and waits for nobody. A run
-waits for a build only when it needs that op, in ``wait_for_build``, which says for whom and has a
-limit. Imports neither torch nor deepspeed, so that a launcher can clear them in no time.
+killed during a build leaves that file behind, and every later run would wait for it for ever:
+``clear_stale_locks`` removes the locks that no living process holds, and does not wait for builds.
+A run waits for a build only when it needs that op, in ``wait_for_build``, which prints the process
+that builds and has a time limit. Imports neither torch nor deepspeed, so that a launcher can clear
+locks in no time.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from dstrain.core.errors import ConfigError, Problem
 
 logger = logging.getLogger(__name__)
 
-# A living owner's lock is not among its open files for a moment after it is made, and for another
-# before it is removed. One that is in neither state this long apart is nobody's.
+# A living owner does not yet have the lock open for a moment after it made the file, and no longer
+# for a moment before it removes it. A lock that nobody has open in two checks this far apart is
+# stale.
 SETTLE_SECONDS = 2.0
-# Where the owner may be out of sight only age tells; no op takes this long to build.
+# Where the owner's process may be invisible to us, only the lock's age counts; no op takes this
+# long to build.
 UNSEEN_OWNER_SECONDS = 1800.0
-# The same for builds that are waited for; of those who take turns, each may build several ops.
+# Limits of waiting: for one op's build, and for a process that may build several ops in its turn.
 WAIT_SECONDS = 1800.0
 TURN_SECONDS = 3600.0
 _LOOK_SECONDS = 5.0
@@ -40,26 +43,28 @@ _TRY_SECONDS = 0.1
 _LOCAL_FILESYSTEMS = frozenset(
     ["bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"]
 )
-# A person looking into an op's folder is no builder. (ninja runs its commands through `sh`.)
+# A shell whose working directory is an op's folder belongs to a person, not to a build. (ninja
+# runs its commands through `sh`, which is not listed.)
 _INTERACTIVE_SHELLS = frozenset(["bash", "csh", "fish", "ksh", "tcsh", "zsh"])
 
 
 def clear_stale_locks(folder: Path) -> list[Path]:
     """Remove the build locks under `folder` that belong to no living process; return their paths.
 
-    Safe while other ranks build or clear. torch keeps a lock open for as long as it builds, so one
-    that no process has open, on two looks, is nobody's. One beside which ninja or compilers are at
-    work that outlived their build stays, and is said: `wait_for_build` waits for them, in a run
-    that needs the op. Processes that clear take turns: between that finding and the removal nobody
-    else can have removed the lock and a new build put its own in the same place.
+    Safe while other ranks build or clear. torch keeps a lock open for as long as it builds, so a
+    lock that no process has open in two checks is stale. A lock stays, with a warning, while ninja
+    or compilers of a killed build still work in its folder: a run that needs the op waits for them
+    in `wait_for_build`. Processes that clear locks take turns: between check and removal no other
+    process can remove the lock, and so no new build can put its own lock in the same place.
 
-    Processes of another user, or of another machine where the disk is shared, cannot be seen: there
-    a lock goes only once it is older than `UNSEEN_OWNER_SECONDS`. Containers that share a folder on
-    one machine cannot see each other either, and cannot be told apart: give each its own.
+    Processes of another user, or of another machine where the disk is shared, are invisible: such a
+    lock is removed only once it is older than `UNSEEN_OWNER_SECONDS`. Containers that share a
+    folder on one machine cannot see each other either, and this cannot be detected: give each
+    container its own folder.
 
-    A lock that cannot be removed is a warning: this run may not need the op.
+    A lock that cannot be removed causes only a warning: this run may not need the op.
 
-    Does nothing where torch's locks are the kernel's, which end with their process.
+    Does nothing where torch locks with the kernel's file locks, which end with their process.
     """
     cleared: list[Path] = []
     if not torch_leaves_locks():
@@ -74,10 +79,10 @@ def clear_stale_locks(folder: Path) -> list[Path]:
 
 @functools.cache
 def torch_leaves_locks() -> bool:
-    """Tell whether the installed torch guards a build by a file that a killed process leaves.
+    """Tell whether the installed torch guards builds by lock files that a killed process leaves.
 
-    Releases from 2.15 on lock an open file instead, which stays and means nothing. torch is not
-    imported.
+    Releases from 2.15 on lock an open file in the kernel instead; their lock files stay and mean
+    nothing. Reads torch's source and does not import torch.
     """
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
@@ -87,14 +92,15 @@ def torch_leaves_locks() -> bool:
 
 
 def wait_for_build(lock: Path) -> bool:
-    """Wait until the build behind a lock has ended; say on standard error which process builds.
+    """Wait until the build behind a lock has ended; print on standard error which process builds.
 
     Returns:
-        Whether its owner has released the lock; False where that was killed, and the lock has been
-        removed here: the op is still to build.
+        True when the owner has released the lock; False when the owner was killed and this call
+        has removed the lock, so that the op is still to be built.
 
     Raises:
-        ConfigError: it has not ended after `WAIT_SECONDS`, or the lock cannot be removed.
+        ConfigError: the build has not ended after `WAIT_SECONDS`, or a stale lock cannot be
+            removed.
     """
     op, folder = lock.parent.name, lock.parent
     started, said, looked = time.monotonic(), None, -_LOOK_SECONDS
@@ -129,7 +135,7 @@ def _stands_still(lock: Path, who: str, waited: float) -> Problem:
 
 
 def _clear(folder: Path, locks: Sequence[Path], cleared: list[Path]) -> None:
-    """Remove those of the locks in an extensions folder that are stale, and list them."""
+    """Remove the stale ones among `locks` in an extensions folder; append them to `cleared`."""
     if not locks:
         return
     with taking_turns(folder / ".dstrain-clear.lock", limit_seconds=_most_seconds(locks)):
@@ -149,7 +155,7 @@ def _clear(folder: Path, locks: Sequence[Path], cleared: list[Path]) -> None:
 
 
 def _most_seconds(locks: Sequence[Path]) -> float:
-    """Return the longest wait for others that clear: each rank may look at all locks."""
+    """Return the longest wait for other ranks to clear locks: each may check all of them."""
     return 60.0 + SETTLE_SECONDS * (os.cpu_count() or 1) + len(locks)
 
 
@@ -159,18 +165,18 @@ def taking_turns(
 ) -> Iterator[None]:
     """Hold an exclusive lock on `path` for the body; the kernel drops it when the process dies.
 
-    The file says the number of the process that holds it, or did last.
+    The file contains the number of the process that holds the lock or held it last.
 
     Args:
-        path: of the lock's file, which stays.
-        waiting: is said where another process holds it.
-        limit_seconds: how long to wait for others.
+        path: path of the lock file, which is not removed.
+        waiting: line to print when another process holds the lock; "" for the default line.
+        limit_seconds: longest wait for other processes.
 
     Raises:
-        ConfigError: another process has not let go by then.
+        ConfigError: another process still holds the lock after this time.
     """
     with contextlib.ExitStack() as stack:
-        # Where we cannot write or the file system knows no locks, going on alone is what is left.
+        # Without the right to write or without locks in the file system, go on unlocked.
         with contextlib.suppress(OSError):
             file = stack.enter_context(open(path, "a"))
             _take(file.fileno(), path, waiting, limit_seconds)
@@ -221,14 +227,14 @@ def _locks(folder: Path) -> list[Path]:
 
 
 def _stale(locks: Sequence[Path]) -> list[Path]:
-    """Return the locks that have no owner in two checks, with one pause for all of them between."""
+    """Return the locks without an owner in two checks, with one pause between for all of them."""
     first = {lock: seen for lock in locks if (seen := _may_be_stale(lock)) is not None}
     if first:
         time.sleep(SETTLE_SECONDS)
     found = []
     for lock, seen in first.items():
         again = _may_be_stale(lock)
-        # A new build may have taken the place of the one that ended.
+        # A new build may have made a lock of the same name meanwhile.
         if again is not None and _identity(again) == _identity(seen):
             found.append(lock)
     return found
@@ -239,7 +245,12 @@ def _identity(seen: os.stat_result) -> tuple[int, int]:
 
 
 def _may_be_stale(lock: Path, *, says: bool = False) -> os.stat_result | None:
-    """Return the facts of a lock that has no owner in one check; else None."""
+    """Return the `stat` of a lock that has no owner in one check; None when it has one.
+
+    Args:
+        lock: the lock file.
+        says: log a warning when the lock stays although no owner is visible.
+    """
     try:
         seen = lock.stat()
     except FileNotFoundError:
@@ -268,10 +279,10 @@ def _may_be_stale(lock: Path, *, says: bool = False) -> os.stat_result | None:
 
 
 def _users(lock: Path) -> tuple[list[str], list[str]]:
-    """List the visible processes that have the lock open, and those at work beside it.
+    """List the visible processes that have the lock open, and those working in its folder.
 
-    The latter are ninja and compilers that outlived the process that started them; they hold no
-    lock, but a second build at the same time would write the same files.
+    The second list has ninja and compilers that outlived the process that started them; they hold
+    no lock, but a second build at the same time would write the same files.
     """
     owners: list[str] = []
     compiling: list[str] = []
@@ -280,7 +291,7 @@ def _users(lock: Path) -> tuple[list[str], list[str]]:
     except FileNotFoundError:
         return owners, compiling
     for process in Path("/proc").glob("[0-9]*"):
-        # Processes end while we look, and those of other users are closed to us.
+        # A process may end while we read it, and another user's cannot be read.
         command = ""
         with contextlib.suppress(OSError):
             command = (process / "comm").read_text().strip()
@@ -316,7 +327,7 @@ def _filesystem(path: Path) -> str:
         # 36 35 98:0 /root /mount/point rw,noatime shared:1 - ext4 /dev/sda1 rw
         mount, _, filesystem = line.partition(" - ")
         point = Path(mount.split()[4])
-        # `>=`: of two mounts in one place the later hides the earlier.
+        # `>=`: a later mount at the same point hides the earlier one.
         if resolved.is_relative_to(point) and len(point.parts) >= best:
             best, kind = len(point.parts), filesystem.split()[0]
     return kind

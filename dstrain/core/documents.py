@@ -1,9 +1,9 @@
-"""Reading documents that anybody may have damaged or forged: JSON in, a value of known types out.
+"""Parsing and validation of untrusted JSON documents into typed values.
 
-The one door for the JSON of checkpoints: bytes become plain values of limited depth, and these
-become a typed value whose every field has been checked (type, range, form). What is wrong is one
-``CheckpointError`` that names the file and the field. Nothing is executed, converted or guessed:
-"3" is no number, and neither is true.
+All JSON of checkpoints is read here: bytes become plain values of limited depth, and these become a
+typed value whose every field has been checked (type, range, form). All faults of a file are raised
+as one ``CheckpointError`` that names the file and the fields. Nothing is executed, converted or
+guessed: neither "3" nor true counts as a number.
 """
 
 from __future__ import annotations
@@ -63,26 +63,26 @@ Integer = Annotated[int, Strict(), Ge(-(2**63)), Lt(2**63)]
 Count = Annotated[int, Strict(), Ge(0), Lt(2**63)]
 AtLeastOne = Annotated[int, Strict(), Gt(0), Lt(2**63)]
 Real = Annotated[float, Strict()]
-"""Any number as a float; NaN and infinities are numbers too."""
+"""A number as a float; NaN and infinities are allowed."""
 Number = Annotated[
     Annotated[bool, Strict()] | Annotated[int, Strict()] | Annotated[float, Strict()],
     AfterValidator(_bounded),
 ]
-"""A number of the type that it is written with."""
+"""A bool, an integer or a float, kept in the type in which it was written."""
 Total = Annotated[Annotated[int, Strict()] | Annotated[float, Strict()], AfterValidator(_counted)]
-"""What has been counted up so far, with its type: finite, and not negative."""
+"""A running total: an integer or a float, finite and not negative."""
 Shape = Annotated[tuple[Count, ...], AfterValidator(_fits)]
 FileName = Annotated[str, Strict(), AfterValidator(_inside)]
-"""A path that stays inside of the folder that it is relative to."""
+"""A relative path that stays inside its folder: no "..", no absolute path."""
 Plain = Mapping[Text, Any]
-"""An object with any content: the state of something that a user owns."""
+"""A JSON object with any content, such as the state of a user's callback."""
 
 
 def parsed(data: bytes) -> Any:
-    """Return the value that a JSON text holds.
+    """Parse a JSON text and return its value.
 
     Raises:
-        ValueError: it is none, or is nested too deep.
+        ValueError: the text is not JSON, or is nested too deep.
     """
     try:
         value = json.loads(data)
@@ -93,10 +93,10 @@ def parsed(data: bytes) -> Any:
 
 
 def check_depth(value: Any) -> None:
-    """Check that a value to be written, or just read, is not nested deeper than readers accept.
+    """Check that a value is not nested deeper than ``MOST_LEVELS``, which all readers accept.
 
     Raises:
-        ValueError: it is nested too deep.
+        ValueError: the value is nested deeper.
     """
     level = [value]
     for _ in range(MOST_LEVELS):
@@ -120,7 +120,7 @@ def typed(value: Any, kind: type[T]) -> T:
     """Check plain values against ``kind``, a dataclass or an annotated type, and return a ``kind``.
 
     Raises:
-        ValueError: naming each field that is not as ``kind`` says.
+        ValueError: fields do not match ``kind``; the message names them.
     """
     try:
         known: Any = kind
@@ -135,10 +135,10 @@ def loaded(path: Path, most: int = -1) -> bytes:
 
     Args:
         path: the file.
-        most: bytes from its beginning; -1 for all.
+        most: number of bytes to read from its beginning; -1 for all.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
@@ -151,7 +151,7 @@ def read_document(path: Path, kind: type[T]) -> T:
     """Read a JSON file as a value of ``kind``.
 
     Raises:
-        CheckpointError: there is no such file, or it is damaged; with the file and the field.
+        CheckpointError: the file is missing or damaged; the message names the file and the fields.
     """
     try:
         return typed(parsed(loaded(path)), kind)
@@ -160,7 +160,7 @@ def read_document(path: Path, kind: type[T]) -> T:
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """Return the error that says that a file of a checkpoint cannot be read, and why."""
+    """Return the error for a file of a checkpoint that cannot be read, with the reason."""
     why = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return CheckpointError(Problem(f"{path} cannot be read", why, "use another checkpoint"))
 
@@ -171,7 +171,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _faults(error: ValidationError) -> str:
-    """Say which fields are wrong and why; the first few of them, and how many more there are."""
+    """Return a sentence with the first few invalid fields and their faults, and how many follow."""
     found = error.errors(include_url=False, include_context=False)
     lines = []
     for fault in found[:_MOST_FAULTS]:
@@ -186,7 +186,7 @@ def _faults(error: ValidationError) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for a message: containers by their length, huge numbers by their bits."""
+    """Render a value for a message: containers by their length, huge numbers by their bits."""
     if isinstance(value, (dict, list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 64:

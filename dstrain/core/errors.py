@@ -1,4 +1,4 @@
-"""Errors for users: what was passed, what was expected, the remedy, and all mismatches at once."""
+"""Errors for users, with what was passed, what was expected and a remedy, all problems at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dstrain.core.secrets import hidden_in_text
 
 @dataclass(frozen=True)
 class Problem:
-    """A single mistake or failure, told to a user; credentials in its texts are masked.
+    """A single mistake or failure to show to a user; credentials in its texts are masked.
 
     Attributes:
         what: what was passed, with its value and where it came from.
@@ -33,14 +33,14 @@ class Problem:
         lines = [self.what]
         for name, text in (("why", self.why), ("fix", self.remedy)):
             if text:
-                # What libraries say can have several lines; they stay under the first.
+                # Messages of libraries can have several lines; indent those after the first.
                 indented = text.strip().replace("\n", "\n         ")
                 lines.append(f"    {name}: {indented}")
         return "\n".join(lines)
 
 
 class DstrainError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base class of errors that a user can cause and fix."""
 
     def __init__(self, problems: str | Problem | Sequence[Problem], *, title: str = "") -> None:
         """Keep the problems as data; the message lists all of them."""
@@ -58,36 +58,36 @@ class DstrainError(Exception):
 
 
 class ConfigError(DstrainError, ValueError):
-    """Arguments or a DeepSpeed config that cannot be used as given."""
+    """Error in arguments or a DeepSpeed config that cannot be used as given."""
 
 
 class DataError(DstrainError, ValueError):
-    """Training or evaluation data that is missing, empty or of the wrong shape."""
+    """Error in training or evaluation data that is missing, empty or of the wrong shape."""
 
 
 class ModelError(DstrainError, ValueError):
-    """A model that cannot be built, loaded, trained or saved as asked."""
+    """Error of a model that cannot be built, loaded, trained or saved as asked."""
 
 
 class CheckpointError(DstrainError, RuntimeError):
-    """A checkpoint that cannot be written, verified or resumed."""
+    """Error of a checkpoint that cannot be written, verified or resumed."""
 
 
 class TrainingError(DstrainError, RuntimeError):
-    """A run that went wrong while training, such as a loss that became NaN."""
+    """Error of a run that failed while training, such as a loss that became NaN."""
 
 
 def raise_problems(
     problems: Sequence[Problem], *, error: type[DstrainError] = ConfigError, title: str = ""
 ) -> None:
-    """Raise ``error`` with every problem in one message; do nothing when there is none."""
+    """Raise ``error`` with every problem in one message; do nothing without problems."""
     if problems:
         raise error(problems, title=title)
 
 
 @contextlib.contextmanager
 def collected(errors: list[DstrainError]) -> Iterator[None]:
-    """Keep a user error of the body in ``errors``, so that the checks after it run too."""
+    """Catch a user error of the body and append it to ``errors``, so that later checks run too."""
     try:
         yield
     except DstrainError as error:
@@ -95,7 +95,7 @@ def collected(errors: list[DstrainError]) -> Iterator[None]:
 
 
 def raise_errors(errors: Sequence[DstrainError]) -> None:
-    """Raise a single error as it is, and several as one that lists every problem."""
+    """Raise a single error as it is, and several as one error that lists every problem."""
     if len(errors) == 1:
         raise errors[0]
     raise_problems([problem for error in errors for problem in error.problems])

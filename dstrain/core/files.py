@@ -1,4 +1,4 @@
-"""Files that survive a crash: checksummed while they are written, on the disk before they count."""
+"""Crash-safe writing of files: checksums while writing, fsync before a file counts as written."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class FileRecord:
-    """The size and checksum that a file must have to count as unchanged.
+    """Size and checksum that a file must have to count as unchanged.
 
     Attributes:
-        size: in bytes.
+        size: size in bytes.
         checksum: "xxh3:" and the 64-bit XXH3 hash of the content in hexadecimal.
     """
 
@@ -35,7 +35,7 @@ class FileRecord:
 
 
 class DurableFile:
-    """A new file, written from start to end, that is on the disk once ``close`` has returned."""
+    """A new file, written sequentially, that is on the disk once ``close`` has returned."""
 
     def __init__(self, path: Path) -> None:
         """Create or truncate ``path``."""
@@ -44,7 +44,7 @@ class DurableFile:
         self._size = 0
 
     def write(self, data: Any) -> None:
-        """Append bytes, or any buffer; large ones without a copy."""
+        """Append bytes or any buffer, in chunks and without a copy."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _CHUNK_BYTES):
             chunk = view[start : start + _CHUNK_BYTES]
@@ -61,7 +61,7 @@ class DurableFile:
         return FileRecord(self._size, f"xxh3:{self._hash.hexdigest()}")
 
     def abandon(self) -> None:
-        """Close after a failure, without waiting."""
+        """Close the file after a failure, without waiting for the disk."""
         self._file.close()
 
 
@@ -81,13 +81,13 @@ def write_bytes(path: Path, content: bytes) -> FileRecord:
 
 
 def write_json(path: Path, content: Any) -> FileRecord:
-    """Write JSON as ``write_bytes`` does; refuse NaN and infinities, as most readers do."""
+    """Write JSON with ``write_bytes``; refuse NaN and infinities, which most readers refuse."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     return write_bytes(path, text.encode())
 
 
 def write_record(path: Path, text: str) -> None:
-    """Write a text file for people in place of an older one, which stays if the write fails.
+    """Write a text file for people in place of an older file, which stays if the write fails.
 
     Raises:
         TrainingError: the disk is full, the folder is gone, and so on.
@@ -108,7 +108,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn an OSError of the body, which writes a file of the run, into an error for users.
 
     Raises:
-        TrainingError: in the place of an OSError.
+        TrainingError: the body raised an OSError.
     """
     try:
         yield
@@ -118,13 +118,15 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_refused(kind: type[DstrainError]) -> Iterator[None]:
-    """Turn the system's refusal of a path in the block into an error for users.
+    """Turn a PermissionError of the body into an error for users; also usable as a decorator.
 
-    Also a decorator. Even a look whether a path is there is refused in a folder that is not to be
-    entered.
+    In a folder that may not be entered, even the check whether a path exists is refused.
+
+    Args:
+        kind: the class of error to raise.
 
     Raises:
-        DstrainError: of this kind, in the place of a PermissionError.
+        DstrainError: the body raised a PermissionError.
     """
     try:
         yield
@@ -140,13 +142,13 @@ def told_refused(kind: type[DstrainError]) -> Iterator[None]:
 
 
 def unwritten(what: str, path: Path, error: OSError, *, remedy: str = "") -> Problem:
-    """Return the problem that something cannot be written, with the free space of a full disk.
+    """Describe a failed write as a problem, with the free bytes where the disk is full.
 
     Args:
-        what: what cannot be done, such as "the log cannot be written".
+        what: the failure in words, such as "the log cannot be written".
         path: the file or folder to be written.
-        error: what the system raised.
-        remedy: what to change where the disk is not full.
+        error: the error of the system.
+        remedy: what to change where the disk is not full; "" for the usual advice.
     """
     why = error.strerror or str(error)
     if error.errno in _FULL or "No space left" in why:
@@ -157,9 +159,9 @@ def unwritten(what: str, path: Path, error: OSError, *, remedy: str = "") -> Pro
 
 
 def free_bytes(path: Path) -> int | None:
-    """Return how many bytes can still be written to the disk of ``path``, or None when unknown.
+    """Return the bytes that can still be written to the disk of ``path``, or None when unknown.
 
-    The path need not exist.
+    The path need not exist; its nearest existing parent is used.
     """
     for place in (path, *path.absolute().parents):
         with contextlib.suppress(OSError):
@@ -169,7 +171,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def record_of(path: Path) -> FileRecord:
-    """Return size and checksum of a file, which is read whole."""
+    """Read a whole file and return its size and checksum."""
     digest, size = xxhash.xxh3_64(), 0
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -179,7 +181,7 @@ def record_of(path: Path) -> FileRecord:
 
 
 def make_durable(path: Path) -> FileRecord:
-    """Wait until a file that somebody else wrote is on the disk; return its size and checksum."""
+    """Flush a file written by a library to the disk; return its size and checksum."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -189,7 +191,7 @@ def make_durable(path: Path) -> FileRecord:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Flush a folder's entries (the names of its files) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -198,5 +200,5 @@ def sync_folder(folder: Path) -> None:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Return a path with ``~`` or ``~user`` at its begin replaced; as it is for an unknown user."""
+    """Return a path with a leading ``~`` or ``~user`` replaced; unchanged for an unknown user."""
     return Path(os.path.expanduser(path))

@@ -1,7 +1,7 @@
-"""The memory of this machine: all of it, and what is left; the limits of containers count.
+"""Total and available memory of this machine, with the limits of containers taken into account.
 
 A container, a batch system or a service sets limits in control groups (cgroups), of version 1 or 2
-or both, and each group is also held to the limits of the groups around it.
+or both. The limits of a group's parent groups apply to it too.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ _ROOT = Path("/")
 
 
 @dataclass(frozen=True)
-class _Version:
-    """Where a version of control groups says what a group may use and what it uses.
+class _CgroupVersion:
+    """Names of the memory files in one version of Linux control groups (cgroups).
 
     Attributes:
-        controllers: of a line in ``/proc/self/cgroup`` that names a group of it.
-        mount: of the outermost group.
-        limit: file with the most bytes, or a word where there is no limit.
-        used: file with the bytes in use, files in the cache among them.
-        cache: entry of ``memory.stat`` with the cached files that are given up first.
+        controllers: controller whose line in ``/proc/self/cgroup`` has the group's path; "" in
+            version 2, which has a single line.
+        mount: path where the outermost group is mounted, relative to the root.
+        limit: file with the group's limit in bytes, or with a word such as "max" for no limit.
+        used: file with the bytes in use, page cache included.
+        cache: entry of ``memory.stat`` with the bytes of page cache that the kernel frees first.
     """
 
     controllers: str
@@ -35,8 +36,8 @@ class _Version:
 
 
 _VERSIONS = (
-    _Version("", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    _Version(
+    _CgroupVersion("", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    _CgroupVersion(
         "memory",
         "sys/fs/cgroup/memory",
         "memory.limit_in_bytes",
@@ -47,22 +48,22 @@ _VERSIONS = (
 
 
 def total_bytes(*, root: Path = _ROOT) -> int:
-    """Return the memory of this machine, or what this process may use of it, in bytes.
+    """Return the memory of this machine in bytes, or the lowest limit set for this process.
 
     Args:
-        root: of the file system with ``/proc`` and ``/sys``.
+        root: folder that contains ``proc`` and ``sys``.
     """
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([whole, *(limit for limit, _ in _limits(root))])
 
 
 def available_bytes(*, root: Path = _ROOT) -> int | None:
-    """Return the memory that this process can still take, in bytes; None where that is unknown.
+    """Return the memory that this process can still allocate, in bytes; None where unknown.
 
-    What caches of files would give up counts as free.
+    Page cache that the kernel would free counts as available.
 
     Args:
-        root: of the file system with ``/proc`` and ``/sys``.
+        root: folder that contains ``proc`` and ``sys``.
     """
     found = [left for _, left in _limits(root)]
     with contextlib.suppress(OSError, StopIteration):
@@ -73,14 +74,14 @@ def available_bytes(*, root: Path = _ROOT) -> int | None:
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Yield the limit of each group around this process, and what is left of it at most."""
+    """Yield, for each control group of this process, its limit and the bytes left under it."""
     for version, group in _groups(root):
-        with contextlib.suppress(OSError, ValueError):  # a word: no limit
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a word, so no limit
             limit = int((group / version.limit).read_text())
             yield limit, _left(version, group, limit)
 
 
-def _left(version: _Version, group: Path, limit: int) -> int:
+def _left(version: _CgroupVersion, group: Path, limit: int) -> int:
     used = cache = 0
     with contextlib.suppress(OSError, ValueError):
         used = int((group / version.used).read_text())
@@ -90,11 +91,11 @@ def _left(version: _Version, group: Path, limit: int) -> int:
     return max(0, limit - used + cache)
 
 
-def _groups(root: Path) -> Iterator[tuple[_Version, Path]]:
-    """Yield the groups that this process is in, from its own to the outermost that it can see.
+def _groups(root: Path) -> Iterator[tuple[_CgroupVersion, Path]]:
+    """Yield the folders of this process's control groups, from the innermost to the root group.
 
-    In a container the path may be one of the machine around it, which is not there; the outermost
-    group is then the container's own.
+    In a container the path may be that on the host, which does not exist inside; the root group
+    that the container sees is then its own group.
     """
     paths = {version: PurePosixPath() for version in _VERSIONS}
     with contextlib.suppress(OSError, ValueError):

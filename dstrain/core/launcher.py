@@ -1,11 +1,11 @@
-"""The processes that started this rank, and its end when one of them is gone.
+"""Watching the processes that launched this rank, and ending the rank when one of them dies.
 
 A launcher that is killed leaves its ranks training, with nobody to wait for them or to stop them.
-Only processes that are launchers beyond doubt are watched, and those between them and this rank:
+Only processes that are certainly launchers are watched, and those between them and this rank:
 ``deepspeed`` and its ``launch.py``, torchrun, a parent of ``multiprocessing``, a script of
 ``launch/``, the session of ssh in which pdsh starts a ``launch.py``; MPI and Slurm where they are
-the parent. A shell may end, or hand its children to process 1, while its jobs go on: after
-``python script.py &`` or under nohup, setsid, tmux and the like nothing above is watched.
+the parent. Shells are not watched, as one may end, or hand its children to process 1, while its
+jobs go on: after ``python script.py &`` or under nohup, setsid, tmux and the like.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SCRIPT = "DSTRAIN_SCRIPT"
 """Environment variable with the process number of the ``launch/`` script that started this rank."""
 
 JOB = "DSTRAIN_JOB"
-"""Environment variable with the folder from which that script reads what its ranks write to it."""
+"""Environment variable with the folder in which ranks leave files for that script."""
 
 _LOOK_SECONDS = 1.0
 GRACE_SECONDS = 600.0
-"""Seconds in which a rank whose launcher is gone may save before it is ended."""
+"""Seconds that a rank whose launcher is gone has for its last save before it is ended."""
 
 _COMMANDS = ("deepspeed", "ds", "torchrun")
 _MODULES = (
@@ -45,9 +45,9 @@ _PARENTS = (
 
 @dataclass(frozen=True)
 class Process:
-    """A process as it was when we looked.
+    """Facts of a process, read once from ``/proc``.
 
-    Its number may be another process's later; that one has another start time.
+    A number may be given to another process later; the start time tells the two apart.
     """
 
     pid: int
@@ -57,7 +57,7 @@ class Process:
 
     @staticmethod
     def of(pid: int) -> Process | None:
-        """Look at a process; return None when it has ended, a zombie included."""
+        """Read the facts of a process; return None when it has ended or is a zombie."""
         try:
             after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
@@ -68,12 +68,12 @@ class Process:
         return Process(pid, int(after_name[1]), after_name[19], tuple(words.split("\0")))
 
     def is_there(self) -> bool:
-        """Tell whether this process still lives."""
+        """Tell whether this process is still running."""
         now = Process.of(self.pid)
         return now is not None and now.started == self.started
 
     def launches(self) -> bool:
-        """Tell whether this process is a launcher of ranks, by its command."""
+        """Tell whether this process's command is that of a launcher of ranks."""
         command = os.path.basename(self.words[0])
         if not command.startswith("python"):
             return command in _COMMANDS
@@ -89,7 +89,7 @@ class Process:
 
 
 def launchers() -> list[Process]:
-    """Return the processes above this one that must not end before it, the nearest first."""
+    """Return the ancestors of this process that must not end before it, the nearest first."""
     above = list(_above())
     if not above:
         return []
@@ -101,8 +101,8 @@ def launchers() -> list[Process]:
         if process.launches() or told or direct:
             last = index
     if os.getsid(0) == os.getpid() and not above[0].launches():
-        last = -1  # a process that was detached from a rank on purpose
-    # Started by pdsh: the remote shell, whose command is the whole line, and its ssh session.
+        last = -1  # leads a session of its own: detached from a rank on purpose
+    # Started by pdsh: the remote shell, whose command is the whole line, and its ssh session count.
     if last >= 0 and any(_ONE_MACHINE in word for word in above[last].words):
         while last + 1 < len(above) and _is_of_remote_start(above[last + 1]):
             last += 1
@@ -120,7 +120,7 @@ def _is_of_remote_start(process: Process) -> bool:
 
 
 def _above() -> Iterator[Process]:
-    """Yield the parent process, its parent and so on, without process 1."""
+    """Yield the ancestors of this process, the parent first, without process 1."""
     pid = os.getppid()
     while pid > 1:
         process = Process.of(pid)
@@ -131,7 +131,12 @@ def _above() -> Iterator[Process]:
 
 
 class _Watch:
-    """A thread that checks once a second, in a few small files of /proc, that launchers live."""
+    """Thread that checks once a second, in a few small files of /proc, that launchers live.
+
+    Attributes:
+        ends: the rank has saved and is ending, so that no SIGTERM is sent.
+        pid: process that the thread runs in; a fork of it has no such thread.
+    """
 
     def __init__(self, watched: list[Process]) -> None:
         self.watched, self.ends, self.pid = watched, False, os.getpid()
@@ -155,11 +160,10 @@ _watch: _Watch | None = None
 
 
 def watch_launchers() -> None:
-    """Send this process SIGTERM when a process that launched it has ended.
+    """Start a thread that sends this process SIGTERM when a process that launched it has ended.
 
-    To be called once in a process; later calls do nothing.
-
-    SIGTERM, as a scheduler does: training saves and ends, whatever else runs ends at once.
+    Call it once in a process; later calls do nothing. Schedulers send SIGTERM too: training saves
+    and ends, and any other code ends at once.
     """
     global _watch
     if not Path("/proc/self/stat").exists():
@@ -168,7 +172,7 @@ def watch_launchers() -> None:
         return
     watched = launchers()
     if not watched and _was_launched():
-        # Gone while this process was starting.
+        # The launcher ended while this process was starting.
         _tell("its launcher is gone: it ends")
         os.kill(os.getpid(), signal.SIGTERM)
     if watched:
@@ -176,11 +180,12 @@ def watch_launchers() -> None:
 
 
 def watch_launchers_of_rank() -> None:
-    """Do the same as ``watch_launchers``, but only where the parent itself is a launcher of ranks.
+    """Call ``watch_launchers``, but only where the parent itself is a launcher of ranks.
 
-    For the import of dstrain: the data may take hours from there to the first ``Trainer``, and who
-    has died by then is not found among the processes above. A worker or another child of a rank
-    that imports dstrain ends with that rank, and must not be ended under it while it saves.
+    Called when dstrain is imported: preparing data may take hours from the import to the first
+    ``Trainer``, and a launcher that has died by then is no longer among the ancestors. A worker or
+    another child of a rank that imports dstrain ends with that rank, and must not be ended while
+    the rank saves.
     """
     if "RANK" not in os.environ or multiprocessing.parent_process() is not None:
         return
@@ -190,7 +195,7 @@ def watch_launchers_of_rank() -> None:
 
 
 def note_saved(status: int) -> None:
-    """Note that this rank has saved and ends with ``status``, so that no SIGTERM is sent."""
+    """Record that this rank has saved and ends with ``status``, so that no SIGTERM is sent."""
     if _watch is not None:
         _watch.ends = True
     note_end(status)
@@ -202,7 +207,7 @@ def is_launched() -> bool:
 
 
 def _was_launched() -> bool:
-    """Tell whether DeepSpeed's ``launch.py`` made this environment for this very process."""
+    """Tell whether DeepSpeed's ``launch.py`` set this environment for this process itself."""
     launched = {"RANK", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"} <= set(os.environ)
     can_see = os.getppid() == 1 or Process.of(os.getppid()) is not None
     return launched and can_see and os.getsid(0) != os.getpid()
@@ -210,22 +215,22 @@ def _was_launched() -> bool:
 
 def _tell(what: str) -> None:
     rank = os.environ.get("RANK", "0")
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+    with contextlib.suppress(OSError, ValueError):  # standard error has no reader, or is closed
         print(f"[rank {rank}] {what}", file=sys.stderr, flush=True)
 
 
-# --- what ranks write for their launch/ script ----------------------------------------------------
+# --- files of ranks for their launch/ script ------------------------------------------------------
 
 
 def note_begin() -> None:
-    """Write down this rank's process number, so that its ``launch/`` script can signal it."""
+    """Write this rank's process number to a file, so that its ``launch/`` script can signal it."""
     _note("rank", os.getpid())
 
 
 def note_end(status: int) -> None:
-    """Write this rank's exit status for the script of ``launch/`` that started it.
+    """Write this rank's exit status to a file for the ``launch/`` script that started it.
 
-    DeepSpeed's launcher, which would report it, may have been killed by then.
+    DeepSpeed's launcher, which would report the status, may have been killed by then.
     """
     _note("status", status)
 

@@ -1,4 +1,4 @@
-"""Logging: one logger per module under ``dstrain``; levels differ between main and other ranks."""
+"""Logging: a logger for each module under ``dstrain``, with a level for each rank."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _HIDES_SECRETS = HidesSecrets()
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger ``name`` (pass ``__name__``), which masks credentials in what it logs."""
+    """Return the logger ``name`` (pass ``__name__``), which masks credentials in its records."""
     logger = logging.getLogger(name)
-    logger.addFilter(_HIDES_SECRETS)  # nothing where it has it
+    logger.addFilter(_HIDES_SECRETS)  # does nothing when the logger already has it
     return logger
 
 
 def configure(*, level: int, rank: int, world_size: int) -> None:
-    """Set the level of ``dstrain`` and give it a handler when the application has none.
+    """Set the level of the logger ``dstrain``; add a handler when the application has none.
 
-    The handler writes through tqdm so that a line never tears a progress bar.
+    The handler writes through tqdm so that a line never breaks a progress bar.
     """
     logger = logging.getLogger("dstrain")
     logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Letting one rank go first, with a wait that has no time limit and needs no process group."""
+"""Running a body on the main rank first; the wait has no time limit and needs no process group."""
 
 from __future__ import annotations
 
@@ -15,60 +15,62 @@ from dstrain.core import errors
 from dstrain.core.errors import DstrainError, Problem
 from dstrain.core.ranks import Ranks
 
-_POLL_SECONDS = 0.02, 1.0  # between two looks at the store: at first, and at most
-_READ_SECONDS = 10.0  # that a failed rank, whose end may be the store's, lets the others read why
+_POLL_SECONDS = 0.02, 1.0  # between two polls of the store: at first, and at most
+# Time that a failed rank gives the others to read its error: the store may end with that rank.
+_READ_SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def main_first(ranks: Ranks, *, per_node: bool = True, what: str = "work") -> Iterator[None]:
-    """Run the body on the main rank before the others, so that they find what it has cached.
+    """Run the body on the main rank before the other ranks, which then find its cached results.
 
-    The others wait at the launcher's key-value store, not in a collective: hours of preparation
-    run into no time-out of the process group, which need not be there yet. What each rank stores
-    does not grow with the number of ranks.
+    The other ranks wait at the launcher's key-value store, not in a collective: hours of
+    preparation cause no timeout of the process group, which need not exist yet. The data that each
+    rank stores does not grow with the number of ranks.
 
     Args:
         ranks: facts of this process.
-        per_node: one main rank per machine (for machines that do not share a disk); all ranks wait
-            for all of them.
+        per_node: run first on one rank of each machine (for machines that do not share a disk); all
+            ranks wait until the body has ended on every machine.
         what: the body in words, for the message when it fails.
 
     Raises:
-        DstrainError: a main rank failed; on every rank. What it raised itself where that is one.
+        DstrainError: the body failed on a main rank; raised on every rank, with the problems of
+            that rank's error where it is a DstrainError.
     """
     if ranks.world_size == 1:
         yield
         return
     store = _store(ranks.rank, ranks.world_size)
-    # The same on all ranks: each calls as often.
-    turn = _Turn(store, store.add(f"turns_of_{ranks.rank}", 1), ranks.world_size)
+    # The number of the call is the same on all ranks, as each rank calls equally often.
+    call = _Call(store, store.add(f"turns_of_{ranks.rank}", 1), ranks.world_size)
     is_main = ranks.is_local_main if per_node else ranks.is_main
-    turn.enter(is_main=is_main)
+    call.enter(is_main=is_main)
     if not is_main:
-        turn.wait()
+        call.wait()
         yield
         return
     try:
         yield
     except DstrainError as error:
-        turn.fail(error)
+        call.fail(error)
         raise
     except BaseException:
         problem = Problem(f"the main rank failed in: {what}", "its own message says how")
-        turn.fail(DstrainError(problem))
+        call.fail(DstrainError(problem))
         raise
-    turn.finish()
-    turn.wait()
+    call.finish()
+    call.wait()
 
 
-class _Turn:
-    """One use of ``main_first``: who has come, who has finished, and what failed."""
+class _Call:
+    """Counters of one call of ``main_first`` in the store: ranks that entered, finished, failed."""
 
     def __init__(self, store: Any, number: int, world_size: int) -> None:
         self._store, self._number, self._world_size = store, number, world_size
 
     def enter(self, *, is_main: bool) -> None:
-        """Count this rank, and the main ranks that are to be waited for."""
+        """Count this rank as arrived, and as a main rank where it is one."""
         self._add("mains", is_main)
         self._add("entered", True)
         self._release_if_done()
@@ -79,7 +81,7 @@ class _Turn:
         self._release_if_done()
 
     def fail(self, error: DstrainError) -> None:
-        """Tell the other ranks of an error, and leave them some time to read it."""
+        """Store an error for the other ranks, and give them some time to read it."""
         self._store.set(self._key("failure"), _as_text(error))
         self._store.set(self._key("released"), "")
         self._add("read", True)
@@ -91,7 +93,7 @@ class _Turn:
         """Wait until all main ranks have finished.
 
         Raises:
-            DstrainError: one has failed.
+            DstrainError: a main rank has failed.
         """
         pause, longest = _POLL_SECONDS
         while not self._store.check([self._key("released")]):
@@ -103,7 +105,10 @@ class _Turn:
             raise error
 
     def _release_if_done(self) -> None:
-        """Let all ranks go on; the rank that counts last in either way is sure to see it."""
+        """Release all ranks once every rank has entered and every main rank has finished.
+
+        The rank whose count completes the last of these sees both, so that no release is missed.
+        """
         has_all = self._add("entered", False) == self._world_size
         if has_all and self._add("finished", False) == self._add("mains", False):
             self._store.set(self._key("released"), "")
@@ -116,7 +121,7 @@ class _Turn:
 
 
 def _as_text(error: DstrainError) -> str:
-    """Return an error as JSON, of which ``_from_text`` makes one of the same kind and message."""
+    """Return an error as JSON; ``_from_text`` restores its class and message."""
     message = str(error)
     has_title = len(error.problems) != 1 or message != str(error.problems[0])
     return json.dumps(

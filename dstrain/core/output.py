@@ -1,7 +1,7 @@
-"""Output that is printed while a model trains, and dropped where it cannot be written.
+"""Dropping of printed output that cannot be written, so that it does not end a run.
 
-`... | head` closes a pipe, a terminal goes away, the disk of a log fills up: none of it is a reason
-to lose a run. Python would raise in whatever line prints next, in a callback or a progress bar.
+`... | head` closes a pipe, a terminal goes away, the disk of a log fills up: none of these is a
+reason to lose a run. Python would raise in the next line that prints, such as a progress bar's.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ _MARK = "_dstrain_drops"
 def drop_what_cannot_be_written() -> None:
     """Make writes to stdout and stderr of this process drop their data where they would fail.
 
-    The writing method of the lowest object of each stream is replaced, so that whoever holds the
-    stream (handlers of logging, progress bars, a user's own wrapper) is served. Streams of another
-    kind, such as a notebook's, are left alone. May be called again, as streams may be replaced.
+    Replaces the ``write`` method of the raw file object under each stream, so that all holders of
+    the stream (handlers of logging, progress bars, a user's wrapper) are covered. Streams of
+    another kind, such as a notebook's, are left alone. May be called again, as streams may be
+    replaced.
     """
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         buffer = getattr(stream, "buffer", None)
-        raw = getattr(buffer, "raw", buffer)  # `python -u` has no buffer between the two
+        raw = getattr(buffer, "raw", buffer)  # under `python -u` the buffer itself is raw
         if raw is None or getattr(raw, _MARK, False):
             continue
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, or closed
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not a file, or closed
             number = raw.fileno()
             raw.write = _dropping(raw.write, number)
             setattr(raw, _MARK, True)
@@ -52,7 +53,7 @@ def _dropping(write: Callable[[Any], int | None], number: int) -> Callable[[Any]
 def _write_to_nowhere(number: int) -> None:
     """Replace a pipe without a reader by /dev/null, for libraries and child processes too.
 
-    Rank 0 says so on the stream that is left, stdout or stderr.
+    Rank 0 prints a note on the remaining stream: on stderr for stdout, and on stdout for stderr.
     """
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""The progress of a run, as a value."""
+"""Progress of a run in steps, epochs and samples, as an immutable value."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Progress:
     """Position of a run in steps and in samples.
 
     Attributes:
-        step: optimizer steps finished, skipped ones included.
+        step: optimizer steps finished, skipped steps included.
         epoch: index of the epoch in progress, from 0.
-        steps_in_epoch: optimizer steps of this epoch.
-        samples_in_epoch: samples of this epoch that finished steps have used, over all ranks.
-        num_input_tokens: input tokens (padding included) this rank has trained on.
+        steps_in_epoch: optimizer steps finished in this epoch.
+        samples_in_epoch: samples of this epoch used in finished steps, over all ranks.
+        num_input_tokens: input tokens (padding included) that this rank has trained on.
     """
 
     step: Count = 0

@@ -1,4 +1,4 @@
-"""This process among the ranks, and the few collectives that need no engine."""
+"""Rank facts of this process, and collectives that need no DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Tell whether this is rank 0 of all."""
+        """Tell whether this is rank 0 of all processes."""
         return self.rank == 0
 
     @property
@@ -48,22 +48,23 @@ class Ranks:
 
     @property
     def first_on_machine(self) -> int:
-        """Return the first rank of this machine: launchers number its ranks in a row."""
+        """Return the first rank of this machine: launchers number a machine's ranks in a row."""
         return self.rank - self.local_rank
 
     def on_machine(self) -> Ranks:
-        """Return the rank facts of this process as if its machine were the only one."""
+        """Return the rank facts of this process counted over this machine only."""
         local, number = self.local_rank, self.local_world_size
         return Ranks(local, local, number, number)
 
 
 def launched_ranks() -> Ranks:
-    """Return rank facts from the launcher's environment; one process when there is no launcher.
+    """Return rank facts from the launcher's environment; a single process without a launcher.
 
     Reads RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE (torchrun) or LOCAL_SIZE (deepspeed).
 
     Raises:
-        ConfigError: many ranks without LOCAL_RANK: each would take the first device.
+        ConfigError: there are several ranks and LOCAL_RANK is not set, so that each would take the
+            first device.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and "LOCAL_RANK" not in os.environ:
@@ -85,7 +86,7 @@ def launched_ranks() -> Ranks:
 
 
 def named_ranks(ranks: Sequence[int]) -> str:
-    """Return ascending ranks in words, with runs of them shortened: "ranks 0, 2-4095"."""
+    """Return ascending ranks in words, consecutive ranks as a range: "ranks 0, 2-4095"."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:
@@ -97,14 +98,14 @@ def named_ranks(ranks: Sequence[int]) -> str:
 
 
 def is_distributed() -> bool:
-    """Tell whether a process group of more than one rank is up."""
+    """Tell whether a process group of more than one rank is initialized."""
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """All-reduce ``tensor`` in place by summation; on a GPU it only enqueues work."""
+    """Sum ``tensor`` over ranks in place (all-reduce); on a GPU only enqueue the work."""
     if is_distributed():
         import torch.distributed as dist
 
@@ -113,10 +114,10 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class PendingSum:
-    """The sum of numbers over all ranks, on its way while other work goes on."""
+    """An asynchronous sum of numbers over all ranks."""
 
     def __init__(self, number: float | Sequence[float], *, device: Any) -> None:
-        """Start summing over the ranks, each of several numbers by itself; a collective of all."""
+        """Start an all-reduce of a number, or of several elementwise; a collective of all ranks."""
         import torch
 
         self._sum: Any = number
@@ -129,9 +130,9 @@ class PendingSum:
             self._work = dist.all_reduce(self._sum, async_op=True)
 
     def get(self) -> Any:
-        """Return the sum: one number on one rank as it was given, else a float32 tensor.
+        """Return the sum as a float32 tensor; on one rank a single number is returned unchanged.
 
-        On a GPU its stream waits for it and the host does not.
+        On a GPU the stream waits for the sum, not the host.
         """
         if self._work is not None:
             self._work.wait()
@@ -140,9 +141,9 @@ class PendingSum:
 
 
 class HostSum:
-    """Adds numbers up over ranks on their hosts, while the devices go on; for one run.
+    """Sums numbers over ranks on their hosts, without waiting for devices; for one run.
 
-    Its process group is formed when it is first used, and lasts as long as the others do.
+    Its process group is formed at the first sum, and is valid until process groups are rebuilt.
     """
 
     def __init__(self) -> None:
@@ -150,10 +151,10 @@ class HostSum:
         self._group: Any = None
 
     def begin(self, number: int) -> Callable[[], int]:
-        """Start adding up; a collective of all ranks.
+        """Start summing; a collective of all ranks.
 
         Returns:
-            what waits for the sum and returns it.
+            A function that waits for the sum and returns it.
         """
         if not is_distributed():
             return lambda: int(number)
@@ -172,17 +173,17 @@ class HostSum:
         return wait
 
     def close(self) -> None:
-        """Give the group back, if there is one."""
+        """Destroy the process group, if one was formed."""
         import torch.distributed as dist
 
         if self._group is not None:
-            with contextlib.suppress(ValueError):  # all groups are gone where ranks meet anew
+            with contextlib.suppress(ValueError):  # process groups were rebuilt, without this one
                 dist.destroy_process_group(self._group)
         self._group = None
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this function."""
     if is_distributed():
         import torch.distributed as dist
 
@@ -191,29 +192,30 @@ def barrier() -> None:
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A value as it is sent to other ranks: pickled, or in its place why it cannot be."""
+    """A pickled value to send to other ranks, or the reason why it cannot be pickled."""
 
     content: bytes = b""
     failure: str = ""
 
     @classmethod
     def of(cls, value: Any) -> _Parcel:
-        """Pack a value; this comes before the collective, in which the others wait for it."""
+        """Pickle a value; a failure is kept, as the other ranks already wait in a collective."""
         try:
             return cls(pickle.dumps(value))
         except Exception as error:  # a user's class may raise anything
             return cls(failure=f"{type(value).__name__}: {_in_words(error)}")
 
     def value(self, rank: int) -> Any:
-        """Return what was packed.
+        """Unpickle and return the value.
 
         Raises:
-            TrainingError: it could not be packed, or cannot be unpacked; on every rank that asks.
+            TrainingError: the value could not be pickled on rank ``rank``, or cannot be unpickled
+                here.
         """
         failure = self.failure
         if not failure:
             try:
-                return pickle.loads(self.content)  # of a rank of this run
+                return pickle.loads(self.content)  # trusted: written by a rank of this run
             except Exception as error:
                 failure = _in_words(error)
         raise TrainingError(
@@ -229,7 +231,7 @@ def gather_objects(value: T, *, group: Any = None) -> list[T]:
     """Return the picklable ``value`` of every rank, in rank order, on every rank.
 
     Raises:
-        TrainingError: a rank's value cannot be pickled; on every rank.
+        TrainingError: a rank's value cannot be pickled; raised on every rank.
     """
     if not is_distributed():
         return [value]
@@ -244,8 +246,9 @@ def from_main(ranks: Ranks, ask: Callable[[], T]) -> T:
     """Call ``ask`` on the main rank alone and return its picklable value on every rank.
 
     Raises:
-        DstrainError: on every rank, when it raised on the main one.
-        Exception: on the main rank, what else it raised; the others are told in a TrainingError.
+        DstrainError: ``ask`` raised it on the main rank; raised on every rank.
+        Exception: ``ask`` raised another exception; the main rank raises it as it is, and the other
+            ranks a TrainingError with its text.
     """
     value: Any = None
     error: Exception | None = None
@@ -267,7 +270,7 @@ def broadcast_object(value: T, *, group: Any = None) -> T:
     """Return the main rank's picklable ``value`` on every rank.
 
     Raises:
-        TrainingError: it cannot be pickled; on every rank.
+        TrainingError: the value cannot be pickled; raised on every rank.
     """
     if not is_distributed():
         return value
@@ -313,14 +316,14 @@ def send_to_main(data: bytes, *, group: Any) -> list[bytes] | None:
 
 
 def portable_error(error: Exception | None) -> Exception | None:
-    """Return an error that another rank can raise: this one, or one that says what it says."""
+    """Return ``error`` if it can be pickled, else a TrainingError with its class name and text."""
     if error is None or not why_not_sent(error):
         return error
     return TrainingError(Problem(f"{type(error).__name__} on another rank", str(error)))
 
 
 def why_not_sent(value: Any) -> str:
-    """Say why a value cannot be sent to another rank; "" where it can be."""
+    """Return the reason why a value cannot be pickled for another rank; "" where it can be."""
     try:
         pickle.loads(pickle.dumps(value))
     except Exception as error:  # a user's class may raise anything
@@ -334,11 +337,10 @@ def _in_words(error: Exception) -> str:
 
 @contextlib.contextmanager
 def all_or_none(*, group: Any = None) -> Iterator[None]:
-    """Run the body on every rank; when it fails for one, raise that user error on all.
+    """Run the body on every rank; when it raises a user error on one rank, raise that on all.
 
-    Without it, the ranks that saw nothing wrong would wait in the next collective until the
-    process group times out. A rank must not leave the body early where others wait in a
-    collective inside it.
+    Without this, ranks without an error would wait in the next collective until the process group
+    times out. A rank must not leave the body early where others wait in a collective inside it.
     """
     error: DstrainError | None = None
     try:
@@ -354,7 +356,8 @@ def require_equal(what: str, value: Any, error: type[DstrainError]) -> None:
     """Check that all ranks hold the same small value, before they rely on it.
 
     Raises:
-        error: naming the first rank that differs and both values; on every rank.
+        error: a rank's value differs; the message, alike on every rank, names the first such rank
+            and both values.
     """
     values = gather_objects(value)
     for rank, other in enumerate(values):

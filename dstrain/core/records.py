@@ -1,4 +1,4 @@
-"""Figures that a record of a run can hold: what JSON knows."""
+"""Conversion of metrics to plain values that JSON, and so the state of a run, can hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dstrain.core.errors import DataError, Problem, raise_problems
 
 
 def plain_numbers(value: Any) -> Any:
-    """Return the value with Python numbers for numpy's and for one-element tensors and arrays."""
+    """Convert numpy numbers and one-element tensors and arrays, also nested, to Python numbers."""
     if isinstance(value, Mapping):
         return {k: plain_numbers(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -23,10 +23,10 @@ def plain_numbers(value: Any) -> Any:
 
 
 def recordable(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return figures as a record can hold them: numbers, text, and lists and dicts of these.
+    """Convert metrics to values that JSON can hold: numbers, text, lists and dicts of these.
 
     Raises:
-        DataError: naming each that is something else.
+        DataError: some cannot be converted; the message names each of them.
     """
     plain = {name: plain_numbers(value) for name, value in figures.items()}
     problems = [
@@ -43,12 +43,12 @@ def recordable(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unrecordable(value: Any, place: str = "", *, finite: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yield each part of a nested value that JSON cannot hold, with its place.
+    """Yield the place and value of each part of a nested value that JSON cannot hold.
 
     Args:
-        value: numbers, text, and lists and dicts of these; or not.
-        place: of the value itself.
-        finite: name NaN and infinities too, which most readers of JSON refuse.
+        value: any value.
+        place: place of ``value`` itself in a larger one, such as "metrics[0]"; "" for none.
+        finite: yield NaN and infinities too, which most readers of JSON refuse.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         if finite and isinstance(value, float) and not math.isfinite(value):
@@ -66,7 +66,7 @@ def unrecordable(value: Any, place: str = "", *, finite: bool = False) -> Iterat
 
 
 def described(value: Any) -> str:
-    """Return the type of a value with its shape, or a float as it is, for messages."""
+    """Describe a value for a message: a float as it is, any other by its type and shape."""
     if isinstance(value, float):
         return str(value)
     kind = type(value)

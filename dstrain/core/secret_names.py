@@ -1,10 +1,10 @@
-"""Recognising credentials by their names."""
+"""Recognition of credentials by their names."""
 
 from __future__ import annotations
 
 import re
 
-# Words that make a name that of a credential wherever they stand in it.
+# Words that mark a name as a credential's wherever they stand in it.
 _ALWAYS = frozenset(
     {
         *("password", "passwords", "passwd", "passphrase", "passcode", "pwd"),
@@ -13,17 +13,19 @@ _ALWAYS = frozenset(
         *("hubtoken", "hftoken", "jwt", "cookie", "cookies", "webhook"),
     }
 )
-# Words that say so where a name ends in them, or goes on with one of the words below.
+# Words that mark a name as a credential's where it ends in them, or where a word of ``_OF_CODES``
+# follows.
 _CODES = frozenset({"pin", "otp", "totp", "psk", "passkey"})
 _OF_CODES = frozenset({"code", "codes", "number"})
-# What a key is that opens something; others name entries of a table, or columns.
+# Words before "key" that make it a credential; other keys name entries of a table, or columns.
 _KEYS = frozenset(
     {
         *("api", "access", "secret", "private", "signing", "encryption", "account", "license"),
         *("ssh", "auth", "master", "subscription", "storage", "deploy", "client", "shared"),
     }
 )
-# Words that make `..._token` one of a vocabulary. Any other that is a text is a credential.
+# Words that make `..._token` a token of a vocabulary. Any other `..._token` with a text as its
+# value is a credential.
 _VOCABULARY = frozenset(
     {
         *("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video", "audio", "speech"),
@@ -35,7 +37,7 @@ _VOCABULARY = frozenset(
         *("chunk", "patch", "global", "separator", "padding", "unknown"),
     }
 )
-# Words that make a list `..._tokens` one of credentials; other lists are of a vocabulary.
+# Words that make `..._tokens` a list of credentials; other such lists hold tokens of a vocabulary.
 _OPENING = frozenset(
     {"api", "auth", "access", "hub", "hf", "bearer", "refresh", "session", "login"}
 )
@@ -43,21 +45,21 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
 def is_secret_name(name: str) -> bool:
-    """Tell whether a value of this name is a credential, judged by the name's last part.
+    """Tell whether a value of this name is a credential, judged by the part after the last dot.
 
-    Of ``comet.api_key`` the words ``api`` and ``key`` count; capital letters part words too, as in
-    ``apiKey``.
+    Of ``comet.api_key`` the words ``api`` and ``key`` count; capital letters separate words too, as
+    in ``apiKey``.
     """
     return is_always_secret(name) or is_token(name)
 
 
 def words_of(name: str) -> list[str]:
-    """Return the words of a name's last part, in small letters."""
+    """Return the words of the part of a name after its last dot, in lower case."""
     return [word.lower() for word in _WORD.findall(name.rpartition(".")[2])]
 
 
 def is_always_secret(name: str) -> bool:
-    """Tell whether all that is under this name is a credential, numbers and nested parts too."""
+    """Tell whether any value of this name is a credential, numbers and nested values included."""
     words = words_of(name)
     if not _ALWAYS.isdisjoint(words):
         return True
@@ -72,6 +74,6 @@ def is_always_secret(name: str) -> bool:
 
 
 def is_token(name: str) -> bool:
-    """Tell whether a text of this name is a token that opens something, not one of a vocabulary."""
+    """Tell whether a text of this name is an access token, not a token of a vocabulary."""
     words = words_of(name)
     return words[-1:] == ["token"] and _VOCABULARY.isdisjoint(words[:-1])

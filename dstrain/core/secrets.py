@@ -1,9 +1,9 @@
-"""Recognising credentials by their names and texts, and masking them wherever things are written.
+"""Recognition of credentials by name and content, and masking of them in all output.
 
-Everything that leaves the process goes through here: records, logs, errors, uploads, trackers. A
-value is judged by its name (``comet.api_key``, ``hub_token``, ``--password``), a text also by what
-is in it (``https://user:word@host``, ``Bearer ...``, keys of well-known services, JSON). In its
-place stands its name in angle brackets, as transformers writes it: ``<HUB_TOKEN>``.
+All data that leaves the process passes through here: records, logs, errors, uploads, trackers. A
+value is judged by its name (``comet.api_key``, ``hub_token``, ``--password``), a text also by its
+content (``https://user:word@host``, ``Bearer ...``, keys of well-known services, JSON). A
+credential is replaced by its name in angle brackets, as transformers does: ``<HUB_TOKEN>``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _COLUMN = re.compile(r"[a-z]+(?:_[a-z]+)*")
 def without_secrets(value: Any, name: str = "") -> Any:
     """Return the value with a mask in place of each credential in it, at any depth.
 
-    What holds none is returned as it is, not copied.
+    A value without credentials is returned itself, not a copy.
 
     Args:
         value: text, numbers, and mappings and sequences of these; other objects stay.
-        name: the name that the value stands under; "" for none.
+        name: name of the value, such as its key in a mapping; "" for none.
     """
     return _hidden(value, name, inside=False)
 
@@ -50,13 +50,16 @@ def is_mask(name: str, value: Any) -> bool:
 
 
 def mask_of(name: str) -> str:
-    """Return the mask for a credential: the last part of its name in angle brackets."""
+    """Return the mask of a credential: the last part of its name in angle brackets."""
     last = name.lstrip("-").rpartition(".")[2]
     return f"<{last.replace('-', '_').upper() or 'SECRET'}>"
 
 
 def without_masks(value: Any) -> Any:
-    """Return a mapping without the entries that are masks; any other value as it is."""
+    """Remove entries whose value is a mask from a mapping, at any depth of nested mappings.
+
+    Any other value is returned as it is.
+    """
     if not isinstance(value, Mapping):
         return value
     return {
@@ -69,7 +72,7 @@ def hidden_in_text(text: str, *, known: Iterable[str | None] = ()) -> str:
 
     Args:
         text: a message, a log line, a command, JSON.
-        known: credentials that are hidden wherever they stand.
+        known: credentials to mask wherever they occur in the text.
     """
     for secret in known:
         if secret:
@@ -103,7 +106,7 @@ def hidden_in_words(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def command_without_secrets() -> Iterator[None]:
-    """Let ``sys.argv`` show masks meanwhile: trackers send the command that a run began with."""
+    """Mask credentials in ``sys.argv`` during the body: trackers upload the command of a run."""
     words = sys.argv
     sys.argv = [*words[:1], *hidden_in_words(words[1:])]
     try:
@@ -113,13 +116,13 @@ def command_without_secrets() -> Iterator[None]:
 
 
 class HidesSecrets(logging.Filter):
-    """A logging filter that masks credentials in messages and tracebacks, before any handler."""
+    """Logging filter that masks credentials in messages and tracebacks, before any handler."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Rewrite the record's message and traceback; keep every record."""
         try:
             message = record.getMessage()
-        except (TypeError, ValueError):  # logging itself says what is wrong with it
+        except (TypeError, ValueError):  # wrong arguments: logging itself reports them
             return True
         shown = hidden_in_text(message)
         if shown != message:
@@ -135,7 +138,7 @@ class HidesSecrets(logging.Filter):
 
 
 def _hidden(value: Any, name: str, *, inside: bool) -> Any:
-    """Mask credentials as ``without_secrets`` does; all of it where ``inside`` a credential."""
+    """Mask credentials in a value; mask all texts and numbers where ``inside`` a credential."""
     inside = inside or is_always_secret(name)
     if isinstance(value, Mapping):
         parts = {k: _hidden(v, str(k), inside=inside) for k, v in value.items()}
@@ -189,7 +192,7 @@ def _hidden_key(key: Any) -> Any:
 
 
 def _distinct(keys: Sequence[Any]) -> list[Any]:
-    """Number keys that are the same once they are masked, so that all entries stay."""
+    """Append numbers to keys that became equal by masking, so that no entry is lost."""
     plain = set(keys)
     found: dict[Any, None] = {}
     counts: dict[Any, int] = {}
@@ -204,7 +207,7 @@ def _distinct(keys: Sequence[Any]) -> list[Any]:
 
 
 def _name_in(value: Mapping[Any, Any]) -> str:
-    """Return the name of an entry of a list of settings, as ``{"name": ..., "value": ...}``."""
+    """Return the name in an entry such as ``{"name": ..., "value": ...}``; "" without one."""
     named = (value.get(key) for key in ("name", "key", "header"))
     return next((name for name in named if isinstance(name, str)), "")
 
@@ -214,9 +217,9 @@ def _names_its_value(value: Mapping[Any, Any]) -> bool:
 
 
 def _is_named_pair(value: Any) -> bool:
-    """Tell whether a sequence is a credential's name and value: a header, an item of a mapping.
+    """Tell whether a sequence is a pair of a credential's name and value, such as a header.
 
-    A list of two words such as ["token", "label"] is one of columns.
+    A list of two words such as ["token", "label"] is a list of columns, not such a pair.
     """
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not isinstance(value[0], str):
         return False
@@ -228,28 +231,28 @@ def _is_named_pair(value: Any) -> bool:
 
 
 def _shows_nothing(text: str) -> bool:
-    """Tell whether a text is no credential whatever its name: none, "...", or a mark as ``<s>``."""
+    """Tell whether a text is no credential under any name: empty, "...", or a mark like ``<s>``."""
     bare = text.strip()
     return bare.lower() in _PLAIN or any(form.fullmatch(bare) for form in (_MARK, _ELLIPSIS))
 
 
 # --- text ----------------------------------------------------------------------------------------
 
-# Without one of these there is nothing to look for; most lines have none.
+# A text without any of these holds no credential; most lines end here.
 _MAY_HOLD = re.compile(
     r"token|pass|pwd|(?:pin|otp|psk)(?![a-z])|(?:pin|otp|psk)[_\-]?(?:code|number)|secret|credential|auth|key|bearer|basic|jwt|cookie|webhook|://|@|[?&](?:sig|x-)"
     r"|hf_|sk-|gh[pousr]_|github_pat|glpat|xox|AKIA|e[yw3][A-Za-z0-9]",
     re.IGNORECASE,
 )
 _URL = re.compile(r"(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+://)[^\s/@'\"<>]+@")
-# An address that was taken for a path has lost a stroke, or its scheme: https:/name:word@host. With
-# no known scheme and no colon in it, it is a path such as host:/data@v1.
+# An address that was handled as a path has lost a slash or its scheme: https:/name:word@host. One
+# with neither a known scheme nor a colon in it is a path such as host:/data@v1.
 _FLAT_URL = re.compile(
     r"(?<![A-Za-z0-9+.\-])((?:https?|ftps?|sftp|ssh|git|s3a?|gs|hf|wss?):/)(?!/)[^\s/@'\"<>]+@"
     r"|(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+:/|(?<!:)//)[^\s/@:'\"<>]*+:[^\s/@'\"<>]+@",
     re.IGNORECASE,
 )
-# What opens a file in an address of S3, Azure, Google or CloudFront.
+# Signatures that give access to a file in an address of S3, Azure, Google or CloudFront.
 _SIGNED = re.compile(
     r"([?&](?:sig|signature|x-(?:amz|goog)-signature)=)[^&\s'\"<>]+", re.IGNORECASE
 )
@@ -260,7 +263,7 @@ _KNOWN = re.compile(
 )
 _AFTER_SCHEME = re.compile(r"\b(Bearer|Basic)\s+(?!<)[A-Za-z0-9+/_.~\-]{6,}={0,2}")
 _BASE64 = re.compile(r"(?<![A-Za-z0-9+/_\-])e[yw3][A-Za-z0-9+/_\-]{14,}={0,2}")
-# A name begins where no other does, and is taken whole: no text takes longer than its length.
+# A name is matched once and whole (no backtracking), so that the time is linear in the text.
 _NAMED = re.compile(
     r"(?<![\w.\-\\])(?P<open>\\*+[\"']?)(?P<name>-{0,2}[A-Za-z_][\w.\-]*+)(?P=open)"
     r"(?P<sign>\s*+(?:=>|:=|==?|:)\s*+)"
@@ -268,7 +271,7 @@ _NAMED = re.compile(
 _FLAG = re.compile(
     r"(?<![\w.\-])(?P<open>[\"']?)(?P<name>--[A-Za-z][\w.\-]*+)(?P=open)(?P<sign>(?:\s*+,)?\s++)"
 )
-# A word of a sentence: letters, such as no generator makes for a key, with a stop after it.
+# A word of a sentence: letters only, as no generated key has them, and a punctuation mark.
 _PROSE = re.compile(r"(?:[A-Z]?[a-z]{1,15}|[A-Za-z]'[a-z]+)[.,:;!?]?")
 _AFTER_VALUE = re.compile(r"[ \t]*(?:$|[\n\r]|-{1,2}[A-Za-z]|[|&;<>)\]}\\]|\d>)")
 _SAID_LAST = frozenset({"instead.", "instead", "again", "again.", "out", "out.", "too", "twice"})
@@ -307,16 +310,16 @@ def _is_worth_hiding(named: re.Match[str], value: re.Match[str]) -> bool:
         return True
     if re.fullmatch(r"[-+]?[0-9.]+", bare):
         return False  # a count of tokens
-    # Prose such as "no such token: ..." is none.
+    # Prose such as "no such token: ..." names no credential.
     is_prose = named["sign"].strip() == ":" and not named["open"]
     return not (is_prose and len(words_of(named["name"])) < 2)
 
 
 def _is_prose(flag: re.Match[str], value: re.Match[str], text: str) -> bool:
-    """Tell whether a sentence goes on after the name of a flag: "--hub_token is wrong".
+    """Tell whether a flag's name is followed by a sentence ("--hub_token is wrong"), not a value.
 
-    What stands there is a plain word, and no command: that has a value and then nothing more, the
-    next flag, or a sign of the shell. In doubt it is a value.
+    In a sentence a plain word follows, and more words after it. In a command the value is followed
+    by nothing, by the next flag, or by a sign of the shell. In doubt the word counts as a value.
     """
     if value["quote"] is not None or flag["open"] or not _PROSE.fullmatch(value[0]):
         return False
@@ -324,9 +327,9 @@ def _is_prose(flag: re.Match[str], value: re.Match[str], text: str) -> bool:
 
 
 def _hidden_base64(match: re.Match[str]) -> str:
-    """Return a base64 JSON object as JSON with masks, where it holds credentials; else as it is.
+    """Decode a base64 JSON object and return it as JSON with masks, where it holds credentials.
 
-    Launchers hand a config through shells in this form.
+    Any other match is returned as it is. Launchers pass a config through shells in base64.
     """
     try:
         content = json.loads(base64.urlsafe_b64decode(match[0]).decode())

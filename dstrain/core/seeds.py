@@ -1,4 +1,4 @@
-"""Random state: one seed for what all ranks must share, one derived seed per rank for the rest."""
+"""Seeds and random state: a seed shared by all ranks, and seeds derived from it for each rank."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def seed_everything(seed: int) -> None:
 
 
 def make_deterministic() -> None:
-    """Let torch use deterministic algorithms alone, for the rest of the process.
+    """Make torch use only deterministic algorithms for the rest of the process.
 
-    An operation that has none raises an error. To be called before the device is first used: its
-    libraries read their environment then.
+    An operation without a deterministic algorithm raises an error. Call it before the device is
+    first used: its libraries read their environment then.
     """
     import torch
 
@@ -44,14 +44,14 @@ def derived_seed(seed: int, *, step: int, rank: int) -> int:
 
 
 def seed_rank(seed: int, *, step: int, rank: int) -> None:
-    """Seed this rank's own stream (dropout and other noise) so that no two ranks share masks."""
+    """Seed this rank's generators (dropout and other noise) differently from all other ranks'."""
     seed_everything(derived_seed(seed, step=step, rank=rank))
 
 
 def random_state() -> dict[str, Any]:
     """Return the state of this process's generators: Python's, numpy's, torch's and its device's.
 
-    Tensors, tuples and plain values; ``set_random_state`` puts it back.
+    The state consists of tensors, tuples and plain values; ``set_random_state`` restores it.
     """
     import numpy as np
     import torch
@@ -69,7 +69,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what ``random_state`` returned; leave out the state of a device that is not here."""
+    """Restore a state of ``random_state``; skip the device's state where there is no device."""
     import numpy as np
     import torch
 
@@ -83,10 +83,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def check_random_state(state: Any) -> None:
-    """Check that ``set_random_state`` can restore ``state``, by trying it on other generators.
+    """Check that ``set_random_state`` can restore ``state``, by restoring it on new generators.
 
     Raises:
-        ValueError: it is no state of these generators.
+        ValueError: ``state`` is not a state of these generators.
     """
     import numpy as np
     import torch
@@ -95,7 +95,7 @@ def check_random_state(state: Any) -> None:
         _, numbers, following = state["python"]
         random.Random().setstate(state["python"])
         name, keys, position, *rest = state["numpy"]
-        # numpy takes any position, and would read beyond the state's end.
+        # numpy accepts any position and would read beyond the state's end.
         if not 0 <= position <= keys.numel() or not isinstance(following, (float, type(None))):
             raise ValueError("a position or a number in it is out of range")
         np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), position, *rest))

@@ -1,4 +1,4 @@
-"""Versions of installed packages, read without importing them, and the check that ranks agree."""
+"""Versions of installed packages, read without imports, and a check that all ranks' are equal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def python_version() -> str:
 
 @functools.cache
 def source_digest() -> str:
-    """Return 8 hexadecimal digits of a hash of dstrain's source: checkouts can share a version."""
+    """Return 8 hexadecimal digits of a hash of dstrain's source.
+
+    It distinguishes checkouts that have the same version number.
+    """
     package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -48,10 +51,10 @@ def source_digest() -> str:
 def require_same_versions() -> None:
     """Check that all ranks run the same software; a collective of all ranks.
 
-    One small object goes from each rank to each.
+    Gathers one small object of each rank on every rank.
 
     Raises:
-        ConfigError: on every rank alike, with what differs and who has what.
+        ConfigError: versions differ; raised on every rank, with the ranks of each version.
     """
     if not is_distributed():
         return
@@ -66,7 +69,7 @@ def require_same_versions() -> None:
 def different_versions(said: Iterable[tuple[str, Mapping[str, str]]]) -> list[Problem]:
     """Return a problem for each package that differs, with the ranks and hosts of each version.
 
-    Grows with ranks x packages, which are few.
+    Takes time in proportion to ranks x packages, of which there are few.
 
     Args:
         said: for each rank in order, its host and its version of each package.

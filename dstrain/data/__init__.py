@@ -1,4 +1,4 @@
-"""Sample order, per-rank loaders, accumulation windows, columns."""
+"""Training and evaluation data: sample order, each rank's loader, accumulation windows, columns."""
 
 from dstrain.data.batches import TokenCount, empty_columns, input_tokens, to_device
 from dstrain.data.columns import (

@@ -1,4 +1,4 @@
-"""The tensors, samples and tokens of a batch, and its way to the device."""
+"""Counting tokens in batches, finding empty label columns, and moving batches to the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ logger = get_logger(__name__)
 
 
 def input_tokens(inputs: Any, main_input: str = "input_ids") -> int:
-    """Return the tokens that the model reads, padding included; else the rows of the main input."""
+    """Count the tokens in the model's main input, padding included.
+
+    For a main input of floats its rows are counted, and for a batch without one its samples.
+    """
     if isinstance(inputs, Mapping):
         main = inputs.get(main_input, inputs.get("input_ids"))
         if isinstance(main, torch.Tensor):
@@ -24,7 +27,7 @@ def input_tokens(inputs: Any, main_input: str = "input_ids") -> int:
 
 
 class TokenCount:
-    """A count of the input tokens of batches that are still in host memory."""
+    """Counter of input tokens in batches that are still in host memory."""
 
     def __init__(
         self,
@@ -33,12 +36,12 @@ class TokenCount:
         padding: bool = True,
         pad_token_id: int | None = None,
     ) -> None:
-        """Choose what counts.
+        """Set up a counter.
 
         Args:
-            main_input: what the model reads: a key of the batch.
-            padding: whether padding counts.
-            pad_token_id: tells padding from text in a batch without ``attention_mask``.
+            main_input: batch key of the model's main input.
+            padding: whether to count padding.
+            pad_token_id: token of padding, used for a batch without ``attention_mask``.
         """
         self._main_input, self._padding, self._pad = main_input, padding, pad_token_id
         self._warned = False
@@ -63,11 +66,11 @@ class TokenCount:
 
 
 def empty_columns(inputs: Any) -> frozenset[str]:
-    """Return the columns of labels without a single target, in a batch in host memory.
+    """Return the names of label columns without any target, in a batch in host memory.
 
-    Every label of such a column is ignored, or NaN, and so a mean over it is 0/0. Only of a column
-    that begins with such a label is more than one element looked at, and of none on a device, which
-    one would have to wait for.
+    Every label of such a column is ignored or NaN, so that a mean over it is 0/0. A column is read
+    whole only if its first label is ignored. Columns on a device are skipped, as reading them would
+    wait for the device.
     """
     return frozenset(name for name, values in columns_of(inputs) if _has_no_target(values))
 
@@ -84,7 +87,7 @@ def _has_no_target(values: torch.Tensor) -> bool:
 
 
 def to_device(inputs: Any, device: Any, *, float_dtype: torch.dtype | None) -> Any:
-    """Return the batch on ``device``, float tensors in ``float_dtype``; copies do not wait."""
+    """Copy a batch to ``device`` without waiting, with float tensors in ``float_dtype``."""
     if isinstance(inputs, torch.Tensor):
         dtype = float_dtype if inputs.is_floating_point() else None
         return inputs.to(device=device, dtype=dtype, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The columns of a dataset that the model takes, and those of them that are labels."""
+"""Columns of a dataset that a model accepts, and its label columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def forward_columns(module: torch.nn.Module) -> list[str] | None:
 def label_columns(module: torch.nn.Module, given: Sequence[str] | None) -> list[str]:
     """Return the label names given by the user, or those in the signature of ``forward``.
 
-    A ``forward`` that names no argument (a wrapper's ``**kwargs``) is taken to pass labels on.
+    A ``forward`` without named arguments (a wrapper's ``**kwargs``) is assumed to pass on "labels".
     """
     if given is not None:
         return list(given)
@@ -36,19 +36,19 @@ def label_columns(module: torch.nn.Module, given: Sequence[str] | None) -> list[
 
 
 def takes_target_count(module: torch.nn.Module) -> bool:
-    """Return whether ``forward`` names ``num_items_in_batch``, to divide a summed loss by it."""
+    """Tell whether ``forward`` names ``num_items_in_batch``, to divide a summed loss by it."""
     return "num_items_in_batch" in (forward_columns(module) or [])
 
 
 def needs_target_count(module: torch.nn.Module) -> bool:
-    """Return whether ``forward`` cannot do without ``num_items_in_batch``."""
+    """Tell whether ``forward`` requires the argument ``num_items_in_batch``."""
     parameters = inspect.signature(inner_model(module).forward).parameters
     given = parameters.get("num_items_in_batch")
     return given is not None and given.default is inspect.Parameter.empty
 
 
 def returns_loss(module: torch.nn.Module) -> bool:
-    """Tell whether the model returns a loss without labels, as models do that contrast inputs."""
+    """Tell whether the model returns a loss without labels, as contrastive models do."""
     parameter = inspect.signature(inner_model(module).forward).parameters.get("return_loss")
     return parameter is not None and parameter.default is True
 
@@ -58,8 +58,11 @@ def keep_columns(
 ) -> tuple[Any, Collator]:
     """Drop the columns of ``dataset`` that are not in ``keep``.
 
-    A ``datasets.Dataset`` loses them before it is read; samples of other datasets lose them in
-    front of the collator, which then also raises the error.
+    Columns of a ``datasets.Dataset`` are removed before it is read. Samples of other datasets are
+    filtered by the returned collator, which also raises the error.
+
+    Returns:
+        The dataset and the collator to use.
 
     Raises:
         DataError: no column is left.
@@ -85,7 +88,7 @@ def _none_left(columns: Sequence[str], keep: Sequence[str], description: str) ->
 
 
 class _ColumnFilter:
-    """A collator that first drops keys of dict samples (a class, so that workers can pickle it)."""
+    """Collator that first drops keys of dict samples; a class, so that workers can pickle it."""
 
     def __init__(self, collate: Collator, keep: tuple[str, ...], description: str) -> None:
         self._collate = collate
@@ -102,5 +105,5 @@ class _ColumnFilter:
 
 
 def used_columns(collate: Any) -> tuple[str, ...] | None:
-    """Return the keys of dict samples that a collator of ``keep_columns`` leaves; None for all."""
+    """Return the keys of dict samples that a collator of ``keep_columns`` keeps; None for all."""
     return collate._keep if isinstance(collate, _ColumnFilter) else None

@@ -1,4 +1,4 @@
-"""The semi-private parts of transformers that this room uses, in one place."""
+"""Semi-private parts of transformers that ``dstrain.data`` uses, in one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The number formats in which the floats of a batch go into a model and into its loss."""
+"""Casting of a batch's floats to the dtype of the model, except labels, and dtypes of losses."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dstrain.data.samples import tensors
 
 logger = get_logger(__name__)
 
-# Families that feed float labels into their layers, which take the model's format only.
+# Families that feed float labels into their layers, which accept the model's dtype only.
 _LABELS_ARE_INPUTS = frozenset({"speecht5"})
-# Losses that torch would compute partly in the narrower of two formats, or not at all: up to
-# torch 2.11 there is no gradient of mse_loss, and there is still none of huber_loss.
+# Losses that torch would compute partly in the narrower of two dtypes, or not at all: for mixed
+# dtypes mse_loss has no gradient up to torch 2.11, and huber_loss still has none.
 _LOSSES: frozenset[Any] = frozenset(
     {
         functional.mse_loss,
@@ -37,16 +37,16 @@ _LOSSES: frozenset[Any] = frozenset(
     }
 )
 _ABOUT_FORMATS = re.compile(r"dtype|scalar type|same type")
-# An activation that is rounded by more than this is none: it is a time, a count or an id.
+# An input that is rounded by more than this is no activation but a time, a count or an id.
 _ROUNDED_MUCH = 0.5
 
 
 class InputFormats:
-    """A cast of a batch's inputs to the model's format, which leaves labels as the data has them.
+    """Cast of a batch's floats to the model's dtype, except for labels.
 
-    Layers in 16 bits take inputs in 16 bits only, so floats are cast, whatever their name. A label
-    is compared with what the model returns: rounded to 16 bits it would be another label, and the
-    loss that of other data. A loss is computed in the wider of the two formats.
+    Layers in 16 bits take inputs in 16 bits only, so all floats but labels are cast. Labels are
+    compared with the model's outputs: rounded to 16 bits they would be other labels and give
+    another loss. A loss is computed in the wider of the dtypes of outputs and labels.
     """
 
     def __init__(self, module: torch.nn.Module, labels: Sequence[str]) -> None:
@@ -62,12 +62,12 @@ class InputFormats:
         self._looked_at: set[str] = set()
 
     def __call__(self, inputs: Any, device: Any, dtype: torch.dtype) -> Any:
-        """Return the batch on ``device``, all but its labels in ``dtype``; copies do not wait.
+        """Copy a batch to ``device`` without waiting, with floats except labels in ``dtype``.
 
         Args:
             inputs: the batch, as the collator made it.
-            device: of the model.
-            dtype: format that the model computes in.
+            device: device of the model.
+            dtype: dtype in which the model computes.
         """
         if not isinstance(inputs, Mapping):
             return to_device(inputs, device, float_dtype=dtype)
@@ -82,14 +82,14 @@ class InputFormats:
 
     @contextlib.contextmanager
     def computing_loss(self, inputs: Any, dtype: torch.dtype) -> Iterator[None]:
-        """Let a forward pass compute its loss with labels in a format of their own.
+        """Let the forward pass in the body compute its loss with labels in another float dtype.
 
         Args:
             inputs: the batch, as ``__call__`` returned it.
-            dtype: format that the model computes in.
+            dtype: dtype in which the model computes.
 
         Raises:
-            ModelError: the model uses labels in a way that takes its own format only.
+            ModelError: the model uses labels in an operation that needs the model's dtype.
         """
         columns = self._label_formats(inputs, dtype)
         if not columns:
@@ -112,7 +112,7 @@ class InputFormats:
             ) from error
 
     def _label_formats(self, inputs: Any, dtype: torch.dtype) -> list[str]:
-        """Name the label columns in another float format than ``dtype``, with their formats."""
+        """Describe the label columns that have another float dtype than ``dtype``."""
         if not isinstance(inputs, Mapping):
             return []
         found = []
@@ -126,7 +126,7 @@ class InputFormats:
         return name in self._labels or (isinstance(name, str) and "label" in name)
 
     def _warn_of_rounding(self, name: str, value: Any, dtype: torch.dtype) -> None:
-        """Warn once that a column is rounded on its way; looks at a batch in host memory."""
+        """Warn if the cast rounds values of a column much; check only tensors in host memory."""
         for tensor in tensors(value):
             if not (tensor.is_floating_point() and tensor.is_cpu and tensor.numel()):
                 continue
@@ -152,7 +152,7 @@ class InputFormats:
 
 
 class _Promoting(TorchFunctionMode):
-    """A mode that computes losses in the widest of the float formats that are passed to them."""
+    """Torch mode that computes losses in the widest of their arguments' float dtypes."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -168,7 +168,7 @@ class _Promoting(TorchFunctionMode):
 
 
 def _in_format(value: Any, dtype: torch.dtype) -> Any:
-    """Return float tensors in ``dtype``, with their gradients; those in a dict too."""
+    """Cast float tensors, also in a dict, to ``dtype``, with gradients; return other values."""
     if isinstance(value, dict):
         return {name: _in_format(part, dtype) for name, part in value.items()}
     floats = isinstance(value, torch.Tensor) and value.is_floating_point()

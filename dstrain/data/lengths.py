@@ -1,4 +1,4 @@
-"""The lengths of a dataset's samples, read from a column where there is one."""
+"""Lengths of a dataset's samples, from a column of lengths if there is one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def sample_lengths(
     """Return the length of every sample: int64, shape (num_samples,).
 
     Args:
-        dataset: map-style.
-        column: of a ``datasets.Dataset`` that has it, the lengths; no sample is read then.
-        main_input: key of the samples that is measured otherwise (tokens of a text).
-        what: the argument that needs them, for messages.
+        dataset: a map-style dataset.
+        column: column of a ``datasets.Dataset`` with the lengths; if it exists, no sample is read.
+        main_input: key of the samples to measure if there is no such column (tokens of a text).
+        what: the argument that needs the lengths, for messages.
 
     Raises:
-        DataError: a stream, or samples without the key.
+        DataError: the dataset is a stream, or samples lack the key.
     """
     import datasets
 
@@ -49,7 +49,7 @@ def sample_lengths(
 
 
 def _list_lengths(dataset: Any, name: str) -> torch.Tensor:
-    """Return the lengths of a column of lists, without making Python objects of their elements."""
+    """Return the lengths of lists in a column, without converting elements to Python objects."""
     import pyarrow.compute
 
     rows = dataset.select_columns([name]).with_format("arrow")

@@ -24,11 +24,11 @@ Collator = Callable[[list[Any]], Any]
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """The options of a loader; most are those of ``torch.utils.data.DataLoader``.
+    """Options of a loader; most are those of ``torch.utils.data.DataLoader``.
 
-    ``dispatch``: the main rank reads a stream and sends the others its samples. ``rebalance``:
-    micro-batches per optimizer step, to deal the samples of each step out by their lengths; None
-    gives each micro-batch the same number of samples.
+    With ``dispatch`` the main rank reads a stream and sends its samples to the other ranks.
+    ``rebalance`` is the number of micro-batches per optimizer step among which the samples of a
+    step are distributed by length; None gives each micro-batch the same number of samples.
     """
 
     num_workers: int = 0
@@ -61,12 +61,12 @@ def build_loader(
     """Return a loader of this rank's micro-batches, one per micro-step.
 
     A map-style dataset is read through ``RankBatchSampler``; a stream through ``RankStream`` in the
-    stream's own order. ``lengths`` of a map-style dataset put similar samples beside each other, or
-    with ``options.rebalance`` tell how to deal the samples of an optimizer step out.
-    Nothing is read, and no other rank is asked: ``detect_split`` does that before a loader is used.
+    stream's own order. ``lengths`` of a map-style dataset serve to group similar samples, or with
+    ``options.rebalance`` to distribute the samples of an optimizer step over micro-batches.
+    Reads no sample and makes no collective; ``detect_split`` does both before a loader is used.
 
     Raises:
-        DataError: a dataset with no samples, or one that cannot be dispatched.
+        DataError: the dataset has no samples, or cannot be dispatched.
     """
     if options.dispatch:
         if not is_stream(dataset):
@@ -90,7 +90,7 @@ def build_loader(
         "worker_init_fn": prepare_worker,
         **extra,
     }
-    # Seeds of loader processes: their own on each rank, and apart from the global random state.
+    # Seeds of loader processes: different on each rank, and not from the global random state.
     noise = derived_seed(seed, step=0, rank=topology.rank)
     common["generator"] = torch.Generator().manual_seed(noise)
     if is_stream(dataset):
@@ -132,7 +132,7 @@ def _sampler(
     shuffle: bool,
     lengths: Sequence[int] | torch.Tensor | None,
 ) -> RankBatchSampler:
-    """Return the sampler that says which samples of a map-style dataset this rank reads when."""
+    """Return the sampler that yields this rank's sample indices for each micro-step."""
     if options.rebalance is None or lengths is None:
         order = EpochOrder(num_samples, seed=seed, shuffle=shuffle, lengths=lengths)
         return RankBatchSampler(order, topology, drop_last=options.drop_last)
@@ -156,7 +156,7 @@ def _cannot_dispatch(what: str) -> DataError:
 
 
 def is_dstrain_loader(loader: Any) -> bool:
-    """Tell whether ``build_loader`` made the loader, so that ranks share its samples out."""
+    """Tell whether ``build_loader`` made the loader, so that it gives each rank its share."""
     return isinstance(getattr(loader, "batch_sampler", None), RankBatchSampler) or isinstance(
         getattr(loader, "dataset", None), RankStream
     )
@@ -165,8 +165,8 @@ def is_dstrain_loader(loader: Any) -> bool:
 def end_processes(loader: Any) -> None:
     """End the processes that ``loader`` keeps between its iterations, if any.
 
-    Left to Python's collector, which meets them in a cycle, each would be waited for in vain for
-    five seconds: the queue that tells it to end is gone by then.
+    Python's cycle collector would end them too late: the queue that tells them to end would be gone
+    by then, and torch would wait five seconds for each process in vain.
     """
     if getattr(loader, "_iterator", None) is not None:
         loader._iterator = None  # the only reference, so that it ends here
@@ -178,7 +178,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _worker_limit(dataset: Any, wanted: int) -> int:
-    """Return how many loader processes a stream works in; some split themselves over processes."""
+    """Return the number of loader processes with which a stream keeps its order, at most."""
     import datasets
 
     if isinstance(dataset, datasets.IterableDataset):

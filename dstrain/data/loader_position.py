@@ -1,4 +1,4 @@
-"""The length of a loader's epoch, and the position in it at which a loader begins or stands."""
+"""Length of a loader's epoch, and setting and saving of the position inside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = get_logger(__name__)
 def micro_steps(loader: Any) -> int | None:
     """Return the micro-steps of a whole epoch, or None for a stream without a length.
 
-    The length of a stream is its ``__len__``; where ranks have parts of their own, the longest
+    The length of a stream is its ``__len__``; if each rank has a part of the data, the longest part
     counts.
     """
     sampler = getattr(loader, "batch_sampler", None)
@@ -31,7 +31,7 @@ def micro_steps(loader: Any) -> int | None:
 
 
 def num_samples(loader: Any) -> int | None:
-    """Return the samples of the dataset behind a loader over all ranks; None without a length."""
+    """Return the number of samples of a loader's dataset over all ranks; None without a length."""
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, RankStream):
         if dataset.split:
@@ -55,14 +55,16 @@ def set_epoch(
     source: dict[str, Any] | None = None,
     trains: bool = True,
 ) -> None:
-    """Point a loader at an epoch and at the first sample of it that is still to be used.
+    """Set the epoch that a loader reads next, and the number of its samples to skip.
 
     Args:
-        loader: of either kind, or one of the user's own.
-        epoch: from 0.
-        start: samples of the epoch that were used, over all ranks.
-        source: what ``source_state`` gave there; without it a stream is read from its beginning.
-        trains: whether to tell a dataset with a length too. It may be evaluated on in between.
+        loader: a loader of ``build_loader``, or one of the user's own.
+        epoch: index of the epoch, from 0.
+        start: samples of the epoch that were used already, over all ranks.
+        source: result of ``source_state`` at ``start``; without it a stream is read from its
+            beginning.
+        trains: whether to call ``set_epoch`` of a dataset with a length too; false for evaluations,
+            which may use the training dataset.
     """
     for part in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):
         if isinstance(part, (RankBatchSampler, RankStream)):
@@ -72,7 +74,7 @@ def set_epoch(
                 part.set_epoch(epoch, start=start)
                 if trains:
                     _set_dataset_epoch(loader, epoch, sampler=part)
-            # MicroBatchSeed in loader processes is that of the epoch, wherever the run began.
+            # Seeds of loader processes depend on the epoch, not on where the run began.
             seed = derived_seed(part.worker_seed, step=epoch, rank=part.topology.rank)
             loader.generator.manual_seed(seed)
             return
@@ -84,9 +86,10 @@ def set_epoch(
 
 
 def _set_dataset_epoch(loader: Any, epoch: int, *, sampler: RankBatchSampler) -> None:
-    """Tell a dataset with a length which epoch begins, as a curriculum needs to know.
+    """Call ``set_epoch`` of a dataset with a length, as needed for a curriculum.
 
-    It may have another length then. Loader processes have a copy of it, and are started anew.
+    The dataset may change its length in this call. Loader processes have copies of the dataset, so
+    they are ended and started anew.
     """
     tell = getattr(loader.dataset, "set_epoch", None)
     if tell is None:
@@ -106,17 +109,16 @@ def _set_dataset_epoch(loader: Any, epoch: int, *, sampler: RankBatchSampler) ->
 
 
 def keep_source_states(loader: Any) -> None:
-    """Keep positions of the stream behind a loader from its next epoch on, for ``source_state``."""
+    """Let a loader's stream keep its states from the next epoch on, for ``source_state``."""
     if isinstance(stream := getattr(loader, "dataset", None), RankStream):
         stream.keeps_states = True
 
 
 def source_state(loader: Any, samples: int) -> dict[str, Any] | None:
-    """Return the state of the stream behind a loader after ``samples`` samples of the epoch.
+    """Return the state of a loader's stream after ``samples`` samples of the epoch, over all ranks.
 
-    ``samples`` counts those of all ranks. The state is the same whatever the topology, and on
-    whichever rank, unless each rank has a part of its own. None where the dataset is no stream, or
-    cannot tell its position exactly.
+    The state is the same for any topology and on any rank, unless each rank has a part of the data.
+    None where the dataset is no stream, or its exact position is not known.
     """
     stream = getattr(loader, "dataset", None)
     return stream.state_at(samples) if isinstance(stream, RankStream) else None

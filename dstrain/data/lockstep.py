@@ -1,8 +1,8 @@
-"""Keeping ranks in step during training: no rank waits for another that has no data left.
+"""Synchronization of ranks in training on data whose length not all ranks know.
 
-Where data has no length that all ranks know, a rank may run out of it first, and would go to an
-evaluation or the next epoch while other ranks wait for it in a backward pass. Ranks tell each other
-on their hosts, beside training's own collectives, whether they have one more micro-batch.
+A rank may run out of such data first, and would go on to an evaluation or the next epoch while
+other ranks wait for it in a backward pass. So ranks tell each other whether they have another
+micro-batch, in a process group on their hosts, apart from training's collectives.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ Step = tuple[Any, int]  # a micro-batch, and its samples over all ranks
 
 
 class LocalSteps:
-    """Micro-batches of one rank alone, or of data whose length all ranks know."""
+    """Micro-batches of a single process, or of data whose length all ranks know."""
 
     def __init__(self, steps: Iterator[Step]) -> None:
-        """Set up for one epoch.
+        """Set up for an epoch.
 
-        Args: this rank's micro-batches.
+        Args:
+            steps: this rank's micro-batches.
         """
         self._steps = steps
 
@@ -35,14 +36,17 @@ class LocalSteps:
         return next(self._steps, None)
 
     def check_end(self) -> None:
-        """Check that ranks end together; called before a shorter window, and after the last."""
+        """Check that ranks end together; called before a shorter window, and after the last.
+
+        Does nothing here.
+        """
 
     def close(self) -> None:
-        """Release what was taken for this epoch."""
+        """Release the resources of this epoch; there are none here."""
 
 
 class _ExchangingSteps(LocalSteps):
-    """Micro-batches of ranks that tell each other, in a host process group, what each has."""
+    """Micro-batches of ranks that exchange, in a process group on the hosts, what each has left."""
 
     def __init__(self, steps: Iterator[Step]) -> None:
         """Form the group; a collective of all ranks."""
@@ -54,26 +58,26 @@ class _ExchangingSteps(LocalSteps):
         self._failure: Exception | None = None
 
     def _next(self) -> Step | None:
-        """Return the next micro-batch; an error of the data is kept until all ranks know of it."""
+        """Return the next micro-batch, or None; keep an error until all ranks know of it."""
         try:
             return next(self._steps, None)
-        except Exception as error:  # of a dataset of the user's own, anything
+        except Exception as error:  # a user's dataset may raise anything
             self._failure = error
             return None
 
     def _begin_exchange(self, have: bool, more: Sequence[int] = ()) -> tuple[Any, torch.Tensor]:
-        """Start summing over ranks: who has one more, who has failed, the numbers in ``more``."""
+        """Start summing over ranks: ranks with a micro-batch, failed ranks, numbers in ``more``."""
         import torch.distributed as dist
 
         told = torch.tensor([int(have), int(self._failure is not None), *more])
         return dist.all_reduce(told, group=self._group, async_op=True), told
 
     def _end_exchange(self, exchange: tuple[Any, torch.Tensor]) -> tuple[int, list[int]]:
-        """Return how many ranks have one more micro-batch, and the sums of ``more``.
+        """Wait for the sums; return the number of ranks with a micro-batch, and sums of ``more``.
 
         Raises:
-            Exception: on a rank whose data has failed.
-            DataError: on the others.
+            Exception: this rank's data has failed.
+            DataError: another rank's data has failed.
         """
         work, told = exchange
         work.wait()
@@ -100,11 +104,11 @@ class _ExchangingSteps(LocalSteps):
 
 
 class SharedStreamSteps(_ExchangingSteps):
-    """Shares of a stream that all ranks read alike: no rank is waited for, but the end is checked.
+    """Shares of a stream that all ranks read alike, with a check that they end together.
 
-    What a rank tells of a micro-batch is looked at when it asks for the next one. So ranks that end
-    at different places find out between two steps, and each raises the same error; so do ranks that
-    read other samples, while these are compared.
+    The exchange about a micro-batch is completed only when the next one is fetched, so that no rank
+    waits for another. Ranks that end at different places notice it between two steps, and all raise
+    the same error; so do ranks that read different samples, while samples are compared.
     """
 
     def __init__(self, steps: Iterator[Step], *, watch: StreamWatch | None = None) -> None:
@@ -112,7 +116,7 @@ class SharedStreamSteps(_ExchangingSteps):
 
         Args:
             steps: this rank's micro-batches, in as many steps as those of the other ranks.
-            watch: compares the samples that they are made of.
+            watch: compares the samples of the stream between ranks; None for no comparison.
         """
         super().__init__(steps)
         self._watch = watch
@@ -122,7 +126,7 @@ class SharedStreamSteps(_ExchangingSteps):
         """Return the next micro-batch; None at the end, or where reading has failed.
 
         Raises:
-            DataError: streams do not end together, or are not the same.
+            DataError: streams do not end together, or differ.
         """
         self.check_end()
         step = self._next()
@@ -131,10 +135,10 @@ class SharedStreamSteps(_ExchangingSteps):
         return step
 
     def check_end(self) -> None:
-        """Wait until all ranks have told whether they have the micro-batch fetched last.
+        """Complete the exchange about the micro-batch fetched last.
 
         Raises:
-            DataError: only some have it, or ranks read other samples; on all ranks.
+            DataError: only some ranks have it, or ranks read different samples; on all ranks.
         """
         if self._pending is None:
             return
@@ -158,7 +162,7 @@ class SharedStreamSteps(_ExchangingSteps):
 class RankPartSteps(_ExchangingSteps):
     """Micro-batches of ranks that each have a part of the data, until the longest part ends.
 
-    A rank that has used its part up passes padding batches that carry no weight.
+    A rank whose part is used up yields padding batches, which have no weight in the loss.
     """
 
     def __init__(
@@ -173,12 +177,12 @@ class RankPartSteps(_ExchangingSteps):
         """Form the group; a collective of all ranks.
 
         Args:
-            steps: of this rank.
-            padding_of: makes a micro-batch without weight of another.
-            first_padding: makes a padding batch for a rank that had used up its part before the
-                first step; None where the part is empty.
-            num_samples: samples over all ranks of a padding batch's micro-step.
-            drop_last: end with the first rank instead.
+            steps: this rank's micro-batches.
+            padding_of: makes a padding batch from a micro-batch.
+            first_padding: makes a padding batch for a rank whose part was used up before the first
+                step; returns None where the part is empty.
+            num_samples: samples over all ranks in the micro-step of a padding batch.
+            drop_last: end when the first rank has no micro-batch left.
         """
         super().__init__(steps)
         self._padding_of, self._first_padding, self._drop_last = (
@@ -193,7 +197,7 @@ class RankPartSteps(_ExchangingSteps):
         """Return the next micro-batch or padding batch; None when no rank has one.
 
         Raises:
-            DataError: a rank has no sample at all; on all ranks.
+            DataError: a rank has no sample at all; raised on all ranks.
         """
         is_first = self._last is None
         step = self._next()
@@ -207,7 +211,7 @@ class RankPartSteps(_ExchangingSteps):
         return (self._padding_of(self._last), self._num_samples) if step is None else step
 
     def _find_padding(self) -> None:
-        """Find a padding batch for a rank that has nothing at the first step."""
+        """Make a padding batch on ranks without a micro-batch at the first step; a collective."""
         if self._last is None:
             self._last = self._first_padding()
         number, _ = self._end_exchange(self._begin_exchange(self._last is not None))
@@ -222,7 +226,7 @@ class RankPartSteps(_ExchangingSteps):
 
 
 def stream_ends_differ(number: int, world_size: int) -> DataError:
-    """Return the error that only ``number`` ranks have more of a stream that all read alike."""
+    """Return the error for a stream that goes on for only ``number`` ranks, though all read it."""
     return DataError(
         Problem(
             f"the stream ended on {world_size - number} of {world_size} ranks, and goes on on the "

@@ -1,8 +1,8 @@
-"""The order of samples: a function of (seed, epoch) alone, never of the number of ranks.
+"""Order of samples as a function of (seed, epoch) alone, independent of the number of ranks.
 
 An epoch is cut into chunks of ``micro_batch x world_size`` samples, one chunk per micro-step. Each
 rank takes its contiguous share of a chunk. Because chunks are cut from one global order, any
-topology with the same global batch sees the same samples in the same optimizer step.
+topology with the same global batch uses the same samples in the same optimizer step.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from dstrain.core.errors import DataError, Problem
 from dstrain.data.worker_seeds import MicroBatchSeed, SeededIndices
 
-# Samples that are sorted by length together. It must depend on nothing that another topology or
-# batch size would change, or a run could not go on from inside an epoch there.
+# Samples that are sorted by length together. The number must not depend on topology or batch size,
+# or a run could not resume inside an epoch with another one.
 POOL_SAMPLES = 8192
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The spread of a global batch over ranks and micro-steps.
+    """Distribution of samples over ranks and micro-steps, as seen from a rank.
 
     Attributes:
         micro_batch: samples per rank and micro-step.
@@ -42,8 +42,8 @@ class Topology:
     def share(self, num_samples: int) -> range:
         """Return the positions of this rank's samples in a chunk of ``num_samples`` samples.
 
-        A full chunk gives every rank ``micro_batch`` samples; a short one, at the end of an epoch,
-        is spread as evenly as possible, and ranks may get none.
+        A full chunk has ``micro_batch`` samples for every rank; a short chunk, at the end of an
+        epoch, is distributed as evenly as possible, and ranks may get none.
         """
         least, extra = divmod(num_samples, self.world_size)
         start = self.rank * least + min(self.rank, extra)
@@ -51,7 +51,7 @@ class Topology:
 
 
 class EpochOrder:
-    """The global order of one dataset, epoch by epoch."""
+    """Global order of a dataset's samples in each epoch."""
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class EpochOrder:
         shuffle: bool,
         lengths: Sequence[int] | torch.Tensor | None = None,
     ) -> None:
-        """Choose how samples are ordered.
+        """Set up the order.
 
         Args:
-            num_samples: of the dataset.
-            seed: of the shuffle.
+            num_samples: number of samples in the dataset.
+            seed: seed of the shuffle.
             shuffle: whether to shuffle at all.
-            lengths: of the samples, to put similar ones beside each other; only when shuffled.
+            lengths: lengths of the samples, to group similar ones; used only when shuffled.
         """
         self.num_samples = num_samples
         self._lengths = None if lengths is None else torch.as_tensor(lengths)
@@ -78,7 +78,7 @@ class EpochOrder:
         """Return the order of a dataset with another number of samples.
 
         Raises:
-            DataError: samples are grouped by lengths, which are those of the old ones.
+            DataError: samples are grouped by lengths, which are not known for the new samples.
         """
         if self._lengths is not None:
             raise DataError(
@@ -100,7 +100,7 @@ class EpochOrder:
 
 
 def _grouped(order: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Return the order with similar lengths side by side, as transformers' ``group_by_length``.
+    """Group samples of similar lengths in an order, as transformers' ``group_by_length`` does.
 
     Pools of the shuffled samples, a quarter of them or ``POOL_SAMPLES``, are each sorted from long
     to short. The longest sample of all comes first, so that a lack of memory shows at once.
@@ -115,46 +115,49 @@ def _grouped(order: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 class RankBatchSampler:
-    """A torch batch sampler that yields a list of dataset indices per micro-step for this rank.
+    """Torch batch sampler that yields a list of dataset indices per micro-step for this rank.
 
     All ranks yield the same number of lists. A rank whose share of the last chunk is empty yields
-    the chunk's first sample as a padding batch, which must carry no weight.
+    the chunk's first sample as a padding batch, which must have no weight in the loss.
     """
 
     def __init__(self, order: EpochOrder, topology: Topology, *, drop_last: bool = False) -> None:
-        """Begin at the start of epoch 0.
+        """Set the position to the start of epoch 0.
 
-        Args: global order, topology, whether to drop the chunk that does not fill all ranks.
+        Args:
+            order: global order of samples.
+            topology: this rank among all ranks.
+            drop_last: whether to drop a last chunk that does not fill all ranks.
         """
         self.order = order
         self.topology = topology
         self.drop_last = drop_last
         self.epoch = 0
         self.start = 0
-        self.worker_seed = 0  # of loader processes; the loader's builder sets it
+        self.worker_seed = 0  # seed of loader processes; ``build_loader`` sets it
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Choose the epoch, and how many of its samples to leave out because they were used."""
+        """Set the epoch, and the number of its samples to skip because they were used."""
         self.epoch = epoch
         self.start = start
 
     def follow_length(self, num_samples: int) -> None:
-        """Use another number of samples from now on, for a dataset that changes with the epoch.
+        """Set the number of samples, for a dataset that changes its length with the epoch.
 
         Raises:
-            DataError: the lengths of samples, by which they are grouped, are those of the old ones.
+            DataError: samples are grouped by lengths, which are not known for the new samples.
         """
         if num_samples != self.order.num_samples:
             self.order = self.order.resized(num_samples)
 
     @property
     def remaining(self) -> int:
-        """Return the samples over all ranks from ``start`` to the epoch's end that will be used."""
+        """Return the number of samples, over all ranks, still to be used from ``start`` on."""
         left = max(0, self.order.num_samples - self.start)
         return left - left % self.topology.chunk if self.drop_last else left
 
     def whole(self) -> RankBatchSampler:
-        """Return the same sampler at the beginning of an epoch."""
+        """Return a copy of the sampler at the beginning of an epoch."""
         return RankBatchSampler(self.order, self.topology, drop_last=self.drop_last)
 
     def __len__(self) -> int:

@@ -1,9 +1,10 @@
-"""Samples of one optimizer step, dealt to ranks and micro-batches so that all cost the same.
+"""Distribution of an optimizer step's samples to ranks and micro-batches so that costs are equal.
 
-A micro-batch is padded to its longest sample. With as many samples in each, the ranks that got long
-ones let the others wait. Here the samples of a step are sorted by length and cut into as many
-groups as there are (rank, micro-batch) pairs: few long samples in one, many short ones in another.
-Which samples a step uses stays as it is, and so does the loss, which weights by targets.
+A micro-batch is padded to its longest sample. With equal numbers of samples, ranks with short
+samples would wait for those with long ones. Here the samples of a step are sorted by length and cut
+into as many groups as there are (rank, micro-batch) pairs: few long samples in one group, many
+short samples in another. The set of samples in a step is unchanged, and so is the loss, which
+weights by targets.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from dstrain.data.order import EpochOrder, RankBatchSampler, Topology
 from dstrain.data.worker_seeds import SeededIndices
 
-# Attention's share in the cost of a token, per token of the padded length: transformers'
+# Cost of attention for a token, per token of the padded length, as transformers'
 # BatchRebalanceSampler.QUADRATIC_COST_COEF (trainer_pt_utils.py).
 _ATTENTION = 0.001
 
@@ -26,21 +27,21 @@ def padded_cost(num_samples: int, length: int) -> float:
 
 
 def deal(lengths: Sequence[int], world_size: int, micro_steps: int) -> list[list[list[int]]]:
-    """Deal the samples of one optimizer step to ranks and micro-steps.
+    """Distribute the samples of an optimizer step to ranks and micro-steps.
 
-    The largest cost of a group is as small as any cut of the sorted samples makes it: a bisection
-    over the costs that groups can have, each tried by filling groups from the longest sample on.
-    Time grows with samples x log(samples), and not with the number of ranks.
+    Minimises the largest cost of a group over all cuts of the sorted samples, by a bisection over
+    costs; each cost is tried by filling groups from the longest sample on. Time grows with
+    samples x log(samples), and not with the number of ranks.
 
     Args:
-        lengths: of the step's samples.
+        lengths: lengths of the step's samples.
         world_size: number of ranks.
         micro_steps: micro-batches of each rank.
 
     Returns:
-        for each micro-step and rank, places in ``lengths``: the costliest groups of all are the
-        first micro-step, so that ranks which work at the same time have alike work. A group is
-        empty only where there are fewer samples than groups.
+        For each micro-step and rank, indices into ``lengths``. The first micro-step has the
+        costliest groups and so on, so that groups computed at the same time cost about the same. A
+        group is empty only where there are fewer samples than groups.
     """
     num_groups = world_size * micro_steps
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
@@ -54,12 +55,15 @@ def deal(lengths: Sequence[int], world_size: int, micro_steps: int) -> list[list
 
 
 def _cheapest_cuts(lengths: list[int], num_groups: int) -> list[int]:
-    """Return where to cut samples, sorted from long to short, into groups that are not empty."""
+    """Return the cuts of samples, sorted from long to short, with the smallest largest cost.
+
+    No group is empty.
+    """
     num_groups = min(num_groups, len(lengths))
     low, high = 0.0, padded_cost(len(lengths), lengths[0])
     best = _fill(lengths, num_groups, high)
     assert best is not None, "one group of all samples costs no more"
-    # Costs are alike once they differ by less than a millionth: what is left is rounding.
+    # Costs that differ by less than a millionth count as equal: rounding errors are as large.
     while high - low > 1e-6 * high:
         middle = (low + high) / 2
         cuts = _fill(lengths, num_groups, middle)
@@ -76,7 +80,7 @@ def _fill(lengths: list[int], num_groups: int, most: float) -> list[int] | None:
     for group in range(num_groups):
         start = cuts[-1]
         length = lengths[start]
-        # What divides without rest must not miss it by a rounding.
+        # The factor keeps a rounding error from lowering an exact quotient.
         fits = int(most / padded_cost(1, length) * (1 + 1e-9)) if length else len(lengths)
         if fits < 1:
             return None
@@ -87,10 +91,10 @@ def _fill(lengths: list[int], num_groups: int, most: float) -> list[int] | None:
 
 
 class RebalancedBatchSampler(RankBatchSampler):
-    """A ``RankBatchSampler`` whose micro-batches cost the same rather than have as many samples.
+    """Batch sampler whose micro-batches have similar costs instead of equal numbers of samples.
 
-    It is cut into the same optimizer steps, of ``chunk x accumulation`` samples; only who computes
-    which of them changes.
+    Optimizer steps have the same samples as with ``RankBatchSampler``, ``chunk x accumulation``
+    each; only their distribution to ranks and micro-batches changes.
     """
 
     def __init__(
@@ -102,9 +106,14 @@ class RebalancedBatchSampler(RankBatchSampler):
         accumulation: int,
         drop_last: bool = False,
     ) -> None:
-        """Begin at the start of epoch 0.
+        """Set the position to the start of epoch 0.
 
-        Args: as of a ``RankBatchSampler``; lengths of all samples, micro-batches per step.
+        Args:
+            order: global order of samples.
+            topology: this rank among all ranks.
+            lengths: lengths of all samples of the dataset.
+            accumulation: micro-batches per optimizer step.
+            drop_last: whether to drop a last chunk that does not fill all ranks.
         """
         super().__init__(order, topology, drop_last=drop_last)
         self._lengths = lengths
@@ -113,7 +122,7 @@ class RebalancedBatchSampler(RankBatchSampler):
         self._read: tuple[tuple[int, int, int], list[list[list[int]]]] | None = None
 
     def whole(self) -> RebalancedBatchSampler:
-        """Return the same sampler at the beginning of an epoch."""
+        """Return a copy of the sampler at the beginning of an epoch."""
         return RebalancedBatchSampler(
             self.order,
             self.topology,
@@ -141,7 +150,7 @@ class RebalancedBatchSampler(RankBatchSampler):
                 yield SeededIndices(samples[mine].tolist(), self._seed_at(first))
 
     def _indices(self) -> torch.Tensor:
-        """Return the samples that are left of the epoch; kept, as an order is long to make."""
+        """Return the indices of the epoch's remaining samples; cached, as an order is expensive."""
         key = (self.epoch, self.start)
         if self._left is None or self._left[0] != key:
             self._left = key, self.order.indices(self.epoch)[self.start :][: self.remaining]
@@ -156,7 +165,7 @@ class RebalancedBatchSampler(RankBatchSampler):
         return deal(self._lengths[samples].tolist(), self.topology.world_size, micro_steps)
 
     def _dealt_at(self, step: int) -> list[list[int]]:
-        """Return a micro-step's groups, one per rank; keep those of the latest optimizer step."""
+        """Return a micro-step's groups, one per rank; cache those of the latest optimizer step."""
         window, number = divmod(step, self._accumulation)
         key = (self.epoch, self.start, window)
         if self._read is None or self._read[0] != key:

@@ -1,4 +1,4 @@
-"""The columns of a batch, and how many samples it holds where its loader cannot tell."""
+"""Access to the columns of a batch, and inference of its number of samples from its tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tensors(inputs: Any) -> list[torch.Tensor]:
 def columns_of(inputs: Any, *, inside: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the columns of a batch that are tensors, by name.
 
-    A column of a mapping in the batch has the names of both with a dot between: ``labels.start``.
+    A column of a mapping in the batch is named by both keys with a dot between: ``labels.start``.
     """
     if isinstance(inputs, Mapping):
         for name, value in inputs.items():
@@ -35,12 +35,12 @@ def columns_of(inputs: Any, *, inside: str = "") -> Iterator[tuple[str, torch.Te
 
 
 def column(inputs: Any, name: str | None) -> torch.Tensor | None:
-    """Return the column that ``columns_of`` gives this name; None where there is none."""
+    """Return the column to which ``columns_of`` gives this name; None where there is none."""
     return None if name is None else next((t for n, t in columns_of(inputs) if n == name), None)
 
 
 def with_column(inputs: Any, name: str, changed: torch.Tensor, *, inside: str = "") -> Any:
-    """Return a batch with another tensor in a column; what is around it is copied, not changed."""
+    """Return a copy of a batch with another tensor in a column; the original is not changed."""
     found: dict[Any, Any] = {}
     for key, value in inputs.items():
         path = f"{inside}{key}"
@@ -51,11 +51,11 @@ def with_column(inputs: Any, name: str, changed: torch.Tensor, *, inside: str = 
 
 
 def batch_size(inputs: Any) -> int:
-    """Return the number of samples in a batch of a user's own loader, judged by its tensors.
+    """Return the number of samples in a batch of a user's own loader, inferred from its tensors.
 
-    A label column has an entry per sample; then come the model's usual text inputs, and last the
-    first tensor of any kind, which may hold something else (Qwen2-VL's ``pixel_values`` are
-    patches). A padding-free batch is one row with as many samples as sequences begin in it.
+    Uses the first dimension of a label column, else of the usual text inputs, else of the first
+    tensor, which may count something else (Qwen2-VL's ``pixel_values`` has a row for each patch). A
+    padding-free batch is a single row whose samples are the sequences in it.
     """
     if isinstance(inputs, Mapping):
         if (sequences := _sequences_of_one_row(inputs)) is not None:

@@ -1,8 +1,8 @@
-"""Finding, before a loader is used, whether its data is to be shared out or came split by rank.
+"""Detection, before a loader is used, of data that the user has already split by rank.
 
-Data that a user has split by rank would be split again, and most of it never be used. A stream that
-was split is used as it is; a dataset with a length that differs between ranks is refused. So is a
-stream that begins alike on all ranks and then does not go on so: that is found while it is used.
+Such data would be split again, and most of it never be used. A stream that was split is used as it
+is; a dataset with a length that differs between ranks is refused. A stream that begins alike on all
+ranks and differs later is refused too, when the difference is found in use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dstrain.data.streams.rank_stream import RankStream, share_of
 
 logger = get_logger(__name__)
 
-_NUM_ROWS = 16  # of a dataset with a length, from its first to its last
+_NUM_ROWS = 16  # rows to compare of a dataset with a length, from its first to its last
 
 _SAME_DATA = (
     "pass the whole dataset on every rank (made with the same seed): dstrain gives each rank its "
@@ -41,13 +41,13 @@ _SAME_DATA = (
 
 @dataclass(frozen=True)
 class _Facts:
-    """The facts that one rank knows of its data without reading any.
+    """Facts that a rank knows about its data without reading any.
 
     Attributes:
         kind: "stream", "dispatched stream" or "dataset".
-        length: number of samples, where it is said.
-        share: which part of how many ``split_dataset_by_node`` made it.
-        fingerprint: of a ``datasets.Dataset``, the same for the same data.
+        length: number of samples; None where it is not known.
+        share: (part, number of parts) if ``split_dataset_by_node`` made the data, else None.
+        fingerprint: fingerprint of a ``datasets.Dataset``, the same for the same data; else None.
     """
 
     kind: str
@@ -57,23 +57,23 @@ class _Facts:
 
 
 def detect_split(loader: Any, *, what: str, epoch: int = 0, known_whole: bool = False) -> None:
-    """Find out with the other ranks whether they share a loader's samples; a collective.
+    """Compare the data of all ranks and mark a stream that is split by rank; a collective.
 
-    At most 16 samples of a dataset with a length are read, and eight of a stream, which an epoch
-    that is read in this process then does not read again; all that ranks send is a few bytes for
-    each column. Where these differ, samples are read twice more, and the main rank sends what they
-    look like. What ranks gather grows with ranks x columns. A stream that begins alike on all ranks
-    is compared further while it is used: see ``StreamWatch``.
+    Reads at most 16 samples of a dataset with a length, and eight of a stream; an epoch in this
+    process does not read those of a stream again. Each rank sends a few bytes per column. If these
+    differ, samples are read twice more, and the main rank sends summaries of them. The gathered
+    data grows with ranks x columns. A stream that begins alike on all ranks is compared further
+    while it is used: see ``StreamWatch``.
 
     Args:
-        loader: of ``build_loader``.
-        what: the data, for messages.
-        epoch: which will be read first.
-        known_whole: a checkpoint of several ranks has the state of one stream for all; then nothing
-            is read, as filling the buffer of a shuffle for that would cost many samples.
+        loader: a loader of ``build_loader``.
+        what: the data in words, for messages.
+        epoch: the epoch that will be read first.
+        known_whole: a checkpoint shows that all ranks read one stream; then no sample is read, as
+            filling the buffer of a shuffle again would cost many samples.
 
     Raises:
-        DataError: ranks have different data that cannot be used as it is; on all ranks.
+        DataError: ranks have different data that cannot be used as it is; raised on all ranks.
     """
     stream = getattr(loader, "dataset", None)
     if isinstance(stream, RankStream):
@@ -89,7 +89,7 @@ def detect_split(loader: Any, *, what: str, epoch: int = 0, known_whole: bool = 
 
 
 def inherit_split(loader: Any, earlier: Any) -> None:
-    """Give a loader what an earlier loader of the same data has found out."""
+    """Copy the findings of ``detect_split`` from an earlier loader of the same data."""
     stream, before = getattr(loader, "dataset", None), getattr(earlier, "dataset", None)
     if isinstance(stream, RankStream) and isinstance(before, RankStream):
         stream.split, stream.lengths = before.split, before.lengths
@@ -98,7 +98,7 @@ def inherit_split(loader: Any, earlier: Any) -> None:
 
 
 def num_shares(loader: Any) -> int:
-    """Return in how many parts the user's data came: one for each rank if it was split, or 1."""
+    """Return the number of parts of the user's data: the world size if it was split, else 1."""
     stream = getattr(loader, "dataset", None)
     return stream.topology.world_size if isinstance(stream, RankStream) and stream.split else 1
 
@@ -110,7 +110,7 @@ def _detect_split_of_stream(
     kind = "dispatched stream" if dispatched else "stream"
     facts = _gathered(_Facts(kind, stream.lengths[0], share_of(stream.source), None), what)
     if dispatched:
-        # The others cannot, or need not, read theirs.
+        # Only the main rank reads the stream, so only its length counts.
         stream.lengths = [broadcast_object(stream.lengths[0])]
         return
     world_size = stream.topology.world_size
@@ -142,15 +142,15 @@ def _detect_split_of_stream(
 
 
 def _compare(stream: RankStream, loader: Any, *, epoch: int) -> Verdict:
-    # In another process such a source would go on after what was read here.
+    # A source that is its own iterator would go on in a loader process after the samples read here.
     unseen = stream.is_iterator and loader.num_workers
     goes_on = not loader.num_workers
 
     def read(again: bool) -> list[Any] | None:
         nonlocal goes_on
         goes_on = goes_on and not again
-        # The first time no more than the first micro-step takes: a run that goes on from after it
-        # must be the same without what is done here.
+        # The first reading takes no more than the first micro-step does: a run that resumes after
+        # that step skips this comparison, and must read the same samples.
         at_most = MOST_SAMPLES if again else min(MOST_SAMPLES, stream.topology.chunk)
         return None if unseen else stream.peek(epoch=epoch, at_most=at_most)
 
@@ -189,7 +189,11 @@ def _gathered(mine: _Facts, what: str) -> Sequence[_Facts]:
 
 
 def _check_shares(shares: Sequence[tuple[int, int] | None], what: str) -> None:
-    """Refuse data that was split into other parts than one for each rank."""
+    """Check that data split by node has exactly one part for each rank, or is not split.
+
+    Raises:
+        DataError: the parts do not match the ranks.
+    """
     if not any(shares):
         return
     number = len(shares)

@@ -1,4 +1,4 @@
-"""Evaluation batches with all ranks in step: as many on each, and all know the last one."""
+"""Evaluation batches in equal number on all ranks, with the last one marked."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dstrain.data.windows import MicroBatch, iterate, padding_batch
 
 
 def synchronized_batches(loader: Any, *, device: Any) -> Iterator[tuple[MicroBatch, bool]]:
-    """Yield micro-batches, and whether each is the last of all ranks.
+    """Yield micro-batches, each with a flag that it is the last on all ranks.
 
-    Where the loader's length is not known to be the same on all ranks (a stream, a user's own
-    loader) they tell each other before each batch whether they have one more, and compare the first
-    samples of a stream that all read. A rank that has used up its own part of the data yields
-    padding batches, made of its last batch.
+    If the loader's length is not known to be the same on all ranks (a stream, a user's own loader),
+    ranks tell each other before each batch whether they have another, and compare the first samples
+    of a stream that all read. A rank whose part of the data is used up yields padding batches, made
+    from its last batch.
 
     Args:
-        loader: of this rank.
-        device: where ranks communicate.
+        loader: loader of this rank.
+        device: device of the tensors that ranks exchange.
 
     Raises:
-        DataError: a rank has no batch at all while others have, or ranks that should read one
-            stream read other samples, or fewer; on all ranks.
+        DataError: a rank has no batch at all while others have, or ranks that should read the same
+            stream read different samples, or fewer; raised on all ranks.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, RankBatchSampler):
@@ -50,12 +50,14 @@ def synchronized_batches(loader: Any, *, device: Any) -> Iterator[tuple[MicroBat
 
 
 class _BatchExchange:
-    """Exchanges between ranks, before every evaluation batch, which of them have one."""
+    """Exchange, before every evaluation batch, of the number of ranks that have a batch."""
 
     def __init__(self, stream: Any, device: Any) -> None:
-        """Set up for one pass.
+        """Set up for a pass over the data.
 
-        Args: the dataset that the loader reads, the device where ranks communicate.
+        Args:
+            stream: the dataset that the loader reads.
+            device: device of the tensors that ranks exchange.
         """
         self._device = device
         self._is_whole, self._watch = False, None
@@ -63,7 +65,7 @@ class _BatchExchange:
             self._is_whole, self._watch = not stream.split, stream.watch
 
     def num_ranks_with_batch(self, have: bool, *, is_first: bool = False) -> int:
-        """Return how many ranks have a batch; a collective.
+        """Return the number of ranks that have a batch; a collective.
 
         Raises:
             DataError: see ``synchronized_batches``.

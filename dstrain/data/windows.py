@@ -1,4 +1,4 @@
-"""The accumulation windows that an optimizer step consumes, made of a loader's micro-batches."""
+"""Grouping of a loader's micro-batches into accumulation windows, one for each optimizer step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from dstrain.data.streams import Dispatched, RankStream, StreamLoader
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The inputs of one forward pass.
+    """Inputs of a forward pass.
 
     Attributes:
-        inputs: what the collator made.
-        num_samples: samples of this rank in it: of dstrain's own loaders as many as the collator
-            was given, of a user's own as ``batch_size`` judges by the tensors. 0 for a padding
-            batch.
+        inputs: the result of the collator.
+        num_samples: samples of this rank in it, 0 for a padding batch; with dstrain's loaders the
+            number passed to the collator, with a user's own loader the result of ``batch_size``.
     """
 
     inputs: Any
@@ -31,18 +30,18 @@ class MicroBatch:
 
     @property
     def is_padding(self) -> bool:
-        """Tell whether it is a padding batch, which carries no weight."""
+        """Tell whether this is a padding batch, which has no weight in the loss."""
         return self.num_samples == 0
 
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one rank for one optimizer step.
+    """Micro-batches of a rank for an optimizer step.
 
     Attributes:
         micro_batches: one or more; the same number on all ranks.
         num_samples: samples over all ranks.
-        ends_epoch: whether this is the epoch's last window, where that is known.
+        ends_epoch: whether this is the epoch's last window.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -51,10 +50,10 @@ class Window:
 
 
 def iterate(loader: Any) -> Iterator[tuple[MicroBatch, int]]:
-    """Yield micro-batches, each with the number of samples that all ranks have in that micro-step.
+    """Yield micro-batches, each with the number of samples of all ranks in that micro-step.
 
-    A stream's length is not known, so at its end the number is that of a full micro-step; of a
-    user's own loader, which is taken as this rank's share, nothing is known and it is 0.
+    For a stream, whose length is not known, this is always the number of a full micro-step. For a
+    user's own loader, which is taken as this rank's share, it is not known and 0 is yielded.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, RankBatchSampler):
@@ -77,14 +76,14 @@ def iterate(loader: Any) -> Iterator[tuple[MicroBatch, int]]:
 class AheadHooks:
     """Functions to call around micro-batches that are fetched before their step is due.
 
-    A loader of unknown length is asked for the first micro-batch of the next window before a window
-    is handed out. Fetching may draw random numbers (a collator that masks tokens), so a run that
-    goes on from a checkpoint must fetch that micro-batch with the generators as they were then.
+    With a loader of unknown length the first micro-batch of the next window is fetched before a
+    window is yielded. Fetching may draw random numbers (a collator that masks tokens), so a resumed
+    run must fetch that micro-batch with the random state of that moment.
 
     Attributes:
         before: called before the first micro-batch of a next window is fetched.
-        before_first: called before the first micro-batch that is used, after those skipped.
-        after_first: called once it is there.
+        before_first: called before the first micro-batch to use is fetched, after skipped ones.
+        after_first: called after that micro-batch was fetched.
     """
 
     before: Callable[[], None] | None = None
@@ -93,7 +92,7 @@ class AheadHooks:
 
 
 def fetches_ahead(loader: Any) -> bool:
-    """Tell whether ``windows`` must fetch one micro-batch more to know that an epoch ends."""
+    """Tell whether ``windows`` must fetch a micro-batch ahead to know that an epoch ends."""
     return not isinstance(getattr(loader, "batch_sampler", None), RankBatchSampler)
 
 
@@ -103,10 +102,10 @@ def windows(
     """Group an epoch into windows of ``accumulation`` micro-batches; the last may be shorter.
 
     Args:
-        loader: of this rank.
+        loader: loader of this rank.
         accumulation: micro-batches per window.
         skip: micro-batches to read and drop first, for loaders that cannot start inside an epoch.
-        ahead: only for loaders that fetch ahead.
+        ahead: functions to call around early fetches; used only if ``fetches_ahead``.
     """
     steps = iterate(loader)
     for _ in range(skip):
@@ -122,18 +121,18 @@ def windows(
 
 
 def _synchronized(loader: Any, steps: Iterator[tuple[MicroBatch, int]]) -> LocalSteps:
-    """Return the micro-batches of a loader that fetches ahead, in step with the other ranks."""
+    """Return the micro-batches of a loader that fetches ahead, synchronized with other ranks."""
     stream = getattr(loader, "dataset", None)
     if not is_distributed():
         return LocalSteps(steps)
     if not isinstance(stream, RankStream):
         if micro_steps(loader) is not None:
-            return LocalSteps(steps)  # a length, which is the same on all ranks
+            return LocalSteps(steps)  # the loader has a length, which is the same on all ranks
         return RankPartSteps(
             steps, padding_of=padding_batch, first_padding=lambda: None, num_samples=0
         )
     if isinstance(stream.source, Dispatched):
-        return LocalSteps(steps)  # the main rank says where it ends
+        return LocalSteps(steps)  # the main rank sends every block, and so the end
     if not stream.split:
         return SharedStreamSteps(steps, watch=stream.watch)
 
@@ -151,13 +150,16 @@ def _synchronized(loader: Any, steps: Iterator[tuple[MicroBatch, int]]) -> Local
 
 
 def padding_batch(micro_batch: MicroBatch) -> MicroBatch:
-    """Return a micro-batch without weight, a shallow copy: entries may be taken out of either."""
+    """Return a micro-batch as a padding batch, with a shallow copy of its mapping.
+
+    Entries may be removed from either mapping later.
+    """
     inputs = micro_batch.inputs
     return MicroBatch(copy.copy(inputs) if isinstance(inputs, Mapping) else inputs, num_samples=0)
 
 
 def _windows_ahead(steps: LocalSteps, accumulation: int, hooks: AheadHooks) -> Iterator[Window]:
-    """Yield the windows of an epoch of unknown length: it ends where fetching gives nothing."""
+    """Yield the windows of an epoch of unknown length, fetching a micro-batch ahead of each."""
     batch: list[MicroBatch] = []
     samples = 0
     if hooks.before_first is not None:
@@ -174,7 +176,7 @@ def _windows_ahead(steps: LocalSteps, accumulation: int, hooks: AheadHooks) -> I
         coming = steps.fetch()
         if len(batch) == accumulation or coming is None:
             if len(batch) < accumulation:
-                steps.check_end()  # the window of another rank would be longer
+                steps.check_end()  # raises if another rank has more, and so a longer window
             yield Window(tuple(batch), samples, ends_epoch=coming is None)
             batch, samples = [], 0
     steps.check_end()
@@ -183,7 +185,7 @@ def _windows_ahead(steps: LocalSteps, accumulation: int, hooks: AheadHooks) -> I
 def _counted_windows(
     steps: Iterator[tuple[MicroBatch, int]], num_steps: int, accumulation: int
 ) -> Iterator[Window]:
-    """Yield the windows of an epoch whose length is known: nothing is fetched before it is due."""
+    """Yield the windows of an epoch of known length, without fetching ahead."""
     while num_steps > 0:
         part = [next(steps) for _ in range(min(accumulation, num_steps))]
         num_steps -= len(part)

@@ -1,9 +1,9 @@
-"""Random numbers in loader processes: a function of (seed, epoch, rank, position) alone.
+"""Seeding of loader processes for each micro-batch by (seed, epoch, rank, position) alone.
 
-A dataset or collator may draw them: augmentation, masked tokens. The generators of a loader
-process cannot be saved with a checkpoint, and another number of processes deals micro-batches out
-in another way. So each micro-batch is made with generators that are seeded for it, and a run that
-goes on from inside an epoch draws what the run that never stopped would have drawn.
+A dataset or collator may draw random numbers: augmentation, masked tokens. The generators of loader
+processes cannot be saved with a checkpoint, and another number of processes distributes
+micro-batches in another way. So generators are seeded for each micro-batch, and a run that resumes
+inside an epoch draws the same numbers as a run without an interruption.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dstrain.core.seeds import derived_seed, seed_everything
 
 @dataclass(frozen=True)
 class MicroBatchSeed:
-    """The facts that the random numbers of a micro-batch follow from.
+    """Values that determine the random numbers of a micro-batch.
 
     Attributes:
-        seed: of the run's data.
-        epoch: number of the epoch; negative where nobody has said it.
+        seed: seed of the run's data.
+        epoch: index of the epoch; negative if ``set_epoch`` was never called.
         rank: this rank.
         position: samples over all ranks before the micro-batch's chunk in the epoch.
     """
@@ -45,9 +45,9 @@ class MicroBatchSeed:
 
 @contextlib.contextmanager
 def host_generators_restored() -> Iterator[None]:
-    """Restore the host's generators of this process after the body, as if it had drawn nothing.
+    """Restore this process's generators on the host after the body.
 
-    Those of a device are left alone, which a loader process cannot ask.
+    Generators of a device are left alone, as a loader process cannot access the device.
     """
     import numpy as np
     import torch
@@ -62,33 +62,35 @@ def host_generators_restored() -> Iterator[None]:
 
 
 class SeededIndices(list[int]):
-    """The dataset indices of a micro-batch, and the seed of its random numbers."""
+    """List of a micro-batch's dataset indices, with the seed of its random numbers."""
 
     def __init__(self, indices: Iterable[int], seed: MicroBatchSeed) -> None:
-        """Keep the seed beside the list.
+        """Make the list and store the seed.
 
-        Args: the indices, the seed.
+        Args:
+            indices: dataset indices of the samples.
+            seed: seed of the micro-batch.
         """
         super().__init__(indices)
         self.seed = seed
 
     def __reduce__(self) -> Any:
-        """Pickle the indices with their seed, on the way to a loader process."""
+        """Pickle the indices with their seed, to send them to a loader process."""
         return SeededIndices, (list(self), self.seed)
 
 
 def prepare_worker(_: int) -> None:
-    """Prepare a loader process (torch's ``worker_init_fn``)."""
-    drop_what_cannot_be_written()  # a process that was forked does so already
+    """Set up output, seeding and signals in a loader process (torch's ``worker_init_fn``)."""
+    drop_what_cannot_be_written()  # a forked process has inherited this already
     fetch._MapDatasetFetcher = _SeededFetcher  # type: ignore[misc]
-    # Schedulers and terminals send these to whole process groups. The rank still needs its batches,
-    # to reach the step after which it saves and ends.
+    # Schedulers and terminals send these signals to whole process groups. The rank still needs its
+    # batches, to reach the step after which it saves and ends.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class _SeededFetcher(fetch._MapDatasetFetcher):
-    """A fetcher that seeds the generators of a loader process before each micro-batch."""
+    """Fetcher that seeds the generators of a loader process before each micro-batch."""
 
     def fetch(self, possibly_batched_index: Any) -> Any:
         if isinstance(possibly_batched_index, SeededIndices):

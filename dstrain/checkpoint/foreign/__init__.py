@@ -1,1 +1,1 @@
-"""Checkpoints that other programs wrote: DeepSpeed's and those of plain PyTorch."""
+"""Reading of checkpoints that other programs wrote: DeepSpeed and transformers' Trainer."""

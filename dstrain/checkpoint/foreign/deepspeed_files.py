@@ -1,8 +1,8 @@
-"""DeepSpeed's own checkpoints, stages 0 to 3, as ``engine.save_checkpoint`` lays them out.
+"""Reading of DeepSpeed's own checkpoints, stages 0 to 3, as ``engine.save_checkpoint`` writes them.
 
-What is where was read off files of DeepSpeed 0.19: ``mp_rank_00_model_states.pt`` has the module
-and the counters, ``zero_pp_rank_K_mp_rank_00_optim_states.pt`` the partition of rank K. At stage 3
-each rank has a file of both kinds, and the module is left out of the first.
+Follows the files of DeepSpeed 0.19: ``mp_rank_00_model_states.pt`` has the module and the counters,
+``zero_pp_rank_K_mp_rank_00_optim_states.pt`` the partition of rank K. At stage 3 each rank has a
+file of both kinds, and the files of the first kind lack the module.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def tag_folder(folder: Path) -> Path | None:
-    """Find the folder with DeepSpeed's files: this one, or the one that ``latest`` names.
+    """Return the folder with DeepSpeed's files: ``folder`` or the folder named in ``latest``.
+
+    Returns None where there are no such files.
 
     Raises:
-        CheckpointError: ``latest`` names a folder that is not there.
+        CheckpointError: ``latest`` names a folder that does not exist.
     """
     if any(_MODEL_FILE.match(path.name) for path in folder.glob("*_model_states.pt")):
         return folder
@@ -58,13 +60,13 @@ def read_deepspeed(folder: Path, decayed: list[str] | None = None) -> ForeignRun
     """Read the structure of a checkpoint; tensors stay in their files.
 
     Args:
-        folder: with the files of one tag.
-        decayed: for stage 0, whose files do not name the optimizer's parameters: those that the
-            run gave weight decay.
+        folder: folder with the files of a tag.
+        decayed: names of parameters with weight decay; used at stage 0, whose files do not name the
+            optimizer's parameters.
 
     Raises:
-        CheckpointError: files are missing, it is of a kind that cannot be taken apart, or a file
-            can only be read by executing it.
+        CheckpointError: files are missing, the checkpoint is of a kind that cannot be split by
+            parameter, or a file can only be read by executing it.
     """
     models = _numbered(folder, _MODEL_FILE)
     optimizers = _numbered(folder, _OPTIMIZER_FILE)
@@ -84,7 +86,7 @@ def read_deepspeed(folder: Path, decayed: list[str] | None = None) -> ForeignRun
         )
     states = [load_pickle(optimizers[rank]) for rank in range(world_size)]
     inner = [state["optimizer_state_dict"] for state in states]
-    stage = int(inner[0].get("zero_stage", 1))  # DeepSpeed's BF16_Optimizer, of stage 1, says none
+    stage = int(inner[0].get("zero_stage", 1))  # BF16_Optimizer, of stage 1, leaves the entry out
     shapes = {
         name: tuple(shape) for group in model["param_shapes"] or [] for name, shape in group.items()
     }
@@ -118,7 +120,7 @@ def read_deepspeed(folder: Path, decayed: list[str] | None = None) -> ForeignRun
 def _stages_one_and_two(
     states: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Partition]:
-    """Read the partitions of stages 1 and 2: each rank has a run of every flat group, in order."""
+    """Read the partitions of stages 1 and 2: each rank has a contiguous part of each flat group."""
     reached = dict.fromkeys(shapes, 0)
     partitions = []
     for state in states:
@@ -146,7 +148,7 @@ def _stages_one_and_two(
 
 
 def _stage_three(model: Mapping[str, Any], state: Mapping[str, Any], rank: int) -> Partition:
-    """Read a rank's share of every parameter at stage 3; all are equal, the last one is padded."""
+    """Read a rank's share of every parameter at stage 3: equal shares, the last one padded."""
     base, partition = state["optimizer_state_dict"], Partition()
     world_size = int(model["dp_world_size"])
     numbers = [(p, group) for group in base["param_groups"] for p in group["params"]]
@@ -185,13 +187,13 @@ def _add_frozen_parts(
 
 
 def _stage_zero(model: Mapping[str, Any], decayed: list[str] | None) -> ForeignRun:
-    """Read the one file that has everything; its optimizer knows parameters only by number."""
+    """Read the single file of stage 0, whose optimizer only numbers its parameters."""
     saved = model["optimizer"]
     if not saved:
         raise CheckpointError(
             Problem("the checkpoint has no optimizer state", "", "start from its weights")
         )
-    base = saved.get("optimizer_state_dict", saved)  # inside of what a 16-bit wrapper has
+    base = saved.get("optimizer_state_dict", saved)  # nested in the state of a 16-bit wrapper
     weights = _frozen_weights(model, {})
     shapes = {name: tuple(values.shape) for name, values in weights.items()}
     if "fp32_groups_flat" in saved:
@@ -241,7 +243,7 @@ def _match_flat(
     shapes: Mapping[str, tuple[int, ...]],
     decayed: list[str] | None,
 ) -> list[list[str]]:
-    """Find the names of the parameters in each flat group, of which only the size is known."""
+    """Return the names of the parameters in each flat group, inferred from the groups' sizes."""
     rules = [[n for n, shape in shapes.items() if len(shape) > 1]]
     rules.insert(0, list(shapes))
     if decayed is not None:

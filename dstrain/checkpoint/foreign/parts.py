@@ -1,4 +1,4 @@
-"""A run that another program has saved, in the terms of a dstrain checkpoint."""
+"""Content of another program's checkpoint, converted to the structures of a dstrain checkpoint."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dstrain.models import Stored
 
 @dataclass
 class Partition:
-    """The content of one file of slices.
+    """Content of a slice file to be written.
 
     Attributes:
-        tensors: under "<key>/<parameter>", 1-D; read when they are written.
-        spans: parameter -> (start, numel) of the run that is here.
+        tensors: 1-D tensors named "<key>/<parameter>", read when they are written.
+        spans: parameter -> (start, numel) of its elements in this file.
         scalars: parameter -> single numbers of its optimizer state.
     """
 
@@ -42,15 +42,16 @@ class Partition:
 
         Args:
             name: the parameter.
-            start: where the run begins in the whole flattened parameter.
-            values: the run's master weights, 1-D.
-            state: of the optimizer, for the flat tensor that has the run.
+            start: first element of the run in the whole flattened parameter.
+            values: master weights of the run, 1-D.
+            state: optimizer state of the flat tensor that contains the run.
             group: the parameter group, which has the step count where the state has none.
-            offset: where the run begins in that flat tensor.
-            moments: keys whose tensors of shape () are the values of a parameter of shape ().
+            offset: first element of the run in that flat tensor.
+            moments: keys whose tensors of shape () are moments of a parameter of shape (), not
+                single numbers.
 
         Raises:
-            CheckpointError: state that cannot be taken apart.
+            CheckpointError: state cannot be split by parameter.
         """
         numel = values.numel()
         self.spans[name] = (start, numel)
@@ -96,21 +97,21 @@ def _as_fp32(name: str, values: torch.Tensor) -> Stored:
 
 @dataclass(frozen=True)
 class ForeignRun:
-    """A run as an import has found it.
+    """Run read from another program's checkpoint.
 
     Attributes:
-        kind: what wrote it, for people.
+        kind: the program that wrote it, in words.
         step: optimizer steps done.
         stage: ZeRO stage.
         precision: "fp32", "bf16" or "fp16".
         parameters: name -> shape, in the order of the module.
-        optimized: names of the trained ones.
-        partitions: what becomes a file each.
+        optimized: names of the trained parameters.
+        partitions: content of each slice file to write.
         buffers: persistent buffers.
-        engine: as ``EngineProgress.read`` gives it.
+        engine: the engine's state except tensors, as ``EngineProgress.read`` returns it.
         global_batch_size: samples per step; None where it is not known.
         config: DeepSpeed's config; None without one.
-        remarks: what a user should know about it.
+        remarks: sentences about assumptions, for the user.
     """
 
     kind: str
@@ -155,8 +156,8 @@ def engine_record(
 def moments_of(states: Iterable[tuple[tuple[int, ...], Mapping[str, Any]]]) -> frozenset[str]:
     """Return the keys of an optimizer's state that have a value for each element of a parameter.
 
-    Only parameters with dimensions tell them from single numbers; without any, all but the step
-    count are taken for such.
+    These are inferred from parameters with dimensions, where single numbers have a different shape;
+    without such parameters, all keys but the step count are returned.
 
     Args:
         states: (shape, state) of each parameter that has a state of its own.
@@ -177,25 +178,28 @@ def match_groups(
     shapes: Mapping[str, tuple[int, ...]],
     decayed: Sequence[str] | None,
 ) -> list[list[str]]:
-    """Find the names of the parameters in each group of a plain optimizer, which only numbers them.
+    """Match the numbered parameters of a plain optimizer's groups with names.
 
     Groups are filled in the order of the module, as nearly all programs do: all parameters in one
     group, or those with weight decay in the first and the others in the second.
 
     Args:
         groups: the optimizer's ``param_groups``.
-        shapes: of the parameters, in the order of the module.
-        decayed: those that transformers' rule gives weight decay; None where it is not known.
+        shapes: parameter name -> shape, in the order of the module.
+        decayed: parameters that transformers' rule gives weight decay; None where unknown.
+
+    Returns:
+        The names of the parameters in each group.
 
     Raises:
-        CheckpointError: neither adds up.
+        CheckpointError: no known grouping gives groups of these sizes.
     """
     counts = [len(group["params"]) for group in groups]
     if len(counts) == 1 and counts[0] == len(shapes):
         return [list(shapes)]
     rules = [
         [n for n, shape in shapes.items() if len(shape) > 1],
-        # As transformers' rule by names, where a parameter without dimensions is decayed too.
+        # transformers' rule by names, which gives parameters without dimensions weight decay too.
         [n for n in shapes if not n.endswith("bias") and "norm" not in n.lower()],
     ]
     if decayed is not None:

@@ -1,8 +1,8 @@
-"""Reading ``.pt`` files of other programs without executing what is in them.
+"""Reading of ``.pt`` files of other programs without executing code in them.
 
-A pickle is a program. torch's weights-only loader runs none of it but the building of tensors and
-plain values; the few classes of DeepSpeed that its checkpoints hold become inert values of our own
-here, so that not even DeepSpeed has to be imported.
+A pickle is a program. torch's weights-only loader runs only the parts that build tensors and plain
+values; the few classes of DeepSpeed in its checkpoints are replaced by inert classes here, so that
+DeepSpeed need not be imported.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ import torch
 
 from dstrain.core.errors import CheckpointError, Problem
 
-# How torch's loader names what it refuses.
+# Matches the names of refused classes and functions in messages of torch's loader.
 _NAMED = re.compile(r"(?:GLOBAL|class|function) ([\w.]+) (?:was not an allowed|whose module)")
 
 
 class Record:
-    """Stands in for an object of DeepSpeed: its attributes, and none of its behaviour."""
+    """Inert replacement for an object of DeepSpeed, with its attributes but no behaviour."""
 
 
 class Number(int):
-    """Stands in for an enumeration of DeepSpeed."""
+    """Inert replacement for a member of an enumeration of DeepSpeed."""
 
 
 _STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
 
 
 def _stage_named(cls: Any, name: Any) -> Number:
-    """Make the enumeration member that Python 3.11.0 to 3.11.3 store as a call of ``getattr``.
+    """Return the member of an enumeration, which Python 3.11.0 to 3.11.3 pickle as ``getattr``.
 
     Raises:
-        UnpicklingError: for any other use of it.
+        UnpicklingError: ``getattr`` is called for anything else.
     """
     if cls is not Number or name not in _STAGES:
         raise pickle.UnpicklingError("function builtins.getattr was not an allowed one here")
@@ -57,11 +57,11 @@ def load_pickle(path: Path) -> Any:
     """Load a file that ``torch.save`` wrote; its tensors stay in the file until they are read.
 
     Raises:
-        CheckpointError: it cannot be read, or only by executing what is in it.
+        CheckpointError: the file cannot be read, or only by executing code in it.
     """
     if foreign := _foreign_classes(path):
         raise _needs_execution(path, foreign)
-    # Each class once more for every name: torch looks a name up and then checks the class.
+    # A pair for every name, also of the same class: torch looks the name up, then the class.
     stand_ins: list[Any] = [(cls, name) for name, cls in _STAND_INS.items()]
     try:
         with torch.serialization.safe_globals(stand_ins):
@@ -91,9 +91,9 @@ def _needs_execution(path: Path, names: list[str]) -> CheckpointError:
 def _foreign_classes(path: Path) -> list[str]:
     """List the classes in a file that torch and dstrain do not know; none if it is no archive."""
     if not zipfile.is_zipfile(path):
-        return []  # of an old torch: the loader itself refuses what it does not know
+        return []  # written by an old torch: the loader itself refuses unknown classes
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError):
-        return []  # loading it will say what is wrong
+        return []  # loading it raises the error for users
     return sorted(set(found) - set(_STAND_INS))

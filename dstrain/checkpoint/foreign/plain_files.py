@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer without DeepSpeed: weights, optimizer.pt, scheduler.pt."""
+"""Reading of checkpoints of transformers' Trainer that were written without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> ForeignRun:
     """Read the structure of a checkpoint; tensors stay in their files.
 
     Args:
-        folder: ``checkpoint-N``.
+        folder: a folder ``checkpoint-N`` with weights, optimizer.pt and scheduler.pt.
         state: content of its ``trainer_state.json``.
 
     Raises:
-        CheckpointError: files are missing or do not fit, or one can only be read by executing it.
-        ModelError: its ``config.json`` does not say what the model is.
+        CheckpointError: files are missing or do not fit, or a file can only be read by executing
+            it.
+        ModelError: the folder's ``config.json`` does not describe the model.
     """
     model = skeleton_of(folder)
     weights = _weights(folder)
@@ -86,7 +87,7 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> ForeignRun:
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Map all weights by name; they stay in their memory-mapped files until they are read."""
+    """Return all weights by name, memory-mapped, so that values are read on use."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with mapping(path) as file:
@@ -142,7 +143,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read ``trainer_state.json`` of a folder; return an empty dict where there is none.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     path = folder / STATE
     if not path.exists():

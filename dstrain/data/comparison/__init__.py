@@ -1,4 +1,4 @@
-"""Comparing what ranks read: the same samples, noisy copies of them, or other samples."""
+"""Comparison of the samples that ranks read: the same, the same with noise, or different ones."""
 
 from dstrain.data.comparison.stream_watch import StreamWatch
 from dstrain.data.comparison.summaries import (

@@ -1,8 +1,8 @@
-"""The positions at which samples of two ranks differ, and whether the data may be the same.
+"""Comparison of two ranks' samples position by position, to tell noise from different data.
 
-Ranks that augment some samples, each with a seed of its own, differ in the same way in each
-reading, as parts of a split stream do. Two things tell them from parts: a label or an id stays the
-same where the rest of a sample differs, and samples in between are the same, one after another.
+Ranks that augment some samples, each with its own seed, differ in the same way in each reading, as
+parts of a split stream do. Two signs tell augmentation from parts: a label or an id is equal where
+the rest of a sample differs, and samples between differing ones are equal.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ from __future__ import annotations
 import math
 from typing import Any
 
-Part = tuple[str, Any]  # its kind, and what is compared
-SampleSummary = dict[str, Part]  # field -> what it is
-FieldSummaries = dict[str, list[Part | None]]  # field -> what it is in each sample
+Part = tuple[str, Any]  # kind of a field ("exact", "rough", ...), and the content to compare
+SampleSummary = dict[str, Part]  # field -> its summary
+FieldSummaries = dict[str, list[Part | None]]  # field -> its summary in each sample
 
-_ROUGH = 1e-3  # relative difference of floating-point numbers that are taken for the same
-_MOST_DIFFERING = 8  # samples that differ, for each of those that are the same in between
+_ROUGH = 1e-3  # relative difference up to which floating-point numbers count as equal
+_MOST_DIFFERING = 8  # most differing samples for each equal sample between them
 
 
 class Differences:
-    """A comparison of samples of this rank with those of the main rank, place by place.
+    """Comparison of this rank's samples with those of the main rank, position by position.
 
     Attributes:
-        differs: whether some field differs, for each sample that both have.
+        differs: for each sample that both ranks have, whether some field differs.
     """
 
     def __init__(self, mine: FieldSummaries, theirs: FieldSummaries) -> None:
         """Compare the fields.
 
-        Args: what this rank and the main rank saw in the fields to compare.
+        Args:
+            mine: this rank's summaries of the fields to compare.
+            theirs: the main rank's summaries of these fields.
         """
         self._mine = mine
         self._alike = {
@@ -42,11 +44,11 @@ class Differences:
         return next(field for field, alike in self._alike.items() if not alike[place])
 
     def have_column_in_common(self, first: int = 0, end: int | None = None) -> bool:
-        """Tell whether a field is the same wherever samples differ, and not always one value.
+        """Tell whether a field is equal in all differing samples, with more than one value.
 
         Args:
-            first: number of the first sample that counts.
-            end: number of the first after it that does not; None if all after it count.
+            first: position of the first sample to compare.
+            end: position after the last sample to compare; None for all.
         """
         places = [i for i, differs in enumerate(self.differs[:end]) if differs and i >= first]
         for field, alike in self._alike.items():
@@ -60,28 +62,28 @@ class Differences:
         return False
 
     def num_alike_after(self, first: int) -> int:
-        """Return how many samples are the same after one that differs, not counting repetitions.
+        """Return the number of distinct samples from ``first`` on that are equal on both ranks.
 
-        A separator between documents is the same on all ranks wherever it comes, and is one sample.
+        Repeated samples count once: a separator between documents is equal wherever it occurs.
         """
         alike = [i for i in range(first, len(self.differs)) if not self.differs[i]]
         return len({repr([parts[i] for parts in self._mine.values()]) for i in alike})
 
     def come_together_after(self, first: int) -> bool:
-        """Tell whether samples are the same again after one that differs, and not by chance."""
+        """Tell whether enough samples from ``first`` on are equal to rule out chance."""
         num_differing = sum(self.differs[first:])
         return self.num_alike_after(first) >= max(2, num_differing / _MOST_DIFFERING)
 
 
 def is_same(one: list[Part | None], other: list[Part | None] | None) -> bool:
-    """Tell whether a field is the same in all samples of two readings."""
+    """Tell whether a field is equal in all samples of two readings, within rounding."""
     if other is None or len(one) != len(other):
         return False
     return all(is_close(a, b) for a, b in zip(one, other, strict=True))
 
 
 def is_close(one: Part | None, other: Part | None) -> bool:
-    """Tell whether two summaries of a part agree."""
+    """Tell whether two summaries of a field are equal, floats within rounding."""
     if one is None or other is None:
         return one is other
     if one[0] != other[0]:

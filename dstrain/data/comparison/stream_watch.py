@@ -1,9 +1,9 @@
-"""Comparing the samples that ranks read, while they use a stream that began alike on all.
+"""Comparison of samples between ranks during use of a stream that began alike on all ranks.
 
 A stream that is split by rank may begin with the same samples everywhere: a header, or duplicates.
-Ranks tell each other of every micro-batch whether they have it; beside that each tells a digest of
-all that it has read of the stream, until the first samples of one epoch are compared. Nothing is
-read for it, and nobody waits for it.
+Ranks exchange for every micro-batch whether they have it; to that exchange each rank adds a digest
+of all samples it has read, for the first samples of an epoch. This needs no extra reading and no
+extra waiting.
 """
 
 from __future__ import annotations
@@ -33,28 +33,29 @@ WATCHED_SAMPLES = 64
 _FIRST_WINDOW = MOST_SAMPLES + 2  # samples
 _LONG_WINDOW = 3 * MOST_SAMPLES
 _NUM_BITS = 48
-# Noise that takes one of a few hundred values would do as much, without one of them twice in 64
-# samples of either rank, once in more than ten thousand streams.
+# Samples of rank 0 that must be at other positions for an error. Noise with a few hundred values
+# would look the same, without a repeated value in 64 samples of either rank, in fewer than one of
+# ten thousand streams.
 _FEWEST_MOVED = 12
 
 ReadAgain = Callable[[int], "list[Any] | None"]
 
 
 class StreamWatch:
-    """Compares running digests of the samples that ranks read, and finds where they part.
+    """Comparison of running digests of the samples that ranks read, to detect different data.
 
-    Per micro-step of the first ``WATCHED_SAMPLES`` samples each rank adds its digest, as 48 zeros
-    and ones, to a sum that ranks make in any case; sums other than 0 or the number of ranks mean
-    that digests differ. That does not grow with the number of ranks. Only after digests that differ
-    are samples read again, and summaries sent: see ``compare_again``. That is done again only after
-    eight more samples, and not for columns that turn out to be noise.
+    For each micro-step of the first ``WATCHED_SAMPLES`` samples each rank adds its digest, as 48
+    zeros and ones, to a sum over ranks that is made in any case; sums other than 0 or the number of
+    ranks mean that digests differ. The cost does not grow with the number of ranks. Only if digests
+    differ are samples read again, and summaries sent: see ``compare_again``. This is repeated at
+    most every eight samples, and without columns that turned out to be noise.
 
     Loader processes summarise the samples that they read, and send summaries with micro-batches.
 
     Attributes:
-        columns: of samples that are dicts, those that are used; None for all.
-        read_again: gives the first samples of the epoch anew, as many as it is asked for.
-        is_over: whether all is compared that will be.
+        columns: used keys of samples that are dicts; None for all.
+        read_again: reads the given number of the epoch's first samples again.
+        is_over: whether the comparison has ended.
     """
 
     def __init__(
@@ -65,10 +66,10 @@ class StreamWatch:
         *,
         noisy: frozenset[str] = frozenset(),
     ) -> None:
-        """Begin with nothing read.
+        """Set up before any sample is read.
 
         Args:
-            what: the data, for messages.
+            what: the data in words, for messages.
             columns: see above.
             read_again: see above.
             noisy: columns that are known to be noise.
@@ -80,23 +81,23 @@ class StreamWatch:
         self._begin_anew(num_steps=0)
 
     def _begin_anew(self, *, num_steps: int, chunk: int = 0) -> None:
-        self._left = num_steps  # micro-steps that are to be told
+        self._left = num_steps  # micro-steps whose digests are still to be sent
         self._chunk = chunk
         self._summaries: list[SampleSummary] = []
-        self._num_in_digest = 0  # of these
-        # The following are counted in whole chunks: at its end a stream may give one rank more
-        # samples than another, and all ranks must do the same after these numbers.
+        self._num_in_digest = 0  # number of these that the digest includes
+        # The following count whole chunks: at its end a stream may give a rank more samples than
+        # another, but all ranks must act alike on these numbers.
         self._num_compared = 0
-        self._num_alike = 0  # told until digests were last the same
-        self._num_judged = -MOST_SAMPLES  # told when ranks last compared what they read
+        self._num_alike = 0  # samples compared when digests were last equal
+        self._num_judged = -MOST_SAMPLES  # samples compared when ranks last exchanged summaries
         self._digest = ""
 
     def begin(self, *, start: int, chunk: int) -> bool:
-        """Tell whether the samples of an epoch are to be summarised, from its beginning on.
+        """Begin an epoch; return whether to summarise its samples.
 
         Args:
-            start: samples that are read and left out, because they were used before.
-            chunk: samples that ranks read for one micro-step.
+            start: samples that are read and dropped, because they were used before.
+            chunk: samples that ranks read for a micro-step.
         """
         if not self.is_over:
             num_steps = max(1, -(-(WATCHED_SAMPLES - start) // chunk))
@@ -104,11 +105,11 @@ class StreamWatch:
         return not self.is_over
 
     def note(self, summaries: Sequence[SampleSummary]) -> None:
-        """Keep the summaries at samples that a micro-step of the epoch has read."""
+        """Store summaries of the samples that were read for a micro-step."""
         self._summaries += summaries
 
     def bits(self) -> list[int]:
-        """Return this rank's digest for the latest micro-step as 0s and 1s; [] when it is over."""
+        """Return this rank's digest after the latest micro-step as 0s and 1s; [] at the end."""
         if self.is_over or not self._left:
             return []
         self._left -= 1
@@ -121,16 +122,16 @@ class StreamWatch:
     def check_sums(
         self, sums: Sequence[float], *, world_size: int, ended: bool, group: Any
     ) -> None:
-        """Check the sums over ranks of one micro-step's digests; all ranks call it alike.
+        """Check the sums over ranks of a micro-step's digests; called by all ranks alike.
 
         Args:
-            sums: of ``bits``.
+            sums: sums of ``bits`` over ranks.
             world_size: the number of ranks.
-            ended: whether no rank has a micro-batch any more.
-            group: of these ranks; None for that of the run.
+            ended: whether no rank has another micro-batch.
+            group: process group of all ranks; None for the default group.
 
         Raises:
-            DataError: ranks read other samples; on all ranks.
+            DataError: ranks read different samples; raised on all ranks.
         """
         is_last = ended or not self._left
         if all(number in (0, world_size) for number in sums):
@@ -144,9 +145,12 @@ class StreamWatch:
             self._begin_anew(num_steps=0)
 
     def _compare(self, group: Any, *, is_last: bool) -> None:
-        """Find out whether ranks read other samples, or the same with noise; a collective.
+        """Determine whether ranks read different samples, or the same with noise; a collective.
 
-        Samples that cannot be read again are judged by what they were, once there are a few.
+        If samples cannot be read again, their first summaries are compared, once there are a few.
+
+        Raises:
+            DataError: ranks read different samples.
         """
         summaries = by_field(self._summaries, self._noisy)
         differing = differing_columns(summaries, group=group)
@@ -176,9 +180,12 @@ class StreamWatch:
         self._digest, self._num_alike, self._num_judged = "", self._num_compared, self._num_compared
 
     def _compare_order(self, group: Any) -> None:
-        """Find out whether what was taken for noise is another order of samples; a collective.
+        """Check that differences taken for noise are not another order of samples; a collective.
 
-        The main rank sends what it has seen, which does not grow with the number of ranks.
+        The main rank sends its summaries, whose size does not grow with the number of ranks.
+
+        Raises:
+            DataError: a rank reads the samples in another order.
         """
         mine = by_field(self._summaries)
         theirs = broadcast_object(mine, group=group)
@@ -214,10 +221,10 @@ class StreamWatch:
 
 
 def num_moved(mine: FieldSummaries, theirs: FieldSummaries) -> int:
-    """Count the samples of this rank that the main rank has read in another position.
+    """Count the samples of this rank that the main rank has read at another position.
 
-    Noise that happens to be the same at two places would also be the same twice on one rank. So
-    where a rank has a sample twice nothing is counted, and nothing where a column tells that the
+    Equal values at different positions may be noise with few values, which then also occur twice on
+    one rank. So if a rank has a sample twice, 0 is returned; also if an equal column shows that the
     order is the same.
     """
     fields = sorted(set(without_count(mine)) & set(theirs))
@@ -235,15 +242,15 @@ def num_moved(mine: FieldSummaries, theirs: FieldSummaries) -> int:
 
 
 def find_other_samples(mine: FieldSummaries, theirs: FieldSummaries) -> Finding | None:
-    """Find the position from which a rank reads other samples than the main rank, or None.
+    """Find the position from which a rank reads different samples than the main rank, or None.
 
-    An error ends the run, so only what noise would hardly do counts: that all of ten samples differ
-    from the first that does (of eight where there are no more), or half of 24 and more samples up
-    to the last. Neither counts where a column is the same in them (``have_column_in_common``), nor
-    the latter where samples in between are the same (``come_together_after``).
+    As a finding ends the run, it needs evidence that noise hardly gives: all of ten samples from
+    the first difference on differ (of eight if there are no more), or half of 24 or more samples up
+    to the last. Neither counts if a column is equal in them (``have_column_in_common``), nor the
+    latter if samples between are equal (``come_together_after``).
 
-    Nothing is said of samples that only one of two streams has: where streams end apart is told by
-    whoever reads them to the end.
+    Samples that only one of two streams has are not compared: streams of different lengths are
+    detected by the code that reads them to the end.
     """
     mine, theirs = without_count(mine), without_count(theirs)
     found = Differences(mine, theirs)

@@ -1,10 +1,10 @@
-"""Telling from a few samples of each rank whether ranks read the same data, or each its own part.
+"""Deciding from a few samples of each rank whether ranks read the same data, or parts of it.
 
 Samples of the same data may differ between ranks: augmentation draws other random numbers on each,
-machines round differently, files lie elsewhere. So a field of the samples says something only if it
-is the same when they are read again, and differs in most of them; floating-point numbers are
-compared roughly, and text only where a sample has no other content. Noise that is the same in each
-reading is told from other data in ``differences``.
+machines round differently, paths of files differ. So a field is evidence of different data only if
+it is equal when samples are read again, and differs between ranks in most samples. Floating-point
+numbers are compared within rounding, and text only in samples without other content. Noise that is
+equal in each reading is told from different data in ``differences``.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from dstrain.data.comparison.differences import (
 )
 
 ALIKE, DIFFERENT, UNCLEAR = "alike", "different", "unclear"
-"""Ranks read the same data; each reads other data; no field that stays the same tells which."""
+"""Verdicts: ranks read the same data; ranks read different data; no stable field can decide."""
 
 MOST_SAMPLES = 8
 _FIRST_NUMBERS = 8
 _MOST_PARTS = 256  # of one sample
-_SEEDS = (20_031_123, 20_031_124)  # that no run happens to have
+_SEEDS = (20_031_123, 20_031_124)  # seeds that no run is likely to use
 _COUNT = "number of samples"
 
 Read = Callable[[bool], Sequence[Any] | None]
-Finding = tuple[str, str]  # a field, and in which way it differs
+Finding = tuple[str, str]  # a field, and how it differs in words
 Judge = Callable[[FieldSummaries, FieldSummaries], Finding | None]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The finding whether ranks read the same data.
+    """Verdict whether ranks read the same data.
 
     Attributes:
         found: one of ``ALIKE``, ``DIFFERENT`` and ``UNCLEAR``.
-        why: the field in which they differ and how, where they do.
-        noisy: columns that differ between ranks, and do so anew in each reading, or by rounding.
-        rare: columns that differ between ranks in few samples, and the same way in each reading.
+        why: for ``DIFFERENT``, the field that differs and how.
+        noisy: columns that differ between ranks, and between readings or only by rounding.
+        rare: columns that differ between ranks in few samples, and equally in each reading.
     """
 
     found: str
@@ -62,16 +62,16 @@ class Verdict:
 
 
 def summary_of(sample: Any, columns: Sequence[str] | None = None) -> SampleSummary:
-    """Return a summary of one sample, small enough to be sent to other ranks.
+    """Return a summary of a sample, small enough to be sent to other ranks.
 
     Args:
-        sample: before it is collated; it stays what it is.
-        columns: of a sample that is a dict, those that are used; None for all.
+        sample: a sample before it is collated; it is not changed.
+        columns: used keys of a sample that is a dict; None for all.
     """
     if columns is not None and isinstance(sample, Mapping):
         sample = {name: value for name, value in sample.items() if name in columns}
     parts: SampleSummary = {}
-    with contextlib.suppress(Exception):  # objects of the user's own: what they gave so far counts
+    with contextlib.suppress(Exception):  # users' objects may raise anything; keep fields so far
         for field, part in islice(_parts(sample, ""), _MOST_PARTS):
             parts[field] = part
     has_content = any(kind in ("content", "rough") for kind, _ in parts.values())
@@ -99,18 +99,18 @@ def digest_of(content: Any) -> str:
 
 
 def compare(read: Read, columns: Sequence[str] | None = None) -> Verdict:
-    """Tell whether ranks read the same data, and which field shows it; a collective of all ranks.
+    """Decide whether ranks read the same data; a collective of all ranks.
 
-    One gather of a digest for each column; only where digests differ there is a ``compare_again``.
+    Gathers a digest of each column; only if digests differ, calls ``compare_again``.
 
     Args:
-        read: gives the first samples of this rank; when called with true, up to a few more of them
-            anew. None where they cannot be read (again): then all of the first reading counts.
-        columns: of samples that are dicts, those that are used; None for all.
+        read: reads the first samples of this rank; called with True, reads them again, with a few
+            more. Returns None if they cannot be read (again); then the first reading is compared.
+        columns: used keys of samples that are dicts; None for all.
     """
     first = _summarize(lambda: read(False), columns)
     if any(summary is None for summary in gather_objects(None if first is None else True)):
-        return Verdict(ALIKE)  # the run itself will see why they could not be read here
+        return Verdict(ALIKE)  # the run itself will raise the error of reading
     assert first is not None
     differing = differing_columns(first)
     if not differing:
@@ -123,7 +123,7 @@ def compare(read: Read, columns: Sequence[str] | None = None) -> Verdict:
 def differing_columns(summary: FieldSummaries, *, group: Any = None) -> frozenset[str]:
     """Return the columns whose summaries differ between ranks; a collective.
 
-    One gather of a digest for each column, which grows with ranks x columns.
+    Gathers a digest of each column, so the gathered data grows with ranks x columns.
     """
     fields: dict[str, list[Any]] = {}
     for field in sorted(summary):
@@ -146,26 +146,26 @@ def compare_again(
     group: Any = None,
     waits: bool = False,
 ) -> Verdict | None:
-    """Find out whether samples that differ between ranks are noisy or other data; a collective.
+    """Decide whether samples that differ between ranks are noisy or different data; a collective.
 
-    Samples are read again, twice. A field that is not the same both times on all ranks is noise; of
-    the other fields the main rank's summary is sent to all, and each rank judges the differences.
+    Samples are read again, twice. A field that is not equal both times on all ranks is noise; the
+    main rank's summary of all other fields is sent to all ranks, and each judges the differences.
     The names of fields are gathered, which grows with ranks x fields.
 
     Args:
-        first: what this rank has seen, which counts where it cannot be read again.
-        again: reads the same samples again; returns None where it cannot.
+        first: this rank's summaries, compared if samples cannot be read again.
+        again: reads the same samples again; returns None if it cannot.
         columns: see ``summary_of``.
         judge: compares this rank's summary with the main rank's, in fields without noise; returns
-            a field and how it differs where the data is different, else None.
+            a field and how it differs if the data is different, else None.
         without: columns that are known to be noise.
-        group: of all ranks; None for that of the run.
-        waits: return None where samples cannot be read again: there will be more.
+        group: process group of all ranks; None for the default group.
+        waits: return None if samples cannot be read again, as there will be more samples.
     """
-    # Noise from this process's own generators is the same on all ranks with one seed for all.
+    # With the same seed on all ranks, noise from this process's generators is equal on all ranks.
     one, other = (_summarize(again, columns, without, seed=seed) for seed in _SEEDS)
-    # What a rank finds stable may be noise on another (one that keeps what it drew, say). All must
-    # come to the same verdict, as what they do next follows from it: so all of it is gathered.
+    # A field that is stable on a rank may be noise on another (which caches its random numbers,
+    # say). All ranks must reach the same verdict, as they act on it: so the fields are gathered.
     gathered = gather_objects(_stable_fields(one, other), group=group)
     stable = [fields for fields in gathered if fields is not None]
     can_read = len(stable) == len(gathered)
@@ -177,7 +177,7 @@ def compare_again(
     common = sorted(set(stable[0]).intersection(*stable))
     has_content = bool(set(common) - {_COUNT})
     if can_read and not differing_columns(one, group=group):
-        # Ranks that draw the order of samples from these generators end up here, too.
+        # Ranks that draw the order of samples from these generators get here, too.
         return Verdict(ALIKE if has_content else UNCLEAR)
     mine = {field: one[field] for field in common}
     theirs = broadcast_object(mine, group=group)
@@ -192,7 +192,7 @@ def compare_again(
 
 
 def _stable_fields(one: FieldSummaries | None, other: FieldSummaries | None) -> list[str] | None:
-    """Return the fields that are the same in two readings; None if one of the readings failed."""
+    """Return the fields that are equal in two readings; None if a reading failed."""
     if one is None or other is None:
         return None
     return sorted(field for field, parts in one.items() if is_same(parts, other.get(field)))
@@ -205,24 +205,24 @@ def _summarize(
     *,
     seed: int | None = None,
 ) -> FieldSummaries | None:
-    """Return the summaries of samples by field; leave this process's random state as it was.
+    """Read samples and return their summaries by field; restore this process's random state.
 
-    None where the samples cannot be read.
+    Returns None where the samples cannot be read.
 
     Args:
-        read: gives the samples, or None.
+        read: reads the samples; returns None if it cannot.
         columns: see ``summary_of``.
         without: columns to leave out.
-        seed: of this process's generators meanwhile, for samples that are read again.
+        seed: seed of this process's generators during the reading; None leaves them as they are.
     """
     state = random_state()
     try:
         if seed is not None:
             seed_everything(seed)
         samples = read()
-        # Inside, as lazy values draw random numbers when they are summarised.
+        # Summarised before the random state is restored, as lazy values may draw random numbers.
         summaries = None if samples is None else [summary_of(sample, columns) for sample in samples]
-    except Exception:  # of a dataset of the user's own, anything
+    except Exception:  # a user's dataset may raise anything
         return None
     finally:
         set_random_state(state)
@@ -250,7 +250,7 @@ def _parts(value: Any, place: str) -> Iterator[tuple[str, Part]]:
         yield from _parts_of_list(value, place)
     elif hasattr(value, "__array__"):  # an image
         yield place, _of_array(np.asarray(value))
-    # What else there is cannot be compared without its own code.
+    # Objects of other types cannot be compared without knowing them.
 
 
 def _parts_of_list(value: Sequence[Any], place: str) -> Iterator[tuple[str, Part]]:
@@ -286,7 +286,7 @@ def _of_array(array: np.ndarray) -> Part:
 def _differ_mostly(mine: FieldSummaries, theirs: FieldSummaries) -> Finding | None:
     """Find a field that differs in more than half of the samples, unless noise may be the reason.
 
-    Noise it is where samples after the first that differs are the same again.
+    Noise is assumed if samples after the first differing one are equal again.
     """
     fields = [field for field in mine if _differs_mostly(mine[field], theirs[field])]
     if not fields:

@@ -1,4 +1,4 @@
-"""Streams: sharing them out to ranks, their length, and their position for a resume."""
+"""Streams: distribution to ranks, checks of their length, and positions for a resume."""
 
 from dstrain.data.streams.dispatch import Dispatched
 from dstrain.data.streams.rank_stream import RankStream, StreamLoader, share_of

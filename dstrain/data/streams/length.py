@@ -1,4 +1,4 @@
-"""The length that a stream reports, and a warning where it is wrong."""
+"""Reading of a stream's length, and a warning if it is wrong."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ logger = get_logger(__name__)
 
 
 class LengthWatch:
-    """A counter that warns where a stream gives more or fewer samples than its ``__len__`` says."""
+    """Counter that warns if a stream yields more or fewer samples than its ``__len__``."""
 
     def __init__(self, name: str, *, length: int, tells: bool) -> None:
-        """Begin with no epoch.
+        """Set up before the first epoch.
 
-        Args: name of the stream's class, length that it reports, whether to warn (once).
+        Args:
+            name: name of the stream's class.
+            length: the stream's ``__len__``.
+            tells: whether to warn, which is done once.
         """
         self._name, self._length, self._tells = name, length, tells
         self._left = 0
 
     def begin(self, num_steps: int) -> None:
-        """Begin an epoch, or go on inside of it, with ``num_steps`` micro-steps still to come."""
+        """Begin or resume an epoch with ``num_steps`` expected micro-steps."""
         self._left = num_steps
 
     def count(self) -> None:
-        """Count one more micro-step, and warn if it is beyond the length."""
+        """Count a micro-step, and warn if it is beyond the length."""
         self._left -= 1
         if self._tells and self._left < 0:
             self._warn(
@@ -52,7 +55,7 @@ class LengthWatch:
 
 
 def length_of(source: Any) -> int | None:
-    """Return the length that a source reports; None if it reports none."""
+    """Return the ``__len__`` of a source; None if it has none."""
     try:
         return len(source)
     except (TypeError, NotImplementedError):

@@ -1,7 +1,7 @@
-"""Streams: every rank reads the same stream and keeps its own share, so topology never matters.
+"""Micro-batches from a stream that every rank reads whole and of which it keeps its share.
 
-A stream that the user has split by rank is the exception: each rank uses all that its own part
-gives, so the order of samples follows from that split.
+So the order of samples does not depend on topology. The exception is a stream that the user has
+split by rank: each rank uses all samples of its part, so the order depends on that split.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def _as_in_main_process() -> Iterator[None]:
 
 
 def _whole(source: Iterable[Any]) -> Iterator[Any]:
-    """Yield a stream's samples in a loader process as in the training process.
+    """Yield all samples of a stream in a loader process, as in the training process.
 
-    A stream that asks torch for its worker keeps a share of the samples (the pattern in torch's
-    documentation); every n-th micro-batch of a share would lose the rest.
+    A stream that calls ``get_worker_info`` would yield only a share of the samples (the pattern in
+    torch's documentation); as each process here keeps every n-th micro-batch, the rest would be
+    lost.
     """
     with _as_in_main_process():
         samples = iter(source)
@@ -59,23 +60,23 @@ def _whole(source: Iterable[Any]) -> Iterator[Any]:
 
 
 class RankStream(IterableDataset[Any]):
-    """Micro-batches of one rank, from a stream that all ranks read alike or from a part of its own.
+    """Micro-batches of a rank, from a stream that all ranks read alike or from this rank's part.
 
-    With several loader processes each reads the whole stream and takes every n-th micro-batch;
-    torch's loader asks them in turn, so the order is that of one process.
+    With several loader processes each reads the whole stream and keeps every n-th micro-batch;
+    torch's loader asks the processes in turn, so the order is that of a single process.
 
-    A stream that can tell its position is begun there after a resume; of any other, the samples
-    that were used are read again and dropped.
+    After a resume, a stream with states begins at its saved position; for any other stream, the
+    samples that were used are read again and dropped.
 
-    Positions are in samples over all ranks. Where each rank has a part of its own they count every
-    micro-batch as full and the same on all ranks, so that a rank's own position follows from them.
+    Positions count samples over all ranks. If each rank has a part of the data, every micro-batch
+    counts as full and equal on all ranks, so that each rank can compute its own position.
 
     Attributes:
-        split: whether each rank's source is a part of its own.
-        is_split_known: whether that is known, and not only assumed.
-        lengths: what sources say of their length: that of this rank, or, once all ranks have told
-            each other, those of all that are read.
-        watch: compares what ranks read of a stream that began alike on all.
+        split: whether each rank's source is a part of the data.
+        is_split_known: whether ``detect_split`` has confirmed ``split``.
+        lengths: length of this rank's source; after ``detect_split``, lengths of all sources that
+            are read. None for a source without a length.
+        watch: comparison of samples between ranks; None without one.
     """
 
     def __init__(
@@ -86,9 +87,13 @@ class RankStream(IterableDataset[Any]):
         *,
         drop_last: bool = False,
     ) -> None:
-        """Begin at the start of the stream.
+        """Set the position to the start of the stream.
 
-        Args: stream, topology, collator of a list of samples, whether to drop a short end.
+        Args:
+            source: the stream of samples.
+            topology: this rank among all ranks.
+            collate: makes a micro-batch from a list of samples.
+            drop_last: whether to drop a last chunk that is not full.
         """
         self.source = source
         self.topology = topology
@@ -100,32 +105,35 @@ class RankStream(IterableDataset[Any]):
         self.lengths = [length_of(source)]
         self.watch: StreamWatch | None = None
         self._length_watch: LengthWatch | None = None
-        self._first: list[Any] = []  # of an iteration that has begun, in the epoch _first_epoch
+        self._first: list[Any] = []  # samples that ``peek`` has read from ``_iteration``
         self._iteration: Iterator[Any] | None = None
-        self._first_epoch = _NO_EPOCH
-        self._running: Iterator[Any] | None = None  # of this process, which is being read
+        self._first_epoch = _NO_EPOCH  # the epoch of ``_iteration``
+        self._running: Iterator[Any] | None = None  # the epoch's iteration, in this process
         self._position = torch.tensor(
             [_NO_EPOCH, 0, 0]
         )  # epoch, start, whether samples are compared
-        self.worker_seed = 0  # of loader processes; the loader's builder sets it
-        self.keeps_states = False  # where a checkpoint may want to know the source's position
+        self.worker_seed = 0  # seed of loader processes; ``build_loader`` sets it
+        self.keeps_states = False  # whether checkpoints may need states of the source
         self._resumable = Resumable.of(source)
         self._begin: tuple[int, int, dict[str, Any]] | None = None  # epoch, start, source's state
-        # Of the last micro-batches: the loop is one or two behind what it was given.
+        # States after the last micro-batches: the loop is one or two behind the fetched ones.
         self._states: deque[tuple[int, dict[str, Any] | bytes | None]] = deque(maxlen=4)
 
     @property
     def step_samples(self) -> int:
-        """Return the samples of this rank's source that a micro-step takes."""
+        """Return the number of samples that a micro-step reads from this rank's source."""
         return self.topology.micro_batch if self.split else self.topology.chunk
 
     @property
     def num_readers(self) -> int:
-        """Return the ranks over which positions count samples: all if the data is split, else 1."""
+        """Return the factor from a position in this rank's source to one over all ranks.
+
+        It is the world size if the data is split, else 1.
+        """
         return self.topology.world_size if self.split else 1
 
     def num_steps(self) -> int | None:
-        """Return the micro-steps of an epoch by stated lengths; None where a length is missing."""
+        """Return the micro-steps of an epoch by sources' lengths; None if a length is missing."""
         lengths = [length for length in self.lengths if length is not None]
         if len(lengths) < len(self.lengths):
             return None
@@ -134,7 +142,7 @@ class RankStream(IterableDataset[Any]):
         return max(-(-length // self.step_samples) for length in lengths)
 
     def watch_length(self) -> LengthWatch:
-        """Return the counter that checks the epoch's micro-steps against the stated length."""
+        """Return a counter, begun for this epoch, that checks micro-steps against the length."""
         own = self.lengths[self.topology.rank if len(self.lengths) > 1 else 0]
         size, start = self.step_samples, int(self._position[1]) // self.num_readers
         left = 0 if own is None else max(0, own - start)
@@ -146,12 +154,12 @@ class RankStream(IterableDataset[Any]):
         return self._length_watch
 
     def peek(self, *, epoch: int, at_most: int) -> list[Any] | None:
-        """Read the first samples of an epoch ahead; its iteration returns them again.
+        """Read the first samples of an epoch ahead; the epoch's iteration yields them again.
 
-        None where they cannot be read a second time, because the source has a single iteration.
+        Returns None if they cannot be read a second time, as the source has a single iteration.
         """
         if self._iteration is not None and self.is_iterator:
-            return None  # asked for another iteration it may begin anew, or go on
+            return None  # a second ``iter`` may begin anew, or go on
         self._set_source_epoch(epoch)
         iteration = iter(self._reader())
         if iteration is self._iteration:
@@ -162,21 +170,24 @@ class RankStream(IterableDataset[Any]):
 
     @property
     def is_iterator(self) -> bool:
-        """Tell whether the source is its own iterator, so that what is read of it is gone."""
+        """Tell whether the source is its own iterator, so that samples can be read only once."""
         return hasattr(self._reader(), "__next__")
 
     def forget_peek(self) -> None:
-        """Let the next iteration begin anew where it can, so that it may be in another process."""
+        """Discard the samples of ``peek`` if the source can begin anew and yield them again.
+
+        The next iteration may then be in another process.
+        """
         if self._iteration is None or self.is_iterator:
             return
         if iter(self._reader()) is not self._iteration:
             self._iteration, self._first = None, []
 
     def read_again(self, number: int) -> list[Any] | None:
-        """Return the first samples of the epoch, read anew beside an iteration of it that goes on.
+        """Read the first samples of the epoch again, without disturbing its present iteration.
 
-        None where that cannot be. They are those of a copy, so that what the source keeps of its
-        position stays; what it shares with a copy, such as an open file, is moved on.
+        Returns None if that is not possible. Reads from a copy of the source, so that a position
+        stored in the source is kept; state shared with the copy, such as an open file, moves on.
         """
         if self.is_iterator:
             return None
@@ -198,9 +209,9 @@ class RankStream(IterableDataset[Any]):
                 generator.set_state(drawn)
 
     def padding_inputs(self) -> Any:
-        """Return inputs that carry no weight, for a rank that has used up its part.
+        """Make inputs of a padding batch from the first sample, for a rank whose part is used up.
 
-        They are read from the beginning of the source; None if that is empty.
+        Returns None if the source is empty. Restores this process's random state.
         """
         state = random_state()
         try:
@@ -210,34 +221,35 @@ class RankStream(IterableDataset[Any]):
             set_random_state(state)
 
     def share_position(self) -> None:
-        """Let loader processes that outlive an epoch see what ``set_epoch`` says of the next."""
+        """Share the position with persistent loader processes, so that they see ``set_epoch``."""
         self._position.share_memory_()
 
     def set_epoch(self, epoch: int, *, start: int = 0, state: dict[str, Any] | None = None) -> None:
-        """Tell the stream its epoch, and how many samples to leave out because they were used.
+        """Set the epoch, and the number of its samples to skip because they were used.
 
-        ``state`` is what ``state_at(start)`` gave in the run that used them.
+        ``state`` is the result of ``state_at(start)`` in the run that used them.
         """
         self._begin = (epoch, start, state) if start and state is not None else None
-        # An epoch that is begun inside is left out: what ranks read again could not be the same.
+        # An epoch that begins at a state is not compared: its first samples cannot be read again.
         compares = self.watch is not None and self._begin is None
         if compares and self.watch is not None:
             compares = self.watch.begin(start=start, chunk=self.topology.chunk)
         self._position.copy_(torch.tensor([epoch, start, compares]))
         self._states.clear()
-        if self._iteration is None or epoch != self._first_epoch:  # else it knows, and has begun
+        if self._iteration is None or epoch != self._first_epoch:  # else ``peek`` has set it
             self._set_source_epoch(epoch)
 
     def state_at(self, samples: int) -> dict[str, Any] | None:
         """Return the source's state after ``samples`` samples of the epoch; None if not known.
 
-        Known are the ends of the last micro-batches, if ``keeps_states`` was set before the first.
+        States are known at the ends of the last four micro-batches, if ``keeps_states`` was set
+        before the epoch.
         """
         state = dict(self._states).get(samples)
         return pickle.loads(state) if isinstance(state, bytes) else state
 
     def note(self, sent: ShareWithState) -> Share:
-        """Keep the state that a loader process sent, and return its micro-batch."""
+        """Store the state that a loader process sent, and return the micro-batch it came with."""
         self._states.append((sent.position, sent.state))
         return sent.share
 
@@ -257,7 +269,7 @@ class RankStream(IterableDataset[Any]):
         begun = self._load(epoch, start)
         samples = self._samples(epoch, begins_inside=begun, in_worker=worker is not None)
         size = self.step_samples
-        start //= self.num_readers  # of this rank's source, as all positions here
+        start //= self.num_readers  # position in this rank's source, as all positions below
         position = start if begun else 0
         keeps_states = self.keeps_states and self._resumable is not None
         step = 0
@@ -265,7 +277,7 @@ class RankStream(IterableDataset[Any]):
         columns = None if self.watch is None else self.watch.columns
         self._states.clear()
         while True:
-            if worker:  # also for what is left out: the source may draw random numbers too
+            if worker:  # also for skipped samples: the source may draw random numbers too
                 rank = self.topology.rank
                 MicroBatchSeed(self.worker_seed, epoch, rank, position).seed_generators()
             used = max(0, start - position)
@@ -274,7 +286,7 @@ class RankStream(IterableDataset[Any]):
                 self._resumable.begun()
                 begun = False
             if compares and step % turns == turn and position < WATCHED_SAMPLES:
-                with host_generators_restored():  # what is lazy may draw some when it is looked at
+                with host_generators_restored():  # lazy values may draw random numbers when read
                     summaries += [
                         summary_of(s, columns) for s in chunk[: WATCHED_SAMPLES - position]
                     ]
@@ -300,7 +312,7 @@ class RankStream(IterableDataset[Any]):
             step += 1
 
     def _samples(self, epoch: int, *, begins_inside: bool, in_worker: bool) -> Iterator[Any]:
-        """Return the samples of an epoch, those that ``peek`` has read included."""
+        """Return an iterator over the samples of an epoch, those read by ``peek`` included."""
         first, begun, self._first = self._first, self._iteration, []
         if begins_inside:
             self._iteration = None
@@ -319,20 +331,25 @@ class RankStream(IterableDataset[Any]):
         return None if self._resumable is None else self._resumable.state()
 
     def _load(self, epoch: int, start: int) -> bool:
-        """Begin the source at a checkpoint's position, if that is for this epoch and start."""
+        """Load a checkpoint's state into the source if it is for this epoch and start.
+
+        Returns:
+            True if the source begins there.
+        """
         if self._begin is None or self._resumable is None or self._begin[:2] != (epoch, start):
-            return False  # loader processes that outlive an epoch still hold the first one's
+            return False  # persistent loader processes still have the state of an earlier epoch
         return self._resumable.load(self._begin[2])
 
 
 class StreamLoader(DataLoader[Any]):
-    """A loader of a ``RankStream``; keeps the states that loader processes send with micro-batches.
+    """Loader of a ``RankStream`` that stores the states sent by loader processes.
 
-    They are pickled there already: what torch's queue cannot pickle, it loses, and waits for.
+    Loader processes pickle the states themselves: torch's queue would lose an item that it cannot
+    pickle, and the loader would wait for it.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield micro-batches, as a loader of a map-style dataset does."""
+        """Yield collated micro-batches, as a loader of a map-style dataset does."""
         for share in self.shares():
             yield share.inputs
 
@@ -347,9 +364,9 @@ class StreamLoader(DataLoader[Any]):
 
 
 def share_of(source: Any) -> tuple[int, int] | None:
-    """Return which part of how many ``split_dataset_by_node`` made this one.
+    """Return (part, number of parts) of a stream that ``split_dataset_by_node`` made.
 
-    None of a whole stream, and of one that ``datasets`` has not made.
+    Returns None for a whole stream, and for a stream that is not from ``datasets``.
     """
     found = getattr(source, "_distributed", None)
     number = getattr(found, "world_size", 1)
@@ -359,5 +376,5 @@ def share_of(source: Any) -> tuple[int, int] | None:
 def _pickled(state: dict[str, Any] | None) -> bytes | None:
     try:
         return None if state is None else pickle.dumps(state)
-    except Exception:  # of a dataset of the user's own, anything
+    except Exception:  # a user's dataset may raise anything
         return None

@@ -1,4 +1,4 @@
-"""Streams that know their position and can begin there, so that no used sample is read again."""
+"""Saving and loading of a stream's position, so that a resume reads no used sample again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from dstrain.core.errors import CheckpointError, Problem
 
-# Steps of a ``datasets.IterableDataset`` whose state says all there is to say; for the buffer of a
-# shuffle one of our own takes its place. Not among them is what formats whole tables.
+# Steps of a ``datasets.IterableDataset`` whose state is exact; the step with the buffer of a
+# shuffle is replaced by our own. Steps that format whole tables are not among them.
 _EXACT = frozenset(
     {
         "ArrowExamplesIterable",
@@ -36,16 +36,19 @@ _EXACT = frozenset(
 
 
 class Resumable:
-    """A stream with ``state_dict`` and ``load_state_dict``, where these are exact.
+    """Wrapper of a stream whose ``state_dict`` and ``load_state_dict`` are exact.
 
     Attributes:
-        source: what to iterate instead of the stream that was given.
+        source: the stream to iterate, which may be a copy of the one that was given.
     """
 
     def __init__(self, source: Iterable[Any], kind: str, *, keeps_start: bool) -> None:
-        """Keep the stream.
+        """Wrap a stream.
 
-        Args: stream, what states must be of, whether a loaded state outlives its iteration.
+        Args:
+            source: the stream to iterate.
+            kind: description of the stream; states of another kind are refused.
+            keeps_start: whether a loaded state stays in force for later iterations.
         """
         self.source: Any = source
         self._kind = kind
@@ -53,7 +56,7 @@ class Resumable:
 
     @staticmethod
     def of(source: Any) -> Resumable | None:
-        """Return the stream wrapped, if it knows its position exactly; else None."""
+        """Wrap a stream if its states are exact; else return None."""
         import datasets
 
         if isinstance(source, datasets.IterableDataset):
@@ -64,24 +67,24 @@ class Resumable:
         return None
 
     def state(self) -> dict[str, Any] | None:
-        """Return the position of the latest iteration, after its latest sample; None if not known.
-
-        A copy: it stays what it is while the stream goes on.
-        """
+        """Return a copy of the stream's state after its latest sample; None if it is not known."""
         state = self.source.state_dict()
         return None if state is None else {"kind": self._kind, "state": copy.deepcopy(state)}
 
     def load(self, state: dict[str, Any]) -> bool:
-        """Begin the next iteration at ``state``; return False if the state is another stream's.
+        """Set the next iteration to begin at ``state``; return False if the state is refused.
+
+        States of another kind are refused; a user's ``load_state_dict`` may refuse by returning
+        False.
 
         Raises:
-            CheckpointError: the stream cannot take up that state.
+            CheckpointError: the stream's ``load_state_dict`` fails.
         """
         if state.get("kind") != self._kind:
             return False
         try:
             return self.source.load_state_dict(copy.deepcopy(state.get("state"))) is not False
-        except Exception as error:  # of the stream's own, which can be any class of a user's
+        except Exception as error:  # a user's stream may raise anything
             raise CheckpointError(
                 Problem(
                     f"the training data, a {type(self.source).__name__}, cannot take up its state "
@@ -93,9 +96,9 @@ class Resumable:
             ) from error
 
     def begun(self) -> None:
-        """Forget a loaded state, so that later iterations begin at the beginning.
+        """Discard a loaded state, so that later iterations begin at the beginning.
 
-        To be called after the first sample.
+        Call it after the first sample.
         """
         if self._keeps_start:
             self.source.load_state_dict(None)
@@ -111,10 +114,7 @@ def set_source_epoch(source: Any, epoch: int) -> None:
 
 
 def _steps(dataset: Any) -> str | None:
-    """Return the steps that a ``datasets.IterableDataset`` is made of, in words.
-
-    None where its state would not be exact.
-    """
+    """Describe the steps of a ``datasets.IterableDataset``; None if its state is not exact."""
     formatting = getattr(dataset, "_formatting", None)
     if formatting is not None and formatting.is_table:
         return None
@@ -122,7 +122,7 @@ def _steps(dataset: Any) -> str | None:
     part = getattr(dataset, "_distributed", None)
     if part is None or steps is None:
         return steps
-    # A rank's own part, in which the position of another says nothing.
+    # Positions in a rank's part are not valid in another part.
     return f"{steps}, part {part.rank} of {part.world_size} by {part.strategy}"
 
 
@@ -133,7 +133,8 @@ def _steps_of(step: Any) -> str | None:
     before = [_steps_of(part) for part in _before(step)]
     if any(part is None for part in before):
         return None
-    size = getattr(step, "buffer_size", "") if before else step.num_shards  # what a state counts in
+    # States depend on these numbers.
+    size = getattr(step, "buffer_size", "") if before else step.num_shards
     return f"{name}{f'[{size}]' if size else ''}({', '.join(map(str, before))})"
 
 
@@ -153,10 +154,10 @@ def _before(step: Any) -> list[Any]:
 
 
 def _with_own_steps(dataset: Any) -> Any:
-    """Return a copy of a dataset with steps of its own.
+    """Return a copy of a dataset with copies of its steps.
 
-    The position is kept in the steps, and datasets made from one another share them: evaluation
-    on ``data.take(100)`` would move that of ``data.skip(100)``.
+    Steps store the position, and datasets derived from the same dataset share them: an evaluation
+    on ``data.take(100)`` would move the position of ``data.skip(100)``.
     """
     own = type(dataset)(
         ex_iterable=_copied_step(dataset._ex_iterable),
@@ -186,10 +187,10 @@ def _copied_step(step: Any) -> Any:
 
 
 def _by_row(step: Any) -> Any:
-    """Return the step in a form that gives row by row where it gives tables.
+    """Wrap a step so that it yields tables of a single row.
 
-    A format that is given tables of several rows loses those that it has not given yet. What it is
-    over may give tables in a single one of its shards, so this cannot be known beforehand.
+    A formatting step over tables of several rows loses the rows of a table that it has not yielded
+    when a state is taken. Any shard of its input may yield tables, so every input is wrapped.
     """
     from datasets.iterable_dataset import RebatchedArrowExamplesIterable
 

@@ -1,4 +1,4 @@
-"""A rank's share of a micro-step of a stream, as a loader process sends it."""
+"""Micro-batches of a stream, in the form in which loader processes send them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dstrain.data.comparison.differences import SampleSummary
 
 @dataclass
 class Share:
-    """A rank's part of a micro-step, collated.
+    """Collated share of a rank in a micro-step.
 
     Attributes:
         inputs: the micro-batch.
-        num_samples: samples that were collated; 0 where this rank had none left and ``inputs`` is a
-            padding batch, which must carry no weight.
-        summaries: what the samples of all ranks said, while these are compared.
+        num_samples: number of collated samples; 0 if this rank had none and ``inputs`` is a padding
+            batch, which must have no weight in the loss.
+        summaries: summaries of the samples of all ranks, while samples are compared; else empty.
     """
 
     inputs: Any
@@ -32,12 +32,12 @@ class Share:
 
 @dataclass
 class ShareWithState:
-    """A micro-batch on its way from a loader process, with the source's position.
+    """Micro-batch from a loader process, with the state of the source after it.
 
     Attributes:
-        share: what the training process is to get.
-        position: samples of the epoch up to its end, over all ranks.
-        state: the source's state there, pickled; None where that cannot be.
+        share: the micro-batch.
+        position: samples of the epoch up to the end of the micro-batch, over all ranks.
+        state: the source's pickled state at this position; None if it is not known.
     """
 
     share: Share

@@ -1,10 +1,10 @@
-"""The shuffle buffer of a ``datasets.IterableDataset``, as a step that knows its position.
+"""Shuffle buffer for a ``datasets.IterableDataset`` whose state is exact and contains no rows.
 
-The buffer is shuffled in rounds: filled up, permuted, one half given away, the other half kept for
-the next round. No state holds rows. A row is kept with probability 1/2, so the oldest in the buffer
-came in about log2(buffer size) rounds ago, wherever in the stream that is; the state is what its
-round began with. From there the rounds are run again, with nothing in the place of the rows that
-were held then: by the round that is to be reached, all of those have left.
+The buffer is shuffled in rounds: it is filled up and permuted, one half is yielded, and the other
+half is kept for the next round. A row is kept with probability 1/2, so the oldest row in the buffer
+was read about log2(buffer size) rounds ago, at any position of the stream. The state is that of the
+beginning of the oldest row's round. A resume runs the rounds again from there, with placeholders
+for the rows that were in the buffer at that time: these have all left it by the saved round.
 
 This module imports ``datasets``.
 """
@@ -25,17 +25,17 @@ from dstrain.core.errors import DataError, Problem
 
 
 class ShuffledInRounds(BufferShuffledExamplesIterable):
-    """A step that gives rows in the order of the step of ``datasets`` whose place it takes."""
+    """Step that replaces the shuffle step of ``datasets`` and has an exact state."""
 
     def _init_state_dict(self) -> dict[str, Any]:
-        """Return the state of the beginning; outer steps change it before an iteration."""
+        """Return the state of the beginning; ``datasets`` loads states into it before iterating."""
         self.ex_iterable._init_state_dict()
         state = {"begin": None, "rounds": 0, "given": 0, "type": type(self).__name__}
         self._state_dict: dict[str, Any] = state
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Begin at a state, without the warning of the step of ``datasets``, which loses rows."""
+        """Load a state, without the warning of the step of ``datasets``, which would lose rows."""
         return super(BufferShuffledExamplesIterable, self).load_state_dict(state_dict)
 
     def __iter__(self) -> Iterator[Any]:
@@ -51,7 +51,7 @@ class ShuffledInRounds(BufferShuffledExamplesIterable):
         rounds.close()
 
     def _give(self, rows: list[Any], rounds: _Rounds, keep: int) -> Generator[Any, None, list[Any]]:
-        """Yield the rows that leave in a round; return those that are kept."""
+        """Yield the rows that leave the buffer in a round; return the rows that are kept."""
         stop = len(rows) - keep
         order, given = rounds.end(len(rows), keep)
         for index in order[given:stop].tolist():
@@ -60,7 +60,7 @@ class ShuffledInRounds(BufferShuffledExamplesIterable):
         return [rows[index] for index in order[stop:].tolist()]
 
     def _iter_arrow(self) -> Iterator[Any]:
-        """Yield pairs of key and table: the rows that leave in a round."""
+        """Yield pairs of key and table, with the rows that leave the buffer in a round."""
         rounds = _Rounds(self)
         tables: list[pa.Table] = []
         key, num_rows = None, rounds.missing
@@ -82,10 +82,10 @@ class ShuffledInRounds(BufferShuffledExamplesIterable):
     def _divide(
         self, tables: list[pa.Table], num_rows: int, rounds: _Rounds, keep: int
     ) -> tuple[pa.Table | None, pa.Table]:
-        """Return the rows that leave in a round, None if they are not given; and those kept.
+        """Return the rows that leave the buffer in a round (None if not to yield), and kept rows.
 
-        ``num_rows`` are those of ``tables`` after those that are missing, which no round that is
-        given has: any row will do in their place.
+        ``num_rows`` counts the rows of ``tables`` and placeholders before them. Placeholders are
+        never yielded, so any row may stand for them.
         """
         table = pa.concat_tables(tables)
         missing, stop = num_rows - len(table), num_rows - keep
@@ -97,21 +97,21 @@ class ShuffledInRounds(BufferShuffledExamplesIterable):
         return shuffled.slice(0, stop), shuffled.slice(stop)
 
     def shift_rngs(self, value: int) -> ShuffledInRounds:
-        """Return the same step with another seed (of another epoch)."""
+        """Return a copy of the step with another seed, for another epoch."""
         return self._alike(super().shift_rngs(value))
 
     def shuffle_data_sources(self, generator: np.random.Generator) -> ShuffledInRounds:
-        """Return the same step over shards in another order."""
+        """Return a copy of the step over shards in another order."""
         return self._alike(super().shuffle_data_sources(generator))
 
     def shard_data_sources(
         self, num_shards: int, index: int, contiguous: bool = True
     ) -> ShuffledInRounds:
-        """Return the same step over some of the shards."""
+        """Return a copy of the step over some of the shards."""
         return self._alike(super().shard_data_sources(num_shards, index, contiguous=contiguous))
 
     def reshard_data_sources(self) -> ShuffledInRounds:
-        """Return the same step over smaller shards."""
+        """Return a copy of the step over smaller shards."""
         return self._alike(super().reshard_data_sources())
 
     def _alike(self, step: Any) -> ShuffledInRounds:
@@ -119,37 +119,37 @@ class ShuffledInRounds(BufferShuffledExamplesIterable):
 
 
 class _Rounds:
-    """The rounds of one iteration, counted from the one it begins with.
+    """Rounds of an iteration, counted from its first one.
 
     Attributes:
-        missing: rows held as that began, which the iteration does without.
+        missing: number of rows in the buffer at the beginning, for which there are placeholders.
     """
 
     def __init__(self, step: ShuffledInRounds) -> None:
-        """Begin where the step's state says."""
+        """Restore the step's input and generator from its state."""
         self._input = step.ex_iterable
         self._state: dict[str, Any] = step._state_dict
         self._random = copy.deepcopy(step.generator)
         begin, self._again = self._state["begin"], self._state["rounds"]
         self._begun = begin is not None
-        self._given = self._state["given"]  # of the first round after those that are run again
+        self._given = self._state["given"]  # rows yielded of the first round that is not run again
         if begin is not None:
             self._input.load_state_dict(begin["input"])
             self._random.bit_generator.state = begin["random"]
         self.missing: int = begin["held"] if begin else 0
-        self._came = np.full(self.missing, -1)  # the round with which each row held came in
+        self._came = np.full(self.missing, -1)  # for each row in the buffer, its round of reading
         self._now = self._oldest = 0
-        self._begins = deque([begin or self._begin(0)])  # of the rounds from the oldest row's on
+        self._begins = deque([begin or self._begin(0)])  # states of rounds from the oldest row's on
 
     def end(self, num_rows: int, keep: int) -> tuple[np.ndarray, int]:
-        """End a round's reading; return the new order, and how many of those that leave were given.
+        """Permute a round's rows; return the order, and how many leaving rows were yielded before.
 
         Args:
-            num_rows: held and read.
-            keep: how many of them stay, at the end of the order.
+            num_rows: number of rows in the buffer, those read in this round included.
+            keep: number of rows that stay, at the end of the order.
 
         Raises:
-            DataError: the rows are not those that were there when the state was taken.
+            DataError: the data has fewer rows than when the state was taken.
         """
         order = self._random.permutation(num_rows)
         came = np.append(self._came, np.full(num_rows - len(self._came), self._now))
@@ -163,10 +163,10 @@ class _Rounds:
         return order, given
 
     def close(self) -> None:
-        """Note that there are no rows left.
+        """Check at the end of the data that the round of the state was reached.
 
         Raises:
-            DataError: there were fewer than the state says.
+            DataError: the data has fewer rows than when the state was taken.
         """
         if self._now <= self._again and self._begun:
             raise _too_short()
