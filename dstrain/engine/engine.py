@@ -1,4 +1,4 @@
-"""The engine that trains a model: DeepSpeed's, with dstrain's corrections and additions."""
+"""Training engine: DeepSpeed's engine with dstrain's corrections and additions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from dstrain.engine.zero import (
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """The result of one optimizer step.
+    """Result of an optimizer step.
 
     Attributes:
         applied: False if gradients were not finite; weights, optimizer and schedule are then

@@ -352,6 +352,7 @@ def _library(folder: Path, op: Op) -> Path:
 
 
 def _say(line: str) -> None:
+    """Print a line on standard error at once."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The layout of a model's saved files: names, shapes and conversion of the tensors in them.
+"""Layout of a model's saved files: names, shapes and conversion of the tensors in them.
 
 transformers saves models of some architectures under other names, or with weights merged, split or
 transposed (``revert_weight_conversion``). Here the same conversions are applied to one group of
@@ -79,7 +79,7 @@ class Group:
         return self._conversion is None
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Convert the tensors of the file, given by name, to those of ``entries`` in their order."""
+        """Convert tensors of the file, given by name, to those of ``entries`` in their order."""
         if self._conversion is None:
             return [tensors[self.saved[0].name]]
         return self._conversion.load([tensors[saved.name] for saved in self.saved])
@@ -378,10 +378,13 @@ class _Shapes:
     """A stand-in for a model whose parameters have their whole shapes, also if partitioned."""
 
     def __init__(self, module: Any) -> None:
+        """Wrap a model."""
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
+        """Return any other attribute of the model."""
         return getattr(self._module, name)
 
     def get_parameter(self, name: str) -> torch.Tensor:
+        """Return a parameter's whole shape and format as a tensor on the meta device."""
         return _without_memory(self._module.get_parameter(name))

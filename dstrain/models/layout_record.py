@@ -34,7 +34,7 @@ def record_layout(module: Any) -> list[dict[str, Any]] | None:
 
 @dataclass(frozen=True)
 class RecordedLayout:
-    """The layout of the files of a model that is not in memory.
+    """Layout of the files of a model that is not in memory.
 
     Attributes:
         groups: as ``groups_of`` returns for the model, with tensors on the meta device.

@@ -20,7 +20,7 @@ GATHER_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Portion:
-    """The part of a group that is in one file; the whole group unless it is larger than a shard.
+    """A part of a group in one file: the whole group, unless it is larger than a shard.
 
     Attributes:
         group: tensors that are converted together.
@@ -54,6 +54,7 @@ class _PortionTensors:
     """Converts the tensors of a portion once, and returns each of them once."""
 
     def __init__(self, portion: Portion, load: Callable[[], Sequence[torch.Tensor]]) -> None:
+        """Prepare to convert the tensors that ``load`` returns."""
         self._portion = portion
         self._load: Callable[[], Sequence[torch.Tensor]] | None = load
         self._made: dict[str, torch.Tensor] = {}

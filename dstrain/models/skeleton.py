@@ -16,7 +16,7 @@ from dstrain.models.folder import library_errors
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The structure of the model that a ``config.json`` describes.
+    """Structure of the model that a ``config.json`` describes.
 
     Attributes:
         parameters: name -> shape, in the order of the module; tied parameters only under their

@@ -130,7 +130,7 @@ def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class _Entry:
-    """The entry of one tensor in a header."""
+    """Entry of one tensor in a header."""
 
     dtype: Text
     shape: Shape
@@ -143,7 +143,7 @@ _Metadata: Any = Mapping[Text, Text]
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a tensor in a file, as byte offsets from the file's beginning."""
+    """Place of a tensor in a file, as byte offsets from the file's beginning."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -22,7 +22,7 @@ def share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Lattice:
-    """The set of memory places that a tensor's elements occupy.
+    """A set of memory places that a tensor's elements occupy.
 
     Attributes:
         start: the first place.

@@ -43,13 +43,15 @@ class _NoAdagrad:
 
 
 class _AdagradState(dict[Any, Any]):
-    """The state of Adagrad, created for a tensor at its first use (torch/optim/adagrad.py)."""
+    """State of Adagrad, created for a tensor at its first use (torch/optim/adagrad.py)."""
 
     def __init__(self, optimizer: torch.optim.Adagrad) -> None:
+        """Begin without state of any tensor."""
         super().__init__()
         self._optimizer = optimizer
 
     def __missing__(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Create the state of a tensor, as Adagrad's constructor does."""
         start = self._optimizer.defaults["initial_accumulator_value"]
         value = complex(start, start) if torch.is_complex(tensor) else start
         self[tensor] = {
@@ -59,4 +61,5 @@ class _AdagradState(dict[Any, Any]):
         return self[tensor]
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a plain dict."""
         return dict, (dict(self),)

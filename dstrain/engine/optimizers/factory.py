@@ -100,6 +100,11 @@ def ops_of(resolved: ResolvedConfig) -> list[str]:
 
 
 def _import(path: str) -> type[Any]:
+    """Import a class by its path.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -127,5 +132,6 @@ def _without_switches(cls: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _suggest(name: str, known: list[str]) -> str:
+    """Return a remedy for a parameter that the optimizer does not have."""
     close = nearest(name, known)
     return f"did you mean {close}?" if close else "leave it out"

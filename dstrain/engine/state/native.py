@@ -30,7 +30,7 @@ def write_pickles(deepspeed_engine: Any, folder: Path, tag: str) -> None:
 
 @dataclass(frozen=True)
 class Unpickling:
-    """The user's permission to unpickle the files of a checkpoint, which can execute any code.
+    """A user's permission to unpickle the files of a checkpoint, which can execute any code.
 
     Only ``dstrain.checkpoint.native.unpickling`` creates it, after checking that the user has given
     the permission; ``TrainingState.load_native`` cannot be called without.

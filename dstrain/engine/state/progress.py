@@ -34,7 +34,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class EngineProgress:
-    """The counters, loss scale, parameter groups and schedule of a DeepSpeed engine.
+    """Counters, loss scale, parameter groups and schedule of a DeepSpeed engine.
 
     Attributes:
         initial: schedule and parameter groups before the first step, as the arguments of the run

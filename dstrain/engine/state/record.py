@@ -27,7 +27,7 @@ GroupValues = Mapping[Annotated[str, Strict(), AfterValidator(_changes)], _Group
 
 @dataclass(frozen=True)
 class Counters:
-    """The counters of steps and samples of a DeepSpeed engine."""
+    """Counters of steps and samples of a DeepSpeed engine."""
 
     global_steps: Count
     global_samples: Count
@@ -37,7 +37,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class LossScale:
-    """The state of DeepSpeed's loss scaler; one without hysteresis has no ``cur_hysteresis``."""
+    """State of DeepSpeed's loss scaler; stage 0 has one without ``cur_hysteresis``."""
 
     cur_scale: Annotated[Real, Gt(0)]
     cur_iter: Integer | None = None
@@ -47,7 +47,7 @@ class LossScale:
 
 @dataclass(frozen=True)
 class BuffersFound:
-    """The names of buffers that ``Buffers.found`` returns; old checkpoints lack ``reshaped``."""
+    """Names of buffers that ``Buffers.found`` returns; old checkpoints lack ``reshaped``."""
 
     state: list[Text]
     varying: list[Text]
@@ -56,7 +56,7 @@ class BuffersFound:
 
 @dataclass(frozen=True)
 class Begun:
-    """The schedule and parameter groups of a run before its first step."""
+    """Schedule and parameter groups of a run before its first step."""
 
     schedule: Any
     groups: list[GroupValues]
@@ -64,7 +64,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """The state of an engine except for its tensors.
+    """State of an engine except for its tensors.
 
     Attributes:
         counters: numbers of steps and samples.

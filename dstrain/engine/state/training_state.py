@@ -34,7 +34,7 @@ class CapturedState:
 
 
 class TrainingState:
-    """The master weights, moments, counters, loss scale and schedule of one engine.
+    """Access to master weights, moments, counters, loss scale and schedule of one engine.
 
     Attributes:
         module: the model.

@@ -279,7 +279,7 @@ class GradientSequence(abc.ABC):
 
 
 class _OfStages1And2(GradientSequence):
-    """The ordering for DeepSpeed's optimizer of stages 1 and 2."""
+    """A ``GradientSequence`` for DeepSpeed's optimizer of stages 1 and 2."""
 
     def __init__(self, optimizer: Any, module: torch.nn.Module) -> None:
         super().__init__(optimizer, module, _OF_STAGES_1_AND_2)
@@ -312,7 +312,7 @@ class _OfStages1And2(GradientSequence):
 
 
 class _OfStage3(GradientSequence):
-    """The ordering for DeepSpeed's optimizer of stage 3."""
+    """A ``GradientSequence`` for DeepSpeed's optimizer of stage 3."""
 
     def __init__(self, optimizer: Any, module: torch.nn.Module) -> None:
         super().__init__(optimizer, module, _OF_STAGE_3)

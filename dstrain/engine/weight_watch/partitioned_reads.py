@@ -117,9 +117,11 @@ class PartitionedReadWatch(TorchFunctionMode):
         return returned
 
     def _begin_forward(self, *_: object) -> None:
+        """Stop checking while a forward pass of the engine runs."""
         self._depth += 1
 
     def _end_forward(self, *_: object) -> None:
+        """Check again after the outermost forward pass."""
         self._depth -= 1
 
     def _read(self, values: Any) -> str | None:

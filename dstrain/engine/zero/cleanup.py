@@ -180,5 +180,6 @@ def _groups(parameters: list[torch.nn.Parameter]) -> Iterable[list[torch.nn.Para
 
 
 def _remove_attributes(attributes: dict[str, Any], names: Iterable[str]) -> None:
+    """Remove those attributes that exist."""
     for name in names:
         attributes.pop(name, None)

@@ -76,6 +76,7 @@ _WHY = "the weights are partitioned (ZeRO stage 3), so that all ranks must gener
 
 
 def _called_alone(what: str, rank: int, waited: float) -> ModelError:
+    """Return the error for a call that not all ranks have made."""
     return ModelError(
         Problem(
             f"rank {rank} called {what}, and after {waited:.0f} s not every other rank had",

@@ -99,8 +99,10 @@ class ForwardRegistration:
             self._end()
 
     def _begin(self, *_: object) -> None:
+        """Register stage 3 at the start of a forward pass."""
         self._open.append(StageRegistration(3, self._resolved.to_deepspeed))
 
     def _end(self, *_: object) -> None:
+        """Close the registration of the innermost forward pass."""
         if self._open:
             self._open.pop().close()

@@ -58,6 +58,7 @@ class _ScalarsAsBytes(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        """Call a function of torch; a tensor of shape () gets the shape (1,) before ``view``."""
         if func is torch.Tensor.view and len(args) == 2 and isinstance(args[1], torch.dtype):
             tensor: torch.Tensor = args[0]
             if tensor.dim() == 0 and tensor.dtype.itemsize != args[1].itemsize:
