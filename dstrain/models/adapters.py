@@ -50,11 +50,11 @@ def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
                 _write_card(model, target)
     for adapter in model.peft_config:
         folder = target if adapter == "default" else target / adapter
-        held = _gathered_adapter(model, adapter, ranks)
+        tensors = _gathered_adapter(model, adapter, ranks)
         with all_or_none():
             if ranks.is_main:
                 with _named_errors(folder):
-                    _write(model, adapter, held, folder)
+                    _write(model, adapter, tensors, folder)
 
 
 @contextlib.contextmanager
@@ -97,19 +97,19 @@ def _gathered_adapter(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch
     named = model.state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in named.items()}
     chosen: dict[str, str] = {}
-    held: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for key, tensor in _named_by_peft(model, adapter, named, ranks).items():
         if id(tensor) in names:
             chosen[key] = names[id(tensor)]
         elif ranks.is_main:
-            held[key] = _copied(tensor)
+            tensors[key] = _copied(tensor)
     for key, name in gather_objects(chosen)[0].items():
         tensor = named[name]
         whole = isinstance(tensor, torch.nn.Parameter)
         with gathered([tensor]) if whole else contextlib.nullcontext():
             if ranks.is_main:
-                held[key] = _copied(tensor)
-    return held
+                tensors[key] = _copied(tensor)
+    return tensors
 
 
 def _named_by_peft(
@@ -158,13 +158,13 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _write(model: Any, adapter: str, held: dict[str, torch.Tensor], folder: Path) -> None:
+def _write(model: Any, adapter: str, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Write an adapter's weights and config into a folder, as peft's ``save_pretrained`` does."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{WEIGHTS}.partial"
     try:
-        tensors = [Stored.of(name, tensor) for name, tensor in held.items()]
-        write_tensor_file(partial, tensors, {"format": "pt"})
+        stored = [Stored.of(name, tensor) for name, tensor in tensors.items()]
+        write_tensor_file(partial, stored, {"format": "pt"})
         os.replace(partial, folder / WEIGHTS)
     finally:
         partial.unlink(missing_ok=True)

@@ -93,7 +93,7 @@ def groups_of(module: torch.nn.Module) -> list[Group]:
     """
     entries, conversions = entries_of(module), save_conversions(module)
     if not conversions:
-        return [_as_it_is(entry, entry.name) for entry in entries]
+        return [_unchanged(entry, entry.name) for entry in entries]
     from dstrain.models.compat import WeightConverter, WeightRenaming
 
     pairs = [(conversion, conversion.reverse_transform()) for conversion in conversions[::-1]]
@@ -153,10 +153,10 @@ def weights_hooks_compute_with(module: torch.nn.Module, *, above: int) -> list[s
         module: the model, before it is partitioned.
         above: parameters with at most so many elements are left out.
     """
-    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     with torch.enable_grad():
         state = module.state_dict(keep_vars=True)
-    made = {n: t for n, t in state.items() if _is_tensor(t) and id(t) not in own}
+    made = {n: t for n, t in state.items() if _is_tensor(t) and id(t) not in known}
     computes = any(tensor.grad_fn is not None for tensor in made.values())
     there = {id(value) for value in state.values()}
     return [
@@ -292,7 +292,7 @@ def _grouped(
             uses.setdefault(key, []).append((pattern, entry))
         else:
             name = apply_renamings(entry.name, renamings)
-            groups.setdefault(name, _as_it_is(entry, name))
+            groups.setdefault(name, _unchanged(entry, name))
     for key, members in uses.items():
         patterns = tuple(pattern for pattern, _ in members)
         group = tuple(entry for _, entry in members)
@@ -307,7 +307,7 @@ def _grouped(
     return list(groups.values())
 
 
-def _as_it_is(entry: Entry, name: str) -> Group:
+def _unchanged(entry: Entry, name: str) -> Group:
     """Return a group of one tensor that is saved unchanged under a name."""
     shape = full_shape(entry.tensor)
     return Group((entry,), (Saved(name, shape, entry.tensor.dtype),))

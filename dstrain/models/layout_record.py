@@ -89,8 +89,8 @@ def _untie(module: torch.nn.Module, parameters: Mapping[str, Any]) -> None:
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if name in parameters and first[id(parameter)] != name:
             path, _, attribute = name.rpartition(".")
-            own = torch.nn.Parameter(torch.empty_like(parameter))
-            setattr(module.get_submodule(path), attribute, own)
+            untied = torch.nn.Parameter(torch.empty_like(parameter))
+            setattr(module.get_submodule(path), attribute, untied)
 
 
 def _chosen(module: Any, record: list[dict[str, Any]], folder: Path) -> list[Any]:

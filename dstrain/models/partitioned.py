@@ -46,7 +46,7 @@ def building_partitioned(resolved: ResolvedConfig) -> Iterator[None]:
     """
     with BuildRegistration(resolved) as mark, scalars_as_bytes(wanted=resolved.stage == 3):
         if resolved.stage != 3:
-            steps = dict.fromkeys(compat.LOADING_STEPS, _as_it_is)
+            steps = dict.fromkeys(compat.LOADING_STEPS, _unchanged)
             with compat.with_loading_steps(steps if compat.has_loading_steps() else {}):
                 yield
             return
@@ -67,7 +67,7 @@ def building_partitioned(resolved: ResolvedConfig) -> Iterator[None]:
             loader.is_open = False
 
 
-def _as_it_is(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _unchanged(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a step of transformers unchanged."""
     return original(*args, **kwargs)
 
@@ -84,9 +84,9 @@ class _Loader:
         self._partitioner = partitioner
         self._depth = 0
         self._builds = False
-        self._met = False
+        self._has_exchanged_errors = False
         self._whole_modules: set[str] = set()
-        self._lacking: set[str] = set()
+        self._missing: set[str] = set()
         self._loaded: set[int] = set()
 
     def open_partitioner(self) -> Partitioner | None:
@@ -97,14 +97,14 @@ class _Loader:
         """Build a model from a config, partitioning each module; a collective of all ranks."""
         if self._depth:  # a part of a model that is being built
             return original(cls, *args, **kw)
-        self._loaded, self._lacking = set(), set()
+        self._loaded, self._missing = set(), set()
         self._depth, self._builds = 1, True
         try:
             with compat.in_context_of_zero(_initialized), self._partitioner.building():
                 model = original(cls, *args, **kw)
         finally:
             self._depth, self._builds = 0, False
-        self._lacking = {name for name, _ in model.named_buffers()}
+        self._missing = {name for name, _ in model.named_buffers()}
         self._split_rest(model)
         guard_partitioned(model, open_partitioner=self.open_partitioner)
         return model
@@ -143,14 +143,14 @@ class _Loader:
         if self._depth:  # a part of a model that is being built
             return original(cls, *args, **kw)
         _check_placement(kw)
-        self._met, self._lacking, self._loaded = False, set(), set()
+        self._has_exchanged_errors, self._missing, self._loaded = False, set(), set()
         self._depth += 1
         try:
             with building_whole_models():
                 loaded = original(cls, *args, **kw)
         except Exception as error:
-            if not self._met:  # the other ranks exchange errors in ``finalize``
-                self._agree(error)
+            if not self._has_exchanged_errors:  # the other ranks exchange errors in ``finalize``
+                self._exchange_errors(error)
             raise
         finally:
             self._depth -= 1
@@ -196,17 +196,17 @@ class _Loader:
         """
         if not self._depth:
             return original(model, load_config, info)
-        self._met = True
-        self._agree(None)
-        self._lacking = set(info.missing_and_mismatched())
-        digest = hashlib.sha256("\n".join(sorted(self._lacking)).encode()).hexdigest()
+        self._has_exchanged_errors = True
+        self._exchange_errors(None)
+        self._missing = set(info.missing_and_mismatched())
+        digest = hashlib.sha256("\n".join(sorted(self._missing)).encode()).hexdigest()
         require_equal("what the model's checkpoint lacks", digest, ModelError)
         # transformers initialises module by module, and some modules read their other weights.
-        near = _read_by_init(model, self._lacking)
+        near = _read_by_init(model, self._missing)
         with gathered(near), with_full_shapes(model.parameters()):
             return original(model, load_config, info)
 
-    def _agree(self, error: Exception | None) -> None:
+    def _exchange_errors(self, error: Exception | None) -> None:
         """Check that all ranks have read the checkpoint; a collective.
 
         Args:
@@ -215,11 +215,11 @@ class _Loader:
         Raises:
             ModelError: another rank could not, and this one could.
         """
-        told = None if error is None else f"{type(error).__name__}: {error}"
-        said = gather_objects((told, self._partitioner.next_number))
+        message = None if error is None else f"{type(error).__name__}: {error}"
+        answers = gather_objects((message, self._partitioner.next_number))
         # A rank that failed has numbered fewer parameters than the others.
-        self._partitioner.next_number = max(number for _, number in said)
-        for rank, (failure, _) in enumerate(said):
+        self._partitioner.next_number = max(number for _, number in answers)
+        for rank, (failure, _) in enumerate(answers):
             if failure is not None and error is None:
                 raise ModelError(Problem(f"the model cannot be loaded on rank {rank}", failure))
 
@@ -235,7 +235,7 @@ class _Loader:
             else:
                 self._partitioner.split_like_main_rank([parameter])
         for name, buffer in model.named_buffers():
-            if name in self._lacking and buffer.is_floating_point():
+            if name in self._missing and buffer.is_floating_point():
                 self._partitioner.send_from_main(buffer)
             else:
                 buffer.data = buffer.data.to(self._partitioner.device)

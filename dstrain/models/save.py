@@ -156,7 +156,7 @@ def _unwritable(target: Path, error: OSError) -> ModelError:
 
 
 def _write_shards(
-    shards: list[list[Portion]], names: list[str], target: Path, own: frozenset[int]
+    shards: list[list[Portion]], names: list[str], target: Path, rank_shards: frozenset[int]
 ) -> None:
     """Write this rank's shards; a collective of all ranks, which gathers all shards.
 
@@ -166,14 +166,14 @@ def _write_shards(
         shards: all shards of the model.
         names: their file names.
         target: the folder.
-        own: indices of the shards that this rank writes.
+        rank_shards: indices of the shards that this rank writes.
     """
     failure: BaseException | None = None
     mode = 0o666 & ~_umask()
     with ThreadPoolExecutor(max_workers=1) as writer:
         pending: Future[None] | None = None
         for index, (shard, name) in enumerate(zip(shards, names, strict=True)):
-            mine = index in own
+            mine = index in rank_shards
             if mine and pending is not None:
                 failure = failure or pending.exception()
             whole: dict[str, torch.Tensor] = {}
@@ -183,10 +183,10 @@ def _write_shards(
                     if mine:
                         whole |= {e.name: copied(e) for e in batch}
             if mine:
-                held: list[Stored] = []
+                tensors: list[Stored] = []
                 for portion in shard:
-                    held += portion.stored(partial(_picked, whole, portion))
-                pending = writer.submit(_write_file, held, _partial(target, name), mode)
+                    tensors += portion.stored(partial(_picked, whole, portion))
+                pending = writer.submit(_write_file, tensors, _partial(target, name), mode)
         if pending is not None:
             failure = failure or pending.exception()
     if failure is not None:

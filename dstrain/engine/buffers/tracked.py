@@ -68,8 +68,8 @@ class Buffers:
         self._varying: set[str] = set()  # state without one shape for all steps and ranks
         self._reshaped: set[str] = set()  # state in another form than it was built with
         self._sent = BroadcastBuffers()
-        self._kept: dict[str, torch.Tensor | None] = {}
-        self._keeps = self._knows = False
+        self._state_copies: dict[str, torch.Tensor | None] = {}
+        self._makes_copies = self._has_searched = False
         self._seen: dict[str, _Seen] = {}
         if sends:
             begin = [slot for slot in slots_of(module) if slot.persistent]
@@ -94,12 +94,12 @@ class Buffers:
         The first call searches for them. A buffer that takes another form on some rank later keeps
         its value on that rank; from the next search on, it is no longer sent to any rank.
         """
-        if not self._knows:
+        if not self._has_searched:
             self.find_changed()
         else:
             self._sent.send()
-        if self._keeps:
-            self._kept = self._copies()
+        if self._makes_copies:
+            self._state_copies = self._copies()
 
     def find_changed(self) -> None:
         """Search for buffers that have changed, and send them; a collective of all ranks.
@@ -107,7 +107,7 @@ class Buffers:
         Takes one exchange of a few bytes per rank, and one wait for the device if there are
         buffers that are not known to change.
         """
-        self._knows = True
+        self._has_searched = True
         slots = slots_of(self._module)
         new = [("state", slot.name) for slot in self._changed(slots)]
         new += [("state", name) for name in self._discarded()]
@@ -117,7 +117,7 @@ class Buffers:
         self._reshaped.update(name for kind, name in found if kind == "reshaped")
         self._state.update(name for kind, name in found if kind == "state")
         if any(kind != "reshaped" for kind, _ in found):
-            self._settle(slots)
+            self._choose_sent(slots)
         self._sent.send()
 
     def found(self) -> dict[str, list[str]]:
@@ -139,8 +139,8 @@ class Buffers:
         self._state.update(found["state"])
         self._varying.update(found["varying"])
         self._reshaped.update(found.get("reshaped", ()))
-        self._knows = bool(self._state)  # an engine may end before its first search
-        self._settle(slots_of(self._module))
+        self._has_searched = bool(self._state)  # an engine may end before its first search
+        self._choose_sent(slots_of(self._module))
 
     def outside_state_dict(self) -> list[Slot]:
         """Return the state that is in no ``state_dict`` and is equal on all ranks."""
@@ -181,15 +181,15 @@ class Buffers:
 
     def keep_copies(self) -> None:
         """Copy the state now and after every later step, for ``restore_copies``."""
-        self._keeps = True
+        self._makes_copies = True
         slots = slots_of(self._module)
-        self._kept = {s.name: s.tensor.clone() for s in slots if _are_statistics(s)}
+        self._state_copies = {s.name: s.tensor.clone() for s in slots if _are_statistics(s)}
 
     def restore_copies(self) -> None:
         """Restore the state as it was after the last step, when a step was interrupted."""
         for slot in [*slots_of(self._module), *empty_slots_of(self._module)]:
-            if slot.name in self._kept:
-                slot.replace(self._kept[slot.name])
+            if slot.name in self._state_copies:
+                slot.replace(self._state_copies[slot.name])
 
     def _changed(self, slots: Sequence[Slot]) -> Iterator[Slot]:
         """Yield buffers that have changed and are not known as state yet."""
@@ -223,7 +223,7 @@ class Buffers:
         seen = self._seen.get(slot.name)
         return seen is None or seen.tensor() is not slot.tensor
 
-    def _settle(self, slots: Sequence[Slot]) -> None:
+    def _choose_sent(self, slots: Sequence[Slot]) -> None:
         """Decide which state is sent: buffers whose form was always the same on all ranks.
 
         A collective of all ranks.

@@ -89,26 +89,26 @@ class GradientSequence(abc.ABC):
         _check(optimizer, names)
         self._optimizer = optimizer
         self._names = {id(p): name for name, p in module.named_parameters()}
-        self._hand_on = optimizer.reduce_ready_partitions_and_remove_grads
+        self._put_into_bucket = optimizer.reduce_ready_partitions_and_remove_grads
         self._end_pass = optimizer.overlapping_partition_gradients_reduce_epilogue
-        optimizer.reduce_ready_partitions_and_remove_grads = self._arrive
+        optimizer.reduce_ready_partitions_and_remove_grads = self._take
         optimizer.overlapping_partition_gradients_reduce_epilogue = self._end
         self.before_end: Callable[[], None] = _do_nothing
-        self._has_order = self._knows = False
+        self._has_order = self._has_ended_once = False
         self._graph: int | None = None  # of the backward pass that runs
         self._is_nested = False  # whether a backward pass has run backward passes inside of it
-        self._filled: set[int] = set()
+        self._zeros_put: set[int] = set()
         self._streams: dict[int, Any] = {}
-        given = self._given()
+        given = self._bucket_arguments()
         registered = [id(p) for p in module.parameters() if id(p) in given]
         others = [key for key in given if key not in self._names]
-        self._put([given[key] for key in (*registered, *others)])
+        self._set_order([given[key] for key in (*registered, *others)])
 
     def close(self) -> None:
         """Restore DeepSpeed's functions."""
-        own = vars(self._optimizer)
-        own.pop("reduce_ready_partitions_and_remove_grads", None)
-        own.pop("overlapping_partition_gradients_reduce_epilogue", None)
+        replaced = vars(self._optimizer)
+        replaced.pop("reduce_ready_partitions_and_remove_grads", None)
+        replaced.pop("overlapping_partition_gradients_reduce_epilogue", None)
 
     @contextlib.contextmanager
     def backward(self, loss: torch.Tensor) -> Iterator[None]:
@@ -117,7 +117,7 @@ class GradientSequence(abc.ABC):
         The first call is a collective of all ranks, which agrees on the order.
         """
         if not self._has_order:
-            self._agree(loss)
+            self._adopt_main_order(loss)
         if not loss.requires_grad:  # DeepSpeed raises an error
             yield
             return
@@ -131,31 +131,31 @@ class GradientSequence(abc.ABC):
     # --- different at each stage -----------------------------------------------------------------
 
     @abc.abstractmethod
-    def _given(self) -> dict[int, tuple[Any, ...]]:
+    def _bucket_arguments(self) -> dict[int, tuple[Any, ...]]:
         """Return by ``id`` of parameter the arguments that DeepSpeed's bucket function takes."""
 
     @abc.abstractmethod
-    def _collects(self) -> bool:
+    def _uses_buckets(self) -> bool:
         """Tell whether the gradients of this micro-batch are put into buckets."""
 
     @abc.abstractmethod
-    def _fill(self, parameter: Any) -> None:
+    def _set_zeros(self, parameter: Any) -> None:
         """Set a parameter's gradient to zeros, unless it has one that is not reduced yet."""
 
-    def _comes_later(self, parameter: Any) -> bool:
+    def _arrives_late(self, parameter: Any) -> bool:
         """Tell whether DeepSpeed's hook gets a parameter's gradient later than it is computed."""
         return False
 
     # --- order -----------------------------------------------------------------------------------
 
-    def _put(self, members: list[tuple[Any, ...]]) -> None:
+    def _set_order(self, members: list[tuple[Any, ...]]) -> None:
         """Set the order; each member is the arguments of DeepSpeed's function for a parameter."""
         self._members = members
         self._position = {id(member[0]): n for n, member in enumerate(members)}
         self._here = bytearray(len(members))
         self._next = 0
 
-    def _agree(self, loss: torch.Tensor) -> None:
+    def _adopt_main_order(self, loss: torch.Tensor) -> None:
         """Adopt the order of the main rank's backward pass; a collective, a number per parameter.
 
         Keeps the order of registration if gradients have come already, from a backward pass inside
@@ -170,7 +170,7 @@ class GradientSequence(abc.ABC):
         order = broadcast_object(order)
         if self._next or any(self._here):
             return
-        self._put([self._members[index] for index in order])
+        self._set_order([self._members[index] for index in order])
 
     # --- a backward pass -------------------------------------------------------------------------
 
@@ -178,36 +178,37 @@ class GradientSequence(abc.ABC):
         """Record the running backward pass, at its first gradient."""
         self._graph = torch._C._current_graph_task_id()
 
-    def _arrive(self, parameter: Any, *group: int) -> None:
+    def _take(self, parameter: Any, *group: int) -> None:
         """Put a gradient and those that wait for it into buckets, or let it wait for others."""
-        if not self._collects():
-            self._hand_on(parameter, *group)
+        if not self._uses_buckets():
+            self._put_into_bucket(parameter, *group)
             return
         if not getattr(parameter, "ds_grad_is_ready", True):
             return  # computed in tiles: only the call for the last tile has the whole gradient
         position = self._position[id(parameter)]
         if position < self._next:
             self._refuse_late(position)
-            self._hand_on(parameter, *group)  # twice in one pass: DeepSpeed raises its error
+            # Twice in one pass: DeepSpeed raises its error.
+            self._put_into_bucket(parameter, *group)
             return
         self._here[position] = 1
         if self._graph is not None and torch._C._current_graph_task_id() != self._graph:
             self._is_nested = True
         if position == self._next:
-            self._go_on()
+            self._put_all_that_came()
             return
-        self._keep(position)
+        self._record_stream(position)
         while self._next < position and self._is_unused(self._next):
-            self._filled.add(self._next)
-            self._hand(self._next)
+            self._zeros_put.add(self._next)
+            self._put_position(self._next)
             self._next += 1
-            self._go_on()
+            self._put_all_that_came()
 
-    def _go_on(self) -> None:
+    def _put_all_that_came(self) -> None:
         """Put gradients into buckets up to the first that has not come."""
         here, size = self._here, len(self._members)
         while self._next < size and here[self._next]:
-            self._hand(self._next)
+            self._put_position(self._next)
             self._next += 1
 
     def _end(self) -> None:
@@ -215,22 +216,22 @@ class GradientSequence(abc.ABC):
         self.before_end()
         with torch.no_grad():
             for position in range(self._next, len(self._members)):
-                self._hand(position)
+                self._put_position(position)
         self._here[:] = bytes(len(self._members))
         self._next = 0
-        self._filled.clear()
-        self._knows = True
+        self._zeros_put.clear()
+        self._has_ended_once = True
         self._end_pass()
 
-    def _hand(self, position: int) -> None:
+    def _put_position(self, position: int) -> None:
         """Put the gradient at a position of the order into a bucket, zeros where none has come."""
         member = self._members[position]
         if not self._here[position]:
-            self._fill(member[0])
+            self._set_zeros(member[0])
         stream = self._streams.pop(position, None)
         if stream is not None:
             _wait_for(stream, member[0])
-        self._hand_on(*member)
+        self._put_into_bucket(*member)
 
     def _is_unused(self, position: int) -> bool:
         """Tell whether the running pass will certainly compute no gradient for a parameter.
@@ -239,12 +240,12 @@ class GradientSequence(abc.ABC):
         which are built during the pass. If there are any, as the first pass shows, this returns
         False, and missing gradients are found at the end of the pass.
         """
-        if not self._knows or self._is_nested or self._graph is None:
+        if not self._has_ended_once or self._is_nested or self._graph is None:
             return False
         if torch._C._current_graph_task_id() != self._graph:
             return False
         parameter = self._members[position][0]
-        if self._comes_later(parameter):
+        if self._arrives_late(parameter):
             return False
         if not parameter.requires_grad:  # frozen since the engine was built
             return True
@@ -258,7 +259,7 @@ class GradientSequence(abc.ABC):
         Raises:
             TrainingError: zeros are in a bucket already.
         """
-        if position not in self._filled:
+        if position not in self._zeros_put:
             return
         name = self._names.get(id(self._members[position][0]), "a parameter outside the model")
         raise TrainingError(
@@ -270,7 +271,7 @@ class GradientSequence(abc.ABC):
             )
         )
 
-    def _keep(self, position: int) -> None:
+    def _record_stream(self, position: int) -> None:
         """Record the stream on which a gradient that must wait is computed."""
         from deepspeed.accelerator import get_accelerator
 
@@ -285,19 +286,19 @@ class _OfStages1And2(GradientSequence):
         super().__init__(optimizer, module, _OF_STAGES_1_AND_2)
         if not optimizer.partition_gradients and not optimizer.overlap_comm:
             # DeepSpeed itself fills buckets group by group, after the last micro-batch.
-            self._put(list(self._given().values()))
+            self._set_order(list(self._bucket_arguments().values()))
             self._has_order = True
 
-    def _given(self) -> dict[int, tuple[Any, ...]]:
+    def _bucket_arguments(self) -> dict[int, tuple[Any, ...]]:
         groups = enumerate(self._optimizer.bit16_groups)
         return {id(p): (p, i) for i, group in groups for p in group if p.requires_grad}
 
-    def _collects(self) -> bool:
+    def _uses_buckets(self) -> bool:
         """Tell whether gradients are put into buckets: at stage 1 only in the last micro-batch."""
         optimizer = self._optimizer
         return optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()
 
-    def _fill(self, parameter: Any) -> None:
+    def _set_zeros(self, parameter: Any) -> None:
         optimizer = self._optimizer
         if optimizer.get_gradient_for_reduction(parameter) is not None:
             return  # it has the gradient of an earlier micro-batch
@@ -317,7 +318,7 @@ class _OfStage3(GradientSequence):
     def __init__(self, optimizer: Any, module: torch.nn.Module) -> None:
         super().__init__(optimizer, module, _OF_STAGE_3)
 
-    def _given(self) -> dict[int, tuple[Any, ...]]:
+    def _bucket_arguments(self) -> dict[int, tuple[Any, ...]]:
         return {
             id(p): (p,)
             for group in self._optimizer.fp16_groups
@@ -325,10 +326,10 @@ class _OfStage3(GradientSequence):
             if p.requires_grad or hasattr(p, "ds_z3_leaf_module")
         }
 
-    def _collects(self) -> bool:
+    def _uses_buckets(self) -> bool:
         return not self._optimizer._coalesce_grad_reduction
 
-    def _fill(self, parameter: Any) -> None:
+    def _set_zeros(self, parameter: Any) -> None:
         if parameter.grad is not None:
             return
         # The gradient must have the shape of the whole parameter. If only a partition is in memory,
@@ -337,7 +338,7 @@ class _OfStage3(GradientSequence):
         if parameter.shape != parameter.ds_shape:
             parameter.grad.data = parameter.grad.new_zeros(parameter.ds_shape)
 
-    def _comes_later(self, parameter: Any) -> bool:
+    def _arrives_late(self, parameter: Any) -> bool:
         """Tell whether a parameter is in a leaf module, whose gradients DeepSpeed gets together."""
         return hasattr(parameter, "ds_z3_leaf_module")
 

@@ -114,10 +114,10 @@ class WeightChanges:
         """
         changed = list(self._watch.changed.values())
         self._watch.changed.clear()
-        held = self._shards_by_parameter() if changed else {}
+        shards = self._shards_by_parameter() if changed else {}
         for parameter in changed:
             share = _updated_partition(parameter) if is_partitioned(parameter) else None
-            for shard in held.get(id(parameter), ()):
+            for shard in shards.get(id(parameter), ()):
                 if shard.optimizer is None or shard.holder is parameter:
                     continue
                 if share is None and tuple(parameter.shape) != shard.shape:

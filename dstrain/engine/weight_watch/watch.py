@@ -103,9 +103,9 @@ class WeightWatch(TorchFunctionMode):
             return returned
         touched = [self._origin(t) for t in _changed_by(func, name, args, kwargs)]
         changed = [parameter for parameter in touched if parameter is not None]
-        away = [p for p in changed if is_absent(p)] or self._prepared(args)
-        if away and not is_called_by_a_library():
-            raise self._lost(away[0], name)
+        absent = [p for p in changed if is_absent(p)] or self._about_to_be_filled(args)
+        if absent and not is_called_by_a_library():
+            raise self._no_effect(absent[0], name)
         if func == _SET_DATA and changed and not is_partitioned(changed[0]):
             self.replaced.setdefault(id(changed[0]), changed[0].data)
         returned = func(*args, **kwargs)
@@ -128,7 +128,7 @@ class WeightWatch(TorchFunctionMode):
                 return found
         return None
 
-    def _prepared(self, args: Any) -> list[Any]:
+    def _about_to_be_filled(self, args: Any) -> list[Any]:
         """Return the partitioned parameter that torch is about to initialise or load, in a list.
 
         ``torch.nn.init`` and ``load_state_dict`` read its shape first, and would raise an error
@@ -141,7 +141,7 @@ class WeightWatch(TorchFunctionMode):
         parameter = self._origin(args[0]) if args else None
         return [parameter] if parameter is not None and is_absent(parameter) else []
 
-    def _lost(self, parameter: Any, function: str) -> TrainingError:
+    def _no_effect(self, parameter: Any, function: str) -> TrainingError:
         """Return the error for a change of a partitioned parameter, which would have no effect."""
         name = self._names.get(id(parameter), "a parameter")
         return TrainingError(

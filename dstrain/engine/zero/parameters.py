@@ -182,15 +182,15 @@ def kept_gathered(module: torch.nn.Module) -> Iterator[None]:
     split: list[Any] = [p for p in module.parameters() if is_partitioned(p)]
     with gathered(split):
         for parameter in split:
-            parameter.ds_active_sub_modules.add(_HELD)
+            parameter.ds_active_sub_modules.add(_MADE_UP_SUBMODULE)
         try:
             yield
         finally:
             for parameter in split:
-                parameter.ds_active_sub_modules.discard(_HELD)
+                parameter.ds_active_sub_modules.discard(_MADE_UP_SUBMODULE)
 
 
-_HELD = -1  # the id of the made-up submodule; no real one has it
+_MADE_UP_SUBMODULE = -1  # the id of the made-up submodule; no real one has it
 _SHOWN = "_dstrain_shown_in_parts"
 
 
