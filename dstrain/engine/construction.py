@@ -83,9 +83,9 @@ def build_deepspeed_engine(
     if resolved.has_scheduler:
         scheduler = None
     make_contiguous(module)
-    scalars = has_scalars(module.parameters())
     process_settings.set_for(module, resolved)
-    with quiet(), without_adagrad_replacement(), scalars_as_bytes(wanted=scalars):
+    scalars = scalars_as_bytes(wanted=has_scalars(module.parameters()))
+    with quiet(), without_adagrad_replacement(), scalars:
         engine, wrapper, _, built_scheduler = deepspeed.initialize(
             model=module,
             model_parameters=groups if optimizer is None else None,

@@ -30,7 +30,6 @@ from dstrain.engine.zero import (
     MemoryEfficientLinear,
     detach_engine,
     forget_running_modules,
-    has_scalars,
     is_partitioned,
     keep_persistent_changes,
     marked_leaves,
@@ -96,7 +95,6 @@ class Engine:
         """
         check_model(module, resolved, trains=trains)
         live_engines.hand_over_module(module)
-        scalars = has_scalars(module.parameters())
         self.module = module
         self.resolved = resolved
         self._leaves = marked_leaves(module)
@@ -116,9 +114,7 @@ class Engine:
         except BaseException:
             self._detach()
             raise
-        self._clipping = GradientClipping(
-            self._engine, module, resolved, trains=trains, has_scalars=scalars
-        )
+        self._clipping = GradientClipping(self._engine, module, resolved, trains=trains)
         self._stage_zero = stage_zero_correction(self.optimizer) if trains else None
         self._sequence = gradient_sequence(self.optimizer, module) if trains else None
         self._passes = TrainingPasses(self._engine, module)
@@ -178,9 +174,8 @@ class Engine:
         kwargs = {} if mode is None else {"mode": mode}
         self._compiled_by = {"backend": backend, **kwargs}
         if self.changes is not None:
-            self.changes.knows_step = (
-                True  # compiled code calls no function of torch that could be watched
-            )
+            # Compiled code calls no function of torch that could be watched.
+            self.changes.knows_step = True
         if self._registration is not None:  # torch would compile hooks of the module as well
             self._registration.remove()
             self._registration = ForwardRegistration(self._engine, self.resolved)
@@ -255,10 +250,6 @@ class Engine:
     def group_of(self, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
         """Return the optimizer's parameter group of a parameter; None for a frozen one."""
         return group_of(self.optimizer, parameter)
-
-    def loss_scale(self) -> float | None:
-        """Return the current fp16 loss scale; None in other formats."""
-        return self.state.loss_scale()
 
     @property
     def is_destroyed(self) -> bool:

@@ -11,10 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.core.errors import ModelError, Problem
-from dstrain.engine import (
-    gathered,
-    is_whole,
-)
+from dstrain.engine import gathered, is_whole
 
 # Functions that read values or, if their name ends with "_", change them. Conversions such as
 # ``half`` are left out, since ``Module.half()`` would put the gathered copy into the parameter.

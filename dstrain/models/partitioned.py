@@ -126,10 +126,8 @@ class _Loader:
             original(model, module, *args)
             return
         near = _parameters_near(module)
-        with (
-            gathered(near, write_from=0),
-            building_whole_models(),
-        ):  # some gather by themselves at stage 3
+        # Some models gather by themselves in their initialisation while stage 3 is registered.
+        with gathered(near, write_from=0), building_whole_models():
             original(model, module, *args)
         for parameter in near:
             fill_with_placeholder(parameter)

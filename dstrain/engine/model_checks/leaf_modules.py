@@ -15,7 +15,7 @@ import torch
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ModelError, Problem
 
-CLASSES_KEY = "zero_optimization.leaf_module.classes"
+_CLASSES_KEY = "zero_optimization.leaf_module.classes"
 _EXPERTS = re.compile(r"(^|_)experts?($|_)", re.IGNORECASE)
 
 
@@ -65,20 +65,13 @@ def check_leaf_modules(module: torch.nn.Module, resolved: ResolvedConfig) -> Non
     Raises:
         ModelError: naming the classes without a module, and those that the model has.
     """
-    wanted = resolved.values.get(CLASSES_KEY)
-    if (
-        resolved.stage != 3
-        or wanted is None
-        or resolved.provenance[CLASSES_KEY].source
-        not in (
-            "argument",
-            "config",
-        )
-    ):
+    if resolved.stage != 3 or resolved.values.get(_CLASSES_KEY) is None:
+        return
+    if resolved.provenance[_CLASSES_KEY].source not in ("argument", "config"):
         return
     classes = {type(m) for m in module.modules()}
     known = {c.__name__ for c in classes} | {full_name(c) for c in classes}
-    lost = [name for name in ([wanted] if isinstance(wanted, str) else wanted) if name not in known]
+    lost = [name for name in resolved.leaf_classes if name not in known]
     if not lost:
         return
     blocks = sorted(c.__name__ for c in classes if not c.__module__.startswith("torch."))

@@ -82,10 +82,8 @@ def _reaching_the_barrier(deepspeed_engine: Any, failures: list[Exception]) -> I
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return method(*args, **kwargs)
-            except (
-                OSError,
-                RuntimeError,
-            ) as error:  # torch.save raises RuntimeError for a full disk
+            except (OSError, RuntimeError) as error:
+                # torch.save raises RuntimeError for a full disk.
                 failures.append(error)
                 return None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dstrain.config import ResolvedConfig
-from dstrain.engine.zero import clip_scalars_too
+from dstrain.engine.zero import clip_scalars_too, has_scalars
 
 
 class GradientClipping:
@@ -25,7 +25,6 @@ class GradientClipping:
         resolved: ResolvedConfig,
         *,
         trains: bool,
-        has_scalars: bool,
     ) -> None:
         """Take clipping over from DeepSpeed's step.
 
@@ -34,12 +33,11 @@ class GradientClipping:
             module: the model.
             resolved: the config of the run.
             trains: whether the engine has an optimizer.
-            has_scalars: whether a parameter has the shape ().
         """
         self._engine, self._module = deepspeed_engine, module
         # In fp32 at stage 0 DeepSpeed does not keep the norm.
         self._computes_norm = resolved.stage == 0 and resolved.precision == "fp32"
-        if self._computes_norm and has_scalars:
+        if self._computes_norm and has_scalars(module.parameters()):
             clip_scalars_too(deepspeed_engine)
         self._clip: Callable[[], object] = _do_nothing
         self._is_done = False
