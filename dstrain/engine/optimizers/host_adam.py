@@ -11,7 +11,7 @@ import torch
 
 
 def correct_bias_by_step(optimizer: Any) -> None:
-    """Make ``DeepSpeedCPUAdam`` compute ``beta ** step`` anew in every step.
+    """Make ``DeepSpeedCPUAdam`` compute ``beta ** step`` with ``pow`` in every step.
 
     Its C++ object (``includes/cpu_adam.h``, ``IncrementStep``) keeps both powers in fp32 and
     multiplies them by beta in each step, so that rounding errors accumulate. It computes them with
@@ -29,7 +29,7 @@ def correct_bias_by_step(optimizer: Any) -> None:
     settings = {"step": 1, "lr": 0.0, "beta1": 0.0, "beta2": 0.0, "eps": 1.0, "weight_decay": 0.0}
 
     def forget_powers(adam: Any, args: Any, kwargs: Any) -> None:
-        """Change the betas of the C++ object, so that the next step computes powers anew."""
+        """Change the betas of the C++ object, so that the next step computes the powers with ``pow``."""
         adam.ds_opt_adam.adam_update(adam.opt_id, *settings.values(), True, *unused)
 
     optimizer.register_step_pre_hook(forget_powers)
