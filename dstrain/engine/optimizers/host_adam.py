@@ -29,7 +29,7 @@ def correct_bias_by_step(optimizer: Any) -> None:
     settings = {"step": 1, "lr": 0.0, "beta1": 0.0, "beta2": 0.0, "eps": 1.0, "weight_decay": 0.0}
 
     def forget_powers(adam: Any, args: Any, kwargs: Any) -> None:
-        """Change the betas of the C++ object, so that the next step computes the powers with ``pow``."""
+        """Change the betas of the C++ object, so that the next step calls ``pow``."""
         adam.ds_opt_adam.adam_update(adam.opt_id, *settings.values(), True, *unused)
 
     optimizer.register_step_pre_hook(forget_powers)

@@ -134,7 +134,7 @@ class TrainingState:
         """Restore what ``read_progress`` returned; a collective of all ranks."""
         self._progress.restore(saved)
 
-    # --- the whole state ----------------------------------------------------------------------------
+    # --- the whole state --------------------------------------------------------------------------
 
     def capture(self) -> CapturedState:
         """Return a copy of the state in host memory; no rank waits for another."""
