@@ -1,8 +1,9 @@
-"""The only room that imports deepspeed; other rooms take from here what they need of it.
+"""Everything that uses DeepSpeed: no other package of dstrain imports it.
 
-Its sub-rooms: ``process_group`` (start-up, devices, recovery), ``zero`` (partitioned parameters),
+Sub-packages: ``process_group`` (start-up, devices, recovery), ``zero`` (partitioned parameters),
 ``model_checks``, ``optimizers``, ``buffers``, ``state`` (master weights, moments, counters),
-``stepping`` (passes and gradients) and ``weight_watch``. ``engine.py`` joins them.
+``stepping`` (backward passes and gradients) and ``weight_watch`` (changes by a user's code).
+``engine.py`` combines them.
 """
 
 from dstrain.engine.buffers import (

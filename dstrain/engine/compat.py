@@ -1,4 +1,4 @@
-"""The semi-private parts of transformers and torch that this room uses, in one place."""
+"""Access to private parts of transformers and torch, for all of ``dstrain.engine``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ __all__ = ["get_parameter_names", "is_compiled", "register_config", "registered_
 
 
 def registered_config() -> Any:
-    """Return the config by which transformers builds partitioned models, or None."""
+    """Return the DeepSpeed config that is registered with transformers, or None.
+
+    transformers builds models partitioned while a config of stage 3 is registered.
+    """
     reference = _integration._hf_deepspeed_config_weak_ref
     return None if reference is None else reference()
 
 
 def register_config(config: Any) -> None:
-    """Make transformers build models by ``config`` from now on, or whole ones for None."""
+    """Register a DeepSpeed config with transformers, or remove the registered one (None)."""
     if config is None:
         _integration.unset_hf_deepspeed_config()
     else:
@@ -25,5 +28,5 @@ def register_config(config: Any) -> None:
 
 
 def is_compiled(module: Any) -> bool:
-    """Tell whether the forward pass of a module or of a part of it is compiled by torch."""
+    """Tell whether torch compiles the forward pass of a module or of one of its submodules."""
     return any(getattr(part, "_compiled_call_impl", None) for part in module.modules())

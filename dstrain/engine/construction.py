@@ -1,4 +1,4 @@
-"""Building DeepSpeed's engine on a module from a resolved config."""
+"""Construction of a DeepSpeed engine on a module from a resolved config."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
 
 def check_model(module: torch.nn.Module, resolved: ResolvedConfig, *, trains: bool) -> None:
-    """Refuse a model that DeepSpeed could not run, or would train otherwise than it says.
+    """Raise an error for a model that DeepSpeed could not run, or would train incorrectly.
 
     Args:
         module: the model.
         resolved: the config of the run.
-        trains: False where it only runs forward.
+        trains: False for a model that only runs forward.
 
     Raises:
         ModelError: saying what to change.
@@ -63,14 +63,14 @@ def build_deepspeed_engine(
 ) -> tuple[Any, Any, Any]:
     """Return DeepSpeed's engine, optimizer and scheduler for a model that ``check_model`` passed.
 
-    The arguments are those of ``Engine``. Settings that DeepSpeed keeps once per process become
-    those of this engine, also where building fails.
+    The arguments are those of ``Engine``. Sets the settings that DeepSpeed keeps once per process
+    to those of this engine, also if building it fails.
     """
     import deepspeed
 
     config = resolved.to_deepspeed()
     if "activation_checkpointing" in config:
-        # DeepSpeed reads this block only when it is asked to, and not while it builds.
+        # deepspeed.initialize does not read this block.
         deepspeed.checkpointing.configure(None, deepspeed_config=config)
     if not trains:
         config.pop("optimizer", None)
@@ -83,9 +83,9 @@ def build_deepspeed_engine(
     if resolved.has_scheduler:
         scheduler = None
     make_contiguous(module)
-    scalars = has_scalars(module.parameters())
     process_settings.set_for(module, resolved)
-    with quiet(), without_adagrad_replacement(), scalars_as_bytes(wanted=scalars):
+    scalars = scalars_as_bytes(wanted=has_scalars(module.parameters()))
+    with quiet(), without_adagrad_replacement(), scalars:
         engine, wrapper, _, built_scheduler = deepspeed.initialize(
             model=module,
             model_parameters=groups if optimizer is None else None,
@@ -95,8 +95,10 @@ def build_deepspeed_engine(
         )
     forget_running_modules(module)
     if device_type() == "cpu":
-        unlink_once_mapped()  # DeepSpeed has only now joined a process group of the user's
-    engine.client_lr_scheduler = None  # what made it may hold all of a Trainer
+        # Where the user has made the process group, DeepSpeed maps its buffers only now.
+        unlink_once_mapped()
+    # The function that made the schedule may reference a whole Trainer.
+    engine.client_lr_scheduler = None
     process_settings.keep_communication_format(wrapper, resolved)
     correct_bias_by_step(engine.basic_optimizer)
     if resolved.stage == 3:
@@ -105,7 +107,10 @@ def build_deepspeed_engine(
 
 
 def _let_deepspeed_save(engine: Any) -> None:
-    """Let DeepSpeed's own checkpoints read the partitions, which nobody must take for weights."""
+    """Let DeepSpeed's own checkpoints call ``state_dict()`` on the partitioned module.
+
+    For everybody else dstrain refuses the call, since partitions would be taken for whole weights.
+    """
     state_dict = engine.module_state_dict
 
     def module_state_dict(*args: Any, **kwargs: Any) -> Any:

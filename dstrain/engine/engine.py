@@ -1,4 +1,4 @@
-"""The engine: DeepSpeed's, with what it lacks; built, stepped, released and destroyed."""
+"""Training engine: DeepSpeed's engine with dstrain's corrections and additions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from dstrain.engine.zero import (
     MemoryEfficientLinear,
     detach_engine,
     forget_running_modules,
-    has_scalars,
     is_partitioned,
     keep_persistent_changes,
     marked_leaves,
@@ -41,12 +40,13 @@ from dstrain.engine.zero import (
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """The result of one optimizer step.
+    """Result of an optimizer step.
 
     Attributes:
-        applied: False when gradients were not finite; weights, optimizer and schedule then stayed.
-        grad_norm: global gradient norm before clipping, a device tensor or a float; None when it
-            was not asked for and is not to be had for free.
+        applied: False if gradients were not finite; weights, optimizer and schedule are then
+            unchanged.
+        grad_norm: global gradient norm before clipping, a device tensor or a float; None if it was
+            not asked for and DeepSpeed has not computed it anyway.
     """
 
     applied: bool
@@ -57,18 +57,19 @@ class Engine:
     """A DeepSpeed engine that trains ``module``.
 
     The caller runs ``engine.model(**inputs)`` and ``backward(loss, last=...)`` per micro-batch,
-    then ``step()``. Losses are already weighted: DeepSpeed averages gradients over ranks and does
-    nothing else to them.
+    then ``step()``. The caller also weights the losses of micro-batches; DeepSpeed only averages
+    gradients over ranks.
 
-    A module has one engine at a time: building another one destroys the engine before it.
+    A module has one engine at a time: building another one destroys the previous one.
 
     Attributes:
         changes: copies weights that the user's code changes into the master weights; None where the
-            optimizer has the model's weights themselves.
-        in_use: whether a training is running, so that the engine cannot be destroyed.
-        is_released: whether the module is free of the engine, which can still be read.
-        owner: returns the function that tears the engine down in good order, or None once the
-            owner is gone.
+            optimizer updates the model's weights directly.
+        in_use: whether a training is running, so that the engine must not be destroyed.
+        is_released: whether the engine has removed its hooks and attributes from the module; its
+            state can still be read then.
+        owner: returns the owner's function that closes the engine in good order, or None once the
+            owner has been garbage-collected; None if the engine has no owner.
     """
 
     def __init__(
@@ -81,20 +82,19 @@ class Engine:
         scheduler: SchedulerFactory | Any | None = None,
         trains: bool = True,
     ) -> None:
-        """Build the engine; at stage 3 a whole module becomes partitioned here.
+        """Build the engine; at stage 3 this partitions a module that is whole.
 
         Args:
             module: the model, whole or already partitioned by zero.Init.
-            resolved: the config; final.
+            resolved: the config, which must not change afterwards.
             groups: parameter groups for the optimizer of the config.
-            optimizer: the user's own optimizer, instead of ``groups``.
-            scheduler: a function of the basic optimizer, or the user's own scheduler; None leaves
-                it to the config.
-            trains: False builds no optimizer.
+            optimizer: an optimizer that the user has built, instead of ``groups``.
+            scheduler: a scheduler that the user has built, or a function that makes one from the
+                optimizer; None uses the scheduler of the config, if any.
+            trains: False for an engine that only runs forward, without an optimizer.
         """
         check_model(module, resolved, trains=trains)
         live_engines.hand_over_module(module)
-        scalars = has_scalars(module.parameters())
         self.module = module
         self.resolved = resolved
         self._leaves = marked_leaves(module)
@@ -114,13 +114,10 @@ class Engine:
         except BaseException:
             self._detach()
             raise
-        self._clipping = GradientClipping(
-            self._engine, module, resolved, trains=trains, has_scalars=scalars
-        )
+        self._clipping = GradientClipping(self._engine, module, resolved, trains=trains)
         self._stage_zero = stage_zero_correction(self.optimizer) if trains else None
         self._sequence = gradient_sequence(self.optimizer, module) if trains else None
         self._passes = TrainingPasses(self._engine, module)
-        # As DistributedDataParallel, which sends them unless it is told not to.
         buffers = Buffers(module, sends=resolved.broadcasts_buffers) if trains else None
         self._state = None if buffers is None else self._make_state(buffers)
         self._linear = MemoryEfficientLinear(resolved)
@@ -134,30 +131,32 @@ class Engine:
         self._compiled_by: dict[str, Any] | None = None
         self.in_use = self.is_released = self._has_computed = False
         self.owner: Callable[[], Callable[[], None] | None] | None = None
-        # Ours lives as long as DeepSpeed's, which the hooks on a module hold.
+        # Keeps this object alive as long as DeepSpeed's engine, which the hooks reference.
         self._engine.__dict__["engine_of_dstrain"] = self
-        # In fp32 at stage 0 the optimizer has the model's weights themselves.
+        # In fp32 at stage 0 the optimizer updates the model's weights directly.
         if trains and (resolved.stage > 0 or resolved.precision != "fp32"):
             self.changes = WeightChanges(module, self.optimizer, stage=resolved.stage)
         live_engines.register(self)
 
     @property
     def model(self) -> Any:
-        """Return the object to call for a forward pass (``DeepSpeedEngine``)."""
+        """Return the ``DeepSpeedEngine``, which the caller calls for a forward pass."""
         return self._engine
 
     @property
     def state(self) -> TrainingState:
-        """Return master weights, moments, counters and schedule; only of an engine that trains."""
+        """Return master weights, moments, counters and schedule; the engine must train."""
         assert self._state is not None
         return self._state
 
     @property
     def buffers(self) -> Buffers:
-        """Return the buffers of the module; only of an engine that trains."""
+        """Return the buffers of the module; the engine must train."""
         return self.state.buffers
 
     def _make_state(self, buffers: Buffers) -> TrainingState:
+        """Return access to the state, which copies changed weights before it is read."""
+
         def settle_weights() -> None:
             if self.changes is not None:
                 self.changes.update_master_weights()
@@ -171,14 +170,13 @@ class Engine:
         )
 
     def compile(self, backend: str, mode: str | None) -> None:
-        """Compile the module's forward in place, so that names of its parameters stay the same."""
+        """Compile the module's forward pass in place, which keeps the names of its parameters."""
         kwargs = {} if mode is None else {"mode": mode}
         self._compiled_by = {"backend": backend, **kwargs}
         if self.changes is not None:
-            self.changes.knows_step = (
-                True  # compiled code calls no function of torch that could be watched
-            )
-        if self._registration is not None:  # hooks of the module would be compiled with it
+            # Compiled code calls no function of torch that could be watched.
+            self.changes.knows_step = True
+        if self._registration is not None:  # torch would compile hooks of the module as well
             self._registration.remove()
             self._registration = ForwardRegistration(self._engine, self.resolved)
         if self._module_order is not None:
@@ -186,14 +184,22 @@ class Engine:
         self._engine.compile(backend=backend, compile_kwargs=kwargs)
 
     def computing_loss(self) -> contextlib.AbstractContextManager[Any]:
-        """Compute the loss of a micro-batch inside; the first one is watched at stage 3."""
+        """Return a context manager for computing the loss of a micro-batch.
+
+        At stage 3 the first one raises an error where the loss reads partitioned parameters.
+        """
         if self._has_computed or self.resolved.stage != 3:
             return contextlib.nullcontext()
         self._has_computed = True
         return watching_partitioned_reads(self._engine, self.module)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Back-propagate one micro-batch; ``last`` marks the end of the accumulation window."""
+        """Run the backward pass of a micro-batch.
+
+        Args:
+            loss: the loss.
+            last: whether this is the last micro-batch before the optimizer step.
+        """
         if self._stage_zero is not None:
             loss = self._stage_zero.scale(loss)
         self._engine.set_gradient_accumulation_boundary(last)
@@ -211,15 +217,19 @@ class Engine:
                 raise
 
     def clip(self, *, want_norm: bool = False) -> None:
-        """Clip gradients where they are torch's (stage 0 in fp32); ``step`` does so otherwise.
+        """Clip gradients before ``step`` at stage 0 in fp32; otherwise DeepSpeed clips in ``step``.
 
         Args:
-            want_norm: whether ``step`` will be asked for the norm of before.
+            want_norm: whether to compute the gradient norm before clipping, for ``step`` to return.
         """
         self._clipping.clip(want_norm=want_norm)
 
     def step(self, *, want_norm: bool = False) -> StepOutcome:
-        """Send buffers that change, clip, update weights and schedule, and clear gradients."""
+        """Send changed buffers, clip, update weights and schedule, and clear gradients.
+
+        Args:
+            want_norm: whether to return the gradient norm even if it must be computed for that.
+        """
         self.buffers.send_changed()
         if self.changes is not None:
             self.changes.before_step()
@@ -234,27 +244,23 @@ class Engine:
         return StepOutcome(applied=self._engine.was_step_applied(), grad_norm=norm)
 
     def learning_rates(self) -> list[float]:
-        """Return the learning rate of each parameter group, to be used by the next step."""
+        """Return the learning rate of each parameter group for the next step."""
         return self.state.learning_rates()
 
     def group_of(self, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
-        """Return the parameter group that updates a parameter; None for a frozen one."""
+        """Return the optimizer's parameter group of a parameter; None for a frozen one."""
         return group_of(self.optimizer, parameter)
-
-    def loss_scale(self) -> float | None:
-        """Return the current fp16 loss scale; None in other formats."""
-        return self.state.loss_scale()
 
     @property
     def is_destroyed(self) -> bool:
-        """Tell whether the engine was destroyed; it can then no longer be used."""
+        """Tell whether ``destroy`` was called, after which the engine cannot be used."""
         return self._engine is None
 
     def release_module(self) -> None:
-        """Release the module, so that ordinary torch code can use it after a training.
+        """Remove the engine's hooks and attributes from the module after a training.
 
-        Optimizer, schedule and counters can still be read. Does nothing at stage 3, where the hooks
-        gather the parameters of each layer.
+        Ordinary torch code can use the module then; optimizer, schedule and counters can still be
+        read. Only ends the training at stage 3, where hooks must gather each layer's parameters.
         """
         self.in_use = False
         if self.is_released or self.resolved.stage == 3:
@@ -279,14 +285,14 @@ class Engine:
         )
 
     def hand_over(self) -> None:
-        """Release the module for another engine, and tell the owner if it still exists."""
+        """Close the engine by its owner's function, and destroy it, to free the module."""
         close = None if self.owner is None else self.owner()
         if close is not None:
             close()
         self.destroy()
 
     def destroy(self) -> None:
-        """Release DeepSpeed's buffers and hooks; the module keeps its weights.
+        """Free DeepSpeed's buffers and remove its hooks; the module keeps its weights.
 
         A partitioned module stays partitioned and can be given to a new engine. No rank waits for
         another.
@@ -299,7 +305,8 @@ class Engine:
             self._detach()
         if self._compiled_by is not None:
             self.module._compiled_call_impl = None
-        # DeepSpeed would call it again when the engine is collected, and undo the next one's hooks.
+        # DeepSpeed's engine calls destroy() again when it is garbage-collected, which would remove
+        # the hooks of the next engine.
         self._engine.destroy = _do_nothing
         del self._engine.__dict__["engine_of_dstrain"]
         live_engines.unregister(self)
@@ -312,7 +319,7 @@ class Engine:
         self.scheduler = None
 
     def _detach(self) -> None:
-        """Remove what DeepSpeed has put on the module, and its settings of the process."""
+        """Remove DeepSpeed's hooks and attributes from the module, and reset process settings."""
         if self.changes is not None:
             self.changes.close()
         if self._registration is not None:
@@ -328,6 +335,7 @@ class Engine:
 
 
 def _has_ended(*_: object, **__: object) -> None:
+    """Raise an error; stands for the methods of an engine whose training has ended."""
     raise TrainingError(
         Problem(
             "forward(), backward() or step() of an engine whose training has ended",
@@ -338,9 +346,9 @@ def _has_ended(*_: object, **__: object) -> None:
 
 
 def _do_nothing() -> None:
-    """Stand for a method that must not run again."""
+    """Do nothing; stands for a method that must not run again."""
 
 
 def inference_engine(module: torch.nn.Module, resolved: ResolvedConfig) -> Engine:
-    """Return an engine without optimizer that can only run forward, for a partitioned module."""
+    """Return an engine without an optimizer, which runs forward passes of a partitioned module."""
     return Engine(module, resolved, trains=False)

@@ -1,4 +1,4 @@
-"""The memory of an accelerator, of the host (``core.host``) and of a local disk."""
+"""Measurement of the memory of accelerators, host and local disk."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dstrain.core.ranks import Ranks
 
 
 def read_machine(ranks: Ranks, *, disk: str | None = None) -> Machine:
-    """Return the memory of this rank's machine in all, which is the same all run long.
+    """Return the total memory of this rank's machine, which does not depend on its present use.
 
     Args:
-        ranks: how many share the machine.
-        disk: a folder on a local disk to offload to.
+        ranks: facts of this process, among them the number of ranks on the machine.
+        disk: folder on a local disk to offload to, of which the free space is read.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -35,7 +35,7 @@ def read_machine(ranks: Ranks, *, disk: str | None = None) -> Machine:
 
 
 def least(machines: Sequence[Machine]) -> Machine:
-    """Return what every rank has at least: all of them must come to the same decision."""
+    """Return the minimum over the machines of all ranks, from which all decide alike."""
     return Machine(
         ranks=max(m.ranks for m in machines),
         device_bytes=min(m.device_bytes for m in machines),
@@ -45,7 +45,11 @@ def least(machines: Sequence[Machine]) -> Machine:
 
 
 def free_memory_bytes(ranks: Ranks) -> int:
-    """Return the bytes that this rank's device has left now; on the CPU its share of the host's."""
+    """Return the free memory of this rank's device; on the CPU, its share of the host's.
+
+    Returns:
+        bytes.
+    """
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -56,5 +60,6 @@ def free_memory_bytes(ranks: Ranks) -> int:
 
 
 def _least(values: Iterable[int | None]) -> int | None:
+    """Return the smallest value; None if any is not known."""
     known = list(values)
     return None if None in known else min(v for v in known if v is not None)

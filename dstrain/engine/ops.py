@@ -1,12 +1,13 @@
-"""DeepSpeed's compiled ops: where they live, building them ahead, and removing dead build locks.
+"""Compilation of DeepSpeed's ops before a run needs them, and removal of stale build locks.
 
 DeepSpeed compiles an op when a run first needs it, through torch's `load`, which guards each op's
 folder with a file named `lock`. Two things go wrong with that. The first run seems to hang for a
-minute, so `build_ops` compiles ahead and prints a line. And a process killed while it builds leaves
-its lock behind, after which every later run waits for ever, so stale locks are removed first
-(`core/build_locks.py`), and a run that needs an op waits with a limit (`guard_builds`).
+minute, so `build_ops` compiles ahead and prints a line. And a process that is killed while it
+builds leaves its lock behind, so that every later run waits for ever. Therefore stale locks are
+removed first (`core/build_locks.py`), and a run that needs an op waits with a limit
+(`guard_builds`).
 
-`python -m dstrain.engine.ops shm_comm fused_adam cpu_adam` does both.
+`python -m dstrain.engine.ops shm_comm fused_adam cpu_adam` removes stale locks and builds the ops.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from dstrain.core.errors import ConfigError, DstrainError, Problem, nearest
 
 @dataclass(frozen=True)
 class Op:
-    """One op of DeepSpeed.
+    """A compiled op of DeepSpeed.
 
     Attributes:
         builder: name of DeepSpeed's builder class.
-        folder: name of its folder, and of the library in it.
+        folder: name of the op's folder, and of the library in it.
         typical_seconds: how long a build takes on a small machine.
-        needs: libraries that it needs besides a compiler, and how to get them.
+        needs: libraries that a build needs besides a compiler, and how to install them.
     """
 
     builder: str
@@ -74,8 +75,9 @@ OPS = {
 def extensions_dir() -> Path:
     """Return the folder in which this environment keeps its compiled ops.
 
-    TORCH_EXTENSIONS_DIR where that is set, else `torch_extensions` inside the virtual environment,
-    since environments that share one folder rebuild each other's ops, else torch's own default.
+    That is TORCH_EXTENSIONS_DIR where it is set, else `torch_extensions` inside the virtual
+    environment, since environments that share a folder rebuild each other's ops. Outside of a
+    virtual environment it is torch's default.
     """
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     if given:
@@ -86,12 +88,15 @@ def extensions_dir() -> Path:
 
 
 def prepare_environment() -> Path:
-    """Make torch use `extensions_dir()` and this environment's ninja; return the former.
+    """Make this process, and those it starts, use `extensions_dir()` and this environment's ninja.
 
-    Holds for this process and those it starts. Needed where a virtual environment's python is
-    called without activating it: torch calls whatever ninja comes first on PATH, finds none, or the
-    system's, and two releases of ninja take each other's work for outdated, so that runs that
-    differ in PATH alone compile every op again, each time.
+    torch calls the first ninja on PATH. If a virtual environment's python is called without
+    activating the environment, that is the system's ninja, or there is none. Different releases of
+    ninja take each other's builds for outdated, so runs that differ only in PATH would compile
+    every op again, each time.
+
+    Returns:
+        `extensions_dir()`.
     """
     folder = extensions_dir()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
@@ -103,10 +108,10 @@ def prepare_environment() -> Path:
 
 
 def is_built(name: str) -> bool:
-    """Tell whether the op is as `build_ops` left it, for this Python, torch, DeepSpeed and CPU.
+    """Tell whether `build_ops` has built an op for this Python, torch, DeepSpeed and processor.
 
-    Looks at two files and imports neither torch nor deepspeed. An op that a run has built again
-    since, for whatever reason, may be built once more by the next run, so `build_ops` checks it.
+    Reads two files and imports neither torch nor deepspeed. Returns False if the library was
+    written again since: DeepSpeed may then build it in the next run too, so `build_ops` must check.
 
     Raises:
         ConfigError: there is no such op.
@@ -117,12 +122,12 @@ def is_built(name: str) -> bool:
 
 
 def check_buildable(name: str) -> None:
-    """Check in about a second, before anything expensive, that an op can be built here.
+    """Check that an op is built or can be built on this machine; takes about a second.
 
-    DeepSpeed's own check, which compiles a few lines against the libraries that the op needs.
+    Uses DeepSpeed's check, which compiles a few lines against the libraries that the op needs.
 
     Raises:
-        ConfigError: it is not built, and cannot be; or there is no such op.
+        ConfigError: the op is not built and cannot be; or there is no such op.
     """
     if is_built(name):
         return
@@ -139,7 +144,7 @@ def check_buildable(name: str) -> None:
 
 
 def build_ops(names: Sequence[str]) -> None:
-    """Build the named ops that are not built yet, with a line for each on standard error.
+    """Build the named ops that are not built yet, and print a line for each on standard error.
 
     Processes that build in the same folder take turns.
 
@@ -158,11 +163,11 @@ def build_ops(names: Sequence[str]) -> None:
 
 
 def guard_builds() -> None:
-    """Let torch wait for the build of another process as `wait_for_build` does; once per process.
+    """Make torch wait for builds of other processes by `wait_for_build`; only the first call does.
 
-    torch itself waits for the file `lock` without a message or a limit, even where its owner was
-    killed, and then loads an op that was never built. Does nothing where torch locks an open file,
-    since no lock outlives its process there.
+    torch itself waits for the file `lock` to disappear without a message or a limit, even if the
+    process that made it was killed, and then loads an op that was never built. Does nothing for a
+    torch that locks an open file, since such a lock ends with its process.
     """
     if not torch_leaves_locks():
         return
@@ -172,7 +177,7 @@ def guard_builds() -> None:
         return
 
     class Baton(file_baton.FileBaton):
-        """Takes over the build of an owner that was killed."""
+        """A build lock of torch that is taken over if the process that has it was killed."""
 
         def try_acquire(self) -> bool:
             while not super().try_acquire():
@@ -191,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dstrain.engine.ops", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="op", help=f"any of {', '.join(OPS)}")
     names = parser.parse_args(arguments).names
-    # As an exception, a SIGTERM lets torch remove its lock.
+    # Raises SystemExit at a SIGTERM, so that torch removes its lock.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         clear_stale_locks(extensions_dir())
@@ -203,6 +208,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _op(name: str) -> Op:
+    """Return the op of a name.
+
+    Raises:
+        ConfigError: there is no such op.
+    """
     if name in OPS:
         return OPS[name]
     close = nearest(name, set(OPS))
@@ -216,14 +226,15 @@ def _op(name: str) -> Op:
 
 
 def _build(name: str, folder: Path) -> None:
+    """Build an op in ``folder``, or check that it is up to date, and record its versions."""
     op = _op(name)
     library = _library(folder, op)
     lock = library.with_name("lock")
     clear_stale_locks(folder)
     stamp = _read_stamp(library.parent)
     if stamp is not None and not stamp.items() >= _fingerprint().items() and not lock.exists():
-        # Built for another torch, or for a processor with other instructions: ninja would see the
-        # same command line and keep it.
+        # Built for another torch, or for a processor with other instructions. ninja would not
+        # notice, since the command line is the same.
         shutil.rmtree(library.parent)
     if lock.exists():
         _say(f"Waiting for the run that builds DeepSpeed's {name} ...")
@@ -239,7 +250,11 @@ def _build(name: str, folder: Path) -> None:
 
 
 def _load(name: str) -> None:
-    """Have DeepSpeed compile the op, where that is still to do, and load it."""
+    """Let DeepSpeed compile an op if it is not up to date, and load it.
+
+    Raises:
+        ConfigError: the op does not compile, or the accelerator has none.
+    """
     builder = _builder(name)
     also = f"; {_op(name).needs}" if _op(name).needs else ""
     guard_builds()
@@ -257,6 +272,11 @@ def _load(name: str) -> None:
 
 
 def _builder(name: str) -> Any:
+    """Return DeepSpeed's builder of an op.
+
+    Raises:
+        ConfigError: the accelerator has no such op.
+    """
     os.environ.setdefault("DS_LOG_LEVEL", "WARNING")
     from deepspeed.accelerator import get_accelerator
 
@@ -268,7 +288,7 @@ def _builder(name: str) -> Any:
 
 
 def _torch_default_dir() -> Path:
-    """Return what torch's `_get_build_directory` takes by default, less the op's name."""
+    """Return the folder that torch's `_get_build_directory` uses by default for all ops."""
     import torch
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -288,12 +308,13 @@ def _fingerprint() -> dict[str, str]:
         "python": f"{sys.implementation.cache_tag} {sys.prefix}",
         "torch": importlib.metadata.version("torch"),
         "deepspeed": importlib.metadata.version("deepspeed"),
-        # DeepSpeed compiles for the very processor it runs on.
+        # DeepSpeed compiles with -march=native.
         "processor": f"{platform.machine()} {_processor_features()}",
     }
 
 
 def _processor_features() -> str:
+    """Return a hash of the processor's instruction sets; "" if they are not known."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
             if line.startswith(("flags", "Features")):
@@ -302,6 +323,7 @@ def _processor_features() -> str:
 
 
 def _read_stamp(op_folder: Path) -> dict[str, str] | None:
+    """Return the record of a build; None without one, {} if it cannot be read."""
     try:
         return json.loads((op_folder / "dstrain-built.json").read_text())
     except FileNotFoundError:
@@ -311,10 +333,12 @@ def _read_stamp(op_folder: Path) -> dict[str, str] | None:
 
 
 def _stamp(library: Path) -> dict[str, str]:
+    """Return the record of a library as it is now."""
     return {**_fingerprint(), "built": str(library.stat().st_mtime_ns)}
 
 
 def _write_stamp(library: Path) -> None:
+    """Write the record of a build beside the library."""
     if not library.exists():
         return  # an op that was compiled when DeepSpeed was installed
     unfinished = library.with_name(f"dstrain-built.{os.getpid()}")
@@ -323,10 +347,12 @@ def _write_stamp(library: Path) -> None:
 
 
 def _library(folder: Path, op: Op) -> Path:
+    """Return the path of an op's library."""
     return folder / op.folder / f"{op.folder}.so"
 
 
 def _say(line: str) -> None:
+    """Print a line on standard error at once."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress what DeepSpeed prints from every rank and no user can act on; errors still raise."""
+    """Suppress DeepSpeed's prints and future warnings, on which no user can act, in the block."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

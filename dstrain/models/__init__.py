@@ -1,4 +1,4 @@
-"""Models: built, loaded and saved whole or partitioned."""
+"""Building, loading and saving of models, whole or partitioned."""
 
 from dstrain.models.adapters import merge_adapters, without_adapters
 from dstrain.models.build import (

@@ -1,7 +1,7 @@
-"""PEFT models at every ZeRO stage: saving the small trained parts alone, and merging them.
+"""Saving and merging of PEFT adapters at every ZeRO stage.
 
-Saving gathers only the adapter's own parameters, as ``peft`` reads them; the frozen model below
-stays partitioned. Merging gathers the model one layer at a time.
+Saving gathers only the parameters of the adapter; the frozen base model stays partitioned. Merging
+gathers one layer of the model at a time.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
-    """Write an adapter's config, weights and model card; a collective of all ranks.
+    """Write config and weights of each adapter, and the model card; a collective of all ranks.
 
-    The adapter called "default" lies in ``target`` itself, another one in a folder of its name
-    there. They go through the main rank's memory.
+    The adapter "default" is written into ``target``, any other into a folder of its name in
+    ``target``. The main rank collects the weights in its memory and writes them.
+
+    Args:
+        model: a PEFT model.
+        target: the folder.
+        ranks: rank of this process, and the number of ranks.
 
     Raises:
         ModelError: the folder cannot be written; raised on every rank.
@@ -45,19 +50,19 @@ def save_adapters(model: Any, target: Path, ranks: Ranks) -> None:
                 _write_card(model, target)
     for adapter in model.peft_config:
         folder = target if adapter == "default" else target / adapter
-        held = _gathered_adapter(model, adapter, ranks)
+        tensors = _gathered_adapter(model, adapter, ranks)
         with all_or_none():
             if ranks.is_main:
                 with _named_errors(folder):
-                    _write(model, adapter, held, folder)
+                    _write(model, adapter, tensors, folder)
 
 
 @contextlib.contextmanager
 def _named_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError of the body into an error that names the folder.
+    """Turn an ``OSError`` in the block into an error that names the folder.
 
     Raises:
-        ModelError: in the place of an ``OSError``.
+        ModelError: instead of the ``OSError``.
     """
     try:
         yield
@@ -68,10 +73,9 @@ def _named_errors(folder: Path) -> Iterator[None]:
 
 
 def _write_card(model: Any, folder: Path) -> None:
-    """Write peft's model card, or add to the one that is there, as peft's own saving does.
+    """Write peft's model card or update an existing one, as peft does when it saves.
 
-    A ``README.md`` that is no model card stays as it is: it is the user's, and no reason to lose
-    weights.
+    A ``README.md`` that is no model card is the user's, and is left as it is with a warning.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -82,27 +86,30 @@ def _write_card(model: Any, folder: Path) -> None:
 
 
 def _gathered_adapter(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors by their saved names, in host memory of the main rank; else {}.
+    """Return copies of an adapter's tensors by their saved names; a collective of all ranks.
 
-    Which they are, and what they are called, is peft's to say: it is handed the parameters
-    themselves, partitioned or not.
+    peft selects and names the tensors. It gets the parameters themselves, partitioned or not, which
+    are then gathered one by one.
+
+    Returns:
+        tensors in host memory on the main rank; {} on the other ranks.
     """
     named = model.state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in named.items()}
     chosen: dict[str, str] = {}
-    held: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for key, tensor in _named_by_peft(model, adapter, named, ranks).items():
         if id(tensor) in names:
             chosen[key] = names[id(tensor)]
         elif ranks.is_main:
-            held[key] = _copied(tensor)
+            tensors[key] = _copied(tensor)
     for key, name in gather_objects(chosen)[0].items():
         tensor = named[name]
         whole = isinstance(tensor, torch.nn.Parameter)
         with gathered([tensor]) if whole else contextlib.nullcontext():
             if ranks.is_main:
-                held[key] = _copied(tensor)
-    return held
+                tensors[key] = _copied(tensor)
+    return tensors
 
 
 def _named_by_peft(
@@ -110,8 +117,8 @@ def _named_by_peft(
 ) -> dict[str, torch.Tensor]:
     """Return the tensors that peft saves of an adapter, by name; on the main rank.
 
-    Prompts come out of a forward pass, which all ranks make together: at stage 3 each gathers, and
-    DeepSpeed compares the modules that ran.
+    Saved prompts are computed in a forward pass of the prompt encoder. All ranks run it, since it
+    gathers parameters at stage 3.
     """
     from peft import get_peft_model_state_dict
 
@@ -125,7 +132,7 @@ def _named_by_peft(
             model,
             state_dict=named,
             adapter_name=adapter,
-            # Whether it was resized may take a look at the hub, which one rank has.
+            # With "auto" peft may ask the hub whether embeddings were resized; once is enough.
             save_embedding_layers="auto" if ranks.is_main else False,
         )
         return dict(saved)
@@ -133,7 +140,10 @@ def _named_by_peft(
 
 @contextlib.contextmanager
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Turn dropout off inside: saved values must not be random, nor change later random numbers."""
+    """Switch a module to evaluation mode inside the block.
+
+    Dropout would make saved values random, and change the random numbers of later training.
+    """
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -144,15 +154,17 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy of a tensor in host memory."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _write(model: Any, adapter: str, held: dict[str, torch.Tensor], folder: Path) -> None:
+def _write(model: Any, adapter: str, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write an adapter's weights and config into a folder, as peft's ``save_pretrained`` does."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{WEIGHTS}.partial"
     try:
-        tensors = [Stored.of(name, tensor) for name, tensor in held.items()]
-        write_tensor_file(partial, tensors, {"format": "pt"})
+        stored = [Stored.of(name, tensor) for name, tensor in tensors.items()]
+        write_tensor_file(partial, stored, {"format": "pt"})
         os.replace(partial, folder / WEIGHTS)
     finally:
         partial.unlink(missing_ok=True)
@@ -162,7 +174,7 @@ def _write(model: Any, adapter: str, held: dict[str, torch.Tensor], folder: Path
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(inner, "name_or_path", None) or None
     mapping = None
-    if config.task_type is None:  # peft finds the class of the model by these then
+    if config.task_type is None:  # peft then needs these to find the class of the model
         kind = type(inner)
         mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     config.save_pretrained(str(folder), auto_mapping_dict=mapping)
@@ -172,12 +184,13 @@ def _write(model: Any, adapter: str, held: dict[str, torch.Tensor], folder: Path
 
 
 def merge_adapters(model: Any) -> None:
-    """Add the active adapters to the weights below, in place; a collective of all ranks.
+    """Add the active adapters to the base model's weights, in place; a collective of all ranks.
 
-    At stage 3 a rank holds one layer whole at a time.
+    At stage 3, gathers one layer at a time.
 
     Raises:
-        ModelError: not a PEFT model, or one whose adapter is not a part of its weights.
+        ModelError: the model is no PEFT model, or its adapters cannot be added to weights (such as
+            prompts).
     """
     if not hasattr(getattr(model, "base_model", None), "merge_and_unload"):
         kind = type(model).__name__
@@ -194,7 +207,10 @@ def merge_adapters(model: Any) -> None:
 
 
 def without_adapters(model: Any) -> torch.nn.Module:
-    """Return the model inside PEFT's, after ``merge_adapters``; do not use PEFT's any more."""
+    """Return the base model of a PEFT model after ``merge_adapters``.
+
+    The PEFT model must not be used afterwards.
+    """
     tuner = model.base_model
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
@@ -203,7 +219,7 @@ def without_adapters(model: Any) -> torch.nn.Module:
 
 
 def _outermost(module: torch.nn.Module) -> Iterator[Any]:
-    """Yield the layers that adapters change, without those inside of such a layer."""
+    """Yield the layers with adapters, except those inside of another such layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for child in module.children():

@@ -1,4 +1,4 @@
-"""Building language models from a specification or a folder, partitioned at stage 3."""
+"""Building and loading of language models, partitioned at stage 3."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def parse_model_config(spec: str, **defaults: Any) -> Any:
     """Return a transformers config from a ``config.json``, its folder, or ``type:key=value,...``.
 
     Args:
-        spec: such as "llama:hidden_size=256,num_hidden_layers=4" or a path.
-        **defaults: values for keys that the short form leaves out (vocabulary size, token ids).
+        spec: such as "llama:hidden_size=256,num_hidden_layers=4", or a path.
+        **defaults: values for keys that the short form does not give (vocabulary size, token ids).
 
     Raises:
-        ModelError: an unknown model type or key (with the nearest name), an unreadable file, values
-            that transformers refuses.
+        ModelError: the model type or a key is not known, the file cannot be read, or transformers
+            refuses the values.
     """
     if _names_file(spec):
         return _read_config(expanded(spec))
@@ -51,7 +51,7 @@ def parse_model_config(spec: str, **defaults: Any) -> Any:
                 for name in unknown
             ]
         )
-    # gpt2 calls its length n_positions: a default must not beat what the user said in that name.
+    # gpt2 calls its length n_positions: a default must not replace a value of the user's for it.
     own_name = plain.attribute_map
     given = {own_name.get(k, k) for k in values}
     filled = {k: v for k, v in defaults.items() if k in known and own_name.get(k, k) not in given}
@@ -59,22 +59,22 @@ def parse_model_config(spec: str, **defaults: Any) -> Any:
 
 
 def _names_file(spec: str) -> bool:
-    """Tell whether a ``model_config`` is a path and not the short form."""
+    """Tell whether a ``model_config`` is a path, as opposed to the short form."""
     try:
         return spec.endswith(".json") or expanded(spec).exists()
-    except OSError:  # a short form longer than a file name may be
+    except OSError:  # a short form that is too long for a file name
         return False
 
 
 def build_causal_lm(config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
-    """Return a causal language model with fresh weights, in the number format of the engine."""
+    """Return a causal language model with new weights, in the number format of the run."""
     from transformers import AutoModelForCausalLM
 
     return _build(AutoModelForCausalLM, config, resolved)
 
 
 def build_seq2seq(config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
-    """Return a sequence-to-sequence model with fresh weights, in the engine's number format."""
+    """Return a sequence-to-sequence model with new weights, in the number format of the run."""
     from transformers import AutoModelForSeq2SeqLM
 
     return _build(AutoModelForSeq2SeqLM, config, resolved)
@@ -83,7 +83,7 @@ def build_seq2seq(config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
 def load_causal_lm(
     folder: str, resolved: ResolvedConfig, *, ignore_missing: bool = False
 ) -> torch.nn.Module:
-    """Return a causal language model with a folder's or hub model's weights; a collective.
+    """Return a causal language model with the weights of a folder or hub model; a collective.
 
     Raises:
         ModelError: as ``_load``.
@@ -96,7 +96,7 @@ def load_causal_lm(
 def load_seq2seq(
     folder: str, resolved: ResolvedConfig, *, ignore_missing: bool = False
 ) -> torch.nn.Module:
-    """Return a sequence-to-sequence model with a folder's or hub model's weights; a collective.
+    """Return a sequence-to-sequence model with weights of a folder or hub model; a collective.
 
     Raises:
         ModelError: as ``_load``.
@@ -107,6 +107,7 @@ def load_seq2seq(
 
 
 def _build(auto: Any, config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
+    """Return a model with new weights, of the class that an auto class chooses for a config."""
     with (
         library_errors(f"no {config.model_type} model can be built from the model config"),
         building_partitioned(resolved),
@@ -117,11 +118,17 @@ def _build(auto: Any, config: Any, resolved: ResolvedConfig) -> torch.nn.Module:
 def _load(
     auto: Any, folder: str, resolved: ResolvedConfig, *, ignore_missing: bool
 ) -> torch.nn.Module:
-    """Load a model, and check that it got every weight that its class needs, in its shape.
+    """Load a model, and check that every weight of its class was loaded; a collective.
+
+    Args:
+        auto: auto class of transformers.
+        folder: folder, or name of a hub model.
+        resolved: the config of the run.
+        ignore_missing: whether to initialise missing weights randomly instead of an error.
 
     Raises:
-        ModelError: on all ranks alike: the folder has no weights, transformers cannot load it, or
-            weights are missing (unless that is to be ignored) or of another shape.
+        ModelError: the folder has no weights, transformers cannot load it, weights have another
+            shape, or weights are missing; raised on every rank.
     """
     with all_or_none():
         check_model_folder(folder)
@@ -131,7 +138,7 @@ def _load(
             building_partitioned(resolved),
             compat.without_load_report(),
         ):
-            # What does not fit is told in one error, and not in a table before a shorter one.
+            # Weights of another shape are reported by check_loaded, with all other problems.
             model, info = auto.from_pretrained(
                 folder,
                 dtype=DTYPES[resolved.precision],
@@ -144,6 +151,7 @@ def _load(
 
 
 def _log_loaded(folder: str, missing: list[str], unused: list[str]) -> None:
+    """Log, on the main rank, which weights were missing and which were not used."""
     for names, what in ((missing, "are missing, and random"), (unused, "are not used")):
         if names and launched_ranks().is_main:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -151,7 +159,7 @@ def _log_loaded(folder: str, missing: list[str], unused: list[str]) -> None:
 
 
 def max_length(config: Any) -> int | None:
-    """Return the longest sequence a model takes by its config; None when it sets no limit."""
+    """Return the length of the longest sequence that a config allows; None without a limit."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text, name, None)
@@ -162,6 +170,7 @@ def max_length(config: Any) -> int | None:
 
 @told_refused(ModelError)
 def _read_config(path: Path) -> Any:
+    """Return the config in a file ``config.json``, or in a folder with one."""
     file = path / "config.json" if path.is_dir() else path
     content = read_config_file(file, str(path))
     kind = content.pop("model_type", None)
@@ -171,6 +180,11 @@ def _read_config(path: Path) -> Any:
 
 
 def _make_config(kind: str, values: dict[str, Any], spec: str) -> Any:
+    """Return a config of a model type with given values.
+
+    Raises:
+        ModelError: the type is not known, or transformers refuses the values.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if kind not in CONFIG_MAPPING:
@@ -181,6 +195,7 @@ def _make_config(kind: str, values: dict[str, Any], spec: str) -> Any:
 
 
 def _parse_pairs(text: str, spec: str) -> dict[str, Any]:
+    """Return the values of ``key=value,...``, which is a part of ``spec``."""
     values: dict[str, Any] = {}
     for pair in filter(None, (p.strip() for p in text.split(","))):
         key, equals, value = pair.partition("=")
@@ -202,6 +217,7 @@ def _parse_pairs(text: str, spec: str) -> dict[str, Any]:
 
 
 def _unknown_type(kind: str) -> ModelError:
+    """Return the error for a model type that transformers does not have."""
     from transformers import CONFIG_MAPPING
 
     close = nearest(kind, set(CONFIG_MAPPING.keys()))

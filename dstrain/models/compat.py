@@ -1,4 +1,4 @@
-"""The semi-private parts of transformers and its hub that this room uses, in one place."""
+"""Access to private parts of transformers, for all of ``dstrain.models``."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ __all__ = [
     "without_load_report",
 ]
 
-# Materialise tensors of a checkpoint when they are used: in threads, all of them would be read and
-# converted beside each other.
+# Environment variable that makes transformers read each tensor of a checkpoint only when it is
+# used. With its threads, many tensors would be in memory at the same time.
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def described(conversion: Any) -> dict[str, Any]:
-    """Return plain values that tell a conversion of transformers from others.
+    """Return plain values that identify a conversion of transformers.
 
-    Its patterns as it uses them: those it was made from are changed when it is reverted.
+    They contain the patterns that it uses, which may differ from those it was made from.
     """
     return {
         "kind": type(conversion).__name__,
@@ -57,7 +57,7 @@ def described(conversion: Any) -> dict[str, Any]:
 
 
 def given_patterns(conversion: Any) -> dict[str, list[str]]:
-    """Return the patterns to make another conversion of, which is reverted to the same one."""
+    """Return the patterns from which a conversion was made, as arguments for another like it."""
     return {
         "source_patterns": list(conversion._original_source_patterns),
         "target_patterns": list(conversion._original_target_patterns),
@@ -65,13 +65,13 @@ def given_patterns(conversion: Any) -> dict[str, list[str]]:
 
 
 def marked_as_used(conversion: Any) -> Any:
-    """Mark a conversion as if a checkpoint had been loaded with it, and return it."""
+    """Mark a conversion as used in loading a checkpoint, and return it."""
     conversion._was_used = True
     return conversion
 
 
 def tied_weight_keys(module: Any) -> list[str]:
-    """Return patterns of the names that saving leaves out where a weight has several."""
+    """Return patterns of the names that saving leaves out if a weight has several names."""
     from transformers import modeling_utils
 
     keys: list[str] = modeling_utils._get_tied_weight_keys(module)
@@ -90,7 +90,7 @@ LOADING_STEPS = (
 
 
 def has_loading_steps() -> bool:
-    """Tell whether steps are replaced at this moment, by ``with_loading_steps``."""
+    """Tell whether ``with_loading_steps`` has replaced steps at this moment."""
     from transformers import PreTrainedModel
 
     return hasattr(PreTrainedModel.from_pretrained, "in_place_of")
@@ -98,14 +98,14 @@ def has_loading_steps() -> bool:
 
 @contextlib.contextmanager
 def with_loading_steps(steps: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Replace steps of loading and building models inside, and read tensors one at a time.
+    """Replace steps of loading and building models inside the block; read tensors one at a time.
 
     Args:
-        steps: name -> what to call in its place, with the original before the arguments. The steps:
-            ``from_pretrained`` and ``_from_config`` (which also get the class),
-            ``_load_pretrained_model``, ``_finalize_model_loading``, ``set_param_for_module``,
-            ``initialize_weights`` and ``_initialize_weights`` (of a module; both also get the
-            model).
+        steps: name of a step -> function to call instead, whose first argument is the original
+            step. The steps are ``from_pretrained`` and ``_from_config`` (with the class as second
+            argument), ``initialize_weights`` and ``_initialize_weights`` (with the model as second
+            argument), ``_load_pretrained_model``, ``_finalize_model_loading`` and
+            ``set_param_for_module``. If empty, nothing is changed.
     """
     from transformers import PreTrainedModel
 
@@ -123,7 +123,8 @@ def with_loading_steps(steps: Mapping[str, Callable[..., Any]]) -> Iterator[None
                 owner, wrap = core_model_loading, lambda function: function
             before = vars(owner)[name]
             function = getattr(before, "__func__", before)
-            function = getattr(function, "in_place_of", function)  # a block inside of another
+            # The original step, if this block is inside of another one.
+            function = getattr(function, "in_place_of", function)
             setattr(owner, name, wrap(_in_place_of(function, step)))
             replaced.callback(setattr, owner, name, before)
         if not steps:
@@ -137,7 +138,7 @@ def with_loading_steps(steps: Mapping[str, Callable[..., Any]]) -> Iterator[None
 
 @contextlib.contextmanager
 def without_load_report() -> Iterator[None]:
-    """Keep transformers from printing its table of missing and other weights inside."""
+    """Keep transformers from logging its table of missing and unused weights in the block."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def hides(record: logging.LogRecord) -> bool:
@@ -151,6 +152,8 @@ def without_load_report() -> Iterator[None]:
 
 
 def _in_place_of(original: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls ``step`` with the original step as its first argument."""
+
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return step(original, *args, **kwargs)
 
@@ -160,11 +163,11 @@ def _in_place_of(original: Callable[..., Any], step: Callable[..., Any]) -> Call
 
 @contextlib.contextmanager
 def in_context_of_zero(initialize: Callable[..., Any]) -> Iterator[None]:
-    """Keep transformers from opening its own DeepSpeed context inside, although stage 3 is on.
+    """Keep transformers from opening its own ``zero.Init`` context inside, although stage 3 is on.
 
     Args:
-        initialize: called in the place of each of torch's functions that fill a tensor with first
-            values, with the function before its arguments.
+        initialize: called instead of each of torch's functions for initialisation, with the
+            function as first argument.
     """
     from transformers import initialization, modeling_utils
 
@@ -180,6 +183,7 @@ def in_context_of_zero(initialize: Callable[..., Any]) -> Iterator[None]:
 
 
 def _set_environment(name: str, value: str | None) -> None:
+    """Set an environment variable, or remove it (None)."""
     if value is None:
         os.environ.pop(name, None)
     else:

@@ -1,4 +1,4 @@
-"""Whole values for constructors of modules that read partitioned parameters."""
+"""Support for constructors of modules that read or change partitioned parameters."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dstrain.core.errors import ModelError, Problem
-from dstrain.engine import (
-    gathered,
-    is_whole,
-)
+from dstrain.engine import gathered, is_whole
 
-# Functions that read values or, where their name ends with "_", change them. Not conversions, such
-# as ``half``: ``Module.half()`` would put what it gets into the parameter.
+# Functions that read values or, if their name ends with "_", change them. Conversions such as
+# ``half`` are left out, since ``Module.half()`` would put the gathered copy into the parameter.
 _VALUES = (
     "abs abs_ add add_ all any cat chunk clone copy_ detach div div_ expand fill_ flatten item "
     "linear matmul max mean min mul mul_ narrow neg norm normal_ numpy permute pow repeat reshape "
@@ -32,18 +29,22 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 class ValuesForConstructors(TorchFunctionMode):
     """A torch mode that gathers partitioned parameters whose values a constructor reads.
 
-    As that of DETR's backbone, which copies the weights of each BatchNorm into another module. What
-    is read is a copy; a change of it is one of the parameter. Only constructors are served, as
-    these run on all ranks: gathering is a collective.
+    DETR's backbone does so: it copies the weights of each BatchNorm into another module. The
+    constructor gets a copy of the values; if it changes a copy of a whole parameter in place, the
+    parameter is changed too. Other code than constructors is not served, since gathering is a
+    collective and only constructors run on all ranks.
     """
 
     def __init__(self) -> None:
-        """Begin with nothing read."""
+        """Prepare the mode; entering it as a context manager turns it on."""
         super().__init__()
         self._copies: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func``, with whole parameters where a constructor needs values: a collective."""
+        """Call ``func``, gathering its parameters if a constructor needs their values.
+
+        A collective of all ranks where it gathers.
+        """
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
@@ -65,14 +66,21 @@ class ValuesForConstructors(TorchFunctionMode):
         if is_copy and isinstance(returned, torch.Tensor):
             storages = (args[0].untyped_storage(), returned.untyped_storage())
             if storages[0].data_ptr() == storages[1].data_ptr():
-                self._copies[returned] = None  # a part of it
+                self._copies[returned] = None  # a view of the copy, perhaps of a part
         return returned
 
     def _change(self, func: Any, parameter: Any, copy: torch.Tensor, *args: Any, **kw: Any) -> Any:
-        """Change a parameter as its copy would be changed, and the copy; a collective.
+        """Apply an in-place function to a parameter and to the copy of it; a collective.
+
+        Args:
+            func: the function.
+            parameter: the parameter; None if ``copy`` is not known to be all of one.
+            copy: the tensor on which the constructor calls ``func``.
+            *args: further arguments of ``func``.
+            **kw: keyword arguments of ``func``.
 
         Raises:
-            ModelError: the copy is of a part of the parameter alone.
+            ModelError: ``parameter`` is None.
         """
         if parameter is None:
             raise ModelError(
@@ -88,11 +96,11 @@ class ValuesForConstructors(TorchFunctionMode):
         return copy
 
     def _copied(self, value: Any, parameter: torch.nn.Parameter | None) -> Any:
-        """Return a copy of what was read, so that the gathered weight can be freed.
+        """Return a copy of the result of a function, so that the gathered weight can be freed.
 
         Args:
-            value: what was read.
-            parameter: what it is all of, if that is so.
+            value: the result, such as a tensor or a list of tensors.
+            parameter: the parameter of which it has all values; None for any other result.
         """
         if isinstance(value, (tuple, list)):
             return type(value)(self._copied(part, None) for part in value)
@@ -104,11 +112,11 @@ class ValuesForConstructors(TorchFunctionMode):
 
 
 def _is_in_constructor(*, of_user: bool) -> bool:
-    """Tell whether a module is being constructed.
+    """Tell whether the constructor of a module is on the call stack.
 
     Args:
-        of_user: whether that must be done by the function that calls torch here, and not by
-            DeepSpeed, which takes parameters apart at the end of a constructor, or by dstrain.
+        of_user: whether to return False if DeepSpeed or dstrain has called torch here; DeepSpeed
+            does so at the end of a constructor, to partition parameters.
     """
     frame = inspect.currentframe()
     asked = False
@@ -130,7 +138,7 @@ _THIS_CODE = _is_in_constructor.__code__
 
 
 def _parameters_in(value: Any) -> Iterator[torch.nn.Parameter]:
-    """Yield the parameters among the arguments of a function, in lists as well."""
+    """Yield the parameters among the arguments of a function, also those in lists and dicts."""
     if isinstance(value, torch.nn.Parameter):
         yield value
     elif isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""Counting the parameters of any architecture that transformers knows, without memory for them.
+"""A program that counts the parameters of any architecture of transformers, without their memory.
 
-``python -m dstrain.models.count SPEC`` prints ``ModelSizes`` as JSON. A program of its own, so that
-who asks need not import torch.
+``python -m dstrain.models.count SPEC`` prints ``ModelSizes`` as JSON. The process that runs it need
+not import torch itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from dstrain.models.sizes import sizes_of_module
 
 
 def count_parameters(spec: str) -> ModelSizes:
-    """Return sizes of the model that ``spec`` describes, from the modules themselves.
+    """Return the sizes of the model that ``spec`` describes, by building it without memory.
+
+    Args:
+        spec: as for ``parse_model_config``.
 
     Raises:
         ModelError: the config cannot be read, or no model can be built from it.
@@ -36,7 +39,14 @@ def count_parameters(spec: str) -> ModelSizes:
 
 
 def _build(config: Any) -> torch.nn.Module:
-    """Return the model on the meta device, of the class that the config names, else a usual one."""
+    """Build a model on the meta device.
+
+    Its class is the one that the config names. Without a name, the classes that transformers has
+    for the type of config are tried, those with a language-model head first.
+
+    Raises:
+        ModelError: transformers has no model class for the config.
+    """
     import transformers
 
     named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
@@ -45,7 +55,7 @@ def _build(config: Any) -> torch.nn.Module:
         autos.insert(0, transformers.AutoModelForSeq2SeqLM)
     elif getattr(config, "vision_config", None) is not None:
         autos.insert(0, transformers.AutoModelForImageTextToText)
-    # Then what no task asks for by that name: a depth estimator, a backbone, a part of a model.
+    # Then all others: models for other tasks, backbones, parts of models.
     others = [n for n in sorted(dir(transformers)) if n.startswith("AutoModelFor")]
     autos += [getattr(transformers, name) for name in others]
     failure: Exception | None = None
@@ -72,7 +82,7 @@ def _build(config: Any) -> torch.nn.Module:
 
 
 def _classes_of(config: Any) -> list[Any]:
-    """Return model classes made for this type of config, the one named after it first."""
+    """Return the model classes for this type of config, the one named after it first."""
     from transformers import PreTrainedModel
 
     module = type(config).__module__.replace(".configuration_", ".modeling_")
@@ -94,7 +104,10 @@ def _classes_of(config: Any) -> list[Any]:
 
 
 def main() -> int:
-    """Print the sizes of the model named by the only argument."""
+    """Print the sizes of the model that the only argument describes; return the exit status.
+
+    Errors are printed as JSON too.
+    """
     try:
         print(json.dumps(count_parameters(sys.argv[1]).to_dict()))
     except DstrainError as error:

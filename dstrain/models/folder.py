@@ -1,7 +1,6 @@
-"""Checks of users' model folders before anything expensive: config, and files of weights.
+"""Checks of the config and weight files in a model folder, before anything expensive.
 
-Whatever is in them is the user's or a stranger's. Headers and tables of contents are read, never
-the weights, and nothing is executed.
+The files are not trusted: only headers and tables of contents are read, and nothing is executed.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from dstrain.core.documents import loaded, parsed
 from dstrain.core.errors import DstrainError, ModelError, Problem
 from dstrain.core.files import expanded, told_refused
 
-# In the order in which transformers takes them.
+# Names of weight files, in the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _DAMAGED = "get the file again: it was cut short, or is none of a model"
 _LONGEST_REASON = 600
 _QUANTISED = ("quantization_config", "compression_config")
 _FLOATS = ("F", "BF")
 _WITHOUT = "correct it, or remove the file: the model's own defaults serve then"
-# What is used as a number when text is generated; names of token ids end in "token_id".
+# Keys of a generation config that must be numbers. Names of token ids end in "token_id".
 _GENERATION: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("num_beams", "num_beam_groups", "num_return_sequences", "max_length", "max_new_tokens",
@@ -44,11 +43,13 @@ _GENERATION: dict[str, tuple[type, ...]] = {
 
 @told_refused(ModelError)
 def check_model_folder(folder: str) -> None:
-    """Check, before anything expensive, that a local folder holds a model that can be loaded.
+    """Check that a local folder contains a model that can be loaded.
+
+    Accepts any name that can be one of a hub model.
 
     Raises:
-        ModelError: no config.json or one that cannot be, no weights beside it, weights that cannot
-            be read, or a folder that may not be.
+        ModelError: there is no such folder, it cannot be read, or config.json or weights are
+            missing or damaged.
     """
     path = expanded(folder)
     if not path.is_dir():
@@ -82,12 +83,13 @@ def check_model_folder(folder: str) -> None:
 
 
 def _is_quantised(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config, or a config of a part in it, names a quantisation."""
     parts = (config, *(value for value in config.values() if isinstance(value, Mapping)))
     return any(part.get(key) for part in parts for key in _QUANTISED)
 
 
 def _whole_numbers(file: Path) -> list[Problem]:
-    """Return a problem where weights are stored as whole numbers; buffers may be."""
+    """List a problem if weights or biases are stored as integers."""
     if file.suffix != ".safetensors":
         return []
     from safetensors import safe_open
@@ -112,7 +114,7 @@ def _whole_numbers(file: Path) -> list[Problem]:
 
 
 def _wrong_generation(file: Path) -> list[Problem]:
-    """Return what in a generation config would end the run when it generates, after training."""
+    """List problems with a generation config, which would end the run only when it generates."""
     if not file.exists():
         return []
     try:
@@ -135,19 +137,24 @@ def _wrong_generation(file: Path) -> list[Problem]:
 
 @contextlib.contextmanager
 def library_errors(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn any error of a model library inside into a ModelError that says what was asked.
+    """Turn any error of a model library in the block into a ``ModelError``.
 
-    Constructors and loaders of transformers meet odd configs and files with any exception.
+    Constructors and loaders of transformers raise exceptions of any class for invalid configs and
+    files.
+
+    Args:
+        what: what was attempted, for the message.
+        remedy: what the user can do.
 
     Raises:
-        ModelError: in the place of what was raised.
+        ModelError: instead of the library's error.
     """
     try:
         yield
     except DstrainError:
         raise
-    except Exception as error:  # of libraries' own, anything: odd configs and files raise any class
-        # Without the frames in C++ that torch puts after some of its messages.
+    except Exception as error:  # libraries raise exceptions of any class for invalid files
+        # Cuts off the C++ frames that torch appends to some of its messages.
         text = str(error).partition("\nException raised from ")[0].strip() or "no reason given"
         if len(text) > _LONGEST_REASON:
             text = f"{text[:_LONGEST_REASON]} ..."
@@ -157,10 +164,10 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def _files_of_weights(folder: Path) -> list[Path]:
-    """Return the files that transformers will load.
+    """Return the weight files that transformers will load.
 
     Raises:
-        ModelError: an index that cannot be read, or names files that are not there.
+        ModelError: an index cannot be read, or names files that do not exist.
     """
     for name in _WEIGHTS:
         if (folder / name).is_file():
@@ -172,6 +179,11 @@ def _files_of_weights(folder: Path) -> list[Path]:
 
 
 def _files_of_index(index: Path) -> list[Path]:
+    """Return the weight files that an index names.
+
+    Raises:
+        ModelError: the index cannot be read, or names files that do not exist.
+    """
     try:
         content = parsed(loaded(index))
         names = set(content["weight_map"].values())
@@ -195,7 +207,7 @@ def _files_of_index(index: Path) -> list[Path]:
 
 
 def _damage(file: Path) -> list[Problem]:
-    """Return what keeps a file of weights from being loaded, as far as its contents list tells."""
+    """List problems that keep a weight file from being loaded, judging by its header."""
     try:
         with library_errors(f"the weights {file} cannot be read", _DAMAGED):
             (_look_at_safetensors if file.suffix == ".safetensors" else _look_at_archive)(file)
@@ -205,6 +217,11 @@ def _damage(file: Path) -> list[Problem]:
 
 
 def _look_at_safetensors(file: Path) -> None:
+    """Check the header of a safetensors file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -215,13 +232,13 @@ def _look_at_safetensors(file: Path) -> None:
 
 
 def _look_at_archive(file: Path) -> None:
-    """Check which classes a file of ``torch.save`` asks for; none of it is executed or loaded.
+    """Check which classes a file of ``torch.save`` needs, without executing or loading it.
 
-    Older ones are no archives and are read whole: only their first bytes are looked at.
+    Of files in torch's old format, which are no zip archives, only the first bytes are checked.
 
     Raises:
-        ValueError: it is damaged.
-        ModelError: it asks for more than tensors are made of.
+        ValueError: the file is damaged.
+        ModelError: the file needs classes that are not part of tensors.
     """
     if not zipfile.is_zipfile(file):
         with open(file, "rb") as opened:
@@ -241,18 +258,18 @@ def _look_at_archive(file: Path) -> None:
 
 
 def check_loaded(info: Mapping[str, Any], folder: str, *, ignore_missing: bool) -> list[str]:
-    """Refuse a model that was loaded with weights which its checkpoint does not have.
+    """Check that a model's checkpoint had all of its weights.
 
     Args:
-        info: transformers' report of what was loaded.
-        folder: or name, of the model.
-        ignore_missing: go on with random ones in the place of missing weights.
+        info: transformers' report of loading.
+        folder: folder or name of the model.
+        ignore_missing: whether to accept random weights instead of missing ones.
 
     Returns:
-        the names of missing weights, where they are ignored.
+        the names of missing weights, if these are accepted.
 
     Raises:
-        ModelError: weights are missing, or of another shape.
+        ModelError: weights are missing, or have another shape.
     """
     problems = []
     wrong = sorted(info["mismatched_keys"])
@@ -268,7 +285,7 @@ def check_loaded(info: Mapping[str, Any], folder: str, *, ignore_missing: bool) 
                 "give the config.json that the weights were saved with",
             )
         )
-    # Not among them: tied weights, and what the class says may be missing.
+    # transformers leaves out tied weights, and weights that the class says may be missing.
     missing = sorted(info["missing_keys"])
     if missing and not ignore_missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -1,9 +1,9 @@
-"""Actions that a partitioned model cannot do by itself: refused, or done on all ranks together.
+"""Protection of partitioned models against methods that would find empty parameters.
 
-A rank has a share of each parameter then, and the parameter itself reads as empty. Neither torch
-nor ``transformers`` nor ``peft`` notices: they would save and copy empty tensors, add nothing to
-them when they merge, resize what no engine knows of, and compute with them unless an engine puts
-them together.
+Each rank has only a partition of every parameter, and the parameter itself is an empty tensor.
+Neither torch nor ``transformers`` nor ``peft`` checks for that: they would save, copy, merge and
+resize empty tensors, and compute with them where no engine gathers the parameters. Such methods
+either raise an error here, or run on all ranks together.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _RESIZE = (
 )
 _MERGING = ("merge_and_unload", "merge_adapter", "unmerge_adapter")
 _UNDO = "_dstrain_guard"
-_PATIENCE_SECONDS = 1800.0  # as ddp_timeout, where there are no arguments yet
+_PATIENCE_SECONDS = 1800.0  # default of ddp_timeout, for models without arguments of a run
 
 
 def guard_partitioned(
@@ -49,13 +49,13 @@ def guard_partitioned(
     patience_seconds: float = _PATIENCE_SECONDS,
     open_partitioner: Callable[[], Partitioner | None] = lambda: None,
 ) -> None:
-    """Guard a model as long as its parameters are partitioned; nothing for a whole one.
+    """Replace methods of a partitioned model, until ``release_guard``; a whole one stays as it is.
 
     Args:
-        model: may be guarded already: then this guard takes the place of that one.
-        patience_seconds: how long a rank that generates waits for the others.
-        open_partitioner: returns what takes resized weights apart, as long as resizing is allowed:
-            inside of the ``partitioned(args)`` in which the model was made.
+        model: the model; a guard that it has already is replaced.
+        patience_seconds: how long ``generate`` waits for all ranks to call it.
+        open_partitioner: returns the partitioner for resized weights, or None where resizing is not
+            allowed; it is allowed inside the ``partitioned(args)`` block that made the model.
     """
     if not any(is_partitioned(p) for p in model.parameters()):
         return
@@ -71,7 +71,7 @@ def guard_partitioned(
     if has_adapters(model):
         for name in _MERGING:
             replace(model.base_model, name, _if_whole, f"{name}()", _MERGE)
-        # It reads gradients, which DeepSpeed gathers, where transformers knows of stage 3.
+        # AdaLoRA's method reads gradients by DeepSpeed's functions if stage 3 is registered.
         replace(model.base_model, "update_and_allocate", _as_at_stage_3)
     for generator in _generators(model):
         replace(generator, "generate", _on_all_ranks, patience_seconds)
@@ -82,13 +82,23 @@ def guard_partitioned(
 
 
 def release_guard(model: Any) -> None:
-    """Remove the guard of a model that is whole again."""
+    """Restore the methods that ``guard_partitioned`` has replaced."""
     for step in vars(model).pop(_UNDO, ()):
         step()
 
 
 def _replace(owner: Any, name: str, by: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
-    """Let calls of a method go through ``by``, and return a function that undoes it."""
+    """Replace a method of an object.
+
+    Args:
+        owner: the object.
+        name: name of the method.
+        by: called instead, with owner, original method, ``arguments`` and those of the call.
+        *arguments: arguments of ``by``.
+
+    Returns:
+        a function that restores the method.
+    """
     attributes = vars(owner)
     had, method = name in attributes, getattr(owner, name)
     through = functools.partial(by, owner, method, *arguments)
@@ -96,7 +106,7 @@ def _replace(owner: Any, name: str, by: Callable[..., Any], *arguments: Any) -> 
 
     def undo() -> None:
         if attributes.get(name) is not through:
-            return  # replaced since
+            return  # other code has replaced it since
         if had:
             attributes[name] = method
         else:
@@ -106,17 +116,23 @@ def _replace(owner: Any, name: str, by: Callable[..., Any], *arguments: Any) -> 
 
 
 def _generators(model: torch.nn.Module) -> list[Any]:
+    """Return the modules that have transformers' ``generate``."""
     from transformers import GenerationMixin
 
     return [module for module in model.modules() if isinstance(module, GenerationMixin)]
 
 
-# --- what goes through ----------------------------------------------------------------------------
+# --- replacements of methods ----------------------------------------------------------------------
 
 
 def _if_whole(
     owner: Any, method: Callable[..., Any], what: str, remedy: str, *args: Any, **kwargs: Any
 ) -> Any:
+    """Call the method if all parameters are whole, or if the caller passes a ``state_dict``.
+
+    Raises:
+        ModelError: a parameter is partitioned.
+    """
     if kwargs.get("state_dict") is None and _is_in_parts(owner):
         raise _in_parts(what, remedy)
     return method(*args, **kwargs)
@@ -129,6 +145,11 @@ def _resize(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    """Resize the embeddings of a partitioned model; a collective of all ranks.
+
+    Raises:
+        ModelError: resizing is not allowed any more.
+    """
     if not any(is_partitioned(p) for p in owner.parameters()):
         return method(*args, **kwargs)
     partitioner = open_partitioner()
@@ -142,10 +163,12 @@ def _resize(
 
 
 def _refuse_copy(owner: Any, method: Callable[..., Any], *args: Any) -> Any:
+    """Raise an error; stands for ``__reduce_ex__``, which copying and pickling call."""
     raise _in_parts("a copy, or torch.save(),", f"{_SAVE}; {_WHOLE}")
 
 
 def _as_at_stage_3(owner: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the method while stage 3 is registered with transformers."""
     with StageRegistration(3):
         return method(*args, **kwargs)
 
@@ -153,7 +176,12 @@ def _as_at_stage_3(owner: Any, method: Callable[..., Any], *args: Any, **kwargs:
 def _on_all_ranks(
     owner: Any, method: Callable[..., Any], patience: float, *args: Any, **kwargs: Any
 ) -> Any:
-    """Generate in step: a rank that is done early goes on with the others."""
+    """Generate on all ranks together; a rank that finishes early continues until all have.
+
+    Raises:
+        ModelError: parameters are partitioned and no engine gathers them, or another rank does not
+            call it in time.
+    """
     if not gathers_in_forward(owner):
         if _is_in_parts(owner):
             raise _in_parts("generate()", _RUN)
@@ -166,17 +194,22 @@ def _on_all_ranks(
 
 
 def _needs_engine(module: torch.nn.Module, *_: object) -> None:
+    """Check, before a forward pass, that an engine gathers partitioned parameters."""
     if not gathers_in_forward(module) and _is_in_parts(module):
         raise _in_parts("a forward pass", _RUN)
 
 
 def _needs_whole_state(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Refuse a ``state_dict`` of empty tensors; with ``keep_vars`` parameters may be had."""
+    """Check that ``state_dict`` would not return empty tensors.
+
+    With ``keep_vars`` it returns the parameters themselves, which is allowed.
+    """
     if not keep_vars and not may_show_partitions(module) and _is_in_parts(module):
         raise _in_parts("state_dict()", f"{_SAVE}; {_WHOLE}")
 
 
 def _in_parts(what: str, remedy: str) -> ModelError:
+    """Return the error for something that a partitioned model cannot do."""
     return ModelError(
         Problem(
             f"{what} of a model that is partitioned over the ranks (ZeRO stage 3)",
@@ -187,5 +220,5 @@ def _in_parts(what: str, remedy: str) -> ModelError:
 
 
 def _is_in_parts(module: torch.nn.Module) -> bool:
-    """Tell whether a parameter is partitioned, and not gathered at this moment."""
+    """Tell whether any parameter is partitioned and not gathered at this moment."""
     return any(p.numel() != full_numel(p) for p in module.parameters())

@@ -1,4 +1,4 @@
-"""Copies of tensors in host memory, so that training can change what they were made of."""
+"""Copies of tensors in reused host memory, which training cannot change."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import torch
 
 
 class HostCopies:
-    """Copies by name, in memory that is kept from one round to the next.
+    """Makes copies of tensors by name, in memory that is reused from one round to the next.
 
-    New memory costs more than the copy: the system clears every page of it, and pins it for a
-    device. So a second round of the same tensors overwrites the first one's copies.
+    Allocating memory costs more than copying: the system clears every page, and pins it for copies
+    from a device. So a second round of the same tensors overwrites the copies of the first.
     """
 
     def __init__(self) -> None:
-        """Begin with nothing copied."""
+        """Begin without any memory."""
         self._kept: dict[str, torch.Tensor] = {}
         self._used: set[str] = set()
         self._unfinished = False
 
     def begin(self) -> None:
-        """Begin a new round: copies of earlier ones may be overwritten."""
+        """Begin a new round, which may overwrite the copies of earlier rounds."""
         self._used = set()
 
     def copy(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Return a contiguous copy; one from a device has arrived once ``wait`` returns.
+        """Return a contiguous copy of a tensor.
+
+        A copy from a device is complete only after ``wait``.
 
         Args:
-            name: unique in the round.
-            values: of any shape, on any device.
+            name: a name that is unique in the round.
+            values: the tensor, on any device.
         """
         assert name not in self._used, name
         self._used.add(name)
@@ -41,13 +43,13 @@ class HostCopies:
         return host.copy_(values, non_blocking=on_device)
 
     def wait(self) -> None:
-        """Wait until all copies have arrived: those from a device run beside this thread."""
+        """Wait until copies from a device, which run asynchronously, are complete."""
         if self._unfinished:
             torch.accelerator.synchronize()
             self._unfinished = False
 
     def end(self) -> None:
-        """End the round: wait, and free the memory of copies that it did not use."""
+        """Wait for the copies of this round, and free memory that the round has not used."""
         self.wait()
         for name in self._kept.keys() - self._used:
             del self._kept[name]

@@ -1,9 +1,8 @@
-"""The layout of a model's saved files: the tensors that they hold, their names and arrangement.
+"""Layout of a model's saved files: names, shapes and conversion of the tensors in them.
 
-transformers stores some architectures otherwise than it trains them: under other names, or with
-weights merged, split or transposed. The rules are its own (``revert_weight_conversion``); here they
-are applied to groups of tensors that belong together, most of them of a single tensor, so that
-nobody needs the whole model.
+transformers saves models of some architectures under other names, or with weights merged, split or
+transposed (``revert_weight_conversion``). Here the same conversions are applied to one group of
+related tensors at a time, usually of a single tensor, so that no rank needs the whole model.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dstrain.engine import full_numel, full_shape, is_partitioned
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the model under its name there."""
+    """A tensor of the model, with its name in the model."""
 
     name: str
     tensor: torch.Tensor
@@ -34,7 +33,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Saved:
-    """One tensor of the saved model, under its name in the file."""
+    """A tensor of the saved model, with its name in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,17 +41,17 @@ class Saved:
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes in the file."""
+        """Return the number of bytes that the tensor takes in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of the model that are saved together.
+    """A group of tensors that are converted together when the model is saved.
 
     Attributes:
-        entries: of the model.
-        saved: what becomes of them in the file.
+        entries: the tensors in the model.
+        saved: the tensors in the file that they are converted to.
     """
 
     entries: tuple[Entry, ...]
@@ -60,9 +59,14 @@ class Group:
     _conversion: _Conversion | None = field(default=None, repr=False)
 
     def convert(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the saved tensors by name, of whole tensors in the order of ``entries``.
+        """Convert the model's tensors to those of the file.
 
-        They may share memory with ``tensors`` and with each other.
+        Args:
+            tensors: whole tensors, in the order of ``entries``.
+
+        Returns:
+            the tensors of the file by name, which may share memory with ``tensors`` and with each
+            other.
         """
         if self._conversion is None:
             return {self.saved[0].name: tensors[0]}
@@ -71,24 +75,25 @@ class Group:
 
     @property
     def is_as_trained(self) -> bool:
-        """Tell whether the file has the model's one tensor as it is, but for its name."""
+        """Tell whether the group is one tensor that is saved unchanged except for its name."""
         return self._conversion is None
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return the model's tensors in the order of ``entries``, of the saved ones by name."""
+        """Convert tensors of the file, given by name, to those of ``entries`` in their order."""
         if self._conversion is None:
             return [tensors[self.saved[0].name]]
         return self._conversion.load([tensors[saved.name] for saved in self.saved])
 
 
 def groups_of(module: torch.nn.Module) -> list[Group]:
-    """Return everything that is saved of a module, in groups; one step per parameter.
+    """Return all tensors that are saved of a module, in groups.
 
-    Names, shapes and formats are those of ``save_pretrained`` of the whole model.
+    Names, shapes and number formats are those that ``save_pretrained`` would write. The time grows
+    with the number of parameters.
     """
     entries, conversions = entries_of(module), save_conversions(module)
     if not conversions:
-        return [_as_it_is(entry, entry.name) for entry in entries]
+        return [_unchanged(entry, entry.name) for entry in entries]
     from dstrain.models.compat import WeightConverter, WeightRenaming
 
     pairs = [(conversion, conversion.reverse_transform()) for conversion in conversions[::-1]]
@@ -98,21 +103,24 @@ def groups_of(module: torch.nn.Module) -> list[Group]:
 
 
 def unsaved_remark(module: torch.nn.Module) -> str | None:
-    """Say which entries of a module's ``state_dict`` the files of a saved model cannot hold.
+    """Return a remark about entries of a module's ``state_dict`` that are no tensors.
 
-    ``save_pretrained`` breaks off there with an AttributeError.
+    The files of a saved model cannot contain them; ``save_pretrained`` raises an AttributeError.
 
     Returns:
-        a line that names it; None where all of it is tensors.
+        a line that names them; None if all entries are tensors.
     """
     return remark_on([n for n, v in module.state_dict(keep_vars=True).items() if not _is_tensor(v)])
 
 
 def remark_on(names: Sequence[str]) -> str | None:
-    """Say that entries of a ``state_dict`` have no place in the files of a saved model.
+    """Return a remark that a saved model cannot contain some entries of a ``state_dict``.
 
     Args:
-        names: of what is no tensor; without any there is nothing to say.
+        names: names of the entries that are no tensors.
+
+    Returns:
+        None without any names.
     """
     if not names:
         return None
@@ -125,12 +133,9 @@ def remark_on(names: Sequence[str]) -> str | None:
 
 
 def weights_not_in_files(module: torch.nn.Module) -> list[str]:
-    """Find trained parameters that the files of a saved model would not hold.
+    """Return the names of trained parameters that the files of a saved model would not contain.
 
-    Hooks of the module have put another tensor into its ``state_dict``, or left the parameter out.
-
-    Returns:
-        their names.
+    Hooks of the module have replaced them in its ``state_dict``, or removed them from it.
     """
     saved = {id(entry.tensor) for entry in entries_of(module)}
     trained = ((n, p) for n, p in module.named_parameters() if p.requires_grad)
@@ -138,23 +143,20 @@ def weights_not_in_files(module: torch.nn.Module) -> list[str]:
 
 
 def weights_hooks_compute_with(module: torch.nn.Module, *, above: int) -> list[str]:
-    """Find parameters that hooks of the ``state_dict`` replace by a tensor computed of them.
+    """Return the names of parameters that ``state_dict`` hooks replace by computed tensors.
 
-    Where such parameters are partitioned, the hooks would see nothing of them. What a hook computes
-    without a gradient and under another name is not noticed. The work grows with the number of
-    entries.
+    If such parameters are partitioned, the hooks compute with empty tensors. A tensor that a hook
+    computes without gradients and under another name is not detected. The time grows with the
+    number of entries.
 
     Args:
         module: the model, before it is partitioned.
-        above: parameters of so many elements or fewer are left out.
-
-    Returns:
-        their names.
+        above: parameters with at most so many elements are left out.
     """
-    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     with torch.enable_grad():
         state = module.state_dict(keep_vars=True)
-    made = {n: t for n, t in state.items() if _is_tensor(t) and id(t) not in own}
+    made = {n: t for n, t in state.items() if _is_tensor(t) and id(t) not in known}
     computes = any(tensor.grad_fn is not None for tensor in made.values())
     there = {id(value) for value in state.values()}
     return [
@@ -167,11 +169,11 @@ def weights_hooks_compute_with(module: torch.nn.Module, *, above: int) -> list[s
 
 
 def entries_of(module: torch.nn.Module) -> list[Entry]:
-    """Return parameters and persistent buffers, each shared tensor under one name.
+    """Return parameters and persistent buffers to save, each shared tensor under one name.
 
     Raises:
-        ModelError: hooks of the module have made tensors out of partitioned parameters, of which
-            they saw nothing.
+        ModelError: hooks of the module have computed tensors from partitioned parameters, which are
+            empty.
     """
     unsaved = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
     aliases: dict[int, list[str]] = {}
@@ -186,6 +188,11 @@ def entries_of(module: torch.nn.Module) -> list[Entry]:
 
 
 def _check_made_of_whole(module: torch.nn.Module, tensors: Mapping[int, torch.Tensor]) -> None:
+    """Check that hooks have not computed tensors of a ``state_dict`` from partitioned parameters.
+
+    Raises:
+        ModelError: a partitioned parameter is missing, and there is an empty tensor instead.
+    """
     absent = [n for n, p in module.named_parameters() if id(p) not in tensors and is_partitioned(p)]
     known = {id(t) for t in (*module.parameters(), *module.buffers())}
     if absent and any(key not in known and not t.numel() for key, t in tensors.items()):
@@ -193,7 +200,7 @@ def _check_made_of_whole(module: torch.nn.Module, tensors: Mapping[int, torch.Te
 
 
 def computed_of_parts(names: Sequence[str]) -> ModelError:
-    """Return the error for weights that hooks of a ``state_dict`` would compute with at stage 3."""
+    """Return the error for ``state_dict`` hooks that compute with partitioned parameters."""
     return ModelError(
         Problem(
             f"a saved model without {', '.join(names[:3])}",
@@ -206,18 +213,28 @@ def computed_of_parts(names: Sequence[str]) -> ModelError:
 
 
 def _is_tensor(value: object) -> bool:
+    """Tell whether a value is a tensor."""
     return isinstance(value, torch.Tensor)
 
 
 def _kept_name(names: list[str], dropped: Any) -> str:
-    """Return the one of several names that ``save_pretrained`` keeps."""
+    """Return the name that ``save_pretrained`` keeps for a tensor with several names.
+
+    Args:
+        names: names of the tensor.
+        dropped: as ``_dropped_aliases`` returns.
+    """
     if len(names) == 1 or dropped is None:
         return names[0]
     return next((n for n in names if not dropped(n)), sorted(names)[-1])
 
 
 def _dropped_aliases(module: Any) -> Any:
-    """Return a test whether a name is left out where a tensor has others; None if none is."""
+    """Return a predicate for names that are left out if a tensor has other names too.
+
+    Returns:
+        None for a module that is no model of transformers.
+    """
     if not hasattr(module, "save_pretrained"):
         return None
     import re
@@ -229,10 +246,11 @@ def _dropped_aliases(module: Any) -> Any:
 
 
 def save_conversions(module: Any) -> list[Any]:
-    """Return the conversions of loading that saving reverts, in the order of loading; or [].
+    """Return the conversions that saving reverts, in the order in which loading applies them.
 
-    The rule of ``revert_weight_conversion``: those that loading this model has used, or, for one
-    that was built from a config, all of its architecture but changes of prefix.
+    By the rule of ``revert_weight_conversion``, these are the conversions that loading this model
+    has used. For a model that was built from a config, they are all conversions of its architecture
+    except changes of prefix.
     """
     if not hasattr(module, "save_pretrained"):
         return []
@@ -246,21 +264,21 @@ def save_conversions(module: Any) -> list[Any]:
     if conversions is None:
         mapping = get_model_conversion_mapping(module, add_legacy=False)
         return [c for c in mapping if not isinstance(c, PrefixChange)]
-    # transformers' own loader of stage 3 keeps those that matched nothing as well. Reverted, a
-    # change of prefix among them would add one that the checkpoint did not have.
+    # transformers' loader for stage 3 also records conversions that were not used. Reverting an
+    # unused change of prefix would add a prefix that the checkpoint did not have.
     return [c for c in conversions if c.was_used()]
 
 
 def _grouped(
     entries: list[Entry], module: Any, renamings: list[Any], converters: list[tuple[Any, Any]]
 ) -> list[Group]:
-    """Group the tensors that one use of a converter takes; the rest is only renamed.
+    """Return groups of the tensors that a converter takes together; the others are only renamed.
 
     Args:
-        entries: all of the model.
+        entries: all tensors of the model.
         module: the model.
-        renamings: of saving.
-        converters: each as it loads and as it saves.
+        renamings: renamings that saving applies.
+        converters: pairs of a converter for loading and its reverse for saving.
     """
     from dstrain.models.compat import apply_converters, apply_renamings, dot_natural_key
 
@@ -274,7 +292,7 @@ def _grouped(
             uses.setdefault(key, []).append((pattern, entry))
         else:
             name = apply_renamings(entry.name, renamings)
-            groups.setdefault(name, _as_it_is(entry, name))
+            groups.setdefault(name, _unchanged(entry, name))
     for key, members in uses.items():
         patterns = tuple(pattern for pattern, _ in members)
         group = tuple(entry for _, entry in members)
@@ -289,26 +307,28 @@ def _grouped(
     return list(groups.values())
 
 
-def _as_it_is(entry: Entry, name: str) -> Group:
+def _unchanged(entry: Entry, name: str) -> Group:
+    """Return a group of one tensor that is saved unchanged under a name."""
     shape = full_shape(entry.tensor)
     return Group((entry,), (Saved(name, shape, entry.tensor.dtype),))
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same whole shape and format on the meta device."""
     return torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 @dataclass(frozen=True)
 class _Conversion:
-    """A use of a converter of transformers on some tensors of a model.
+    """An application of a converter of transformers to some tensors of a model.
 
     Attributes:
-        key: the name by which transformers knows this use.
-        loading: the converter as it loads.
-        saving: the converter as it saves.
-        patterns: of saving, the one that each tensor matches.
-        names: of the tensors in the model.
-        module: the model, whose config and shapes operations look at.
+        key: the name under which transformers collects these tensors.
+        loading: the converter for loading.
+        saving: its reverse for saving.
+        patterns: for each tensor the pattern of ``saving`` that its name matches.
+        names: names of the tensors in the model.
+        module: the model, whose config and shapes converters may read.
     """
 
     key: str
@@ -319,12 +339,16 @@ class _Conversion:
     module: Any = field(repr=False)
 
     def save(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what is saved, in a fixed order, under the names that renamings begin with."""
+        """Return the converted tensors for the file, in a fixed order, before renaming."""
         found = zip(self.patterns, self.names, tensors, strict=True)
         return self._run(self.saving, self.key, list(found))
 
     def load(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the model's tensors, of the tensors that ``save`` returns, in its order."""
+        """Return the model's tensors in the order of ``names``, the reverse of ``save``.
+
+        Args:
+            tensors: tensors of the file, in the order in which ``save`` returns them.
+        """
         from dstrain.models.compat import dot_natural_key
 
         shapes = _Shapes(self.module)
@@ -340,7 +364,8 @@ class _Conversion:
     def _run(
         self, converter: Any, key: str, found: list[tuple[str, str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        converter = copy.deepcopy(converter)  # it collects tensors
+        """Apply a converter to tensors, each with its pattern and name; return tensors by name."""
+        converter = copy.deepcopy(converter)  # which collects tensors
         for pattern, name, tensor in found:
             converter.add_tensor(key, name, pattern, tensor)
         made: dict[str, Any] = converter.convert(
@@ -350,13 +375,16 @@ class _Conversion:
 
 
 class _Shapes:
-    """A stand-in for a model that reports whole shapes: a partitioned parameter is empty."""
+    """A stand-in for a model whose parameters have their whole shapes, also if partitioned."""
 
     def __init__(self, module: Any) -> None:
+        """Wrap a model."""
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
+        """Return any other attribute of the model."""
         return getattr(self._module, name)
 
     def get_parameter(self, name: str) -> torch.Tensor:
+        """Return a parameter's whole shape and format as a tensor on the meta device."""
         return _without_memory(self._module.get_parameter(name))

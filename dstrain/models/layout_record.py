@@ -1,7 +1,8 @@
-"""A record of a model's layout in files, for places where the model is not.
+"""A record of the layout of a model's files, for exports from a checkpoint without the model.
 
-Which conversions saving reverts depends on how the model came to be: one that was loaded goes back
-to the names that it was loaded from. A checkpoint says it, for an export from its slices.
+When transformers saves a model, it reverts the conversions of names and weights that it applied
+when it loaded the model; so they depend on how the model was made, and not on its config alone. A
+checkpoint records them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def record_layout(module: Any) -> list[dict[str, Any]] | None:
     """Return the conversions that saving this model reverts, as plain values.
 
     Returns:
-        None where there is nothing to say: neither this model nor its architecture has any.
+        None if neither this model nor its architecture has any conversions.
     """
     from dstrain.models.compat import described, given_patterns
 
@@ -33,11 +34,11 @@ def record_layout(module: Any) -> list[dict[str, Any]] | None:
 
 @dataclass(frozen=True)
 class RecordedLayout:
-    """The layout of the saved files of a model that is not here.
+    """Layout of the files of a model that is not in memory.
 
     Attributes:
-        groups: as of the model; their tensors have shapes and no values.
-        first_names: every name of a parameter -> its first one.
+        groups: as ``groups_of`` returns for the model, with tensors on the meta device.
+        first_names: each name of a parameter -> the parameter's first name.
     """
 
     groups: list[Group]
@@ -47,16 +48,17 @@ class RecordedLayout:
 def recorded_layout(
     folder: Path, record: list[dict[str, Any]] | None, parameters: Mapping[str, tuple[int, ...]]
 ) -> RecordedLayout:
-    """Return the layout of a model that the ``config.json`` of a folder describes.
+    """Return the layout of a model from the ``config.json`` of a folder and a record.
 
     Args:
-        folder: has the config.
-        record: what ``record_layout`` gave; None takes the model for one built from its config.
+        folder: the folder with the config.
+        record: as ``record_layout`` returned; None uses the conversions of a model that was built
+            from its config.
         parameters: shapes of the model's parameters by their first names.
 
     Raises:
-        ModelError: transformers does not have this architecture, or not this conversion of it; or
-            the model had other parameters than its config says.
+        ModelError: transformers does not have this architecture or this conversion, or the model
+            had other parameters than its config says.
     """
     module = module_without_memory(folder)
     _untie(module, parameters)
@@ -77,17 +79,26 @@ def recorded_layout(
 
 
 def _untie(module: torch.nn.Module, parameters: Mapping[str, Any]) -> None:
-    """Untie names that had parameters of their own in the saved model, whatever the config says."""
+    """Give separate parameters to names that were not tied in the saved model.
+
+    Args:
+        module: the model, whose config may tie them.
+        parameters: first names of the saved model's parameters.
+    """
     first = {id(p): name for name, p in module.named_parameters()}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if name in parameters and first[id(parameter)] != name:
             path, _, attribute = name.rpartition(".")
-            own = torch.nn.Parameter(torch.empty_like(parameter))
-            setattr(module.get_submodule(path), attribute, own)
+            untied = torch.nn.Parameter(torch.empty_like(parameter))
+            setattr(module.get_submodule(path), attribute, untied)
 
 
 def _chosen(module: Any, record: list[dict[str, Any]], folder: Path) -> list[Any]:
-    """Return the conversions of this version of transformers that a record names."""
+    """Return the conversions of the installed transformers that a record names.
+
+    Raises:
+        ModelError: the installed transformers does not have one of them.
+    """
     from dstrain.models.compat import (
         WeightRenaming,
         described,
@@ -101,7 +112,7 @@ def _chosen(module: Any, record: list[dict[str, Any]], folder: Path) -> list[Any
         given = wanted["given"]
         found = next((c for c in known if {**described(c), "given": given} == wanted), None)
         if found is None and wanted["kind"] == WeightRenaming.__name__:
-            found = WeightRenaming(**given)  # of the user's key_mapping
+            found = WeightRenaming(**given)  # from the key_mapping with which the user loaded it
         if found is None:
             raise ModelError(
                 Problem(
@@ -116,6 +127,7 @@ def _chosen(module: Any, record: list[dict[str, Any]], folder: Path) -> list[Any
 
 
 def _known_conversions(module: Any) -> list[Any]:
+    """Return the conversions that transformers has for a model's architecture."""
     if not hasattr(module, "save_pretrained"):
         return []
     from transformers import PreTrainedModel

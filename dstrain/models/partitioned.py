@@ -1,12 +1,13 @@
-"""Building and loading models of transformers partitioned, so that no rank holds one whole.
+"""Building and loading of partitioned models of transformers, without a whole model on any rank.
 
-Both are done by transformers' own code, so that weights, names and what is initialised are the
-same; parameters are taken apart on the way.
+Both use the code of transformers, so that weights, names and initialisation are the same;
+parameters are partitioned on the way.
 
-A model that is loaded is built without memory and filled tensor by tensor; a parameter is taken
-apart as soon as it has its values. Each rank reads the checkpoint itself: its share of a tensor
-that is stored as it is trained, and one group at a time of weights that are merged or reordered. A
-model that is built is taken apart module by module; each is gathered again to be initialised.
+To load a model, it is built without memory and filled tensor by tensor; each parameter is
+partitioned as soon as it has its values. Each rank reads the checkpoint itself: only its partition
+of a tensor that is stored in the form in which it is trained, and whole weights, one group at a
+time, where they must be merged or reordered. To build a model from a config, it is partitioned
+module by module; each module is gathered again to be initialised.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from dstrain.models.guard import guard_partitioned
 
 @contextlib.contextmanager
 def building_partitioned(resolved: ResolvedConfig) -> Iterator[None]:
-    """Let transformers build and load partitioned models inside where the stage is 3.
+    """Let transformers build and load partitioned models inside the block, if the stage is 3.
 
-    At another stage models are whole inside, also in a block of stage 3 around this one.
+    At any other stage models are whole inside, even within an outer block of stage 3.
     """
     with BuildRegistration(resolved) as mark, scalars_as_bytes(wanted=resolved.stage == 3):
         if resolved.stage != 3:
-            steps = dict.fromkeys(compat.LOADING_STEPS, _as_it_is)
+            steps = dict.fromkeys(compat.LOADING_STEPS, _unchanged)
             with compat.with_loading_steps(steps if compat.has_loading_steps() else {}):
                 yield
             return
@@ -66,40 +67,44 @@ def building_partitioned(resolved: ResolvedConfig) -> Iterator[None]:
             loader.is_open = False
 
 
-def _as_it_is(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _unchanged(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a step of transformers unchanged."""
     return original(*args, **kwargs)
 
 
 class _Loader:
-    """The steps of building and loading that differ for partitioned models; one model at a time."""
+    """Replacements for steps of transformers that build and load models, one model at a time.
+
+    Each method but ``open_partitioner`` gets the original step as its first argument.
+    """
 
     def __init__(self, partitioner: Partitioner) -> None:
-        """Begin with nothing being loaded."""
+        """Begin while no model is being built or loaded."""
         self.is_open = True  # until the block ends
         self._partitioner = partitioner
         self._depth = 0
         self._builds = False
-        self._met = False
+        self._has_exchanged_errors = False
         self._whole_modules: set[str] = set()
-        self._lacking: set[str] = set()
+        self._missing: set[str] = set()
         self._loaded: set[int] = set()
 
     def open_partitioner(self) -> Partitioner | None:
-        """Return the partitioner for resized weights; None once the block has ended."""
+        """Return the partitioner, which resized weights need; None once the block has ended."""
         return self._partitioner if self.is_open else None
 
     def from_config(self, original: Callable[..., Any], cls: Any, *args: Any, **kw: Any) -> Any:
-        """Build with each module taken apart; a collective of all ranks."""
+        """Build a model from a config, partitioning each module; a collective of all ranks."""
         if self._depth:  # a part of a model that is being built
             return original(cls, *args, **kw)
-        self._loaded, self._lacking = set(), set()
+        self._loaded, self._missing = set(), set()
         self._depth, self._builds = 1, True
         try:
             with compat.in_context_of_zero(_initialized), self._partitioner.building():
                 model = original(cls, *args, **kw)
         finally:
             self._depth, self._builds = 0, False
-        self._lacking = {name for name, _ in model.named_buffers()}
+        self._missing = {name for name, _ in model.named_buffers()}
         self._split_rest(model)
         guard_partitioned(model, open_partitioner=self.open_partitioner)
         return model
@@ -113,39 +118,37 @@ class _Loader:
     def initialize_module(
         self, original: Callable[..., Any], model: Any, module: torch.nn.Module, *args: Any
     ) -> None:
-        """Initialise a module, whose parameters are whole meanwhile; a collective of all ranks.
+        """Initialise a module while its parameters are gathered; a collective of all ranks.
 
-        Random numbers are those that the main rank draws.
+        All ranks take the values that the main rank draws.
         """
         if not self._builds or getattr(module, "_is_hf_initialized", False):
             original(model, module, *args)
             return
         near = _parameters_near(module)
-        with (
-            gathered(near, write_from=0),
-            building_whole_models(),
-        ):  # some gather by themselves at stage 3
+        # Some models gather by themselves in their initialisation while stage 3 is registered.
+        with gathered(near, write_from=0), building_whole_models():
             original(model, module, *args)
         for parameter in near:
             fill_with_placeholder(parameter)
 
     def from_pretrained(self, original: Callable[..., Any], cls: Any, *args: Any, **kw: Any) -> Any:
-        """Load with each parameter taken apart; a collective of all ranks.
+        """Load a model, partitioning each parameter; a collective of all ranks.
 
         Raises:
-            ModelError: another rank could not load it, or the arguments place it on devices.
+            ModelError: another rank could not load the model, or the arguments have a device map.
         """
         if self._depth:  # a part of a model that is being built
             return original(cls, *args, **kw)
         _check_placement(kw)
-        self._met, self._lacking, self._loaded = False, set(), set()
+        self._has_exchanged_errors, self._missing, self._loaded = False, set(), set()
         self._depth += 1
         try:
             with building_whole_models():
                 loaded = original(cls, *args, **kw)
         except Exception as error:
-            if not self._met:  # the others are there, or on their way
-                self._agree(error)
+            if not self._has_exchanged_errors:  # the other ranks exchange errors in ``finalize``
+                self._exchange_errors(error)
             raise
         finally:
             self._depth -= 1
@@ -155,7 +158,10 @@ class _Loader:
         return loaded
 
     def load(self, original: Callable[..., Any], model: Any, *args: Any, **kw: Any) -> Any:
-        """Read the checkpoint; no rank waits for another."""
+        """Read the checkpoint, and record which modules have tied weights.
+
+        No rank waits for another.
+        """
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         self._whole_modules = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
         return original(model, *args, **kw)
@@ -163,10 +169,10 @@ class _Loader:
     def set_parameter(
         self, original: Callable[..., Any], model: Any, name: str, *args: Any, **kw: Any
     ) -> None:
-        """Put a parameter of the checkpoint into the model, and keep this rank's share of it.
+        """Put a parameter of the checkpoint into the model, and partition it.
 
-        Weights that may be tied stay whole until they are: transformers compares them then, and
-        pads the bias beside them.
+        Weights that may be tied stay whole until they are tied, since transformers compares them
+        then, and pads the bias of the same module.
         """
         original(model, name, *args, **kw)
         if not self._depth:
@@ -181,37 +187,45 @@ class _Loader:
     def finalize(
         self, original: Callable[..., Any], model: Any, load_config: Any, info: Any
     ) -> Any:
-        """Initialise what the checkpoint lacks, and tie; a collective of all ranks."""
+        """Initialise weights that the checkpoint lacks, and tie weights; a collective.
+
+        Raises:
+            ModelError: another rank could not read the checkpoint, or ranks lack other weights.
+        """
         if not self._depth:
             return original(model, load_config, info)
-        self._met = True
-        self._agree(None)
-        self._lacking = set(info.missing_and_mismatched())
-        digest = hashlib.sha256("\n".join(sorted(self._lacking)).encode()).hexdigest()
+        self._has_exchanged_errors = True
+        self._exchange_errors(None)
+        self._missing = set(info.missing_and_mismatched())
+        digest = hashlib.sha256("\n".join(sorted(self._missing)).encode()).hexdigest()
         require_equal("what the model's checkpoint lacks", digest, ModelError)
-        # transformers goes through all modules for it, and some look at their other weights.
-        near = _read_by_init(model, self._lacking)
+        # transformers initialises module by module, and some modules read their other weights.
+        near = _read_by_init(model, self._missing)
         with gathered(near), with_full_shapes(model.parameters()):
             return original(model, load_config, info)
 
-    def _agree(self, error: Exception | None) -> None:
-        """Find out whether all ranks have read the checkpoint; a collective.
+    def _exchange_errors(self, error: Exception | None) -> None:
+        """Check that all ranks have read the checkpoint; a collective.
+
+        Args:
+            error: this rank's error, if it could not read the checkpoint.
 
         Raises:
-            ModelError: another rank could not.
+            ModelError: another rank could not, and this one could.
         """
-        told = None if error is None else f"{type(error).__name__}: {error}"
-        said = gather_objects((told, self._partitioner.next_number))
+        message = None if error is None else f"{type(error).__name__}: {error}"
+        answers = gather_objects((message, self._partitioner.next_number))
         # A rank that failed has numbered fewer parameters than the others.
-        self._partitioner.next_number = max(number for _, number in said)
-        for rank, (failure, _) in enumerate(said):
+        self._partitioner.next_number = max(number for _, number in answers)
+        for rank, (failure, _) in enumerate(answers):
             if failure is not None and error is None:
                 raise ModelError(Problem(f"the model cannot be loaded on rank {rank}", failure))
 
     def _split_rest(self, model: torch.nn.Module) -> None:
-        """Take apart what is still whole, and put buffers where this rank computes.
+        """Partition parameters that are still whole, and move buffers to this rank's device.
 
-        What the checkpoint lacked gets the main rank's values: others may have drawn other ones.
+        Parameters and buffers that the checkpoint lacks get the main rank's values, since ranks may
+        have drawn different ones.
         """
         for parameter in model.parameters():
             if id(parameter) in self._loaded:
@@ -219,13 +233,14 @@ class _Loader:
             else:
                 self._partitioner.split_like_main_rank([parameter])
         for name, buffer in model.named_buffers():
-            if name in self._lacking and buffer.is_floating_point():
+            if name in self._missing and buffer.is_floating_point():
                 self._partitioner.send_from_main(buffer)
             else:
                 buffer.data = buffer.data.to(self._partitioner.device)
 
 
 def _check_placement(arguments: dict[str, Any]) -> None:
+    """Check that arguments of ``from_pretrained`` have no device map."""
     if arguments.get("device_map") is None:
         return
     raise ModelError(
@@ -238,9 +253,9 @@ def _check_placement(arguments: dict[str, Any]) -> None:
 
 
 def _read_by_init(model: torch.nn.Module, lacking: set[str]) -> list[torch.nn.Parameter]:
-    """Return partitioned parameters that the initialisation of lacking ones may look at.
+    """Return the partitioned parameters that the initialisation of lacking weights may read.
 
-    Those near the modules with a lacking one, and near the modules around these.
+    These are the parameters near the modules that lack weights, and near their parent modules.
     """
     paths = {name.rpartition(".")[0] for name in lacking}
     paths |= {path.rpartition(".")[0] for path in paths}
@@ -252,7 +267,16 @@ def _read_by_init(model: torch.nn.Module, lacking: set[str]) -> list[torch.nn.Pa
 
 
 def _initialized(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Fill a tensor with first values, a partitioned one as the main rank does it; a collective."""
+    """Initialise a tensor; a partitioned parameter on all ranks with the main rank's values.
+
+    A collective of all ranks for a partitioned parameter.
+
+    Args:
+        fill: one of torch's functions for initialisation.
+        tensor: the tensor.
+        *args: further arguments of ``fill``.
+        **kwargs: keyword arguments of ``fill``.
+    """
     if not isinstance(tensor, torch.nn.Parameter) or is_whole(tensor):
         return fill(tensor, *args, **kwargs)
     stands_in = tensor.numel() > 0
@@ -264,7 +288,10 @@ def _initialized(fill: Callable[..., Any], tensor: torch.Tensor, *args: Any, **k
 
 
 def _parameters_near(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Return the partitioned parameters of a module and its children, which its init may read."""
+    """Return the partitioned parameters of a module and its children.
+
+    The initialisation of the module may read them.
+    """
     found: dict[int, torch.nn.Parameter] = {}
     for part in (module, *module.children()):
         computed = getattr(part, "parametrizations", None)

@@ -1,4 +1,4 @@
-"""Another vocabulary for a partitioned model: its embeddings are whole while they are resized."""
+"""Resizing of the token embeddings of a partitioned model."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from dstrain.engine import Partitioner, building_whole_models, full_shape, gathe
 def resize_partitioned(
     model: Any, resize: Callable[..., Any], *args: Any, partitioner: Partitioner, **kwargs: Any
 ) -> Any:
-    """Resize as transformers does it with a whole model; a collective of all ranks.
+    """Resize a model's embeddings by transformers' code; a collective of all ranks.
 
-    Each rank holds whole what the size of the vocabulary changes (embeddings, output embeddings and
-    what is tied to them), and draws new rows; the main rank's are kept.
+    Meanwhile each rank has all parameters whole whose size depends on the vocabulary (embeddings,
+    output embeddings and parameters that are tied to these). Each rank draws new rows; those of the
+    main rank are kept.
 
     Args:
-        model: with partitioned parameters.
-        resize: the model's own method, given the model first.
-        *args: of the method.
-        partitioner: takes the resized parameters apart.
-        **kwargs: of the method.
+        model: the model, with partitioned parameters.
+        resize: the model's method, which is called with the model as its first argument.
+        *args: further arguments of the method.
+        partitioner: partitions the resized parameters.
+        **kwargs: keyword arguments of the method.
     """
     _make_whole(model, _affected_parameters(model))
     try:
         with building_whole_models():
             return resize(model, *args, **kwargs)
-    finally:  # arguments that transformers refuses leave the model partitioned, as it was
+    finally:  # also if transformers refuses the arguments
         partitioner.split_like_main_rank(model.parameters())
 
 
 def _affected_parameters(model: Any) -> list[torch.nn.Parameter]:
-    """Return partitioned parameters that resizing may replace or look at.
+    """Return the partitioned parameters that resizing may replace or read.
 
-    All embeddings are among them: some models have further ones of the vocabulary (per layer).
+    They include all embeddings, since some models have further ones for the vocabulary in each
+    layer.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     paths = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
@@ -53,13 +55,14 @@ def _affected_parameters(model: Any) -> list[torch.nn.Parameter]:
 
 
 def _embeddings(model: Any) -> Iterator[Any]:
+    """Yield the input and output embeddings of a model, if they have weights."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
             yield module
 
 
 def _make_whole(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> None:
-    """Put ordinary parameters in the place of partitioned ones, wherever they are used."""
+    """Replace partitioned parameters by ordinary, whole ones in all modules; a collective."""
     whole: dict[int, torch.nn.Parameter] = {}
     for parameter in parameters:
         with gathered([parameter]), torch.no_grad():

@@ -1,8 +1,8 @@
-"""Saving a model as a Hugging Face folder, written by all ranks, at every ZeRO stage.
+"""Saving of a model as a Hugging Face folder, by all ranks and at every ZeRO stage.
 
-The ranks that see the folder take turns at writing shards. Partitioned parameters are gathered a
-few at a time and kept only by the rank that writes them, so the most a rank holds is one shard
-being filled and one being written.
+Shards are divided among the ranks that can write into the folder. Partitioned parameters are
+gathered a few at a time, and only the rank that writes them keeps them, so a rank needs memory for
+at most two shards: one being filled and one being written.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ def save_model(
 ) -> None:
     """Write weights, ``config.json`` and ``generation_config.json``; a collective of all ranks.
 
-    Weights are those the engine trains with, in its format; tied weights are written once. A plain
-    ``nn.Module`` gets ``model.safetensors`` alone, a PEFT model what ``peft`` reads: its adapters.
+    Weights are written in the number format in which the model computes; tied weights once. Of a
+    plain ``nn.Module`` only weights are written, of a PEFT model only its adapters, as ``peft``
+    saves them.
 
     Args:
         module: the model.
         folder: where to write.
-        ranks: facts of this process.
-        shard_bytes: the largest weight file; a larger tensor has one of its own.
-        on_each_node: write all of it on every machine, which has a disk of its own there.
+        ranks: rank of this process, and the number of ranks.
+        shard_bytes: maximum size of a weight file; a larger tensor gets a file to itself.
+        on_each_node: whether to write the whole model on every machine.
 
     Raises:
         ModelError: the folder cannot be written; raised on every rank.
@@ -76,7 +77,7 @@ def save_model(
     writers = list(range(ranks.world_size)) if on_each_node else _writers(target, ranks)
     mine = [i for i in range(len(shards)) if writers[i % len(writers)] == ranks.rank]
     with all_or_none():
-        # A failed write is raised after the last gather, so that no rank leaves the others in one.
+        # A failed write is raised after the last gather, in which the other ranks would wait.
         _write_shards(shards, names, target, frozenset(mine))
     with all_or_none():
         if ranks.is_main:
@@ -90,19 +91,19 @@ def save_model(
 
 
 def save_configs(module: torch.nn.Module, folder: Path) -> None:
-    """Write ``config.json`` and ``generation_config.json`` where the model has them."""
+    """Write ``config.json`` and ``generation_config.json``, if the model has them."""
     _save_configs(module, folder)
 
 
 def copied(entry: Entry) -> torch.Tensor:
-    """Return a gathered tensor in host memory of its own."""
+    """Return a contiguous copy of a gathered tensor in host memory."""
     return entry.tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _writers(target: Path, ranks: Ranks) -> list[int]:
-    """Return the ranks that see the main rank's folder; others have a disk of their own there.
+    """Return the ranks that can see the folder on the main rank's disk; a collective.
 
-    Weights written to another machine's disk would be lost, so only these ranks write.
+    Other ranks must not write: their shards would be on another machine's disk.
     """
     token = target / f".dstrain-writers-{os.getpid() if ranks.is_main else 0}"
     with all_or_none():
@@ -119,7 +120,7 @@ def _writers(target: Path, ranks: Ranks) -> list[int]:
 
 
 def check_writable(folder: Path | str) -> None:
-    """Make the folder and prove that a file can be written there.
+    """Create a folder, and check that a file can be written there.
 
     Raises:
         ModelError: naming the folder and the system's reason.
@@ -135,6 +136,7 @@ def check_writable(folder: Path | str) -> None:
 
 
 def _make_folder(target: Path) -> None:
+    """Create the folder of a model, if there is none."""
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,6 +144,7 @@ def _make_folder(target: Path) -> None:
 
 
 def _unwritable(target: Path, error: OSError) -> ModelError:
+    """Return the error for a folder that cannot be written."""
     return ModelError(
         unwritten(
             f"output_dir {str(target)!r} cannot be written",
@@ -153,15 +156,24 @@ def _unwritable(target: Path, error: OSError) -> ModelError:
 
 
 def _write_shards(
-    shards: list[list[Portion]], names: list[str], target: Path, own: frozenset[int]
+    shards: list[list[Portion]], names: list[str], target: Path, rank_shards: frozenset[int]
 ) -> None:
-    """Gather what each shard needs; write the shards ``own`` in a thread while the next fills."""
+    """Write this rank's shards; a collective of all ranks, which gathers all shards.
+
+    A thread writes one shard while the next is gathered.
+
+    Args:
+        shards: all shards of the model.
+        names: their file names.
+        target: the folder.
+        rank_shards: indices of the shards that this rank writes.
+    """
     failure: BaseException | None = None
     mode = 0o666 & ~_umask()
     with ThreadPoolExecutor(max_workers=1) as writer:
         pending: Future[None] | None = None
         for index, (shard, name) in enumerate(zip(shards, names, strict=True)):
-            mine = index in own
+            mine = index in rank_shards
             if mine and pending is not None:
                 failure = failure or pending.exception()
             whole: dict[str, torch.Tensor] = {}
@@ -171,10 +183,10 @@ def _write_shards(
                     if mine:
                         whole |= {e.name: copied(e) for e in batch}
             if mine:
-                held: list[Stored] = []
+                tensors: list[Stored] = []
                 for portion in shard:
-                    held += portion.stored(partial(_picked, whole, portion))
-                pending = writer.submit(_write_file, held, _partial(target, name), mode)
+                    tensors += portion.stored(partial(_picked, whole, portion))
+                pending = writer.submit(_write_file, tensors, _partial(target, name), mode)
         if pending is not None:
             failure = failure or pending.exception()
     if failure is not None:
@@ -184,16 +196,21 @@ def _write_shards(
 
 
 def _picked(whole: dict[str, torch.Tensor], portion: Portion) -> list[torch.Tensor]:
-    """Return the tensors that a portion is made of, which nothing else in its shard needs."""
+    """Remove and return a portion's tensors; no other portion of the shard needs them."""
     return [whole.pop(entry.name) for entry in portion.entries]
 
 
 def _partial(target: Path, name: str) -> Path:
-    """Return the path where a file is written first: a killed save leaves the old file whole."""
+    """Return the temporary path of a file, so that an interrupted save keeps the old file."""
     return target / f".{name}.partial"
 
 
 def _write_file(tensors: list[Stored], path: Path, mode: int) -> None:
+    """Write a file of tensors with permissions ``mode``; remove it if that fails.
+
+    Raises:
+        OSError: for any failure.
+    """
     try:
         write_tensor_file(path, tensors, {"format": "pt"})
         path.chmod(mode)
@@ -205,14 +222,20 @@ def _write_file(tensors: list[Stored], path: Path, mode: int) -> None:
 
 
 def _umask() -> int:
-    """Return this process's umask, which the system tells only when it is set."""
+    """Return this process's umask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def _finish(target: Path, content: dict[str, Any], names: list[str]) -> None:
-    """Write the index of several shards, then remove weight files of an earlier save."""
+    """Write the index if there are several shards, and remove weight files of an earlier save.
+
+    Args:
+        target: the folder.
+        content: content of the index.
+        names: file names of the shards.
+    """
     keep = set(names)
     if len(names) > 1:
         unfinished = _partial(target, INDEX)
@@ -225,9 +248,10 @@ def _finish(target: Path, content: dict[str, Any], names: list[str]) -> None:
 
 
 def _save_configs(module: Any, target: Path) -> None:
+    """Write ``config.json`` and ``generation_config.json``, if the model has them."""
     config = getattr(module, "config", None)
     if has_adapters(module):
-        return  # they have a config of their own
+        return  # save_adapters has written the config of the adapter
     if config is None or not hasattr(config, "save_pretrained"):
         return
     saved: Any = copy.deepcopy(config)
@@ -238,7 +262,7 @@ def _save_configs(module: Any, target: Path) -> None:
     if getattr(module, "generation_config", None) is not None and module.can_generate():
         try:
             module.generation_config.save_pretrained(target)
-        except ValueError as error:  # changed since the Trainer looked at it
+        except ValueError as error:  # changed since the Trainer has checked it
             raise ModelError(
                 Problem("model.generation_config cannot be saved", str(error), "mend these values")
             ) from error

@@ -1,4 +1,4 @@
-"""The distribution of a model's saved tensors over files, and their making from its own tensors."""
+"""Division of a model's saved tensors into files, and their conversion from the model's tensors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dstrain.models.layout import Entry, Group, Saved
 from dstrain.models.tensor_file import Stored
 
 SHARD_BYTES = 5 * 10**9
-# Gathering parameters one by one would pay a latency for each; a batch stays small beside a shard.
+# Parameters are gathered in batches, since each gather costs a latency; small beside a shard.
 GATHER_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Portion:
-    """The part of a group in one file: all of it, unless the group is larger than a shard.
+    """A part of a group in one file: the whole group, unless it is larger than a shard.
 
     Attributes:
-        group: what is saved together.
-        saved: the tensors of it that are in this file.
+        group: tensors that are converted together.
+        saved: the saved tensors of the group that are in this file.
     """
 
     group: Group
@@ -32,33 +32,35 @@ class Portion:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Return the model's tensors that it is made of."""
+        """Return the model's tensors from which the saved tensors are converted."""
         return self.group.entries
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes in the file."""
+        """Return the number of bytes that the portion takes in the file."""
         return sum(saved.num_bytes for saved in self.saved)
 
     def stored(self, load: Callable[[], Sequence[torch.Tensor]]) -> list[Stored]:
-        """Return the tensors to write; made when the first is written, and freed with the last.
+        """Return the tensors to write, which are converted when the first of them is loaded.
 
         Args:
-            load: gives the whole tensors of ``entries``, in host memory.
+            load: returns the whole tensors of ``entries``, in host memory.
         """
         made = _PortionTensors(self, load)
         return [Stored(s.name, s.shape, s.dtype, partial(made.take, s.name)) for s in self.saved]
 
 
 class _PortionTensors:
-    """The tensors of a portion, made once and each handed out once."""
+    """Converts the tensors of a portion once, and returns each of them once."""
 
     def __init__(self, portion: Portion, load: Callable[[], Sequence[torch.Tensor]]) -> None:
+        """Prepare to convert the tensors that ``load`` returns."""
         self._portion = portion
         self._load: Callable[[], Sequence[torch.Tensor]] | None = load
         self._made: dict[str, torch.Tensor] = {}
 
     def take(self, name: str) -> torch.Tensor:
+        """Return a tensor by its saved name, keeping no reference to it."""
         if self._load is not None:
             made = self._portion.group.convert(self._load())
             self._made = {saved.name: made[saved.name] for saved in self._portion.saved}
@@ -67,7 +69,10 @@ class _PortionTensors:
 
 
 def plan_shards(groups: Sequence[Group], shard_bytes: int) -> list[list[Portion]]:
-    """Fill shards in order; a tensor larger than a shard has one of its own."""
+    """Divide groups in order into shards of at most ``shard_bytes``.
+
+    A tensor that is larger than that gets a shard to itself.
+    """
     shards: list[list[Portion]] = [[]]
     filled = 0
     for portion in _portions(groups, shard_bytes):
@@ -80,6 +85,7 @@ def plan_shards(groups: Sequence[Group], shard_bytes: int) -> list[list[Portion]
 
 
 def _portions(groups: Sequence[Group], shard_bytes: int) -> Iterator[Portion]:
+    """Yield groups as portions, dividing groups that are larger than a shard."""
     for group in groups:
         part: list[Saved] = []
         for saved in group.saved:
@@ -98,7 +104,7 @@ def shard_names(count: int) -> list[str]:
 
 
 def gather_batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """Yield neighbours that are gathered together."""
+    """Yield lists of successive tensors that are gathered together."""
     batch: list[Entry] = []
     size = 0
     for entry in entries:
@@ -113,12 +119,12 @@ def gather_batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 
 def parameters_of(batch: Iterable[Entry]) -> list[torch.nn.Parameter]:
-    """Return those of the tensors that are parameters."""
+    """Return the parameters among the tensors of a batch."""
     return [e.tensor for e in batch if isinstance(e.tensor, torch.nn.Parameter)]
 
 
 def index_of(plan: Sequence[Sequence[Portion]], names: Sequence[str]) -> dict[str, Any]:
-    """Return the content of the index: which file has which tensor."""
+    """Return the content of the index file, which maps tensors to files."""
     weight_map = {
         saved.name: name
         for name, shard in zip(names, plan, strict=True)

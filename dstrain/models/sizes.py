@@ -1,4 +1,4 @@
-"""The sizes of a module, existing or built without memory, for the memory plan."""
+"""Measurement of the sizes of modules for the memory plan."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ _GATES = ("gate_proj", "gate_up_proj", "wi_0", "w1.")
 
 
 def count_causal_lm(config: Any) -> ModelSizes:
-    """Return sizes of the causal language model of a config, before it is built with memory."""
+    """Return the sizes of a config's causal language model, by building it without memory."""
     from transformers import AutoModelForCausalLM
 
     return _count(AutoModelForCausalLM, config)
 
 
 def count_seq2seq(config: Any) -> ModelSizes:
-    """Return sizes of the sequence-to-sequence model of a config, before it is built."""
+    """Return the sizes of a config's sequence-to-sequence model, by building it without memory."""
     from transformers import AutoModelForSeq2SeqLM
 
     return _count(AutoModelForSeq2SeqLM, config)
 
 
 def _count(auto: Any, config: Any) -> ModelSizes:
+    """Return the sizes of the model that an auto class builds from a config."""
     what = f"no {config.model_type} model can be built from its config"
     with library_errors(what), torch.device("meta"):
         module = auto.from_config(copy.deepcopy(config))
@@ -41,9 +42,13 @@ def _count(auto: Any, config: Any) -> ModelSizes:
 
 
 def sizes_of_module(module: torch.nn.Module, *, source: str = "the model") -> ModelSizes:
-    """Return sizes of a module that exists, on any device, whole or partitioned.
+    """Return the sizes of a module on any device, whole or partitioned.
 
-    The form of its layers is read from a transformers config; a plain module has none.
+    The dimensions of its layers come from its transformers config, if it has one.
+
+    Args:
+        module: the module.
+        source: where the sizes come from, for messages.
     """
     named = list(module.named_parameters())
     tensors = [Tensors(_part(name), full_shape(p), 1, p.requires_grad) for name, p in named]
@@ -57,7 +62,7 @@ def sizes_of_module(module: torch.nn.Module, *, source: str = "the model") -> Mo
         None if text is None else _block(text, [name for name, _ in named]),
         text_only=text is not None and text is not config,
     )
-    # A closed form knows more of a layer than names tell.
+    # A closed form describes a layer more exactly than the names of parameters do.
     formula = closed_form(config.to_dict()) if hasattr(config, "to_dict") else None
     if formula is not None and formula.facts.num_parameters == found.facts.num_parameters:
         return replace(found, block=formula.block)
@@ -65,6 +70,7 @@ def sizes_of_module(module: torch.nn.Module, *, source: str = "the model") -> Mo
 
 
 def _part(name: str) -> str:
+    """Return the part of a model to which a parameter belongs, judging by its name."""
     if _LAYER.search(name):
         return "layer"
     if "embed" in name or name.endswith(("wte.weight", "wpe.weight", "shared.weight")):
@@ -73,7 +79,15 @@ def _part(name: str) -> str:
 
 
 def _block(config: Any, names: list[str]) -> Block | None:
-    """Return the form of a layer as far as usual names tell it."""
+    """Return the dimensions of a layer, as far as usual names in config and model show them.
+
+    Args:
+        config: config of the text model.
+        names: names of all parameters.
+
+    Returns:
+        None if width, heads or number of layers are not known.
+    """
     hidden, heads = _first(config, "hidden_size", "d_model"), _first(config, "num_attention_heads")
     layers = _first(config, "num_hidden_layers", "num_layers", "n_layer")
     if not (hidden and heads and layers):
@@ -87,7 +101,7 @@ def _block(config: Any, names: list[str]) -> Block | None:
         ffn = _first(config, "moe_intermediate_size") or ffn
     stacks = _first_norms(names)
     norms = [name for stack in stacks.values() for name in stack]
-    # A decoder's third one belongs to its cross attention.
+    # A decoder layer's third norm belongs to its cross attention.
     counts = sorted(map(len, stacks.values())) or [0]
     return Block(
         layers + decoder,
@@ -107,7 +121,10 @@ def _block(config: Any, names: list[str]) -> Block | None:
 
 
 def _first_norms(names: list[str]) -> dict[str, list[str]]:
-    """Return norms of width ``hidden`` in the first layer of each stack, by the stack's name."""
+    """Return the names of norms in the first layer of each stack of layers, by stack.
+
+    Leaves out norms of queries and keys.
+    """
     found: dict[str, list[str]] = {}
     for name in names:
         stack, zero, rest = name.partition(".0.")
@@ -117,14 +134,15 @@ def _first_norms(names: list[str]) -> dict[str, list[str]]:
 
 
 def _first(config: Any, *names: str) -> int:
+    """Return the first positive integer that a config has under one of the names, or 0."""
     values = (_value(config, name) for name in names)
     return next((int(v) for v in values if isinstance(v, int) and v > 0), 0)
 
 
 def _value(config: Any, name: str) -> Any:
-    """Return a value of the config; the largest where it differs from layer to layer.
+    """Return a value of the config; the largest one if it differs between layers.
 
-    Asking such a config (gemma4, dots3_note) for one value of all layers is a ``RuntimeError``.
+    Configs of some models (gemma4, dots3_note) raise a ``RuntimeError`` for such a value.
     """
     try:
         return getattr(config, name, None)

@@ -1,4 +1,4 @@
-"""A model's structure without its weights: names, shapes and order of parameters, from a config."""
+"""Names, shapes and order of a model's parameters, from its config and without the weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from dstrain.models.folder import library_errors
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The structure of a model by its ``config.json``.
+    """Structure of the model that a ``config.json`` describes.
 
     Attributes:
-        parameters: name -> shape in the order of the module, tied ones under their first name.
-        tied: other names of tied parameters -> the first.
+        parameters: name -> shape, in the order of the module; tied parameters only under their
+            first name.
+        tied: each further name of a tied parameter -> its first name.
         buffers: names of persistent buffers.
-        decayed: parameters that weight decay applies to, by the rule of transformers' Trainer.
+        decayed: names of parameters with weight decay, by the rule of transformers' Trainer.
     """
 
     parameters: dict[str, tuple[int, ...]]
@@ -32,10 +33,10 @@ class Skeleton:
 
 
 def skeleton_of(folder: Path) -> Skeleton:
-    """Return the model's structure by a folder's ``config.json``; none of its code is executed.
+    """Return the structure of a folder's model from ``config.json``, executing no code from there.
 
     Raises:
-        ModelError: no config, or an architecture that transformers does not have.
+        ModelError: there is no config, or transformers does not have its architecture.
     """
     module = module_without_memory(folder)
     first = {id(p): n for n, p in module.named_parameters()}
@@ -55,12 +56,12 @@ def skeleton_of(folder: Path) -> Skeleton:
 
 
 def module_without_memory(folder: Path) -> Any:
-    """Build the model of ``config.json`` on the meta device, by the class that it names.
+    """Build the model of a folder's ``config.json`` on the meta device.
 
-    No code of the folder is executed: only classes of transformers are known.
+    Uses only classes of transformers, and executes no code from the folder.
 
     Raises:
-        ModelError: no config, or an architecture that transformers does not have.
+        ModelError: there is no config, or transformers does not have its architecture.
     """
     import transformers
 

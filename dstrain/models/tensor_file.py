@@ -1,8 +1,8 @@
-"""Writing and reading safetensors files piece by piece, so that no file is whole in memory.
+"""Writing and reading of safetensors files piece by piece, never a whole file in memory.
 
-``safetensors.torch.save_file`` turns all tensors into bytes before it writes the first; and what
-``safe_open`` has mapped counts as memory of the process for as long as it is open. The format:
-eight bytes with the length of the header, the header in JSON, the tensors one after another
+``safetensors.torch.save_file`` turns all tensors into bytes before it writes the first; and memory
+that ``safe_open`` maps counts as memory of the process while the file is open. The format: eight
+bytes with the length of the header, the header in JSON, then one tensor after another
 (https://github.com/huggingface/safetensors, "Format").
 """
 
@@ -48,19 +48,19 @@ _DTYPES = {
 
 
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
-# A header longer than this is no header; safetensors has the same limit.
+# Most bytes of a header; safetensors has the same limit.
 _LONGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file.
+    """A tensor to be written into a file.
 
     Attributes:
-        name: its key.
-        shape: as stored.
-        dtype: as stored.
-        load: gives the values, of any shape with as many elements, on any device.
+        name: its key in the file.
+        shape: its shape in the file.
+        dtype: its number format, also in the file.
+        load: returns the values, of any shape with as many elements, on any device.
     """
 
     name: str
@@ -70,26 +70,31 @@ class Stored:
 
     @staticmethod
     def of(name: str, tensor: torch.Tensor) -> Stored:
-        """Return a tensor that exists already as one to be stored."""
+        """Return an entry for a tensor that is in memory already."""
         return Stored(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes in the file."""
+        """Return the number of bytes that the tensor takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_tensor_file(
     path: Path, tensors: Sequence[Stored], metadata: dict[str, str] | None = None
 ) -> FileRecord:
-    """Write a safetensors file and wait until it is on the disk.
+    """Write a safetensors file, and wait until it is on the disk.
 
-    Host memory holds no more than one tensor that was not there before.
+    Loads one tensor at a time into host memory.
+
+    Args:
+        path: the file.
+        tensors: what to write.
+        metadata: strings for the file's header.
 
     Raises:
-        OSError: the disk is full, the folder is gone, and so on.
+        OSError: the file cannot be written.
     """
-    # Wide types first, as safetensors does it: every tensor then begins at a multiple of its width.
+    # Wide types first, as in safetensors, so that every tensor begins at a multiple of its width.
     tensors = sorted(tensors, key=lambda stored: (-stored.dtype.itemsize, stored.name))
     file = DurableFile(path)
     try:
@@ -106,6 +111,7 @@ def write_tensor_file(
 
 
 def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes:
+    """Return the header of a file with these tensors, including its length."""
     content: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for stored in tensors:
@@ -124,7 +130,7 @@ def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class _Entry:
-    """A header's entry for one tensor."""
+    """Entry of one tensor in a header."""
 
     dtype: Text
     shape: Shape
@@ -137,7 +143,7 @@ _Metadata: Any = Mapping[Text, Text]
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a tensor in a file, from its first byte on."""
+    """Place of a tensor in a file, as byte offsets from the file's beginning."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -146,13 +152,13 @@ class _Place:
 
 
 class TensorReader:
-    """An open safetensors file from which runs of tensors are read; a context manager."""
+    """An open safetensors file, from which parts of tensors are read; a context manager."""
 
     def __init__(self, path: Path) -> None:
         """Open the file and read its header.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: the file cannot be opened.
             ValueError: it is no safetensors file, or a part of it is missing.
         """
         self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -177,7 +183,7 @@ class TensorReader:
         os.close(self._file)
 
     def __contains__(self, name: str) -> bool:
-        """Tell whether it has a tensor of that name."""
+        """Tell whether the file has a tensor of that name."""
         return name in self._places
 
     def keys(self) -> list[str]:
@@ -193,14 +199,18 @@ class TensorReader:
         return self._places[name].shape
 
     def whole(self, name: str) -> torch.Tensor:
-        """Return a whole tensor, in memory of its own."""
+        """Return a whole tensor in new memory.
+
+        Raises:
+            OSError: the file has ended early or the disk failed.
+        """
         return self.read(name, 0, self.numel(name)).view(self.shape(name))
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return elements ``start`` to ``stop`` of a flattened tensor, in memory of their own.
+        """Return elements ``start`` to ``stop`` of a flattened tensor in new memory.
 
         Raises:
-            OSError: the file ended early or the disk failed.
+            OSError: the file has ended early or the disk failed.
             ValueError: the tensor does not have all of these elements.
         """
         place = self._places[name]
@@ -214,6 +224,7 @@ class TensorReader:
         return values
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
+        """Read bytes from an offset of the file until the buffer is full."""
         while buffer:
             count = os.preadv(self._file, [buffer], offset)
             if not count:
@@ -221,6 +232,11 @@ class TensorReader:
             buffer, offset = buffer[count:], offset + count
 
     def _read_header(self) -> tuple[dict[str, _Place], dict[str, str]]:
+        """Return the places of tensors by name, and the metadata.
+
+        Raises:
+            ValueError: the header is damaged, or does not fit the size of the file.
+        """
         size = os.fstat(self._file).st_size
         (length,) = struct.unpack("<Q", os.pread(self._file, 8, 0).ljust(8, b"\xff"))
         if length > min(size, _LONGEST_HEADER):

@@ -1,4 +1,4 @@
-"""A snapshot of a model's weights in host memory, which a thread writes while training goes on."""
+"""A copy of a model's weights in host memory, which a thread writes while training continues."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from dstrain.models.tensor_file import write_tensor_file
 
 Groups = tuple[tuple[int, ...], ...]
 
-# Shares go to the writer of their shard in messages of about this size.
+# Ranks send partitions to the writer of their shard in messages of about this size.
 _MESSAGE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class _Share:
-    """This rank's part of a partitioned parameter.
+    """This rank's partition of a parameter.
 
     Attributes:
-        shard: index of a shard that the parameter is needed for.
-        name: of the parameter in the model.
-        shape: of the whole parameter.
-        values: 1-D, padded, as long on every rank.
+        shard: index of a shard for which the parameter is needed.
+        name: name of the parameter in the model.
+        shape: shape of the whole parameter.
+        values: the partition, 1-D and padded to the same length on every rank.
     """
 
     shard: int
@@ -53,16 +53,16 @@ class _Share:
 
 @dataclass(frozen=True)
 class WeightSnapshot:
-    """A model's weights in host memory, each rank holding what it needs to write its shards.
+    """A copy of a model's weights in host memory, divided among the ranks.
 
     Attributes:
-        plan: what is in each shard.
-        whole: whole tensors of the model that this rank writes: (index of shard, name) -> tensor.
-        shares: this rank's parts of partitioned parameters, in the same order on all ranks; their
-            writers have not got them yet.
+        plan: the content of each shard.
+        whole: whole tensors that this rank needs for its shards: (index of shard, name) -> tensor.
+        shares: this rank's partitions of parameters, in the same order on all ranks; ``exchanged``
+            sends them to the ranks that write them.
         rank: this rank.
-        groups: the ranks that write into one folder, for each folder: all shards go into each, and
-            shard k is written by rank k of the group (counted around).
+        groups: for each folder the ranks that write into it. All shards are written into each
+            folder; shard k is written by member k of its group, modulo the group's size.
     """
 
     plan: tuple[tuple[Portion, ...], ...]
@@ -73,13 +73,17 @@ class WeightSnapshot:
 
     @property
     def rank_shards(self) -> list[int]:
-        """Return the numbers of the shards that this rank writes."""
+        """Return the indices of the shards that this rank writes."""
         return _shards_of_rank(len(self.plan), self.rank, self.groups)
 
     def exchanged(self, group: Any) -> WeightSnapshot:
-        """Give every share to the rank that writes it; a collective of all ranks in ``group``.
+        """Return a snapshot in which writers have whole parameters; a collective of all ranks.
 
-        It takes no part in training's communication, so a thread can do it beside training.
+        Sends all partitions to the ranks that write them. A thread can call this during training,
+        since it does not use training's process group.
+
+        Args:
+            group: a process group of all ranks for host memory.
         """
         whole_tensors = dict(self.whole)
         for message in _messages(self.shares):
@@ -98,6 +102,7 @@ class WeightSnapshot:
         return replace(self, whole=whole_tensors, shares=())
 
     def _gather(self, data: torch.Tensor, writer: int, group: Any) -> list[torch.Tensor] | None:
+        """Send data to a writer; return that of all ranks on the writer, and None elsewhere."""
         import torch.distributed as dist
 
         world_size = sum(map(len, self.groups))
@@ -106,10 +111,17 @@ class WeightSnapshot:
         return parts
 
     def write(self, folder: Path, *, with_index: bool) -> dict[str, FileRecord]:
-        """Write this rank's shards durably, and the index if asked to.
+        """Write this rank's shards, and wait until they are on the disk.
+
+        Args:
+            folder: where to write.
+            with_index: whether to write the index too, if there are several shards.
+
+        Returns:
+            records of the written files by name.
 
         Raises:
-            OSError: the disk is full, the folder is gone, and so on.
+            OSError: a file cannot be written.
         """
         assert not self.shares
         names = shard_names(len(self.plan))
@@ -126,6 +138,7 @@ class WeightSnapshot:
         return records
 
     def _picked(self, number: int, portion: Portion) -> list[torch.Tensor]:
+        """Return the model's tensors of a portion of a shard."""
         return [self.whole[number, entry.name] for entry in portion.entries]
 
 
@@ -137,20 +150,20 @@ def snapshot_weights(
     groups: Groups | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> WeightSnapshot | None:
-    """Copy the weights to host memory; a collective.
+    """Copy the weights into host memory; a collective of all ranks.
 
-    Of a partitioned parameter every rank copies its own share, which its writer gets later
-    (``exchanged``): gathering all of them would keep training waiting.
+    Every rank copies only its partition of a partitioned parameter, and ``exchanged`` sends it to
+    its writer later. Gathering all parameters here would delay training.
 
     Args:
         module: the model.
-        ranks: facts of this process.
-        copies: makes them, in a round that the caller begins and ends.
-        groups: the ranks that write into one folder, for each folder; all ranks into one if left.
-        shard_bytes: the largest shard; a larger tensor has one of its own.
+        ranks: rank of this process, and the number of ranks.
+        copies: makes the copies, in a round that the caller begins and ends.
+        groups: for each folder the ranks that write into it; by default all ranks write into one.
+        shard_bytes: maximum size of a shard; a larger tensor gets a shard to itself.
 
     Returns:
-        None for PEFT models, of which little is saved: only ``save_model`` does that.
+        None for PEFT models, whose adapters are small enough for ``save_model``.
     """
     if has_adapters(module):
         return None
@@ -160,7 +173,7 @@ def snapshot_weights(
     copied: dict[str, torch.Tensor] = {}
 
     def copy(entry: Entry, values: torch.Tensor) -> torch.Tensor:
-        # A group that is larger than a shard is needed for several of them.
+        # Several shards need the same tensors if their group is larger than a shard.
         if entry.name not in copied:
             copied[entry.name] = copies.copy(f"model/{entry.name}", values)
         return copied[entry.name]
@@ -180,23 +193,23 @@ def snapshot_weights(
             with gathered(parameters_of(batch)):
                 if number in mine:
                     whole |= {(number, e.name): copy(e, e.tensor) for e in batch}
-                    copies.wait()  # what was gathered is freed now
+                    copies.wait()  # the gathered parameters are freed after this block
     return WeightSnapshot(tuple(map(tuple, plan)), whole, tuple(shares), ranks.rank, groups)
 
 
 def _shards_of_rank(count: int, rank: int, groups: Groups) -> list[int]:
-    """Return the numbers of the shards, of ``count`` in all, that a rank writes."""
+    """Return the indices of the shards, out of ``count``, that a rank writes."""
     beside = next(group for group in groups if rank in group)
     return [number for number in range(count) if beside[number % len(beside)] == rank]
 
 
 def snapshot_bytes(module: torch.nn.Module, ranks: Ranks, *, num_writers: int | None = None) -> int:
-    """Return the bytes that a snapshot will take on the rank that holds most of it.
+    """Return the bytes of a snapshot on the rank that needs most.
 
     Args:
         module: the model.
-        ranks: facts of this process.
-        num_writers: ranks that write into its folder; all of them if left out.
+        ranks: rank of this process, and the number of ranks.
+        num_writers: number of ranks that write into a folder; all ranks by default.
     """
     if has_adapters(module):
         return 0
@@ -209,13 +222,14 @@ def snapshot_bytes(module: torch.nn.Module, ranks: Ranks, *, num_writers: int | 
 
 
 def _share_bytes(entry: Entry, world_size: int) -> int:
+    """Return the bytes of a rank's partition; 0 for a tensor that is not partitioned."""
     if not is_partitioned(entry.tensor):
         return 0
     return -(-full_numel(entry.tensor) // world_size) * entry.tensor.element_size()
 
 
 def _messages(shares: tuple[_Share, ...]) -> Iterator[list[_Share]]:
-    """Yield neighbours of one shard together, up to the size of a message."""
+    """Yield lists of successive partitions for the same shard, each up to the size of a message."""
     message: list[_Share] = []
     size = 0
     for share in shares:
@@ -230,4 +244,5 @@ def _messages(shares: tuple[_Share, ...]) -> Iterator[list[_Share]]:
 
 
 def _as_bytes(values: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's values as a 1-D tensor of bytes."""
     return values.contiguous().view(-1).view(torch.uint8)

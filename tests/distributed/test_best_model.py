@@ -84,7 +84,7 @@ def test_the_best_weights_come_back_and_nothing_else(
 
     class Watch(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            scale = trainer._engines.training.loss_scale()
+            scale = trainer._engines.training.state.loss_scale()
             seen[state.global_step] = whole_weights(trainer), scale
 
     trainer = scored(
@@ -105,7 +105,7 @@ def test_the_best_weights_come_back_and_nothing_else(
     assert not torch.equal(now["model.norm.weight"], seen[6][0]["model.norm.weight"])
     engine = trainer._engines.training
     assert (state.global_step, trainer.deepspeed.global_steps) == (6, 6)
-    assert engine.loss_scale() == seen[6][1]
+    assert engine.state.loss_scale() == seen[6][1]
     assert trainer.lr_scheduler.last_epoch == 6 - trainer.deepspeed.skipped_steps
     if not settings.get("save_only_model"):
         own = {t.name: t.load().clone() for t in rank_slices(engine, trainer.ranks).tensors}

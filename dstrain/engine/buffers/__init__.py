@@ -1,4 +1,4 @@
-"""The buffers of a module: where they are, which of them training changes, and sending them."""
+"""Buffers of a module: detection of those that training changes, and their broadcast."""
 
 from dstrain.engine.buffers.slots import Slot, empty_slots_of, slots_of
 from dstrain.engine.buffers.tracked import Buffers, checksum, main_rank_buffers

@@ -1,4 +1,4 @@
-"""The places in a module that hold buffers: reading the buffer there and replacing it."""
+"""Access to the places in which a module registers its buffers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in which a module holds a buffer; the model may replace the tensor in it.
+    """A place in which a module registers a buffer; the model may replace the tensor there.
 
     Attributes:
-        name: of the buffer, from the outermost module on.
-        owner: the module that has it.
-        key: its name there.
-        persistent: whether it is in the ``state_dict``.
+        name: full name of the buffer in the outermost module.
+        owner: the submodule that registers the buffer.
+        key: name of the buffer in ``owner``.
+        persistent: whether the buffer is in the ``state_dict``.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """Return the tensor that is in the slot now."""
+        """Return the buffer's present tensor, which must not be None."""
         tensor = self.owner._buffers[self.key]
         assert tensor is not None
         return tensor
@@ -38,7 +38,10 @@ class Slot:
 
     @torch.no_grad()
     def put(self, values: torch.Tensor) -> None:
-        """Set the values, in place where the shape is the same."""
+        """Set the buffer's values; in place if the shape is the same, else in a new tensor.
+
+        Keeps the buffer's number format and device.
+        """
         present = self.tensor
         in_place = present.shape == values.shape and not present.is_inference()
         if in_place and not _overlaps(present):
@@ -48,10 +51,10 @@ class Slot:
 
     @torch.no_grad()
     def replace(self, values: torch.Tensor | None) -> None:
-        """Set the place to exactly these values, in their shape and format; in place if these fit.
+        """Set the buffer to values in their shape and number format; in place if the buffer fits.
 
         Args:
-            values: None leaves the place empty.
+            values: None registers the buffer as None.
         """
         present = self.owner._buffers[self.key]
         if values is None:
@@ -67,7 +70,7 @@ class Slot:
 
 
 def slots_of(module: torch.nn.Module) -> list[Slot]:
-    """Return the slots of all buffers of a module; a buffer in two places has its first name."""
+    """Return the slots of all buffers of a module; of a shared buffer only the first."""
     found: dict[int, Slot] = {}
     for slot in _places(module):
         if not slot.is_empty and _is_plain(slot.tensor):
@@ -76,6 +79,7 @@ def slots_of(module: torch.nn.Module) -> list[Slot]:
 
 
 def _places(module: torch.nn.Module) -> Iterator[Slot]:
+    """Yield every slot of a module and its submodules."""
     for path, owner in module.named_modules():
         for key in owner._buffers:
             name = f"{path}.{key}" if path else key
@@ -83,18 +87,18 @@ def _places(module: torch.nn.Module) -> Iterator[Slot]:
 
 
 def empty_slots_of(module: torch.nn.Module) -> list[Slot]:
-    """Return slots of registered buffers that are None now: not made yet, or discarded."""
+    """Return the slots of registered buffers that are None now."""
     return [slot for slot in _places(module) if slot.is_empty]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor has elements in memory that can be seen as bytes."""
+    """Tell whether a tensor has elements in memory that can be viewed as bytes."""
     dense = tensor.layout == torch.strided and not tensor.is_quantized
     return dense and tensor.device.type != "meta"
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
-    """Tell whether elements share their memory, as after ``expand``."""
+    """Tell whether elements of a tensor share memory, as after ``expand``."""
     return any(
         n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

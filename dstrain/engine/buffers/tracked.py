@@ -1,14 +1,15 @@
-"""Buffers that training changes: finding them, and keeping their values alike on all ranks.
+"""Detection of buffers that training changes, and their synchronisation between ranks.
 
 DistributedDataParallel sends the main rank's buffers to the other ranks before the first forward
 pass of every global batch. Here that is done at the end of every global batch, so that evaluation,
-saved model and checkpoint find one set of values between two steps; training is the same.
+saved model and checkpoint find the same values on all ranks; training is not affected.
 
-Most models have buffers that never change (rotary frequencies, masks, position ids), and pay
-nothing. Neither the model nor torch tells which buffers change: kernels of batch normalisation and
-``buffer.data`` change values without a trace. So all ranks compare values at the end of the first
-step, and before evaluations and checkpoints: a change is another tensor, another version or another
-checksum. A buffer that has changed once is sent in every step from then on.
+Most models have only buffers that never change (rotary frequencies, masks, position ids), which are
+not sent. Neither the model nor torch tells which buffers change: kernels of batch normalisation and
+assignments through ``buffer.data`` do not raise a tensor's version. So each rank compares its
+buffers with those at the start, after the first step and before evaluations and checkpoints. A
+buffer counts as changed if it is another tensor, or has another version or checksum. From then on
+it is sent in every step.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
 from dstrain.engine.buffers.broadcast import EMPTY, BroadcastBuffers, Form, form_of
 from dstrain.engine.buffers.slots import Slot, empty_slots_of, slots_of
 
-# Of torch's normalisations with running statistics, whose layers need not all run in each step.
+# Statistics of torch's normalisation layers. They count as changed from the start, since a layer
+# need not run in every step.
 _STATISTICS = frozenset(["running_mean", "running_var", "num_batches_tracked"])
 _CHUNK_NUMEL = 2**20
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A buffer as it was before training."""
+    """A record of a buffer before training, to detect changes."""
 
     tensor: weakref.ref[torch.Tensor]
     version: int | None
@@ -43,31 +45,31 @@ class _Seen:
 
 
 class Buffers:
-    """The buffers of one module, while an engine trains it.
+    """Tracks the buffers of one module while an engine trains it.
 
-    A buffer that changes is *state*, and is in checkpoints. A buffer that is in no ``state_dict``
-    and that the model replaces by another tensor (rotary frequencies for longer sequences) is a
-    *cache*. The module computes a cache anew, and may keep in other attributes for which input it
-    was computed, so a cache is neither sent nor saved.
+    A buffer that changes is *state*, and is saved in checkpoints. A buffer that is in no
+    ``state_dict`` and that the model replaces by another tensor (rotary frequencies for longer
+    sequences) is a *cache*. A cache is neither sent nor saved: the module can compute it anew, and
+    may record in other attributes for which input it was computed.
     """
 
     def __init__(self, module: torch.nn.Module, *, sends: bool) -> None:
-        """Note the values of all buffers; a collective of all ranks.
+        """Record the values of all buffers; a collective of all ranks.
 
         Args:
             module: the model, on its device.
-            sends: whether all ranks take the main rank's values.
+            sends: whether to send the main rank's values to all ranks, now and in training.
 
         Raises:
-            ModelError: it sends, and ranks have buffers of other names or shapes.
+            ModelError: ``sends``, but the names or shapes of buffers differ between ranks.
         """
         self._module, self._sends = module, sends
         self._state: set[str] = set()
         self._varying: set[str] = set()  # state without one shape for all steps and ranks
         self._reshaped: set[str] = set()  # state in another form than it was built with
         self._sent = BroadcastBuffers()
-        self._kept: dict[str, torch.Tensor | None] = {}
-        self._keeps = self._knows = False
+        self._state_copies: dict[str, torch.Tensor | None] = {}
+        self._makes_copies = self._has_searched = False
         self._seen: dict[str, _Seen] = {}
         if sends:
             begin = [slot for slot in slots_of(module) if slot.persistent]
@@ -76,7 +78,7 @@ class Buffers:
         self.note_values()
 
     def note_values(self) -> None:
-        """Note the values of all buffers now, for later searches to compare with."""
+        """Record the present values of all buffers, with which ``find_changed`` compares."""
         slots = slots_of(self._module)
         sums = _checksums(slots)
         self._seen = {
@@ -89,24 +91,23 @@ class Buffers:
     def send_changed(self) -> None:
         """Send buffers that change, at the end of a global batch; a collective of all ranks.
 
-        Changed buffers are searched for at the first step, which waits for the device anyway, and
-        again before evaluations and checkpoints. A buffer that takes another form on some rank in
-        between keeps its value there, and from the next search on all ranks keep theirs.
+        The first call searches for them. A buffer that takes another form on some rank later keeps
+        its value on that rank; from the next search on, it is no longer sent to any rank.
         """
-        if not self._knows:
+        if not self._has_searched:
             self.find_changed()
         else:
             self._sent.send()
-        if self._keeps:
-            self._kept = self._copies()
+        if self._makes_copies:
+            self._state_copies = self._copies()
 
     def find_changed(self) -> None:
         """Search for buffers that have changed, and send them; a collective of all ranks.
 
-        Takes one exchange of a few bytes per rank, and one wait for the device where there are
-        floating-point buffers that are not known to change.
+        Takes one exchange of a few bytes per rank, and one wait for the device if there are
+        buffers that are not known to change.
         """
-        self._knows = True
+        self._has_searched = True
         slots = slots_of(self._module)
         new = [("state", slot.name) for slot in self._changed(slots)]
         new += [("state", name) for name in self._discarded()]
@@ -116,16 +117,16 @@ class Buffers:
         self._reshaped.update(name for kind, name in found if kind == "reshaped")
         self._state.update(name for kind, name in found if kind == "state")
         if any(kind != "reshaped" for kind, _ in found):
-            self._settle(slots)
+            self._choose_sent(slots)
         self._sent.send()
 
     def found(self) -> dict[str, list[str]]:
         """Return the names of the buffers found so far, the same on all ranks.
 
         Returns:
-            "state": buffers that training changes; "varying": those of them whose shape was not the
-            same in all steps and on all ranks; "reshaped": those that may have another shape or
-            format than in a model that is built anew.
+            "state": buffers that training changes; "varying": state whose shape was not the same in
+            all steps and on all ranks; "reshaped": buffers whose shape or number format may differ
+            from those in a newly built model.
         """
         return {
             "state": sorted(self._state),
@@ -134,29 +135,29 @@ class Buffers:
         }
 
     def adopt(self, found: Mapping[str, Iterable[str]]) -> None:
-        """Continue with the buffers that another engine has found; a collective of all ranks."""
+        """Adopt the names that another engine's ``found`` returned; a collective of all ranks."""
         self._state.update(found["state"])
         self._varying.update(found["varying"])
         self._reshaped.update(found.get("reshaped", ()))
-        self._knows = bool(self._state)  # an engine may end before its first search
-        self._settle(slots_of(self._module))
+        self._has_searched = bool(self._state)  # an engine may end before its first search
+        self._choose_sent(slots_of(self._module))
 
     def outside_state_dict(self) -> list[Slot]:
-        """Return the state that is in no ``state_dict`` and that all ranks have alike."""
+        """Return the state that is in no ``state_dict`` and is equal on all ranks."""
         return [slot for slot in self._sent if not slot.persistent and not slot.is_empty]
 
     def rank_state(self) -> list[Slot]:
-        """Return the state whose values differ between ranks; a slot may be empty."""
+        """Return the state whose values may differ between ranks; a slot may be empty."""
         sent = {slot.name for slot in self._sent}
         return [slot for slot in self._slots_of_state() if slot.name not in sent]
 
     @property
     def differ_between_ranks(self) -> bool:
-        """Tell, alike on all ranks, whether values of some of the state differ between ranks."""
+        """Tell whether values of any state may differ between ranks; the same on all ranks."""
         return len(self._sent) < len(self._state)
 
     def caches(self) -> list[str]:
-        """Return names of unsaved floating-point buffers that the model has replaced."""
+        """Return the names of caches (floating-point buffers that the model has replaced)."""
         return [
             slot.name
             for slot in slots_of(self._module)
@@ -168,7 +169,7 @@ class Buffers:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Restore, after the block, the state that forward passes inside of it have changed."""
+        """Restore the state after the block, whose forward passes may change it."""
         before = [(slot, slot.owner._buffers[slot.key]) for slot in self._slots_of_state()]
         copies = self._copies()
         try:
@@ -179,19 +180,19 @@ class Buffers:
                 slot.replace(copies[slot.name])
 
     def keep_copies(self) -> None:
-        """Keep a copy of the state after every step from now on, for ``restore_copies``."""
-        self._keeps = True
+        """Copy the state now and after every later step, for ``restore_copies``."""
+        self._makes_copies = True
         slots = slots_of(self._module)
-        self._kept = {s.name: s.tensor.clone() for s in slots if _are_statistics(s)}
+        self._state_copies = {s.name: s.tensor.clone() for s in slots if _are_statistics(s)}
 
     def restore_copies(self) -> None:
-        """Undo what the micro-batches of an interrupted step have done to the state."""
+        """Restore the state as it was after the last step, when a step was interrupted."""
         for slot in [*slots_of(self._module), *empty_slots_of(self._module)]:
-            if slot.name in self._kept:
-                slot.replace(self._kept[slot.name])
+            if slot.name in self._state_copies:
+                slot.replace(self._state_copies[slot.name])
 
     def _changed(self, slots: Sequence[Slot]) -> Iterator[Slot]:
-        """Yield buffers that are found to be state, and were not known to be."""
+        """Yield buffers that have changed and are not known as state yet."""
         unknown = [slot for slot in slots if slot.name not in self._state]
         sums = _checksums(unknown)
         for slot in unknown:
@@ -207,22 +208,26 @@ class Buffers:
                 yield slot
 
     def _discarded(self) -> list[str]:
-        """Return the names of persistent buffers that became None and are not known as state."""
+        """Return the names of persistent buffers that are None now and not known as state yet."""
         empty = [slot.name for slot in empty_slots_of(self._module) if slot.persistent]
         return [name for name in empty if name in self._seen and name not in self._state]
 
     def _in_another_form(self, slots: Sequence[Slot]) -> set[str]:
-        """Return the names of buffers whose shape or format has changed since ``note_values``."""
+        """Return the names of buffers whose form has changed since ``note_values``."""
         kept = [slot for slot in slots if slot.persistent or slot.name in self._state]
         began = [(slot, self._seen[slot.name]) for slot in kept if slot.name in self._seen]
         return {slot.name for slot, seen in began if seen.form != form_of(slot)}
 
     def _is_replaced(self, slot: Slot) -> bool:
+        """Tell whether the buffer is another tensor than at ``note_values``."""
         seen = self._seen.get(slot.name)
         return seen is None or seen.tensor() is not slot.tensor
 
-    def _settle(self, slots: Sequence[Slot]) -> None:
-        """Decide which state is sent: buffers whose shape was always the same on all ranks."""
+    def _choose_sent(self, slots: Sequence[Slot]) -> None:
+        """Decide which state is sent: buffers whose form was always the same on all ranks.
+
+        A collective of all ranks.
+        """
         by_name = {slot.name: slot for slot in [*slots, *empty_slots_of(self._module)]}
         forms: dict[str, Form | None] = {}
         for name in sorted(self._state - self._varying):
@@ -239,10 +244,12 @@ class Buffers:
         self._sent = BroadcastBuffers(fixed if self._sends else ())
 
     def _slots_of_state(self) -> list[Slot]:
+        """Return the slots of state, also those that are empty now."""
         slots = [*slots_of(self._module), *empty_slots_of(self._module)]
         return [slot for slot in slots if slot.name in self._state]
 
     def _copies(self) -> dict[str, torch.Tensor | None]:
+        """Return copies of the state by name."""
         return {
             slot.name: None if slot.is_empty else slot.tensor.detach().clone()
             for slot in self._slots_of_state()
@@ -253,12 +260,12 @@ class Buffers:
 def main_rank_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterator[None]:
     """Give all ranks the main rank's persistent buffers inside the block; a collective.
 
-    For saving a model whose buffers may differ between ranks, since any rank may write any part.
-    Where buffers are the same, ranks only exchange a checksum.
+    To be used for saving a model whose buffers may differ between ranks, since any rank may write
+    any part of it. If all buffers are equal, ranks only exchange a checksum.
 
     Args:
         module: the model.
-        wanted: False, on all ranks, where they are known to be the same.
+        wanted: False, on all ranks, does nothing: the buffers are known to be equal.
     """
     slots = [slot for slot in [*slots_of(module), *empty_slots_of(module)] if slot.persistent]
     if not wanted or not is_distributed() or _same_on_all(_comparable(slots)):
@@ -279,12 +286,17 @@ def main_rank_buffers(module: torch.nn.Module, *, wanted: bool = True) -> Iterat
 
 
 def _comparable(slots: Sequence[Slot]) -> list[Any]:
-    """Return names, forms and checksums of buffers, for ranks to compare."""
+    """Return names, forms and checksums of buffers, which ranks can compare."""
     sums = _checksums([slot for slot in slots if not slot.is_empty])
     return [(slot.name, form_of(slot), sums.get(slot.name)) for slot in slots]
 
 
 def _check_alike(slots: Sequence[Slot]) -> None:
+    """Check that buffers have the same names and forms on all ranks; a collective.
+
+    Raises:
+        ModelError: naming the first buffer that differs; raised on every rank.
+    """
     forms = {slot.name: form_of(slot) for slot in slots}
     if _same_on_all(forms):
         return
@@ -304,23 +316,24 @@ def _check_alike(slots: Sequence[Slot]) -> None:
 
 
 def _described(form: Form | None) -> str:
+    """Describe a form for a message."""
     if form is None or form == EMPTY:
         return "none"
     return f"{str(form[1]).removeprefix('torch.')} of shape {form[0]}"
 
 
 def _are_statistics(slot: Slot) -> bool:
-    """Tell whether a buffer has the running statistics that a normalisation keeps in training."""
+    """Tell whether a buffer has running statistics of a normalisation layer."""
     return bool(getattr(slot.owner, "track_running_stats", False)) and slot.key in _STATISTICS
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    """Return torch's count of changes in place; a tensor of inference mode has none."""
+    """Return torch's count of in-place changes; None for a tensor made in inference mode."""
     return None if tensor.is_inference() else tensor._version
 
 
 def _same_on_all(value: Any) -> bool:
-    """Tell whether all ranks have the same value, by comparing checksums; a collective."""
+    """Tell whether all ranks have the same value, by comparing hashes; a collective."""
     if not is_distributed():
         return True
     digest = hashlib.sha256(repr(value).encode()).hexdigest()
@@ -328,16 +341,17 @@ def _same_on_all(value: Any) -> bool:
 
 
 def _union(names: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the names from all ranks; lists are exchanged only where they differ."""
+    """Return the union of all ranks' names; a collective, which sends lists only if they differ."""
     if _same_on_all(names):
         return names
     return sorted({name for theirs in gather_objects(names) for name in theirs})
 
 
 def _checksums(slots: Sequence[Slot]) -> Mapping[str, int]:
-    """Return a checksum of each buffer whose values may change without a trace, by name.
+    """Return checksums of buffers by name.
 
-    Integers that are in no ``state_dict`` are left out: they are masks and positions, and large.
+    Leaves out integers and booleans that are in no ``state_dict``: masks and positions, which are
+    large and do not change.
     """
     chosen = [s for s in slots if s.persistent or s.tensor.is_floating_point()]
     chosen = [s for s in chosen if s.tensor.numel()]
@@ -350,7 +364,11 @@ def _checksums(slots: Sequence[Slot]) -> Mapping[str, int]:
 
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum the bits of all elements, each times a factor of its place; an int64 of shape ()."""
+    """Return a checksum of a tensor's bits, an int64 of shape () on the tensor's device.
+
+    Each element is multiplied by a factor that depends on its place, so order matters. Converts a
+    chunk of elements at a time.
+    """
     flat = tensor.detach().reshape(-1)
     width = min(4, flat.dtype.itemsize)
     integers = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[width])

@@ -1,4 +1,4 @@
-"""Checks of a model before an engine is built on it: number formats, leaf modules, LayerDrop."""
+"""Checks of a model before an engine is built: number formats, leaf modules and LayerDrop."""
 
 from dstrain.engine.model_checks.layerdrop import check_layerdrop
 from dstrain.engine.model_checks.leaf_modules import (

@@ -1,8 +1,9 @@
-"""LayerDrop at stage 3: each rank would draw for itself which layers it skips.
+"""Refusal of LayerDrop at stage 3 where each rank would skip other layers.
 
-A rank that skips a layer does not gather its weights, and the ranks that run it wait. Some models
-of transformers (Wav2Vec2 and its kind) ask whether stage 3 is on, and then run a skipped layer
-without using its result. Other models cannot train with LayerDrop on more than one rank.
+A rank that skips a layer does not take part in the gather of its weights, in which the ranks that
+run it wait. Some models of transformers (such as Wav2Vec2) ask whether stage 3 is on, and then run
+a skipped layer without using its result. Other models cannot train with LayerDrop on more than one
+rank.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ _ASKS = "is_deepspeed_zero3_enabled"
 
 
 def check_layerdrop(module: torch.nn.Module, *, leaves: Collection[str]) -> None:
-    """Refuse a model that skips layers by chance without regard to stage 3.
+    """Check that a model for several ranks does not skip layers at random at stage 3.
 
-    Reads the source of each module's ``forward``: such a model compares a number with a probability
-    that is named like "layerdrop" and is not 0, and does not ask for stage 3. The time grows with
-    the number of modules, and of classes.
+    Searches the source of each module's ``forward`` for an attribute that is named like "layerdrop"
+    and is above 0. Accepts models whose ``forward`` asks whether stage 3 is on. The time grows with
+    the number of modules, and with the source of their classes.
 
     Args:
-        module: the model, for several ranks.
-        leaves: class names of modules that are gathered whole, with all they contain.
+        module: the model.
+        leaves: class names of modules that stage 3 gathers together with all of their submodules.
 
     Raises:
-        ModelError: naming the values to set.
+        ModelError: naming the values to set to 0.
     """
     uses: dict[type, tuple[str, ...]] = {}
     found: dict[tuple[str, str], float] = {}
@@ -64,7 +65,11 @@ def check_layerdrop(module: torch.nn.Module, *, leaves: Collection[str]) -> None
 
 
 def _names_in(kind: type) -> tuple[str, ...]:
-    """Return attributes by which a ``forward`` skips layers without asking for stage 3."""
+    """Return the names of attributes that control LayerDrop in a class's ``forward``.
+
+    Returns:
+        none for a ``forward`` that asks whether stage 3 is on.
+    """
     source = _source(kind, "forward")
     if _ASKS in source:
         return ()
@@ -72,6 +77,7 @@ def _names_in(kind: type) -> tuple[str, ...]:
 
 
 def _source(kind: type, method: str) -> str:
+    """Return the source of a method; "" if it is not available."""
     try:
         return inspect.getsource(getattr(kind, method))
     except (AttributeError, OSError, TypeError):  # built in, or typed into an interpreter
@@ -79,13 +85,14 @@ def _source(kind: type, method: str) -> str:
 
 
 def _value(part: object, name: str) -> float:
+    """Return the number that a dotted attribute has; 0.0 if there is none."""
     for step in name.split("."):
         part = getattr(part, step, None)
     return float(part) if isinstance(part, (int, float)) else 0.0
 
 
 def _key(kind: type, name: str) -> str:
-    """Return the key of the model's config that an attribute was set from."""
+    """Return the key of the model's config from which ``__init__`` sets an attribute."""
     if name.startswith("config."):
         return name
     pattern = rf"self\.{name}\s*=.*?config(?:\.|,\s*[\"'])(\w+)"

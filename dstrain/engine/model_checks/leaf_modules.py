@@ -1,9 +1,9 @@
-"""Modules that stage 3 must gather whole, because not every rank runs all of their parts.
+"""Checks of leaf modules: blocks that stage 3 gathers with all of their submodules at once.
 
-ZeRO-3 gathers a module's parameters in its forward hook, which is a collective. A block of experts
-that are modules of their own runs only the experts that its tokens chose: ranks would ask for
-different gathers and wait for each other for ever. DeepSpeed gathers a *leaf* whole, and reduces
-all of its gradients together.
+ZeRO stage 3 gathers a module's parameters before its forward pass, which is a collective. A
+mixture-of-experts block whose experts are separate modules runs only the experts that its tokens
+are routed to. Ranks would enter different gathers and wait for each other for ever. DeepSpeed
+gathers a *leaf module* as a whole, and reduces all of its gradients together.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from dstrain.config import ResolvedConfig
 from dstrain.core.errors import ModelError, Problem
 
-CLASSES_KEY = "zero_optimization.leaf_module.classes"
+_CLASSES_KEY = "zero_optimization.leaf_module.classes"
 _EXPERTS = re.compile(r"(^|_)experts?($|_)", re.IGNORECASE)
 
 
 def expert_blocks(module: torch.nn.Module) -> tuple[str, ...]:
-    """Return full names of the classes that hold two or more experts as modules of their own.
+    """Return full class names of the blocks that have two or more experts as separate modules.
 
     Searches the module tree for a list or dict of modules that is named like "experts". Experts
     that are slices of one parameter, as in most models of transformers 5, are gathered together
@@ -36,12 +36,16 @@ def expert_blocks(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 def full_name(cls: type) -> str:
-    """Return package and name of a class, as DeepSpeed compares them."""
+    """Return module and name of a class, in the form that DeepSpeed compares."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def leaf_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str | None:
-    """Name blocks of experts that are gathered whole although the user did not ask for it."""
+    """Return a remark about expert blocks that dstrain has made leaf modules.
+
+    Returns:
+        None if there are none, or if the user has named leaf modules.
+    """
     if resolved.stage != 3 or resolved.user_leaf_modules is not None:
         return None
     chosen = set(resolved.leaf_classes) & set(expert_blocks(module))
@@ -54,25 +58,20 @@ def leaf_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str | None
 
 
 def check_leaf_modules(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
-    """Refuse names of leaf classes that no module has; DeepSpeed would only log a warning.
+    """Check that the model has modules of the leaf classes that the user has named.
+
+    DeepSpeed would only log a warning.
 
     Raises:
-        ModelError: naming them, and the classes that the model has.
+        ModelError: naming the classes without a module, and those that the model has.
     """
-    wanted = resolved.values.get(CLASSES_KEY)
-    if (
-        resolved.stage != 3
-        or wanted is None
-        or resolved.provenance[CLASSES_KEY].source
-        not in (
-            "argument",
-            "config",
-        )
-    ):
+    if resolved.stage != 3 or resolved.values.get(_CLASSES_KEY) is None:
+        return
+    if resolved.provenance[_CLASSES_KEY].source not in ("argument", "config"):
         return
     classes = {type(m) for m in module.modules()}
     known = {c.__name__ for c in classes} | {full_name(c) for c in classes}
-    lost = [name for name in ([wanted] if isinstance(wanted, str) else wanted) if name not in known]
+    lost = [name for name in resolved.leaf_classes if name not in known]
     if not lost:
         return
     blocks = sorted(c.__name__ for c in classes if not c.__module__.startswith("torch."))
@@ -86,5 +85,6 @@ def check_leaf_modules(module: torch.nn.Module, resolved: ResolvedConfig) -> Non
 
 
 def _is_a_choice(child: torch.nn.Module) -> bool:
+    """Tell whether a module is a list or dict of two or more modules with parameters."""
     holds_many = isinstance(child, (torch.nn.ModuleList, torch.nn.ModuleDict)) and len(child) > 1
     return holds_many and any(True for _ in child.parameters())

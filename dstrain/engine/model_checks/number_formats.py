@@ -1,19 +1,18 @@
-"""Checks of the number formats of parameters: DeepSpeed would train some in another format.
+"""Checks of the number formats of parameters, some of which DeepSpeed would change.
 
-Measured with DeepSpeed 0.19.8 on two ranks: in a 16-bit run it casts every parameter in fp16,
+Measured with DeepSpeed 0.19.8 on two ranks. In a 16-bit run it casts every parameter in fp16,
 bf16, fp32 or fp64 to the format of the run, including those that a transformers model keeps in fp32
-(``engine.py:_cast_module_mixed_precision``). In an fp32 run it leaves parameters as they are, but
-stages 1 and 2 join trained ones into one tensor, which gives all of them the widest format; stage 3
-fails on two formats; master weights are fp32 also for fp64; and gradients of fp64 or complex
-numbers cannot be reduced at stage 0. Frozen parameters may have any format, and no elements, but
-stage 3 cannot gather ones without elements, nor formats that the back end does not send.
+(``engine.py:_cast_module_mixed_precision``). In an fp32 run it leaves the formats of parameters,
+but stages 1 and 2 join trained parameters into one tensor, which gives all of them the widest
+format; stage 3 fails if there are two formats; master weights are in fp32 also for fp64; and
+gradients in fp64 or of complex numbers cannot be reduced at stage 0. Frozen parameters may have any
+format, and may be empty, but stage 3 can gather neither empty parameters nor formats that the back
+end does not send.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ import torch
 from dstrain.config import ResolvedConfig
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import ModelError, Problem, raise_problems
+from dstrain.engine.model_checks.shared_places import share_memory
 from dstrain.engine.zero import full_numel, is_partitioned
 
 _TRAINED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -29,8 +29,6 @@ _KEPT = "data_types.keep_in_fp32_modules"
 # Neither gloo nor every NCCL sends these.
 _NOT_SENT = ("float8", "float4", "uint16", "uint32", "uint64")
 _SHOWN = 3
-# Places in memory that are marked at once, a byte for each, to find out whether tensors share some.
-_MARKED = 2**22
 
 _Named = Sequence[tuple[str, Any]]
 
@@ -38,15 +36,15 @@ _Named = Sequence[tuple[str, Any]]
 def check_formats(
     module: torch.nn.Module, resolved: ResolvedConfig, *, trains: bool = True
 ) -> None:
-    """Refuse parameters that would be trained in another format than they have in the model.
+    """Check that DeepSpeed would run all parameters of a model in the formats that they have.
 
     Args:
         module: the model, whole or partitioned.
         resolved: the config of the run.
-        trains: False where it only runs forward.
+        trains: False for a model that only runs forward.
 
     Raises:
-        ModelError: listing them by reason, with what to do.
+        ModelError: listing parameters by the reason for which they cannot be used, with a remedy.
     """
     named = list(module.named_parameters())
     problems = _partition_problems(named) if resolved.stage == 3 else []
@@ -62,11 +60,11 @@ def check_formats(
 
 
 def make_contiguous(module: torch.nn.Module) -> None:
-    """Copy parameters so that elements lie in memory in the order of the dimensions.
+    """Make parameters contiguous in row-major order, by copying those that are not.
 
     DeepSpeed sends parameters as bytes (``engine.py:_broadcast_model``), which torch cannot do with
-    transposed ones, columns of a larger tensor, or weights in ``torch.channels_last``. Its flat
-    tensors have this order in any case.
+    transposed tensors, columns of a larger tensor, or weights in ``torch.channels_last``. In its
+    flat tensors all parameters have row-major order.
     """
     for parameter in module.parameters():
         if parameter.layout == torch.strided and not is_in_order(parameter):
@@ -74,15 +72,15 @@ def make_contiguous(module: torch.nn.Module) -> None:
 
 
 def is_in_order(tensor: torch.Tensor) -> bool:
-    """Tell whether elements lie in memory in the order of the dimensions.
+    """Tell whether a tensor is contiguous in row-major order and its last stride is 1.
 
-    A dimension of size 1 may have any stride, and torch calls the whole contiguous.
+    torch calls a tensor contiguous whatever the stride of a dimension of size 1.
     """
     return tensor.dim() == 0 or (tensor.is_contiguous() and tensor.stride(-1) == 1)
 
 
 def formats_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str:
-    """Describe formats that a run can use but a user may not expect; "" where there are none."""
+    """Return a remark about parameter formats that a user may not expect; "" if there are none."""
     run = resolved.precision
     dtypes = [p.dtype for p in module.parameters() if p.dtype in _TRAINED]
     counts = {name: dtypes.count(dtype) for dtype, name in _TRAINED.items()}
@@ -105,6 +103,7 @@ def formats_remark(module: torch.nn.Module, resolved: ResolvedConfig) -> str:
 
 
 def _partition_problems(named: _Named) -> list[Problem]:
+    """List problems with parameters that stage 3 cannot gather."""
     import torch.distributed as dist
 
     problems = []
@@ -130,6 +129,7 @@ def _partition_problems(named: _Named) -> list[Problem]:
 
 
 def _sparse_problems(module: torch.nn.Module) -> list[Problem]:
+    """List a problem if embeddings have sparse gradients."""
     tables = (torch.nn.Embedding, torch.nn.EmbeddingBag)
     sparse = [
         name
@@ -151,14 +151,14 @@ def _sparse_problems(module: torch.nn.Module) -> list[Problem]:
 
 
 def _memory_problems(named: _Named, *, flat: bool) -> list[Problem]:
-    """List pairs of parameters that share memory, of which at least one is trained.
+    """List problems with pairs of different parameters that share memory, if one is trained.
 
-    A parameter that is registered under several names is one parameter, and no problem. Sorts the
-    parameters, and compares those piece by piece whose memory interleaves.
+    Sorts the parameters by address, and compares those whose address ranges overlap.
 
     Args:
-        named: parameters by name.
-        flat: whether DeepSpeed copies all parameters, not only those of another order.
+        named: parameters with their names; a parameter with several names occurs once.
+        flat: whether DeepSpeed copies all parameters into flat tensors; otherwise only those are
+            copied that are not in row-major order.
     """
     spans = sorted(
         ((p.data_ptr(), p.data_ptr() + _span(p), n, p) for n, p in named if _has_memory(p)),
@@ -171,7 +171,7 @@ def _memory_problems(named: _Named, *, flat: bool) -> list[Problem]:
         for _, _, other_name, other in open_spans:
             trains = parameter.requires_grad or other.requires_grad
             copied = flat or not (is_in_order(parameter) and is_in_order(other))
-            if trains and copied and _overlap(other, parameter):
+            if trains and copied and share_memory(other, parameter):
                 problems.append(
                     Problem(
                         f"{other_name} and {name} share memory, but are two parameters",
@@ -187,6 +187,7 @@ def _memory_problems(named: _Named, *, flat: bool) -> list[Problem]:
 
 
 def _has_memory(parameter: torch.Tensor) -> bool:
+    """Tell whether a parameter has elements in dense memory on this rank."""
     here = not is_partitioned(parameter) and parameter.device.type != "meta"
     return here and parameter.layout == torch.strided and parameter.numel() > 0
 
@@ -195,85 +196,6 @@ def _span(tensor: torch.Tensor) -> int:
     """Return the bytes from the first element of a tensor to the end of its last one."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return (sum((size - 1) * stride for size, stride in steps) + 1) * tensor.element_size()
-
-
-@dataclass(frozen=True)
-class _Lattice:
-    """The places in memory of a tensor's elements.
-
-    Attributes:
-        start: place of the first element.
-        dims: size and stride of each dimension with more than one place.
-    """
-
-    start: int
-    dims: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, start: int, *, unit: int) -> _Lattice:
-        """Take a tensor's places, in units of so many bytes, of which an element may have more."""
-        units = tensor.element_size() // unit
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        dims = [(size, stride * units) for size, stride in steps]
-        return cls(start, tuple((n, step) for n, step in [*dims, (units, 1)] if n > 1 and step))
-
-    @property
-    def span(self) -> int:
-        """Count the places from the first element to the last."""
-        return sum((size - 1) * stride for size, stride in self.dims) + 1
-
-    def halves(self) -> tuple[_Lattice, _Lattice]:
-        """Cut the dimension with the largest stride in two."""
-        widest = max(self.dims, key=lambda dim: dim[1])
-        size, stride = widest
-        at = self.dims.index(widest)
-        first, second = (
-            tuple(
-                (n, step)
-                for n, step in (*self.dims[:at], (part, stride), *self.dims[at + 1 :])
-                if n > 1
-            )
-            for part in (size // 2, size - size // 2)
-        )
-        return _Lattice(self.start, first), _Lattice(self.start + size // 2 * stride, second)
-
-    def mark(self, marks: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the view of ``marks``, which begin at ``start``, that these places are."""
-        sizes = [size for size, _ in self.dims]
-        return marks.as_strided(sizes, [stride for _, stride in self.dims], self.start - start)
-
-
-def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Tell whether two tensors, of which the first begins first, have an element in common."""
-    distance = second.data_ptr() - first.data_ptr()
-    unit = math.gcd(first.element_size(), second.element_size(), distance)
-    return _meet(_Lattice.of(first, 0, unit=unit), _Lattice.of(second, distance // unit, unit=unit))
-
-
-def _meet(first: _Lattice, second: _Lattice) -> bool:
-    """Tell whether two lattices have a place in common.
-
-    Those that interleave are cut into pieces whose places are marked: the time grows with the
-    places between their ends, the memory does not.
-    """
-    pairs = [(first, second)]
-    while pairs:
-        a, b = pairs.pop()
-        if a.start + a.span <= b.start or b.start + b.span <= a.start:
-            continue
-        common = math.gcd(*(stride for _, stride in (*a.dims, *b.dims)))
-        if common > 1 and (b.start - a.start) % common:
-            continue  # as the even and the odd elements
-        wider, other = (a, b) if a.span >= b.span else (b, a)
-        if wider.span > _MARKED:
-            pairs += [(half, other) for half in wider.halves()]
-            continue
-        start = min(a.start, b.start)
-        marks = torch.zeros(max(a.start + a.span, b.start + b.span) - start, dtype=torch.bool)
-        a.mark(marks, start).fill_(True)
-        if b.mark(marks, start).any():
-            return True
-    return False
 
 
 def _mixed_problems(named: _Named, resolved: ResolvedConfig) -> list[Problem]:
@@ -320,7 +242,7 @@ def _mixed_problems(named: _Named, resolved: ResolvedConfig) -> list[Problem]:
 def _cast_problems(
     module: torch.nn.Module, named: _Named, resolved: ResolvedConfig
 ) -> list[Problem]:
-    """List parameters of a 16-bit run that must not lose their format."""
+    """List problems with parameters that a 16-bit run would cast, losing precision."""
     run = resolved.precision
     problems = []
     wide = [(name, p) for name, p in named if p.dtype == torch.float64]
@@ -365,7 +287,12 @@ def _cast_problems(
 
 
 def _kept_in_fp32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Return a function that tells whether transformers keeps a name in fp32 in a ``dtype`` run."""
+    """Return a predicate for names of parameters that transformers keeps in fp32.
+
+    Args:
+        module: the model.
+        dtype: number format of the run.
+    """
     from deepspeed.runtime.keep_in_fp32 import KEEP_IN_FP32_AUTO, keep_in_fp32_pattern
 
     pattern = keep_in_fp32_pattern(module, KEEP_IN_FP32_AUTO, dtype)
@@ -373,17 +300,18 @@ def _kept_in_fp32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str]
 
 
 def _strict(module: torch.nn.Module) -> bool:
-    """Tell whether the model keeps parameters in fp32 in a bf16 run too."""
+    """Tell whether the model keeps parameters in fp32 also in a bf16 run."""
     keeps = _kept_in_fp32(module, torch.bfloat16)
     return any(keeps(name) for name, _ in module.named_parameters())
 
 
 def _of(named: _Named, dtype: torch.dtype) -> _Named:
+    """Return the parameters that have a format."""
     return [(name, p) for name, p in named if p.dtype == dtype]
 
 
 def _listed(named: _Named, *, dtype: bool = True) -> str:
-    """Return the number of parameters, their formats and the first few names, as text."""
+    """Describe parameters by their number, their formats and the first few names."""
     names = ", ".join(name for name, _ in named[:_SHOWN])
     more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
     formats = sorted({str(p.dtype).removeprefix("torch.") for _, p in named})

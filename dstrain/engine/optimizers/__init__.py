@@ -1,4 +1,4 @@
-"""Optimizers, their parameter groups and compiled ops, and schedules that need a metric."""
+"""Optimizers with their parameter groups and compiled ops, and schedules that need a metric."""
 
 from dstrain.engine.optimizers.adagrad import make_adagrad_lazy, without_adagrad_replacement
 from dstrain.engine.optimizers.factory import build_ops, optimizer_class, optimizer_factory

@@ -1,4 +1,4 @@
-"""Optimizers that dstrain builds from the config, and the compiled ops that they need."""
+"""Construction of optimizers from the config, and of the compiled ops that they need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Factory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 def optimizer_class(resolved: ResolvedConfig) -> tuple[type[Any], dict[str, Any]]:
     """Return the optimizer class of the config, and its arguments besides the groups.
 
-    Also for an optimizer that DeepSpeed builds by name, so that it can be built by hand.
+    This includes optimizers that DeepSpeed builds by name, so that a caller can build them too.
 
     Raises:
         ConfigError: the class cannot be imported, or does not take one of the parameters.
@@ -57,7 +57,11 @@ def optimizer_class(resolved: ResolvedConfig) -> tuple[type[Any], dict[str, Any]
 
 
 def optimizer_factory(resolved: ResolvedConfig) -> Factory | None:
-    """Return a function from groups to optimizer, or None where DeepSpeed builds it by name."""
+    """Return a function that builds the optimizer from parameter groups.
+
+    Returns:
+        None without an optimizer in the config, or where DeepSpeed builds it by name.
+    """
     build = resolved.optimizer
     if build is None or (build.type and build.cls != "torch.optim.Adagrad"):
         return None
@@ -72,7 +76,7 @@ def optimizer_factory(resolved: ResolvedConfig) -> Factory | None:
 
 
 def build_ops(resolved: ResolvedConfig) -> None:
-    """Compile the ops of the optimizer before the engine is built; announces a long build.
+    """Compile the ops of the optimizer before the engine is built, with a message on stderr.
 
     Raises:
         ConfigError: an op does not compile, or the accelerator has none.
@@ -96,6 +100,11 @@ def ops_of(resolved: ResolvedConfig) -> list[str]:
 
 
 def _import(path: str) -> type[Any]:
+    """Import a class by its path.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -106,7 +115,12 @@ def _import(path: str) -> type[Any]:
 
 
 def _without_switches(cls: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return parameters of DeepSpeed's config under the names that the constructor takes."""
+    """Return parameters of DeepSpeed's config under the names that a constructor takes.
+
+    Args:
+        cls: path of the optimizer's class.
+        given: parameters of the config.
+    """
     given = dict(given)
     given.pop("torch_adam", None)
     decoupled = given.pop("adam_w_mode", None)
@@ -118,5 +132,6 @@ def _without_switches(cls: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _suggest(name: str, known: list[str]) -> str:
+    """Return a remedy for a parameter that the optimizer does not have."""
     close = nearest(name, known)
     return f"did you mean {close}?" if close else "leave it out"

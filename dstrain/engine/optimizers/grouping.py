@@ -1,4 +1,4 @@
-"""Parameter groups: weight decay on matrices, none on biases and normalisation weights."""
+"""Parameter groups with and without weight decay, by the rule of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from dstrain.core.errors import ModelError, Problem
 
-# The names that transformers' Trainer leaves without decay.
+# Patterns of parameter names to which transformers' Trainer applies no weight decay.
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
@@ -31,7 +31,8 @@ def parameter_groups(
     Raises:
         ModelError: no parameter of the module has requires_grad.
     """
-    # Two without decay too, as in transformers: scripts give the groups rates of their own.
+    # There are two groups even if weight_decay is 0, as in transformers, since scripts set
+    # different learning rates for them.
     decayed = set(decay_names(module))
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay},
@@ -53,10 +54,10 @@ def parameter_groups(
 
 
 def group_of(engine_optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
-    """Return the group that updates a parameter; None for a frozen one.
+    """Return the parameter group of a parameter; None for a frozen one.
 
-    At ZeRO stages the groups of the optimizer hold flat slices, and DeepSpeed's own lists the
-    parameters.
+    At ZeRO stages 1 to 3 the optimizer's groups contain flat tensors, so the parameter is searched
+    in DeepSpeed's own lists of parameters by group.
     """
     groups: list[dict[str, Any]] = engine_optimizer.param_groups
     lists = getattr(engine_optimizer, "bit16_groups", None)  # stages 1 and 2

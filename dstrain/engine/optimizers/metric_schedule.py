@@ -1,4 +1,4 @@
-"""Schedules whose step needs the metric of an evaluation."""
+"""Learning-rate schedules that step by the metric of an evaluation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class MetricSchedule:
-    """A wrapper for a schedule that DeepSpeed must not step after every optimizer step.
+    """A wrapper of a schedule that ignores DeepSpeed's call of ``step`` after each optimizer step.
 
-    DeepSpeed 0.19.8 calls ``step()``, and where that needs an argument ``step(train_batch_size)``
-    (engine.py, ``_take_model_step``): the batch size would pass for the metric. All other
-    attributes are those of the schedule.
+    DeepSpeed 0.19.8 calls ``step()`` or, if that needs an argument, ``step(train_batch_size)``
+    (engine.py, ``_take_model_step``), so that the batch size would be taken for the metric. All
+    other attributes are those of the schedule.
     """
 
     def __init__(self, schedule: Any) -> None:
@@ -19,17 +19,24 @@ class MetricSchedule:
         self.schedule = schedule
 
     def step(self, metric: float | None = None, **kwargs: Any) -> None:
-        """Step by a metric; without one do nothing."""
+        """Step the schedule by a metric; do nothing without one."""
         if metric is not None:
             self.schedule.step(metric, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the schedule: its rates, its state, ..."""
+        """Return an attribute of the wrapped schedule."""
         return getattr(self.schedule, name)
 
 
 def stepping_by_metric_only(schedule: Any) -> Any:
-    """Return a schedule, or a function that makes one, in a form that an engine can step."""
+    """Wrap a schedule that needs a metric, or a function that makes a schedule, for an engine.
+
+    Args:
+        schedule: a schedule, a function from optimizer to schedule, or None.
+
+    Returns:
+        the argument itself where nothing needs to be wrapped.
+    """
     if schedule is None:
         return None
     if callable(schedule):
@@ -38,7 +45,7 @@ def stepping_by_metric_only(schedule: Any) -> Any:
 
 
 def _needs_metric(schedule: Any) -> bool:
-    """Tell whether ``step`` has an argument that must be given."""
+    """Tell whether ``step`` of a schedule has a positional argument without a default."""
     if isinstance(schedule, MetricSchedule) or not hasattr(schedule, "step"):
         return False
     try:

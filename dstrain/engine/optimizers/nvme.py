@@ -1,4 +1,4 @@
-"""The needs of NVMe offload, checked before a model is built: the folder, and DeepSpeed's op."""
+"""Checks of NVMe offload before a model is built: the folders, and DeepSpeed's op for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SECTIONS = ("offload_optimizer", "offload_param")
 
 
 def nvme_folders(resolved: ResolvedConfig) -> dict[str, Path]:
-    """Return the folders that states or parameters are offloaded to, by config key."""
+    """Return the folders to which optimizer state or parameters are offloaded, by config key."""
     folders = {}
     for name in _SECTIONS:
         section = f"zero_optimization.{name}"
@@ -24,7 +24,7 @@ def nvme_folders(resolved: ResolvedConfig) -> dict[str, Path]:
 
 
 def prepare_nvme(resolved: ResolvedConfig) -> None:
-    """Check the folders and build the op where it is missing; nothing without NVMe offload.
+    """Check the folders and build the op of NVMe offload; does nothing without such offload.
 
     Raises:
         ConfigError: a folder that does not exist or cannot be written, or an op that cannot be
@@ -42,6 +42,7 @@ def prepare_nvme(resolved: ResolvedConfig) -> None:
 
 
 def _folder_problems(key: str, folder: Path) -> list[Problem]:
+    """List a problem if a folder does not exist or cannot be written."""
     remedy = "set nvme_path to an existing folder on a local disk of every machine"
     if not folder.is_dir():
         return [Problem(f"{key}={str(folder)!r}", "there is no such folder here", remedy)]

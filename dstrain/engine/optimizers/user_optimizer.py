@@ -1,4 +1,4 @@
-"""Checks of an optimizer or a schedule that the user has built."""
+"""Checks of optimizers and schedules that the user has built."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SLICES = (
 
 
 def check_user_optimizer(optimizer: Any, scheduler: Any, resolved: ResolvedConfig) -> None:
-    """Refuse a user's optimizer or schedule that could not run as given.
+    """Check that a user's optimizer and schedule can run under a config.
 
     Raises:
-        ConfigError: an object that is no optimizer, an optimizer that ZeRO would change, or a
-            schedule of another optimizer.
+        ConfigError: the object is no optimizer, ZeRO would change what the optimizer computes, or
+            the schedule belongs to another optimizer.
     """
     problems = []
     stage, offload = resolved.stage, resolved.optimizer_offload
@@ -57,7 +57,7 @@ def check_user_optimizer(optimizer: Any, scheduler: Any, resolved: ResolvedConfi
 
 
 def slices_remark(optimizer: Any, resolved: ResolvedConfig) -> str:
-    """Describe what a user's optimizer does differently on flat slices; "" for nothing."""
+    """Return a warning about what a user's optimizer computes on flat slices; "" for none."""
     row = None if optimizer is None else _row_of(type(optimizer))
     if optimizer is None or resolved.stage == 0 or (row is not None and not row.warning):
         return ""
@@ -66,7 +66,7 @@ def slices_remark(optimizer: Any, resolved: ResolvedConfig) -> str:
 
 
 def _row_of(cls: type[Any]) -> Optimizer | None:
-    """Return the row of a class in the table of optimizers, or None."""
+    """Return the entry of a class in the table of known optimizers, or None."""
     path = f"{cls.__module__}.{cls.__qualname__}"
     if cls.__module__.startswith("torch.optim."):
         path = f"torch.optim.{cls.__name__}"

@@ -1,4 +1,4 @@
-"""Start-up of this process, its process group and devices, and forming the group again."""
+"""Start-up, shutdown and recovery of the process group, and selection of this process's device."""
 
 from dstrain.engine.process_group.devices import (
     check_precision,

@@ -1,4 +1,4 @@
-"""The accelerator that this process trains on: choosing it, its names, formats and memory."""
+"""Selection of the accelerator that this process trains on, its names, formats and memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dstrain.core.errors import ConfigError, Problem
 
 
 def choose_accelerator(*, use_cpu: bool) -> None:
-    """Let DeepSpeed, not yet imported, use the CPU where that is wanted or there is no other."""
+    """Make DeepSpeed use the CPU if asked to, or if there is no accelerator; before its import."""
     import torch
 
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -31,17 +31,20 @@ def device_name() -> str:
 
 
 def empty_cache() -> None:
-    """Free device memory that torch keeps for later tensors; on the CPU there is none."""
+    """Return device memory that torch caches to the system; does nothing on the CPU."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().empty_cache()
 
 
 def check_precision(precision: str) -> None:
-    """Check, before a model is built, that the device can train in a format.
+    """Check that the device can train in a number format.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
 
     Raises:
-        ConfigError: naming the device and the formats it has.
+        ConfigError: naming the device and the formats that it supports.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -62,7 +65,7 @@ def check_precision(precision: str) -> None:
 
 
 def _other_accelerator() -> bool:
-    """Tell whether torch sees an accelerator of another kind (xpu, npu, hpu)."""
+    """Tell whether torch finds an accelerator that is not a CUDA device (xpu, npu, hpu)."""
     import torch
 
     found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None

@@ -1,10 +1,10 @@
-"""Aborting the process group when memory runs out on one rank, and building a new one.
+"""Recovery of the process group after one rank has run out of memory.
 
-The rank that failed cannot take part in the collectives that the other ranks wait in, so it must
-free them: its connections are cut (gloo) or its communicators aborted (nccl). All ranks then
-destroy their process groups and form new ones. A rank that fails for another reason goes on to
-fail: the rank that ran out of memory leaves a note in the store that the first groups were formed
-with.
+The rank that ran out of memory cannot take part in the collectives in which the other ranks wait.
+It ends their waiting by cutting its connections (gloo) or aborting its communicators (nccl). All
+ranks then destroy their process groups and form new ones. Before that, the rank sets a key in the
+store of the first process group, so that the other ranks can tell lack of memory from other
+failures, which end the run.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 class ProcessGroupRecovery:
     """Aborts and rebuilds the process groups of one training.
 
-    Made after the engine, whose groups it must know.
+    To be constructed after the engine, since connections that are made later are not known.
     """
 
     def __init__(self, ranks: Ranks, *, timeout_seconds: float) -> None:
-        """Note the connections between ranks; a collective of all ranks.
+        """Record the connections between ranks; a collective of all ranks.
 
         Args:
-            ranks: facts of this process.
-            timeout_seconds: of the groups that are formed after an abort.
+            ranks: rank of this process, and the number of ranks.
+            timeout_seconds: timeout of the groups that are formed after an abort.
         """
         self._ranks, self._timeout = ranks, timedelta(seconds=timeout_seconds)
         self._many = is_distributed()
@@ -65,7 +65,7 @@ class ProcessGroupRecovery:
         self._micro_batches = dist.new_group(backend="gloo", timeout=self._timeout)
         barrier()
         theirs = gather_objects(sorted(_connections()))
-        # A connection between ranks is in the lists of both, seen from either end.
+        # A connection between two ranks is in the lists of both, with its ends exchanged.
         ends = {end for rank, of_rank in enumerate(theirs) if rank != ranks.rank for end in of_rank}
         self._between = {(here, there) for here, there in _connections() if (there, here) in ends}
         self._ended = threading.Event()
@@ -73,9 +73,9 @@ class ProcessGroupRecovery:
             threading.Thread(target=self._watch_for_failure, daemon=True).start()
 
     def wait_for_all(self) -> None:
-        """Wait until all ranks have done their micro-batches, so that all or none step.
+        """Wait until all ranks have run their micro-batches, so that all of them step or none.
 
-        Host memory and a socket; the device is not waited for.
+        Uses a barrier of gloo, and does not wait for the device.
         """
         if self._many:
             import torch.distributed as dist
@@ -83,12 +83,15 @@ class ProcessGroupRecovery:
             dist.barrier(group=self._micro_batches)
 
     def report_out_of_memory(self) -> None:
-        """Tell all ranks that this rank has run out of memory."""
+        """Set the key in the store that tells all ranks that this one has run out of memory."""
         if self._many:
             self._store.set("failed", str(self._ranks.rank))
 
     def another_rank_ran_out(self) -> bool:
-        """Tell whether an error of this rank comes from another rank's lack of memory."""
+        """Tell whether another rank has run out of memory, which may explain an error of this one.
+
+        Waits up to 20 seconds for that rank to report it.
+        """
         if not self._many:
             return False
         deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -99,7 +102,7 @@ class ProcessGroupRecovery:
         return True
 
     def abort(self) -> None:
-        """Destroy all process groups, and free the ranks that wait for this one in a collective."""
+        """Destroy all process groups; collectives in which ranks wait for this one then fail."""
         if not self._many:
             return
         import torch.distributed as dist
@@ -108,14 +111,14 @@ class ProcessGroupRecovery:
         if self._backend == "gloo":
             self._cut_connections()
         else:
-            with contextlib.suppress(Exception):  # the watching thread may have done it
+            with contextlib.suppress(Exception):  # the watching thread may have aborted it already
                 dist.distributed_c10d._abort_process_group()
         if dist.is_initialized():
             dist.destroy_process_group()
         _forget_deepspeed_groups()
 
     def rebuild(self, module: torch.nn.Module) -> None:
-        """Form a new group of all ranks, which the parameters of ``module`` then use."""
+        """Form a new group of all ranks, and set it in the partitioned parameters of ``module``."""
         if not self._many:
             return
         import torch.distributed as dist
@@ -133,7 +136,7 @@ class ProcessGroupRecovery:
                 parameter.ds_process_group = dist.group.WORLD
 
     def close(self) -> None:
-        """Stop watching for a failed rank: the training has ended."""
+        """Stop watching for a failed rank, at the end of the training."""
         if self._many:
             self._ended.set()
 
@@ -146,7 +149,11 @@ class ProcessGroupRecovery:
                     end.shutdown(socket.SHUT_RDWR)
 
     def _watch_for_failure(self) -> None:
-        """Free a main thread that waits on the device for a rank that will not come."""
+        """Abort the group once a rank reports a failure; runs in a thread of its own.
+
+        The main thread may be waiting on the device for a collective that the failed rank has not
+        joined.
+        """
         import torch.distributed as dist
 
         while not self._ended.wait(_WATCH_SECONDS):
@@ -157,7 +164,7 @@ class ProcessGroupRecovery:
 
 
 def _connections() -> dict[_Connection, int]:
-    """Return TCP connections of this process: (own, peer's address) -> file descriptor."""
+    """Return the TCP connections of this process: (local, remote address) -> file descriptor."""
     found: dict[_Connection, int] = {}
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -172,11 +179,15 @@ def _connections() -> dict[_Connection, int]:
 
 
 def _address(name: Any) -> tuple[str, int]:
+    """Return host and port of a socket address, an IPv4 address in IPv6 form as IPv4."""
     return str(name[0]).removeprefix("::ffff:"), int(name[1])
 
 
 def _forget_deepspeed_groups() -> None:
-    """Remove groups that DeepSpeed keeps in its modules and would hand to the next engine."""
+    """Reset DeepSpeed's module variables that reference the destroyed groups.
+
+    The next engine would use these groups.
+    """
     from deepspeed.utils import groups
 
     for name in (

@@ -1,7 +1,7 @@
-"""Checks of MASTER_ADDR and MASTER_PORT before torch waits for the ranks to meet there.
+"""Checks of MASTER_ADDR and MASTER_PORT before torch connects the ranks there.
 
-torch would wait for ``ddp_timeout``, or end with the frames of its C++ code. The first rank of each
-machine checks, so that the machine of rank 0 answers one more connection per machine.
+Where they are wrong, torch would wait for ``ddp_timeout``, or raise an error full of C++ frames.
+Only the first rank of each machine checks, so rank 0 accepts one more connection per machine.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _REMIND_SECONDS = 30.0
 
 
 def check_rendezvous(ranks: Ranks, *, timeout_seconds: float) -> None:
-    """Check that this machine's ranks can meet the others at MASTER_ADDR and MASTER_PORT.
+    """Check that this machine's ranks can connect to rank 0 at MASTER_ADDR and MASTER_PORT.
 
-    An address where nothing answers is an error after 45 seconds. An address that refuses belongs
-    to a machine that is up: its rank 0 may start later, and is waited for.
+    If nothing answers at the address within 45 seconds, that is an error. If the connection is
+    refused, the machine is up and its rank 0 may start later, so the wait is longer.
 
     Args:
-        ranks: facts of this process.
-        timeout_seconds: how long to wait for a machine that has not begun.
+        ranks: rank of this process, and the number of ranks.
+        timeout_seconds: how long to wait for a rank 0 that has not started.
 
     Raises:
         ConfigError: the address or the port is wrong; the launcher ends the machine's other ranks.
@@ -46,14 +46,16 @@ def check_rendezvous(ranks: Ranks, *, timeout_seconds: float) -> None:
         raise ConfigError(
             Problem(f"MASTER_PORT={port!r}", "a port is a number from 1 to 65535", "set it so")
         )
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens itself
+    # Under torchrun its agent listens on the port already.
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if ranks.is_main and not has_agent:
         listening = _listen(int(port))
         try:
             if not _is_of_this_machine(address):
                 _reach(address, int(port), ranks, timeout_seconds, listening=listening)
         finally:
-            with contextlib.suppress(OSError):  # the thread that takes calls would keep the port
+            # Ends accept() in the other thread, which would keep the port in use.
+            with contextlib.suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)
             listening.close()
         return
@@ -62,7 +64,7 @@ def check_rendezvous(ranks: Ranks, *, timeout_seconds: float) -> None:
 
 @contextlib.contextmanager
 def warning_when_slow(ranks: Ranks) -> Iterator[None]:
-    """Warn once, on each machine, if the ranks take long to meet inside the block."""
+    """Warn once on each machine if the block, which connects the ranks, takes long."""
     if ranks.world_size == 1 or not ranks.is_local_main:
         yield
         return
@@ -76,6 +78,7 @@ def warning_when_slow(ranks: Ranks) -> Iterator[None]:
 
 
 def _remind(ranks: Ranks) -> None:
+    """Log that the ranks have not connected yet."""
     logger.warning(
         "rank %d has waited %.0f s for all %d ranks to meet at MASTER_ADDR=%s, port %s: are all "
         "machines started, with this address? (DeepSpeed may also be compiling an op)",
@@ -88,7 +91,7 @@ def _remind(ranks: Ranks) -> None:
 
 
 def rendezvous_error(error: Exception, ranks: Ranks) -> ConfigError:
-    """Return the error for a process group that torch could not form, without C++ frames."""
+    """Return an error, without C++ frames, for a process group that torch could not form."""
     message = str(error).strip().partition("\nException raised from")[0]
     return ConfigError(
         Problem(
@@ -103,10 +106,10 @@ def rendezvous_error(error: Exception, ranks: Ranks) -> ConfigError:
 
 @contextlib.contextmanager
 def as_rendezvous_error(ranks: Ranks) -> Iterator[None]:
-    """Turn errors of torch in the first collective into ``rendezvous_error``.
+    """Turn torch's errors in the block, the first collective, into ``rendezvous_error``.
 
     Raises:
-        ConfigError: the ranks did not meet.
+        ConfigError: the ranks could not connect.
     """
     try:
         yield
@@ -117,10 +120,10 @@ def as_rendezvous_error(ranks: Ranks) -> Iterator[None]:
 
 
 def _listen(port: int) -> socket.socket:
-    """Listen on the port, as torch will.
+    """Return a socket that listens on the port in the way torch's store will.
 
     Raises:
-        ConfigError: another process listens on it, or this user may not.
+        ConfigError: another process listens on the port, or the user has no right to.
     """
     try:
         if socket.has_dualstack_ipv6():
@@ -148,10 +151,17 @@ def _reach(
     *,
     listening: socket.socket | None = None,
 ) -> None:
-    """Wait until something accepts connections at the address.
+    """Wait until a process accepts connections at the address.
+
+    Args:
+        address: MASTER_ADDR.
+        port: MASTER_PORT.
+        ranks: rank of this process, for messages.
+        timeout_seconds: how long to wait where the connection is refused.
+        listening: on rank 0, its socket, on which this call then accepts connections.
 
     Raises:
-        ConfigError: nothing has answered in time.
+        ConfigError: no process has answered in time.
     """
     if listening is not None:
         threading.Thread(target=_accept_all, args=(listening,), daemon=True).start()
@@ -179,7 +189,7 @@ def _reach(
 
 
 def _try(address: str, port: int) -> OSError | None:
-    """Connect and hang up; return the error, or None."""
+    """Open and close a connection; return the error, or None."""
     try:
         socket.create_connection((address, port), timeout=_TRY_SECONDS).close()
     except OSError as error:
@@ -188,6 +198,7 @@ def _try(address: str, port: int) -> OSError | None:
 
 
 def _accept_all(listening: socket.socket) -> None:
+    """Accept and close connections until the socket is shut down; runs in a thread."""
     while True:
         try:
             listening.accept()[0].close()
@@ -196,7 +207,7 @@ def _accept_all(listening: socket.socket) -> None:
 
 
 def _is_of_this_machine(address: str) -> bool:
-    """Tell whether an address, or what a name resolves to, is one of this machine's own."""
+    """Tell whether an address or host name belongs to this machine, by binding a socket to it."""
     try:
         found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
     except OSError:
@@ -212,6 +223,7 @@ def _is_of_this_machine(address: str) -> bool:
 
 
 def _reason(failure: OSError) -> str:
+    """Describe why a connection failed."""
     if isinstance(failure, socket.gaierror):
         return "no address is known for this name"
     if isinstance(failure, TimeoutError):
@@ -222,6 +234,7 @@ def _reason(failure: OSError) -> str:
 def _unreachable(
     address: str, port: int, ranks: Ranks, failure: OSError, waited: float
 ) -> ConfigError:
+    """Return the error for an address at which no process has answered."""
     is_here = _is_of_this_machine(address)
     why = _reason(failure)
     if ranks.is_main:

@@ -1,8 +1,8 @@
-"""Removal of the buffers of DeepSpeed's CPU collectives in ``/dev/shm``, which it leaves there.
+"""Removal of the files that DeepSpeed's CPU collectives leave in ``/dev/shm``.
 
-Each rank makes a named buffer of 66 MiB, and maps the buffers of all ranks while the process group
-comes up. From then on nobody needs the names: mapped memory stays usable, and the system frees it
-when the last process has ended, even if that was killed.
+Each rank creates a file of 66 MiB as a buffer, and maps the files of all ranks while the process
+group starts. After that the names are not needed: mapped memory stays usable, and the system frees
+it when the last process that maps it has ended, even if it was killed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ logger = get_logger(__name__)
 
 FOLDER = Path("/dev/shm")
 _NAME = "deepspeed_allreduce_buffer"
-# Ranks map each other's buffers within seconds of making them; after that no run needs a name.
+# Ranks map each other's files within seconds of creating them; older names are not needed.
 SETTLED_SECONDS = 300.0
 _is_unlinked = False
 
 
 def unlink_once_mapped() -> None:
-    """Remove the name of this rank's buffer once all ranks have mapped it; a collective, once.
+    """Remove this rank's file after all ranks have mapped it; a collective of all ranks.
 
-    To be called when DeepSpeed has brought up its side of the process group.
+    To be called when DeepSpeed has initialised its collectives. Only the first call does anything.
     """
     global _is_unlinked
     if not _is_unlinked:
@@ -38,7 +38,7 @@ def unlink_once_mapped() -> None:
 
 
 def unlink_rank_buffer() -> None:
-    """Remove the name of this rank's buffer, where there is one."""
+    """Remove this rank's file, if it exists."""
     variables = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
     name = "_".join([_NAME, str(os.getuid()), *variables])
     with contextlib.suppress(OSError):
@@ -46,10 +46,14 @@ def unlink_rank_buffer() -> None:
 
 
 def remove_leftovers(folder: Path = FOLDER, *, settled_seconds: float = SETTLED_SECONDS) -> int:
-    """Remove buffers of this user's that no process has mapped: their runs were killed.
+    """Remove this user's files that no process maps, which killed runs have left.
 
-    A process that cannot be seen (in another container that shares the folder) loses nothing, as
-    its ranks have long mapped their buffers.
+    Processes in another container that shares the folder are not visible here. They lose nothing,
+    since only files that are older than ``settled_seconds`` are removed: they have mapped these.
+
+    Args:
+        folder: where the files are.
+        settled_seconds: age that a file must have.
 
     Returns:
         the number of bytes that were freed.
@@ -70,7 +74,7 @@ def remove_leftovers(folder: Path = FOLDER, *, settled_seconds: float = SETTLED_
     for name in sorted(set(found) - _mapped(found)):
         with contextlib.suppress(OSError):
             now = os.lstat(name)
-            if now.st_ino == found[name].st_ino:  # else a new run's has taken its place
+            if now.st_ino == found[name].st_ino:  # else a new run has created its file meanwhile
                 os.unlink(name)
                 freed += now.st_size
     if freed:
@@ -79,16 +83,16 @@ def remove_leftovers(folder: Path = FOLDER, *, settled_seconds: float = SETTLED_
 
 
 def _mapped(names: dict[str, os.stat_result]) -> set[str]:
-    """Return the names that some process of this user has mapped."""
+    """Return the files that some process of this user maps."""
     if not names:
         return set()
     mapped: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if process.stat().st_uid != os.getuid():
-                continue  # a buffer is readable for its user alone
+                continue  # no other user may read the file
             maps = (process / "maps").read_text(errors="replace")
         except OSError:
-            continue  # it has ended, or hides itself from all others
+            continue  # the process has ended, or may not be inspected
         mapped |= {name for name in names if name in maps}
     return mapped

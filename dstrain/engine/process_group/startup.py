@@ -1,4 +1,4 @@
-"""Start-up of accelerator, ranks and process group; deepspeed is imported only here."""
+"""Start-up and shutdown of accelerator, ranks and process group."""
 
 from __future__ import annotations
 
@@ -31,16 +31,21 @@ _versions_are_same = False
 def start(
     *, use_cpu: bool = False, backend: str | None = None, timeout_seconds: int = 1800
 ) -> Ranks:
-    """Bring up the process group once; later calls only return the ranks.
+    """Form the process group, and return the ranks; later calls only return the ranks.
 
     Works under the ``deepspeed`` launcher, torchrun and plain Python (one process, no environment
-    to set). On the CPU the ranks of one machine share its cores. From here on this process drops
-    output that cannot be written, and ends when its launcher is gone.
+    to set). Divides the cores of a machine among its ranks. From here on this process drops output
+    that cannot be written, and ends when its launcher has ended.
+
+    Args:
+        use_cpu: whether to train on the CPU even if there is an accelerator.
+        backend: of torch's process group; None leaves it to DeepSpeed.
+        timeout_seconds: of the process group.
 
     Raises:
         ConfigError: ``use_cpu`` after DeepSpeed was imported for another accelerator, more ranks
             on this machine than accelerators, ranks with different versions, or ranks that cannot
-            meet.
+            connect.
     """
     global _started_group
     import torch
@@ -64,13 +69,14 @@ def start(
     folder = ops.prepare_environment()
     ops.clear_stale_locks(folder)
     ops.guard_builds()
-    # DeepSpeed calls collectives by names that torch 2.13 is renaming.
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     ranks = launched_ranks()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    get_logger("DeepSpeed")  # which logs the whole config at the level info: credentials hidden
+    # Hides credentials in the config, which DeepSpeed logs at the level info.
+    get_logger("DeepSpeed")
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if use_cpu and not on_cpu:
@@ -88,7 +94,7 @@ def start(
         library = ops.OPS["shm_comm"].folder
         if ranks.is_local_main and not (folder / library / f"{library}.so").exists():
             logger.warning("building DeepSpeed's shm_comm op (about a minute, once)")
-        atexit.register(shared_memory.unlink_rank_buffer)  # a start that fails leaves it
+        atexit.register(shared_memory.unlink_rank_buffer)  # for a start that fails
         if ranks.is_local_main:
             shared_memory.remove_leftovers()
     else:
@@ -102,7 +108,7 @@ def start(
                 )
             )
         accelerator.set_device(ranks.local_rank)
-    atexit.unregister(_end_collectives)  # once, however many Trainers there are
+    atexit.unregister(_end_collectives)  # else each Trainer would register it once more
     atexit.register(_end_collectives)
     if started:
         return Ranks(
@@ -120,8 +126,8 @@ def start(
                 auto_mpi_discovery=False,
             )
         except RuntimeError as error:
-            # gloo's and NCCL's errors have no class of their own. Once the group is up it is
-            # DeepSpeed that fails, at an op that does not compile.
+            # gloo and NCCL raise plain RuntimeErrors. If torch's group exists, the error is
+            # DeepSpeed's, for an op that does not compile.
             if dist.is_initialized() and not isinstance(error, dist.DistError):
                 raise
             raise rendezvous_error(error, ranks) from error
@@ -134,12 +140,12 @@ def start(
 
 
 def check_versions() -> None:
-    """Check that all ranks run the same versions, once per process group; a collective.
+    """Check that all ranks run the same versions of the software; a collective of all ranks.
 
-    ``start`` does so for a group that it brings up.
+    Only the first call of a process checks. ``start`` calls this for a group that it forms.
 
     Raises:
-        ConfigError: ranks run different software; on all of them alike.
+        ConfigError: the versions differ; raised on every rank.
     """
     global _versions_are_same
     if not _versions_are_same:
@@ -148,7 +154,7 @@ def check_versions() -> None:
 
 
 def shut_down() -> None:
-    """Take the process group down; the last thing a command does."""
+    """Destroy the process group, if there is one, at the end of a command."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -156,14 +162,13 @@ def shut_down() -> None:
 
 
 def _end_collectives() -> None:
-    """Make sure that no collective is under way when Python ends.
+    """Wait, before Python ends, until gloo's threads have released the tensors of collectives.
 
-    A worker thread of gloo releases the tensors of a collective a moment after the ranks have gone
-    on, and needs Python for that. If Python is ending by then, it stops the thread inside of C++
-    code, which aborts the process: a successful run would have the status -6. Destroying the
-    process group waits for these threads; they may be waiting for a rank that has failed, so there
-    is a limit. A group that the user has brought up stays for the user to destroy: there the
-    threads only get some time.
+    They do so a moment after a collective has returned, and need the interpreter. If that is ending
+    by then, it stops the thread inside of C++ code, which aborts the process: a successful run
+    would have the exit status -6. Destroying the process group waits for the threads, which may in
+    turn wait for a rank that has failed, so the wait has a limit. A group that the user has formed
+    is the user's to destroy; there the threads get a short time.
     """
     import torch.distributed as dist
 
@@ -181,13 +186,14 @@ def _end_collectives() -> None:
 
 
 def _usable_cores() -> int:
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _single_process_environment() -> None:
-    """Set the environment of a world of one process, where no launcher has; with a free port."""
+    """Set the environment variables of a single rank, with a free port, if no launcher has."""
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""The state of an engine that trains: master weights, moments, counters, loss scale, schedule."""
+"""State of an engine that trains: master weights, moments, counters, loss scale and schedule."""
 
 from dstrain.engine.state.native import Unpickling
 from dstrain.engine.state.optimizer_state import changing_values, read_scalars

@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoint layout: pickles that fit one topology only."""
+"""Checkpoints in DeepSpeed's layout: pickles, which only the same topology can load."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def write_pickles(deepspeed_engine: Any, folder: Path, tag: str) -> None:
 
 @dataclass(frozen=True)
 class Unpickling:
-    """The permission to let DeepSpeed execute the pickles of a folder.
+    """A user's permission to unpickle the files of a checkpoint, which can execute any code.
 
-    Made in one place, ``dstrain.checkpoint.native.unpickling``, which asks whether the user gave
-    it: nothing else can call ``TrainingState.load_native``.
+    Only ``dstrain.checkpoint.native.unpickling`` creates it, after checking that the user has given
+    the permission; ``TrainingState.load_native`` cannot be called without.
 
     Attributes:
         folder: the checkpoint.
-        tag: the folder in it that has the pickles.
+        tag: name of the folder in it that contains the pickles.
     """
 
     folder: Path
@@ -45,14 +45,18 @@ class Unpickling:
 
 
 def read_pickles(deepspeed_engine: Any, allowed: Unpickling) -> None:
-    """Load DeepSpeed's files into a fresh engine, unpickling them; a collective of all ranks.
+    """Load DeepSpeed's files into a newly built engine; a collective of all ranks.
+
+    Args:
+        deepspeed_engine: the engine.
+        allowed: the permission to unpickle the files, which names them.
 
     Raises:
-        CheckpointError: DeepSpeed does not find them.
+        CheckpointError: DeepSpeed does not find the files.
     """
     folder, tag = str(allowed.folder), allowed.tag
     with quiet():
-        # The schedule's state is in run.json, and may be of another kind than this run's.
+        # The schedule is restored from run.json, since this run may have another kind of schedule.
         path, _ = deepspeed_engine.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(Problem(f"DeepSpeed finds no checkpoint {tag!r} in {folder}"))
@@ -60,7 +64,14 @@ def read_pickles(deepspeed_engine: Any, allowed: Unpickling) -> None:
 
 @contextlib.contextmanager
 def _reaching_the_barrier(deepspeed_engine: Any, failures: list[Exception]) -> Iterator[None]:
-    """Let a rank that cannot write go on to the barrier, where the other ranks wait for it."""
+    """Collect errors of writing in the block instead of raising them.
+
+    A rank that cannot write then still reaches the barrier in which the other ranks wait for it.
+
+    Args:
+        deepspeed_engine: the engine that saves.
+        failures: gets the errors.
+    """
     places = [
         (deepspeed_engine.checkpoint_engine, "save"),
         (deepspeed_engine, "_copy_recovery_script"),
@@ -71,10 +82,8 @@ def _reaching_the_barrier(deepspeed_engine: Any, failures: list[Exception]) -> I
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return method(*args, **kwargs)
-            except (
-                OSError,
-                RuntimeError,
-            ) as error:  # torch.save raises RuntimeError for a full disk
+            except (OSError, RuntimeError) as error:
+                # torch.save raises RuntimeError for a full disk.
                 failures.append(error)
                 return None
 

@@ -1,4 +1,4 @@
-"""Creation of optimizer state before the first step; its numbers and those of groups."""
+"""Creation of optimizer state before the first step, and the scalars in it and in groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstrain.engine.state.shards import StateShard, is_scalar
 logger = get_logger(__name__)
 
 _PROBE_NUMEL = 4
-# Hyper-parameters that stay constant during training: the arguments of the run decide them.
+# Hyper-parameters that training does not change, and that are never restored from a checkpoint.
 STATIC = frozenset(
     [
         "params",
@@ -39,7 +39,7 @@ def read_scalars(shards: Iterable[StateShard]) -> dict[str, dict[str, Any]]:
     """Return the single numbers in the state of each parameter, such as a step count, by name.
 
     Args:
-        shards: all shards of this rank: some optimizers keep one number for a whole group.
+        shards: all shards of this rank, since some optimizers keep one number for a whole group.
     """
     found: dict[str, dict[str, Any]] = {}
     shards = list(shards)
@@ -61,10 +61,13 @@ def read_scalars(shards: Iterable[StateShard]) -> dict[str, dict[str, Any]]:
 
 
 def _latest_steps(shards: list[StateShard]) -> dict[tuple[int, int], Any]:
-    """Return the step count of each parameter group, for optimizers that count by group.
+    """Return the step count of each parameter group of DeepSpeed's FusedAdam.
 
-    DeepSpeed's FusedAdam steps a whole group by the count of its last parameter, and raises only
+    FusedAdam uses the count of a group's last parameter for the whole group, and increases only
     that one (``ops/adam/fused_adam.py:step``).
+
+    Returns:
+        (``id`` of the optimizer, index of the group) -> step count.
     """
     steps: dict[tuple[int, int], Any] = {}
     for shard in shards:
@@ -75,13 +78,19 @@ def _latest_steps(shards: list[StateShard]) -> dict[tuple[int, int], Any]:
 
 
 def create_state(shards: Iterable[StateShard], saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give every holder the state that its saved parameters have; existing state stays.
+    """Create the state of parameters that had state in the saved run, and set its numbers.
+
+    Tensors of state that exists already keep their values. If several parameters share a tensor
+    (``StateShard.holder``), its state gets the largest of their numbers, which differ only if one
+    of them was never stepped.
 
     Args:
         shards: all shards of this rank.
-        saved: the saved numbers by parameter name, as ``read_scalars`` gave them; a parameter that
-            had state without any is there with an empty mapping. Of the parameters that share a
-            holder the largest number counts: they differ only where one was never stepped.
+        saved: the saved numbers by parameter name, as ``read_scalars`` returned them; an empty
+            mapping for a parameter whose state has none.
+
+    Raises:
+        CheckpointError: the optimizer cannot have such state.
     """
     wanted: dict[int, tuple[StateShard, dict[str, Any]]] = {}
     for shard in shards:
@@ -113,7 +122,9 @@ def create_state(shards: Iterable[StateShard], saved: Mapping[str, Mapping[str, 
 
 
 def _fresh_state(shard: StateShard) -> dict[str, Any]:
-    """Return state as the optimizer itself would make it, by letting it step a small tensor.
+    """Return new state of a shard, in the form that the optimizer gives to a small tensor.
+
+    Lets the optimizer step that tensor with a gradient of zeros.
 
     Raises:
         CheckpointError: the optimizer cannot step such a tensor.
@@ -148,19 +159,19 @@ def _fresh_state(shard: StateShard) -> dict[str, Any]:
 
 
 def group_values(optimizer: Any) -> list[dict[str, Any]]:
-    """Return the values of each parameter group that change in training: rates, momenta, counts."""
+    """Return the values of each parameter group that may change in training, such as rates."""
     return [changing_values(group) for group in optimizer.param_groups]
 
 
 def changing_values(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a parameter group that change during training."""
+    """Return the values of a parameter group that may change in training, without tensors."""
     return {
         key: _plain(value) for key, value in group.items() if key not in STATIC and _fits(value)
     }
 
 
 def same_for_all(saved: list[dict[str, Any]]) -> bool:
-    """Tell whether saved groups have equal changing values, so that any number of groups fits."""
+    """Tell whether all saved groups have equal values, so that they fit any number of groups."""
     return all(values == saved[0] for values in saved[1:])
 
 
@@ -170,15 +181,16 @@ def set_group_values(
     *,
     instead: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Restore what ``group_values`` returned; values equal in all saved groups fit any number.
+    """Restore what ``group_values`` returned; equal saved groups fit any number of groups.
 
     Args:
         optimizer: the basic optimizer, which has the groups.
-        saved: values of the groups.
+        saved: values of the saved groups.
         instead: for each group of the optimizer, values that take precedence over saved ones.
 
     Raises:
-        CheckpointError: the number of groups differs, and the saved groups are not alike.
+        CheckpointError: the number of groups differs and the saved groups are not equal, or a value
+            has another type than in this run.
     """
     groups = optimizer.param_groups
     if len(groups) != len(saved) and saved and same_for_all(saved):
@@ -210,10 +222,10 @@ def set_group_values(
 
 
 def check_number_of_groups(count: int, saved: list[dict[str, Any]]) -> None:
-    """Check that there are as many saved groups as this run has, or that they are alike.
+    """Check that there are as many saved groups as ``count``, or that all saved ones are equal.
 
     Raises:
-        CheckpointError: the groups cannot be matched.
+        CheckpointError: neither is so.
     """
     if count == len(saved) or (saved and same_for_all(saved)):
         return
@@ -227,6 +239,7 @@ def check_number_of_groups(count: int, saved: list[dict[str, Any]]) -> None:
 
 
 def _plain(value: Any) -> Any:
+    """Return the number in a tensor of one element, and any other value as it is."""
     fits = isinstance(value, torch.Tensor) and value.numel() == 1
     return value.item() if fits else value
 
@@ -234,8 +247,12 @@ def _plain(value: Any) -> Any:
 def _alike(here: Any, there: Any) -> bool:
     """Tell whether a saved value of a parameter group can replace the value of this run.
 
-    Both must be numbers, or lists of the same length. Where this run has None or a value of an
-    unknown kind, any saved value will do.
+    Both must be numbers, strings, or sequences of the same length. If this run has None or a value
+    of another type, any saved value is accepted.
+
+    Args:
+        here: value of this run.
+        there: saved value.
     """
     if isinstance(here, _NUMBERS):
         return isinstance(there, _NUMBERS)
@@ -245,6 +262,7 @@ def _alike(here: Any, there: Any) -> bool:
 
 
 def _fits(value: Any) -> bool:
+    """Tell whether a value of a parameter group can be saved as plain values."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
     if isinstance(value, (tuple, list)):

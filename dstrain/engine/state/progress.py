@@ -1,4 +1,4 @@
-"""The state of an engine beside tensors: counters, loss scale, parameter groups, schedule."""
+"""Reading and restoring counters, loss scale, parameter groups and schedule of an engine."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ from dstrain.engine.state.schedule import (
 logger = get_logger(__name__)
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
-# Of DeepSpeed's DynamicLossScaler, and of LossScaleConfig at stage 0, which lacks the last.
+# Attributes of DeepSpeed's DynamicLossScaler, and of LossScaleConfig at stage 0, which has no
+# cur_hysteresis.
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class EngineProgress:
-    """The counters, loss scale, parameter groups and schedule of a DeepSpeed engine.
+    """Counters, loss scale, parameter groups and schedule of a DeepSpeed engine.
 
     Attributes:
-        initial: schedule and parameter groups as the run's arguments set them, before the first
-            step; what differs from them later was changed by training.
+        initial: schedule and parameter groups before the first step, as the arguments of the run
+            set them. Values that differ from these later have been changed by training.
     """
 
     def __init__(self, deepspeed_engine: Any, *, precision: str, buffers: Buffers) -> None:
-        """Note the initial schedule and groups of an engine that has taken no step.
+        """Record the initial schedule and groups of an engine that has taken no step.
 
         Args:
-            deepspeed_engine: DeepSpeed's.
+            deepspeed_engine: the engine of DeepSpeed.
             precision: number format of the run.
-            buffers: of its model; those that training changes are recorded by name.
+            buffers: tracker of the model's buffers, of which only names are read and restored here.
         """
         self._engine, self._precision, self._buffers = deepspeed_engine, precision, buffers
         self.initial: dict[str, Any] = {
@@ -60,10 +61,10 @@ class EngineProgress:
         return type(self._basic_optimizer).__name__
 
     def read(self) -> dict[str, Any]:
-        """Return the values that do not depend on the rank, as ``EngineRecord`` describes them.
+        """Return the state that is equal on all ranks, in the form of ``EngineRecord``.
 
         Raises:
-            CheckpointError: a schedule without ``state_dict``.
+            CheckpointError: the schedule has no ``state_dict``.
         """
         scaler, schedule = self._scaler, self._schedule
         state = schedule_state(schedule)
@@ -91,10 +92,10 @@ class EngineProgress:
     def restore(self, saved: dict[str, Any]) -> None:
         """Restore what ``read`` returned; a collective of all ranks.
 
-        The loss scale stays as it is unless both runs use fp16; a scaler without hysteresis (stage
-        0) and one with it (the other stages) take from each other what both have. Of schedule and
-        parameter groups, what training has changed is restored: an argument that differs in this
-        run counts.
+        The loss scale is restored only if both runs use fp16; between a scaler without hysteresis
+        (stage 0) and one with it (the other stages), the values that both have are restored. Of
+        schedule and parameter groups, the values that training has changed are restored; values
+        that come from arguments stay as this run's arguments set them.
 
         Raises:
             CheckpointError: the parameter groups differ, only one of the runs has a schedule, or
@@ -112,7 +113,11 @@ class EngineProgress:
             self._restore_groups(saved)
 
     def _restore_groups(self, saved: dict[str, Any]) -> None:
-        """Restore parameter groups and schedule."""
+        """Restore parameter groups and schedule from what ``read`` returned.
+
+        Raises:
+            CheckpointError: as ``restore``; on this rank.
+        """
         schedule, optimizer = self._schedule, self._basic_optimizer
         if (schedule is None) != (saved["schedule"] is None):
             there, here = ("a", "none") if schedule is None else ("no", "one")
@@ -124,7 +129,7 @@ class EngineProgress:
                 )
             )
         check_number_of_groups(len(optimizer.param_groups), saved["groups"])
-        # Where DeepSpeed's own layout was read, the groups are those of the checkpoint.
+        # Loading DeepSpeed's own layout has set the groups to the checkpoint's: set them back.
         fresh = [{k: v for k, v in g.items() if k in STEERED} for g in self.initial["groups"]]
         set_group_values(optimizer, fresh)
         groups = optimizer.param_groups
@@ -133,7 +138,12 @@ class EngineProgress:
         set_group_values(optimizer, saved["groups"], instead=instead)
 
     def _restore_schedule(self, saved: dict[str, Any]) -> tuple[str, ...]:
-        """Put the schedule where the saved run stood, and return the group entries that it sets."""
+        """Set the schedule to the step of the saved run.
+
+        Returns:
+            the entries of parameter groups that the schedule has set, and that must not be
+            restored.
+        """
         schedule, groups = self._schedule, self._basic_optimizer.param_groups
         count = len(groups)
         begun = saved.get("begun")  # older checkpoints and imported ones have none
@@ -152,7 +162,7 @@ class EngineProgress:
             )
         except CheckpointError:
             raise
-        except Exception as error:  # from the schedule, which can be any class of a user's
+        except Exception as error:  # a user's schedule class can raise anything
             raise CheckpointError(
                 Problem(
                     f"the learning-rate schedule, a {type(schedule).__name__}, cannot take up the "
@@ -172,6 +182,7 @@ class EngineProgress:
 
     @property
     def _schedule(self) -> Any:
+        """Return the learning-rate schedule of the engine, or None."""
         return self._engine.lr_scheduler
 
     @property
@@ -195,16 +206,17 @@ def _values_of_this_run(
     saved: dict[str, Any],
     initial: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Return what parameter groups keep: what the schedule has set, and changed arguments.
+    """Return the values of this run that must not be replaced by saved ones, for each group.
 
-    A saved value that is what it was before the first step was an argument; a rate that a schedule
-    steers is not, even where it is back at its beginning.
+    These are entries that the schedule has set, and entries that come from arguments: their saved
+    value is the same as before the saved run's first step. A learning rate that a schedule sets is
+    never taken for an argument, since a schedule may return to its first rate.
 
     Args:
-        groups: of this run's optimizer.
+        groups: parameter groups of this run's optimizer.
         placed: the entries that the schedule has set.
         saved: what ``EngineProgress.read`` returned in the saved run.
-        initial: this run's groups before its first step.
+        initial: values of this run's groups before its first step.
     """
     count = len(groups)
     there, begun = (
@@ -223,16 +235,21 @@ def _values_of_this_run(
 
 
 def _aligned(values: list[dict[str, Any]] | None, count: int) -> list[dict[str, Any]] | None:
-    """Return values of ``count`` groups, if they are that many or all alike; else None."""
+    """Return values for ``count`` groups; None unless there are as many, or all are equal."""
     if values and len(values) != count and same_for_all(values):
         return values[:1] * count
     return values if values is not None and len(values) == count else None
 
 
 def _for_groups(state: Any, saved: list[dict[str, Any]], count: int) -> Any:
-    """Return a schedule's state for another number of groups, where the saved ones were alike.
+    """Return a schedule's state, fitted to another number of groups if the saved ones are equal.
 
-    torch keeps a rate per group in lists, and a list too short would leave groups without one.
+    torch's schedules keep lists with a rate per group; these get the length ``count``.
+
+    Args:
+        state: the saved state of the schedule.
+        saved: values of the saved groups.
+        count: number of groups of this run.
     """
     if state is None or len(saved) == count or not saved or not same_for_all(saved):
         return state

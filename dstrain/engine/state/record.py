@@ -1,4 +1,4 @@
-"""The record of an engine in a checkpoint, as ``EngineProgress.read`` returns it."""
+"""Schema of an engine's record in a checkpoint, which ``EngineProgress.read`` returns."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _GroupValue = Number | Text | None | tuple[Number | None, ...]
 
 
 def _changes(name: str) -> str:
+    """Return the name of an entry of a parameter group, if training may change the entry."""
     if name in STATIC:
         raise ValueError("it does not change during training")
     return name
@@ -26,7 +27,7 @@ GroupValues = Mapping[Annotated[str, Strict(), AfterValidator(_changes)], _Group
 
 @dataclass(frozen=True)
 class Counters:
-    """DeepSpeed's counters."""
+    """Counters of steps and samples of a DeepSpeed engine."""
 
     global_steps: Count
     global_samples: Count
@@ -36,7 +37,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class LossScale:
-    """DeepSpeed's loss scale; a scaler without hysteresis leaves the last field out."""
+    """State of DeepSpeed's loss scaler; stage 0 has one without ``cur_hysteresis``."""
 
     cur_scale: Annotated[Real, Gt(0)]
     cur_iter: Integer | None = None
@@ -46,7 +47,7 @@ class LossScale:
 
 @dataclass(frozen=True)
 class BuffersFound:
-    """Names of buffers that training changes; old checkpoints leave ``reshaped`` out."""
+    """Names of buffers that ``Buffers.found`` returns; old checkpoints lack ``reshaped``."""
 
     state: list[Text]
     varying: list[Text]
@@ -63,13 +64,13 @@ class Begun:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """The state of an engine without its tensors; the state of a schedule may hold anything.
+    """State of an engine except for its tensors.
 
     Attributes:
         counters: numbers of steps and samples.
         loss_scale: the loss scale; None without fp16.
         groups: values of each parameter group that change during training.
-        schedule: ``state_dict`` of the schedule.
+        schedule: ``state_dict`` of the schedule, of any structure; None without a schedule.
         optimizer: class name of the optimizer.
         rates: learning rates that the schedule set last.
         begun: schedule and groups before the first step.

@@ -1,9 +1,10 @@
-"""Restoring a learning-rate schedule from a checkpoint, also where arguments have changed.
+"""Restoration of a learning-rate schedule from a checkpoint, also if arguments have changed.
 
-With the arguments of the saved run, the state of its schedule is restored as it was. With other
-arguments (more steps in all, another warm-up, rate or kind of schedule) this run's schedule counts:
-it is put where it would be, had it steered the run from the first step. The values of the saved run
-before its first step show which values come from arguments and which from training.
+If the run has the arguments of the saved run, the state of the schedule is restored as it was. With
+other arguments (more steps in total, another warm-up, rate or kind of schedule) this run's schedule
+is set to the state that it would have, had it been used from the first step. Comparing the saved
+values with those before the saved run's first step shows which values come from arguments and which
+from training.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ STEERED = (
     "base_momentum",
     "max_momentum",
 )
-"""Entries of parameter groups that schedules write."""
-# State that all schedules of torch have.
+"""Entries of parameter groups that schedules may set."""
+# Entries in the state of every schedule of torch.
 _OF_ALL_SCHEDULES = frozenset(["_step_count", "last_epoch", "base_lrs", "_last_lr"])
-# Steps of a schedule for each of the engine's.
+# Most steps that a schedule may have taken for each step of the engine.
 _MOST_STEPS_AHEAD = 10_000
 _RATE = ("lr",)
 _RATE_AND_MOMENTUM = ("lr", "betas", "momentum")
 
 
 def schedule_state(schedule: Any) -> dict[str, Any] | None:
-    """Return a copy of a schedule's state; None without a schedule, or if it has no state."""
+    """Return a copy of a schedule's ``state_dict``; None if there is no schedule or it has none."""
     if schedule is None or not hasattr(schedule, "state_dict"):
         return None
     return copy.deepcopy(schedule.state_dict())
 
 
 def last_rates(schedule: Any) -> list[float] | None:
-    """Return the rates that a schedule set last; None where it does not keep them."""
+    """Return the learning rates that a schedule set last; None if it does not record them."""
     rates = getattr(schedule, "_last_lr", None)
     return None if rates is None else [float(rate) for rate in rates]
 
@@ -62,21 +63,21 @@ def restore_schedule(
     fresh: Mapping[str, Any],
     num_steps: int,
 ) -> tuple[str, ...]:
-    """Put a schedule that has taken no step where the saved run stood.
+    """Set a schedule that has taken no step to the step of the saved run.
 
     A schedule that can only be stepped takes all ``num_steps`` steps, some microseconds each.
 
     Args:
         schedule: the schedule of this run.
-        groups: the parameter groups that it steers; get the rates of the next step.
-        saved: the state of the saved run's schedule, and its last ``rates``.
+        groups: the parameter groups whose rates the schedule sets; they get those of the next step.
+        saved: the ``state`` of the saved run's schedule, and its last ``rates``.
         begun: schedule and groups of the saved run before its first step; None if not recorded.
         fresh: schedule and groups of this run before its first step.
         num_steps: steps that changed the weights in the saved run.
 
     Returns:
-        the entries of parameter groups that now hold this run's values; all other entries are still
-        to be restored.
+        the entries of parameter groups that now have this run's values; the caller restores all
+        other entries.
     """
     state, before = saved["state"], None if begun is None else begun["schedule"]
     inner = schedule.schedule if isinstance(schedule, MetricSchedule) else schedule
@@ -97,10 +98,11 @@ def restore_schedule(
 
 
 def _check_attributes(schedule: LRScheduler, state: Any) -> None:
-    """Check that a state fits a schedule of torch, which would accept any attributes.
+    """Check that a saved state fits a schedule of torch, which would accept any attributes.
 
     Raises:
-        ValueError: the state would replace a method, or a value by a value of another kind.
+        ValueError: the state would replace a method of the schedule, or a value by one of another
+            type.
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"its state is a {type(state).__name__}")
@@ -164,7 +166,11 @@ def steps_done(saved: Mapping[str, Any]) -> int:
 
 
 def _step_count(value: Any, *, first: int) -> int:
-    """Return the step count of a schedule, which must be ``first`` or more."""
+    """Return the step count of a schedule as an integer.
+
+    Raises:
+        CheckpointError: it is no number, or below ``first``.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= first:
         raise CheckpointError(
             Problem(f"the learning-rate schedule in the checkpoint is at step {value!r}")
@@ -173,7 +179,7 @@ def _step_count(value: Any, *, first: int) -> int:
 
 
 def unchanged_in_training(saved: Any, begun: Any) -> bool:
-    """Tell whether a saved value is still the one that an argument set before the first step."""
+    """Tell whether a saved value equals the value before the saved run's first step."""
     return _plain(saved) == _plain(begun)
 
 
@@ -185,7 +191,11 @@ def _restore_factors(
     fresh: Mapping[str, Any],
     num_steps: int,
 ) -> tuple[str, ...]:
-    """Restore a schedule whose rates are initial rates times a function of the step."""
+    """Restore a ``LambdaLR``, whose rates are initial rates times a function of the step.
+
+    Returns:
+        as ``restore_schedule``.
+    """
     if "lr_lambdas" in state and "base_lrs" in state:
         before = state if before is None or "base_lrs" not in before else before
         kept = {
@@ -212,7 +222,11 @@ def _restore_factors(
 def _restore_closed_form(
     schedule: Any, groups: Groups, saved: Mapping[str, Any], num_steps: int
 ) -> tuple[str, ...]:
-    """Restore one of DeepSpeed's schedules, which compute rates and momenta from a count alone."""
+    """Restore a schedule of DeepSpeed, which computes rates and momenta from a step count alone.
+
+    Returns:
+        as ``restore_schedule``.
+    """
     if num_steps:
         schedule.step(num_steps - 1)
     moves = _RATE_AND_MOMENTUM if getattr(schedule, "cycle_momentum", False) else _RATE
@@ -229,10 +243,13 @@ def _restore_metric_schedule(
     begun: Mapping[str, Any] | None,
     fresh: Mapping[str, Any],
 ) -> tuple[str, ...]:
-    """Restore a schedule that follows evaluations: its history, with this run's arguments.
+    """Restore the history of a schedule that steps by metrics, keeping this run's arguments.
 
-    Its rates cannot be computed anew. Where this run has another learning rate, the rates that the
-    schedule has reached are scaled to it.
+    Its rates depend on the metrics of the saved run, so they cannot be computed again. If this run
+    has another learning rate, the saved rates are scaled by the ratio of the two.
+
+    Returns:
+        as ``restore_schedule``.
     """
     if not _follows_metric(state):
         return _RATE
@@ -261,20 +278,24 @@ def _restore_metric_schedule(
 
 
 def _follows_metric(state: Mapping[str, Any]) -> bool:
+    """Tell whether a state is that of torch's ``ReduceLROnPlateau``."""
     return "num_bad_epochs" in state
 
 
 def _step_through(schedule: Any, num_steps: int) -> None:
     """Step a schedule until it has taken ``num_steps`` steps."""
     with warnings.catch_warnings():
-        # The optimizer took its steps in the saved run.
+        # torch warns that the optimizer has taken no step; it took them in the saved run.
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*", category=UserWarning)
         for _ in range(num_steps - max(0, getattr(schedule, "last_epoch", 0))):
             schedule.step()
 
 
 def _arguments_changed(state: Any, before: Any, fresh: Any) -> bool:
-    """Tell whether values of the state that training did not change differ in this run."""
+    """Tell whether arguments of the schedule differ between the saved run and this one.
+
+    Arguments are entries of the state that training did not change.
+    """
     if before is None:
         return False
     saved, begun, now = (dict(_leaves(part)) for part in (state, before, fresh))
@@ -288,7 +309,7 @@ def _arguments_changed(state: Any, before: Any, fresh: Any) -> bool:
 
 
 def _leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield the single values of a nested state, with their places."""
+    """Yield each single value of a nested state after its path of keys and indices."""
     value = _plain(value)
     if isinstance(value, Mapping):
         for name, part in value.items():
@@ -301,15 +322,17 @@ def _leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Tell whether two nested states have equal values, tensors counting as lists."""
     return dict(_leaves(one)) == dict(_leaves(other))
 
 
 def _plain(value: Any) -> Any:
-    """Return a tensor's numbers, and any other value as it is."""
+    """Return a tensor as a number or nested list, and any other value as it is."""
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def _put_rates(groups: Groups, rates: Sequence[Any]) -> None:
+    """Set the learning rates of parameter groups."""
     for group, rate in zip(groups, rates, strict=True):
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)

@@ -1,8 +1,8 @@
-"""The shards of master weights and optimizer state that this rank holds, by parameter.
+"""Location of this rank's shards of master weights and optimizer state, by parameter.
 
-DeepSpeed keeps master weights in flat tensors, and every wrapper of the optimizer cuts them in its
-own way. A ``StateShard`` says where in such a tensor a run of one parameter lies, so that the
-rest of dstrain knows parameters by name, start and length only, and never a stage.
+DeepSpeed keeps master weights in flat tensors, which each of its optimizer wrappers divides in
+another way. A ``StateShard`` gives the place of a range of one parameter's elements in such a
+tensor. So the rest of dstrain handles parameters by name, start and length, whatever the stage.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from dstrain.core.errors import CheckpointError, Problem
 from dstrain.engine.zero import full_numel, full_shape, is_partitioned
 
 MASTER = "master"
-"""Key of the values that the optimizer updates."""
+"""Key of the master weights, which the optimizer updates."""
 WEIGHT = "weight"
-"""Key of a parameter that no optimizer updates, in the format of the model."""
+"""Key of the values of a parameter that no optimizer updates, in the model's number format."""
 
 
 @dataclass(frozen=True)
 class StateShard:
-    """A run of one flattened parameter that this rank holds.
+    """A contiguous range of elements of one flattened parameter, which this rank has.
 
     Attributes:
         name: the parameter's name in the module.
-        start: where the run begins in the whole flattened parameter.
-        numel: number of elements of the run.
+        start: index of the range's first element in the whole flattened parameter.
+        numel: number of elements of the range.
         shape: shape of the whole parameter.
-        holder: tensor with the values; the optimizer's state is keyed by it.
-        offset: where the run begins in the flattened holder.
-        group: index of the parameter group; -1 where no optimizer updates the parameter.
-        optimizer: the basic optimizer that has the state, or None.
+        holder: tensor that contains the values; the optimizer's state is keyed by it.
+        offset: index of the range's first element in the flattened holder.
+        group: index of the parameter group; -1 if no optimizer updates the parameter.
+        optimizer: the basic optimizer that has the state; None if none updates the parameter.
     """
 
     name: str
@@ -48,12 +48,12 @@ class StateShard:
 
     @property
     def stop(self) -> int:
-        """Return where the run ends in the whole flattened parameter."""
+        """Return the index after the range's last element in the whole flattened parameter."""
         return self.start + self.numel
 
     @property
     def value_key(self) -> str:
-        """Return the key of the parameter's own values."""
+        """Return the key of the parameter's values, as opposed to the optimizer's state."""
         return WEIGHT if self.optimizer is None else MASTER
 
     @property
@@ -61,21 +61,21 @@ class StateShard:
         """Return the optimizer's state of the holder; empty before the first step."""
         if self.optimizer is None:
             return {}
-        # Not by index: the state is a defaultdict, and looking must not create an entry.
+        # With get(), since indexing a defaultdict would create an entry.
         return self.optimizer.state.get(self.holder) or {}
 
     def part(self, start: int, stop: int) -> StateShard:
-        """Return the piece of this shard between two places of the whole parameter."""
+        """Return the part of this shard from element ``start`` to ``stop`` of the parameter."""
         assert self.start <= start <= stop <= self.stop
         offset = self.offset + start - self.start
         return replace(self, start=start, numel=stop - start, offset=offset)
 
     def tensor_keys(self) -> list[str]:
-        """Return the keys of the parameter's values and of the state tensors of its shape.
+        """Return the keys of the parameter's values and of the state tensors of the same shape.
 
         Raises:
-            CheckpointError: state of another shape, which has no slice for this shard, or of
-                another type.
+            CheckpointError: a state tensor has another shape, so that no slice of it belongs to
+                this shard, or a state value is neither tensor nor number.
         """
         keys = [self.value_key]
         for key, value in self.state.items():
@@ -107,8 +107,9 @@ class StateShard:
     def is_number(self, key: str) -> bool:
         """Tell whether a tensor of the state is a single number, such as a step count.
 
-        A parameter of shape () with its own holder (stage 0) has moments of shape () too. There,
-        parameters with dimensions decide: their moments have dimensions, their numbers not.
+        At stage 0 a parameter of shape () has moments of shape () too. They are told from numbers
+        by the state of a parameter with dimensions, whose tensor of the same key has dimensions if
+        it is a moment.
         """
         value = self.state[key]
         if key == "step" or value.dim() or self.holder.dim():
@@ -120,11 +121,21 @@ class StateShard:
         return False
 
     def read(self, key: str) -> torch.Tensor:
-        """Return the shard's values, 1-D, on their device; a view if memory is contiguous."""
+        """Return the shard's values, 1-D and on their device; a view if the tensor is contiguous.
+
+        Args:
+            key: ``value_key``, or the key of a state tensor.
+        """
         return self._tensor(key).detach().reshape(-1).narrow(0, self.offset, self.numel)
 
     def write(self, key: str, start: int, values: torch.Tensor) -> None:
-        """Set the values from ``start``, a place in the whole parameter."""
+        """Set values of the shard.
+
+        Args:
+            key: ``value_key``, or the key of a state tensor.
+            start: index of the first value in the whole flattened parameter.
+            values: 1-D.
+        """
         target = self._tensor(key).detach()
         offset = self.offset + start - self.start
         if target.is_contiguous():
@@ -135,28 +146,36 @@ class StateShard:
         target.copy_(flat.view(target.shape))
 
     def _tensor(self, key: str) -> torch.Tensor:
+        """Return the tensor of a key, of which the shard is a part."""
         return self.holder if key == self.value_key else self.state[key]
 
 
 def is_scalar(key: str, value: torch.Tensor, holder: torch.Tensor) -> bool:
-    """Tell whether a tensor in the state of a holder with dimensions is a single number."""
+    """Tell whether a tensor in the state of a holder with dimensions is a single number.
+
+    Args:
+        key: of the tensor in the state; "step" is a number also with the shape (1,).
+        value: the tensor.
+        holder: the tensor to whose state it belongs.
+    """
     if key == "step":
         return value.numel() == 1
     return value.dim() == 0 and holder.dim() > 0
 
 
 def locate_shards(module: torch.nn.Module, optimizer: Any) -> list[StateShard]:
-    """Return every shard that this rank holds, in the order of the module's parameters.
+    """Return all shards of this rank, in the order of the module's parameters.
 
-    At stage 0 each rank holds everything, at the other stages its own partition, and frozen
-    parameters are held whole below stage 3.
+    At stage 0 each rank has everything, at the other stages its partition. Frozen parameters are
+    whole on each rank below stage 3.
 
     Args:
         module: the model.
         optimizer: DeepSpeed's wrapper, or the basic optimizer where there is none.
 
     Raises:
-        CheckpointError: state on NVMe, experts or a wrapper whose layout is not known.
+        CheckpointError: state on NVMe, expert parallelism or an optimizer wrapper of unknown
+            layout.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     order = {name: index for index, name in enumerate(names.values())}
@@ -169,7 +188,7 @@ def locate_shards(module: torch.nn.Module, optimizer: Any) -> list[StateShard]:
 
 
 def optimized_names(module: torch.nn.Module, optimizer: Any) -> list[str]:
-    """Return names of the parameters that an optimizer updates, whichever rank holds them."""
+    """Return the names of all parameters that an optimizer updates, on any rank."""
     kinds = ("fp16_groups", "bit16_groups", "bf16_groups")  # stages 3 and 0, 1-2, BF16_Optimizer
     groups = next((getattr(optimizer, kind) for kind in kinds if hasattr(optimizer, kind)), None)
     if groups is None:
@@ -181,11 +200,11 @@ def optimized_names(module: torch.nn.Module, optimizer: Any) -> list[str]:
 def shards_to_write(
     shards: list[StateShard], *, replicated: bool, rank: int, world_size: int
 ) -> list[StateShard]:
-    """Return the shards that this rank writes, so that each element is written by one rank.
+    """Return the shards that this rank writes, so that one rank writes each element.
 
     Args:
-        shards: those that this rank holds.
-        replicated: whether every rank holds the optimized parameters whole (stage 0).
+        shards: all shards of this rank.
+        replicated: whether every rank has the optimized parameters whole (stage 0).
         rank: this rank.
         world_size: number of ranks.
     """
@@ -207,12 +226,22 @@ def shards_to_write(
 
 
 def _is_on_all_ranks(shard: StateShard, *, replicated: bool) -> bool:
+    """Tell whether every rank has the values of a shard."""
     if shard.optimizer is not None:
         return replicated
     return not hasattr(shard.holder, "ds_numel")  # a ds_tensor of stage 3 is this rank's alone
 
 
 def _optimized(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
+    """Yield this rank's shards of optimized parameters, by the layout of DeepSpeed's wrapper.
+
+    Args:
+        optimizer: DeepSpeed's wrapper, or the basic optimizer.
+        names: ``id`` of a parameter -> name.
+
+    Raises:
+        CheckpointError: the layout is not known.
+    """
     if getattr(optimizer, "has_moe_layers", False):
         raise _unknown("a model with expert parallelism")
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -244,11 +273,12 @@ def _optimized(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
 
 
 def _stages_one_and_two(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
+    """Yield this rank's shards at stages 1 and 2."""
     for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
         yield from _cut(
             optimizer,
             index,
-            # Not the order of the group: round-robin partitioning changes it.
+            # Round-robin partitioning changes the order of the group's parameters.
             zip(
                 optimizer.round_robin_bit16_groups[index],
                 optimizer.round_robin_bit16_offsets[index],
@@ -260,6 +290,7 @@ def _stages_one_and_two(optimizer: Any, names: dict[int, str]) -> Iterator[State
 
 
 def _bf16_optimizer(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
+    """Yield this rank's shards in DeepSpeed's ``BF16_Optimizer``."""
     for index, flat in enumerate(optimizer.fp32_groups_flat_partition):
         offsets, position = [], 0
         for parameter in optimizer.bf16_groups[index]:
@@ -272,7 +303,15 @@ def _bf16_optimizer(optimizer: Any, names: dict[int, str]) -> Iterator[StateShar
 def _cut(
     optimizer: Any, group: int, placed: Any, flat: torch.Tensor, names: dict[int, str]
 ) -> Iterator[StateShard]:
-    """Yield the shards in this rank's partition of the flat tensor of a group."""
+    """Yield the shards in this rank's partition of the flat tensor of a group.
+
+    Args:
+        optimizer: DeepSpeed's wrapper.
+        group: index of the parameter group.
+        placed: the group's parameters with their offsets in the whole flat tensor.
+        flat: this rank's partition.
+        names: ``id`` of a parameter -> name.
+    """
     import torch.distributed as dist
 
     size = flat.numel()
@@ -293,6 +332,11 @@ def _cut(
 
 
 def _stage_three(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
+    """Yield this rank's shards at stage 3.
+
+    Raises:
+        CheckpointError: state is offloaded to NVMe.
+    """
     import torch.distributed as dist
 
     rank = dist.get_rank(group=optimizer.dp_process_group)
@@ -302,7 +346,7 @@ def _stage_three(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
             raise _unknown("state that is offloaded to NVMe")
         inner = optimizer.optimizer
         if optimizer.offload_optimizer and optimizer.subgroup_to_device[index] != "cpu":
-            inner = optimizer.backup_optimizer  # the share that offload ratio < 1 keeps
+            inner = optimizer.backup_optimizer  # for state that an offload ratio < 1 leaves here
         offset = 0
         for parameter in group:
             size = parameter.partition_numel()
@@ -321,6 +365,7 @@ def _stage_three(optimizer: Any, names: dict[int, str]) -> Iterator[StateShard]:
 
 
 def _frozen(name: str, parameter: Any) -> StateShard:
+    """Return this rank's shard of a parameter that no optimizer updates."""
     if not is_partitioned(parameter):
         return StateShard(name, 0, parameter.numel(), tuple(parameter.shape), parameter, 0)
     import torch.distributed as dist
@@ -332,6 +377,7 @@ def _frozen(name: str, parameter: Any) -> StateShard:
 
 
 def _unknown(what: str) -> CheckpointError:
+    """Return the error for optimizer state that cannot be located."""
     return CheckpointError(
         Problem(
             f"a checkpoint of {what}",

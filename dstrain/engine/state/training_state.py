@@ -1,4 +1,4 @@
-"""The door to the state of an engine that trains: reading, loading, capturing and restoring it."""
+"""Reading, loading, capturing and restoring the state of an engine that trains."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dstrain.engine.state.shards import WEIGHT, StateShard, locate_shards, optim
 
 @dataclass(frozen=True)
 class CapturedState:
-    """The state of an engine in host memory: this rank's part, and what is alike on all ranks.
+    """A copy of an engine's state in host memory: this rank's shards, and the common values.
 
     Attributes:
-        tensors: (parameter, start, key) -> values.
-        scalars: single numbers of the optimizer's state by parameter.
-        progress: counters, loss scale, rates, schedule.
+        tensors: (parameter, start, key) -> values of a shard of this rank.
+        scalars: single numbers of the optimizer's state, such as step counts, by parameter.
+        progress: counters, loss scale, rates and schedule, which are equal on all ranks.
     """
 
     tensors: dict[tuple[str, int, str], torch.Tensor]
@@ -34,11 +34,11 @@ class CapturedState:
 
 
 class TrainingState:
-    """The master weights, moments, counters, loss scale and schedule of one engine.
+    """Access to master weights, moments, counters, loss scale and schedule of one engine.
 
     Attributes:
         module: the model.
-        buffers: the model's buffers that training changes.
+        buffers: tracker of the model's buffers that training changes.
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class TrainingState:
         buffers: Buffers,
         settle_weights: Callable[[], object],
     ) -> None:
-        """Note schedule and parameter groups as they are before the first step.
+        """Record schedule and parameter groups as they are before the first step.
 
         Args:
             module: the model.
-            deepspeed_engine: DeepSpeed's engine on it.
-            precision: number format of the run; fp16 has a loss scale.
-            buffers: those of the model.
-            settle_weights: takes changes by a user's code over into the master weights; called
-                before they are read.
+            deepspeed_engine: the model's DeepSpeed engine.
+            precision: number format of the run; only fp16 has a loss scale.
+            buffers: tracker of the model's buffers.
+            settle_weights: copies changes that a user's code has made to weights into the master
+                weights; called before these are read.
         """
         self.module, self.buffers = module, buffers
         self._engine, self._settle_weights = deepspeed_engine, settle_weights
@@ -68,16 +68,17 @@ class TrainingState:
     # --- master weights and moments ---------------------------------------------------------------
 
     def shards(self) -> list[StateShard]:
-        """Return the shards that this rank holds, in the order of the module's parameters.
+        """Return this rank's shards, in the order of the module's parameters.
 
         Raises:
-            CheckpointError: state on NVMe, experts or a wrapper whose layout is not known.
+            CheckpointError: state on NVMe, expert parallelism or an optimizer wrapper of unknown
+                layout.
         """
         self._settle_weights()
         return locate_shards(self.module, self._engine.optimizer)
 
     def optimized_names(self) -> list[str]:
-        """Return names of the parameters that the optimizer updates, whichever rank holds them."""
+        """Return the names of all parameters that the optimizer updates, on any rank."""
         return optimized_names(self.module, self._engine.optimizer)
 
     @contextlib.contextmanager
@@ -86,12 +87,13 @@ class TrainingState:
     ) -> Iterator[list[StateShard]]:
         """Yield this rank's shards, to be written inside the block; a collective of all ranks.
 
-        Parameters that stage 3 has gathered are released before, since their values would be
-        stale, and the weights that the model computes with follow the master weights after. An
-        error inside is raised on every rank; the model can then no longer be used.
+        Before the block, parameters that stage 3 has gathered are partitioned, since their values
+        would be stale. After it, the master weights are copied into the weights with which the
+        model computes. An error in the block is raised on every rank; the model cannot be used
+        then.
 
         Args:
-            scalars: saved numbers of the optimizer's state, for which the state is created first.
+            scalars: saved numbers of the optimizer's state; the state is created from them first.
 
         Raises:
             CheckpointError: the optimizer cannot have such state.
@@ -117,7 +119,7 @@ class TrainingState:
         return self._progress.optimizer_name
 
     def learning_rates(self) -> list[float]:
-        """Return the learning rate of each parameter group, to be used by the next step."""
+        """Return the learning rate of each parameter group for the next step."""
         return [float(group["lr"]) for group in self._engine.optimizer.param_groups]
 
     def loss_scale(self) -> float | None:
@@ -132,10 +134,10 @@ class TrainingState:
         """Restore what ``read_progress`` returned; a collective of all ranks."""
         self._progress.restore(saved)
 
-    # --- all of it --------------------------------------------------------------------------------
+    # --- the whole state --------------------------------------------------------------------------
 
     def capture(self) -> CapturedState:
-        """Copy the state into host memory; no other rank is asked."""
+        """Return a copy of the state in host memory; no rank waits for another."""
         shards = self.shards()
         tensors = {
             (shard.name, shard.start, key): shard.read(key).to("cpu", copy=True)
@@ -146,7 +148,10 @@ class TrainingState:
         return CapturedState(tensors, read_scalars(shards), self.read_progress())
 
     def restore(self, captured: CapturedState) -> None:
-        """Put captured state into a fresh engine of the same topology; a collective."""
+        """Load captured state into a newly built engine; a collective of all ranks.
+
+        The engine must have the same number of ranks and ZeRO stage as the captured one.
+        """
         with self.loading(captured.scalars) as shards:
             for shard in shards:
                 for key in shard.tensor_keys():
@@ -165,16 +170,19 @@ class TrainingState:
         write_pickles(self._engine, folder, tag)
 
     def load_native(self, allowed: Unpickling) -> None:
-        """Load DeepSpeed's files into a fresh engine, unpickling them; a collective of all ranks.
+        """Load DeepSpeed's files into a newly built engine; a collective of all ranks.
+
+        Args:
+            allowed: the permission to unpickle the files, which names them.
 
         Raises:
-            CheckpointError: DeepSpeed does not find them.
+            CheckpointError: DeepSpeed does not find the files.
         """
         read_pickles(self._engine, allowed)
 
 
 def _refresh_weights(optimizer: Any) -> None:
-    """Copy master weights into the weights that the model computes with."""
+    """Copy master weights into the weights with which the model computes."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for index, flat in enumerate(optimizer.fp16_partitioned_groups_flat):
             flat.data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)

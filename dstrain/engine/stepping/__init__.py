@@ -1,4 +1,4 @@
-"""The forward and backward passes of a training, in the same order on all ranks."""
+"""Backward passes and gradients of a training, in the same order on all ranks."""
 
 from dstrain.engine.stepping.gradient_clipping import GradientClipping
 from dstrain.engine.stepping.gradient_order import gradient_sequence

@@ -1,4 +1,4 @@
-"""The order in which a backward pass will reach parameters, computed from its graph."""
+"""Prediction of the order in which a backward pass reaches parameters, from its graph."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 def gradient_arrival_order(
     loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
 ) -> list[int]:
-    """Return all indices of ``parameters`` in the order in which gradients of ``loss`` will come.
+    """Return the indices of all parameters in the order in which their gradients will come.
 
-    Runs through the graph as torch's engine does on one device: among the nodes whose inputs are
-    ready, it takes the node that the forward pass made last. A parameter that is not in the graph
-    (unused, or inside a re-entrant checkpoint) comes behind the parameter that is registered after
-    it. The time grows with the number of nodes and of parameters.
+    Walks through the graph as torch's engine does on one device: among the nodes whose inputs are
+    ready, it takes the one that the forward pass created last. A parameter that is not in the graph
+    (unused, or inside a re-entrant checkpoint) is placed directly after the parameter that is
+    registered behind it. The time grows with the number of nodes and of parameters.
 
     Args:
-        loss: tensor that backward() is called on; without a graph the order is that of
-            registration, backwards.
+        loss: tensor that backward() will be called on; without a graph the order is the reverse of
+            registration.
         parameters: all parameters, in the order in which the model registers them.
     """
     index_of = {id(parameter): index for index, parameter in enumerate(parameters)}
     found = [i for i in _reached(loss, index_of) if i is not None]
     seen = set(found)
-    behind: dict[int, list[int]] = {}
-    after = -1  # the last parameter seen, going backwards; -1 for the start
+    behind: dict[int, list[int]] = {}  # parameters that are not in the graph, by their predecessor
+    after = -1  # the last parameter of the graph, going backwards; -1 at the start
     for index in reversed(range(len(parameters))):
         if index in seen:
             after = index
@@ -42,13 +42,14 @@ def gradient_arrival_order(
 
 
 def _reached(loss: torch.Tensor, index_of: dict[int, int]) -> list[int | None]:
+    """Return the indices of the leaves of a graph in order; None for other tensors."""
     root: Any = loss.grad_fn
     if root is None:
         return []
     waits = _num_inputs(root)
     ready: list[tuple[int, int, Any]] = [(0, 0, root)]
     order: list[int | None] = []
-    number = 0  # of two nodes made at once, the one that was ready first
+    number = 0  # orders nodes of the same sequence number by the time at which they became ready
     while ready:
         node = heapq.heappop(ready)[2]
         parameter = getattr(node, "variable", None)
@@ -66,7 +67,7 @@ def _reached(loss: torch.Tensor, index_of: dict[int, int]) -> list[int | None]:
 
 
 def _num_inputs(root: Any) -> dict[Any, int]:
-    """Count the edges that lead to each node of a graph; the nodes are kept alive as keys."""
+    """Count the edges that lead to each node of a graph."""
     waits = {root: 0}
     stack = [root]
     while stack:

@@ -1,4 +1,4 @@
-"""Clipping of gradients, and their norm, where DeepSpeed leaves gradients to torch."""
+"""Clipping of gradients and their norm at stage 0 in fp32, where gradients are torch's."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from dstrain.config import ResolvedConfig
-from dstrain.engine.zero import clip_scalars_too
+from dstrain.engine.zero import clip_scalars_too, has_scalars
 
 
 class GradientClipping:
     """Clips the gradients of stage 0 in fp32 before the step, so that callbacks see the result.
 
-    transformers clips before ``on_pre_optimizer_step``. In other runs DeepSpeed clips in its step,
-    where nobody can reach the gradients, and this does nothing.
+    transformers does so before ``on_pre_optimizer_step``. In other runs DeepSpeed clips in its
+    step, and callbacks cannot read the gradients; this class does nothing then.
     """
 
     def __init__(
@@ -25,21 +25,19 @@ class GradientClipping:
         resolved: ResolvedConfig,
         *,
         trains: bool,
-        has_scalars: bool,
     ) -> None:
         """Take clipping over from DeepSpeed's step.
 
         Args:
-            deepspeed_engine: DeepSpeed's.
+            deepspeed_engine: the engine of DeepSpeed.
             module: the model.
             resolved: the config of the run.
             trains: whether the engine has an optimizer.
-            has_scalars: whether a parameter has the shape ().
         """
         self._engine, self._module = deepspeed_engine, module
-        # With plain fp32 and stage 0 DeepSpeed keeps no norm, so it is computed on request.
+        # In fp32 at stage 0 DeepSpeed does not keep the norm.
         self._computes_norm = resolved.stage == 0 and resolved.precision == "fp32"
-        if self._computes_norm and has_scalars:
+        if self._computes_norm and has_scalars(module.parameters()):
             clip_scalars_too(deepspeed_engine)
         self._clip: Callable[[], object] = _do_nothing
         self._is_done = False
@@ -49,7 +47,11 @@ class GradientClipping:
             deepspeed_engine.clip_fp32_gradients = _do_nothing
 
     def clip(self, *, want_norm: bool) -> None:
-        """Clip, and keep the norm of before where it is wanted; once per step."""
+        """Clip the gradients; only the first call before a step does anything.
+
+        Args:
+            want_norm: whether to keep the norm before clipping, for ``finish``.
+        """
         if self._is_done:
             return
         self._is_done = True
@@ -60,10 +62,10 @@ class GradientClipping:
             self._clip()
 
     def finish(self) -> torch.Tensor | None:
-        """Return the norm that ``clip`` computed, if any, and be ready for the next step."""
+        """Return the norm that ``clip`` kept, if any, and prepare for the next step."""
         norm, self._norm, self._is_done = self._norm, None, False
         return norm
 
 
 def _do_nothing() -> None:
-    """Stand for DeepSpeed's clipping, which has been done by then."""
+    """Do nothing; stands for DeepSpeed's clipping in its step."""

@@ -1,21 +1,21 @@
-"""The order in which gradients go to DeepSpeed's buckets: the same on all ranks, none left out.
+"""Ordering of gradients before DeepSpeed's reduce buckets: the same on all ranks, none missing.
 
-ZeRO puts gradients into its reduce buckets as hooks of the backward pass bring them, and adds up
-the buckets of all ranks. A rank whose micro-batch does not use a parameter (a head without labels,
-an expert without tokens, a layer that LayerDrop skips, a batch without images), or reaches
-parameters in another order, fills its buckets differently: gradients of one parameter are then
-added to those of another. And a parameter without gradient in the last micro-batch of a window, or
-in a whole window, keeps the gradient of the window before where DeepSpeed collects gradients itself
-(CPU offload, stage 3).
+ZeRO puts gradients into its reduce buckets in the order in which the backward pass computes them,
+and adds up the buckets of all ranks. A rank whose micro-batch does not use a parameter (a head
+without labels, an expert without tokens, a layer that LayerDrop skips, a batch without images), or
+whose backward pass reaches parameters in another order, fills its buckets differently: gradients of
+one parameter are then added to those of another. And where DeepSpeed accumulates gradients itself
+(CPU offload, stage 3), a parameter without a gradient in the last micro-batch before a step, or in
+all of them, keeps the gradient of the previous step.
 
-Here every gradient waits until those before it in the order have been handed on. A gradient that
-the backward pass will not bring is handed on as zeros, as torch's DistributedDataParallel and
-DeepSpeed at stage 0 do. So every backward pass of every rank fills the buckets alike, and no rank
-has to ask another.
+Here every gradient waits until all gradients before it in a fixed order are in the buckets. For a
+gradient that the backward pass will not compute, zeros are put in, as torch's
+DistributedDataParallel and DeepSpeed at stage 0 do. So every backward pass fills the buckets alike
+on all ranks, without communication.
 
-The order is the one in which the main rank's first backward pass brings gradients; it is sent to
-the other ranks once. In a model that uses all its parameters nothing waits then, and buckets are
-filled as without this.
+The order is that of the main rank's first backward pass, which it sends to the other ranks once. In
+a model that uses all its parameters no gradient waits, and buckets are filled as without this
+module.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _OF_STAGE_3 = (*_OF_BOTH, "fp16_groups", "leaf_parameters")
 
 
 def gradient_sequence(optimizer: Any, module: torch.nn.Module) -> GradientSequence | None:
-    """Return the sequence of a ZeRO optimizer; None for optimizers that fill in zeros themselves.
+    """Return the ordering for a ZeRO optimizer; None for others, which fill in zeros themselves.
 
     Raises:
         TrainingError: this DeepSpeed lacks attributes that the sequence needs.
@@ -68,53 +68,56 @@ def gradient_sequence(optimizer: Any, module: torch.nn.Module) -> GradientSequen
 
 
 class GradientSequence(abc.ABC):
-    """A layer between the hooks of a ZeRO optimizer and its buckets.
+    """Passes gradients from the hooks of a ZeRO optimizer to its buckets in a fixed order.
 
-    Costs one look-up and one comparison per gradient. Parameters that wait keep their gradients
-    meanwhile, as torch's backward pass leaves them.
+    Costs one look-up and one comparison per gradient. A gradient that waits stays in its parameter,
+    where torch's backward pass has put it.
 
     Attributes:
-        before_end: called at the end of every backward pass, before the gradients that are left
-            are handed on.
+        before_end: called at the end of every backward pass, before the remaining gradients are
+            put into buckets.
     """
 
     def __init__(self, optimizer: Any, module: torch.nn.Module, names: tuple[str, ...]) -> None:
-        """Take the place of the two functions of ``optimizer`` that fill and empty buckets.
+        """Replace the two functions of ``optimizer`` that fill and empty buckets.
 
         Args:
-            optimizer: DeepSpeed's ZeRO optimizer of this rank.
-            module: the model; gives the order in which parameters are registered.
+            optimizer: DeepSpeed's ZeRO optimizer.
+            module: the model; defines the order in which parameters are registered.
             names: attributes of the optimizer that must exist.
         """
         _check(optimizer, names)
         self._optimizer = optimizer
         self._names = {id(p): name for name, p in module.named_parameters()}
-        self._hand_on = optimizer.reduce_ready_partitions_and_remove_grads
+        self._put_into_bucket = optimizer.reduce_ready_partitions_and_remove_grads
         self._end_pass = optimizer.overlapping_partition_gradients_reduce_epilogue
-        optimizer.reduce_ready_partitions_and_remove_grads = self._arrive
+        optimizer.reduce_ready_partitions_and_remove_grads = self._take
         optimizer.overlapping_partition_gradients_reduce_epilogue = self._end
         self.before_end: Callable[[], None] = _do_nothing
-        self._has_order = self._knows = False
+        self._has_order = self._has_ended_once = False
         self._graph: int | None = None  # of the backward pass that runs
-        self._is_nested = False  # whether gradients come from backward passes inside of one
-        self._filled: set[int] = set()
+        self._is_nested = False  # whether a backward pass has run backward passes inside of it
+        self._zeros_put: set[int] = set()
         self._streams: dict[int, Any] = {}
-        given = self._given()
+        given = self._bucket_arguments()
         registered = [id(p) for p in module.parameters() if id(p) in given]
         others = [key for key in given if key not in self._names]
-        self._put([given[key] for key in (*registered, *others)])
+        self._set_order([given[key] for key in (*registered, *others)])
 
     def close(self) -> None:
-        """Give DeepSpeed its functions back."""
-        own = vars(self._optimizer)
-        own.pop("reduce_ready_partitions_and_remove_grads", None)
-        own.pop("overlapping_partition_gradients_reduce_epilogue", None)
+        """Restore DeepSpeed's functions."""
+        replaced = vars(self._optimizer)
+        replaced.pop("reduce_ready_partitions_and_remove_grads", None)
+        replaced.pop("overlapping_partition_gradients_reduce_epilogue", None)
 
     @contextlib.contextmanager
     def backward(self, loss: torch.Tensor) -> Iterator[None]:
-        """Run the backward pass of ``loss`` inside; the first one is a collective of all ranks."""
+        """Prepare for the backward pass of ``loss``, which the caller runs inside the block.
+
+        The first call is a collective of all ranks, which agrees on the order.
+        """
         if not self._has_order:
-            self._agree(loss)
+            self._adopt_main_order(loss)
         if not loss.requires_grad:  # DeepSpeed raises an error
             yield
             return
@@ -125,34 +128,39 @@ class GradientSequence(abc.ABC):
             handle.remove()
             self._graph = None
 
-    # --- of the stages ---------------------------------------------------------------------------
+    # --- different at each stage -----------------------------------------------------------------
 
     @abc.abstractmethod
-    def _given(self) -> dict[int, tuple[Any, ...]]:
-        """Return the arguments of DeepSpeed's hook for each parameter, by its ``id``."""
+    def _bucket_arguments(self) -> dict[int, tuple[Any, ...]]:
+        """Return by ``id`` of parameter the arguments that DeepSpeed's bucket function takes."""
 
     @abc.abstractmethod
-    def _collects(self) -> bool:
-        """Tell whether gradients of this micro-batch go into buckets."""
+    def _uses_buckets(self) -> bool:
+        """Tell whether the gradients of this micro-batch are put into buckets."""
 
     @abc.abstractmethod
-    def _fill(self, parameter: Any) -> None:
-        """Give a parameter a gradient of zeros, unless one waits to be reduced."""
+    def _set_zeros(self, parameter: Any) -> None:
+        """Set a parameter's gradient to zeros, unless it has one that is not reduced yet."""
 
-    def _comes_later(self, parameter: Any) -> bool:
-        """Tell whether the gradient of a parameter comes later than torch computes it."""
+    def _arrives_late(self, parameter: Any) -> bool:
+        """Tell whether DeepSpeed's hook gets a parameter's gradient later than it is computed."""
         return False
 
     # --- order -----------------------------------------------------------------------------------
 
-    def _put(self, members: list[tuple[Any, ...]]) -> None:
+    def _set_order(self, members: list[tuple[Any, ...]]) -> None:
+        """Set the order; each member is the arguments of DeepSpeed's function for a parameter."""
         self._members = members
         self._position = {id(member[0]): n for n, member in enumerate(members)}
         self._here = bytearray(len(members))
         self._next = 0
 
-    def _agree(self, loss: torch.Tensor) -> None:
-        """Adopt the order of the main rank's backward pass; sends a number per parameter."""
+    def _adopt_main_order(self, loss: torch.Tensor) -> None:
+        """Adopt the order of the main rank's backward pass; a collective, a number per parameter.
+
+        Keeps the order of registration if gradients have come already, from a backward pass inside
+        of the forward pass.
+        """
         import torch.distributed as dist
 
         self._has_order = True
@@ -160,80 +168,84 @@ class GradientSequence(abc.ABC):
         if not dist.is_initialized() or dist.get_rank() == 0:
             order = gradient_arrival_order(loss, [member[0] for member in self._members])
         order = broadcast_object(order)
-        if self._next or any(self._here):  # a pass has begun before: in a forward pass
+        if self._next or any(self._here):
             return
-        self._put([self._members[index] for index in order])
+        self._set_order([self._members[index] for index in order])
 
     # --- a backward pass -------------------------------------------------------------------------
 
     def _begin(self, _: torch.Tensor) -> None:
+        """Record the running backward pass, at its first gradient."""
         self._graph = torch._C._current_graph_task_id()
 
-    def _arrive(self, parameter: Any, *group: int) -> None:
-        """Hand a gradient on, with the gradients that wait for it; or let it wait."""
-        if not self._collects():
-            self._hand_on(parameter, *group)
+    def _take(self, parameter: Any, *group: int) -> None:
+        """Put a gradient and those that wait for it into buckets, or let it wait for others."""
+        if not self._uses_buckets():
+            self._put_into_bucket(parameter, *group)
             return
         if not getattr(parameter, "ds_grad_is_ready", True):
-            return  # a tile of a computation in tiles: the last one brings the sum
+            return  # computed in tiles: only the call for the last tile has the whole gradient
         position = self._position[id(parameter)]
         if position < self._next:
             self._refuse_late(position)
-            self._hand_on(parameter, *group)  # twice in one pass: DeepSpeed has its own error
+            # Twice in one pass: DeepSpeed raises its error.
+            self._put_into_bucket(parameter, *group)
             return
         self._here[position] = 1
         if self._graph is not None and torch._C._current_graph_task_id() != self._graph:
             self._is_nested = True
         if position == self._next:
-            self._go_on()
+            self._put_all_that_came()
             return
-        self._keep(position)
+        self._record_stream(position)
         while self._next < position and self._is_unused(self._next):
-            self._filled.add(self._next)
-            self._hand(self._next)
+            self._zeros_put.add(self._next)
+            self._put_position(self._next)
             self._next += 1
-            self._go_on()
+            self._put_all_that_came()
 
-    def _go_on(self) -> None:
+    def _put_all_that_came(self) -> None:
+        """Put gradients into buckets up to the first that has not come."""
         here, size = self._here, len(self._members)
         while self._next < size and here[self._next]:
-            self._hand(self._next)
+            self._put_position(self._next)
             self._next += 1
 
     def _end(self) -> None:
-        """Hand on the gradients that are left, zeros where none has come, and end the pass."""
+        """Put the remaining gradients into buckets, zeros where none has come, and end the pass."""
         self.before_end()
         with torch.no_grad():
             for position in range(self._next, len(self._members)):
-                self._hand(position)
+                self._put_position(position)
         self._here[:] = bytes(len(self._members))
         self._next = 0
-        self._filled.clear()
-        self._knows = True
+        self._zeros_put.clear()
+        self._has_ended_once = True
         self._end_pass()
 
-    def _hand(self, position: int) -> None:
+    def _put_position(self, position: int) -> None:
+        """Put the gradient at a position of the order into a bucket, zeros where none has come."""
         member = self._members[position]
         if not self._here[position]:
-            self._fill(member[0])
+            self._set_zeros(member[0])
         stream = self._streams.pop(position, None)
         if stream is not None:
             _wait_for(stream, member[0])
-        self._hand_on(*member)
+        self._put_into_bucket(*member)
 
     def _is_unused(self, position: int) -> bool:
-        """Tell whether the running pass will certainly bring no gradient for a parameter.
+        """Tell whether the running pass will certainly compute no gradient for a parameter.
 
-        Torch knows the graph that runs, but not the graphs of re-entrant checkpoints inside of it,
-        which are built later: with these, only the end of the pass decides. The first pass shows
-        whether there are any.
+        torch can tell for the running graph, but not for the graphs of re-entrant checkpoints,
+        which are built during the pass. If there are any, as the first pass shows, this returns
+        False, and missing gradients are found at the end of the pass.
         """
-        if not self._knows or self._is_nested or self._graph is None:
+        if not self._has_ended_once or self._is_nested or self._graph is None:
             return False
         if torch._C._current_graph_task_id() != self._graph:
             return False
         parameter = self._members[position][0]
-        if self._comes_later(parameter):
+        if self._arrives_late(parameter):
             return False
         if not parameter.requires_grad:  # frozen since the engine was built
             return True
@@ -242,8 +254,12 @@ class GradientSequence(abc.ABC):
         return not torch._C._will_engine_execute_node(node)
 
     def _refuse_late(self, position: int) -> None:
-        """Raise where zeros have been handed on for a parameter whose gradient now comes."""
-        if position not in self._filled:
+        """Check that the gradient at a position was not replaced by zeros earlier in the pass.
+
+        Raises:
+            TrainingError: zeros are in a bucket already.
+        """
+        if position not in self._zeros_put:
             return
         name = self._names.get(id(self._members[position][0]), "a parameter outside the model")
         raise TrainingError(
@@ -255,7 +271,8 @@ class GradientSequence(abc.ABC):
             )
         )
 
-    def _keep(self, position: int) -> None:
+    def _record_stream(self, position: int) -> None:
+        """Record the stream on which a gradient that must wait is computed."""
         from deepspeed.accelerator import get_accelerator
 
         if not get_accelerator().resolves_data_dependency():
@@ -263,26 +280,28 @@ class GradientSequence(abc.ABC):
 
 
 class _OfStages1And2(GradientSequence):
+    """A ``GradientSequence`` for DeepSpeed's optimizer of stages 1 and 2."""
+
     def __init__(self, optimizer: Any, module: torch.nn.Module) -> None:
         super().__init__(optimizer, module, _OF_STAGES_1_AND_2)
         if not optimizer.partition_gradients and not optimizer.overlap_comm:
-            # DeepSpeed itself hands all gradients on at the end of the window, group by group.
-            self._put(list(self._given().values()))
+            # DeepSpeed itself fills buckets group by group, after the last micro-batch.
+            self._set_order(list(self._bucket_arguments().values()))
             self._has_order = True
 
-    def _given(self) -> dict[int, tuple[Any, ...]]:
+    def _bucket_arguments(self) -> dict[int, tuple[Any, ...]]:
         groups = enumerate(self._optimizer.bit16_groups)
         return {id(p): (p, i) for i, group in groups for p in group if p.requires_grad}
 
-    def _collects(self) -> bool:
-        """Tell whether gradients go into buckets: at stage 1 only of the last micro-batch."""
+    def _uses_buckets(self) -> bool:
+        """Tell whether gradients are put into buckets: at stage 1 only in the last micro-batch."""
         optimizer = self._optimizer
         return optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()
 
-    def _fill(self, parameter: Any) -> None:
+    def _set_zeros(self, parameter: Any) -> None:
         optimizer = self._optimizer
         if optimizer.get_gradient_for_reduction(parameter) is not None:
-            return  # of an earlier micro-batch
+            return  # it has the gradient of an earlier micro-batch
         optimizer.setup_buckets()
         layout = torch.contiguous_format
         if optimizer.use_grad_accum_attribute:
@@ -294,10 +313,12 @@ class _OfStages1And2(GradientSequence):
 
 
 class _OfStage3(GradientSequence):
+    """A ``GradientSequence`` for DeepSpeed's optimizer of stage 3."""
+
     def __init__(self, optimizer: Any, module: torch.nn.Module) -> None:
         super().__init__(optimizer, module, _OF_STAGE_3)
 
-    def _given(self) -> dict[int, tuple[Any, ...]]:
+    def _bucket_arguments(self) -> dict[int, tuple[Any, ...]]:
         return {
             id(p): (p,)
             for group in self._optimizer.fp16_groups
@@ -305,29 +326,29 @@ class _OfStage3(GradientSequence):
             if p.requires_grad or hasattr(p, "ds_z3_leaf_module")
         }
 
-    def _collects(self) -> bool:
+    def _uses_buckets(self) -> bool:
         return not self._optimizer._coalesce_grad_reduction
 
-    def _fill(self, parameter: Any) -> None:
+    def _set_zeros(self, parameter: Any) -> None:
         if parameter.grad is not None:
             return
-        # The gradient must have the shape of the whole parameter, of which this rank may hold a
-        # partition: torch compares shapes only when a gradient is set.
+        # The gradient must have the shape of the whole parameter. If only a partition is in memory,
+        # that is set through .data, since torch compares shapes when .grad is set.
         parameter.grad = torch.zeros_like(parameter)
         if parameter.shape != parameter.ds_shape:
             parameter.grad.data = parameter.grad.new_zeros(parameter.ds_shape)
 
-    def _comes_later(self, parameter: Any) -> bool:
-        """Tell whether the parameter is in a leaf module, whose gradients all come at its end."""
+    def _arrives_late(self, parameter: Any) -> bool:
+        """Tell whether a parameter is in a leaf module, whose gradients DeepSpeed gets together."""
         return hasattr(parameter, "ds_z3_leaf_module")
 
 
 def _do_nothing() -> None:
-    """Do nothing at the end of a backward pass."""
+    """Do nothing; the default of ``before_end``."""
 
 
 def _wait_for(stream: Any, parameter: Any) -> None:
-    """Make the current stream wait for the one that computed a gradient."""
+    """Make the current stream wait for the stream that computed a parameter's gradient."""
     from deepspeed.accelerator import get_accelerator
 
     present = get_accelerator().current_stream()
@@ -340,6 +361,7 @@ def _wait_for(stream: Any, parameter: Any) -> None:
 
 
 def _check(optimizer: Any, names: tuple[str, ...]) -> None:
+    """Check that DeepSpeed and torch have the attributes that a ``GradientSequence`` uses."""
     missing = [name for name in names if not hasattr(optimizer, name)]
     if not hasattr(torch._C, "_will_engine_execute_node"):
         missing.append("torch._C._will_engine_execute_node")

@@ -1,14 +1,14 @@
-"""A watch over the order of modules at stage 3: ranks that differ end with an error, not a hang.
+"""Detection of ranks that run modules in different orders at stage 3, which would hang.
 
 At ZeRO stage 3 every module gathers its weights from all ranks before it runs, in the forward pass
-and again in the backward pass. A rank that skips a module (an expert without tokens, a layer that
-LayerDrop leaves out, a head whose result the loss does not use) meets the other ranks in the gather
-of another module: weights are mixed up where sizes agree, and ranks wait for ever where they do
-not.
+and again in the backward pass. If a rank skips a module (an expert without tokens, a layer that
+LayerDrop leaves out, a head whose result the loss does not use), its next gather is matched with
+that of another module on the other ranks: weights are mixed up where sizes agree, and ranks wait
+for ever where they do not.
 
 DeepSpeed records the order of modules in a first pass and follows it afterwards. While it records,
 ranks compare module by module before each gather. Afterwards a rank compares only when it leaves
-the recorded order, so that a step costs nothing.
+the recorded order, so an ordinary step costs no communication.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ from dstrain.core.ranks import broadcast_object, gather_objects, is_distributed
 
 logger = get_logger(__name__)
 
-# Of DeepSpeed 0.19.8's PartitionedParameterCoordinator, beside what the class below calls.
+# Private attributes of DeepSpeed 0.19.8's PartitionedParameterCoordinator.
 _STEP = "_PartitionedParameterCoordinator__step_id"
 _ORDER = "_PartitionedParameterCoordinator__submodule_order"
 _END_OF_FORWARD, _END_OF_BACKWARD, _FIRST_MODULE = 0, 1, 2
-# Ranks meet in the gathers of a pass, so that none is far behind but for reading its data.
+# Gathers keep ranks together, so a rank can be behind by little more than reading its data.
 _REMIND_SECONDS, _PATIENCE_SECONDS = 10.0, 60.0
-# How often ranks compare where the order of modules varies on all ranks alike.
+# Number of comparisons by the store after which ranks stop comparing: the order varies, but on all
+# ranks alike.
 _MOST_CHANGES = 16
 
 
 class ModuleOrderWatch:
-    """Checks that all ranks run the same modules of a partitioned model in the same order."""
+    """Checks that all ranks run the modules of a partitioned model in the same order."""
 
     def __init__(self, optimizer: Any, module: torch.nn.Module, *, patience_seconds: float) -> None:
         """Begin to watch; a collective of all ranks.
 
         Args:
-            optimizer: DeepSpeed's optimizer for stage 3, or its stand-in in an engine that only
-                runs forward.
+            optimizer: DeepSpeed's optimizer for stage 3, or the object that it uses instead in an
+                engine that only runs forward.
             module: the model.
-            patience_seconds: of the collectives of other ranks. A rank that leaves the recorded
-                order waits half as long for them to do the same, a minute at most.
+            patience_seconds: timeout of collectives. A rank that leaves the recorded order waits
+                half as long, and at most a minute, for the other ranks to leave it too.
         """
         import torch.distributed as dist
 
@@ -75,12 +76,12 @@ class ModuleOrderWatch:
         self._has_raised = False
 
     def close(self) -> None:
-        """Stop watching, and give DeepSpeed its functions back; no rank waits for another."""
+        """Stop watching, and restore DeepSpeed's functions; no rank waits for another."""
         import torch.distributed as dist
 
         if self._coordinator is None:
             return
-        if not self._has_raised:  # else other ranks may still be reading from this one
+        if not self._has_raised:  # else other ranks may still be in an exchange with this one
             with contextlib.suppress(ValueError):  # all groups have been destroyed
                 dist.destroy_process_group(self._group)
         self._hook.remove()
@@ -99,7 +100,10 @@ class ModuleOrderWatch:
             self._compare_by_store(_END_OF_BACKWARD)
 
     def explain(self, error: BaseException) -> None:
-        """Raise a better error if ``error`` comes from a rank that has left the order of modules.
+        """Raise an error that names the cause if another rank has left the order of modules.
+
+        Args:
+            error: an error of a collective, perhaps a consequence.
 
         Raises:
             ModelError: naming that rank and its module.
@@ -117,7 +121,7 @@ class ModuleOrderWatch:
     # --- what DeepSpeed calls --------------------------------------------------------------------
 
     def _before(self, module: torch.nn.Module) -> None:
-        """Compare ranks before ``trace_prologue``, which DeepSpeed calls before it gathers."""
+        """Call ``trace_prologue``, as DeepSpeed does before a gather, and compare ranks."""
         coordinator = self._coordinator
         was_complete = coordinator.is_complete_trace()
         self._follow(module)
@@ -128,6 +132,7 @@ class ModuleOrderWatch:
         self._compare(self._code.get(id(module), -1))
 
     def _fetched(self, module: torch.nn.Module, forward: bool) -> None:
+        """Gather the weights of a module by DeepSpeed's function, and explain its errors."""
         try:
             self._fetch(module, forward=forward)
         except RuntimeError as error:
@@ -135,13 +140,21 @@ class ModuleOrderWatch:
             raise
 
     def _end_of_forward(self, *_: object) -> None:
+        """Compare ranks at the end of a forward pass, while the order is being recorded."""
         if not self._coordinator.is_complete_trace():
             self._compare(_END_OF_FORWARD)
 
     # --- comparing -------------------------------------------------------------------------------
 
     def _compare(self, code: int) -> None:
-        """Compare the modules that ranks are at; a collective as long as all ranks run alike."""
+        """Compare the modules at which ranks are, while the order is recorded; a collective.
+
+        Args:
+            code: the number of this rank's module or event.
+
+        Raises:
+            ModelError: ranks are at different modules.
+        """
         import torch.distributed as dist
 
         if self._changes > _MOST_CHANGES:
@@ -154,7 +167,14 @@ class ModuleOrderWatch:
         raise self._differs(dict(enumerate(gather_objects(code, group=self._group))))
 
     def _compare_by_store(self, code: int) -> None:
-        """Compare by the store, with a limit, since not all ranks may come here."""
+        """Compare the modules at which ranks are by the store, since not all ranks may come here.
+
+        Args:
+            code: the number of this rank's module or event.
+
+        Raises:
+            ModelError: ranks are at different modules, or a rank does not come in time.
+        """
         import torch.distributed as dist
 
         self._changes += 1
@@ -183,6 +203,7 @@ class ModuleOrderWatch:
             raise self._differs(codes)
 
     def _differs(self, codes: dict[int, int]) -> ModelError:
+        """Return the error for ranks that are at different modules, given by rank."""
         self._has_raised = True
         first = min(codes)
         other = next((rank for rank in codes if codes[rank] != codes[first]), None)
@@ -202,6 +223,7 @@ class ModuleOrderWatch:
         )
 
     def _where(self, code: int) -> str:
+        """Describe the module or event of a number."""
         if code == _END_OF_FORWARD:
             return "the end of the forward pass"
         if code == _END_OF_BACKWARD:
@@ -213,7 +235,7 @@ class ModuleOrderWatch:
         return f"{name} ({kind})" if name else f"the model itself ({kind})"
 
     def _remedy(self, codes: set[int]) -> str:
-        """Name the smallest module that holds all of the modules at which ranks are."""
+        """Suggest to gather the smallest module that contains all modules at which ranks are."""
         names = [self._names[code].split(".") for code in codes if code >= _FIRST_MODULE]
         common: list[str] = []
         for parts in zip(*names, strict=False):
@@ -239,6 +261,7 @@ class ModuleOrderWatch:
 
 
 def _check(coordinator: Any) -> None:
+    """Check that the installed DeepSpeed has the attributes that ``ModuleOrderWatch`` uses."""
     names = ("trace_prologue", "fetch_sub_module", "is_complete_trace", _STEP, _ORDER)
     missing = [name for name in names if not hasattr(coordinator, name)]
     if missing:

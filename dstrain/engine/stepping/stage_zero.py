@@ -1,6 +1,6 @@
-"""Stage 0 in a 16-bit format, where DeepSpeed 0.19.8 needs three corrections.
+"""Corrections of three faults of DeepSpeed 0.19.8 at stage 0 in 16-bit formats.
 
-Its ``FP16_UnfusedOptimizer`` and ``FP16_Optimizer``, used only there,
+Its ``FP16_UnfusedOptimizer`` and ``FP16_Optimizer``, which it uses only there,
 
 1. allocate optimizer state by *taking a step* with zero gradients, so Adam's bias correction starts
    at step 2 (the first real update is 0.74 of what it should be) and weight decay is applied once
@@ -19,10 +19,14 @@ import torch
 
 
 class StageZeroCorrection:
-    """The correction of one such optimizer, used around every step."""
+    """Corrects one of these optimizers around every step."""
 
     def __init__(self, optimizer: Any) -> None:
-        """Undo the phantom step and take over the updates of the loss scale."""
+        """Undo the optimizer's step with zero gradients, and take over updates of the loss scale.
+
+        Args:
+            optimizer: DeepSpeed's wrapper, which has taken no other step.
+        """
         self._config = optimizer.loss_scale_config
         self._update_scale = optimizer._update_scale
         self._update_is_due = False
@@ -32,23 +36,24 @@ class StageZeroCorrection:
         _undo_phantom_step(optimizer)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the loss times the scale that the step will divide by."""
+        """Return the loss multiplied by the loss scale."""
         self._scale_in_use = float(self._config.cur_scale)
         return loss * self._scale_in_use if self._scale_in_use != 1.0 else loss
 
     def unscaled(self, norm: Any) -> Any:
-        """Return the gradient norm without the loss scale (the unfused optimizer keeps it)."""
+        """Return a gradient norm divided by the loss scale, where DeepSpeed has not divided it."""
         if norm is None or self._norm_is_unscaled:
             return norm
         return norm / self._scale_in_use
 
     def after_step(self) -> None:
-        """Let the loss scale grow if it is due, now that gradients have been unscaled."""
+        """Update the loss scale after a step that was applied, whose gradients are unscaled now."""
         if self._update_is_due:
             self._update_is_due = False
             self._update_scale(False)
 
     def _update_later(self, skip: bool) -> None:
+        """Update the loss scale at once if the step is skipped, and after the step otherwise."""
         if skip:
             self._update_scale(True)
         else:
@@ -56,12 +61,13 @@ class StageZeroCorrection:
 
 
 def stage_zero_correction(optimizer: Any) -> StageZeroCorrection | None:
-    """Return the correction for the two optimizers that need it, None for any other."""
+    """Return the correction for the two optimizers of DeepSpeed that need it; None for others."""
     needs = hasattr(optimizer, "loss_scale_config") and hasattr(optimizer, "_update_scale")
     return StageZeroCorrection(optimizer) if needs else None
 
 
 def _undo_phantom_step(optimizer: Any) -> None:
+    """Undo the step with zero gradients: clear the state, and copy weights to master weights."""
     inner = optimizer.optimizer
     inner.state.clear()
     for group in inner.param_groups:

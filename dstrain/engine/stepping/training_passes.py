@@ -1,10 +1,11 @@
-"""Backward passes of training, distinguished from gradients that a loss computes for itself.
+"""Distinction of training's backward passes from gradients that a loss itself computes.
 
 DeepSpeed 0.19.8 begins its work for a backward pass (of ZeRO, offloading, timers) in hooks on the
-outputs of its engine, and takes every pass that reaches them for one of training. A pass of
-``autograd.grad`` in a loss (a gradient penalty, adversarial inputs) reaches them too. At stage 0
-that raised an error, though nobody called ``backward``. At the other stages the result was divided
-by the number of micro-batches, and gradients were reduced that did not exist yet.
+outputs of its engine, and takes every pass that reaches them for one of training. Calls of
+``autograd.grad`` in a loss (a gradient penalty, adversarial inputs) reach them too. Without this
+module, that is an error at stage 0, about a missing call of ``backward``. At the other stages the
+gradient is divided by the number of micro-batches, and parameters' gradients are reduced before
+they exist.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ from dstrain.core.errors import Problem, TrainingError
 
 
 class TrainingPasses:
-    """Begins DeepSpeed's work at the start of each pass that trains, and at no other time.
+    """Begins DeepSpeed's work at the start of each backward pass that trains.
 
-    A pass outside of ``training_pass`` that reaches a parameter (``tensor.backward()`` in a user's
-    code) is left to DeepSpeed, as before.
+    These are passes in a ``training_pass`` block, and passes outside of one that reach a parameter
+    (``tensor.backward()`` in a user's code), for which DeepSpeed works as without this class.
 
     Attributes:
-        has_graph: whether a gradient was asked for, since the last pass that trained, in a way that
-            lets it be differentiated (``create_graph``).
+        has_graph: whether a gradient was computed with ``create_graph`` since the last training
+            pass.
     """
 
     def __init__(self, engine: Any, module: torch.nn.Module) -> None:
         """Replace the functions that the hooks of a ``DeepSpeedEngine`` call.
 
         Args:
-            engine: DeepSpeed's.
+            engine: the ``DeepSpeedEngine``.
             module: the model, whose parameters a pass may reach.
         """
         self._begin, self._share = engine._backward_prologue, engine._backward_prologue_per_tensor
         self._parameters = list(module.parameters())
-        self._graph: int | None = None  # the user's pass that DeepSpeed knows of
+        self._graph: int | None = None  # the user's pass for which DeepSpeed's work has begun
         self._is_training = self.has_graph = False
         engine._backward_prologue = _leave_it_to_the_tensors
         engine._backward_prologue_per_tensor = self._at_output
 
     @contextlib.contextmanager
     def training_pass(self, loss: torch.Tensor) -> Iterator[None]:
-        """Run the pass of ``loss`` inside; it begins when the gradient of ``loss`` is computed."""
+        """Take the backward pass of ``loss`` inside the block for one of training."""
         if not loss.requires_grad:  # DeepSpeed raises an error
             yield
             return
@@ -58,10 +59,11 @@ class TrainingPasses:
             handle.remove()
 
     def _at_loss(self, _: torch.Tensor) -> None:
+        """Begin DeepSpeed's work, at the first gradient of a training pass."""
         self._begin()
 
     def _at_output(self, grad: Any) -> Any:
-        """Return the gradient of an output, as DeepSpeed wants it in this pass."""
+        """Return the gradient of an output, scaled by DeepSpeed if a user's pass trains."""
         from deepspeed.utils.torch import is_functorch_transforming
 
         if self._is_training or is_functorch_transforming():
@@ -76,9 +78,9 @@ class TrainingPasses:
         return self._share(grad)
 
     def _reaches_parameters(self) -> bool:
-        """Tell whether the pass that runs adds to the gradient of a parameter.
+        """Tell whether the running pass adds to the gradient of any parameter.
 
-        Checks parameters until one is found; only in passes that do not train.
+        The time grows with the number of parameters; only passes outside of training call this.
         """
         for parameter in self._parameters:
             if not parameter.requires_grad:
@@ -88,17 +90,17 @@ class TrainingPasses:
             try:
                 if torch._C._will_engine_execute_node(node):
                     return True
-            except RuntimeError:  # of torch, for a leaf that autograd.grad was asked about
+            except RuntimeError:  # torch raises it where autograd.grad has this leaf as an input
                 return False
         return False
 
 
 def _leave_it_to_the_tensors() -> None:
-    """Do nothing at the first output: the hooks on each output follow, and know the pass."""
+    """Do nothing; ``TrainingPasses`` begins DeepSpeed's work in the hook on each output."""
 
 
 def no_second_gradient() -> TrainingError:
-    """Return the error for a loss that contains the gradient of a gradient, at stage 3."""
+    """Return the error for a loss that needs the gradient of a gradient at stage 3."""
     return TrainingError(
         Problem(
             "the loss asks for the gradient of a gradient (create_graph=True), which ZeRO stage 3 "

@@ -1,4 +1,4 @@
-"""The package that has called a function of torch, inside of a ``TorchFunctionMode``."""
+"""Search of the call stack for the package that called a function of torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ _LIBRARIES = ("deepspeed", "dstrain")
 
 
 def is_called_by_a_library(*, passing_on: Sequence[str] = ()) -> bool:
-    """Tell whether DeepSpeed or dstrain has made a call; to be used in ``__torch_function__``.
+    """Tell whether DeepSpeed or dstrain called the function that ``__torch_function__`` handles.
+
+    Walks up the stack from the caller of ``__torch_function__``, past the frames of torch.
 
     Args:
-        passing_on: modules of both that only pass on calls of other code.
+        passing_on: modules of DeepSpeed and dstrain that only forward calls of other code, and
+            are skipped like those of torch.
     """
     frame = sys._getframe(2)
     while frame.f_back is not None:

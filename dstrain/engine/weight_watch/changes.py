@@ -1,7 +1,8 @@
-"""Weights that a user's code changes in place during training, copied into the master weights.
+"""Copying of weights that a user's code changes in place into the master weights.
 
-DeepSpeed trains master weights and writes them over the weights of the model in every optimizer
-step. What a model clamps in its forward pass, or a callback sets, would be lost then.
+DeepSpeed updates master weights and copies them over the model's weights in every optimizer step.
+Without this module, that would undo a change which the model makes in its forward pass (clamped
+weights) or which a callback makes.
 """
 
 from __future__ import annotations
@@ -26,25 +27,26 @@ from dstrain.engine.zero import (
 
 
 class WeightChanges:
-    """Copies changed weights into the master weights, each rank into its own shards.
+    """Copies changed weights into the master weights, each rank into the shards that it has.
 
-    No rank waits for another, and none for its device, unless master weights are offloaded. Moments
-    of the optimizer stay. An element whose value in the model equals its rounded master weight
-    keeps all digits of the master weight. This includes elements that were changed and changed back
-    before the next step, as when an average replaces the weights for an evaluation.
+    No rank waits for another, and none for its device, unless master weights are offloaded. The
+    moments of the optimizer stay as they are. Where the value in the model equals the rounded
+    master weight, the master weight keeps its full precision. This includes elements that were
+    changed and changed back before the next step, as when averaged weights replace the weights
+    during an evaluation.
 
     Attributes:
-        knows_step: whether the weights that training steps change are known, or cannot be seen
-            since the forward pass is compiled.
+        knows_step: whether to stop watching forward passes: either the first optimizer step has
+            shown which weights they change, or a compiled forward pass cannot be watched.
     """
 
     def __init__(self, module: torch.nn.Module, optimizer: Any, *, stage: int) -> None:
-        """Begin to watch the weights of a model that an engine trains.
+        """Prepare to watch the weights of a model that an engine trains.
 
         Args:
             module: the model, on its device.
-            optimizer: DeepSpeed's wrapper, which has the master weights.
-            stage: of ZeRO.
+            optimizer: DeepSpeed's wrapper of the optimizer, which has the master weights.
+            stage: the ZeRO stage.
         """
         self._module, self._optimizer = module, optimizer
         self._watch = WeightWatch(module, on_change=self._note)
@@ -52,16 +54,19 @@ class WeightChanges:
         self._shards: dict[int, list[StateShard]] | None = None
         self._repeated: dict[int, Any] = {}
         self._hooks: list[Any] = []
-        # DeepSpeed's GatheredParameters cannot send them.
+        # DeepSpeed's GatheredParameters cannot send parameters of shape ().
         self._has_scalars = stage == 3 and has_scalars(module.parameters())
         self.knows_step = compat.is_compiled(module)
 
     @contextlib.contextmanager
     def in_callbacks(self) -> Iterator[None]:
-        """Run callbacks; the weights that they change are copied when master weights are next used.
+        """Watch callbacks in the block; the weights that they change are copied later.
+
+        The copy is made when master weights are used next.
 
         Raises:
-            TrainingError: a callback changes a partitioned parameter, or the shape of one.
+            TrainingError: a callback changes a partitioned parameter that is not gathered, or
+                whose partition cannot be updated.
         """
         with scalars_as_bytes(wanted=self._has_scalars), self._watch.watching("a callback"):
             yield
@@ -71,10 +76,10 @@ class WeightChanges:
 
     @contextlib.contextmanager
     def in_training_step(self) -> Iterator[None]:
-        """Run forward and backward of a micro-batch, watched until the first optimizer step.
+        """Watch the forward and backward pass in the block, until the first optimizer step.
 
-        Weights that are changed there are taken to be changed in every step, and are copied before
-        each.
+        Weights that are changed in these passes are assumed to change in every later one too, and
+        are copied before each optimizer step.
 
         Raises:
             TrainingError: a partitioned parameter is changed.
@@ -92,7 +97,7 @@ class WeightChanges:
         self._watch.changed.clear()
 
     def before_step(self) -> None:
-        """Copy the weights that callbacks have changed, and those that training steps change."""
+        """Copy the weights that callbacks or forward passes have changed, before the step."""
         self.knows_step = True
         self._watch.changed.update(self._repeated)
         for key, before in self._watch.replaced.items():
@@ -109,10 +114,10 @@ class WeightChanges:
         """
         changed = list(self._watch.changed.values())
         self._watch.changed.clear()
-        held = self._shards_by_parameter() if changed else {}
+        shards = self._shards_by_parameter() if changed else {}
         for parameter in changed:
             share = _updated_partition(parameter) if is_partitioned(parameter) else None
-            for shard in held.get(id(parameter), ()):
+            for shard in shards.get(id(parameter), ()):
                 if shard.optimizer is None or shard.holder is parameter:
                     continue
                 if share is None and tuple(parameter.shape) != shard.shape:
@@ -129,9 +134,10 @@ class WeightChanges:
             hook.remove()
 
     def _note(self, parameter: Any) -> None:
-        """Let stage 3 keep a parameter that the forward pass of its module changes while gathered.
+        """Keep, at stage 3, changes that the forward pass makes to a gathered parameter.
 
-        DeepSpeed gathers it again in the backward pass.
+        Adds a hook that copies the changed values into this rank's partition before DeepSpeed
+        discards the gathered ones, so that the gather of the backward pass finds them.
         """
         if not self._in_step or not is_partitioned(parameter) or id(parameter) in self._repeated:
             return
@@ -142,11 +148,17 @@ class WeightChanges:
 
         for part in self._module.modules():
             if any(candidate is parameter for candidate in part._parameters.values()):
-                # Before DeepSpeed's hook, which partitions it again.
+                # Runs before DeepSpeed's hook, which discards the gathered values.
                 self._hooks.append(part.register_forward_hook(keep, prepend=True))
 
     def _shards_by_parameter(self) -> dict[int, list[StateShard]]:
-        """Return the shards of this rank by parameter; located once, since they do not move."""
+        """Return this rank's shards by the ``id`` of their parameter.
+
+        They are located at the first call only, since they stay in place.
+
+        Raises:
+            TrainingError: the master weights cannot be reached.
+        """
         if self._shards is None:
             parameters = dict(self._module.named_parameters())
             self._shards = {}
@@ -169,9 +181,10 @@ class WeightChanges:
 
 @torch.no_grad()
 def _put_back(parameter: Any, before: torch.Tensor) -> None:
-    """Put the new values of a parameter whose ``.data`` was set into its old memory.
+    """Copy the new values of a parameter whose ``.data`` was replaced into its former memory.
 
-    The old memory is part of a flat tensor of DeepSpeed's, which the optimizer's step updates.
+    That memory is part of one of DeepSpeed's flat tensors, which the optimizer step updates.
+    Changes nothing where the new tensor has another shape, format or device.
     """
     fits = before.dtype == parameter.dtype and before.device == parameter.device
     if before.data_ptr() != parameter.data_ptr() and fits and before.shape == parameter.shape:
@@ -180,10 +193,10 @@ def _put_back(parameter: Any, before: torch.Tensor) -> None:
 
 
 def _updated_partition(parameter: Any) -> torch.Tensor:
-    """Return this rank's partition of a parameter, updated with the values of a gathered one.
+    """Return this rank's partition of a parameter, updated first if the parameter is gathered.
 
     Raises:
-        TrainingError: partitions are quantised, or on a disk.
+        TrainingError: partitions are quantised, spread over a group of ranks, or on a disk.
     """
     share = updated_rank_partition(parameter)
     if share is None:
@@ -199,6 +212,7 @@ def _updated_partition(parameter: Any) -> torch.Tensor:
 
 
 def _reshaped(shard: StateShard, parameter: torch.Tensor) -> TrainingError:
+    """Return the error for a parameter whose shape has changed during training."""
     return TrainingError(
         Problem(
             f"{shard.name} of shape {shard.shape} has the shape {tuple(parameter.shape)} now",
@@ -209,7 +223,7 @@ def _reshaped(shard: StateShard, parameter: torch.Tensor) -> TrainingError:
 
 
 def _update_master(shard: StateShard, values: torch.Tensor) -> None:
-    """Set elements of a shard of the master weights where the model's values differ."""
+    """Write the model's values into a shard of the master weights where they differ from it."""
     master = shard.read(MASTER)
     values = values.to(master.device)
     differs = master.to(values.dtype) != values

@@ -1,9 +1,9 @@
-"""A watch for losses that compute with partitioned parameters outside of the forward pass.
+"""Detection of losses that compute with partitioned parameters outside of the forward pass.
 
-At ZeRO stage 3 a parameter has elements only while its own module runs. Torch computes with the
-empty tensor without an error: a penalty of weights is 0, and its gradient ends the backward pass
-with shapes that nobody wrote. A fused loss that is given the weight of the last layer fails in the
-same way.
+At ZeRO stage 3 a parameter has elements only while its own module runs; otherwise it is an empty
+tensor, with which torch computes without an error. A penalty on weights is then 0, and the backward
+pass fails with a message about shapes that do not occur in the user's code. A fused loss function
+that is given the weight of the last layer fails in the same way.
 """
 
 from __future__ import annotations
@@ -31,25 +31,27 @@ _READS_PROPERTIES = frozenset([
     "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "size", "storage",
     "storage_offset", "stride", "type", "untyped_storage",
 ])  # fmt: skip
-# Functions that make a copy, with which somebody may compute later or not.
+# Functions that only make a copy: an error is raised if something else is computed with it.
 _COPIES = frozenset([
     "bfloat16", "clone", "contiguous", "cpu", "cuda", "detach", "double", "empty_like", "float",
     "full_like", "half", "ones_like", "rand_like", "randn_like", "to", "zeros_like",
 ])  # fmt: skip
 # Functions that compute with their first argument only.
 _READS_FIRST_ONLY = frozenset(["to", "type_as"])
-# Modules that only pass on calls of other code.
+# Modules of DeepSpeed and dstrain that only forward calls of other code.
 _PASSING_ON = ("deepspeed.runtime.zero.linear", "dstrain.engine.zero.torch_patches")
 
 
 def watching_partitioned_reads(
     engine: torch.nn.Module, module: torch.nn.Module
 ) -> contextlib.AbstractContextManager[Any]:
-    """Watch the code in the block, unless the model is compiled: the watch would be compiled too.
+    """Return a context manager that raises an error where a loss reads partitioned parameters.
+
+    It does nothing for a compiled model, since torch would compile the watch too.
 
     Args:
-        engine: DeepSpeed's.
-        module: the model inside of it.
+        engine: the DeepSpeed engine.
+        module: its model.
     """
     if compat.is_compiled(module):
         return contextlib.nullcontext()
@@ -59,16 +61,16 @@ def watching_partitioned_reads(
 class PartitionedReadWatch(TorchFunctionMode):
     """Raises an error where a loss computes with parameters that are partitioned at that moment.
 
-    Checks every call of a function of torch outside of the forward pass of an engine. Calls by
-    DeepSpeed and dstrain, which know about partitions, are left alone.
+    Checks every call of a function of torch outside of the forward pass of an engine, except calls
+    by DeepSpeed and dstrain, which handle partitioned parameters correctly.
     """
 
     def __init__(self, engine: torch.nn.Module, module: torch.nn.Module) -> None:
-        """Note the names of parameters.
+        """Record the names of the parameters, for messages.
 
         Args:
-            engine: DeepSpeed's, whose forward pass gathers what it needs.
-            module: the model inside of it.
+            engine: the DeepSpeed engine, whose forward pass gathers the parameters that it needs.
+            module: its model.
         """
         super().__init__()
         self._engine = engine
@@ -93,10 +95,10 @@ class PartitionedReadWatch(TorchFunctionMode):
             self._hooks.pop().remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function.
+        """Call a function of torch, after checking its arguments.
 
         Raises:
-            TrainingError: it would compute with a partitioned parameter.
+            TrainingError: the function would compute with a partitioned parameter.
         """
         kwargs = kwargs or {}
         if self._depth:
@@ -115,13 +117,19 @@ class PartitionedReadWatch(TorchFunctionMode):
         return returned
 
     def _begin_forward(self, *_: object) -> None:
+        """Stop checking while a forward pass of the engine runs."""
         self._depth += 1
 
     def _end_forward(self, *_: object) -> None:
+        """Check again after the outermost forward pass."""
         self._depth -= 1
 
     def _read(self, values: Any) -> str | None:
-        """Return the name of the first parameter among arguments that has no elements here."""
+        """Return the name of the first partitioned parameter, or copy of one, among arguments.
+
+        Returns:
+            None where every argument has its elements.
+        """
         for tensor in _tensors(values):
             if tensor.numel() == 0:
                 name = self._name_of(tensor) or self._made.get(tensor)
@@ -130,12 +138,14 @@ class PartitionedReadWatch(TorchFunctionMode):
         return None
 
     def _name_of(self, tensor: torch.Tensor) -> str | None:
+        """Return the name of a partitioned parameter; None for any other tensor."""
         if not is_partitioned(tensor) or full_numel(tensor) == 0:
             return None
         return self._names.get(id(tensor), "a parameter")
 
 
 def _reads_partitioned(parameter: str, function: str) -> TrainingError:
+    """Return the error for a loss that computes with a partitioned parameter."""
     return TrainingError(
         Problem(
             f"the loss computes with {parameter} ({function}) while it is partitioned",
@@ -149,12 +159,12 @@ def _reads_partitioned(parameter: str, function: str) -> TrainingError:
 
 
 def _changes(function: str) -> bool:
-    """Tell by its name whether a function changes its argument, which ``WeightWatch`` handles."""
+    """Tell by a function's name whether it changes its argument; ``WeightWatch`` checks those."""
     return (function.endswith("_") and not function.endswith("__")) or function == "__setitem__"
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors among arguments, and in the lists of them."""
+    """Yield the tensors among arguments, also those inside of lists and tuples."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value

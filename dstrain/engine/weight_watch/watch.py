@@ -1,6 +1,6 @@
-"""A watch for parameters that code changes in place; changes that would be lost are refused.
+"""Detection of parameters that code changes in place; an error is raised for changes of no effect.
 
-At ZeRO stage 3 a partitioned parameter has no elements: torch then changes nothing, without an
+At ZeRO stage 3 a partitioned parameter has no elements, so torch changes nothing, and raises no
 error.
 """
 
@@ -21,33 +21,34 @@ from dstrain.engine.zero import is_absent, is_partitioned
 
 _Tensor: Any = torch.Tensor
 _GET_DATA, _SET_DATA = _Tensor.data.__get__, _Tensor.data.__set__
-# Functions that are named like in-place ones, and change no values.
+# Functions that are named like in-place operations but change no values.
 _CHANGE_NOTHING = frozenset(
     ["requires_grad_", "retain_grad_", "share_memory_", "rename_", "detach_"]
 )
 _IN_PLACE = ["add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow"]
 _IN_PLACE += ["and", "or", "xor", "lshift", "rshift"]
 _OPERATORS = frozenset(["__setitem__", *[f"__i{name}__" for name in _IN_PLACE]])
-# Names of the argument that functions of torch.nn.init, and others, change.
+# Names of arguments that functions change in place (torch.nn.init, and others).
 _CHANGED_ARGUMENTS = ("tensor", "input", "self", "out")
 
 
 class WeightWatch(TorchFunctionMode):
-    """Records the parameters that code inside changes in place: a method, an operator, ``.data``.
+    """Records the parameters that code in a ``watching`` block changes in place.
 
-    Sees functions of torch that are called from Python: methods of tensors, ``torch._foreach_*``,
-    ``torch.nn.init`` and ``load_state_dict``, on a parameter, its ``.data``, ``.detach()`` or a
-    view of these. The time per call does not grow with the number of parameters.
+    Sees functions of torch that are called from Python: methods and operators of tensors,
+    ``torch._foreach_*``, ``torch.nn.init``, ``load_state_dict`` and assignments to ``.data``, on a
+    parameter, its ``.data``, ``.detach()`` or a view of these. The time per call does not grow with
+    the number of parameters.
 
     Attributes:
-        changed: parameters that were changed since this was last emptied, by ``id``.
+        changed: parameters that were changed since the caller last emptied this dict, by ``id``.
         replaced: the former tensors of parameters whose ``.data`` was set, by ``id``.
     """
 
     def __init__(
         self, module: torch.nn.Module, *, on_change: Callable[[Any], object] = lambda _: None
     ) -> None:
-        """Note the names of the parameters of ``module``, and their partitions.
+        """Record the parameters of ``module``, with their names and partitions.
 
         Args:
             module: the model.
@@ -66,7 +67,7 @@ class WeightWatch(TorchFunctionMode):
             self._names[id(parameter)] = name
             self._parameters[id(parameter)] = parameter
             if is_partitioned(parameter):
-                # Where DeepSpeed writes what was changed inside of GatheredParameters.
+                # DeepSpeed writes changes made inside of GatheredParameters into this partition.
                 share: Any = parameter.ds_tensor  # type: ignore[attr-defined]
                 self._parameters[id(share)] = parameter
 
@@ -75,7 +76,7 @@ class WeightWatch(TorchFunctionMode):
         """Watch the code in the block; does nothing inside of another such block.
 
         Args:
-            who: the code that runs there, for messages.
+            who: a name for that code, such as "a callback", for messages.
         """
         if self._is_on:
             yield
@@ -88,10 +89,10 @@ class WeightWatch(TorchFunctionMode):
             self._is_on = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function.
+        """Call a function of torch, and record the parameters that it changes.
 
         Raises:
-            TrainingError: it would change a partitioned parameter.
+            TrainingError: the function would change a partitioned parameter.
         """
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
@@ -102,9 +103,9 @@ class WeightWatch(TorchFunctionMode):
             return returned
         touched = [self._origin(t) for t in _changed_by(func, name, args, kwargs)]
         changed = [parameter for parameter in touched if parameter is not None]
-        away = [p for p in changed if is_absent(p)] or self._prepared(args)
-        if away and not is_called_by_a_library():
-            raise self._lost(away[0], name)
+        absent = [p for p in changed if is_absent(p)] or self._about_to_be_filled(args)
+        if absent and not is_called_by_a_library():
+            raise self._no_effect(absent[0], name)
         if func == _SET_DATA and changed and not is_partitioned(changed[0]):
             self.replaced.setdefault(id(changed[0]), changed[0].data)
         returned = func(*args, **kwargs)
@@ -127,10 +128,11 @@ class WeightWatch(TorchFunctionMode):
                 return found
         return None
 
-    def _prepared(self, args: Any) -> list[Any]:
-        """Return a partitioned parameter whose shape torch reads in order to fill it next.
+    def _about_to_be_filled(self, args: Any) -> list[Any]:
+        """Return the partitioned parameter that torch is about to initialise or load, in a list.
 
-        torch would find an empty shape, and raise an error that explains nothing.
+        ``torch.nn.init`` and ``load_state_dict`` read its shape first, and would raise an error
+        about the empty shape that does not name the cause. The list is empty for any other call.
         """
         caller = sys._getframe(2)
         fills = caller.f_code.co_name == "_load_from_state_dict"
@@ -139,7 +141,8 @@ class WeightWatch(TorchFunctionMode):
         parameter = self._origin(args[0]) if args else None
         return [parameter] if parameter is not None and is_absent(parameter) else []
 
-    def _lost(self, parameter: Any, function: str) -> TrainingError:
+    def _no_effect(self, parameter: Any, function: str) -> TrainingError:
+        """Return the error for a change of a partitioned parameter, which would have no effect."""
         name = self._names.get(id(parameter), "a parameter")
         return TrainingError(
             Problem(
@@ -170,7 +173,7 @@ def _changed_by(
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield a tensor, or those of a list that a ``_foreach`` function is given."""
+    """Yield an argument that is a tensor, or the tensors in a list (``torch._foreach_*``)."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

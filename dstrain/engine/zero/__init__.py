@@ -1,4 +1,4 @@
-"""Partitioned parameters of ZeRO stage 3, and what DeepSpeed leaves behind in modules and torch."""
+"""Partitioned parameters of ZeRO stage 3; removal of DeepSpeed's changes to modules and torch."""
 
 from dstrain.engine.zero import process_settings
 from dstrain.engine.zero.cleanup import (

@@ -1,9 +1,10 @@
-"""Attributes and hooks that DeepSpeed leaves on a module, and their removal.
+"""Removal of the attributes and hooks that DeepSpeed leaves on a module.
 
 DeepSpeed's engine sets attributes and hooks on parameters and modules. Its ``destroy`` (0.19.8)
-removes a few of them; the rest would keep its memory, break copying and pickling, and let the next
-engine of the same module use the buffers of the old one. The cost of each function
-grows with the number of modules and parameters, not with their size.
+removes only a few of them. The rest would keep the engine's memory from being freed, break copying
+and pickling, and let the next engine of the same module use the buffers of the previous one. The
+cost of each function grows with the number of modules and parameters; only ``make_whole`` copies
+values.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from dstrain.engine.zero.parameters import full_numel, gathered, is_partitioned
 
-# Parameters are gathered in groups: one by one would cost a latency for each.
+# Parameters are gathered in groups, since each gather costs a latency.
 _GATHER_BYTES = 256 * 2**20
 
 # Attributes that an engine sets, by the file of DeepSpeed that sets them.
@@ -44,7 +45,7 @@ _OF_PARTITIONED = (
     "partition_numel", "convert_to_zero_parameters", "item",
 )  # fmt: skip
 _LEAF = "_z3_leaf"
-# Dicts in which torch keeps hooks of a module, with the sets that hold keys of some of them.
+# Dicts in which torch keeps the hooks of a module, with the dicts that mark some of their keys.
 _HOOKS = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -54,19 +55,19 @@ _HOOKS = {
 
 
 def marked_leaves(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the modules that are marked as leaves of stage 3."""
+    """Return the modules that are marked for stage 3 to gather with all of their submodules."""
     return [m for m in module.modules() if _LEAF in vars(m)]
 
 
 def detach_engine(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module]) -> None:
-    """Remove hooks and attributes of an engine; partitioned parameters stay partitioned.
+    """Remove hooks, attributes and gradients of an engine from its module.
 
-    They are then as zero.Init makes them: no rank holds one whole, even where a forward or backward
-    pass was interrupted. Gradients are removed.
+    Partitioned parameters are then as zero.Init makes them: partitioned on every rank, even where a
+    forward or backward pass was interrupted while they were gathered.
 
     Args:
         module: module of the engine.
-        leaves: modules that were leaves before the engine was built, and stay so.
+        leaves: modules that were marked as leaves before the engine was built, and stay marked.
     """
     kept = set(map(id, leaves))
     for part in module.modules():
@@ -76,7 +77,7 @@ def detach_engine(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module])
                 for key_set in key_sets:
                     attributes[key_set].pop(key, None)
         if "_original_parameters" in attributes:
-            # A plain dict again; by its items, since look-ups in DeepSpeed's dict gather.
+            # Back to a plain dict. Copies items, since a look-up in DeepSpeed's dict may gather.
             plain = type(attributes["_original_parameters"])
             attributes["_parameters"] = plain(part._parameters.items())
         _remove_attributes(attributes, _OF_MODULES if id(part) in kept else (*_OF_MODULES, _LEAF))
@@ -90,7 +91,7 @@ def detach_engine(module: torch.nn.Module, *, leaves: Iterable[torch.nn.Module])
 
 
 def _remove_hooks(hooks: dict[int, Any]) -> list[int]:
-    """Remove hooks that are functions of DeepSpeed, and return their keys."""
+    """Remove the hooks whose functions DeepSpeed defines, and return their keys."""
     found = [k for k, hook in hooks.items() if _module_of(hook).startswith("deepspeed.")]
     for key in found:
         del hooks[key]
@@ -98,27 +99,34 @@ def _remove_hooks(hooks: dict[int, Any]) -> list[int]:
 
 
 def _module_of(hook: Any) -> str:
+    """Return the name of the Python module that defines a hook, or ""."""
     return str(getattr(hook, "__module__", None) or "")
 
 
 class _KeepsNothing(dict[int, Any]):
+    """A dict that stays empty."""
+
     def __setitem__(self, key: int, value: Any) -> None:
         """Ignore the entry."""
 
 
 class _Outside(torch.nn.Module):
-    """A stand-in for the outermost module on DeepSpeed's list of running modules.
+    """A stand-in for the first entry of DeepSpeed's list of running modules.
 
-    DeepSpeed keeps the model itself there for the rest of the process, so that it is never freed.
+    That entry is the model, which DeepSpeed would keep for the rest of the process.
     """
 
     def __init__(self) -> None:
+        """Make a module on which DeepSpeed can register no external parameters."""
         super().__init__()
         self._external_params = _KeepsNothing()
 
 
 def forget_running_modules(module: torch.nn.Module) -> None:
-    """Remove a module and its parts from DeepSpeed's list of running modules, which keeps them."""
+    """Remove a module and its submodules from DeepSpeed's process-wide list of running modules.
+
+    The list would keep them from being freed.
+    """
     offload: Any = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
     if offload is None:
         return
@@ -128,6 +136,7 @@ def forget_running_modules(module: torch.nn.Module) -> None:
 
 
 def _release(parameter: Any) -> None:
+    """Discard the gathered values of a partitioned parameter, without copying them anywhere."""
     parameter.ds_active_sub_modules.clear()
     parameter.ds_persist = False
     parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
@@ -137,12 +146,12 @@ def _release(parameter: Any) -> None:
 def make_whole(module: torch.nn.Module, device: str) -> None:
     """Turn partitioned parameters into ordinary ones, whole on every rank; a collective.
 
-    No engine may exist on the module. Besides the whole model a rank holds one group of gathered
-    parameters on its accelerator.
+    No engine may exist on the module. Needs memory for the whole model on ``device``, and for one
+    group of gathered parameters on the accelerator.
 
     Args:
-        module: with partitioned parameters, or without.
-        device: where parameters and buffers are put.
+        module: a module whose parameters may be partitioned.
+        device: where to put parameters and buffers.
     """
     for group in _groups([p for p in module.parameters() if is_partitioned(p)]):
         with gathered(group):
@@ -156,6 +165,7 @@ def make_whole(module: torch.nn.Module, device: str) -> None:
 
 
 def _groups(parameters: list[torch.nn.Parameter]) -> Iterable[list[torch.nn.Parameter]]:
+    """Yield lists of successive parameters, each of at most ``_GATHER_BYTES`` or one parameter."""
     group: list[torch.nn.Parameter] = []
     size = 0
     for parameter in parameters:
@@ -170,5 +180,6 @@ def _groups(parameters: list[torch.nn.Parameter]) -> Iterable[list[torch.nn.Para
 
 
 def _remove_attributes(attributes: dict[str, Any], names: Iterable[str]) -> None:
+    """Remove those attributes that exist."""
     for name in names:
         attributes.pop(name, None)

@@ -1,4 +1,4 @@
-"""Generation with partitioned weights: each token needs a gather, in which all ranks take part."""
+"""Generation of text with partitioned weights, for which all ranks must generate together."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ _REMIND_SECONDS = 30.0
 
 @contextlib.contextmanager
 def generating_together(what: str, *, patience_seconds: float) -> Iterator[None]:
-    """Let all ranks generate together in the block: transformers lets no rank end before another.
+    """Wait for all ranks, and let transformers keep them generating until the last has finished.
+
+    Each token needs a gather of weights, in which all ranks take part.
 
     Args:
         what: the function that the user called, for messages.
-        patience_seconds: how long to wait for a rank that does not come.
+        patience_seconds: how long to wait for the other ranks to call it.
 
     Raises:
-        ModelError: another rank has not come.
+        ModelError: not all ranks have called it in time.
     """
     _wait_for_all(what, patience_seconds)
     with StageRegistration(3):
@@ -35,10 +37,14 @@ def generating_together(what: str, *, patience_seconds: float) -> Iterator[None]
 
 
 def _wait_for_all(what: str, patience_seconds: float) -> None:
-    """Wait until all ranks are here, by the store of the process group.
+    """Wait until all ranks have called, by counting them in the store of the process group.
 
-    Otherwise a rank that calls alone would hang in its first gather, or meet the other ranks in
-    another collective. The time grows with the number of ranks, since one rank serves the store.
+    Otherwise a rank that calls alone would wait in its first gather for ever, or that gather would
+    be matched with another collective. The time grows with the number of ranks, since one process
+    serves the store.
+
+    Raises:
+        ModelError: not all ranks have called in time.
     """
     if not is_distributed():
         return
@@ -62,7 +68,7 @@ def _wait_for_all(what: str, patience_seconds: float) -> None:
             logger.warning("rank %d waits in %s for the other ranks: %s", rank, what, _WHY)
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
-    if rank == 0 and number > 1:  # all have left the meeting before this one
+    if rank == 0 and number > 1:  # no rank reads the counter of the previous call any more
         store.delete_key(f"{_KEY}-{number - 1}")
 
 
@@ -70,6 +76,7 @@ _WHY = "the weights are partitioned (ZeRO stage 3), so that all ranks must gener
 
 
 def _called_alone(what: str, rank: int, waited: float) -> ModelError:
+    """Return the error for a call that not all ranks have made."""
     return ModelError(
         Problem(
             f"rank {rank} called {what}, and after {waited:.0f} s not every other rank had",

@@ -1,4 +1,4 @@
-"""Partitioned parameters of ZeRO-3: their true sizes, gathering them, this rank's partition."""
+"""Sizes, partitions and gathering of parameters that ZeRO stage 3 partitions."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from dstrain.engine.zero.scalar_parameters import scalars_as_bytes
 
 
 def is_partitioned(parameter: Any) -> bool:
-    """Tell whether ZeRO-3 holds this parameter as one slice per rank."""
+    """Tell whether ZeRO stage 3 has divided this parameter among the ranks."""
     return hasattr(parameter, "ds_tensor")
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
-    """Return the shape of the whole parameter; a partitioned one reports (0,) itself."""
+    """Return the shape of the whole parameter; ``shape`` is (0,) while it is partitioned."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 
 
 def has_scalars(parameters: Iterable[Any]) -> bool:
-    """Tell whether a parameter, whole or partitioned, has the shape ()."""
+    """Tell whether any of the parameters, whole or partitioned, has the shape ()."""
     return any(full_shape(parameter) == () for parameter in parameters)
 
 
 def rank_partition(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return this rank's partition of a parameter as it is trained, 1-D and padded.
+    """Return this rank's partition of a parameter, 1-D and padded, sharing its memory.
 
     Returns:
-        None where the partitions of all ranks, one after another, are not the parameter: quantised
-        weights, a group of some of the ranks, or a partition that is not in memory.
+        None where the partitions of all ranks, joined in the order of ranks, are not the parameter:
+        quantised weights, partitions among some of the ranks, or a partition that is not in memory.
     """
     import torch.distributed as dist
 
@@ -71,10 +71,10 @@ def updated_rank_partition(parameter: Any) -> torch.Tensor | None:
 
 
 def keep_persistent_changes(parameters: Iterable[Any]) -> None:
-    """Keep changes that a user has made to parameters that stay gathered between steps.
+    """Copy changes that a user has made to parameters that stay gathered into their partitions.
 
-    DeepSpeed keeps small parameters gathered, and partitions them without reading their values. The
-    time grows with the number of parameters; no rank waits for another.
+    DeepSpeed keeps small parameters gathered between steps, and discards the gathered values when
+    it partitions them. The time grows with the number of parameters; no rank waits for another.
     """
     import torch.distributed as dist
 
@@ -92,10 +92,10 @@ def full_numel(parameter: Any) -> int:
 
 
 def check_sizes(module: torch.nn.Module) -> None:
-    """Refuse parameters that have no size yet.
+    """Check that every parameter has a size.
 
     Raises:
-        ModelError: naming them.
+        ModelError: naming the parameters of lazy modules, which have no size yet.
     """
     lazy = [name for name, p in module.named_parameters() if torch.nn.parameter.is_lazy(p)]
     if lazy:
@@ -110,7 +110,7 @@ def check_sizes(module: torch.nn.Module) -> None:
 
 
 def model_facts(module: torch.nn.Module) -> ModelFacts:
-    """Read the sizes of a module's parameters, right for partitioned ones too."""
+    """Return the sizes of a module's parameters, of partitioned ones those of the whole."""
     return ModelFacts.of_shapes((full_shape(p), p.requires_grad) for p in module.parameters())
 
 
@@ -124,10 +124,10 @@ def gathered(
     """Gather partitioned parameters inside the block; a collective of all ranks.
 
     Args:
-        parameters: parameters to gather; those that are not partitioned are left alone.
+        parameters: parameters to gather; ordinary parameters among them are left alone.
         write_from: rank whose changes are kept and sent to all ranks; None discards changes.
-        checks: let DeepSpeed's ``enable_sanity_checks`` refuse changes that are discarded; False
-            where they are known and allowed.
+        checks: whether DeepSpeed may raise an error where changes are discarded (it does with
+            ``enable_sanity_checks``); False where the caller means to discard them.
     """
     split = [p for p in parameters if is_partitioned(p)]
     if not split:
@@ -174,26 +174,26 @@ def gathers_in_forward(module: torch.nn.Module) -> bool:
 def kept_gathered(module: torch.nn.Module) -> Iterator[None]:
     """Gather all partitioned parameters once, and keep them gathered inside the block.
 
-    DeepSpeed's hooks partition a parameter again after each use, unless another submodule uses it,
-    which is pretended here. A collective of all ranks; inside, parameters need none, but
-    DeepSpeed's hooks may compare the order of modules, so all ranks must make as many forward
-    passes. Changes are discarded.
+    DeepSpeed's hooks partition a parameter again after a submodule has used it, unless another
+    submodule still uses it; here a made-up submodule does. Entering the block is a collective of
+    all ranks. Inside, no gathers are needed, but all ranks must run as many forward passes, since
+    ``ModuleOrderWatch`` may compare the order of their modules. Changes are discarded.
     """
     split: list[Any] = [p for p in module.parameters() if is_partitioned(p)]
     with gathered(split):
         for parameter in split:
-            parameter.ds_active_sub_modules.add(_HELD)
+            parameter.ds_active_sub_modules.add(_MADE_UP_SUBMODULE)
         try:
             yield
         finally:
             for parameter in split:
-                parameter.ds_active_sub_modules.discard(_HELD)
+                parameter.ds_active_sub_modules.discard(_MADE_UP_SUBMODULE)
 
 
-_HELD = -1  # no submodule's id
+_MADE_UP_SUBMODULE = -1  # the id of the made-up submodule; no real one has it
 _SHOWN = "_dstrain_shown_in_parts"
 
 
 def bytes_to_gather(module: torch.nn.Module) -> int:
-    """Return the bytes that a rank's device needs at most for all partitioned parameters whole."""
+    """Return the bytes that a device needs to hold all partitioned parameters gathered."""
     return sum(full_numel(p) * p.element_size() for p in module.parameters() if is_partitioned(p))

@@ -1,4 +1,4 @@
-"""Partitioning of whole parameters, of which each rank keeps its share as ZeRO-3 trains them."""
+"""Partitioning of whole parameters as ZeRO stage 3 trains them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from dstrain.engine.zero.parameters import full_numel, full_shape, is_partitione
 class Partitioner:
     """Partitions whole parameters by the rules of a DeepSpeed config.
 
-    A share lies where the config wants it (device, host, disk) and has the format that the engine
-    trains in, as if the parameter had been built under ``deepspeed.zero.Init``.
+    A partition is placed where the config says (device, host, disk) and has the format that the
+    engine trains in, as if the parameter had been built under ``deepspeed.zero.Init``.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Prepare for ``config``, a resolved one of stage 3; the process group must be up."""
+        """Prepare to partition parameters; the process group must be up.
+
+        Args:
+            config: DeepSpeed's, resolved, with stage 3.
+        """
         import deepspeed
 
-        # An empty module stands for the one that is loaded: what DeepSpeed does once per model
-        # (its linear function that keeps no gathered weights) is done for it as well. Formats and
-        # devices of new tensors are left to dstrain: DeepSpeed would also round buffers, which its
-        # engine leaves alone, and its constructors do not take all arguments of torch's.
+        # With an empty module zero.Init does what it does once per model (it replaces torch's
+        # linear function), and partitions nothing. Without overrides dstrain chooses formats and
+        # devices of new tensors: DeepSpeed would also round buffers, which its engine leaves alone,
+        # and its tensor constructors do not take all arguments of torch's.
         self._init: Any = deepspeed.zero.Init(
             module=torch.nn.Module(), config_dict_or_path=dict(config), tensor_overrides=[]
         )
@@ -40,31 +44,31 @@ class Partitioner:
 
     @property
     def next_number(self) -> int:
-        """Return the number of the next parameter; DeepSpeed compares them between ranks."""
+        """Return the ``ds_id`` of the next parameter; DeepSpeed compares these between ranks."""
         number: int = type(self._init).param_id
         return number
 
     @next_number.setter
     def next_number(self, number: int) -> None:
-        """Set the number of the next parameter, above those of all parameters so far."""
+        """Set the ``ds_id`` of the next parameter; it must be above all that are in use."""
         type(self._init).param_id = number
 
     def split(self, parameter: torch.nn.Parameter) -> None:
-        """Keep this rank's share of a parameter whose values are alike on all ranks.
+        """Partition a parameter whose values are the same on all ranks, keeping this rank's part.
 
-        No rank waits for another. Of values that are mapped from a file, only the share is read
-        (hpZ: two shares).
+        No rank waits for another. Of values that are mapped from a file, only the partition is
+        read (with hpZ, two partitions).
         """
         if is_partitioned(parameter):
             return
         with torch.no_grad():
             self._mark(parameter)
             parameter.partition()  # type: ignore[attr-defined]
-            # The parameter is empty now; on the device, as after every later use.
+            # The empty tensor that is left belongs on the device, as after every later use.
             parameter.data = parameter.data.to(self.device)
 
     def split_like_main_rank(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Keep this rank's shares of the main rank's values, one at a time; a collective."""
+        """Partition the main rank's values of parameters, one after another; a collective."""
         for parameter in parameters:
             if not is_partitioned(parameter):
                 self.send_from_main(parameter)
@@ -74,19 +78,19 @@ class Partitioner:
     def building(self) -> Iterator[None]:
         """Partition the parameters of each module that is constructed inside; a collective.
 
-        They have the values with which the main rank has constructed them.
+        All ranks take the values that the main rank's constructors have set.
         """
         with self.device, self._init:
             yield
 
     def _mark(self, parameter: torch.nn.Parameter) -> None:
-        """Make DeepSpeed know a whole parameter, in the format that the engine trains in."""
+        """Add DeepSpeed's attributes to a whole parameter, cast to the format of the training."""
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(self._init.dtype)
         self._convert(parameter)
 
     def send_from_main(self, tensor: torch.Tensor) -> None:
-        """Give a tensor the main rank's values, on this rank's device; a collective."""
+        """Set a tensor to the main rank's values, on this rank's device; a collective."""
         import torch.distributed as dist
 
         with torch.no_grad():
@@ -96,7 +100,7 @@ class Partitioner:
 
 @contextlib.contextmanager
 def building_whole_models() -> Iterator[None]:
-    """Let transformers build and load whole models in the block although stage 3 is registered."""
+    """Suspend the registration of stage 3 in the block: transformers builds whole models there."""
     from dstrain.engine import compat
 
     registered = compat.registered_config()
@@ -111,7 +115,7 @@ def building_whole_models() -> Iterator[None]:
 def with_full_shapes(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """Let partitioned parameters have their whole shape inside, without memory for the values.
 
-    For code that reads the shapes of all weights but no values of these: the values are NaN.
+    For code that reads the shapes of weights and not their values, which are NaN (0 for integers).
     """
     empty = [p for p in parameters if is_partitioned(p) and p.numel() != full_numel(p)]
     for parameter in empty:
@@ -129,7 +133,7 @@ def is_whole(parameter: Any) -> bool:
 
 
 def fill_with_placeholder(parameter: torch.nn.Parameter) -> None:
-    """Give a partitioned parameter its whole shape, with a single number in memory."""
+    """Give a partitioned parameter its whole shape, expanded from a single NaN (0 for integers)."""
     number = float("nan") if parameter.is_floating_point() else 0
     one = torch.full((), number, dtype=parameter.dtype, device=parameter.device)
     parameter.data = one.expand(full_shape(parameter))

@@ -1,6 +1,6 @@
-"""Settings that DeepSpeed keeps once per process, although they belong to an engine.
+"""Setting and resetting of engine settings that DeepSpeed keeps in variables of the process.
 
-Without this, an engine would use the settings of another engine of the process.
+Otherwise an engine would use the settings of another engine of the process.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dstrain.config import ResolvedConfig
 def set_for(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
     """Set process-wide settings to those of ``module``, before an engine on it is built.
 
-    Otherwise the engine would use the groups of hpZ of another engine (``stage3.py:__init__``), and
-    the formats of its autocast instead of ``communication_data_type``.
+    Otherwise the new engine would use another engine's hpZ groups (``stage3.py:__init__``), and
+    another engine's autocast formats instead of its ``communication_data_type``.
     """
     from deepspeed.runtime import torch_autocast
     from deepspeed.utils import groups
@@ -29,9 +29,10 @@ def set_for(module: torch.nn.Module, resolved: ResolvedConfig) -> None:
 
 
 def keep_communication_format(optimizer: Any, resolved: ResolvedConfig) -> None:
-    """Fix the format in which an engine's optimizer communicates, whatever is built later.
+    """Fix the format in which an engine's optimizer communicates.
 
-    Otherwise it would ask at each gradient whether any engine autocasts (``base_optimizer.py``).
+    Otherwise it would ask at each gradient whether any engine of the process, also one built later,
+    uses autocast (``base_optimizer.py``).
     """
     if not hasattr(optimizer, "communication_data_type"):
         return  # BF16_Optimizer does not ask
@@ -47,7 +48,8 @@ def reset(resolved: ResolvedConfig, *, others: bool) -> None:
 
     Args:
         resolved: config of the engine.
-        others: whether there are other engines, whose settings of activation checkpointing stay.
+        others: whether there are other engines, for which the settings of activation checkpointing
+            must stay.
     """
     if _has_groups(resolved):
         from deepspeed.utils import groups
@@ -61,8 +63,9 @@ def reset(resolved: ResolvedConfig, *, others: bool) -> None:
     if not others and any(key.startswith("activation_checkpointing.") for key in resolved.values):
         import deepspeed
 
-        deepspeed.checkpointing.configure(None)  # all at their defaults
+        deepspeed.checkpointing.configure(None)  # sets the defaults
 
 
 def _has_groups(resolved: ResolvedConfig) -> bool:
+    """Tell whether hpZ partitions parameters among groups of ranks."""
     return resolved.hpz_partition_size > 1

@@ -1,15 +1,15 @@
-"""Parameters of shape (), such as CLIP's ``logit_scale``, which DeepSpeed 0.19.8 cannot send.
+"""Support for parameters of shape (), such as CLIP's ``logit_scale``, with DeepSpeed 0.19.8.
 
-It sends whole parameters as bytes, ``dist.broadcast(p.data.view(torch.uint8), ...)``, and torch
-cannot see a tensor without dimensions as elements of another size: "self.dim() cannot be 0 to view
-Float as Byte". The places are ``engine.py:_broadcast_model`` (all stages), and for stage 3
-``partition_parameters.py``: ``Init._zero_init_param``, ``Module.apply`` inside ``zero.Init``, and
-the end of ``GatheredParameters`` with a ``modifier_rank``. And at stage 0 in fp32
-``utils.py:clip_grad_norm_`` multiplies gradients in place by a tensor of shape (1,), which a
-gradient of shape () cannot take. All else works with shape () as it is.
+DeepSpeed sends whole parameters as bytes, ``dist.broadcast(p.data.view(torch.uint8), ...)``, and
+torch cannot view a tensor without dimensions in a format of another size: "self.dim() cannot be 0
+to view Float as Byte". DeepSpeed does so in ``engine.py:_broadcast_model`` (all stages), and for
+stage 3 in ``partition_parameters.py``: ``Init._zero_init_param``, ``Module.apply`` inside
+``zero.Init``, and the end of ``GatheredParameters`` with a ``modifier_rank``. And at stage 0 in
+fp32 ``utils.py:clip_grad_norm_`` multiplies gradients in place by a tensor of shape (1,), which
+fails for a gradient of shape (). Everything else works with shape ().
 
-Nothing of DeepSpeed is replaced here, and no parameter changes its shape at any time. The tests of
-this module fail once DeepSpeed can do it alone.
+No parameter changes its shape at any time. The tests of this module fail once DeepSpeed handles
+such parameters itself.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.overrides import TorchFunctionMode
 
 
 def scalars_as_bytes(*, wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """Let a tensor of shape () be viewed in another format in the block, like one of shape (1,).
+    """Let a tensor of shape () be viewed in another format in the block, as if it had shape (1,).
 
-    Only calls change that would raise. Every call of torch from Python passes through it, some
-    microseconds each, so it is no place for a training loop.
+    Calls that work without this are not changed. In the block every call of torch from Python
+    takes some microseconds more, so it must not contain a training loop.
 
     Args:
-        wanted: False changes nothing.
+        wanted: False returns a context manager that does nothing.
     """
     return _ScalarsAsBytes() if wanted else contextlib.nullcontext()
 
@@ -37,7 +37,8 @@ def scalars_as_bytes(*, wanted: bool = True) -> contextlib.AbstractContextManage
 def clip_scalars_too(engine: Any) -> None:
     """Let a DeepSpeed engine of stage 0 in fp32 clip with torch's function, which takes any shape.
 
-    Its own method adds up the same norm on every rank and divides by their number.
+    The result is the same: DeepSpeed's method averages the norm over the ranks, which all have the
+    same gradients.
     """
 
     def clip_fp32_gradients() -> None:
@@ -57,6 +58,7 @@ class _ScalarsAsBytes(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        """Call a function of torch; a tensor of shape () gets the shape (1,) before ``view``."""
         if func is torch.Tensor.view and len(args) == 2 and isinstance(args[1], torch.dtype):
             tensor: torch.Tensor = args[0]
             if tensor.dim() == 0 and tensor.dtype.itemsize != args[1].itemsize:

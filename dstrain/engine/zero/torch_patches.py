@@ -1,4 +1,4 @@
-"""Functions of torch that DeepSpeed replaces for the whole process: narrowed, or put back."""
+"""Restoration of functions of torch that DeepSpeed replaces for the whole process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dstrain.config import ResolvedConfig
 
 
 class MemoryEfficientLinear:
-    """Linear layers with partitioned weights that keep no gathered weight for the backward pass.
+    """Use of DeepSpeed's linear function, which keeps no gathered weight for the backward pass.
 
-    DeepSpeed replaces ``torch.nn.functional.linear`` by its own function, for all models and the
-    rest of the process. Here its function is used while an engine exists, and only where a weight
-    is partitioned.
+    DeepSpeed replaces ``torch.nn.functional.linear`` by it for all models and the rest of the
+    process. This class limits the replacement to partitioned weights, and to the lifetime of an
+    engine.
     """
 
     def __init__(self, resolved: ResolvedConfig) -> None:
@@ -31,20 +31,23 @@ class MemoryEfficientLinear:
         if not hasattr(present, "num_engines"):
             present = torch.nn.functional.linear = _linear_by_weight(present)
         present.num_engines += 1
-        # Also when an engine is collected that nobody has destroyed.
+        # Runs also when this object is garbage-collected with an engine that was not destroyed.
         self._end = weakref.finalize(self, _release_linear, present)
 
     def close(self) -> None:
-        """Restore torch's function if no other engine needs the replacement; once."""
+        """Restore torch's function unless another engine needs the replacement.
+
+        Later calls do nothing.
+        """
         self._end()
 
 
 def _nothing() -> None:
-    """Do nothing at the end."""
+    """Do nothing; stands for ``_release_linear`` where nothing was replaced."""
 
 
 def _release_linear(function: Any) -> None:
-    """Count one engine less; restore torch's function where it was the last one."""
+    """Count one engine less, and restore torch's function if no engine is left."""
     plain = function.__wrapped__
     function.num_engines -= 1
     if not function.num_engines and torch.nn.functional.linear is function:
@@ -72,12 +75,12 @@ def _is_deepspeeds(function: Any) -> bool:
 
 
 def undo_patches() -> None:
-    """Undo the changes that zero.Init leaves in torch; does nothing inside of its block.
+    """Undo the changes that ``zero.Init`` leaves in torch; does nothing inside of its block.
 
-    These are ``linear``, names under which it keeps functions that it replaces for a while, and
-    ``Module.__init_subclass__``, which would hide that of another base class
-    (``partition_parameters.py:unpatch_init_and_builtins``). After a block the time grows with the
-    number of module classes in the process.
+    ``zero.Init`` (``partition_parameters.py:unpatch_init_and_builtins``) leaves its linear
+    function, the attributes in which it kept the functions that it replaced, and
+    ``Module.__init_subclass__``, which would hide that of another base class of a module. The time
+    grows with the number of module classes in the process where there is something to undo.
     """
     partitioning: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
     if partitioning is None or partitioning.zero_init_context:

@@ -1,4 +1,4 @@
-"""Whether two tensors have an element in common, told in bounded memory."""
+"""Tests of the comparison of two tensors' memory, which itself takes bounded memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from dstrain.engine.model_checks import number_formats
+from dstrain.engine.model_checks import shared_places
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
 
@@ -25,7 +25,7 @@ def places(tensor: torch.Tensor) -> set[int]:
 
 @pytest.mark.parametrize("marked", [1, 7, 2**22])
 def test_two_views_overlap_where_they_share_a_byte(monkeypatch, marked):
-    monkeypatch.setattr(number_formats, "_MARKED", marked)
+    monkeypatch.setattr(shared_places, "_MARKED", marked)
     chance = random.Random(3)
     base = torch.zeros(400, dtype=torch.uint8)
     found = []
@@ -39,7 +39,7 @@ def test_two_views_overlap_where_they_share_a_byte(monkeypatch, marked):
             views.append(base.view(dtype).as_strided(shape, stride, start))
         first, second = sorted(views, key=torch.Tensor.data_ptr)
         shares = not places(first).isdisjoint(places(second))
-        assert number_formats._overlap(first, second) == shares, (first, second)
+        assert shared_places.share_memory(first, second) == shares, (first, second)
         found.append(shares)
     assert 50 < sum(found) < 350
 
@@ -54,9 +54,9 @@ def test_memory_is_bounded_whatever_the_size_of_the_tensors(monkeypatch):
 
     monkeypatch.setattr(torch, "zeros", counted)
     base = torch.empty(200_000, 1000, dtype=torch.uint8)  # never touched
-    assert not number_formats._overlap(base[:, :500], base[:, 500:])
-    assert number_formats._overlap(base[:, :501], base[:, 500:])
+    assert not shared_places.share_memory(base[:, :500], base[:, 500:])
+    assert shared_places.share_memory(base[:, :501], base[:, 500:])
     flat = base.flatten()
-    assert not number_formats._overlap(flat[::2], flat[1::2])
-    assert number_formats._overlap(flat[::2], flat[198_000_001::3])
+    assert not shared_places.share_memory(flat[::2], flat[1::2])
+    assert shared_places.share_memory(flat[::2], flat[198_000_001::3])
     assert max(marked) < 10_000_000
