@@ -1,4 +1,4 @@
-"""Finding what a model's loss is a mean over, by watching its first forward passes."""
+"""Inference of the denominator of a model's mean loss, by watching its first forward passes."""
 
 from dstrain.data.loss.rule import (
     IGNORED,
