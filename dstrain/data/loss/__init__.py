@@ -2,23 +2,17 @@
 
 from dstrain.data.loss.rule import (
     IGNORED,
-    SHIFTED_LABELS,
-    Candidate,
     Denominator,
     LossFindings,
     LossRule,
-    expected_rule,
 )
 from dstrain.data.loss.targets import LossTargets, no_targets
 
 __all__ = [
-    "Candidate",
     "Denominator",
     "IGNORED",
     "LossFindings",
     "LossRule",
     "LossTargets",
-    "SHIFTED_LABELS",
-    "expected_rule",
     "no_targets",
 ]
