@@ -5,7 +5,6 @@ from dstrain.checkpoint.conversion import Converted, convert
 from dstrain.checkpoint.difference import Comparison, compare
 from dstrain.checkpoint.export import export
 from dstrain.checkpoint.find import (
-    AUTO,
     check_resumable,
     choose_checkpoint,
     verify,
@@ -30,7 +29,6 @@ from dstrain.checkpoint.trainer_state import (
 from dstrain.checkpoint.weights import load_weights
 
 __all__ = [
-    "AUTO",
     "CheckpointWriter",
     "Comparison",
     "Converted",

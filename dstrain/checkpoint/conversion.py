@@ -26,7 +26,6 @@ from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import make_durable, write_bytes
 from dstrain.engine import MASTER
 
-TARGETS = ("deepspeed",)
 # DeepSpeed loads as many groups as the shorter of two lists has, and silently leaves the rest of
 # its groups as they are; so the file gets more groups than any run has.
 _MOST_GROUPS = 64

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from dstrain.core.ranks import PATIENCE, gather_objects
 from dstrain.data.comparison.stream_watch import StreamWatch
 
 Step = tuple[Any, int]  # a micro-batch, and its samples over all ranks
+
+# All ranks begin an exchange before the optimizer step after which they close, so its end is near,
+# unless a rank is lost.
+_LAST_EXCHANGE = timedelta(seconds=10)
 
 
 class LocalSteps:
@@ -55,6 +60,7 @@ class _ExchangingSteps(LocalSteps):
         super().__init__(steps)
         self._world_size = dist.get_world_size()
         self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._latest: Any = None  # the exchange begun last
         self._failure: Exception | None = None
 
     def _next(self) -> Step | None:
@@ -70,7 +76,8 @@ class _ExchangingSteps(LocalSteps):
         import torch.distributed as dist
 
         told = torch.tensor([int(have), int(self._failure is not None), *more])
-        return dist.all_reduce(told, group=self._group, async_op=True), told
+        self._latest = dist.all_reduce(told, group=self._group, async_op=True)
+        return self._latest, told
 
     def _end_exchange(self, exchange: tuple[Any, torch.Tensor]) -> tuple[int, list[int]]:
         """Wait for the sums; return the number of ranks with a micro-batch, and sums of ``more``.
@@ -96,10 +103,19 @@ class _ExchangingSteps(LocalSteps):
         raise DataError(Problem(f"reading the training data failed on rank {rank}", text))
 
     def close(self) -> None:
-        """Destroy the process group."""
+        """Destroy the process group once the latest exchange has ended.
+
+        If that still waits for a lost rank after some seconds, the group stays: gloo would wait for
+        the rank when the group is destroyed, for up to ``PATIENCE``.
+        """
         import torch.distributed as dist
 
-        with contextlib.suppress(ValueError):  # all groups are gone where ranks meet anew
+        if self._latest is not None:
+            with contextlib.suppress(RuntimeError):  # gloo's time-out, or a lost connection
+                self._latest.wait(_LAST_EXCHANGE)
+            if not self._latest.is_completed():
+                return
+        with contextlib.suppress(ValueError):  # process groups were rebuilt, without this one
             dist.destroy_process_group(self._group)
 
 
@@ -151,12 +167,6 @@ class SharedStreamSteps(_ExchangingSteps):
             self._watch.check_sums(
                 sums, world_size=self._world_size, ended=ended, group=self._group
             )
-
-    def close(self) -> None:
-        """Destroy the group once the last sum has arrived: every rank has started as many."""
-        if self._pending is not None:
-            self._pending[0].wait()
-        super().close()
 
 
 class RankPartSteps(_ExchangingSteps):

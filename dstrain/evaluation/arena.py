@@ -1,8 +1,8 @@
-"""Memory beside the heap, for what stays while large tensors come and go.
+"""Memory outside the heap for predictions that stay, to keep the heap from fragmenting.
 
-Small arrays that stay would come to lie in the gaps that large tensors leave, so that the next
-large one does not fit there any more: the heap of a process that collects grew by an eighth of all
-that went through it.
+Small arrays that stay would be allocated in gaps that large tensors leave, so that the next large
+tensor no longer fits: without this, the heap of a process that collects predictions grew by an
+eighth of the data that passed through it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 _CHUNK_BYTES = 2**20
 _ALIGNMENT = 64
 _TRIM_SECONDS = 1.0
-_TRIM_SHARE = 0.02  # of the time that may go into it, where the heap is large
+_TRIM_SHARE = 0.02  # largest share of time for trimming, when the heap is large
 
 
 class Arena:
-    """A store of copies of arrays: many small ones share a piece of memory, freed with the last."""
+    """Allocator for copies of arrays; small copies share a chunk, which is freed with the last."""
 
     def __init__(self) -> None:
-        """Begin empty."""
+        """Set up without memory."""
         self._chunk: mmap.mmap | None = None
         self._used = 0
 
     def copied(self, block: np.ndarray) -> np.ndarray:
-        """Return a copy of the array that stays."""
+        """Return a copy of an array, outside the heap."""
         if not block.nbytes:
             return block.copy()
         if self._chunk is None or self._used + block.nbytes > len(self._chunk):
@@ -43,14 +43,14 @@ class Arena:
 
 
 class Scratch:
-    """A piece of memory that is used again and again."""
+    """Buffer outside the heap that is reused for one tensor after another."""
 
     def __init__(self) -> None:
-        """Begin without memory."""
+        """Set up without memory."""
         self._memory: mmap.mmap | None = None
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor in this memory, in place of the one before."""
+        """Return an uninitialised tensor in the buffer; it overwrites the previous one."""
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
         if not size:
@@ -61,15 +61,15 @@ class Scratch:
 
 
 class Heap:
-    """The process's heap, whose gaps are freed now and then, where the C library can."""
+    """Heap of the process, whose free memory is returned to the system if the C library can."""
 
     def __init__(self) -> None:
-        """Begin with nothing freed."""
+        """Look up the function of the C library."""
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
         self._due = time.monotonic() + _TRIM_SECONDS
 
     def release(self) -> None:
-        """Return gaps to the system, unless that was done a moment ago."""
+        """Return free memory to the system, unless that was done a moment ago."""
         started = time.monotonic()
         if self._trim is None or started < self._due:
             return

@@ -1,4 +1,4 @@
-"""The choice of the best evaluation, and so of the best checkpoint, by one metric."""
+"""Choice of the best evaluation, and so of the best checkpoint, by a metric."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dstrain.core.errors import ConfigError, Problem
 
 @dataclass(frozen=True)
 class BestRule:
-    """The rule by which two evaluations compare.
+    """Rule for comparing two evaluations.
 
     Attributes:
-        metric: its name, with or without "eval_" before it.
-        greater_is_better: the direction.
+        metric: name of the metric, with or without "eval_" before it.
+        greater_is_better: whether the larger of two values is better.
     """
 
     metric: str
@@ -24,11 +24,11 @@ class BestRule:
 
     @property
     def key(self) -> str:
-        """Return the metric's name in what an evaluation returns."""
+        """Return the metric's name with "eval_" before it, as evaluations report it."""
         return self.metric if self.metric.startswith("eval_") else f"eval_{self.metric}"
 
     def missing(self, known: Iterable[str]) -> ConfigError:
-        """Return the error for an evaluation that lacks the metric, with those that it has."""
+        """Return the error for an evaluation that lacks the metric; ``known`` are its metrics."""
         return ConfigError(
             Problem(
                 f"metric_for_best_model={self.metric!r}: the evaluation has no {self.key!r}",
@@ -42,7 +42,7 @@ class BestRule:
         """Return the value of the metric as a number.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: the value is not a number.
         """
         if isinstance(value, (int, float)):
             return float(value)
@@ -55,13 +55,16 @@ class BestRule:
         )
 
     def is_better(self, value: float, than: float | None) -> bool:
-        """Tell whether ``value`` beats ``than`` (None: nothing yet); equal or NaN does not."""
+        """Tell whether ``value`` is better than ``than``; false for NaN and for equal values.
+
+        Any number is better than None.
+        """
         if math.isnan(value) or than is None:
             return not math.isnan(value)
         return value > than if self.greater_is_better else value < than
 
     def best_of(self, values: Mapping[int, float]) -> int | None:
-        """Return the step with the best value, the first of equal ones; None without a number.
+        """Return the first step with the best value; None if all values are NaN or there are none.
 
         Args:
             values: step -> value of the metric.

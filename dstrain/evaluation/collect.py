@@ -1,4 +1,4 @@
-"""Predictions of all ranks, on rank 0, in the order of the data."""
+"""Collection of all ranks' predictions on rank 0, in the order of the data."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _PARTS = ("predictions", "labels", "inputs", "losses")
 
 @dataclass(frozen=True)
 class Collected:
-    """The results of the forward passes of all ranks, nested as the model returned them.
+    """Collected results of forward passes on all ranks, nested as the model returned them.
 
     Attributes:
         predictions: the model's outputs.
-        labels: what they are compared with, or None.
+        labels: the labels, or None.
         inputs: the main input, or None.
-        losses: of each sample the mean loss of its batch, or None.
+        losses: for each sample the mean loss of its batch, or None.
     """
 
     predictions: Any = None
@@ -39,16 +39,16 @@ class Collected:
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """The options of a collection: which predictions are kept, where, and for how long.
+    """Options for collecting predictions.
 
     Attributes:
-        keep: keep predictions of all batches; False only shows each batch to ``on_batch``.
-        concat: one array over all batches; False gives a list of one array per batch.
-        every: batches that stay on the accelerator before they move to the host.
-        losses: keep the losses of samples too.
-        objects: predictions that are no tensors travel pickled.
-        memory_bytes: on rank 0, of all arrays together; beyond it they are in files.
-        folder: of the files.
+        keep: keep predictions of all batches; False only passes each batch to ``on_batch``.
+        concat: return an array over all batches; False returns a list with an array per batch.
+        every: number of batches that stay on the accelerator before they move to the host.
+        losses: collect losses of samples too.
+        objects: pickle predictions that are no tensors; False makes them an error.
+        memory_bytes: most memory for all arrays on rank 0; arrays beyond it are kept in files.
+        folder: folder for these files.
     """
 
     folder: Path
@@ -61,9 +61,9 @@ class PredictionOptions:
 
 
 class Collector:
-    """This rank's collection of predictions, batch by batch; rank 0 has those of all ranks.
+    """Collector of predictions, which sends each batch of this rank to rank 0.
 
-    Every rank calls ``add`` as often as every other, with padding batches where it has no sample.
+    All ranks call ``add`` equally often, with padding batches where they have no sample.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Collector:
         *,
         on_batch: Callable[[Collected, bool], None] | None = None,
     ) -> None:
-        """Begin with nothing.
+        """Set up without predictions.
 
         Args:
-            transport: the way to rank 0.
-            keeping: what is kept.
-            on_batch: called on rank 0 with each batch of all ranks, as tensors on the host, and
-                whether it is the last.
+            transport: sends predictions to rank 0.
+            keeping: options for collecting.
+            on_batch: called on rank 0 with each batch of all ranks, as tensors on the host, and a
+                flag that it is the last.
         """
         self._transport = transport
         self._keeping = keeping
@@ -88,17 +88,18 @@ class Collector:
         self._layouts: tuple[Layout, ...] | None = None
         self._formats: list[tuple[Any, int]] = []  # type and number of dimensions of each leaf
         self._columns: Columns | None = None
-        self._objects: dict[int, list[list[Any]]] = {}  # of some leaves, batch by batch
+        self._objects: dict[int, list[list[Any]]] = {}  # leaf -> objects of each batch
         self._failure: Exception | None = None
         self._heap = Heap()
 
     def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
-        """Keep the results of one forward pass; do nothing after ``fail``.
+        """Add the results of a forward pass; after ``fail`` only take part in sending.
 
         Raises:
-            DataError: it cannot be joined with what other ranks or batches gave; on all ranks.
-            Exception: what ``on_batch`` raised on rank 0, or what a rank passed to ``fail``; on all
-                ranks.
+            DataError: the results cannot be joined with those of other ranks or batches; raised on
+                all ranks.
+            Exception: ``on_batch`` raised it on rank 0, or a rank passed it to ``fail``; raised on
+                all ranks.
         """
         self._pending.append((batch, prediction))
         if len(self._pending) >= self._keeping.every or batch.is_last:
@@ -109,17 +110,18 @@ class Collector:
 
     @property
     def has_sent_all(self) -> bool:
-        """Tell whether no batch is left to be sent; the same on all ranks."""
+        """Tell whether all batches were sent to rank 0; the same on all ranks."""
         return not self._pending
 
     def fail(self, error: Exception) -> None:
-        """Raise this rank's error on all when batches are next sent, or in ``finish``."""
+        """Store this rank's error, to raise it on all ranks at the next sending or ``finish``."""
         self._failure = self._failure or error
 
     def abort(self, error: Exception) -> None:
-        """Raise this rank's error on all, instead of sending a batch.
+        """Raise this rank's error on all ranks, instead of sending a batch.
 
-        The others learn of it when they send theirs: without that they would wait for this rank.
+        Other ranks get the error when they send their batch; otherwise they would wait for this
+        rank.
 
         Raises:
             Exception: the error.
@@ -129,11 +131,11 @@ class Collector:
         self._transport.raise_together(error)
 
     def finish(self) -> Collected:
-        """Return all predictions as arrays on rank 0; elsewhere such arrays without rows.
+        """Return all predictions as arrays on rank 0, and arrays without rows on other ranks.
 
         Raises:
-            TrainingError: they could not be written to disk; on all ranks.
-            Exception: what ``on_batch`` raised on rank 0; on all ranks.
+            TrainingError: predictions could not be written to disk; raised on all ranks.
+            Exception: ``on_batch`` raised it on rank 0; raised on all ranks.
         """
         self._transport.raise_together(self._failure)
         if self._layouts is None or not self._keeping.keep:
@@ -156,7 +158,7 @@ class Collector:
         return self._nest(leaves, batches=not self._keeping.concat)
 
     def _nest(self, leaves: Sequence[Any], *, batches: bool = False) -> Collected:
-        """Return the parts in their layouts; with ``batches`` a list over batches of each."""
+        """Restore the nested parts from leaves; with ``batches``, each as a list of batches."""
         assert self._layouts is not None
         parts, start = [], 0
         for layout in self._layouts:
@@ -170,7 +172,7 @@ class Collector:
         return Collected(**dict(zip(_PARTS, parts, strict=True)))
 
     def _send(self, batch: EvalBatch, prediction: Prediction | None) -> None:
-        """Send one batch to rank 0, or raise on all ranks the error that keeps a rank from it."""
+        """Send a batch to rank 0; if a rank cannot, raise its error on all ranks."""
         leaves: list[Any] = []
         packed: list[bytes | None] = []
         failed = self._failure
@@ -225,7 +227,7 @@ class Collector:
         return tuple(layouts), [_on_host(leaf) for leaf in leaves]
 
     def _agree(self, layouts: tuple[Layout, ...], formats: list[tuple[Any, int]]) -> None:
-        """Check once that predictions of all ranks are nested alike; a collective."""
+        """Check at the first batch that all ranks' predictions are nested alike; a collective."""
         every_rank = self._transport.agree((layouts, formats))
         for rank, theirs in enumerate(every_rank):
             if theirs != every_rank[0]:
@@ -255,12 +257,12 @@ class Collector:
         return shapes
 
     def _store(self, index: int, blocks: Iterator[torch.Tensor]) -> torch.Tensor | None:
-        """Keep one tensor's blocks of all ranks, on rank 0, joined where a metric wants them."""
+        """Store the blocks of a tensor from all ranks on rank 0; join them for ``on_batch``."""
         joined = None
-        if self._on_batch and self._transport.is_main:  # the first is this rank's, which stays
+        if self._on_batch and self._transport.is_main:  # blocks of other ranks are overwritten
             joined = join([b.clone() if rank else b for rank, b in enumerate(blocks)])
         for block in blocks if joined is None else [joined]:
-            # After a failure the others' blocks are still taken, until all ranks can raise it.
+            # After a failure blocks of other ranks are still received, until all ranks raise it.
             if not self._keeping.keep or self._failure is not None:
                 continue
             assert self._columns is not None
@@ -277,7 +279,7 @@ class Collector:
             return
         try:
             self._on_batch(self._nest(joined), is_last)
-        except Exception as error:  # a user's code: raised on all ranks, at the next batch
+        except Exception as error:  # user code; raised on all ranks at the next batch
             self._failure = error
 
 
@@ -295,12 +297,12 @@ def _on_host(leaf: Any) -> Any:
     if isinstance(leaf, list):
         return _objects_on_host(leaf)
     leaf = leaf.cpu().contiguous()
-    # A slice would keep alive all that it was cut from.
+    # A slice would keep the whole memory of its tensor alive.
     return leaf.clone() if leaf.untyped_storage().nbytes() > 2 * leaf.nbytes else leaf
 
 
 def _objects_on_host(value: Any) -> Any:
-    """Return objects with arrays in place of the tensors in them."""
+    """Replace tensors inside nested objects by arrays on the host."""
     if isinstance(value, torch.Tensor):
         return to_array(value)
     if isinstance(value, dict):
@@ -312,7 +314,7 @@ def _objects_on_host(value: Any) -> Any:
 
 
 def _kind_of(leaf: Any) -> Any:
-    """Return format and width of an array; None for a list."""
+    """Return dtype and shape of an array's rows; None for a list."""
     return None if isinstance(leaf, list) else (leaf.dtype.str, leaf.shape[1:])
 
 

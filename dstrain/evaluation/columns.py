@@ -1,4 +1,4 @@
-"""Arrays that grow batch by batch: in memory while they are small, in files when they are not."""
+"""Arrays that grow batch by batch, in memory up to a limit and in files beyond it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from dstrain.evaluation.arena import Arena
 
 PADDING = -100
-"""Fills rows that are shorter than others, as in transformers."""
+"""Value that fills up shorter rows, as in transformers."""
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """Return the tensor as an array on the host; formats that numpy lacks become float32."""
+    """Return a tensor as an array on the host; float dtypes that numpy lacks become float32."""
     tensor = tensor.detach()
     if tensor.dtype.is_floating_point and tensor.dtype not in _NUMPY_FLOATS:
         tensor = tensor.float()
@@ -28,26 +28,27 @@ _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
 def widest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the dimensions after the first that hold rows of all these shapes.
+    """Return the smallest shape of rows into which the rows of all these shapes fit.
 
-    A padding batch's shape has no row and may be wider than any real one.
+    Shapes without rows (of padding batches) are ignored, as they may be wider than all others.
     """
     real = [shape for shape in shapes if shape[0]] or list(shapes)
     return tuple(max(sizes) for sizes in zip(*(shape[1:] for shape in real), strict=True))
 
 
 def _are_even(shapes: Sequence[tuple[int, ...]], trailing: tuple[int, ...]) -> bool:
-    """Tell whether all rows are as wide as the widest."""
+    """Tell whether all rows have the shape ``trailing``."""
     return all(shape[1:] == trailing for shape in shapes if shape[0])
 
 
 class Column:
-    """Blocks of rows [rows, ...] of one tensor of the predictions; blocks may differ in width."""
+    """Blocks of rows [rows, ...] of a tensor in the predictions; blocks may differ in width."""
 
     def __init__(self, arena: Arena) -> None:
-        """Begin empty.
+        """Set up without rows.
 
-        Args: arena: for blocks in memory.
+        Args:
+            arena: allocates blocks in memory.
         """
         self._arena = arena
         self._shapes: list[tuple[int, ...]] = []
@@ -58,7 +59,7 @@ class Column:
         self.memory_bytes = 0
 
     def add(self, block: np.ndarray) -> None:
-        """Append a copy of a block; an empty block sets format and width if it is the only one."""
+        """Append a copy of a block; an empty block sets dtype and width if it is the only one."""
         self._dtype = block.dtype
         self._shapes.append(block.shape)
         if self._file is None:
@@ -84,10 +85,10 @@ class Column:
         return self._file is not None
 
     def joined(self, folder: Path) -> np.ndarray:
-        """Return all rows in one array, shorter ones padded at the end of every dimension.
+        """Return all rows in an array, shorter ones padded at the end of every dimension.
 
-        From a file it is a memory map that may be changed and that no other file is touched by.
-        The column is empty afterwards.
+        For rows in a file this is a writable memory map of an unnamed file. The column is empty
+        afterwards.
         """
         trailing = widest(self._shapes)
         rows = sum(shape[0] for shape in self._shapes)
@@ -111,14 +112,14 @@ class Column:
         whole = np.empty(shape, dtype)
         row = 0
         self._blocks.reverse()
-        while self._blocks:  # given up one by one: the whole is not held twice
+        while self._blocks:  # freed one by one, so that memory never holds all rows twice
             block = self._blocks.pop()
             whole[row : row + len(block)] = _padded(block, shape[1:], dtype)
             row += len(block)
         return whole
 
     def separate(self) -> list[np.ndarray]:
-        """Return one array per step; the column is empty afterwards."""
+        """Return an array per batch; the column is empty afterwards."""
         arrays, start = [], 0
         offset = 0
         for end in self._ends:
@@ -150,12 +151,15 @@ class Column:
 
 
 class Columns:
-    """The columns of one evaluation, within a limit of memory in all."""
+    """Columns of an evaluation, which share a limit of memory."""
 
     def __init__(self, number: int, *, memory_bytes: int, folder: Path) -> None:
-        """Begin empty.
+        """Set up without rows.
 
-        Args: how many columns, memory for all of them, folder of the files beyond it.
+        Args:
+            number: number of columns.
+            memory_bytes: most memory for all columns together.
+            folder: folder for files of rows beyond that.
         """
         arena = Arena()
         self._columns = [Column(arena) for _ in range(number)]
@@ -163,7 +167,7 @@ class Columns:
         self._folder = folder
 
     def add(self, index: int, tensor: torch.Tensor) -> None:
-        """Append a block of rows to a column."""
+        """Append a block of rows to a column; move the largest columns to files if needed."""
         block, column = to_array(tensor), self._columns[index]
 
         def size_with_block(c: Column) -> int:
@@ -179,14 +183,14 @@ class Columns:
             column.end_step()
 
     def finish(self, *, concat: bool) -> list[Any]:
-        """Return an array per column, or a list with one per batch; empty the columns."""
+        """Return for each column an array, or a list of an array per batch; empty the columns."""
         if concat:
             return [column.joined(self._folder) for column in self._columns]
         return [column.separate() for column in self._columns]
 
 
 def join(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return blocks of rows in one tensor, shorter ones padded."""
+    """Concatenate blocks of rows, with shorter rows padded."""
     trailing = widest([tuple(block.shape) for block in blocks])
     blocks = [block for block in blocks if len(block)] or list(blocks[:1])
     if all(tuple(block.shape[1:]) == trailing for block in blocks):
@@ -215,12 +219,12 @@ def _padded(block: np.ndarray, trailing: tuple[int, ...], dtype: np.dtype) -> np
 
 
 def _with_padding(dtype: np.dtype) -> np.dtype:
-    """Return a format that can hold the padding too."""
+    """Return a dtype that can hold both the values and the padding."""
     return np.dtype(np.int64) if dtype.kind in "bu" else dtype
 
 
 def _unnamed_file(folder: Path) -> Any:
-    """Return a file without a name: it is gone with its last user, also when that one is killed."""
+    """Open a file without a name, which the system removes when the process closes it or dies."""
     return tempfile.TemporaryFile(dir=folder, prefix=".predictions-")
 
 

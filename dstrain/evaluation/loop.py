@@ -1,4 +1,4 @@
-"""The evaluation loop: every sample once, every target of the same weight, no rank waiting."""
+"""Evaluation loop: each sample is used once, and each target has the same weight."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """One forward pass of this rank.
+    """Batch of an evaluation on this rank.
 
     Attributes:
-        inputs: the batch.
-        num_samples: samples; 0 for a padding batch.
-        is_last: whether it is the last of all ranks.
+        inputs: inputs of the forward pass.
+        num_samples: number of samples; 0 for a padding batch.
+        is_last: whether it is the last batch on all ranks.
     """
 
     inputs: Any
@@ -32,14 +32,14 @@ class EvalBatch:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The results of one forward pass, on any device and nested in any way.
+    """Results of a forward pass, on any device and nested in any way.
 
     Attributes:
-        loss: mean loss over the targets of the batch, of one element or of one for each part of
-            the loss; or None.
+        loss: mean loss over the targets of the batch, with one element, or one for each part of the
+            loss; or None.
         predictions: the model's outputs.
         labels: the batch's labels.
-        inputs: the batch's main input, where metrics want it.
+        inputs: the batch's main input, if metrics need it.
     """
 
     loss: torch.Tensor | float | None
@@ -68,21 +68,21 @@ class LossTotals:
 
 
 class PredictionReceiver(Protocol):
-    """The receiver of predictions."""
+    """Receiver of predictions, such as ``Collector``."""
 
     def add(self, batch: EvalBatch, prediction: Prediction | None) -> None:
-        """Keep a batch's results; some of the calls are collectives of all ranks.
+        """Add a batch's results; some of the calls are collectives of all ranks.
 
-        Nothing comes of those after ``fail``.
+        Results added after ``fail`` are not kept.
         """
         ...
 
     def fail(self, error: Exception) -> None:
-        """Raise this rank's error on all ranks when they next meet in ``add``, or after the end."""
+        """Store this rank's error, to raise it on all ranks at the next collective or the end."""
         ...
 
     def abort(self, error: Exception) -> None:
-        """Raise the error of a batch without results on all ranks that will take part."""
+        """Raise the error of a failed forward pass on all ranks, instead of adding its batch."""
         ...
 
 
@@ -102,32 +102,34 @@ def evaluate_batches(
     meet: Callable[[], None] = lambda: None,
     meet_last: Callable[[], None] = lambda: None,
 ) -> LossTotals:
-    """Return the mean loss over all targets of all ranks; give predictions to ``keep``.
+    """Return the mean loss over all targets of all ranks; pass predictions to ``keep``.
 
-    The mean of batch means would depend on how samples fall into batches; the sum of (batch mean x
-    its targets) over the sum of targets does not. Ranks must pass the same number of batches, as
-    ZeRO-3 gathers parameters together; those without a sample pass padding batches with weight 0.
+    A mean of batch means would depend on the split of samples into batches; the sum of (batch mean
+    x its targets) divided by the sum of targets does not. All ranks must pass the same number of
+    batches, as forward passes may be collective (ZeRO-3); ranks without a sample pass padding
+    batches, which have weight 0.
 
-    An error on one rank is raised on all when predictions are next sent; until then this rank goes
-    on without keeping anything, in its forward passes too if these are collective. Where nothing is
-    sent before the end, which may be an hour away, it is raised at once, on its rank alone.
+    An error on one rank is raised on all ranks when predictions are next sent. Until then this rank
+    goes on without keeping results, and without forward passes unless these are collective. Without
+    ``keep`` nothing is sent before the end, so the error is raised at once, on its rank alone.
 
     Args:
         batches: this rank's batches.
-        predict: the forward pass.
-        count: targets of a batch, for each part of its loss. Asked after ``meet``: what a target
-            is may come of the first forward pass.
-        device: where to add up.
-        is_sum: whether losses are no means but sums, asked at the end.
-        can_count: whether ``count`` is final; until then the batches are held, and counted at the
-            end at the latest.
-        finish: what is done to a prediction before it is kept, by this rank alone.
-        keep: takes each batch, padding batches included, and its results.
-        collective: ranks meet inside of ``predict``. An error there is raised at once, on its rank
-            alone: the others may wait for it in theirs, where nothing can be told to them.
+        predict: makes a forward pass.
+        count: returns the number of targets of a batch for each part of its loss; called after
+            ``meet``, as the definition of a target may follow from the first forward pass.
+        device: device on which losses are summed.
+        is_sum: tells, at the end, whether losses are sums and not means.
+        can_count: tells whether ``count`` is final; until then batches are stored, and counted at
+            the end at the latest.
+        finish: changes a prediction before it is kept; not a collective.
+        keep: receives each batch, padding batches included, with its results.
+        collective: whether ``predict`` is a collective. An error in it is raised at once, on its
+            rank alone, as other ranks may wait in their forward passes.
         on_step: called after each batch.
-        meet: called after that on every rank, whatever has failed; ranks may meet in it.
-        meet_last: likewise, once after the last batch and before what is held is counted.
+        meet: called after ``on_step`` on every rank, even after a failure; may be a collective.
+        meet_last: called like ``meet``, once after the last batch and before stored batches are
+            counted.
     """
     sums = _PartSums(device)
     num_samples = num_steps = without_loss = 0
@@ -156,7 +158,7 @@ def evaluate_batches(
         num_steps += 1
         if keep is not None:
             keep.add(batch, prediction)
-        del prediction  # or its tensors would live through the next forward pass
+        del prediction  # frees its tensors before the next forward pass
         if failure is None:
             try:
                 on_step()
@@ -169,7 +171,7 @@ def evaluate_batches(
             sums.add_all(uncounted, count)
     meet_last()
     sums.add_all(uncounted, count)
-    failed = failure is not None  # after what was sent last
+    failed = failure is not None  # and was not raised when predictions were sent
     counts = torch.tensor([num_samples, without_loss, failed], dtype=torch.float64, device=device)
     samples, missing, num_failed, *parts = sum_over_ranks(torch.cat([counts, sums.all()])).tolist()
     if num_failed:
@@ -183,11 +185,11 @@ def evaluate_batches(
 
 
 _MOST_PARTS = 2
-"""Parts that a loss has at most: as many numbers go over ranks, also from one that saw none."""
+"""Most parts of a loss; all ranks sum this many numbers, also a rank that has seen no loss."""
 
 
 class _PartSums:
-    """Sums of losses x targets, and of targets, for each part of the loss."""
+    """Sums of loss x targets, and of targets, for each part of the loss."""
 
     def __init__(self, device: Any) -> None:
         self._losses = torch.zeros(_MOST_PARTS, dtype=torch.float64, device=device)
@@ -204,12 +206,12 @@ class _PartSums:
         losses.clear()
 
     def add(self, loss: Any, counts: tuple[int, ...]) -> None:
-        """Add a batch's loss; nothing waits for the device."""
+        """Add a batch's loss without waiting for the device."""
         parts = torch.as_tensor(loss, dtype=torch.float64, device=self._losses.device).detach()
         if len(counts) == 1:
             parts = parts.mean().reshape(1)
         for index, (part, number) in enumerate(zip(parts, counts, strict=True)):
-            if number:  # the mean over no target is no number, whatever its weight
+            if number:  # a mean over no target is NaN, also with weight 0
                 self._losses[index] += part * number
                 self._targets[index] += number
 
@@ -220,10 +222,10 @@ class _PartSums:
 
 
 def _noted(error: Exception, keep: PredictionReceiver | None) -> Exception:
-    """Return the error, and log it at once: until it is raised some batches may go by.
+    """Log an error and store it in ``keep``, as it is raised only some batches later; return it.
 
     Raises:
-        Exception: the error, where nothing is sent.
+        Exception: the error itself, if ``keep`` is None.
     """
     if keep is None:
         raise error

@@ -1,4 +1,4 @@
-"""A user's metrics: computed once, on rank 0, and known to all ranks."""
+"""Computation of a user's metrics on rank 0, with the results sent to all ranks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ComputeMetrics = Callable[..., dict[str, Any]]
 def metric_values(
     compute_metrics: ComputeMetrics, collected: Collected, transport: Transport
 ) -> dict[str, Any]:
-    """Return what ``compute_metrics`` makes of all predictions, on all ranks; a collective.
+    """Return the metrics of all predictions on all ranks; a collective.
 
-    Rank 0 alone calls it, so it must not call a collective of all ranks.
+    Only rank 0 calls ``compute_metrics``, which therefore must not make a collective of all ranks.
 
     Raises:
-        DataError: it returned no dict; on all ranks.
-        Exception: what it raised; on all ranks.
+        DataError: ``compute_metrics`` did not return a dict with text keys; raised on all ranks.
+        Exception: ``compute_metrics`` raised it; raised on all ranks.
     """
 
     def compute() -> dict[str, Any]:
@@ -41,12 +41,14 @@ def metric_values(
 
 
 class BatchMetric:
-    """A metric that gets each batch of all ranks by itself, so that no batch needs to be kept."""
+    """Metric that is updated with each batch of all ranks, so that batches need not be kept."""
 
     def __init__(self, compute_metrics: ComputeMetrics) -> None:
-        """Begin without a result.
+        """Set up without a result.
 
-        Args: compute_metrics: takes ``compute_result`` too, True with the last batch.
+        Args:
+            compute_metrics: the user's function, which also takes ``compute_result``: True with
+                the last batch.
         """
         self._compute_metrics = compute_metrics
         self._result: dict[str, Any] = {}
@@ -60,12 +62,12 @@ class BatchMetric:
                 self._result = _checked(result)
 
     def values(self, transport: Transport) -> dict[str, Any]:
-        """Return what the metric returned for the last batch, on all ranks; a collective."""
+        """Return the metric's result for the last batch on all ranks; a collective."""
         return transport.from_main(lambda: self._result)
 
 
 def with_prefix(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the metrics, each with ``prefix_`` before its name."""
+    """Return metrics with ``prefix_`` before each name that does not begin with it."""
     return {
         name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value
         for name, value in metrics.items()
@@ -82,7 +84,7 @@ def _eval_prediction(collected: Collected) -> EvalPrediction:
 
 
 def _is_complete(collected: Collected, *, warn: bool = True) -> bool:
-    """Tell whether there are predictions and labels to compute metrics of."""
+    """Tell whether there are both predictions and labels, as metrics need."""
     missing = [n for n in ("predictions", "labels") if getattr(collected, n) is None]
     if missing and warn:
         logger.warning("compute_metrics is not called: there are no %s", " and no ".join(missing))

@@ -1,4 +1,4 @@
-"""The outputs of models: tensors in tuples, lists and dicts of any depth, taken apart and back."""
+"""Flattening of nested model outputs (tuples, lists, dicts) to tensors, and restoring them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dstrain.core.errors import DataError, Problem
 
 @dataclass(frozen=True)
 class Layout:
-    """A nested value without its tensors; equal where values are nested alike.
+    """Structure of a nested value without its tensors; equal for values that are nested alike.
 
     Attributes:
-        kind: "tensor", "none", "tuple", "list", "dict", or "objects": a list of anything, one entry
-            per sample, that is no tensor and travels pickled.
-        keys: of a dict.
-        parts: of a tuple, list or dict.
+        kind: "tensor", "none", "tuple", "list", "dict", or "objects" for a list of any objects, one
+            per sample, which is sent pickled.
+        keys: keys of a dict.
+        parts: structures of the parts of a tuple, list or dict.
     """
 
     kind: str
@@ -31,8 +31,8 @@ class Layout:
         """Return the nested value with ``leaves`` for its tensors, in the order of ``take_apart``.
 
         Args:
-            leaves: one for each tensor or list of objects.
-            empty: what stands for None.
+            leaves: a leaf for each tensor or list of objects.
+            empty: returns the value to use for None.
         """
         if self.kind in ("tensor", "objects"):
             return next(leaves)
@@ -45,16 +45,16 @@ class Layout:
 
 
 def take_apart(value: Any, path: str, *, objects: bool = False) -> tuple[Layout, list[Any]]:
-    """Return the layout of a nested value, and its leaves: tensors with a dimension or more.
+    """Return the layout of a nested value, and its leaves: tensors with at least one dimension.
 
     Args:
         value: tensors, arrays, numbers and None in tuples, lists and mappings.
         path: name of the value for messages.
-        objects: a list, or what holds anything else, is taken as one leaf: a list with an entry
-            per sample.
+        objects: take a list, or a value with anything but tensors, as a single leaf: a list with an
+            entry per sample.
 
     Raises:
-        DataError: something that is no tensor, without ``objects``.
+        DataError: the value has something that is no tensor, and ``objects`` is false.
     """
     if objects and (isinstance(value, list) or not _is_tensors(value)):
         return Layout("objects"), [list(value) if isinstance(value, (list, tuple)) else [value]]

@@ -1,4 +1,4 @@
-"""Pages of mapped files: given back while something reads a large map from end to end."""
+"""Releasing pages of memory-mapped files while a large map is read from end to end."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 
-_SECONDS = 0.003  # between two times; in it a core reads some 10 MB
-_SHARE = 0.05  # of this process's time that may go into it, where there are thousands of maps
+_SECONDS = 0.003  # between two releases; a core reads some 10 MB in it
+_SHARE = 0.05  # largest share of time for releases, when there are thousands of maps
 
 
 @contextlib.contextmanager
 def releasing_pages(*values: Any) -> Iterator[None]:
-    """Return pages of memory maps to the system inside, so that they do not pile up.
+    """Release pages of memory maps to the system during the body, so that they do not accumulate.
 
-    What is read of a map stays in the process until the system wants the memory, and whoever looks
-    at the process (a batch system with a limit, say) takes it for used. Nothing is lost: what was
-    changed is in the file, and what is read again comes from the system's cache. There is no limit
-    that the system could be told, so a thread does it all the time; how much is there at the most
-    is what the reader reads until that thread gets a core.
+    Pages of a map that were read stay in the process until the system needs the memory, and count
+    as used memory of the process (for a batch system with a limit, say). Nothing is lost: changes
+    are in the file, and pages read again come from the system's cache. The system has no setting
+    to limit such pages, so a thread releases them continuously; at most as much is resident as the
+    reader reads until that thread runs.
 
     Args:
-        *values: arrays, in tuples, lists and dicts; those that are no memory maps do not matter.
+        *values: arrays, in tuples, lists and dicts; arrays that are no memory maps are ignored.
     """
     maps = [m for array in _arrays(values) if (m := getattr(array, "_mmap", None)) is not None]
     if not maps or not hasattr(mmap, "MADV_DONTNEED"):

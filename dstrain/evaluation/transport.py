@@ -24,14 +24,14 @@ _FINE, _FAILED = 0, 1
 
 
 class Transport:
-    """A process group on the hosts in which ranks send what they predicted to rank 0.
+    """Process group on the hosts in which ranks send predictions to rank 0.
 
-    Its own group, patient and on the CPU: a metric may take longer than any timeout that is
-    sensible for training, and rank 0's accelerator must not hold what others predicted.
+    It is a separate group on the CPU with a long timeout: a metric may take longer than a timeout
+    suitable for training, and rank 0's accelerator must not hold the predictions of other ranks.
     """
 
     def __init__(self) -> None:
-        """Open the group; a collective of all ranks."""
+        """Form the group; a collective of all ranks."""
         self.rank, self.world_size, self.group = 0, 1, None
         self._scratch = Scratch()
         if is_distributed():
@@ -41,7 +41,7 @@ class Transport:
             self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def close(self) -> None:
-        """Close the group."""
+        """Destroy the group."""
         if self.group is not None:
             import torch.distributed as dist
 
@@ -50,15 +50,15 @@ class Transport:
 
     @property
     def is_main(self) -> bool:
-        """Tell whether this rank receives."""
+        """Tell whether this is rank 0, which receives predictions."""
         return self.rank == 0
 
     def agree(self, mine: T) -> list[T]:
-        """Return a small value of every rank, on every rank."""
+        """Gather a small value of every rank, on every rank."""
         return gather_objects(mine, group=self.group)
 
     def headers(self, numbers: Sequence[int], *, failed: bool) -> list[list[int]] | None:
-        """Return as many numbers of every rank, on every rank; None where a rank has failed."""
+        """Gather equally many numbers of every rank, on every rank; None if a rank has failed."""
         row = torch.tensor([_FAILED if failed else _FINE, *numbers], dtype=torch.int64)
         if self.world_size == 1:
             rows = [row]
@@ -74,11 +74,13 @@ class Transport:
     def to_main(
         self, tensor: torch.Tensor, shapes: Sequence[tuple[int, ...]]
     ) -> Iterator[torch.Tensor]:
-        """Yield every rank's tensor, in rank order, on rank 0; each is gone when the next comes.
+        """Send a tensor to rank 0, which yields every rank's tensor in rank order.
+
+        A yielded tensor of another rank is overwritten by the next one.
 
         Args:
-            tensor: this rank's, on the host.
-            shapes: of every rank's tensor.
+            tensor: this rank's tensor, on the host.
+            shapes: the shape of every rank's tensor.
         """
         if not self.is_main:
             if tensor.numel():
@@ -96,10 +98,10 @@ class Transport:
             yield theirs
 
     def packed(self, objects: list[Any]) -> bytes | None:
-        """Pack objects for ``objects_to_main``, before ranks wait for them; None where none go.
+        """Pickle objects for ``objects_to_main``, before its collective; None for a single rank.
 
         Raises:
-            DataError: they cannot be sent.
+            DataError: the objects cannot be pickled.
         """
         if self.world_size == 1:
             return None
@@ -115,7 +117,7 @@ class Transport:
         return pickle.dumps(objects)
 
     def objects_to_main(self, mine: list[Any], packed: bytes | None) -> list[Any]:
-        """Return the entries of all ranks' lists in rank order, on rank 0; [] elsewhere."""
+        """Gather the entries of all ranks' lists in rank order on rank 0; return [] elsewhere."""
         if packed is None:
             return mine
         import torch.distributed as dist
@@ -125,7 +127,7 @@ class Transport:
         return [entry for theirs in lists or [] for entry in pickle.loads(theirs)]
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Return the value that rank 0 makes, on every rank, or raise its exception there."""
+        """Call ``make`` on rank 0 and return its value on every rank; raise its exception there."""
         value: Any = None
         failure: Exception | None = None
         if self.is_main:
@@ -139,30 +141,30 @@ class Transport:
             sent = [_portable(value, failure)]
             dist.broadcast_object_list(sent, src=0, group=self.group)
             value, found = sent[0]
-            failure = failure or found  # rank 0's own has a traceback
+            failure = failure or found  # rank 0 raises the original, which has a traceback
         if failure is not None:
             raise failure
         return value
 
     def raise_together(self, error: Exception | None) -> None:
-        """Raise this rank's error, and on ranks without one the first of the others."""
+        """Raise this rank's error, or without one the first error of any rank; a collective."""
         raise_together(error, group=self.group)
 
 
 def raise_together(error: Exception | None, *, group: Any = None) -> None:
-    """Raise this rank's error, and on ranks without one the first of the others; a collective."""
+    """Raise this rank's error, or without one the first error of any rank; a collective."""
     for found in gather_objects(portable_error(error), group=group):
         if found is not None:
             raise error or found
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the memory of a contiguous tensor as bytes, whatever its format."""
+    """View a contiguous tensor of any dtype as bytes."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def _portable(value: Any, error: Exception | None) -> tuple[Any, Exception | None]:
-    """Return the value, or an error in its place, that can be pickled."""
+    """Return a value and an error that can both be pickled; an error replaces other values."""
     if error is None and (why := why_not_sent(value)):
         error = TrainingError(
             Problem(

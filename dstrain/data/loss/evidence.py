@@ -1,4 +1,4 @@
-"""The evidence about a model's loss that a rank has from the forward passes that it watched."""
+"""Evidence about a model's loss that a rank gathers from watched forward passes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dstrain.data.loss.rule import LossRule
 
 @dataclass(frozen=True)
 class Evidence:
-    """The findings of a rank in the forward passes that it watched since ranks agreed last.
+    """Evidence of a rank from the forward passes watched since ranks last agreed.
 
     Attributes:
         has_loss: whether some pass returned a loss.
-        has_calls: whether a loss was made by calls of torch's loss functions.
-        used_count: whether the count of targets that user code receives was used.
-        rules: those that explain every loss, and how loosely; None where no batch could tell.
-        certain: a rule that needs no other batch.
-        ratios: of losses to the means that torch's functions took.
-        marks: for each rule a hash of all that it has counted.
+        has_calls: whether a loss came from calls of torch's loss functions.
+        used_count: whether user code used the count of targets that is passed to it.
+        rules: rules that explain every loss, with their looseness; None if no batch could tell.
+        certain: a rule that is certain without further batches; None if there is none.
+        ratios: ratios of losses to the means computed by torch's loss functions.
+        marks: for each rule, a hash of all its counts of targets.
     """
 
     has_loss: bool = False
@@ -33,11 +33,11 @@ class Evidence:
     marks: Mapping[LossRule, int] = field(default_factory=dict)
 
     def with_pass(self, recorder: LossCallRecorder, found: Explanation | None) -> Evidence:
-        """Return the evidence with one more forward pass that returned a loss.
+        """Return the evidence extended by a forward pass that returned a loss.
 
         Args:
             recorder: the loss calls of the pass.
-            found: the rules that explain its loss; None where its batch cannot tell.
+            found: the rules that explain its loss; None if its batch cannot tell.
         """
         evidence = replace(
             self,

@@ -1,4 +1,4 @@
-"""Finding what a loss is a mean over, from the calls of torch's functions that computed it."""
+"""Inference of a loss's denominator from the calls of torch's functions that computed it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from dstrain.data.loss.rule import IGNORED, SAMPLES, Denominator, LossRule
 from dstrain.data.samples import batch_size, columns_of
 
 _OFTEN_IGNORED = (IGNORED, -1, 0)  # 0 is often padding
-_MOST_IGNORED = 4  # negative numbers of a column; one that has more holds no classes
-_AS_MANY = 2  # how loosely a rule fits that agrees in number alone
-_AMBIGUOUS_SUM = 3  # of a sum over one target, which is its mean as well
+_MOST_IGNORED = 4  # negative numbers in a column of classes; a column with more holds no classes
+_AS_MANY = 2  # looseness of a rule that agrees in the number of targets alone
+_AMBIGUOUS_SUM = 3  # looseness of a sum over a single target, which equals its mean
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The ways in which the loss of a batch can have come about.
+    """Rules that can explain the loss of a batch.
 
     Attributes:
-        rules: all that fit, the expected one first if it does, and how loosely each fits: 0 where
-            the calls were given its labels at the same places, 1 where in the same order, 2 where
-            as many. Empty where none fits.
-        certain: the rule that is the right one, where the calls themselves took the mean over
-            targets that are known; where a mean was taken afterwards, by a division, another one
-            may only have the same number of targets in this batch.
-        ratio: the loss by the mean, where one call made it. Another number than 1 is a factor or a
-            sign of other terms; which of them, another batch tells.
-        counts: what each rule counts in the batch.
+        rules: all rules that fit, an expected rule first, each with its looseness: 0 if the loss
+            calls were given the rule's labels at the same positions, 1 if in the same order, 2 if
+            only equally many. Empty if none fits.
+        certain: the right rule, if the calls themselves took the mean over known targets; None
+            otherwise. If a mean was taken later, by a division, a rule may fit only because it
+            counts equally many targets in this batch.
+        ratio: the loss divided by the mean, if a single call computed it. A ratio other than 1
+            comes from a factor or from other terms, which only another batch can tell apart.
+        counts: number of targets that each rule counts in the batch.
     """
 
     rules: dict[LossRule, int]
@@ -59,18 +59,18 @@ def explain(
     """Find the rules by which a batch's loss can follow from the loss calls of its forward pass.
 
     Args:
-        calls: of the forward pass.
+        calls: recorded loss calls of the forward pass.
         loss: the loss that the pass returned, one element.
-        inputs: the batch as the loader gave it: that is where targets will be counted.
-        expected: the rule that is tried first.
+        inputs: the batch as the loader gave it, in which targets will be counted.
+        expected: the rule to try first.
         labels: the label columns.
-        num_samples: samples of the batch, where they are known.
-        by_rows: whether the loss seems to be a mean over the samples of a batch of one.
-        mixed: the columns of what was joined with the results of the calls.
+        num_samples: samples of the batch; None if unknown.
+        by_rows: whether the loss seems to be a mean over samples, in a batch of one sample.
+        mixed: columns of tensors that were combined with the results of the calls.
 
     Returns:
-        an explanation; None where the batch cannot tell: a column without a single label may hold
-        the targets of a part of the loss that is not seen now.
+        An explanation; None if the batch cannot tell: a column without any label may hold the
+        targets of a part of the loss that is missing in this batch.
     """
     value = float(torch.as_tensor(loss).detach().double().mean())
     calls = _joined(_that_made(calls, value))
@@ -82,7 +82,7 @@ def explain(
     if not calls or any(call.weighted and call.reduction == "mean" for call in calls):
         return NOTHING
     if any(call.function is functional.ctc_loss for call in calls):
-        # Its mean is over samples, of each sample's mean over its own labels.
+        # Its mean over samples is taken of each sample's mean over its labels.
         rule = LossRule(is_sum=calls[0].reduction == "sum")
         return Explanation({rule: 0}, certain=rule) if len(calls) == 1 else NOTHING
     fitting: dict[LossRule, int] = {}
@@ -100,10 +100,10 @@ def explain(
             fitting[LossRule((denominator,))] = max(ways[denominator] for ways in fits)
     if all(trial.is_over_samples() for trial in trials):
         fitting.setdefault(LossRule(), _AS_MANY)
-    if may_be_sum:  # a sum over one target, or one sample, is its mean too; a later batch has more
+    if may_be_sum:  # a sum over a single target or sample equals its mean; a later batch may tell
         fitting[LossRule(is_sum=True)] = _AMBIGUOUS_SUM if calls[0].num_targets < 2 else 0
     if by_rows:
-        # The number of targets of a sample says nothing about a mean that was taken over samples.
+        # In a batch of one sample, any count of targets also fits a mean over samples.
         fitting = {rule: how + 1 for rule, how in fitting.items()} | {LossRule(): 0}
     certain = [r for r, how in fitting.items() if not how and _is_certain(r, calls)]
     ratio = _ratio(calls[0], value) if len(calls) == 1 else None
@@ -112,9 +112,9 @@ def explain(
 
 
 def explain_zero_loss(inputs: Any) -> Explanation | None:
-    """Find the rules that count no target in a batch whose loss is 0, without a call.
+    """Find the rules that count no target in a batch whose loss is 0 without a loss call.
 
-    Code that selects the rows that have a label calls no loss function where there is none.
+    Code that selects rows with labels calls no loss function for a batch without labels.
     """
     batch = {k: v.cpu() for k, v in columns_of(inputs)}
     denominators = _denominators(batch, _ignored_in(batch), frozenset())
@@ -125,13 +125,13 @@ def explain_zero_loss(inputs: Any) -> Explanation | None:
 
 
 def possible_rules(inputs: Any) -> list[LossRule]:
-    """List the rules by which a loss of a batch may be a mean over what some column says."""
+    """List all rules by which a loss may be a mean over labels of some column of a batch."""
     batch = {k: v.cpu() for k, v in columns_of(inputs)}
     return [LossRule((d,)) for d in _denominators(batch, _ignored_in(batch), frozenset())]
 
 
 def _ignored_in(batch: Mapping[str, torch.Tensor]) -> set[int | None]:
-    """Return the labels that may mean "ignore": the usual ones, and a batch's negative numbers."""
+    """Return labels that may mean "ignore": the usual numbers, and a batch's negative numbers."""
     whole = [c for c in batch.values() if not c.is_floating_point() and not c.is_complex()]
     negative = [c[c < 0].unique().tolist() for c in whole if c.dtype != torch.bool]
     few = [numbers for numbers in negative if len(numbers) <= _MOST_IGNORED]
@@ -141,10 +141,11 @@ def _ignored_in(batch: Mapping[str, torch.Tensor]) -> set[int | None]:
 def _preferred(
     ways: dict[Denominator, int], call: LossCall, mixed: frozenset[str]
 ) -> dict[Denominator, int]:
-    """Drop denominators that another one surely beats, and rank the rest.
+    """Drop denominators that fit worse than others, and adjust the looseness of the rest.
 
-    A call whose labels are found is not about others that are as many. Where the mean was taken by
-    hand, all that went into it tells: labels that are at the same places say nothing of a mask.
+    If the labels of a call are found, denominators that only count equally many are dropped. If the
+    code around a call took the mean, denominators with exactly the columns used in it are
+    preferred: labels at the same positions do not show whether a mask was used.
     """
     used = call.columns | mixed
     fitting = {d for d in ways if {d.column, d.mask} - {None} == used}
@@ -157,8 +158,8 @@ def _preferred(
 def _is_certain(rule: LossRule, calls: Sequence[LossCall]) -> bool:
     """Tell whether the calls themselves took their means over the targets of this rule.
 
-    That the labels are at the same places is not enough: a mask that was used as well, or a
-    division that came afterwards, may leave others out in another batch.
+    Labels at the same positions are not enough: a mask, or a division after the call, may exclude
+    other labels in another batch.
     """
     denominator = rule.parts[0]
     columns = {denominator.column, denominator.mask} - {None}
@@ -172,22 +173,22 @@ def _is_certain(rule: LossRule, calls: Sequence[LossCall]) -> bool:
 
 
 def _ratio(call: LossCall, loss: float) -> float | None:
-    """Return the loss divided by the mean that a call took; None where the call took none."""
+    """Return the loss divided by the mean of a call; None if the call took no mean."""
     mean = float(call.values.mean())
     return loss / mean if call.reduction == "mean" and mean else None
 
 
 def _that_made(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
-    """Leave out calls beside the one that returned the loss.
+    """Return only the call whose mean is the loss, if there is one; else all calls.
 
-    Some models return the loss of each head and optimise the first.
+    Some models compute a loss for each head and return the first.
     """
     alone = [c for c in calls if c.reduction == "mean" and float(c.values) == loss]
     return alone[:1] if alone else list(calls)
 
 
 def _joined(calls: list[LossCall]) -> list[LossCall]:
-    """Merge calls that each sum up a piece of the batch into one."""
+    """Merge calls that each sum over a part of the batch into a single call."""
     kinds = {(call.function, call.ignored, call.weighted) for call in calls}
     summed = all(c.reduction in ("sum", "none") and c.target.dim() < 2 for c in calls)
     if len(calls) < 2 or len(kinds) > 1 or not summed:
@@ -198,9 +199,9 @@ def _joined(calls: list[LossCall]) -> list[LossCall]:
 
 
 def _is_untouched(call: LossCall, loss: Any) -> bool:
-    """Tell whether the loss is what the call returned, and so no quotient by one target.
+    """Tell whether the loss is the call's result itself, without a later division.
 
-    At stage 3 it is another tensor in the same memory.
+    Memory is compared, as at stage 3 the loss is another tensor in the same memory.
     """
     memory = None if call.returned is None else call.returned.data_ptr()
     return isinstance(loss, torch.Tensor) and memory == loss.data_ptr()
@@ -226,18 +227,18 @@ def _denominators(
 
 
 def _found(ways: dict[Denominator, int]) -> dict[Denominator, int]:
-    """Return the denominators whose labels a call was given, in place or in order."""
+    """Return the denominators whose labels the call was given at the same positions or in order."""
     return {denominator: how for denominator, how in ways.items() if how < _AS_MANY}
 
 
 @dataclass(frozen=True)
 class _CallInBatch:
-    """A call of a loss function, and the batch and loss that it is to explain.
+    """Call of a loss function, with the batch and the loss that it may explain.
 
     Attributes:
         call: the call.
         batch: the columns of the batch, in host memory.
-        samples: its samples.
+        samples: number of samples in the batch.
         loss: the loss of the forward pass.
     """
 
@@ -247,7 +248,7 @@ class _CallInBatch:
     loss: float
 
     def looseness(self, denominator: Denominator) -> int | None:
-        """Return how loosely a denominator explains the call; None where it does not at all."""
+        """Return the looseness with which a denominator explains the call; None if it does not."""
         tests = (
             self._is_at_the_same_places,
             self._is_in_the_same_order,
@@ -259,11 +260,11 @@ class _CallInBatch:
         return None
 
     def _is_at_the_same_places(self, denominator: Denominator) -> bool:
-        """Compare the call with the labels of the denominator place by place, ignored ones too.
+        """Compare the call's targets with the denominator's labels position by position.
 
-        This alone tells labels that the model shifts from others where the first label of each
-        sequence is ignored. A model that shifts cuts the last place off, or puts an ignored label
-        there.
+        Ignored labels are compared too: if the first label of each sequence is ignored, this is the
+        only way to tell whether the model shifts labels. A model that shifts drops the last
+        position, or puts an ignored label there.
         """
         found = denominator.targets(self.batch)
         if found is None or not self._has_as_many_targets(denominator):
@@ -279,7 +280,8 @@ class _CallInBatch:
     def _is_in_the_same_order(self, denominator: Denominator) -> bool:
         """Compare the targets of the call with those of the denominator, in order and in number.
 
-        Each may come several times over: a model may predict a token from several places.
+        The call may have the whole sequence of targets several times: a model may predict a token
+        from several positions.
         """
         found = denominator.targets(self.batch)
         if found is None:
@@ -298,8 +300,8 @@ class _CallInBatch:
     def _has_as_many_targets(self, denominator: Denominator) -> bool:
         """Tell whether the call's mean is over as many targets as the denominator counts.
 
-        The number tells nothing of targets that were made from no column of the batch (a contrast
-        numbers its own samples): each may depend on all samples.
+        Returns False for targets that were not made from a column of the batch (a contrastive loss
+        numbers its samples): each may depend on all samples.
         """
         if not self.call.columns:
             return False
@@ -311,12 +313,12 @@ class _CallInBatch:
             and self.call.function in ELEMENTWISE
             and self.call.reduction == "mean"
         ):
-            # Such as the divergence of two models' predictions, of one row for each token.
+            # Such as the divergence of two models' predictions, with a row for each token.
             return self.call.num_rows == count or self.call.num_targets == count
         return abs(self.call.num_in_mean(self.loss, valid) - count) <= self.call.tolerance * count
 
     def is_over_samples(self) -> bool:
-        """Tell whether the call's mean is over samples, with as many elements in each."""
+        """Tell whether the call's mean is over samples, or over equally many elements of each."""
         if not self.call.columns:
             return False
         if replace(self, batch={})._has_as_many_targets(SAMPLES):

@@ -1,8 +1,8 @@
-"""Watching the calls of torch's loss functions in a forward pass, and the use of their results.
+"""Recording of calls of torch's loss functions in a forward pass, and of uses of their results.
 
-A class name says little about a loss: subclasses, wrappers and losses of the user's own have any
-name, and several models of transformers do not do what theirs suggests. The loss functions of torch
-that a forward pass calls do say it. So the first forward passes of a run are watched.
+A class name tells little about a loss: subclasses, wrappers and users' losses have any name, and
+several models of transformers compute another loss than their name suggests. The calls of torch's
+loss functions are reliable, so the first forward passes of a run are watched.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ _SUMS = frozenset(["__add__", "__iadd__", "__radd__", "add", "add_"])
 
 @dataclass(frozen=True)
 class LossCall:
-    """A record of one call of a loss function in a forward pass.
+    """Record of a call of a loss function in a forward pass.
 
     Attributes:
-        function: of ``torch.nn.functional``.
-        target: what it compares with, in host memory.
-        ignored: the label that it leaves out, if any.
-        reduction: "mean", "sum", "none" or another of torch's.
+        function: the function of ``torch.nn.functional``.
+        target: its target, in host memory.
+        ignored: the label that it ignores, if any.
+        reduction: "mean", "sum", "none" or another reduction of torch.
         weighted: whether classes or elements have weights.
-        values: what it returned, in host memory, in fp64.
-        columns: the batch keys that the target was made from, by whatever functions of torch.
-        returned: what it returned, detached.
-        is_precise: whether that is in 32 or 64 bits.
-        is_selected: whether the target may be a selection of the labels, such as of those that are
-            not -1: the others are then in no target.
+        values: its result, in host memory, in fp64.
+        columns: batch keys from which the target was made, by any functions of torch.
+        returned: its result, detached.
+        is_precise: whether the result is in 32 or 64 bits.
+        is_selected: whether the target may be a selection of labels, such as those that are not -1,
+            so that it lacks the other labels.
     """
 
     function: Callable[..., Any]
@@ -65,9 +65,9 @@ class LossCall:
 
     @property
     def tolerance(self) -> float:
-        """Return how far a count of targets, computed from the loss, may be from a whole number.
+        """Return the relative error allowed in a count of targets that is computed from the loss.
 
-        Relative to the count; it is larger for losses in 16 bits.
+        It is larger for losses in 16 bits.
         """
         return 1e-4 if self.is_precise else 4e-3
 
@@ -78,7 +78,7 @@ class LossCall:
 
     @property
     def num_targets(self) -> int:
-        """Return the number of targets that a mean of this call is divided by."""
+        """Return the number of targets by which a mean of this call divides."""
         if self.function is functional.ctc_loss:
             return self.target.shape[0]
         if self.ignored is not None:
@@ -95,11 +95,11 @@ class LossCall:
         return self.target.shape[0] if self.target.dim() else 1
 
     def num_in_mean(self, loss: float, valid: torch.Tensor | None = None) -> float:
-        """Return the number that the loss divides by, if it is made of this call alone.
+        """Return the number by which the loss divides, if it is made from this call alone.
 
         Args:
-            loss: of the batch.
-            valid: which elements of the call count, where others are left out after it.
+            loss: loss of the batch.
+            valid: mask of the elements of the call's result that count, if a mask is applied later.
         """
         if self.reduction in ("mean", "batchmean"):
             return float(self.num_targets)
@@ -110,23 +110,23 @@ class LossCall:
 
 
 class TargetCount(int):
-    """A count that is passed to a user's code, so that one can see whether that code uses it."""
+    """Count passed to user code, of a type of its own so that its use can be detected."""
 
 
 class LossCallRecorder(TorchFunctionMode):
-    """A torch mode that records the calls of loss functions while entered; it changes none.
+    """Torch mode that records calls of loss functions while entered, without changing results.
 
     Attributes:
-        calls: of loss functions, in order.
+        calls: the recorded calls, in order.
         used_count: whether some function of torch was given a ``TargetCount``, such as a division.
-        by_rows: whether the loss looks like a mean over samples of a batch that has one sample: a
-            mean or sum was taken of a tensor with one element, or a sum was divided by 1. The value
-            of the loss does not show it.
-        mixed: the batch keys of what was joined with the results of the calls, such as a mask.
+        by_rows: whether the loss looks like a mean over samples, in a batch of one sample: a mean
+            or sum was taken of a tensor with one element, or a sum was divided by 1. The value of
+            the loss does not show this.
+        mixed: batch keys of tensors that were combined with results of the calls, such as a mask.
     """
 
     def __init__(self, columns: Mapping[str, torch.Tensor]) -> None:
-        """Begin with nothing seen.
+        """Set up a recorder without calls.
 
         Args:
             columns: the tensors of the batch that the forward pass is given, by their keys.
@@ -135,17 +135,17 @@ class LossCallRecorder(TorchFunctionMode):
         self.calls: list[LossCall] = []
         self.used_count = self.by_rows = False
         self.mixed: frozenset[str] = frozenset()
-        # Weak: without gradients (in an evaluation, inside a re-entrant checkpoint) everything that
-        # the model computes passes here, and must be freed as soon as the model lets go of it.
+        # Weak references: without gradients (in an evaluation, inside a re-entrant checkpoint) all
+        # tensors that the model computes pass here, and must be freed when the model drops them.
         self._origins: Any = WeakTensorKeyDictionary()
         for name, tensor in columns.items():
             self._origins[tensor] = frozenset([name])
         self._selected: Any = WeakTensorKeyDictionary()
-        # What came of the calls, and whether it is a sum rather than a mean.
+        # Tensors made from results of calls, and whether each is a sum rather than a mean.
         self._made: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func``; record it if it is a loss function, and what its result is made from."""
+        """Call ``func``; record it if it is a loss function, and the columns behind its result."""
         kwargs = kwargs or {}
         returned = func(*args, **kwargs)
         tensors = list(_tensors_in((args, kwargs), self._note_count))
@@ -162,7 +162,7 @@ class LossCallRecorder(TorchFunctionMode):
             self._follow(name, tensors, args, returned)
         if columns:
             in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-            # What has been through the model's parameters is no target.
+            # A tensor that requires gradients depends on the model, so it is no target.
             made = [t for t in _tensors_in(returned, None) if not t.requires_grad]
             is_selected = any(tensor in self._selected for tensor in tensors) or (
                 name in _SELECTIONS and len(tensors) > 1
@@ -174,7 +174,7 @@ class LossCallRecorder(TorchFunctionMode):
         return returned
 
     def _follow(self, name: str, tensors: list[torch.Tensor], args: Any, returned: Any) -> None:
-        """Note what a function makes of the results of recorded calls."""
+        """Track the use of recorded calls' results by another function."""
         made = [tensor for tensor in tensors if tensor in self._made]
         if not made:
             return
@@ -187,7 +187,7 @@ class LossCallRecorder(TorchFunctionMode):
             self.by_rows = self.by_rows or any(_equals(a, 1) for a in args[1:])
         elif name in _SUMS and len(made) == 1:
             added = [a for a in args if a is not made[0]]
-            is_sum = is_sum or any(_equals(other, 0) for other in added)  # where a sum begins
+            is_sum = is_sum or any(_equals(other, 0) for other in added)  # sums begin at 0
         for tensor in _tensors_in(returned, None):
             self._made[tensor] = is_sum
 
@@ -195,14 +195,14 @@ class LossCallRecorder(TorchFunctionMode):
         self.used_count = self.used_count or isinstance(value, TargetCount)
 
     def _columns_of(self, value: Any) -> frozenset[str]:
-        """Return the batch keys that a value was made from; none for what is no tensor."""
+        """Return the batch keys from which a tensor was made; none for other values."""
         known = isinstance(value, torch.Tensor)
         found: frozenset[str] = self._origins.get(value, frozenset()) if known else frozenset()
         return found
 
 
 def _equals(value: Any, number: int) -> bool:
-    """Tell whether a value is this number, or a one-element tensor of it that is not learned."""
+    """Tell whether a value is this number, or a tensor without gradient with this one element."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.requires_grad and float(value) == number
     plain = isinstance(value, (int, float)) and not isinstance(value, TargetCount)
@@ -210,7 +210,7 @@ def _equals(value: Any, number: int) -> bool:
 
 
 def _tensors_in(value: Any, other: Callable[[Any], None] | None) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a function's arguments or result; call ``other`` with all the rest."""
+    """Yield the tensors in a function's arguments or result; call ``other`` with other values."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Rules by which the losses of micro-batches make up the loss of the global batch."""
+"""Rules for combining the losses of micro-batches into the loss of the global batch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ SHIFTED_LABELS = "shift_labels"
 
 @dataclass(frozen=True)
 class Denominator:
-    """The count that a mean loss is divided by, for batches that are still in host memory.
+    """Definition of the targets by whose number a mean loss divides.
+
+    Targets are counted in batches that are still in host memory.
 
     Attributes:
-        column: the batch key of the labels; None counts samples.
+        column: batch key of the labels; None counts samples.
         shifted: whether the model predicts token t from tokens before t, so that the first label
-            of a sequence is no target. A batch that brings ``shift_labels`` is shifted already.
-        ignored: the label that is no target; None: each label is one, but for NaN.
-        mask: the batch key of a mask; only labels where it is not 0 are targets.
-        bound: the batch key whose second dimension bounds labels that are positions in it; those
-            at or beyond the bound are no targets (answers outside of a cut text).
+            of a sequence is no target. A batch with ``shift_labels`` is shifted already.
+        ignored: label that is no target; None if every label except NaN is a target.
+        mask: batch key of a mask; only labels where it is not 0 are targets.
+        bound: batch key of a column whose second dimension bounds labels that are positions in it;
+            labels at or beyond the bound are no targets (answers outside a truncated text).
     """
 
     column: Text | None = None
@@ -39,17 +41,17 @@ class Denominator:
     bound: Text | None = None
 
     def count(self, inputs: Any, num_samples: int) -> int:
-        """Count the targets in a batch of ``num_samples`` samples; nothing waits for a device."""
+        """Count the targets in a batch of ``num_samples`` samples in host memory."""
         found = self.targets(inputs)
         return num_samples if found is None else int(found[1].sum())
 
     def targets(self, inputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Find the labels of a batch, and which of them are targets.
+        """Return the labels of a batch, and a mask of the labels that are targets.
 
         Returns:
-            labels and booleans of the same shape, the first label of a sequence cut off where the
-            model shifts them; None where samples are counted: without a column, or where the batch
-            has no such labels, or has floats where a class is what would be ignored.
+            Labels and a boolean mask of the same shape, without the first label of each sequence if
+            the model shifts them; None if samples are counted: without a column, for a batch
+            without such labels, or for float labels where ``ignored`` is a class.
         """
         labels = self._labels(inputs)
         if labels is None or labels.dim() == 0:
@@ -62,10 +64,10 @@ class Denominator:
         if self.ignored is not None:
             valid = labels != self.ignored
         elif labels.is_floating_point():
-            valid = ~labels.isnan()  # what a finite mean has left out
+            valid = ~labels.isnan()  # a finite mean cannot include NaN
         mask = column(inputs, self.mask)
         if mask is not None and mask.shape == labels.shape[: mask.dim()]:
-            # One entry of a mask may be about a whole row of labels, such as the floats of a frame.
+            # An entry of a mask may apply to a whole row of labels, such as the floats of a frame.
             valid &= (mask != 0).reshape(*mask.shape, *[1] * (labels.dim() - mask.dim()))
         limit = column(inputs, self.bound)
         if limit is not None and limit.dim() > 1:
@@ -73,9 +75,9 @@ class Denominator:
         return (labels[..., 1:], valid[..., 1:]) if shifts else (labels, valid)
 
     def without_ignored(self, inputs: Any) -> Any:
-        """Return the batch with valid labels everywhere, for a batch that carries no weight.
+        """Replace ignored labels and NaN by valid labels, for a batch with weight 0.
 
-        The mean over no target is 0/0, and NaN times a weight of 0 stays NaN.
+        A mean over no target is 0/0, and NaN times a weight of 0 stays NaN.
         """
         if not isinstance(inputs, Mapping) or self.column is None:
             return inputs
@@ -85,7 +87,7 @@ class Denominator:
             if labels is None:
                 continue
             if labels.is_floating_point():
-                # The gradient of what a mask leaves out is NaN as well where the label is.
+                # Where the label is NaN, the gradient of a masked element is NaN as well.
                 if bool((unknown := labels.isnan()).any()):
                     changed = with_column(changed, name, labels.masked_fill(unknown, 0))
             elif self.ignored is not None:
@@ -102,7 +104,7 @@ class Denominator:
         return next((c for n in names if (c := column(inputs, n)) is not None), None)
 
     def __str__(self) -> str:
-        """Name what is counted, for a log line."""
+        """Describe the counted targets, for a log line."""
         if self.column is None:
             return "samples"
         after = " after the first of a sequence" if self.shifted else ""
@@ -117,22 +119,22 @@ SAMPLES = Denominator()
 
 @dataclass(frozen=True)
 class LossRule:
-    """The kind of a loss: a mean, a sum of means over different targets, or a sum over samples.
+    """Kind of a loss: a mean, a sum of means over different targets, or a sum over samples.
 
     Attributes:
-        parts: the denominator of each mean; most losses have one.
-        is_sum: whether the loss is no mean but a sum over samples: losses are then added up.
+        parts: the denominator of each mean; most losses have a single part.
+        is_sum: whether the loss is a sum over samples, so that losses of micro-batches are added.
     """
 
     parts: tuple[Denominator, ...] = (SAMPLES,)
     is_sum: Flag = False
 
     def counts(self, inputs: Any, num_samples: int | None = None) -> tuple[int, ...]:
-        """Count what each part of the loss of a batch is divided by: its weight.
+        """Return the denominator of each part of a batch's loss, which is the part's weight.
 
         Args:
             inputs: a batch in host memory.
-            num_samples: its samples, where they are known; else the first dimension of a tensor.
+            num_samples: number of its samples; None infers it with ``batch_size``.
         """
         if self.is_sum:
             return (1,)
@@ -141,13 +143,13 @@ class LossRule:
         return tuple(part.count(inputs, num_samples) for part in self.parts)
 
     def without_ignored(self, inputs: Any) -> Any:
-        """Return the batch with valid labels everywhere, for a batch that carries no weight."""
+        """Replace ignored labels and NaN by valid labels, for a batch with weight 0."""
         for part in self.parts:
             inputs = part.without_ignored(inputs)
         return inputs
 
     def __str__(self) -> str:
-        """Name what the loss is taken over, for a log line."""
+        """Describe the loss, for a log line."""
         if self.is_sum:
             return "a sum over samples"
         return " + ".join(f"a mean over {part}" for part in self.parts)
@@ -155,14 +157,13 @@ class LossRule:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A rule that explains all losses that were watched.
+    """Rule that explains all watched losses.
 
     Attributes:
         rule: the rule.
-        looseness: how loosely it explains them (see ``loss_calls.Explanation``), added up.
-        mark: a number made of all that it has counted: rules that have counted the same have the
-            same.
-        is_rival: whether it may still turn out to be the right one instead of the rule in use.
+        looseness: its looseness (see ``explanation.Explanation``), summed over batches.
+        mark: hash of all its counts of targets, equal for rules that counted the same numbers.
+        is_rival: whether it may still turn out to be right instead of the rule in use.
     """
 
     rule: LossRule
@@ -173,19 +174,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LossFindings:
-    """The findings of a run about its loss, for a run that goes on from its checkpoint.
+    """Findings of a run about its loss, saved for a run that resumes from its checkpoint.
 
     Attributes:
-        labels: the batch keys that are labels.
-        rule: in use.
-        settled: whether it is final, unless a later batch tells it from a rival.
-        is_exact: whether it is the loss's own. Samples, which are counted where no rule fits, are
-            not.
-        is_clear: whether it is the only one left.
-        num_open: optimizer steps that it took, or has taken so far.
-        ratios: smallest and largest ratio of losses to the means that torch's functions took, one
-            of them where there was one, or none.
-        candidates: the rules that are left; none where losses go by samples.
+        labels: batch keys of labels.
+        rule: the rule in use.
+        settled: whether the rule is final, unless a later batch tells it from a rival.
+        is_exact: whether the rule is the loss's own, not samples as a substitute where no rule
+            fits.
+        is_clear: whether no other rule is possible.
+        num_open: optimizer steps watched before the rule was settled, or so far.
+        ratios: smallest and largest ratio of losses to the means computed by torch's loss
+            functions; a single number after one ratio, empty without any.
+        candidates: the remaining rules; empty if losses are weighted by samples.
     """
 
     labels: list[Text]
@@ -199,7 +200,7 @@ class LossFindings:
 
 
 def expected_rule(module: torch.nn.Module, labels: Sequence[str]) -> LossRule:
-    """Guess a model's rule from its class, before its loss has been seen.
+    """Guess a model's rule from its class, before any loss was computed.
 
     Args:
         module: the model.
@@ -211,9 +212,9 @@ def expected_rule(module: torch.nn.Module, labels: Sequence[str]) -> LossRule:
 
 
 def shifts_labels(module: torch.nn.Module) -> bool:
-    """Guess whether a model shifts labels itself: the causal ones of transformers, by ancestry.
+    """Guess whether a model shifts labels itself, as transformers' causal language models do.
 
-    A subclass is named as its author likes, so all its ancestors are asked.
+    Subclasses can have any name, so the names of all base classes are compared.
     """
     inner = inner_model(module)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):

@@ -1,4 +1,4 @@
-"""The search for the rule of a run's loss, which all ranks carry on together."""
+"""Search for the rule of a run's loss, made by all ranks together."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from dstrain.data.loss.rule import Candidate, LossFindings, LossRule
 
 logger = get_logger(__name__)
 
-_MOST_OPEN = 8  # optimizer steps after which a rule is settled that none of them made clear
-_MOST_WATCHED = 64  # the same where the rules that are left have counted different numbers
+_MOST_OPEN = 8  # optimizer steps after which the best of several possible rules is settled
+_MOST_WATCHED = 64  # the same limit if the remaining rules have counted different numbers
 _SAME_RATIO = 1e-5
 
 
 class RuleSearch:
-    """Narrows the rules that may be right by what ranks have seen, until one is settled.
+    """Search that narrows the possible rules by the evidence of all ranks, until one is settled.
 
     Attributes:
         rule: the rule in use.
-        settled: whether it is final, which all ranks come to know together.
-        is_exact: whether it is known to be the model's own; a guess, or samples where no rule fits,
-            is not.
-        is_clear: whether batches told the rule from all others.
-        candidates: the rules that explain every loss, and how loosely; None before the first.
-        rivals: rules that have counted the same as the settled one so far, and may replace it.
-        has_calls: whether some rank has seen calls of torch's loss functions.
-        said: what has been logged, shared with the searches of evaluations.
+        settled: whether the rule is final; the same on all ranks.
+        is_exact: whether the rule is known to be the model's own, not a guess, or samples as a
+            substitute where no rule fits.
+        is_clear: whether batches have excluded all other rules.
+        candidates: rules that explain every loss, with their looseness; None before the first loss.
+        rivals: rules that have counted the same as the settled rule so far, and may replace it.
+        has_calls: whether some rank has recorded calls of torch's loss functions.
+        said: messages logged so far, shared with the searches of evaluations.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class RuleSearch:
         has_one_label: bool,
         may_guess: bool,
     ) -> None:
-        """Begin with a guess.
+        """Start with a guess.
 
         Args:
             model: the name of the model's class, for messages.
             guess: the rule that the class suggests.
-            rule: the rule, where it is known for certain.
-            has_one_label: whether there is at most one label column. Of several columns any may
-                be what a loss is about, and the next batch may be without it.
-            may_guess: whether the guess is good enough where no loss function is seen.
+            rule: the rule, if it is known for certain; else None.
+            has_one_label: whether there is at most one label column. With several columns, a loss
+                may be a mean over any of them, and the next batch may lack that column.
+            may_guess: whether to use the guess if no loss function is called.
         """
         self.guess = guess
         self._while_open = guess if has_one_label else LossRule()
@@ -66,7 +66,7 @@ class RuleSearch:
         self._num_open = 0
 
     def for_evaluation(self) -> RuleSearch:
-        """Return a search of its own that starts from what is certain here."""
+        """Return a separate search that starts from the certain findings of this one."""
         other = copy.copy(self)
         other.candidates, other.rivals, other.has_calls = None, (), False
         other._ratios, other._marks, other._num_open = [], {}, 0
@@ -75,7 +75,7 @@ class RuleSearch:
         return other
 
     def findings(self, labels: Sequence[str]) -> LossFindings | None:
-        """Return what a run that goes on from here must know; None where nothing was found out.
+        """Return the findings for a checkpoint; None without any.
 
         Args:
             labels: the label columns.
@@ -97,11 +97,11 @@ class RuleSearch:
         )
 
     def restore(self, findings: LossFindings, ranks: Ranks) -> None:
-        """Go on with what an earlier run found out.
+        """Restore the findings of an earlier run.
 
         Args:
-            findings: of the earlier run.
-            ranks: this process among the others.
+            findings: findings of the earlier run.
+            ranks: rank facts of this process.
         """
         self.rule = findings.rule
         self.settled, self.is_exact = findings.settled, findings.is_exact
@@ -116,14 +116,14 @@ class RuleSearch:
     def weigh(
         self, evidence: Sequence[Evidence], ranks: Ranks, *, final: bool, is_distinguished: bool
     ) -> None:
-        """Take in what all ranks have seen, alike on all of them.
+        """Update the search by the evidence of all ranks; the same on all of them.
 
         Args:
-            evidence: of each rank.
-            ranks: this process among the others.
-            final: whether to go by the guess where no rank has seen a loss.
-            is_distinguished: whether a watched batch tells the rule from its rivals; else the
-                evidence can only confirm a rule that is settled, or refute it.
+            evidence: evidence of each rank.
+            ranks: rank facts of this process.
+            final: whether to settle on the guess if no rank has seen a loss.
+            is_distinguished: whether a watched batch tells the rule from its rivals; if not, the
+                evidence can only confirm a settled rule, or refute it.
         """
         clear = [seen for seen in evidence if seen.rules is not None]
         if self.settled:
@@ -148,7 +148,7 @@ class RuleSearch:
             self._keep_guess(ranks, "is made without a loss function whose targets can be counted")
 
     def is_new(self, what: str) -> bool:
-        """Tell whether this is said for the first time, in training or in an evaluation."""
+        """Record a message as logged; tell whether it was new in training and evaluations."""
         new = what not in self.said
         self.said.add(what)
         return new
@@ -157,7 +157,7 @@ class RuleSearch:
         return any(rule in rules for rule in (self.rule, *self.rivals))
 
     def _begin_anew(self, ranks: Ranks) -> None:
-        """Forget the rule: neither it nor a rival of it explains a loss that was watched later."""
+        """Reset the search, as neither the rule nor a rival explains a loss watched later."""
         if ranks.is_main:
             logger.warning(
                 "the loss of %s was %s, and is not any more: the weights of its micro-batches are "
@@ -171,7 +171,7 @@ class RuleSearch:
         self.said.clear()
 
     def _narrow(self, ranks: Ranks, evidence: Sequence[Evidence], *, used_count: bool) -> None:
-        """Keep the rules that explain what all ranks have seen, and settle where it is clear."""
+        """Keep the rules that explain all ranks' evidence; settle if one is clear or time is up."""
         self._num_open += 1
         explained = [seen.rules or {} for seen in evidence]
         if self.candidates is not None:
@@ -210,7 +210,7 @@ class RuleSearch:
             self.candidates = {rule: left[rule] for rule in (best, *self.rivals)}
 
     def _settle(self, ranks: Ranks, rule: LossRule, *, among: Sequence[LossRule] = ()) -> None:
-        """Use a rule for good, and say on the main rank what cannot be told from it."""
+        """Settle on a rule; log on the main rank the rules that batches could not exclude."""
         self.rule = rule
         self.settled = self.is_exact = True
         self.is_clear = not among
@@ -237,7 +237,7 @@ class RuleSearch:
         return any(abs(ratio - 1) > _SAME_RATIO for ratio in self._ratios)
 
     def _is_constant(self) -> bool:
-        """Tell whether all losses are the same multiple of the means that torch computed."""
+        """Tell whether all losses are the same multiple of the means computed by torch."""
         largest = max(map(abs, self._ratios))
         return max(self._ratios) - min(self._ratios) <= _SAME_RATIO * largest
 

@@ -1,4 +1,4 @@
-"""The targets of a model's loss: which they are, and how many a batch has."""
+"""Definition and counting of the targets of a model's loss."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from dstrain.data.samples import column, columns_of
 
 logger = get_logger(__name__)
 
-_MOST_SHOWN = 24  # of the elements of a row
-_STEPS_BETWEEN_LOOKS = 64  # at a loss that a user's own code makes, once its rule is settled
-_LIBRARIES = ("transformers.", "liger_kernel.")  # whose losses are what the class says
+_MOST_SHOWN = 24  # most elements of a row to show in a message
+_STEPS_BETWEEN_LOOKS = 64  # between watched steps of a user's own loss, once its rule is settled
+_LIBRARIES = ("transformers.", "liger_kernel.")  # packages whose losses follow the model's class
 
 
 class LossTargets:
-    """Knows what a model's loss is a mean over, and so what a micro-batch weighs.
+    """Denominators of a model's loss, which are the weights of micro-batches.
 
-    The first forward passes are watched until one rule is left that explains them. Most often that
-    is the first pass alone. Where several are left that have counted the same in each of eight
-    steps (no mask has left anything out so far), one of them is used, and the others are its
-    rivals: the first batch in which they count something else is watched again.
+    The first forward passes are watched until a single rule explains them; often one pass is
+    enough. If several rules have counted the same in each of eight steps (no mask has excluded
+    anything so far), one of them is used, and the others are its rivals: the first batch in which a
+    rival counts another number is watched again.
 
     Attributes:
-        labels: batch keys that are labels.
+        labels: batch keys of labels.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class LossTargets:
 
         Args:
             module: the model.
-            labels: batch keys that are labels.
-            rule: the rule, where it is known for certain.
+            labels: batch keys of labels.
+            rule: the rule, if it is known for certain; else None.
             watch: whether forward passes may be watched (a compiled one may not).
-            model_loss: whether the loss is the one that the model returns, not one of the user's.
+            model_loss: whether the loss is that of the model, not of a user's function.
             receives_count: whether the model or the user's function takes the count of targets, to
-                divide by it. Code that cannot be watched is believed to do so.
+                divide by it. Code that cannot be watched is assumed to do so.
         """
         self.labels = tuple(labels)
         is_library = model_loss and bool(labels) and _runs_code_of(module, _LIBRARIES)
@@ -89,22 +89,22 @@ class LossTargets:
 
     @property
     def settled(self) -> bool:
-        """Tell whether the rule is final, which all ranks come to know together."""
+        """Tell whether the rule is final; the same on all ranks."""
         return self._search.settled
 
     @property
     def is_exact(self) -> bool:
         """Tell whether the rule is known to be the model's own.
 
-        A guess is not; nor are samples, which are counted where no rule fits.
+        It is not if the rule is a guess, or counts samples because no rule fits.
         """
         return self._search.is_exact
 
     def for_evaluation(self) -> LossTargets:
-        """Return a copy for evaluations, which starts from what is certain in training.
+        """Return a copy for evaluations, which starts from the certain findings of training.
 
-        Before that, or where batches of training could not tell, evaluations are watched for
-        themselves: their batches may tell more or less. Training learns nothing from them.
+        While training has no certain rule, evaluations are watched separately, as their batches may
+        exclude more or fewer rules. Training does not use evidence from evaluations.
         """
         other = copy.copy(self)
         other._search = self._search.for_evaluation()
@@ -112,10 +112,10 @@ class LossTargets:
         return other
 
     def counts(self, inputs: Any, num_samples: int | None = None) -> tuple[int, ...]:
-        """Count what each part of a batch's loss is divided by; see ``LossRule.counts``.
+        """Return the denominator of each part of a batch's loss; see ``LossRule.counts``.
 
-        As long as the rule is a guess, a batch is empty only if none of its label columns has a
-        label: the column that was not counted may be the one that the loss is about.
+        While the rule is a guess, the count is 0 only if none of the label columns has a label: the
+        loss may be a mean over another column than the guessed one.
         """
         counts = self.rule.counts(inputs, num_samples)
         if self.is_exact:
@@ -128,9 +128,9 @@ class LossTargets:
 
     @property
     def is_open(self) -> bool:
-        """Tell whether a batch may show more of the rule; the same on all ranks.
+        """Tell whether particular batches may reveal more about the rule; the same on all ranks.
 
-        What the class of a model of transformers says is confirmed by any batch.
+        False for a rule that is known from a class of transformers, which any batch can confirm.
         """
         if not self._watches or (self._is_library and self._search.candidates is None):
             return False
@@ -138,21 +138,21 @@ class LossTargets:
 
     @property
     def has_rivals(self) -> bool:
-        """Tell whether the rule is used without being the only one left; the same on all ranks."""
+        """Tell whether the settled rule has rivals; the same on all ranks."""
         return bool(self._search.rivals)
 
     @property
     def can_count(self) -> bool:
         """Tell whether the rule is settled for the batches that this rank has seen.
 
-        Ranks may differ in it; they agree in ``agree``.
+        The answer may differ between ranks until they call ``agree``.
         """
         return self.settled and not self._is_reopened
 
     def distinguishes_rivals(self, inputs: Any, num_samples: int | None = None) -> bool:
         """Tell whether the rule and its rivals count different numbers of targets in a batch.
 
-        Takes time with the rivals, some ten at most, and waits for no device.
+        Takes time in proportion to the rivals, about ten at most, and does not wait for a device.
         """
         if not self.has_rivals:
             return False
@@ -160,10 +160,10 @@ class LossTargets:
         return any(rival.counts(inputs, num_samples) != counts for rival in self._search.rivals)
 
     def num_distinguished(self, inputs: Any, num_samples: int | None = None) -> int:
-        """Return how many groups of the rules that may be the right one a batch tells apart.
+        """Return the number of different counts of targets that possible rules give for a batch.
 
-        Takes time with the rules: some ten once a loss has been seen, before that a hundred or so
-        for a batch of five columns. Waits for no device.
+        Takes time in proportion to the rules: about ten after the first loss, before that about a
+        hundred for a batch of five columns. Does not wait for a device.
         """
         if self.settled:
             rules: Iterable[LossRule] = (self.rule, *self._search.rivals)
@@ -172,14 +172,14 @@ class LossTargets:
         return len({rule.counts(inputs, num_samples) for rule in rules})
 
     def is_due_again(self, step: int, *, is_first: bool) -> bool:
-        """Tell whether an optimizer step is watched to confirm the rule; the same on all ranks.
+        """Tell whether to watch an optimizer step to confirm the rule; the same on all ranks.
 
-        A loss of a user's own code may change its form during training (a curriculum), and between
-        a checkpoint and the run that goes on from it.
+        A loss in a user's code may change its form during training (a curriculum), and between a
+        checkpoint and the run that resumes from it.
 
         Args:
-            step: optimizer steps that have been done.
-            is_first: whether the step is the first one of this run.
+            step: number of optimizer steps done.
+            is_first: whether the step is the first step of this run.
         """
         if not self.settled or not self._watches or self._search.candidates is None:
             return False
@@ -187,17 +187,17 @@ class LossTargets:
         return (self._is_restored and is_first) or (is_due and not self._is_library)
 
     def findings(self) -> LossFindings | None:
-        """Return what a run that goes on from here must know; None where nothing was found out."""
+        """Return the findings for a checkpoint; None without any."""
         if self._is_given or not self._watches:
             return None
         return self._search.findings(self.labels)
 
     def restore(self, findings: LossFindings, ranks: Ranks) -> None:
-        """Go on with what a run found out; the first forward pass is watched to confirm a rule.
+        """Restore findings from a checkpoint; the first step is watched to confirm the rule.
 
         Args:
-            findings: of the run that goes on.
-            ranks: this process among the others.
+            findings: findings of the run that is resumed.
+            ranks: rank facts of this process.
         """
         if self.settled or not self._watches or findings.labels != list(self.labels):
             return
@@ -207,14 +207,14 @@ class LossTargets:
     def target_count(
         self, inputs: Any, num_samples: int | None = None, *, counts: Sequence[int] | None = None
     ) -> TargetCount:
-        """Count the labels of a batch, for code that divides its loss by them (at least 1).
+        """Count the labels of a batch, at least 1, for code that divides its loss by the count.
 
-        These are labels in the whole run, also where losses are weighted by samples.
+        Labels are counted even where losses are weighted by samples.
 
         Args:
             inputs: a batch in host memory.
-            num_samples: its samples, where they are known.
-            counts: what ``counts`` gave for it, where that has been asked.
+            num_samples: number of its samples; None if unknown.
+            counts: result of ``counts`` for the batch, if it is known already.
         """
         has_labels = self.rule.parts[0].column is not None and not self.rule.is_sum
         if not has_labels or counts is None:
@@ -223,7 +223,7 @@ class LossTargets:
         return TargetCount(max(1, *counts))
 
     def without_ignored(self, inputs: Any) -> Any:
-        """Return the batch with valid labels everywhere, for a batch that carries no weight."""
+        """Replace ignored labels and NaN by valid labels, for a batch with weight 0."""
         if self.is_exact:
             return self.rule.without_ignored(inputs)
         names = [name for name, _ in columns_of(inputs) if name.split(".")[0] in self.labels]
@@ -232,7 +232,9 @@ class LossTargets:
         return inputs
 
     def likely_rule(self, loss: Any) -> LossRule:
-        """Return the rule as this rank sees it so far, inside of ``watching``.
+        """Return the best rule by the forward pass watched now, inside ``watching``.
+
+        Outside it, returns the rule in use.
 
         Args:
             loss: the loss that the forward pass has computed.
@@ -253,16 +255,17 @@ class LossTargets:
         given: Any = None,
         again: bool = False,
     ) -> Iterator[list[Any]]:
-        """Watch the forward pass inside the block, unless the rule is settled for this batch.
+        """Watch the forward pass in the body, unless the rule is settled for this batch.
 
         Args:
-            inputs: the batch as the loader gave it. What the block changes in it is no matter.
-            num_samples: its samples, where they are known.
-            given: the batch that the forward pass is given, where it is another one.
-            again: watch it in any case.
+            inputs: the batch as the loader gave it; the body may change it.
+            num_samples: number of its samples; None if unknown.
+            given: the batch that the forward pass is given, if it is not ``inputs``.
+            again: watch in any case.
 
         Yields:
-            a list to put the loss of the forward pass in; left empty, nothing is learned.
+            A list to which the body appends the loss; if it stays empty, the pass gives no
+            evidence.
         """
         loss: list[Any] = []
         is_open = not self.settled or again or self.distinguishes_rivals(inputs, num_samples)
@@ -285,23 +288,23 @@ class LossTargets:
             if recorder.calls:
                 found = self._explain(recorder, loss[0], batch, num_samples)
             elif self._search.has_calls or self._evidence.has_calls:
-                # Other batches had calls. Losses that call no function may be 0 at the start too.
+                # Only if other batches had calls: a loss without any calls may also be 0 at times.
                 is_zero = float(loss[0].detach().double().mean()) == 0
                 found = explain_zero_loss(batch) if is_zero else None
             self._evidence = self._evidence.with_pass(recorder, found)
 
     def agree(self, ranks: Ranks, *, final: bool, is_distinguished: bool = True) -> None:
-        """Agree on the rule with all ranks, by what each has seen; a collective.
+        """Gather the evidence of all ranks and update the rule; a collective.
 
-        A rank that has seen nothing (it had no sample) goes by what the others have seen. As long
-        as several rules explain all batches the best of them counts, and later ones are watched.
-        Where the rule was settled, it is left or confirmed by what has been watched since.
+        A rank without evidence (it had no sample) uses that of other ranks. While several rules
+        explain all batches, the best of them is used, and later batches are watched. A settled rule
+        is confirmed or reset by evidence gathered since.
 
         Args:
-            ranks: this process among the others.
-            final: whether to go by the guess where no rank has seen a loss.
-            is_distinguished: whether a batch that was watched tells the rule from its rivals; else
-                what was watched can only confirm a rule that is settled, or refute it.
+            ranks: rank facts of this process.
+            final: whether to settle on the guess if no rank has seen a loss.
+            is_distinguished: whether a watched batch tells the rule from its rivals; if not, the
+                evidence can only confirm a settled rule, or refute it.
         """
         if self.settled and self._search.candidates is None:
             return
@@ -324,7 +327,7 @@ class LossTargets:
         )
 
     def _check_columns(self, inputs: Any) -> None:
-        """Warn once that a batch lacks the labels to count, so that its samples are counted."""
+        """Warn once if a batch lacks the labels to count, so that its samples are counted."""
         for part in self.rule.parts:
             name = part.column
             if name is None or name in self._search.said or not isinstance(inputs, Mapping):
@@ -339,25 +342,25 @@ class LossTargets:
                 )
 
     def _has_no_label(self, inputs: Any) -> bool:
-        """Tell whether a batch has label columns, and not a single label in them."""
+        """Tell whether a batch has label columns of classes, and all their labels are ignored."""
         found = [c for name, c in columns_of(inputs) if name.split(".")[0] in self.labels]
         classes = [labels for labels in found if not labels.is_floating_point()]
         return bool(classes) and all(bool((labels == IGNORED).all()) for labels in classes)
 
 
 def _runs_code_of(module: torch.nn.Module, packages: tuple[str, ...]) -> bool:
-    """Tell whether the forward function of a model belongs to one of these packages."""
+    """Tell whether the forward function of a model is defined in one of these packages."""
     forward = getattr(inner_model(module), "forward", None)
     return str(getattr(forward, "__module__", None)).startswith(packages)
 
 
 def no_targets(inputs: Any, targets: LossTargets, *, num_steps: int) -> DataError:
-    """Return the error of a run that begins with global batches without any target.
+    """Return the error for a run that begins with global batches without any target.
 
     Args:
         inputs: a batch in host memory, whose first row is shown.
         targets: the rule and the label columns.
-        num_steps: global batches that had no target.
+        num_steps: number of global batches without a target.
     """
     rows = []
     for name, values in columns_of(inputs):
