@@ -24,7 +24,7 @@ from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.files import FileRecord, make_durable, write_bytes, write_json
 from dstrain.core.host import available_bytes
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import all_or_none, gather_objects
+from dstrain.core.ranks import all_or_none, gather_objects, on_any_rank
 from dstrain.core.records import described, unrecordable
 from dstrain.core.secrets import without_secrets
 from dstrain.engine import Engine, main_rank_buffers
@@ -96,7 +96,8 @@ class Captured:
         """
         # Collectives first: a rank that fails below must not leave others waiting in one.
         folder = self.folder or staging.agreed(writers.first, group=group)
-        present = gather_objects(_files_in(folder), group=group)[writers.first]
+        listed = _files_in(folder) if writers.sharers.is_main else []
+        present = gather_objects(listed, group=group)[writers.first]
         weights = None if self.weights is None else self.weights.exchanged(group)
         table = None
         if self.slices is not None:
@@ -172,7 +173,7 @@ class ContentCapture:
             needed += snapshot_bytes(engine.module, ranks, num_writers=sharers.world_size)
         available = available_bytes()
         fits = available is None or needed * ranks.local_world_size <= _MEMORY_SHARE * available
-        everywhere = all(gather_objects(fits))
+        everywhere = not on_any_rank(not fits)
         if not everywhere and ranks.is_main:
             logger.warning(
                 "checkpoints are written while training waits: a copy of the state takes "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import xxhash
+
 from dstrain.checkpoint import content, folders
 from dstrain.checkpoint.manifest import Manifest, check_files, extra_files, read_manifest
 from dstrain.checkpoint.run_files import read_run
@@ -239,19 +241,28 @@ def _verified(
 
 
 def _other_saves(manifest: Manifest | None, ranks: Ranks) -> list[str]:
-    """Return problems that machines have parts of different saves; a collective of all ranks."""
-    said = gather_objects(
-        ({} if manifest is None else dict(manifest.files), ranks.first_on_machine)
-    )
-    mine = {} if manifest is None else manifest.elsewhere
-    found = []
-    for files, machine in said:
-        if any(name in files and files[name] != record for name, record in mine.items()):
+    """Describe machines whose parts belong to a different save of this step; a collective.
+
+    The manifests of all machines list the same files of ranks, of which ranks compare a digest.
+    """
+    mine = "" if manifest is None else _digest_of_rank_files(manifest)
+    here, found = ranks.first_on_machine, []
+    for theirs, machine in gather_objects((mine, here)):
+        if mine and theirs and mine != theirs:
             found.append(
-                f"the machines of ranks {ranks.first_on_machine} and {machine} have parts of "
-                "different saves"
+                f"the machines of ranks {here} and {machine} have parts of different saves"
             )
     return found
+
+
+def _digest_of_rank_files(manifest: Manifest) -> str:
+    records = {**manifest.files, **manifest.elsewhere}
+    lines = [
+        f"{name} {r.size} {r.checksum}"
+        for name, r in sorted(records.items())
+        if content.is_rank_file(name)
+    ]
+    return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
 def _lines(error: CheckpointError) -> list[str]:

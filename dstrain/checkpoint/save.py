@@ -20,7 +20,15 @@ from dstrain.checkpoint.writers import Writers, files_by_folder
 from dstrain.core.errors import CheckpointError, DstrainError, Problem
 from dstrain.core.files import FileRecord
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import PATIENCE, Ranks, all_or_none, gather_objects, is_distributed
+from dstrain.core.ranks import (
+    PATIENCE,
+    Ranks,
+    all_or_none,
+    gather_failures,
+    gather_objects,
+    is_distributed,
+    on_any_rank,
+)
 from dstrain.engine import Engine
 from dstrain.models import HostCopies
 
@@ -136,7 +144,7 @@ class CheckpointWriter:
         with all_or_none():
             if self._writers.sharers.is_main:
                 lost = self._lock.keep()
-        return any(gather_objects(lost))
+        return on_any_rank(lost)
 
     def wait(self) -> None:
         """Wait until a background save has ended.
@@ -151,7 +159,7 @@ class CheckpointWriter:
         failures, self._failures = self._failures, []
         assert self._writing is not None
         # Training has gone on meanwhile: for a moved folder this checkpoint is lost, not the run.
-        lost = any(gather_objects(bool(failures))) and self._lost_folder()
+        lost = on_any_rank(bool(failures)) and self._lost_folder()
         self._conclude(failures, self._writing, may_stop=not lost)
 
     def close(self) -> None:
@@ -278,4 +286,4 @@ class CheckpointWriter:
                 act(staging.path)
             except Exception as error:  # the other ranks wait for this one
                 failure = f"rank {self._ranks.rank}: the commit failed: {error}"
-        return [f for f in gather_objects(failure, group=self._group) if f is not None]
+        return gather_failures(failure, group=self._group)

@@ -242,6 +242,34 @@ def gather_objects(value: T, *, group: Any = None) -> list[T]:
     return [parcel.value(rank) for rank, parcel in enumerate(parcels)]
 
 
+def gather_failures(failure: T | None, *, group: Any = None) -> list[T]:
+    """Return what failed on any rank, in rank order, on every rank; empty where nothing did.
+
+    Ranks exchange a single number unless one of them failed.
+
+    Args:
+        failure: picklable description of what failed on this rank; None where nothing did.
+        group: a process group of all ranks.
+    """
+    if not on_any_rank(failure is not None, group=group):
+        return []
+    return [found for found in gather_objects(failure, group=group) if found is not None]
+
+
+def on_any_rank(flag: bool, *, group: Any = None) -> bool:
+    """Tell whether a flag is true on any rank; a collective of a single number."""
+    if not is_distributed():
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    on_host = "gloo" in dist.get_backend(group)
+    device = torch.device("cpu") if on_host else torch.accelerator.current_accelerator()
+    raised = torch.tensor(int(flag), device=device)
+    dist.all_reduce(raised, dist.ReduceOp.MAX, group=group)
+    return bool(raised)
+
+
 def from_main(ranks: Ranks, ask: Callable[[], T]) -> T:
     """Call ``ask`` on the main rank alone and return its picklable value on every rank.
 
@@ -260,7 +288,7 @@ def from_main(ranks: Ranks, ask: Callable[[], T]) -> T:
     told: Any = portable_error(error)
     if error is not None and not isinstance(error, DstrainError):
         told = TrainingError(Problem(f"rank 0 failed: {_in_words(error)}"))
-    value, told = gather_objects((value, told))[0]
+    value, told = broadcast_object((value, told))
     if told is not None:
         raise error or told
     return value
@@ -347,9 +375,8 @@ def all_or_none(*, group: Any = None) -> Iterator[None]:
         yield
     except DstrainError as caught:
         error = caught
-    for found in gather_objects(portable_error(error), group=group):
-        if found is not None:
-            raise error or found
+    if failures := gather_failures(portable_error(error), group=group):
+        raise error or failures[0]
 
 
 def require_equal(what: str, value: Any, error: type[DstrainError]) -> None:

@@ -11,6 +11,7 @@ import torch
 from dstrain.core.errors import DataError, DstrainError, Problem, TrainingError
 from dstrain.core.ranks import (
     PATIENCE,
+    gather_failures,
     gather_objects,
     is_distributed,
     portable_error,
@@ -153,9 +154,8 @@ class Transport:
 
 def raise_together(error: Exception | None, *, group: Any = None) -> None:
     """Raise this rank's error, or without one the first error of any rank; a collective."""
-    for found in gather_objects(portable_error(error), group=group):
-        if found is not None:
-            raise error or found
+    if failures := gather_failures(portable_error(error), group=group):
+        raise error or failures[0]
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from dstrain.core.adapters import has_adapters, inner_model
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.files import unwritten
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, all_or_none, gather_objects
+from dstrain.core.ranks import Ranks, all_or_none, broadcast_object
 from dstrain.engine import gathered, kept_gathered
 from dstrain.models.tensor_file import Stored, write_tensor_file
 
@@ -103,7 +103,7 @@ def _gathered_adapter(model: Any, adapter: str, ranks: Ranks) -> dict[str, torch
             chosen[key] = names[id(tensor)]
         elif ranks.is_main:
             tensors[key] = _copied(tensor)
-    for key, name in gather_objects(chosen)[0].items():
+    for key, name in broadcast_object(chosen).items():
         tensor = named[name]
         whole = isinstance(tensor, torch.nn.Parameter)
         with gathered([tensor]) if whole else contextlib.nullcontext():

@@ -21,7 +21,7 @@ import torch
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import ModelError, Problem
 from dstrain.core.files import unwritten
-from dstrain.core.ranks import Ranks, all_or_none, gather_objects
+from dstrain.core.ranks import Ranks, all_or_none, broadcast_object, gather_objects
 from dstrain.engine import gathered
 from dstrain.models.adapters import save_adapters
 from dstrain.models.layout import Entry, groups_of
@@ -112,7 +112,7 @@ def _writers(target: Path, ranks: Ranks) -> list[int]:
                 token.touch()
             except OSError as error:
                 raise _unwritable(target, error) from error
-    token = Path(gather_objects(str(token))[0])
+    token = Path(broadcast_object(str(token)))
     seen = gather_objects(token.exists())
     if ranks.is_main:
         token.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from dstrain.arguments import TrainingArguments
 from dstrain.core.errors import ConfigError, Problem, TrainingError, nearest
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, gather_objects
+from dstrain.core.ranks import Ranks, broadcast_object
 
 logger = get_logger(__name__)
 
@@ -99,7 +99,7 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def tell(order: object) -> None:
     """Tell the other ranks, from the main rank, which trial comes next; a collective."""
-    gather_objects(order)
+    broadcast_object(order)
 
 
 def follow(trials: Trials, trial_of: Callable[[Any], tuple[Any, str]]) -> Any:
@@ -114,7 +114,7 @@ def follow(trials: Trials, trial_of: Callable[[Any], tuple[Any, str]]) -> Any:
     """
     failure: Exception | None = None
     while True:
-        order = gather_objects(None)[0]
+        order = broadcast_object(None)
         if isinstance(order, Ended):
             if order.failure:
                 raise failure or TrainingError(Problem("the search failed", order.failure))

@@ -19,7 +19,7 @@ from dstrain.checkpoint import (
 from dstrain.core.adapters import has_adapters
 from dstrain.core.errors import CheckpointError, ConfigError, Problem
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, from_main, gather_objects
+from dstrain.core.ranks import Ranks, broadcast_object, from_main
 from dstrain.evaluation import BestRule
 from dstrain.models import weights_not_in_files
 
@@ -81,7 +81,7 @@ class BestModel:
         if self.rule is None:
             return False
         # The main rank decides: ranks that disagreed would not meet in the save that follows.
-        value, known = gather_objects((metrics.get(self.rule.key), list(metrics)))[0]
+        value, known = broadcast_object((metrics.get(self.rule.key), list(metrics)))
         if value is None:
             raise self.rule.missing(known)
         state, value = self._state, self.rule.number(value)
@@ -172,7 +172,7 @@ class BestModel:
                 value = read_manifest(folder).figure(self.rule.key)
             except CheckpointError:
                 value = None
-        return gather_objects(value)[0]
+        return broadcast_object(value)
 
     def _rule_of(self, start: Path) -> BestRule | None:
         """Return how the saved run chose its best model; this run's rule where it does not say."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import Ranks, barrier, gather_objects, is_distributed
+from dstrain.core.ranks import Ranks, barrier, broadcast_object, gather_objects, is_distributed
 
 logger = get_logger(__name__)
 
@@ -58,7 +58,7 @@ class ProcessGroupRecovery:
             return
         import torch.distributed as dist
 
-        token = gather_objects(uuid.uuid4().hex)[0]
+        token = broadcast_object(uuid.uuid4().hex)
         self._base = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"dstrain-recovery-{token}", self._base)
         self._backend = dist.get_backend()

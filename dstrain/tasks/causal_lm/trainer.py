@@ -9,7 +9,7 @@ from typing import Any
 from dstrain.config.resolution.batch import eval_micro_batch
 from dstrain.core.adapters import inner_model
 from dstrain.core.errors import ConfigError, Problem
-from dstrain.core.ranks import gather_objects
+from dstrain.core.ranks import on_any_rank
 from dstrain.tasks.causal_lm.chat import joined
 from dstrain.trainer import Trainer
 from dstrain.training.packed_sequences import mixes_sequences
@@ -57,7 +57,7 @@ class CausalLMTrainer(Trainer):
 
         model = self._engines.forward_model(self.model, self.resolved)
         mixes = mixes_sequences(model, self.model, batch_of, self._prepare_inputs)
-        if any(gather_objects(mixes)):
+        if on_any_rank(bool(mixes)):
             raise ConfigError(
                 Problem(
                     f"packing=True with {type(inner_model(self.model)).__name__}",
