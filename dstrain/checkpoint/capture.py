@@ -45,7 +45,7 @@ _MEMORY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Writers:
-    """The ranks that write a checkpoint, by the folders that they share.
+    """Ranks that write a checkpoint, grouped by the folder into which they write.
 
     Attributes:
         ranks: rank facts of this process among all ranks.
