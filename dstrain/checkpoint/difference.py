@@ -27,7 +27,15 @@ from dstrain.models import TensorReader
 
 _CHUNK_NUMEL = 2**20
 _MOST_FILES = 64
-_IN_MANIFEST = ("step", "world_size", "stage", "precision", "resumable", "has_weights", "layout")
+_COMPARED_FIELDS = (
+    "step",
+    "world_size",
+    "stage",
+    "precision",
+    "resumable",
+    "has_weights",
+    "layout",
+)
 # Timings, which differ between any two runs.
 _NOT_COMPARED = ("position.meters",)
 
@@ -124,13 +132,13 @@ def _weight_files(manifest: Manifest) -> list[str]:
 
 
 def _manifest_values(first: Manifest, second: Manifest) -> Iterator[tuple[str, str, Any, Any]]:
-    for name in _IN_MANIFEST:
+    for name in _COMPARED_FIELDS:
         if getattr(first, name) != getattr(second, name):
             yield "checkpoint", name, getattr(first, name), getattr(second, name)
-    yield from _of_mappings("shapes", _lists(first.parameters), _lists(second.parameters))
+    yield from _mapping_differences("shapes", _lists(first.parameters), _lists(second.parameters))
     trained = ({n: "trained" for n in m.optimized} for m in (first, second))
-    yield from _of_mappings("frozen or trained", *trained)
-    yield from _of_mappings("metrics", first.metrics, second.metrics)
+    yield from _mapping_differences("frozen or trained", *trained)
+    yield from _mapping_differences("metrics", first.metrics, second.metrics)
 
 
 def _lists(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[int]]:
@@ -152,8 +160,8 @@ def _config_values(
 
 
 def _run_values(first: Path, second: Path) -> Iterator[tuple[str, str, Any, Any]]:
-    flat = [dict(_flat("", read_run(folder))) for folder in (first, second)]
-    yield from _of_mappings("state of the run", *flat)
+    flat = [dict(_leaves("", read_run(folder))) for folder in (first, second)]
+    yield from _mapping_differences("state of the run", *flat)
 
 
 def _state_values(first: SliceIndex, second: SliceIndex) -> Iterator[tuple[str, str, Any, Any]]:
@@ -161,8 +169,8 @@ def _state_values(first: SliceIndex, second: SliceIndex) -> Iterator[tuple[str, 
     sides = []
     for index in (first, second):
         sides.append({name: sorted(index.keys_of(name)) for name in index.names()})
-    yield from _of_mappings("kinds of state", *sides)
-    yield from _of_mappings("numbers of the optimizer", first.scalars, second.scalars)
+    yield from _mapping_differences("kinds of state", *sides)
+    yield from _mapping_differences("numbers of the optimizer", first.scalars, second.scalars)
 
 
 def _slice_pairs(
@@ -265,7 +273,7 @@ class _Files(contextlib.ExitStack):
         return self._open[path]
 
 
-def _of_mappings(
+def _mapping_differences(
     title: str, first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Any, Any]]:
     for name in dict.fromkeys([*first, *second]):
@@ -274,7 +282,7 @@ def _of_mappings(
             yield title, name, ours, theirs
 
 
-def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested values under dotted names; skip ``_NOT_COMPARED``."""
     if path in _NOT_COMPARED:
         return
@@ -286,4 +294,4 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
         return
     for name, part in items:
-        yield from _flat(f"{path}.{name}" if path else str(name), part)
+        yield from _leaves(f"{path}.{name}" if path else str(name), part)

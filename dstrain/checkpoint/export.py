@@ -50,7 +50,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 # Prefix of all parameter names in a PEFT model.
-_OF_PEFT = "base_model."
+_PEFT_PREFIX = "base_model."
 SHARD_BYTES = 5 * 10**9
 _TRAINING_FILES = {"trainer_state.json", "training_arguments.json", "resolved_config.json"}
 _WEIGHTS = re.compile(r"model[^/]*\.safetensors")
@@ -84,7 +84,7 @@ def export(
             ``dtype`` is unknown.
     """
     manifest = read_manifest(folder)
-    if any(name.startswith(_OF_PEFT) for name in manifest.parameters):
+    if any(name.startswith(_PEFT_PREFIX) for name in manifest.parameters):
         raise CheckpointError(
             Problem(
                 f"{folder} is the checkpoint of a PEFT model",
@@ -280,11 +280,13 @@ def _converted(
         first = layout.first_names.get(group.entries[0].name, group.entries[0].name)
         own = format_of(first) if group.is_as_trained else dtype
         saved = tuple(replace(saved, dtype=own) for saved in group.saved)
-        tensors += Portion(group, saved).stored(partial(_all_of, load, group.entries))
+        tensors += Portion(group, saved).stored(partial(_load_all, load, group.entries))
     return tensors
 
 
-def _all_of(load: Callable[[Entry], torch.Tensor], entries: Iterable[Entry]) -> list[torch.Tensor]:
+def _load_all(
+    load: Callable[[Entry], torch.Tensor], entries: Iterable[Entry]
+) -> list[torch.Tensor]:
     return [load(entry) for entry in entries]
 
 

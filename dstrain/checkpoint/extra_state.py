@@ -106,14 +106,14 @@ def put_extra_states(module: torch.nn.Module, states: Mapping[str, Any]) -> None
     there = dict(_with_extra_state(module))
     for path, state in states.items():
         if path not in there:
-            raise _useless(path, "it has none any more")
+            raise _not_restored(path, "it has none any more")
         try:
             there[path].set_extra_state(state)
         except Exception as error:  # user code may raise anything
-            raise _useless(path, f"{type(error).__name__}: {error}") from error
+            raise _not_restored(path, f"{type(error).__name__}: {error}") from error
 
 
-def _useless(path: str, why: str) -> CheckpointError:
+def _not_restored(path: str, why: str) -> CheckpointError:
     what = f"{_module(path)} cannot take up its extra state"
     return CheckpointError(Problem(what, why, "resume with the model that was saved"))
 

@@ -122,7 +122,7 @@ class _Call:
 
 @dataclass
 class _Outcome:
-    """Results of the calls on this rank.
+    """Results of the calls made on this rank.
 
     Attributes:
         failures: an error for each call that failed.
@@ -156,7 +156,7 @@ class _Outcome:
         for (owner, key), (parameter, seen) in before.items():
             if owner._parameters.get(key) is not parameter:
                 owner._parameters[key] = parameter  # the object that the optimizer updates
-            elif _sum_of(parameter) == seen:
+            elif _checksum_of(parameter) == seen:
                 continue
             name = next(n for n, module in part.named_modules() if module is owner)
             self.changed.append(".".join(filter(None, (path, name, key))))
@@ -165,14 +165,14 @@ class _Outcome:
 def _weights(part: _Module) -> dict[tuple[_Module, str], tuple[torch.nn.Parameter, int]]:
     """Return the parameters of a module and its submodules by owner and key, with checksums."""
     return {
-        (owner, key): (parameter, _sum_of(parameter))
+        (owner, key): (parameter, _checksum_of(parameter))
         for owner in part.modules()
         for key, parameter in owner._parameters.items()
         if parameter is not None
     }
 
 
-def _sum_of(parameter: torch.nn.Parameter) -> int:
+def _checksum_of(parameter: torch.nn.Parameter) -> int:
     return int(checksum(parameter)) if parameter.numel() else 0
 
 
@@ -190,7 +190,9 @@ def _calls(module: _Module) -> Iterator[_Call]:
             yield _Call(path, part, found[0], functools.partial(_load_one, path, part))
     for path, part in reversed(named):  # children before their parents
         if hooks := _user_hooks(part._load_state_dict_post_hooks):
-            yield _Call(path, part, _name_of(hooks[0]), functools.partial(_after, part, hooks))
+            yield _Call(
+                path, part, _name_of(hooks[0]), functools.partial(_call_post_hooks, part, hooks)
+            )
 
 
 def _load_one(path: str, part: _Module) -> None:
@@ -206,7 +208,7 @@ def _load_one(path: str, part: _Module) -> None:
         raise RuntimeError("; ".join(errors))
 
 
-def _after(part: _Module, hooks: list[Callable[..., object]]) -> None:
+def _call_post_hooks(part: _Module, hooks: list[Callable[..., object]]) -> None:
     from torch.nn.modules.module import _IncompatibleKeys
 
     for hook in hooks:
@@ -219,11 +221,11 @@ def _user_hooks(hooks: Mapping[int, Callable[..., object]]) -> list[Callable[...
 
 def _is_user_code(code: Callable[..., object]) -> bool:
     """Tell whether a hook or method is defined outside the libraries listed above."""
-    home = getattr(_inside(code), "__module__", None) or ""
+    home = getattr(_unwrapped(code), "__module__", None) or ""
     return home.split(".")[0] not in _LIBRARIES
 
 
-def _inside(code: Any) -> Any:
+def _unwrapped(code: Any) -> Any:
     """Return the function inside wrappers of torch and ``functools.partial``."""
     from torch.nn.modules.module import _WrappedHook
 
@@ -233,7 +235,7 @@ def _inside(code: Any) -> Any:
 
 
 def _name_of(hook: Callable[..., object]) -> str:
-    inner = _inside(hook)
+    inner = _unwrapped(hook)
     return f"the hook {getattr(inner, '__qualname__', type(inner).__name__)}"
 
 

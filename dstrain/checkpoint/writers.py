@@ -1,4 +1,4 @@
-"""The ranks that write a checkpoint, by the folders that they share."""
+"""Ranks that write a checkpoint, grouped by the folder into which they write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dstrain.core.ranks import Ranks, gather_objects
 
 @dataclass(frozen=True)
 class Writers:
-    """The ranks that write a checkpoint, by the folders that they share.
+    """Ranks that write a checkpoint, grouped by the folder into which they write.
 
     Attributes:
         ranks: rank facts of this process among all ranks.

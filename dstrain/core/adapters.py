@@ -1,4 +1,4 @@
-"""Recognising PEFT's wrapper around a model by its attributes, without importing peft."""
+"""Recognition of PEFT's wrapper around a model by its attributes, without importing peft."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def has_adapters(module: Any) -> bool:
-    """Tell whether ``module`` is a ``peft.PeftModel``: small trained parts on a frozen model."""
+    """Tell whether ``module`` is a ``peft.PeftModel``: trained adapters on a frozen model."""
     return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
 
 

@@ -117,15 +117,17 @@ def wait_for_build(lock: Path) -> bool:
             who = " and ".join(owners or compiling) or "a process that cannot be seen from here"
             how = "builds it" if owners or not compiling else "goes on after its build was killed"
             if waited > WAIT_SECONDS:
-                raise ConfigError(_stands_still(lock, who, waited))
+                raise ConfigError(_not_built(lock, who, waited))
             if lock.exists() and (said is None or waited - said >= _REMIND_SECONDS):
                 said = waited
-                _say(f"Waiting for DeepSpeed's {op}: {who} {how} in {folder} ({waited:.0f} s) ...")
+                _print_to_stderr(
+                    f"Waiting for DeepSpeed's {op}: {who} {how} in {folder} ({waited:.0f} s) ..."
+                )
         time.sleep(_TRY_SECONDS)
     return True
 
 
-def _stands_still(lock: Path, who: str, waited: float) -> Problem:
+def _not_built(lock: Path, who: str, waited: float) -> Problem:
     return Problem(
         f"DeepSpeed's {lock.parent.name} is not built after waiting {waited:.0f} s for {who}",
         f"it works in {lock.parent}, of which {lock} keeps others out; no op takes this long",
@@ -207,7 +209,9 @@ def _take(descriptor: int, path: Path, waiting: str, limit_seconds: float) -> No
             )
         if (waiting and not said) or waited - said >= _REMIND_SECONDS:
             said = max(waited, _TRY_SECONDS)
-            _say(waiting or f"Waiting for {holder}, which has {path} ({waited:.0f} s) ...")
+            _print_to_stderr(
+                waiting or f"Waiting for {holder}, which has {path} ({waited:.0f} s) ..."
+            )
         time.sleep(_TRY_SECONDS)
 
 
@@ -218,7 +222,7 @@ def _holder(path: Path) -> str:
     return "another process"
 
 
-def _say(line: str) -> None:
+def _print_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

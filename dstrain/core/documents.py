@@ -30,7 +30,7 @@ _MOST_FAULTS = 5
 _LONGEST = 60
 
 
-def _fits(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _indexable_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     if math.prod(n for n in shape if n) >= 2**63:
         raise ValueError("it has more elements than there can be")
     return shape
@@ -42,13 +42,13 @@ def _bounded(number: float) -> float:
     return number
 
 
-def _counted(number: float) -> float:
+def _nonnegative(number: float) -> float:
     if not (0 <= number < 2**63 if isinstance(number, int) else 0.0 <= number < math.inf):
         raise ValueError("it is out of range")
     return number
 
 
-def _inside(name: str) -> str:
+def _relative_path(name: str) -> str:
     path = PurePosixPath(name)
     whole = str(path) == name and name != "."
     if not whole or path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name:
@@ -69,10 +69,12 @@ Number = Annotated[
     AfterValidator(_bounded),
 ]
 """A bool, an integer or a float, kept in the type in which it was written."""
-Total = Annotated[Annotated[int, Strict()] | Annotated[float, Strict()], AfterValidator(_counted)]
+Total = Annotated[
+    Annotated[int, Strict()] | Annotated[float, Strict()], AfterValidator(_nonnegative)
+]
 """A running total: an integer or a float, finite and not negative."""
-Shape = Annotated[tuple[Count, ...], AfterValidator(_fits)]
-FileName = Annotated[str, Strict(), AfterValidator(_inside)]
+Shape = Annotated[tuple[Count, ...], AfterValidator(_indexable_shape)]
+FileName = Annotated[str, Strict(), AfterValidator(_relative_path)]
 """A relative path that stays inside its folder: no "..", no absolute path."""
 Plain = Mapping[Text, Any]
 """A JSON object with any content, such as the state of a user's callback."""

@@ -146,10 +146,12 @@ class _Watch:
         while (gone := self._gone()) is None:
             time.sleep(_LOOK_SECONDS)
         if not self.ends:
-            _tell(f"{gone} is gone, which started this rank: it saves where it can, and ends")
+            _print_for_rank(
+                f"{gone} is gone, which started this rank: it saves where it can, and ends"
+            )
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_SECONDS)
-        _tell(f"not ended {GRACE_SECONDS:.0f} s after {gone}: it ends at once")
+        _print_for_rank(f"not ended {GRACE_SECONDS:.0f} s after {gone}: it ends at once")
         os._exit(128 + signal.SIGTERM)
 
     def _gone(self) -> Process | None:
@@ -173,7 +175,7 @@ def watch_launchers() -> None:
     watched = launchers()
     if not watched and _was_launched():
         # The launcher ended while this process was starting.
-        _tell("its launcher is gone: it ends")
+        _print_for_rank("its launcher is gone: it ends")
         os.kill(os.getpid(), signal.SIGTERM)
     if watched:
         _watch = _Watch(watched)
@@ -213,7 +215,7 @@ def _was_launched() -> bool:
     return launched and can_see and os.getsid(0) != os.getpid()
 
 
-def _tell(what: str) -> None:
+def _print_for_rank(what: str) -> None:
     rank = os.environ.get("RANK", "0")
     with contextlib.suppress(OSError, ValueError):  # standard error has no reader, or is closed
         print(f"[rank {rank}] {what}", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank facts of one process.
+    """Rank facts of a process.
 
     Attributes:
         rank: index among all processes, 0 to world_size - 1.
@@ -147,7 +147,7 @@ class HostSum:
     """
 
     def __init__(self) -> None:
-        """Form no group yet."""
+        """Set up without a process group."""
         self._group: Any = None
 
     def begin(self, number: int) -> Callable[[], int]:

@@ -274,7 +274,7 @@ _FLAG = re.compile(
 # A word of a sentence: letters only, as no generated key has them, and a punctuation mark.
 _PROSE = re.compile(r"(?:[A-Z]?[a-z]{1,15}|[A-Za-z]'[a-z]+)[.,:;!?]?")
 _AFTER_VALUE = re.compile(r"[ \t]*(?:$|[\n\r]|-{1,2}[A-Za-z]|[|&;<>)\]}\\]|\d>)")
-_SAID_LAST = frozenset({"instead.", "instead", "again", "again.", "out", "out.", "too", "twice"})
+_LAST_WORDS = frozenset({"instead.", "instead", "again", "again.", "out", "out.", "too", "twice"})
 _VALUE = re.compile(
     r"(?P<quote>\\*[bf]?\\*[\"'])(?P<inner>(?:\\.|(?!(?P=quote)).)*)(?P<end>(?P=quote)?)"
     r"|\[[^\]]*\]?|\([^)]*\)?|\{[^}]*\}?|[^\s,;&)}\]\"']+"
@@ -323,7 +323,7 @@ def _is_prose(flag: re.Match[str], value: re.Match[str], text: str) -> bool:
     """
     if value["quote"] is not None or flag["open"] or not _PROSE.fullmatch(value[0]):
         return False
-    return _AFTER_VALUE.match(text, value.end()) is None or value[0] in _SAID_LAST
+    return _AFTER_VALUE.match(text, value.end()) is None or value[0] in _LAST_WORDS
 
 
 def _hidden_base64(match: re.Match[str]) -> str:

@@ -52,8 +52,9 @@ class InputFormats:
     def __init__(self, module: torch.nn.Module, labels: Sequence[str]) -> None:
         """Set up for a model.
 
-        Args: the model, and the batch keys that are labels; keys with "label" in their names are
-        too.
+        Args:
+            module: the model.
+            labels: batch keys of labels, in addition to all keys that contain "label".
         """
         self._labels = frozenset(labels)
         config = getattr(inner_model(module), "config", None)

@@ -143,7 +143,7 @@ class RebalancedBatchSampler(RankBatchSampler):
         """Yield lists of indices, one per micro-step, each with the seed of its random numbers."""
         indices = self._indices()
         for window in range(-(-len(self) // self._accumulation)):
-            samples = self._of_window(indices, window)
+            samples = self._window_samples(indices, window)
             for number, groups in enumerate(self._deal(samples)):
                 mine = groups[self.topology.rank] or groups[0][:1] or [0]
                 first = (window * self._accumulation + number) * self.topology.chunk
@@ -156,7 +156,7 @@ class RebalancedBatchSampler(RankBatchSampler):
             self._left = key, self.order.indices(self.epoch)[self.start :][: self.remaining]
         return self._left[1]
 
-    def _of_window(self, indices: torch.Tensor, window: int) -> torch.Tensor:
+    def _window_samples(self, indices: torch.Tensor, window: int) -> torch.Tensor:
         size = self.topology.chunk * self._accumulation
         return indices[window * size : (window + 1) * size]
 
@@ -169,5 +169,5 @@ class RebalancedBatchSampler(RankBatchSampler):
         window, number = divmod(step, self._accumulation)
         key = (self.epoch, self.start, window)
         if self._read is None or self._read[0] != key:
-            self._read = (key, self._deal(self._of_window(self._indices(), window)))
+            self._read = (key, self._deal(self._window_samples(self._indices(), window)))
         return self._read[1][number]

@@ -148,7 +148,7 @@ def evaluate_batches(
             try:
                 prediction = finish(prediction)
             except Exception as error:
-                failure = _noted(error, keep)
+                failure = _logged_and_stored(error, keep)
         if failure is not None or prediction is None:
             prediction = loss = None
         else:
@@ -163,7 +163,7 @@ def evaluate_batches(
             try:
                 on_step()
             except Exception as error:
-                failure = _noted(error, keep)
+                failure = _logged_and_stored(error, keep)
         meet()
         if batch.num_samples and loss is not None:
             uncounted.append((loss, batch))
@@ -221,7 +221,7 @@ class _PartSums:
         return torch.cat([self._losses, targets])
 
 
-def _noted(error: Exception, keep: PredictionReceiver | None) -> Exception:
+def _logged_and_stored(error: Exception, keep: PredictionReceiver | None) -> Exception:
     """Log an error and store it in ``keep``, as it is raised only some batches later; return it.
 
     Raises:

@@ -243,13 +243,13 @@ def _parts(value: Any, place: str) -> Iterator[tuple[str, Part]]:
     elif isinstance(value, (bytes, bytearray, memoryview)):
         yield place, ("content", _hash(bytes(value)))
     elif isinstance(value, torch.Tensor):
-        yield place, _of_array(_as_array(value))
+        yield place, _array_summary(_as_array(value))
     elif isinstance(value, (np.ndarray, np.generic)):
-        yield place, _of_array(np.asarray(value))
+        yield place, _array_summary(np.asarray(value))
     elif isinstance(value, (list, tuple)):
         yield from _parts_of_list(value, place)
     elif hasattr(value, "__array__"):  # an image
-        yield place, _of_array(np.asarray(value))
+        yield place, _array_summary(np.asarray(value))
     # Objects of other types cannot be compared without knowing them.
 
 
@@ -258,7 +258,7 @@ def _parts_of_list(value: Sequence[Any], place: str) -> Iterator[tuple[str, Part
     if kinds <= {int, bool}:
         yield place, ("content", (len(value), _hash(repr(value).encode())))
     elif kinds <= {float, int}:
-        yield place, _of_array(np.asarray(value, dtype=np.float64))
+        yield place, _array_summary(np.asarray(value, dtype=np.float64))
     else:
         yield f"{place}, length", ("exact", len(value))
         for index, part in enumerate(value):
@@ -272,7 +272,7 @@ def _as_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy() if tensor.layout is torch.strided else tensor.to_dense().numpy()
 
 
-def _of_array(array: np.ndarray) -> Part:
+def _array_summary(array: np.ndarray) -> Part:
     if array.dtype.kind == "f":
         finite = array[np.isfinite(array)].astype(np.float64)
         mean, width = (float(finite.mean()), float(finite.std())) if finite.size else (0.0, 0.0)

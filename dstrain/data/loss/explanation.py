@@ -73,7 +73,7 @@ def explain(
         targets of a part of the loss that is missing in this batch.
     """
     value = float(torch.as_tensor(loss).detach().double().mean())
-    calls = _joined(_that_made(calls, value))
+    calls = _joined(_calls_of_loss(calls, value))
     batch = {k: v.cpu() for k, v in columns_of(inputs)}
     samples = batch_size(inputs) if num_samples is None else num_samples
     of_labels = [column for name, column in batch.items() if name.split(".")[0] in labels]
@@ -150,8 +150,8 @@ def _preferred(
     used = call.columns | mixed
     fitting = {d for d in ways if {d.column, d.mask} - {None} == used}
     if not call.is_by_hand or not fitting:
-        return _found(ways) or ways
-    kept = _found(ways) | {d: ways[d] for d in fitting}
+        return _with_given_labels(ways) or ways
+    kept = _with_given_labels(ways) | {d: ways[d] for d in fitting}
     return {d: how if d in fitting else how + _AMBIGUOUS_SUM for d, how in kept.items()}
 
 
@@ -178,7 +178,7 @@ def _ratio(call: LossCall, loss: float) -> float | None:
     return loss / mean if call.reduction == "mean" and mean else None
 
 
-def _that_made(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
+def _calls_of_loss(calls: Sequence[LossCall], loss: float) -> list[LossCall]:
     """Return only the call whose mean is the loss, if there is one; else all calls.
 
     Some models compute a loss for each head and return the first.
@@ -226,7 +226,7 @@ def _denominators(
                         yield Denominator(name, shifted=shifted, ignored=value, mask=mask)
 
 
-def _found(ways: dict[Denominator, int]) -> dict[Denominator, int]:
+def _with_given_labels(ways: dict[Denominator, int]) -> dict[Denominator, int]:
     """Return the denominators whose labels the call was given at the same positions or in order."""
     return {denominator: how for denominator, how in ways.items() if how < _AS_MANY}
 

@@ -130,7 +130,7 @@ def _steps_of(step: Any) -> str | None:
     name = type(step).__name__
     if name not in _EXACT or _reads_ahead(step):
         return None
-    before = [_steps_of(part) for part in _before(step)]
+    before = [_steps_of(part) for part in _inputs_of(step)]
     if any(part is None for part in before):
         return None
     # States depend on these numbers.
@@ -149,7 +149,7 @@ def _reads_ahead(step: Any) -> bool:
     )
 
 
-def _before(step: Any) -> list[Any]:
+def _inputs_of(step: Any) -> list[Any]:
     return [step.ex_iterable] if hasattr(step, "ex_iterable") else getattr(step, "ex_iterables", [])
 
 
