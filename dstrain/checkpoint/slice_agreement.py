@@ -88,7 +88,7 @@ def agree_on_table(
 
 
 class Agreement:
-    """What one rank says, and the main rank makes of it, without the exchange between ranks."""
+    """Makes one rank's report, and the main rank's table of all reports; exchanges nothing."""
 
     def __init__(
         self,

@@ -111,7 +111,7 @@ def _check(
             raise ValueError(f"{name} has a parameter twice")
     parameter, start, numel = rows["runs"][:, :3].unbind(1)
     if (numel > sizes[parameter] - start).any() or (numel == 0).any():
-        raise ValueError("runs has one that does not lie in its parameter")
+        raise ValueError("a run in runs does not lie in its parameter")
     if torch.isin(rows["even"][:, 0], parameter).any():
         raise ValueError("a parameter is divided evenly and has other runs too")
 

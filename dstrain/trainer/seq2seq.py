@@ -138,11 +138,12 @@ class Seq2SeqTrainer(Trainer):
         """Predict as ``Trainer`` does; with ``predict_with_generate`` generated tokens.
 
         Args:
-            test_dataset: as there.
-            ignore_keys: as there.
-            metric_key_prefix: as there.
-            **gen_kwargs: as of ``evaluate``. With ``num_return_sequences`` a sample has as many
-                rows, one after the other.
+            test_dataset: map-style dataset or stream; columns that the model does not use go.
+            ignore_keys: outputs of the model that are no predictions, besides those that its config
+                names.
+            metric_key_prefix: begins the name of each metric.
+            **gen_kwargs: arguments for ``generate``, as in ``evaluate``. With
+                ``num_return_sequences`` a sample has as many rows, one after the other.
         """
         self._gen_kwargs = self._with_defaults(gen_kwargs)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)

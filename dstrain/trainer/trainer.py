@@ -113,7 +113,7 @@ class Trainer(RunHooks, OtherAttributes):
             args: defaults to ``TrainingArguments("tmp_trainer")``.
             data_collator: list of samples -> batch.
             train_dataset: map-style dataset or stream.
-            eval_dataset: likewise.
+            eval_dataset: map-style dataset or stream, or a dict of these by name.
             processing_class: tokenizer or processor; saved with the model.
             model_init: makes the model instead, anew for each ``train()``; may take the trial of a
                 hyperparameter search.
@@ -216,8 +216,8 @@ class Trainer(RunHooks, OtherAttributes):
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, written at any number of ranks and ZeRO
-                stage; True for the newest in ``output_dir`` that verifies; "auto" likewise, or a
-                fresh start where there is none; False starts afresh; None does what the argument of
+                stage; True for the newest in ``output_dir`` that verifies; "auto" for that one, or
+                a fresh start where there is none; False starts afresh; None does what the argument of
                 the same name says.
             trial: of a hyperparameter search, for ``model_init``; or hyperparameters by name, to
                 be used in place of the arguments in this training.

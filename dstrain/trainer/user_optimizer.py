@@ -8,11 +8,11 @@ from dstrain.training.types import Optimizer
 
 
 class UserOptimizer:
-    """Keeps them over several trainings.
+    """Keeps a user's optimizer and schedule over several trainings.
 
     Attributes:
         optimizer: None where the config's runs, or the user's code makes one for each training.
-        scheduler: None likewise.
+        scheduler: None where the config's runs, or the user's code makes one for each training.
     """
 
     def __init__(self, optimizer: object = None, scheduler: object = None) -> None:
@@ -23,11 +23,11 @@ class UserOptimizer:
         self._keep(optimizer)
 
     def notice(self, optimizer: object, scheduler: object, *, used: tuple[object, object]) -> None:
-        """Keep what a script has set on the trainer since.
+        """Keep an optimizer or a schedule that a script has set on the trainer since.
 
         Args:
             optimizer: the trainer's at present.
-            scheduler: likewise.
+            scheduler: the trainer's at present.
             used: optimizer and schedule of the engine that ran last, which are no user's.
         """
         if optimizer not in (None, used[0], self.optimizer):
