@@ -139,8 +139,8 @@ class Seq2SeqTrainer(Trainer):
 
         Args:
             test_dataset: map-style dataset or stream; columns that the model does not use go.
-            ignore_keys: outputs of the model that are no predictions, besides those that its config
-                names.
+            ignore_keys: outputs of the model that are no predictions; those that its config names
+                if left out.
             metric_key_prefix: begins the name of each metric.
             **gen_kwargs: arguments for ``generate``, as in ``evaluate``. With
                 ``num_return_sequences`` a sample has as many rows, one after the other.

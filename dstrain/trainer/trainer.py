@@ -217,8 +217,8 @@ class Trainer(RunHooks, OtherAttributes):
         Args:
             resume_from_checkpoint: a checkpoint's folder, written at any number of ranks and ZeRO
                 stage; True for the newest in ``output_dir`` that verifies; "auto" for that one, or
-                a fresh start where there is none; False starts afresh; None does what the argument of
-                the same name says.
+                a fresh start where there is none; False starts afresh; None does what the
+                argument of the same name says.
             trial: of a hyperparameter search, for ``model_init``; or hyperparameters by name, to
                 be used in place of the arguments in this training.
             ignore_keys_for_eval: ``ignore_keys`` of evaluations during this training.
