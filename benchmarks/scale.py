@@ -5,13 +5,15 @@
 
 One process makes the files that so many ranks would write (of tiny parameters, so that the figures
 are of the bookkeeping alone), and then does what one of them does, step by step, with the code that
-real ranks run. What ranks exchange is counted and not sent. How to read it: `benchmarks/README.md`.
+real ranks run. Then two real ranks train models of 12 and of 84 parameters, and the objects that
+they exchange are counted in each part of the run. How to read it: `benchmarks/README.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import resource
 import shutil
 import sys
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from processes import ROOT, load, machine
+from processes import ROOT, load, machine, run_ranks
 
 sys.path.insert(0, str(ROOT))
 
@@ -144,12 +146,14 @@ def main() -> int:
                 measure(case, Path(folder))
             cases.append(case)
             print(_lines(case), flush=True)
+    exchanged = exchanges()
+    print(exchanged, flush=True)
     missed = [m for case in cases for m in _missed(case)]
     for line in missed:
         print(f"goal missed: {line}")
     if options.report:
         REPORTS.mkdir(exist_ok=True)
-        text = f"{machine()}; load {load()}\n\n" + "\n".join(map(_lines, cases))
+        text = f"{machine()}; load {load()}\n\n" + "\n".join([*map(_lines, cases), exchanged])
         (REPORTS / "scale.md").write_text(text + "\n")
     return 1 if missed else 0
 
@@ -211,6 +215,33 @@ def measure(case: Case, output_dir: Path) -> None:
             table_from_headers(folder, manifest)
     with case.timed("rotation, main rank: remove the checkpoint"):
         shutil.rmtree(folder)
+
+
+def exchanges() -> str:
+    """Return a table of the objects that two real ranks exchange in each part of a run."""
+    results = []
+    for layers in (1, 9):
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {"layers": layers, "stage": 3, "result": f"{folder}/result"}
+            script = str(ROOT / "benchmarks" / "scale_rank.py")
+            arguments = [script, json.dumps(settings)]
+            run_ranks(arguments, world_size=2, threads=1, deadline_seconds=300)
+            results.append(json.loads(Path(settings["result"]).read_text()))
+    sizes = [result["parameters"] for result in results]
+    lines = [
+        "### Objects that ranks exchange, ZeRO stage 3",
+        "",
+        "| part of the run | gathers | bytes from a rank | at 4,096 ranks | broadcasts | bytes |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for part in results[0]["counts"]:
+        small, large = (result["counts"][part] for result in results)
+        sent = f"{small[1]:,}" if small[1] == large[1] else f"{small[1]:,} to {large[1]:,}"
+        told = f"{small[3]:,}" if small[3] == large[3] else f"{small[3]:,} to {large[3]:,}"
+        total = f"{large[1] * 4096 / 1e6:.1f} MB"
+        lines.append(f"| {part} | {large[0]} | {sent} | {total} | {large[2]} | {told} |")
+    lines += ["", f"Where two figures stand, the model has {sizes[0]} and {sizes[1]} parameters."]
+    return "\n".join([*lines, "Steps that are not listed exchange none.", ""])
 
 
 def _write_files(case: Case, staging: Path) -> dict[str, FileRecord]:
