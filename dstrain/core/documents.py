@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 # JSON that dstrain writes is a dozen levels deep; states of users' objects may be deeper.
 MOST_LEVELS = 200
+_NESTED = (dict, list, tuple)
 _MOST_FAULTS = 5
 _LONGEST = 60
 
@@ -100,18 +101,17 @@ def check_depth(value: Any) -> None:
     Raises:
         ValueError: the value is nested deeper.
     """
-    level = [value]
+    level = [value] if isinstance(value, _NESTED) else []
     for _ in range(MOST_LEVELS):
-        level = [part for outer in level for part in _parts(outer)]
         if not level:
             return
+        level = [
+            part
+            for outer in level
+            for part in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(part, _NESTED)
+        ]
     raise ValueError(_too_deep())
-
-
-def _parts(value: Any) -> Any:
-    found = value.values() if isinstance(value, dict) else value
-    found = found if isinstance(value, (dict, list, tuple)) else ()
-    return (part for part in found if isinstance(part, (dict, list, tuple)))
 
 
 def _too_deep() -> str:
