@@ -26,7 +26,7 @@ commands:
   explain [TASK] [flags]
                        print the DeepSpeed config that these flags resolve to, and why
   plan [flags]         print the memory that each ZeRO stage and offload needs, and what fits
-  checkpoint ACTION    look after checkpoints: ls, verify, diff, prune, export, import
+  checkpoint ACTION    look after checkpoints: ls, verify, diff, export, convert, import, prune
 
 Start on many processes with the launcher, for example
   deepspeed --num_gpus 8 --module dstrain train causal-lm --output_dir out
