@@ -216,7 +216,9 @@ status_of_job() {
         [[ $said != 75 ]] || return 75
         ((said == 0)) || worst=$said
     done
-    if ((worst > 0)); then
+    if ((caught && worst > 128)); then
+        status=$((128 + caught)) # before the first step, so that there was nothing to save
+    elif ((worst > 0)); then
         ((status > 0)) || status=$worst
     elif ((number_ended == 0)) && ((caught)); then
         status=$((128 + caught)) # before there was anything to save

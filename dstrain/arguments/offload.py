@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import deepspeed_key, implemented, refused
 from dstrain.core.errors import Problem
+from dstrain.core.files import check_utf8
 
 OFFLOAD_DEVICES = ("none", "cpu", "nvme", "auto")
 
@@ -75,7 +76,7 @@ class OffloadArguments:
     )
 
     def _offload_problems(self, zero_stage: str) -> list[Problem]:
-        problems = []
+        problems = check_utf8("nvme_path", self.nvme_path)
         if self.offload_param in ("cpu", "nvme") and zero_stage in ("0", "1", "2"):
             problems.append(
                 Problem(

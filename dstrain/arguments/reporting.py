@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import implemented
 from dstrain.core.errors import Problem, nearest
+from dstrain.core.files import check_utf8
 
 _DEBUG = ("underflow_overflow", "tpu_metrics_debug")
 _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
@@ -101,7 +102,7 @@ class ReportingArguments:
         return given if isinstance(given, str) else "all" if given else "no"
 
     def _reporting_problems(self) -> list[Problem]:
-        problems = []
+        problems = check_utf8("logging_dir", self.logging_dir)
         for option in self.debug:
             if option == "tpu_metrics_debug":
                 problems.append(Problem(f"debug={option!r}", "DeepSpeed does not train on TPUs"))

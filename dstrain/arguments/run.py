@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dstrain.arguments.fields import arg
 from dstrain.arguments.treatment import alias, implemented, stored
 from dstrain.core.errors import Problem
+from dstrain.core.files import check_utf8
 
 
 @dataclass
@@ -98,6 +99,7 @@ class RunArguments:
                     "name one, or leave it out for trainer_output; is a shell variable empty?",
                 )
             )
+        problems += check_utf8("output_dir", self.output_dir)
         if self.ddp_timeout <= 0:
             problems.append(
                 Problem(f"ddp_timeout={self.ddp_timeout}", "seconds, so greater than 0")

@@ -85,7 +85,8 @@ class SavingArguments:
         "exit",
         "Reaction of training to SIGTERM, SIGUSR1 or SIGHUP on any rank, or Ctrl-C of a launcher: "
         "'exit' saves a checkpoint after the step, whatever save_strategy is, and ends the process "
-        "with status 75; 'return' saves and lets train() return, with trainer.preempted set; "
+        "with status 75 (before the first step, where there is nothing to save, 128 + signal); "
+        "'return' saves and lets train() return, with trainer.preempted set; "
         "'ignore' leaves the signals alone.",
         choices=("exit", "return", "ignore"),
         treatment=implemented(

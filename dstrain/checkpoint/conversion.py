@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dstrain.checkpoint import content, folders
+from dstrain.checkpoint import content, new_folder
 from dstrain.checkpoint.export import assembled, slice_files
 from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
 from dstrain.checkpoint.run_files import read_run
@@ -68,7 +68,7 @@ def convert(
         CheckpointError: the checkpoint has no slices or is damaged, or ``out`` is not empty.
     """
     manifest = read_manifest(folder)
-    folders.check_new(out)
+    new_folder.check_new(out)
     if manifest.has_slices:
         names = [*slice_files(folder, manifest), content.RUN]
         require_files(folder, manifest, names, on_file=on_file)
@@ -77,7 +77,7 @@ def convert(
         raise CheckpointError(Problem(f"{folder} is damaged", "\n".join(missing)))
     engine = read_run(folder)["engine"]
     kinds: set[str] = set()
-    with folders.filled_atomically(out) as staging:
+    with new_folder.filled_atomically(out) as staging:
         tag = f"global_step{manifest.step}_universal"
         for name in manifest.optimized:
             kinds |= _write_parameter(index, manifest, name, staging / tag / "zero", on_tensor)

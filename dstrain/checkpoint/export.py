@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dstrain.checkpoint import content, folders
+from dstrain.checkpoint import content, new_folder
 from dstrain.checkpoint.extra_state import EXTRA_STATES, by_key
 from dstrain.checkpoint.files import reading
 from dstrain.checkpoint.manifest import Manifest, read_manifest, require_files
@@ -95,7 +95,7 @@ def export(
     wanted = DTYPES.get(dtype or manifest.precision)
     if wanted is None:
         raise CheckpointError(Problem(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}"))
-    folders.check_new(out)
+    new_folder.check_new(out)
     source = _Source(folder, manifest, on_file)
     copied = [name for name in sorted(manifest.files) if _is_copied(name)]
     source.verify(copied)
@@ -104,7 +104,7 @@ def export(
         logger.warning("%s", remark)
     tensors = _tensors(source, wanted, extra, as_trained=dtype is None)
     first = tensors[0].dtype if tensors else wanted
-    with folders.filled_atomically(out) as staging:
+    with new_folder.filled_atomically(out) as staging:
         _write(tensors, staging, shard_bytes, on_tensor)
         for name in copied:
             shutil.copyfile(folder / name, staging / name)

@@ -186,53 +186,6 @@ def _what_is_at(path: Path) -> str:
     return f"it has {'another program' + chr(39) + 's' if has else 'no'} {manifests.NAME}"
 
 
-def check_new(folder: Path) -> None:
-    """Check that a folder is empty or does not exist.
-
-    Raises:
-        CheckpointError: the folder has files, or the path is a file.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(
-            Problem(f"{str(folder)!r} is not empty", "", "name a folder that does not exist yet")
-        )
-
-
-@contextlib.contextmanager
-def filled_atomically(out: Path) -> Iterator[Path]:
-    """Make a hidden folder to fill in the body, and rename it to ``out`` if the body succeeds.
-
-    Raises:
-        OSError: the folder cannot be made.
-    """
-    out = Path(os.path.realpath(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # A folder that cannot be replaced (a mount, the working directory) is filled in place.
-    stays = out.exists() and (os.path.ismount(out) or out == Path.cwd())
-    # For an `out` named checkpoint-N, `recover` knows this name as one that a killed writer left.
-    staging = (out if stays else out.parent) / f".{out.name}.writing-{uuid.uuid4().hex[:8]}"
-    staging.mkdir()
-    with contextlib.ExitStack() as stack:
-        stack.callback(discard_if_there, staging)
-        with holding(staging):
-            yield staging
-        (staging / LOCK).unlink(missing_ok=True)
-        for folder, _, _ in os.walk(staging, topdown=False):
-            sync_folder(Path(folder))
-        if stays:
-            _move_content(staging, out)
-        else:
-            os.rename(staging, out)  # over an empty folder; the system refuses one with content
-        sync_folder(out if stays else out.parent)
-
-
-def _move_content(staging: Path, out: Path) -> None:
-    """Move the content of a staging folder into its parent, a manifest last; remove the folder."""
-    for path in sorted(staging.iterdir(), key=lambda p: p.name == manifests.NAME):
-        os.rename(path, out / path.name)
-    staging.rmdir()
-
-
 def discard_if_there(staging: Path) -> None:
     """Remove a staging folder if it still exists: after a commit it has another name."""
     if staging.exists():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dstrain.checkpoint import content, folders
+from dstrain.checkpoint import content, folders, new_folder
 from dstrain.checkpoint.codec import encode
 from dstrain.checkpoint.foreign.deepspeed_files import read_deepspeed, tag_folder
 from dstrain.checkpoint.foreign.parts import ForeignRun
@@ -90,7 +90,7 @@ def import_checkpoint(
             executing code in it.
         ModelError: the ``config.json`` in ``source`` does not describe the model.
     """
-    folders.check_new(out)
+    new_folder.check_new(out)
     _check_dstrain_checkpoint(source, on_file)
     state = read_state(source)
     found = _read(source, state)
@@ -107,7 +107,7 @@ def import_checkpoint(
             json.loads(json.dumps(found.config, default=str)), where="the DeepSpeed config"
         ),
     }
-    with folders.filled_atomically(out) as staging:
+    with new_folder.filled_atomically(out) as staging:
         (staging / folders.STATE).mkdir()
         files = _write(found, staging, shared, documents, on_tensor)
         files |= _copy_model_files(source, staging)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.cli.checkpoint_tools import checkpoints, quiet, size
-from dstrain.core.errors import CheckpointError
+from dstrain.core.errors import CheckpointError, Problem
 
 DAMAGED = 1
 DIFFERENT = 1
@@ -23,9 +23,18 @@ _WIDEST = 60
 
 
 def ls(options: Namespace) -> int:
-    """Print a table of the checkpoints of a run."""
+    """Print a table of the checkpoints of a run.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
     from dstrain.checkpoint import best_of, committed, named, read_manifest
 
+    if not options.dir.is_dir():
+        why = "it is a file" if options.dir.exists() else "there is no such folder"
+        raise CheckpointError(
+            Problem(f"{str(options.dir)!r} has no checkpoints", why, "name a run's output_dir")
+        )
     rows = [("step", "size", "state", "ranks", "stage", "metrics", "")]
     found = committed(options.dir)
     best = best_of(options.dir)

@@ -63,7 +63,7 @@ def run(words: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(as_data(found), indent=2))
     else:
-        print(as_text(found, other=options.diff or "the defaults"))
+        print(as_text(found, other=options.diff))
     return DIFFERENT if found else SAME
 
 
@@ -155,7 +155,16 @@ def _other(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         ConfigError: the value of ``--diff`` cannot be read, or its config cannot be resolved.
     """
     given = options.diff.strip()
-    if not given or given.startswith("-"):
+    if not given:
+        raise ConfigError(
+            Problem(
+                "--diff is empty",
+                "it names no run to compare with",
+                "name one, or for the defaults any flag at its default, such as "
+                "--diff '--seed 42'; is a shell variable empty?",
+            )
+        )
+    if given.startswith("-"):
         # Its flags are complete but for model and world, which are taken over if it names none.
         try:
             own = shlex.split(given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ commands:
   explain [TASK] [flags]
                        print the DeepSpeed config that these flags resolve to, and why
   plan [flags]         print the memory that each ZeRO stage and offload needs, and what fits
-  checkpoint ACTION    look after checkpoints: ls, verify, diff, prune, export, import
+  checkpoint ACTION    look after checkpoints: ls, verify, diff, export, convert, import, prune
 
 Start on many processes with the launcher, for example
   deepspeed --num_gpus 8 --module dstrain train causal-lm --output_dir out
@@ -37,6 +38,11 @@ FAILURE = 1
 
 _GO_ON = "the same command with --resume_from_checkpoint auto goes on from there"
 
+# Statuses with which all ranks end at the same time, so that none waits for another in vain. Not
+# 128 + SIGINT, which may be a KeyboardInterrupt of one rank.
+_UNSAVED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
+_OF_ALL_RANKS = (0, PREEMPTED, INCOMPLETE, *_UNSAVED)
+
 # Parts of errors by which gloo and NCCL report in a collective that a peer is gone.
 LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
@@ -45,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status.
 
     The status is 0 for success, 1 for a failure, 2 for a mistake of the user, 3 for training that
-    is done but whose last checkpoint could not be written, and 75 for training that a signal ended
-    early. Ranks that wait in vain for another rank end by themselves, with status 76.
+    is done but whose last checkpoint could not be written, 75 for training that a signal ended
+    early, and 128 + signal where that was before the first step, so that nothing is saved. Ranks
+    that wait in vain for another rank end by themselves, with status 76.
     """
     words = [a for a in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(a)]
     try:
@@ -55,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_user_error(error)
     except Preempted as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(f"\ndstrain: {stop.message}; {_GO_ON}", file=sys.stderr, flush=True)
-        return PREEMPTED
+            go_on = f"; {_GO_ON}" if stop.is_saved else ""
+            print(f"\ndstrain: {stop.message}{go_on}", file=sys.stderr, flush=True)
+        return stop.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError as error:
@@ -73,7 +81,7 @@ def entry() -> NoReturn:
     """Run ``main`` as a console script, shut down the process group, and end the process."""
     status = main()
     note_end(status)
-    if status in (0, PREEMPTED, INCOMPLETE) and "torch" in sys.modules:
+    if status in _OF_ALL_RANKS and "torch" in sys.modules:
         from dstrain.engine import shut_down
 
         shut_down()

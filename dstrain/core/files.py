@@ -155,7 +155,46 @@ def unwritten(what: str, path: Path, error: OSError, *, remedy: str = "") -> Pro
         left = free_bytes(path)
         room = "" if left is None else f"; {left:,} bytes are free on the disk of {path}"
         return Problem(what, f"{why}{room}", "free space there, or write to another disk")
+    why = _obstacle(path) or why
     return Problem(what, why, remedy or "name another folder, or change its permissions")
+
+
+def _obstacle(path: Path) -> str:
+    """Say what in a path is a link that leads nowhere, or a file that should be a folder.
+
+    The system says only "File exists" of such a link, and "Not a directory" without its name.
+
+    Returns:
+        "" where there is neither.
+    """
+    for place in (path, *path.absolute().parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            return f"{place} is a link that leads nowhere: to {os.readlink(place)!r}"
+        if place != path and os.path.isfile(place):
+            return f"{place} is a file, not a folder"
+    return ""
+
+
+def check_utf8(what: str, path: str | os.PathLike[str] | None) -> list[Problem]:
+    """List a problem where a path is no UTF-8, as a Linux name need not be.
+
+    Libraries in Rust and C++ (safetensors, tokenizers, TensorBoard's) take no other path.
+
+    Args:
+        what: says what the path is of, such as "output_dir".
+        path: to be written or read by these libraries; None for none.
+    """
+    try:
+        os.fspath(path or "").encode()
+    except UnicodeEncodeError:
+        return [
+            Problem(
+                f"{what}={os.fspath(path or '')!r}",
+                "its name is not valid UTF-8, and the libraries for model files take no other",
+                "rename it, or name another; what is in it stays as it is",
+            )
+        ]
+    return []
 
 
 def free_bytes(path: Path) -> int | None:

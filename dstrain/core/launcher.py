@@ -134,7 +134,7 @@ class _Watch:
     """Thread that checks once a second, in a few small files of /proc, that launchers live.
 
     Attributes:
-        ends: the rank has saved and is ending, so that no SIGTERM is sent.
+        ends: the rank is ending as asked, so that no SIGTERM is sent.
         pid: process that the thread runs in; a fork of it has no such thread.
     """
 
@@ -196,8 +196,8 @@ def watch_launchers_of_rank() -> None:
         watch_launchers()
 
 
-def note_saved(status: int) -> None:
-    """Record that this rank has saved and ends with ``status``, so that no SIGTERM is sent."""
+def note_ending(status: int) -> None:
+    """Record that this rank is ending with ``status`` as asked, so that no SIGTERM is sent."""
     if _watch is not None:
         _watch.ends = True
     note_end(status)

@@ -13,9 +13,24 @@ INCOMPLETE = 3
 
 
 class Preempted(SystemExit):
-    """Exit of a run that was sent a signal to stop and has saved; its status is ``PREEMPTED``."""
+    """Exit of a run that was sent a signal to stop.
 
-    def __init__(self, message: str) -> None:
-        """Store the message for the code that reports the exit."""
-        super().__init__(PREEMPTED)
-        self.message = message
+    Its status is ``PREEMPTED`` where the run has saved, and 128 + signal where it had not come to
+    its first step, so that there was nothing to save.
+    """
+
+    def __init__(self, message: str, *, unsaved: int = 0) -> None:
+        """Store the message for the code that reports the exit.
+
+        Args:
+            message: says what ended the run, and what was saved.
+            unsaved: the signal that ended the run where nothing was saved; 0 where something was.
+        """
+        super().__init__(128 + unsaved if unsaved else PREEMPTED)
+        self.message, self.is_saved = message, not unsaved
+
+    @property
+    def status(self) -> int:
+        """Return the exit status of the process."""
+        assert isinstance(self.code, int)
+        return self.code

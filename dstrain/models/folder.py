@@ -16,8 +16,8 @@ import torch
 
 from dstrain.config.memory.model_spec import check_sizes, read_config_file
 from dstrain.core.documents import loaded, parsed
-from dstrain.core.errors import DstrainError, ModelError, Problem
-from dstrain.core.files import expanded, told_refused
+from dstrain.core.errors import DstrainError, ModelError, Problem, raise_problems
+from dstrain.core.files import check_utf8, expanded, told_refused
 
 # Names of weight files, in the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -51,6 +51,7 @@ def check_model_folder(folder: str) -> None:
         ModelError: there is no such folder, it cannot be read, or config.json or weights are
             missing or damaged.
     """
+    raise_problems(check_utf8("model_name_or_path", folder), error=ModelError)
     path = expanded(folder)
     if not path.is_dir():
         if path.is_absolute() or folder.startswith((".", "~")):

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from dstrain.core.adapters import has_adapters
-from dstrain.core.errors import ModelError, Problem
-from dstrain.core.files import unwritten
+from dstrain.core.errors import ModelError, Problem, raise_problems
+from dstrain.core.files import check_utf8, unwritten
 from dstrain.core.ranks import Ranks, all_or_none, broadcast_object, gather_objects
 from dstrain.engine import gathered
 from dstrain.models.adapters import save_adapters
@@ -137,6 +137,7 @@ def check_writable(folder: Path | str) -> None:
 
 def _make_folder(target: Path) -> None:
     """Create the folder of a model, if there is none."""
+    raise_problems(check_utf8("output_dir", target), error=ModelError)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:

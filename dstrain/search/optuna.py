@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import optuna
 from dstrain.core.errors import ConfigError, Problem
 from dstrain.core.ranks import Ranks, from_main
 from dstrain.search import compat
-from dstrain.search.trials import Ended, Trials, follow, tell
+from dstrain.search.trials import Ended, SearchStopped, Trials, follow, tell
 
 
 def run(
@@ -50,7 +51,14 @@ def run(
     def objective(trial: optuna.Trial) -> Any:
         tell(trial.number)
         agreed = AgreedTrial(ranks, trial, trial.number, prunes=prunes)
-        return trials.run(agreed, str(trial.number))
+        try:
+            value = trials.run(agreed, str(trial.number))
+        except SearchStopped:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            raise
+        if trials.is_over():
+            study.stop()
+        return value
 
     try:
         study = optuna.create_study(
@@ -58,15 +66,18 @@ def run(
             directions=several,
             **study_kwargs,
         )
-        study.optimize(
-            objective,
-            n_trials=n_trials,
-            timeout=timeout,
-            gc_after_trial=gc_after_trial,
-            catch=catch,
-        )
-        if several is None:
-            best: Any = _best_run(study.best_trial, study.best_trial.value)
+        with contextlib.suppress(SearchStopped):
+            study.optimize(
+                objective,
+                n_trials=n_trials,
+                timeout=timeout,
+                gc_after_trial=gc_after_trial,
+                catch=catch,
+            )
+        if trials.is_over() and not _has_complete(study):
+            best: Any = None if several is None else []
+        elif several is None:
+            best = _best_run(study.best_trial, study.best_trial.value)
         else:
             best = [_best_run(trial, trial.values) for trial in study.best_trials]
     except Exception as error:
@@ -207,6 +218,11 @@ class AgreedTrial(optuna.trial.BaseTrial):
     def datetime_start(self) -> datetime.datetime | None:
         """Return when the trial began, from the main rank's trial."""
         return self._agree(lambda trial: trial.datetime_start)
+
+
+def _has_complete(study: optuna.Study) -> bool:
+    """Tell whether a trial of the study has its objective."""
+    return bool(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
 
 
 def _best_run(trial: Any, objective: Any) -> Any:

@@ -30,11 +30,21 @@ class Trials:
         ranks: rank and world size of this process.
         run: (trial, its name) -> objective, from one training with it; a collective of all ranks.
         space: the hyperparameters of a trial (optuna), or without a trial the space itself.
+        is_over: whether a signal asks to begin no further trial; the same on all ranks.
     """
 
     ranks: Ranks
     run: Callable[[Any, str], Any]
     space: Callable[[Any], Any]
+    is_over: Callable[[], bool]
+
+
+class SearchStopped(BaseException):
+    """Raised on all ranks by a trial that a signal ended, or by one that it kept from beginning.
+
+    Like ``KeyboardInterrupt`` it is no ``Exception``: after a trial that failed, a search may go
+    on, and this is none.
+    """
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,8 @@ def follow(trials: Trials, trial_of: Callable[[Any], tuple[Any, str]]) -> Any:
         failure = None
         try:
             trials.run(*trial_of(order))
+        except SearchStopped:  # the main rank has still to say what is best
+            continue
         except Exception as error:  # the main rank's backend decides what becomes of it
             failure = error
 

@@ -9,29 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.arguments import TrainingArguments
-from dstrain.core.errors import ConfigError, Problem
+from dstrain.core.errors import ConfigError, Problem, TrainingError
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none, from_main
 from dstrain.models import check_writable
 from dstrain.trainer import build
-from dstrain.trainer.evaluation_hooks import EvaluationHooks
+from dstrain.trainer.signal_hooks import SignalHooks
+from dstrain.training.preemption import Preemption
 from dstrain.training.types import PlainState, Trial
 
 logger = get_logger(__name__)
 
 
-class SearchHooks(EvaluationHooks):
+class SearchHooks(SignalHooks):
     """Has the methods of transformers' Trainer about a search.
 
     Attributes:
-        hp_search_backend: its name while a search runs, else None.
         hp_space: the search's trial -> hyperparameters.
         hp_name: the search's trial -> name of the trial, or None.
         compute_objective: the search's metrics -> value to optimise.
         objective: the present trial's value, once one of its evaluations is over.
     """
 
-    hp_search_backend: str | None = None
     hp_space: Callable[[Trial], Any] | None = None
     hp_name: Callable[[Trial], str] | None = None
     compute_objective: Callable[[dict[str, float]], Any] | None = None
@@ -58,6 +57,9 @@ class SearchHooks(EvaluationHooks):
         In each, and after the search, early stopping and other callbacks whose state a checkpoint
         would hold begin as they were before.
         The main rank asks the backend; what it decides holds on all ranks.
+        A signal to any rank (see ``preemption``), in a trial or between two, ends the search on all
+        of them: the trial that it cut has no result (a failed trial of optuna's study), and no
+        other begins. With ray a trial's own process is sent the signal, and only that trial fails.
 
         Args:
             hp_space: a trial -> names of arguments and their values (optuna), or without a trial
@@ -73,10 +75,13 @@ class SearchHooks(EvaluationHooks):
 
         Returns:
             ``BestRun(run_id, objective, hyperparameters, run_summary)`` on every rank; a list of
-            the best trade-offs for several objectives.
+            the best trade-offs for several objectives. After a signal, with
+            ``preemption="return"``, the best of the trials that were complete, or None where none
+            was; ``trainer.preempted`` tells.
 
         Raises:
             ConfigError: no ``model_init``, or a backend that is not installed or cannot do this.
+            Preempted: a signal ended the search, with ``preemption="exit"``.
         """
         from dstrain.search import trials
 
@@ -93,12 +98,22 @@ class SearchHooks(EvaluationHooks):
         self.hp_space = hp_space or trials.default_space(name)
         self.compute_objective = compute_objective or trials.default_objective
         self._restore_callbacks = self.events.record_states()
-        try:
-            return self._search(name, n_trials, direction, **kwargs)
-        finally:
-            self.hp_search_backend = None
-            self._take_up_trial(None)
-            self._restore_callbacks()
+        # The main process of ray trains nothing, and ray handles its signals.
+        watches = self.args.preemption != "ignore" and name != "ray"
+        watch = Preemption(self.ranks, watches=watches)
+        self._trials_done, self._has_saved_for_signal = 0, False
+        with watch.watching(asks=False):
+            self._search_watch = watch
+            try:
+                best = self._search(name, n_trials, direction, **kwargs)
+            finally:
+                self._search_watch = self.hp_search_backend = None
+                self._take_up_trial(None)
+                self._restore_callbacks()
+            end = self._end_search(watch)
+        if end is not None:
+            raise end
+        return best
 
     def _search(
         self, backend: str, n_trials: int, direction: str | list[str], **kwargs: Any
@@ -107,7 +122,7 @@ class SearchHooks(EvaluationHooks):
         from dstrain.search.trials import Trials
 
         assert self.hp_space is not None
-        trials = Trials(self.ranks, self._run_trial, self.hp_space)
+        trials = Trials(self.ranks, self._run_trial, self.hp_space, self._search_is_over)
         if backend == "optuna":
             from dstrain.search import optuna
 
@@ -138,14 +153,21 @@ class SearchHooks(EvaluationHooks):
             )
 
     def _run_trial(self, trial: object, trial_id: str) -> Any:
-        """Train and evaluate with a trial, and return its objective; a collective of all ranks."""
+        """Train and evaluate with a trial, and return its objective; a collective of all ranks.
+
+        Raises:
+            SearchStopped: a signal ended it, on all ranks.
+        """
         assert self._restore_callbacks is not None
+        self._begin_trial()
         self._trial_id, self.objective = trial_id, None
         self._restore_callbacks()
         try:
             self.train(trial=trial)
+            self._check_not_cut()
             if self.objective is None:  # no evaluation during training
-                self.objective = self._objective_of(self.evaluate())
+                self.objective = self._objective_of(self._evaluate_trial())
+            self._end_trial()
             return self.objective
         finally:
             self.close()
@@ -157,10 +179,17 @@ class SearchHooks(EvaluationHooks):
         Returns:
             the metrics of an evaluation after training; None where training has evaluated, and
             reported that itself.
+
+        Raises:
+            TrainingError: a signal to this process ended the trial.
         """
         build.start_run(self.args)
         self._trial_id, self.objective = trial_id, None
         self.train(trial=config)
+        if self.preempted:
+            raise TrainingError(
+                Problem(f"a signal ended trial {trial_id}", "it has no result that could count")
+            )
         if self.objective is not None:
             return None
         metrics = self.evaluate()

@@ -14,11 +14,10 @@ from dstrain.arguments import TrainingArguments
 from dstrain.checkpoint import check_resumable, held_lock
 from dstrain.config.resolution.running import ShownArguments
 from dstrain.core.errors import ConfigError, Problem, TrainingError, raise_problems
-from dstrain.core.launcher import note_saved
+from dstrain.core.launcher import note_ending
 from dstrain.core.log import get_logger
 from dstrain.core.ranks import all_or_none
 from dstrain.core.seeds import seed_everything
-from dstrain.core.stop import PREEMPTED, Preempted
 from dstrain.data import Collator
 from dstrain.engine import check_versions, device_type
 from dstrain.models import check_writable
@@ -49,7 +48,6 @@ from dstrain.training.oom_recovery import (
     found_before,
     run_with_recovery,
 )
-from dstrain.training.preemption import Preemption
 from dstrain.training.types import Dataset, Nested, ProcessingClass, Scheduler, Trial
 from dstrain.training.watches import RankWatches
 
@@ -231,8 +229,8 @@ class Trainer(RunHooks, OtherAttributes):
             DataError: no training data, or an empty one.
             TrainingError: the loss became NaN (see the ``nan_loss`` argument).
             CheckpointError: nothing to resume from, or a save failed (see ``save_failure``).
-            Preempted: a signal ended the run, which has been saved (see ``preemption``). It is a
-                ``SystemExit``.
+            Preempted: a signal ended the run, which has been saved if it had come to its first step
+                (see ``preemption``). It is a ``SystemExit``.
         """
         resume_from_checkpoint = old_resume(resume_from_checkpoint, kwargs)
         self._refuse_misfits()  # a method may have been put in the place of another since
@@ -242,16 +240,16 @@ class Trainer(RunHooks, OtherAttributes):
         with self._watching_ranks("the preparation of training"):
             if self.model_init is not None:
                 self._renew_model(trial)
-            watch = Preemption(self.ranks, watches=self.args.preemption != "ignore")
-            self.preempted, self._preemption = False, watch
+            watch = self._watch_signals()
+            self.preempted = False
             with watch.watching():
                 with held_lock(self.output_lock, takes=self.args.should_save):
                     output = self._train(resume_from_checkpoint)
-                ends = self.preempted and self.args.preemption == "exit"
-                if ends:
-                    note_saved(PREEMPTED)
-        if ends:
-            raise Preempted(f"{watch.cause}: training has ended early and is saved")
+                end = self._preempted_exit(watch)
+                if end is not None:
+                    note_ending(end.status)
+        if end is not None:
+            raise end
         return output
 
     @property
@@ -281,7 +279,7 @@ class Trainer(RunHooks, OtherAttributes):
                 started = time.time()
                 with self._watches.following(loop):
                     self._run(loop)
-                self.preempted = loop.preempted
+                self.preempted, self._has_saved_for_signal = loop.preempted, loop.can_go_on
                 self.checkpoints.wait()
                 keep_folder(self.output_lock, takes=args.should_save)
                 self.checkpoints.report_missing()

@@ -86,15 +86,24 @@ class TrainLoop:
             self._take_up(self.resumption.position)
         self.hooks.event("on_train_begin")
         self.preemption.ask(now=True)  # a signal that came while the engine was built
-        self.preempted = self.preemption.acted = self.preemption.answer()
-        if self.preempted:
+        if self.preemption.answer():
+            self._end_before_first_step()
             return
         if self.settings.eval_on_start and self.resumption is None:
-            if not self._evaluate():
-                self._note_preempted()  # a run that begins anew evaluates first of all, too
+            if not self._evaluate():  # a run that begins anew evaluates first of all, too
+                self._end_before_first_step()
         elif self.resumption is not None:
             self._finish_resumed_point(self.resumption.position)
         self._run_epochs()
+
+    @property
+    def can_go_on(self) -> bool:
+        """Tell whether a later run can go on from here, if a signal ended this one.
+
+        Before the first step there is nothing to save, unless the run itself came from a
+        checkpoint.
+        """
+        return self.progress.step > 0 or self.resumption is not None
 
     def _run_epochs(self, *, inside: bool = False) -> None:
         while not self._is_over():
@@ -313,6 +322,15 @@ class TrainLoop:
 
     def _note_preempted(self) -> None:
         self.preempted = self.preemption.acted = self.control.should_training_stop = True
+
+    def _end_before_first_step(self) -> None:
+        """End without a save: a checkpoint that the run itself came from is there already."""
+        if self.ranks.is_main:
+            where = "before its first step, so that there is nothing to save"
+            if self.can_go_on:
+                where = f"before a step after step {self.progress.step}, from which it came"
+            logger.warning("%s: training ends %s", self.preemption.cause, where)
+        self._note_preempted()
 
     def _end_in_evaluation(self, due: PendingEvaluation, *, epoch_is_over: bool) -> None:
         """Save, so that the run goes on with the evaluation that the signal ended.

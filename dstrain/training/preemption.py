@@ -19,7 +19,7 @@ import torch
 
 from dstrain.core.launcher import is_launched
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import PATIENCE, Ranks, is_distributed
+from dstrain.core.ranks import PATIENCE, Ranks, gather_failures, is_distributed
 
 logger = get_logger(__name__)
 
@@ -38,24 +38,28 @@ class EvaluationStopped(BaseException):
 
 
 class Preemption:
-    """Knows whether any rank was sent a signal; ``ask`` and ``answer`` are collectives.
+    """Knows whether any rank was sent a signal; ``ask``, ``answer``, ``agree`` are collectives.
 
     Attributes:
         cause: the signal and its rank, in words, once all ranks know of it.
+        number: the signal, once all ranks know of it; 0 before.
         acted: whether the run was ended for it; a signal that came too late for that is delivered
             again when the watch ends.
     """
 
-    def __init__(self, ranks: Ranks, *, watches: bool) -> None:
+    def __init__(self, ranks: Ranks, *, watches: bool, within: Preemption | None = None) -> None:
         """Watch nothing yet.
 
         Args:
             ranks: rank and world size of this process.
             watches: whether signals are handled; without it ranks exchange nothing.
+            within: the watch of the search that this training is a trial of. It handles the
+                signals; those that it caught before this one began count, too.
         """
         self.cause = ""
+        self.number = 0
         self.acted = False
-        self._ranks, self._watches = ranks, watches
+        self._ranks, self._watches, self._within = ranks, watches, within
         self._caught = 0
         self._group: Any = None
         self._message: torch.Tensor | None = None
@@ -65,16 +69,20 @@ class Preemption:
         self._evaluating = False
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, *, asks: bool = True) -> Iterator[None]:
         """Handle the signals inside the block; a collective of all ranks.
 
         Only a process's main thread can; a run in another one hears of the other ranks' signals.
+
+        Args:
+            asks: whether ``ask`` will be called, for which ranks need a process group; ``agree``
+                needs none.
         """
         if not self._watches:
             yield
             return
         with contextlib.ExitStack() as stack:
-            if is_distributed():
+            if asks and is_distributed():
                 self._group = self._new_group()
                 stack.push(self._leave_group)
             before = self._take_over()
@@ -109,8 +117,9 @@ class Preemption:
         self._asked_at = present
         steps = min(_MOST_STEPS, max(1, int(_EXCHANGE_SECONDS / max(seconds, 1e-9))))
         # The largest of each number: a signal, who was sent it, and the fewest steps to the next.
-        rank = self._ranks.rank if self._caught else -1
-        self._message = torch.tensor([self._caught, rank, -steps], device="cpu")
+        caught = self._signal()
+        rank = self._ranks.rank if caught else -1
+        self._message = torch.tensor([caught, rank, -steps], device="cpu")
         self._work = dist.all_reduce(
             self._message, op=dist.ReduceOp.MAX, group=self._group, async_op=True
         )
@@ -125,10 +134,30 @@ class Preemption:
             self._work = self._message = None
             self._steps_left = self._steps = -steps
         elif self._group is None:
-            number, rank = self._caught, self._ranks.rank
-        if number:
-            self.cause = f"rank {rank} was sent {signal.Signals(number).name}"
+            number, rank = self._signal(), self._ranks.rank
+        self._note(number, rank)
         return bool(self.cause)
+
+    def agree(self) -> bool:
+        """Tell whether any rank was sent a signal until now; the same on all ranks.
+
+        Ranks wait for each other, in the default process group: for places between two trainings.
+        """
+        if self._watches and not self.cause:
+            caught = self._signal()
+            found = gather_failures((caught, self._ranks.rank) if caught else None)
+            self._note(*(found[0] if found else (0, 0)))
+        return bool(self.cause)
+
+    def _note(self, number: int, rank: int) -> None:
+        """Keep what all ranks know: the signal (0 for none), and the rank that was sent it."""
+        if number:
+            self.number = number
+            self.cause = f"rank {rank} was sent {signal.Signals(number).name}"
+
+    def _signal(self) -> int:
+        """Return the signal that this rank was sent, or 0."""
+        return self._caught or (0 if self._within is None else self._within._caught)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -176,7 +205,7 @@ class Preemption:
     def _take_over(self) -> dict[int, Any]:
         """Set our handler; what was set before, by signal."""
         before: dict[int, Any] = {}
-        if not self._watches or threading.current_thread() is not threading.main_thread():
+        if self._within is not None or threading.current_thread() is not threading.main_thread():
             return before
         for number in SIGNALS:
             previous = signal.getsignal(number)

@@ -64,6 +64,11 @@ def below_a_file(folder: Path) -> Path:
     return folder / "file" / "out"
 
 
+def dead_link(folder: Path) -> Path:
+    (folder / "dead").symlink_to("gone/out")
+    return folder / "dead"
+
+
 LONG = TINY_MODEL + ",max_position_embeddings=64"
 FP16_ON = '{"fp16": {"enabled": true}}'
 
@@ -115,8 +120,13 @@ FP16_ON = '{"fp16": {"enabled": true}}'
         ),
         pytest.param(
             {"output_dir": below_a_file},
-            ["file/out' cannot be written", "Not a directory", "choose another output_dir"],
+            ["file/out' cannot be written", "file is a file, not a folder", "another output_dir"],
             id="output folder below a file",
+        ),
+        pytest.param(
+            {"output_dir": dead_link},
+            ["dead' cannot be written", "dead is a link that leads nowhere: to 'gone/out'"],
+            id="output folder is a dead link",
         ),
         pytest.param(
             {"output_dir": "/proc/out"},

@@ -42,6 +42,13 @@ def test_help_names_every_command_and_shows_a_launch(printed, words):
         assert part in text
 
 
+def test_help_names_every_action_on_checkpoints(printed):
+    actions = re.findall(r"^  (\w+) ", printed("checkpoint", "--help"), re.MULTILINE)
+    assert {"ls", "diff", "convert"} < set(actions)
+    (line,) = (line for line in printed().splitlines() if "checkpoint ACTION" in line)
+    assert set(re.findall(r"\w+", line.split(":")[1])) == set(actions)
+
+
 def test_help_of_train_names_every_task(printed):
     text = printed("train", "--help")
     for task in TASKS:

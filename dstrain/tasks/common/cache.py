@@ -18,8 +18,8 @@ import tokenizers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from dstrain.core.errors import DataError, DstrainError, Problem
-from dstrain.core.files import expanded, unwritten
+from dstrain.core.errors import DataError, DstrainError, Problem, raise_problems
+from dstrain.core.files import check_utf8, expanded, unwritten
 from dstrain.core.main_first import main_first
 from dstrain.core.ranks import Ranks
 
@@ -51,8 +51,10 @@ def cache_told() -> Iterator[None]:
     """Turn a failure of a library, inside the block, to write the cache into an error about that.
 
     Raises:
-        DataError: in place of the error of the library.
+        DataError: in place of the error of the library; or the name of the cache is no UTF-8.
     """
+    cache = datasets.config.HF_DATASETS_CACHE
+    raise_problems(check_utf8("HF_DATASETS_CACHE", cache), error=DataError)
     try:
         yield
     except DstrainError:

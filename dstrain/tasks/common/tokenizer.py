@@ -35,7 +35,8 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dstrain.core.errors import DataError, Problem
+from dstrain.core.errors import DataError, Problem, raise_problems
+from dstrain.core.files import check_utf8
 from dstrain.core.log import get_logger
 from dstrain.tasks.common.cache import build_once, cache_folder
 
@@ -82,6 +83,7 @@ def prepare_tokenizer(
         DataError: the tokenizer cannot be loaded, or the cache cannot be written.
     """
     if name is not None:
+        raise_problems(check_utf8("tokenizer_name", name), error=DataError)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             tokenizer("a")  # some damage shows only when it is used

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dstrain.checkpoint import export, folders, prune, verify
+from dstrain.checkpoint import export, folders, new_folder, prune, verify
 from dstrain.checkpoint.manifest import NAME, is_dstrain_checkpoint
 from dstrain.core.errors import CheckpointError
 from tests.unit.checkpoint.small import make_checkpoint
@@ -235,7 +235,7 @@ def test_a_removal_that_is_killed_at_any_file_is_ended_later(tmp_path, monkeypat
 def test_a_folder_that_is_filled_through_a_link_keeps_the_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "real")
-    with folders.filled_atomically(tmp_path / "out") as staging:
+    with new_folder.filled_atomically(tmp_path / "out") as staging:
         (staging / "a").write_text("1")
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "real/a").read_text() == "1"
@@ -244,12 +244,12 @@ def test_a_folder_that_is_filled_through_a_link_keeps_the_link(tmp_path):
 
 def test_the_current_folder_is_filled_where_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with folders.filled_atomically(Path()) as staging:
+    with new_folder.filled_atomically(Path()) as staging:
         (staging / "a").write_text("1")
     assert [p.name for p in Path().iterdir()] == ["a"]
     with (
         pytest.raises(ValueError, match="broken"),
-        folders.filled_atomically(tmp_path / "b") as staging,
+        new_folder.filled_atomically(tmp_path / "b") as staging,
     ):
         raise ValueError("broken")
     assert [p.name for p in Path().iterdir()] == ["a"]
@@ -257,11 +257,11 @@ def test_the_current_folder_is_filled_where_it_stands(tmp_path, monkeypatch):
 
 def test_what_came_into_the_folder_meanwhile_is_not_overwritten(tmp_path):
     def make() -> None:
-        with folders.filled_atomically(tmp_path / "out") as staging:
+        with new_folder.filled_atomically(tmp_path / "out") as staging:
             (staging / "a").write_text("1")
             theirs(tmp_path / "out", notes_txt="mine")
 
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(CheckpointError, match="out' cannot be written\n.*not empty"):
         make()
     assert content_of(tmp_path) == {"out/notes.txt": b"mine"}
 

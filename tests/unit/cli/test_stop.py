@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from dstrain.cli import main as command
@@ -25,3 +27,17 @@ def test_the_command_says_how_to_go_on_and_returns_the_status(rank, monkeypatch,
         assert "--resume_from_checkpoint auto" in said
     else:
         assert said == ""
+
+
+def test_what_has_nothing_saved_does_not_say_how_to_go_on(monkeypatch, capsys):
+    from dstrain.cli import train
+
+    def run(words):
+        raise Preempted("rank 1 was sent SIGUSR1: nothing is saved", unsaved=signal.SIGUSR1)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(train, "run", run)
+    assert command.main(["train", "causal-lm"]) == 128 + signal.SIGUSR1
+    said = capsys.readouterr().err
+    assert "nothing is saved" in said
+    assert "--resume_from_checkpoint" not in said

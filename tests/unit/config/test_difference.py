@@ -160,7 +160,7 @@ def test_a_run_is_given_by_its_flags(compared, tmp_path):
     assert status == 1
     assert text.startswith(f"1 difference from {own}: 1 in facts")
     assert "sequence_length" in text
-    assert compared("--diff", "") == ("nothing differs from the defaults\n", 0)
+    assert compared("--diff", "--seed 42") == ("nothing differs from --seed 42\n", 0)
 
 
 def test_flags_share_the_model_and_the_world_unless_they_say_otherwise(compared):
@@ -201,7 +201,8 @@ def test_the_exit_status_of_a_mistake_is_that_of_trouble(tmp_path, capsys, monke
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert main(["explain", "--diff", "--max_grad_norm 0.5"]) == 1
-    assert main(["explain", "--diff", ""]) == 0
+    assert main(["explain", "--diff", "--seed 42"]) == 0
+    assert main(["explain", "--diff", ""]) == main(["explain", "--diff= "]) == 2
     assert main(["explain", "--diff", str(tmp_path)]) == 2
     assert RECORD_FILE in capsys.readouterr().err
 
