@@ -24,7 +24,7 @@
 
 set -euo pipefail
 # shellcheck source=launch/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/setup.sh"
 
 # ---- variables, all optional ---------------------------------------------------------------------
 
@@ -86,27 +86,33 @@ PASSED_ON=(
 
 # ---- the hostfile --------------------------------------------------------------------------------
 
+MOST_SLOTS=4096 # more ranks than any machine runs
+
 # Fill HOSTS and SLOTS from the hostfile, or say what is wrong in which line.
 read_hostfile() {
     local file="$1" line number=0 host slots
     local -A seen=()
     HOSTS=() SLOTS=()
-    [[ -e $file ]] || die "hostfile $file does not exist; $ROOT/launch/hostfile.example shows what goes in"
-    [[ -f $file && -r $file ]] || die "hostfile $file is no file that can be read"
+    [[ -e $file ]] || refuse "hostfile $file does not exist; $ROOT/launch/hostfile.example shows what goes in"
+    [[ -f $file && -r $file ]] || refuse "hostfile $file is no file that can be read"
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
         line="${line%$'\r'}"
         [[ ! $line =~ ^[[:space:]]*(#|$) ]] || continue
         [[ $line =~ ^[[:space:]]*([^[:space:]]+)[[:space:]]+slots=([0-9]+)[[:space:]]*(#.*)?$ ]] ||
-            die "$file, line $number: expected 'NAME slots=NUMBER', found '$line'"
+            refuse "$file, line $number: expected 'NAME slots=NUMBER', found '$line'"
         host="${BASH_REMATCH[1]}" slots="${BASH_REMATCH[2]}"
-        ((10#$slots > 0)) || die "$file, line $number: $host has no slots; leave the line out"
-        [[ -z ${seen[$host]:-} ]] || die "$file, line $number: $host is in line ${seen[$host]} already"
+        [[ $host != -* ]] || refuse "$file, line $number: the name of a machine cannot begin with '-', found '$host'"
+        slots="${slots#"${slots%%[!0]*}"}" # without zeros before it
+        [[ -n $slots ]] || refuse "$file, line $number: $host has no slots; leave the line out"
+        ((${#slots} <= ${#MOST_SLOTS} && slots <= MOST_SLOTS)) ||
+            refuse "$file, line $number: slots=$slots are too many for one machine; expected 1 to $MOST_SLOTS"
+        [[ -z ${seen[$host]:-} ]] || refuse "$file, line $number: $host is in line ${seen[$host]} already"
         seen[$host]=$number
         HOSTS+=("$host")
-        SLOTS+=("$((10#$slots))")
+        SLOTS+=("$slots")
     done <"$file"
-    ((${#HOSTS[@]} > 0)) || die "$file names no machine; $ROOT/launch/hostfile.example shows what goes in"
+    ((${#HOSTS[@]} > 0)) || refuse "$file names no machine; $ROOT/launch/hostfile.example shows what goes in"
 }
 
 # ---- the other machines --------------------------------------------------------------------------
@@ -123,8 +129,9 @@ read_environment() {
     for name in $(compgen -e | grep -E '^(MLFLOW|MV2|NCCL|PYTHON|UCX)' || true) "${PASSED_ON[@]}"; do
         [[ -z ${!name+set} ]] || ENVIRONMENT+=("$name=${!name}")
     done
-    own=("$HOME/.deepspeed_env" "$ROOT/.deepspeed_env")
-    [[ -z ${DS_ENV_FILE:-} ]] || own=("$HOME/$DS_ENV_FILE" "$DS_ENV_FILE")
+    # There may be no HOME, as in a container or a job of a scheduler.
+    own=(${HOME:+"$HOME/.deepspeed_env"} "$ROOT/.deepspeed_env")
+    [[ -z ${DS_ENV_FILE:-} ]] || own=(${HOME:+"$HOME/$DS_ENV_FILE"} "$DS_ENV_FILE")
     for file in "${own[@]}"; do
         number=0
         [[ -f $file ]] || continue
@@ -132,7 +139,7 @@ read_environment() {
             number=$((number + 1))
             [[ ! $line =~ ^[[:space:]]*(#|$) ]] || continue
             [[ $line =~ ^[[:space:]]*([A-Za-z_][A-Za-z_0-9]*)=[[:space:]]*(.*)$ ]] ||
-                die "$file, line $number: expected KEY=VALUE, found '$line'"
+                refuse "$file, line $number: expected KEY=VALUE, found '$line'"
             name="${BASH_REMATCH[1]}" line="${BASH_REMATCH[2]}"
             line="${line%"${line##*[![:space:]]}"}" # without blanks at the end
             [[ ! $line =~ ^\".*\"$|^\'.*\'$|\$\{?[A-Za-z_] ]] ||
@@ -160,26 +167,34 @@ run_over_ssh() {
 
 # ---- launch --------------------------------------------------------------------------------------
 
-(($# > 0)) || die "which hostfile? Usage: bash $0 HOSTFILE [training flags]"
+case "${1:-}" in
+-h | --help) usage ;;
+esac
+(($# > 0)) || refuse "which hostfile? Usage: bash $0 HOSTFILE [training flags]"
 read_hostfile "$1"
-hostfile="$(realpath "$1")"
+hostfile="$(realpath -- "$1")"
 shift
 
 dstrain_take_token "$@"
 if ((${#WORDS[@]} != $#)); then
     # It would be handed to every machine, of which one uploads.
     [[ -n $NODE_RANK || ${#HOSTS[@]} -eq 1 ]] ||
-        die "--hub_token: a token is not handed to other machines. Log in with 'hf auth login' on ${HOSTS[0]}, which uploads, and leave it out"
+        refuse "--hub_token: a token is not handed to other machines. Log in with 'hf auth login' on ${HOSTS[0]}, which uploads, and leave it out"
     set -- ${WORDS[@]+"${WORDS[@]}"}
 fi
 
+for port in MASTER_PORT SSH_PORT; do
+    [[ -z ${!port} || (${!port} =~ ^[1-9][0-9]{0,4}$ && ${!port} -le 65535) ]] ||
+        refuse "$port=${!port}: expected the number of a port, 1 to 65535"
+done
+
 if [[ -n $NODE_RANK ]]; then
-    [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ && $NODE_RANK -lt ${#HOSTS[@]} ]] ||
-        die "NODE_RANK=$NODE_RANK: expected 0 to $((${#HOSTS[@]} - 1)), as $hostfile names ${#HOSTS[@]} machine(s)"
+    [[ $NODE_RANK =~ ^(0|[1-9][0-9]{0,5})$ && $NODE_RANK -lt ${#HOSTS[@]} ]] ||
+        refuse "NODE_RANK=$NODE_RANK: expected 0 to $((${#HOSTS[@]} - 1)), as $hostfile names ${#HOSTS[@]} machine(s)"
 elif ((${#HOSTS[@]} > 1)); then
-    command -v ssh >/dev/null || die "ssh is missing (on Debian and Ubuntu: apt-get install openssh-client). Where it cannot be had, start each machine by itself: see NODE_RANK in $0"
+    command -v ssh >/dev/null || refuse "ssh is missing (on Debian and Ubuntu: apt-get install openssh-client). Where it cannot be had, start each machine by itself: see NODE_RANK in $0"
     for seconds in LINK_SECONDS START_SECONDS STOP_SECONDS; do
-        [[ ${!seconds} =~ ^[1-9][0-9]{0,5}$ ]] || die "$seconds=${!seconds}: expected a number of seconds"
+        [[ ${!seconds} =~ ^[1-9][0-9]{0,5}$ ]] || refuse "$seconds=${!seconds}: expected a number of seconds"
     done
 fi
 
@@ -195,9 +210,9 @@ fi
 
 dstrain_build_ops # none, but locks of killed builds go
 [[ -n $MASTER_ADDR ]] || MASTER_ADDR="$(find_master_addr)"
-launch=(deepspeed --quiet --no_local_rank --hostfile "$hostfile" --master_port "$MASTER_PORT")
+launch=("${DEEPSPEED[@]}" --quiet --no_local_rank --hostfile "$hostfile" --master_port "$MASTER_PORT")
 if [[ -n $NODE_RANK ]]; then
-    [[ -n $MASTER_ADDR ]] || die "no address known for ${HOSTS[0]}, the first machine; set MASTER_ADDR"
+    [[ -n $MASTER_ADDR ]] || refuse "no address known for ${HOSTS[0]}, the first machine; set MASTER_ADDR"
     launch+=(--no_ssh --node_rank "$NODE_RANK")
 else
     say "One machine in $hostfile: DeepSpeed starts its ranks here, without ssh."
@@ -207,5 +222,5 @@ fi
 launch+=(--master_addr "$MASTER_ADDR")
 
 # Paths in the flags start from here.
-cd "$ROOT"
+cd -- "$ROOT"
 dstrain_run_job "${launch[@]}" --module dstrain train "$TASK" "$@"

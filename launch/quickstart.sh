@@ -7,14 +7,16 @@
 # The first call sets up .venv (minutes); later ones start at once. A flag given here wins over the
 # defaults below, --output_dir too. The exit status is that of the training: 75 where a signal (TERM,
 # USR1, INT or HUP to this script) ended it after a checkpoint was saved, to go on from with
-# --resume_from_checkpoint auto.
+# --resume_from_checkpoint auto. `python -m dstrain train causal-lm --help`, with the python of .venv,
+# lists the training flags.
 
 set -euo pipefail
 # shellcheck source=launch/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/setup.sh"
 
 TASK="${TASK:-causal-lm}"
 case "${1:-}" in
+-h | --help) usage ;;
 --task)
     TASK="${2:-}"
     shift $(($# < 2 ? $# : 2))
@@ -88,7 +90,7 @@ seq2seq)
         --eval_steps 500
     )
     ;;
-*) die "--task ${TASK:-(nothing)}: tasks are causal-lm, seq2seq" ;;
+*) refuse "--task ${TASK:-(nothing)}: tasks are causal-lm, seq2seq" ;;
 esac
 # ---- end of defaults -----------------------------------------------------------------------------
 
@@ -97,7 +99,7 @@ dstrain_find_gpus
 
 port="$(dstrain_free_port)"
 # /dev/null: no hostfile, where a cluster has one in the place that DeepSpeed looks at by itself.
-launch=(deepspeed --quiet --no_local_rank --hostfile /dev/null --master_port "$port")
+launch=("${DEEPSPEED[@]}" --quiet --no_local_rank --hostfile /dev/null --master_port "$port")
 if ((NUM_GPUS == 0)); then
     export DS_ACCELERATOR=cpu
     # Each process would else start a thread for every core, and they would fight for them.

@@ -9,13 +9,103 @@
 
 set -euo pipefail
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# The path of this file without links: one to a script leads here, from wherever it is.
+ROOT="$(dirname -- "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")")"
 VENV="$ROOT/.venv"
 
+# DeepSpeed's launcher. By its own name the system could not start it where the path of the
+# environment has a blank in it, or is too long for a #! line.
+# shellcheck disable=SC2034  # for the scripts that source this file
+DEEPSPEED=("$VENV/bin/python" "$VENV/bin/deepspeed")
+
 say() { printf '[dstrain] %s\n' "$*" >&2 || true; }
+
+# End with the status of a failure.
 die() {
     say "error: $*"
     exit 1
+}
+
+# End with the status of a mistake of the user: in arguments or environment, with its remedy.
+refuse() {
+    say "error: $*"
+    exit 2
+}
+
+# Print what is said at the top of the script that was started, and end.
+usage() {
+    sed -n '2,${ /^#/!q; s/^# \{0,1\}//p; }' <"$0"
+    exit 0
+}
+
+# ---- what comes before the job -------------------------------------------------------------------
+
+# Print the processes that a process has started, and those that these have.
+descendants() {
+    local child
+    for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do
+        echo "$child"
+        descendants "$child"
+    done
+}
+
+# Tell whether one of some processes has not ended.
+any_runs() {
+    local pid line
+    for pid; do
+        line=""
+        { read -r line <"/proc/$pid/stat"; } 2>/dev/null || true
+        line="${line##*) }" # behind the name, which may hold anything
+        [[ -z $line || $line == [ZX]* ]] || return 0
+    done
+    return 1
+}
+
+# Ask for the end of the command of `interruptible`, whose variables this sees, and of all that it
+# has started: ninja gives each compiler a process group of its own.
+# shellcheck disable=SC2086  # several words
+end_command() {
+    local how=TERM
+    ! ((caught == 2 && interrupted++)) || how=KILL # Ctrl-C again: no more waiting
+    tree="$tree ${command_pid:-} $(descendants "${command_pid:-0}")"
+    kill -"$how" $tree 2>/dev/null || true
+}
+
+# Run a command that may take long. A signal ends it, all that it has started, and this shell, which
+# by itself would die alone. The command stays in this process group: pip may ask the terminal.
+interruptible() {
+    local command_pid="" status=0 caught=0 interrupted=0 tree="" waited
+    trap 'caught=1; end_command' HUP
+    trap 'caught=2; end_command' INT
+    trap 'caught=15; end_command' TERM
+    trap 'caught=10; end_command' USR1
+    { true <&0; } 2>/dev/null || exec </dev/null # it may be closed
+    {
+        # Ctrl-C and a hangup come to the whole group: what ends of them by itself would leave
+        # unknown processes behind.
+        trap '' HUP INT USR1
+        "$@"
+    } <&0 &
+    command_pid=$!
+    ((!caught)) || end_command
+    # A trap ends `wait` early.
+    while :; do
+        wait "$command_pid" && status=0 || status=$?
+        kill -0 "$command_pid" 2>/dev/null || break
+    done
+    if ((caught)); then
+        # shellcheck disable=SC2086  # several words
+        for ((waited = 0; waited < 100; waited++)); do
+            any_runs $tree || break
+            sleep 0.1 || true
+        done
+        # shellcheck disable=SC2086
+        ! any_runs $tree || kill -KILL $tree 2>/dev/null || true
+        say "ended by SIG$(kill -l "$caught"), before the job has begun"
+        exit $((128 + caught))
+    fi
+    trap - HUP INT TERM USR1
+    return "$status"
 }
 
 # ---- the virtual environment ---------------------------------------------------------------------
@@ -32,8 +122,8 @@ find_python() {
         fi
         no_venv="$candidate"
     done
-    [[ -z $no_venv ]] || die "$no_venv has no venv module (on Debian and Ubuntu: apt-get install python3-venv)"
-    die "no Python 3.11 or later found; install one, or name it: PYTHON=/path/to/python3.11 bash $0"
+    [[ -z $no_venv ]] || refuse "$no_venv has no venv module (on Debian and Ubuntu: apt-get install python3-venv)"
+    refuse "no Python 3.11 or later found; install one, or name it: PYTHON=/path/to/python3.11 bash $0"
 }
 
 # What the installation depends on; a change of any of it installs again.
@@ -42,10 +132,23 @@ setup_hash() {
         sha256sum | cut -d ' ' -f 1
 }
 
-# Whether dstrain is installed with these extras, for the present pyproject.toml and constraints.txt.
+# Tell whether the system can start a script: its #! line names a program, in not too many bytes.
+can_start() {
+    local LC_ALL=C line=""
+    [[ -x $1 ]] || return 1
+    IFS= read -r line <"$1" || true
+    [[ $line == '#!'* ]] || return 0
+    line="${line#'#!'}"
+    ((${#line} < 125)) && [[ -f ${line%% *} && -x ${line%% *} ]]
+}
+
+# Tell whether dstrain is installed with these extras, for the present pyproject.toml and
+# constraints.txt.
 is_set_up() {
     local hash extra
-    [[ -x $VENV/bin/python && -x $VENV/bin/deepspeed && -x $VENV/bin/dstrain ]] || return 1
+    [[ -x $VENV/bin/python ]] || return 1
+    can_start "$VENV/bin/deepspeed" || return 1
+    can_start "$VENV/bin/dstrain" || return 1
     hash="$(setup_hash)"
     for extra in base "$@"; do
         [[ "$(cat "$VENV/.dstrain-setup/$extra" 2>/dev/null)" == "$hash" ]] || return 1
@@ -61,22 +164,46 @@ pip_install() {
         --constraint "$ROOT/constraints.txt" "$@" >&2
 }
 
+# Let the system start the scripts in bin that pip has given a #! line with a blank in its path, or a
+# longer one than it reads. pip minds that for entry points, but not for scripts such as `deepspeed`.
+mend_scripts() {
+    "$VENV/bin/python" - "$VENV/bin" <<'END'
+import os, pathlib, shutil, sys
+
+folder = pathlib.Path(sys.argv[1])
+for path in folder.iterdir():
+    if path.is_symlink() or not path.is_file():
+        continue
+    first, _, rest = path.read_bytes().partition(b"\n")
+    python = first[2:].strip()
+    if first[:2] != b"#!" or not python.startswith(os.fsencode(folder / "python")):
+        continue
+    if b" " in python or len(first) > 126:
+        mended = path.with_name(path.name + ".mended")
+        # Read by sh as a command, and by Python as text.
+        mended.write_bytes(b"#!/bin/sh\n'''exec' \"%s\" \"$0\" \"$@\"\n' '''\n%s" % (python, rest))
+        shutil.copymode(path, mended)
+        mended.replace(path)
+END
+}
+
 install() {
     local started=$SECONDS extra extras python hash
     if ! "$VENV/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         python="$(find_python)"
         say "Making the virtual environment $VENV with $("$python" --version) ..."
-        "$python" -m venv "$VENV"
+        "$python" -m venv "$VENV" || die "$VENV could not be made; see above"
     fi
     if ! "$VENV/bin/python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
         # By itself and first: where a CPU-only build is on offer its version sorts above the one
         # with CUDA, and what else asks for torch is then content with it.
         say "Installing torch (hundreds of megabytes, once) ..."
     fi
-    pip_install torch
+    pip_install torch || die "torch could not be installed; see above"
     extras="$(IFS=,; echo "$*")"
     say "Installing dstrain${extras:+ with $extras} and what it needs (minutes the first time) ..."
-    pip_install --editable "$ROOT${extras:+[$extras]}"
+    pip_install --editable "$ROOT${extras:+[$extras]}" || die "dstrain could not be installed; see above"
+    mend_scripts
     mkdir -p "$VENV/.dstrain-setup"
     hash="$(setup_hash)"
     for extra in base "$@"; do
@@ -85,18 +212,36 @@ install() {
     say "Installed in $((SECONDS - started)) s."
 }
 
+# Print the extras of pyproject.toml, a line each.
+known_extras() {
+    sed -n '/^\[project\.optional-dependencies\]/,/^\[/ s/^\([A-Za-z0-9_-]*\) *=.*/\1/p' "$ROOT/pyproject.toml"
+}
+
+# Install unless another process has done so by now: two set-ups at once would install over each
+# other. The lock goes with the processes that have it.
+install_in_turn() {
+    {
+        if command -v flock >/dev/null && ! flock --nonblock 9; then
+            say "Waiting for another set-up of $VENV ..."
+            flock 9
+        fi
+        is_set_up "$@" || install "$@"
+    } 9>"$VENV/.dstrain-setup.lock"
+}
+
 # Install where that is to be done, and make this shell use the environment. Arguments: extras.
 dstrain_setup() {
+    local extra known
+    known="$(known_extras)"
+    for extra; do
+        [[ $'\n'"$known"$'\n' == *$'\n'"$extra"$'\n'* ]] ||
+            refuse "there is no extra named '$extra'; pyproject.toml has ${known//$'\n'/, }"
+    done
+    [[ -z ${TMPDIR:-} || (-d $TMPDIR && -w $TMPDIR) ]] ||
+        refuse "TMPDIR=$TMPDIR is no folder that can be written to; name another one, or unset TMPDIR"
     if ! is_set_up "$@"; then
         mkdir -p "$VENV"
-        # Two set-ups at once would install over each other. The lock goes with this subshell.
-        (
-            if command -v flock >/dev/null && ! flock --nonblock 9; then
-                say "Waiting for another set-up of $VENV ..."
-                flock 9
-            fi
-            is_set_up "$@" || install "$@"
-        ) 9>"$VENV/.dstrain-setup.lock"
+        interruptible install_in_turn "$@"
     fi
     export VIRTUAL_ENV="$VENV"
     # DeepSpeed's builds call `ninja` by name. It has to be this one: another release, such as the
@@ -114,9 +259,14 @@ dstrain_setup() {
 # (see dstrain/engine/ops.py) where they are not built.
 # shellcheck disable=SC2120  # it may be called with none
 dstrain_build_ops() {
+    interruptible run_ops "$@"
+}
+
+run_ops() {
+    cd -- "$ROOT"
     # Run as a file, so that asking takes no time for the imports of the package around it.
-    (cd "$ROOT" && python -c 'import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name="__main__")' \
-        "$ROOT/dstrain/engine/ops.py" "$@")
+    exec python -c 'import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name="__main__")' \
+        "$ROOT/dstrain/engine/ops.py" "$@"
 }
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -233,7 +383,7 @@ status_of_job() {
 # the signals that it gets, and the ranks end by themselves when one of these processes is gone.
 dstrain_run_job() {
     local job folder status=0 caught=0 interrupted=0 waited
-    folder="$(mktemp -d)"
+    folder="$(mktemp -d)" || die "no folder could be made in ${TMPDIR:-/tmp}; TMPDIR may name another place"
     export DSTRAIN_JOB="$folder" DSTRAIN_SCRIPT=$$
     drain_pipes
     set -m # puts the next line into a process group of its own
@@ -272,7 +422,11 @@ dstrain_run_job() {
     return "$status"
 }
 
-if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+# A file that is sourced may return. (Its name tells less: `source "$0"` is no wish to install.)
+if ! (return 0 2>/dev/null); then
+    case "${1:-}" in
+    -h | --help) usage ;;
+    esac
     dstrain_setup "$@"
-    say "Ready: source $VENV/bin/activate"
+    say "Ready: source $(printf %q "$VENV/bin/activate")"
 fi

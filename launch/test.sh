@@ -4,10 +4,15 @@
 #   bash launch/test.sh [pytest arguments]
 #
 # The first call sets up .venv with the development tools and compiles the ops that the tests use.
+# `python -m pytest --help`, with the python of .venv, lists the arguments of pytest.
 
 set -euo pipefail
 # shellcheck source=launch/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/setup.sh"
+
+case "${1:-}" in
+-h | --help) usage ;;
+esac
 
 dstrain_setup dev
 dstrain_find_gpus
@@ -21,5 +26,5 @@ else
     dstrain_build_ops # none, but locks of killed builds go
 fi
 
-cd "$ROOT"
+cd -- "$ROOT"
 exec python -m pytest "$@"

@@ -87,7 +87,7 @@ def make_repository(folder: Path, program: str | None = None) -> Path:
     if program is not None:
         (folder / "dstrain" / "__main__.py").write_text(program)
     done = subprocess.run(
-        ["bash", "-c", 'source "$0" && setup_hash', folder / "launch" / "setup.sh"],
+        ["bash", "-c", 'source "$1" && setup_hash', "hash", folder / "launch" / "setup.sh"],
         capture_output=True,
         text=True,
         check=True,

@@ -5,7 +5,7 @@ folder with a file named `lock`. Two things go wrong with that. The first run se
 minute, so `build_ops` compiles ahead and prints a line. And a process that is killed while it
 builds leaves its lock behind, so that every later run waits for ever. Therefore stale locks are
 removed first (`core/build_locks.py`), and a run that needs an op waits with a limit
-(`guard_builds`).
+(`engine/torch_builds.py`).
 
 `python -m dstrain.engine.ops shm_comm fused_adam cpu_adam` removes stale locks and builds the ops.
 """
@@ -21,6 +21,7 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,10 +32,13 @@ from typing import Any
 from dstrain.core.build_locks import (
     clear_stale_locks,
     taking_turns,
-    torch_leaves_locks,
     wait_for_build,
 )
+from dstrain.core.descendants import end_descendants
 from dstrain.core.errors import ConfigError, DstrainError, Problem, nearest
+
+# Signals that end a build, as they end a run.
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -162,49 +166,41 @@ def build_ops(names: Sequence[str]) -> None:
                 _build(name, folder)
 
 
-def guard_builds() -> None:
-    """Make torch wait for builds of other processes by `wait_for_build`; only the first call does.
-
-    torch itself waits for the file `lock` to disappear without a message or a limit, even if the
-    process that made it was killed, and then loads an op that was never built. Does nothing for a
-    torch that locks an open file, since such a lock ends with its process.
-    """
-    if not torch_leaves_locks():
-        return
-    from torch.utils import cpp_extension, file_baton
-
-    if cpp_extension.FileBaton is not file_baton.FileBaton:
-        return
-
-    class Baton(file_baton.FileBaton):
-        """A build lock of torch that is taken over if the process that has it was killed."""
-
-        def try_acquire(self) -> bool:
-            while not super().try_acquire():
-                if wait_for_build(Path(self.lock_file_path)):
-                    return False
-            return True
-
-        def wait(self) -> None:
-            wait_for_build(Path(self.lock_file_path))
-
-    cpp_extension.FileBaton = Baton  # type: ignore[misc]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Clear stale locks and build the ops named on the command line; return the exit status."""
+    """Clear stale locks and build the ops named on the command line; return the exit status.
+
+    A signal ends ninja and its compilers too, and the status is 128 + signal.
+    """
     parser = argparse.ArgumentParser(prog="python -m dstrain.engine.ops", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="op", help=f"any of {', '.join(OPS)}")
     names = parser.parse_args(arguments).names
-    # Raises SystemExit at a SIGTERM, so that torch removes its lock.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _end_build)
     try:
         clear_stale_locks(extensions_dir())
         build_ops(names)
     except DstrainError as error:
         _say(str(error))
-        return 1
+        return 2
+    except KeyboardInterrupt:
+        _say_interrupted()
+        return 128 + signal.SIGINT
     return 0
+
+
+def _end_build(number: int, _: object) -> None:
+    """End the compilers and raise SystemExit, at which torch removes its lock (signal handler)."""
+    for other in _ENDING:
+        signal.signal(other, signal.SIG_IGN)
+    end_descendants()
+    _say_interrupted()
+    sys.exit(128 + number)
+
+
+def _say_interrupted() -> None:
+    with contextlib.suppress(OSError):  # of a terminal that has gone
+        _say("Interrupted: an op that is not ready is built by the next run that needs it.")
 
 
 def _op(name: str) -> Op:
@@ -254,13 +250,19 @@ def _load(name: str) -> None:
 
     Raises:
         ConfigError: the op does not compile, or the accelerator has none.
+        KeyboardInterrupt: a signal has ended ninja, as Ctrl-C does also where Python ignores it.
     """
+    from dstrain.engine.torch_builds import guard_builds, quote_library_folder
+
     builder = _builder(name)
     also = f"; {_op(name).needs}" if _op(name).needs else ""
     guard_builds()
+    quote_library_folder()
     try:
         builder.load(verbose=False)
     except (ImportError, OSError, RuntimeError) as error:
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from error
         raise ConfigError(
             Problem(
                 f"DeepSpeed's {name} does not build",
@@ -269,6 +271,14 @@ def _load(name: str) -> None:
                 f"install build-essential python3-dev), on NVIDIA GPUs nvcc as well{also}",
             )
         ) from error
+
+
+def _was_interrupted(error: Exception) -> bool:
+    """Tell whether a build failed because a signal ended ninja, which then ends with 130."""
+    cause = error.__cause__
+    return isinstance(cause, subprocess.CalledProcessError) and (
+        cause.returncode == 128 + signal.SIGINT or -cause.returncode in _ENDING
+    )
 
 
 def _builder(name: str) -> Any:

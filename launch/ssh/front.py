@@ -30,6 +30,7 @@ MOST_UNWRITTEN_BYTES = 1 << 22  # of output that nobody reads yet; then the rank
 TICK_SECONDS = 1.0
 MOST_CONNECTING = 32  # at a time: a host on the way of all connections takes only so many at once
 END_BY_THEMSELVES_SECONDS = 10.0  # for ranks that see their peers fail, to say so
+MISTAKE = 2  # the exit status after a mistake in arguments or environment
 PREEMPTED = 75  # the exit status after a signal and a checkpoint
 
 # For bash, which reads it from the connection, as Python reads what follows.
@@ -49,10 +50,10 @@ class Ended(Exception):
         self.status = status
 
 
-def die(text: str) -> NoReturn:
-    """End with an error."""
+def die(text: str, status: int = 1) -> NoReturn:
+    """End with an error: status 1 for a failure, `MISTAKE` for what the user can set right."""
     say(f"error: {text}")
-    raise Ended(1)
+    raise Ended(status)
 
 
 class Front:
@@ -128,7 +129,7 @@ class Front:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != resource.RLIM_INFINITY and soft < needed:
             if hard != resource.RLIM_INFINITY and hard < needed:
-                die(f"{needed} open files are needed; `ulimit -Hn` allows {hard}")
+                die(f"{needed} open files are needed; `ulimit -Hn` allows {hard}", MISTAKE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
     def _connect_more(self) -> None:
@@ -196,7 +197,7 @@ class Front:
         first = self._machines[0]
         found = (first.ready or {}).get("addresses")
         if not found:
-            die(f"no address known for {first.name}, the first machine; set MASTER_ADDR")
+            die(f"no address known for {first.name}, the first machine; set MASTER_ADDR", MISTAKE)
         return str(found[0])
 
     # ---- reading and writing
@@ -381,7 +382,7 @@ def main() -> int:
         settings.ssh("")
     except ValueError as error:
         say(f"error: SSH_OPTIONS={settings.ssh_options}: {error}")
-        return 1
+        return MISTAKE
     front = Front(settings, sys.argv[1:])
     try:
         return front.run()

@@ -222,7 +222,7 @@ def test_a_machine_without_the_repository_is_named(hosts, tmp_path):
 def test_options_of_ssh_that_cannot_be_read_are_an_error(hosts, tmp_path):
     repository = make_repository(tmp_path / "repository", TELLS)
     run = hosts.start(repository, env={"SSH_OPTIONS": "-i 'key"})
-    assert run.wait(SECONDS) == 1
+    assert run.wait(SECONDS) == 2
     assert "error: SSH_OPTIONS=-i 'key: No closing quotation" in run.stderr
     assert "Traceback" not in run.stderr
 

@@ -57,7 +57,7 @@ def start(
     choose_accelerator(use_cpu=use_cpu)
     if not started:
         _single_process_environment()
-    from dstrain.engine import ops
+    from dstrain.engine import ops, torch_builds
     from dstrain.engine.process_group import shared_memory
     from dstrain.engine.process_group.rendezvous import (
         as_rendezvous_error,
@@ -68,7 +68,8 @@ def start(
 
     folder = ops.prepare_environment()
     ops.clear_stale_locks(folder)
-    ops.guard_builds()
+    torch_builds.guard_builds()
+    torch_builds.quote_library_folder()
     # DeepSpeed calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     ranks = launched_ranks()

@@ -123,7 +123,7 @@ def test_build_waits_for_a_run_that_builds_the_same_op(folder, monkeypatch, caps
 
 def test_unknown_op_names_the_nearest(folder, monkeypatch, capsys):
     monkeypatch.setattr(ops.signal, "signal", lambda *arguments: None)
-    assert ops.main(["shm_comm", "fusedadam"]) == 1
+    assert ops.main(["shm_comm", "fusedadam"]) == 2
     assert "did you mean 'fused_adam'" in capsys.readouterr().err
 
 
@@ -182,11 +182,11 @@ TORCHS_BATON = """
 import sys, time
 from torch.utils import cpp_extension
 from dstrain.core import build_locks
-from dstrain.engine import ops
+from dstrain.engine import torch_builds
 build_locks.SETTLE_SECONDS, build_locks._filesystem = 0.05, lambda path: "ext4"
 build_locks._LOOK_SECONDS = 0.2
-ops.guard_builds()
-ops.guard_builds()  # of each Trainer
+torch_builds.guard_builds()
+torch_builds.guard_builds()  # of each Trainer
 baton = cpp_extension.FileBaton(sys.argv[1])
 print("builds" if baton.try_acquire() else "loads")
 """
