@@ -184,18 +184,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(str(error))
         return 2
     except KeyboardInterrupt:
+        _ignore_signals()
         _say_interrupted()
         return 128 + signal.SIGINT
+    finally:
+        # A launch/ script that gets Ctrl-C too sends SIGTERM: in the end of Python it would only
+        # raise an error.
+        _ignore_signals()
     return 0
 
 
 def _end_build(number: int, _: object) -> None:
     """End the compilers and raise SystemExit, at which torch removes its lock (signal handler)."""
-    for other in _ENDING:
-        signal.signal(other, signal.SIG_IGN)
+    _ignore_signals()
     end_descendants()
     _say_interrupted()
     sys.exit(128 + number)
+
+
+def _ignore_signals() -> None:
+    """Let this process, which is about to end, end in its own way."""
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _say_interrupted() -> None:
