@@ -188,6 +188,7 @@ build_locks._LOOK_SECONDS = 0.2
 torch_builds.guard_builds()
 torch_builds.guard_builds()  # of each Trainer
 baton = cpp_extension.FileBaton(sys.argv[1])
+open(sys.argv[2], "w").close()  # all is imported, which takes long on a busy machine
 print("builds" if baton.try_acquire() else "loads")
 """
 
@@ -196,9 +197,11 @@ print("builds" if baton.try_acquire() else "loads")
 def test_torch_takes_over_the_build_of_one_that_was_killed_and_loads_that_of_another(folder):
     """Where it once waited for ever, or loaded what was not there."""
     import_is_slow = 120
-    lock = make_lock(folder)
-    command = [sys.executable, "-c", TORCHS_BATON, str(lock)]
-    with subprocess.Popen(["sleep", "12"], cwd=lock.parent) as ninja:
+    lock, ready = make_lock(folder), folder / "ready"
+    command = [sys.executable, "-c", TORCHS_BATON, str(lock), str(ready)]
+    wait = f"[time.sleep(0.1) for _ in iter(lambda: os.path.exists({str(ready)!r}), True)]"
+    compiles = [sys.executable, "-c", f"import os, time; {wait}; time.sleep(2)"]
+    with subprocess.Popen(compiles, cwd=lock.parent) as ninja:
         done = subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=import_is_slow
         )
@@ -206,7 +209,10 @@ def test_torch_takes_over_the_build_of_one_that_was_killed_and_loads_that_of_ano
     assert done.stdout.strip() == "builds", done.stderr
     assert f"(process {ninja.pid}) goes on after its build was killed" in done.stderr
     lock.unlink()
-    release_soon = HOLD_LOCK.replace("sleep(60)", "sleep(12); os.remove(sys.argv[1])")
+    ready.unlink()
+    release_soon = HOLD_LOCK.replace(
+        "time.sleep(60)", f"{wait}; time.sleep(2); os.remove(sys.argv[1])"
+    )
     with running(sys.executable, "-c", release_soon, str(lock)) as owner:
         done = subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=import_is_slow
