@@ -15,12 +15,11 @@ from dstrain.engine.state.optimizer_state import (
     read_scalars,
     set_group_values,
 )
+from dstrain.engine.state.layouts import locate_shards, optimized_names
 from dstrain.engine.state.shards import (
     MASTER,
     WEIGHT,
     StateShard,
-    locate_shards,
-    optimized_names,
     shards_to_write,
 )
 

@@ -77,6 +77,15 @@ REFUSED: list[tuple[Facts, Any, dict[str, Any], str]] = [
         CUDA_8, zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/a"}),
         {"nvme_path": "/b"}, "nvme_path='/b'",
     ),
+    (
+        CUDA_8, None,
+        {"offload_optimizer": "nvme", "nvme_path": "/x", "checkpoint_format": "deepspeed"},
+        "other moments and losses",
+    ),
+    (
+        CUDA_8, zero(stage=3, offload_optimizer={"device": "nvme", "ratio": 0.5}),
+        {"nvme_path": "/x"}, "as a whole",
+    ),
     (CUDA_8, None, {"bf16": True, "zero_stage": 0, "grad_accum_dtype": "fp32"}, "stage 0"),
     (CUDA_8, None, {"bf16": True, "grad_accum_dtype": "fp16"}, "training in bf16"),
     (CUDA_8, None, {"grad_accum_dtype": "bf16"}, "training in fp32"),
