@@ -16,6 +16,7 @@ from dstrain.engine.model_checks import (
     make_contiguous,
 )
 from dstrain.engine.optimizers import (
+    clip_before_muon,
     correct_bias_by_step,
     make_adagrad_lazy,
     optimizer_factory,
@@ -108,6 +109,7 @@ def build_deepspeed_engine(
     engine.client_lr_scheduler = None
     process_settings.keep_communication_format(wrapper, resolved)
     correct_bias_by_step(engine.basic_optimizer)
+    clip_before_muon(wrapper, engine.basic_optimizer)
     if resolved.stage == 3:
         _let_deepspeed_save(engine)
     return engine, wrapper, built_scheduler

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from dstrain.core.errors import CheckpointError
+from dstrain.engine.state.layouts import locate_shards, optimized_names
 from dstrain.engine.state.optimizer_state import (
     create_state,
     group_values,
     read_scalars,
     set_group_values,
 )
-from dstrain.engine.state.layouts import locate_shards, optimized_names
 from dstrain.engine.state.shards import (
     MASTER,
     WEIGHT,
