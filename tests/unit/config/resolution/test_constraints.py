@@ -330,6 +330,11 @@ NO_NORM = {"zero_optimization": {"compute_grad_norm": False}}
         (BF16_MASTERS, {"bf16": True, "offload_optimizer": "cpu", "optim": "sgd"}, "CPUAdam"),
         ({"bf16": {"bf16_optimizer_states": True}}, {"bf16": True}, "set both"),
         (LEAN, {"bf16": True, "zero_stage": "0"}, "stage 0"),
+        (
+            LEAN,
+            {"bf16": True, "zero_stage": "3", "offload_optimizer": "nvme", "nvme_path": "/x"},
+            "in fp32 alone",
+        ),
         (FP16_MASTERS, {"fp16": True, "zero_stage": "2"}, "set offload_optimizer to cpu"),
         ({"prescale_gradients": True}, {"zero_stage": "2"}, "prescale_gradients=True"),
         ({"gradient_predivide_factor": 2.0}, {"zero_stage": "3"}, "gradient_predivide_factor=2.0"),
