@@ -62,7 +62,8 @@ class SavingArguments:
         None,
         "Write checkpoints beside training, which then waits only for a copy to host memory; none "
         "decides by the memory that is left. That memory, a rank's share of weights and optimizer "
-        "state, is kept between saves until training ends.",
+        "state, is kept between saves until training ends. State that is offloaded to nvme is "
+        "copied on that disk, and only with true.",
         treatment=implemented(own=True),
     )
     save_failure: str = arg(

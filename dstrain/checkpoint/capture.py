@@ -166,9 +166,18 @@ class ContentCapture:
         self._warned_of_caches = self._warned_of_lost_state = False
 
     def copies_fit(self, engine: Engine) -> bool:
-        """Tell whether every machine has memory for copies of its ranks' slices."""
+        """Tell whether every machine has memory for copies of its ranks' slices.
+
+        State that is offloaded to a local disk is not copied, since only the disk has room for it,
+        and a copy there takes as long as writing the checkpoint.
+        """
         ranks, sharers = self._ranks, self._writers.sharers
-        needed = content.rank_slices(engine, sharers).num_bytes
+        slices = content.rank_slices(engine, sharers)
+        if any(gather_objects(bool(slices.on_disk))):
+            if ranks.is_main:
+                logger.info("checkpoints are written while training waits: their state is on NVMe")
+            return False
+        needed = slices.num_bytes
         if self._policy.with_weights:
             needed += snapshot_bytes(engine.module, ranks, num_writers=sharers.world_size)
         available = available_bytes()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,10 +63,13 @@ class Slices:
     Attributes:
         tensors: 1-D tensors named "<key>/<parameter>".
         about: runs of the parameters, and single numbers of the optimizer's state.
+        on_disk: name of each tensor that is offloaded to a local disk -> function that copies it
+            on that disk.
     """
 
     tensors: list[Stored]
     about: RankSlices
+    on_disk: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -78,11 +82,15 @@ class Slices:
         return sum(stored.num_bytes for stored in self.tensors)
 
     def copied(self, copies: HostCopies) -> Slices:
-        """Copy the values into separate host memory, so that training can go on."""
-        return Slices(
-            [Stored.of(s.name, copies.copy(f"slice/{s.name}", s.load())) for s in self.tensors],
-            self.about,
-        )
+        """Copy the values, so that training can go on: in host memory, or on their disk."""
+
+        def copy(stored: Stored) -> torch.Tensor:
+            on_disk = self.on_disk.get(stored.name)
+            if on_disk is not None:
+                return on_disk()
+            return copies.copy(f"slice/{stored.name}", stored.load())
+
+        return Slices([Stored.of(s.name, copy(s)) for s in self.tensors], self.about)
 
 
 def metadata_of(
@@ -140,9 +148,16 @@ def rank_slices(engine: Engine, ranks: Ranks) -> Slices:
         held, replicated=replicated, rank=ranks.rank, world_size=ranks.world_size
     )
     tensors = [_stored(shard, key) for shard in mine for key in shard.tensor_keys()]
+    on_disk = {
+        _name(shard, key): partial(shard.copied, key)
+        for shard in mine
+        for key in shard.tensor_keys()
+        if shard.is_on_disk(key)
+    }
     spans = {shard.name: (shard.start, shard.numel) for shard in mine}
     scalars = {name: numbers for name, numbers in read_scalars(held).items() if name in spans}
-    return Slices(tensors, RankSlices.of([stored.name for stored in tensors], spans, scalars))
+    about = RankSlices.of([stored.name for stored in tensors], spans, scalars)
+    return Slices(tensors, about, on_disk)
 
 
 def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
@@ -175,6 +190,11 @@ def buffer_contents(slots: Sequence[Slot]) -> Buffers:
     )
 
 
+def _name(shard: StateShard, key: str) -> str:
+    """Return the name of a slice in its file."""
+    return f"{key}/{shard.name}"
+
+
 def _stored(shard: StateShard, key: str) -> Stored:
-    values = shard.read(key)
-    return Stored(f"{key}/{shard.name}", (shard.numel,), values.dtype, lambda: shard.read(key))
+    shape, dtype = (shard.numel,), shard.dtype_of(key)
+    return Stored(_name(shard, key), shape, dtype, lambda: shard.read(key))

@@ -297,8 +297,8 @@ OPTIMIZERS: Final[tuple[Optimizer, ...]] = (
         },
         # 4 bytes for hidden matrices, 8 for the fewer embeddings, head, norms and biases.
         state_bytes=5,
-        note="DeepSpeed orthogonalises the whole matrix at every stage; embeddings, head, norms "
-        "and biases run AdamW; muon_lr and adam_lr in optim_args give each half its own rate",
+        note="orthogonalises whole matrices at each stage, after clipping gradients; embeddings, "
+        "head, norms and biases run AdamW; optim_args: muon_lr and adam_lr, a rate for each half",
     ),
     Optimizer(
         "lamb",

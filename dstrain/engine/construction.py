@@ -16,6 +16,7 @@ from dstrain.engine.model_checks import (
     make_contiguous,
 )
 from dstrain.engine.optimizers import (
+    clip_before_muon,
     correct_bias_by_step,
     make_adagrad_lazy,
     optimizer_factory,
@@ -25,6 +26,8 @@ from dstrain.engine.optimizers import (
 from dstrain.engine.process_group import device_type, unlink_once_mapped
 from dstrain.engine.quiet import quiet
 from dstrain.engine.zero import (
+    Partitioner,
+    SwapFolder,
     forget_running_modules,
     has_scalars,
     process_settings,
@@ -85,6 +88,10 @@ def build_deepspeed_engine(
     make_contiguous(module)
     process_settings.set_for(module, resolved)
     scalars = scalars_as_bytes(wanted=has_scalars(module.parameters()))
+    if config["zero_optimization"].get("offload_param", {}).get("device") == "nvme":
+        # On a CPU deepspeed.initialize would swap weights in bf16, whatever the format of training.
+        Partitioner(config).split_like_main_rank(module.parameters())
+    swap_folder = SwapFolder(config, "offload_optimizer")
     with quiet(), without_adagrad_replacement(), scalars:
         engine, wrapper, _, built_scheduler = deepspeed.initialize(
             model=module,
@@ -93,6 +100,7 @@ def build_deepspeed_engine(
             lr_scheduler=stepping_by_metric_only(scheduler),
             config=config,
         )
+    swap_folder.remove_with(getattr(wrapper, "optimizer_swapper", None))
     forget_running_modules(module)
     if device_type() == "cpu":
         # Where the user has made the process group, DeepSpeed maps its buffers only now.
@@ -101,6 +109,7 @@ def build_deepspeed_engine(
     engine.client_lr_scheduler = None
     process_settings.keep_communication_format(wrapper, resolved)
     correct_bias_by_step(engine.basic_optimizer)
+    clip_before_muon(wrapper, engine.basic_optimizer)
     if resolved.stage == 3:
         _let_deepspeed_save(engine)
     return engine, wrapper, built_scheduler

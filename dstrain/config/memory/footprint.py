@@ -159,7 +159,7 @@ def state_bytes(
     """
     stage, shard = placement.stage, sizes.trainable_shard(work.world_size, placement.stage)
     parameters, gradients, standing = sizes.elements() * work.width, 0, 0
-    master = FP32 * shard if stage or work.width < FP32 else 0
+    master = work.master_width * shard if stage or work.width < FP32 else 0
     if stage == 3:
         parameters = sizes.partition_elements(work.world_size) * work.width
         parameters = 0 if placement.parameters != "none" else parameters
@@ -215,6 +215,9 @@ def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buc
         return 0
     width, temporary = work.width, ADAM_TEMPORARY_BYTES.get(work.device, FP32)
     temporary = temporary if work.adam_temporary else 0
+    master = work.master_width
+    if work.narrow_states:
+        temporary = temporary * master // FP32
     trainable = sizes.facts.num_trainable
     if placement.stage == 0:
         at_once = trainable if work.device == "cuda" else sizes.largest_gradient
@@ -223,9 +226,10 @@ def step_bytes(sizes: ModelSizes, work: Work, placement: Placement, buckets: Buc
     shard = sizes.trainable_shard(work.world_size, placement.stage)
     group = min(shard, buckets.sub_group) if placement.stage == 3 else shard
     held = 0 if placement.stage == 3 else gradient_bytes(sizes, work, Placement(2))
-    copies = (width + FP32 if width < FP32 else FP32) * group
+    copies = (width + master if width < master else master) * group
     if work.sums_in_fp32(placement.stage):
+        narrowed = master * group if master < FP32 else 0
         if placement.stage == 2:
-            return held + temporary * group
-        copies = FP32 * group
-    return held + max(copies, (FP32 + temporary) * group)
+            return held + narrowed + temporary * group
+        copies = FP32 * group + narrowed
+    return held + max(copies, (master + temporary) * group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dstrain.config.memory.placement import FP32, Buckets, Placement, Work
+from dstrain.config.memory.placement import Buckets, Placement, Work
 from dstrain.config.memory.sizes import ModelSizes
 
 # Python, torch with its CUDA libraries, and a data loader. Assumed, not measured.
@@ -20,28 +20,28 @@ def host_bytes(
     """Return the bytes that a rank keeps in host memory, by kind.
 
     Optimizer at stages 1-2 (``stage_1_and_2.py:__init__``, ``initialize_optimizer_states``): master
-    weights and their fp32 gradients, updated weights in the training format
+    weights and their gradients, updated weights in the training format
     (``param_buffer_of_bit16_for_cpu_offload_groups``), one buffer of the size of the largest
     parameter (``temp_grad_buffer_for_cpu_offload``), and with accumulation the sums of gradients
     (``async_accumulate_grad_in_cpu_via_gpu``). At stage 3 (``stage3.py:_create_fp32_partitions``,
-    ``initialize_optimizer_states``, ``_setup_for_real_optimizer``): master weights, fp32 gradients
+    ``initialize_optimizer_states``, ``_setup_for_real_optimizer``): master weights, gradients
     of each sub-group, and a flat gradient buffer in the format of gradient sums. Adam's moments are
     fp32 on the host (``cpu_adam.py:step``); states of other optimizers are in
     ``optimizer_table.py``. Parameters: ``stage3.py:_create_param_groups_fp16_flat_cpu_memory``.
     Before training, stages 0-2 build the whole model in host memory in every process.
     """
-    stage, width = placement.stage, work.width
+    stage, width, master = placement.stage, work.width, work.master_width
     shard = sizes.trainable_shard(work.world_size, stage)
     kinds = {"process": PROCESS_BYTES if work.device == "cuda" else 0}
     if placement.optimizer == "cpu":
-        kinds["master weights"] = pinned(FP32 * shard, work, when=stage < 3)
+        kinds["master weights"] = pinned(master * shard, work, when=stage < 3)
         kinds["optimizer"] = int(work.state_bytes(placement) * shard)
         group = shard if stage < 3 else min(shard, buckets.sub_group)
         whole, rest = divmod(shard, max(1, group))
-        kinds["gradients"] = whole * pinned(FP32 * group, work) + pinned(FP32 * rest, work)
+        kinds["gradients"] = whole * pinned(master * group, work) + pinned(master * rest, work)
     if placement.optimizer == "nvme":
         group = min(shard, buckets.sub_group)
-        kinds["swap buffers"] = NVME_OPTIMIZER_BUFFERS * pinned(FP32 * group, work)
+        kinds["swap buffers"] = NVME_OPTIMIZER_BUFFERS * pinned(master * group, work)
     if placement.optimizer != "none" and stage == 3:
         kinds["gradient buffer"] = pinned(work.sum_width(3) * shard, work)
     elif placement.optimizer != "none":
@@ -70,9 +70,9 @@ def nvme_bytes(sizes: ModelSizes, work: Work, placement: Placement) -> dict[str,
     shard = sizes.trainable_shard(work.world_size, placement.stage)
     kinds = {}
     if placement.optimizer == "nvme":
-        kinds["master weights"] = FP32 * shard
+        kinds["master weights"] = work.master_width * shard
         kinds["optimizer"] = int(work.state_bytes(placement) * shard)
-        kinds["gradients"] = FP32 * shard
+        kinds["gradients"] = work.master_width * shard
     if placement.parameters == "nvme":
         kinds["parameters"] = work.width * sizes.partition_elements(work.world_size)
     return kinds

@@ -101,6 +101,10 @@ class Work:
         optimizer: a value of the argument ``optim``, or "adamw" or "sgd_momentum".
         adam_temporary: the optimizer is torch's own AdamW, not a fused kernel.
         device: "cuda" or "cpu".
+        master_width: bytes per master weight, and per gradient that updates it; 2 with
+            ``bf16_master_weights_and_grads``.
+        narrow_states: optimizer states are as narrow as master weights, by
+            ``bf16_optimizer_states``.
     """
 
     world_size: int
@@ -110,6 +114,8 @@ class Work:
     optimizer: str = "adamw"
     adam_temporary: bool = True
     device: str = "cuda"
+    master_width: int = FP32
+    narrow_states: bool = False
 
     @property
     def width(self) -> int:
@@ -129,12 +135,13 @@ class Work:
 
     def state_bytes(self, placement: Placement) -> float:
         """Return bytes of optimizer state per parameter; sources are in ``optimizer_table.py``."""
-        return optimizers.state_bytes(
+        in_fp32 = optimizers.state_bytes(
             self.optimizer,
             stage=placement.stage,
             offload=placement.optimizer,
             device=self.device,
         )
+        return in_fp32 * self.master_width / FP32 if self.narrow_states else in_fp32
 
 
 UNITS = {

@@ -14,7 +14,7 @@ from dstrain.config.facts import Facts, Machine
 from dstrain.config.memory.activations import Batch
 from dstrain.config.memory.bucket_rule import derived_buckets
 from dstrain.config.memory.footprint import GIB
-from dstrain.config.memory.placement import WIDTHS, Buckets, Placement, Work
+from dstrain.config.memory.placement import FP32, WIDTHS, Buckets, Placement, Work
 from dstrain.config.memory.planner import (
     ORDER,
     Limits,
@@ -77,7 +77,7 @@ def choose_placement(
         return Automatic({})
     row = _optimizer(arguments, facts, explicit)
     needs = _needs_of_stage_3(arguments, facts) if "zero_stage" in left else ""
-    possible = _open_to(asked, facts)
+    possible = _with_masters_as_asked(_open_to(asked, facts), explicit)
     open_to = _runnable(possible, row, facts, or_0="zero_stage" in left and not needs)
     bound = open_to
     if needs:
@@ -177,6 +177,8 @@ def _planned(
         optimizer=kind,
         adam_temporary=optimizers.is_torch_adam(kind),
         device=facts.device,
+        master_width=WIDTHS[precision] if _has_narrow_masters(explicit) else FP32,
+        narrow_states=bool(explicit.get("bf16.bf16_optimizer_states")),
     )
     batch = Batch(
         int(arguments["per_device_train_batch_size"]),
@@ -204,6 +206,25 @@ def _planned(
             remedy = f"with gradient_checkpointing {saved} fits"
         warning = f"by the memory plan this run does not fit: {choice.reason}; {remedy}"
     return _as_values(left, choice.placement, how, warning)
+
+
+def _has_narrow_masters(explicit: Mapping[str, Any]) -> bool:
+    """Tell whether the user's config keeps master weights in the 16-bit format of training."""
+    return any(explicit.get(f"{name}.{name}_master_weights_and_grads") for name in ("bf16", "fp16"))
+
+
+def _with_masters_as_asked(
+    possible: list[Placement], explicit: Mapping[str, Any]
+) -> list[Placement]:
+    """Return the placements at which DeepSpeed runs with the user's format of master weights.
+
+    Those in 16 bits are not swapped to disk, and with states in fp32 they are on the host
+    (``format_constraints.py``). All are returned if none is left, and refused later.
+    """
+    if not _has_narrow_masters(explicit):
+        return possible
+    places = ("none", "cpu") if explicit.get("bf16.bf16_optimizer_states") else ("cpu",)
+    return [p for p in possible if p.optimizer in places] or possible
 
 
 def _optimizer(

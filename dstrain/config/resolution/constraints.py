@@ -116,6 +116,13 @@ def _offload(config: EffectiveConfig) -> Iterator[Problem]:
             "only stage 3 keeps a part of the optimizer on the accelerator",
             "set zero_stage to 3, or remove ratio",
         )
+    elif ratio < 1 and config.device("offload_optimizer") == "nvme":
+        # stage3.py: _optimizer_step; the swapper knows the state of one of the two optimizers.
+        yield Problem(
+            f"{ZERO}.offload_optimizer.ratio={ratio!r} with device 'nvme'",
+            "DeepSpeed writes the state of an optimizer to disk that is there as a whole",
+            "remove ratio, or set offload_optimizer to cpu",
+        )
     # stage_1_and_2.py __init__: "CPU-Offload requires contiguous gradients"
     if (
         config.stage in (1, 2)

@@ -102,6 +102,15 @@ def _masters(config: EffectiveConfig) -> Iterator[Problem]:
             yield Problem(
                 f"{key}=True with stage 0", "ZeRO keeps such weights", "set zero_stage to 1, 2 or 3"
             )
+        # optimizer_utils.py: SwapTensorContext.release_memory leaves an empty tensor in fp32, which
+        # swap_in_optimizer_state then refuses by an assertion.
+        if config.device("offload_optimizer") == "nvme":
+            yield Problem(
+                f"{key}=True and offload_optimizer='nvme'",
+                "DeepSpeed swaps master weights in fp32 alone",
+                "set offload_optimizer to cpu, or remove it",
+            )
+            continue
         # stage_1_and_2.py and stage3.py __init__: _enforce_cpu_offload
         offloaded = config.device("offload_optimizer") != "none"
         if (offloaded or not lean) and not (offloaded and _is_cpu_adam(config)):

@@ -50,6 +50,7 @@ def resolve(arguments: TrainingArguments, facts: Facts) -> ResolvedConfig:
     _check_constraints(draft)
     if not placed.values.keys() & {"offload_optimizer", "offload_param"}:
         draft.problems += _unused_path(draft)
+    draft.problems += _native_files_on_disk(draft)
     optimizer = None
     if not facts.user_optimizer:
         optimizer, found, remarks = chosen_optimizer(
@@ -211,6 +212,26 @@ def _unused_path(draft: Draft) -> list[Problem]:
             "neither optimizer nor parameters are offloaded to nvme, so nothing would be there",
             "set offload_optimizer or offload_param to nvme, or leave nvme_path out",
         )
+    ]
+
+
+def _native_files_on_disk(draft: Draft) -> list[Problem]:
+    """Return the problem of DeepSpeed's own checkpoints of a run that is offloaded to NVMe.
+
+    stage3.py: ``_rigid_load_state_dict`` forgets the swap files of the moments
+    (``purge_state``), and copies into weights that are on the disk.
+    """
+    if draft.arguments.get("checkpoint_format", "dstrain") == "dstrain":
+        return []
+    places = ("offload_optimizer", "offload_param")
+    on_disk = [n for n in places if get(draft.config, f"zero_optimization.{n}.device") == "nvme"]
+    return [
+        Problem(
+            f"checkpoint_format='deepspeed' with {name}='nvme'",
+            "DeepSpeed saves such a run, and goes on from that with other moments and losses",
+            "leave checkpoint_format out",
+        )
+        for name in on_disk[:1]
     ]
 
 

@@ -9,6 +9,7 @@ from dstrain.engine.optimizers.grouping import (
 )
 from dstrain.engine.optimizers.host_adam import correct_bias_by_step
 from dstrain.engine.optimizers.metric_schedule import MetricSchedule, stepping_by_metric_only
+from dstrain.engine.optimizers.muon import clip_before_muon
 from dstrain.engine.optimizers.nvme import prepare_nvme
 from dstrain.engine.optimizers.user_optimizer import check_user_optimizer, slices_remark
 
@@ -17,6 +18,7 @@ __all__ = [
     "without_adagrad_replacement",
     "build_ops",
     "check_user_optimizer",
+    "clip_before_muon",
     "correct_bias_by_step",
     "decay_parameter_names",
     "group_of",

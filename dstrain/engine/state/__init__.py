@@ -1,5 +1,6 @@
 """State of an engine that trains: master weights, moments, counters, loss scale and schedule."""
 
+from dstrain.engine.state.layouts import locate_shards
 from dstrain.engine.state.native import Unpickling
 from dstrain.engine.state.optimizer_state import changing_values, read_scalars
 from dstrain.engine.state.record import EngineRecord
@@ -7,7 +8,6 @@ from dstrain.engine.state.shards import (
     MASTER,
     WEIGHT,
     StateShard,
-    locate_shards,
     shards_to_write,
 )
 from dstrain.engine.state.training_state import CapturedState, TrainingState

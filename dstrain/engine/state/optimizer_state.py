@@ -9,7 +9,7 @@ import torch
 
 from dstrain.core.errors import CheckpointError, Problem
 from dstrain.core.log import get_logger
-from dstrain.engine.state.shards import StateShard, is_scalar
+from dstrain.engine.state.shards import StateShard
 
 logger = get_logger(__name__)
 
@@ -102,7 +102,7 @@ def create_state(shards: Iterable[StateShard], saved: Mapping[str, Mapping[str, 
     for shard, numbers in wanted.values():
         state = shard.optimizer.state[shard.holder]
         if not state:
-            state.update(_fresh_state(shard))
+            _make_state(shard, state)
         for key, value in numbers.items():
             present = state.get(key)
             try:
@@ -121,8 +121,31 @@ def create_state(shards: Iterable[StateShard], saved: Mapping[str, Mapping[str, 
                 ) from error
 
 
-def _fresh_state(shard: StateShard) -> dict[str, Any]:
-    """Return new state of a shard, in the form that the optimizer gives to a small tensor.
+def _make_state(shard: StateShard, state: dict[str, Any]) -> None:
+    """Fill the empty state of a shard's holder, in the form that the optimizer gives to a probe.
+
+    Tensors of the holder's shape are zeros, on the disk if the holder is offloaded there.
+
+    Raises:
+        CheckpointError: the optimizer cannot step the probe.
+    """
+    holder = shard.holder
+    on_disk: dict[str, torch.dtype] = {}
+    for key, value in _probe_state(shard).items():
+        if not isinstance(value, torch.Tensor):
+            state[key] = value
+        elif value.shape != (_PROBE_NUMEL,):
+            state[key] = value.clone()
+        elif shard.swapped is not None:
+            on_disk[key] = value.dtype
+        else:
+            state[key] = torch.zeros_like(holder, dtype=value.dtype, device=value.device)
+    if shard.swapped is not None:
+        shard.swapped.add_state(state, on_disk)
+
+
+def _probe_state(shard: StateShard) -> dict[str, Any]:
+    """Return the state that the optimizer of a shard gives to a small 1-D tensor.
 
     Lets the optimizer step that tensor with a gradient of zeros.
 
@@ -146,16 +169,8 @@ def _fresh_state(shard: StateShard) -> dict[str, Any]:
         ) from error
     finally:
         optimizer.param_groups = groups
-        made = optimizer.state.pop(probe, {})
-    state: dict[str, Any] = {}
-    for key, value in made.items():
-        if not isinstance(value, torch.Tensor):
-            state[key] = value
-        elif value.shape == probe.shape and not is_scalar(key, value, probe):
-            state[key] = torch.zeros_like(holder, dtype=value.dtype, device=value.device)
-        else:
-            state[key] = value.clone()
-    return state
+        made: dict[str, Any] = optimizer.state.pop(probe, {})
+    return made
 
 
 def group_values(optimizer: Any) -> list[dict[str, Any]]:

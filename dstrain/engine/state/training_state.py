@@ -12,15 +12,17 @@ import torch
 
 from dstrain.core.ranks import all_or_none
 from dstrain.engine.buffers import Buffers
+from dstrain.engine.state.layouts import locate_shards, optimized_names
 from dstrain.engine.state.native import Unpickling, read_pickles, write_pickles
 from dstrain.engine.state.optimizer_state import create_state, read_scalars
 from dstrain.engine.state.progress import EngineProgress
-from dstrain.engine.state.shards import WEIGHT, StateShard, locate_shards, optimized_names
+from dstrain.engine.state.shards import WEIGHT, StateShard
+from dstrain.engine.state.swapped import sub_group_in_memory
 
 
 @dataclass(frozen=True)
 class CapturedState:
-    """A copy of an engine's state in host memory: this rank's shards, and the common values.
+    """A copy of an engine's state: this rank's shards, and the common values.
 
     Attributes:
         tensors: (parameter, start, key) -> values of a shard of this rank.
@@ -71,8 +73,7 @@ class TrainingState:
         """Return this rank's shards, in the order of the module's parameters.
 
         Raises:
-            CheckpointError: state on NVMe, expert parallelism or an optimizer wrapper of unknown
-                layout.
+            CheckpointError: expert parallelism or an optimizer wrapper of unknown layout.
         """
         self._settle_weights()
         return locate_shards(self.module, self._engine.optimizer)
@@ -137,10 +138,13 @@ class TrainingState:
     # --- the whole state --------------------------------------------------------------------------
 
     def capture(self) -> CapturedState:
-        """Return a copy of the state in host memory; no rank waits for another."""
+        """Return a copy of the state in host memory; no rank waits for another.
+
+        What is offloaded to a disk is copied on that disk.
+        """
         shards = self.shards()
         tensors = {
-            (shard.name, shard.start, key): shard.read(key).to("cpu", copy=True)
+            (shard.name, shard.start, key): shard.copied(key)
             for shard in shards
             for key in shard.tensor_keys()
             if key != WEIGHT
@@ -184,9 +188,9 @@ class TrainingState:
 def _refresh_weights(optimizer: Any) -> None:
     """Copy master weights into the weights with which the model computes."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        for index, flat in enumerate(optimizer.fp16_partitioned_groups_flat):
-            flat.data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
-            optimizer._unflatten_partitioned_parameters(index)
+        for index in range(len(optimizer.fp16_groups)):
+            with sub_group_in_memory(optimizer, index):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
     elif hasattr(optimizer, "fp32_groups_flat"):

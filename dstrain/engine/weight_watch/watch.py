@@ -103,6 +103,10 @@ class WeightWatch(TorchFunctionMode):
             return returned
         touched = [self._origin(t) for t in _changed_by(func, name, args, kwargs)]
         changed = [parameter for parameter in touched if parameter is not None]
+        if func == _SET_DATA and changed and is_partitioned(changed[0]):
+            # DeepSpeed does so to gather a parameter, and to a partition that it reads from a disk.
+            is_change = changed[0] is args[0] and not is_called_by_a_library()
+            changed = changed if is_change else []
         absent = [p for p in changed if is_absent(p)] or self._about_to_be_filled(args)
         if absent and not is_called_by_a_library():
             raise self._no_effect(absent[0], name)

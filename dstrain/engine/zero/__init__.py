@@ -18,6 +18,7 @@ from dstrain.engine.zero.parameters import (
     has_scalars,
     is_absent,
     is_gathered,
+    is_on_disk,
     is_partitioned,
     keep_persistent_changes,
     kept_gathered,
@@ -40,11 +41,13 @@ from dstrain.engine.zero.registration import (
     StageRegistration,
 )
 from dstrain.engine.zero.scalar_parameters import clip_scalars_too, scalars_as_bytes
+from dstrain.engine.zero.swap_folders import SwapFolder
 from dstrain.engine.zero.torch_patches import MemoryEfficientLinear, undo_patches
 
 __all__ = [
     "MemoryEfficientLinear",
     "Partitioner",
+    "SwapFolder",
     "StageRegistration",
     "ForwardRegistration",
     "BuildRegistration",
@@ -63,6 +66,7 @@ __all__ = [
     "may_show_partitions",
     "is_whole",
     "is_gathered",
+    "is_on_disk",
     "keep_persistent_changes",
     "kept_gathered",
     "marked_leaves",

@@ -33,17 +33,24 @@ def rank_partition(parameter: torch.Tensor) -> torch.Tensor | None:
 
     Returns:
         None where the partitions of all ranks, joined in the order of ranks, are not the parameter:
-        quantised weights, partitions among some of the ranks, or a partition that is not in memory.
+        quantised weights, partitions among some of the ranks, or a partition on a local disk.
     """
     import torch.distributed as dist
 
     share: Any = parameter.ds_tensor  # type: ignore[attr-defined]
     group = parameter.ds_process_group  # type: ignore[attr-defined]
     whole_world = dist.get_world_size(group=group) == dist.get_world_size()
-    there = share.numel() * dist.get_world_size() >= full_numel(parameter)
-    if not whole_world or not there or hasattr(share, "ds_quant_scale"):
+    if not whole_world or is_on_disk(parameter) or hasattr(share, "ds_quant_scale"):
         return None
     return cast(torch.Tensor, share.detach())
+
+
+def is_on_disk(parameter: Any) -> bool:
+    """Tell whether the rank's partition of a partitioned parameter is offloaded to a local disk.
+
+    Small partitions stay in memory under such offload, and as many more as ``max_in_cpu`` says.
+    """
+    return getattr(parameter.ds_tensor, "final_location", None) == "nvme"
 
 
 def is_absent(parameter: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dstrain.engine.zero.parameters import full_numel, full_shape, is_partitioned
+from dstrain.engine.zero.swap_folders import SwapFolder, read_once
 
 
 class Partitioner:
@@ -30,9 +31,13 @@ class Partitioner:
         # linear function), and partitions nothing. Without overrides dstrain chooses formats and
         # devices of new tensors: DeepSpeed would also round buffers, which its engine leaves alone,
         # and its tensor constructors do not take all arguments of torch's.
+        config = dict(config)
+        folder = SwapFolder(config, "offload_param")
         self._init: Any = deepspeed.zero.Init(
-            module=torch.nn.Module(), config_dict_or_path=dict(config), tensor_overrides=[]
+            module=torch.nn.Module(), config_dict_or_path=config, tensor_overrides=[]
         )
+        folder.remove_with(self._init.param_swapper)
+        read_once(self._init.param_swapper)
         self._convert = self._init._convert_to_deepspeed_param
         self._init._convert_to_deepspeed_param = self._mark
 

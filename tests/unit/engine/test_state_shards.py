@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dstrain.core.errors import CheckpointError
+from dstrain.engine.state.layouts import locate_shards, optimized_names
 from dstrain.engine.state.optimizer_state import (
     create_state,
     group_values,
@@ -19,8 +20,6 @@ from dstrain.engine.state.shards import (
     MASTER,
     WEIGHT,
     StateShard,
-    locate_shards,
-    optimized_names,
     shards_to_write,
 )
 

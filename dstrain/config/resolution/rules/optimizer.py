@@ -180,22 +180,8 @@ def chosen_optimizer(
 def _muon_problems(
     view: View, explicit: Mapping[str, Any], shown: str, label: str
 ) -> list[Problem]:
-    """Return problems of settings with which DeepSpeed's Muon does not work as documented.
-
-    DeepSpeed: stage_1_and_2.py and stage3.py.
-    """
+    """Return problems of settings with which DeepSpeed's Muon does not run."""
     problems = []
-    clip = view.config.get("gradient_clipping")
-    if view.stage > 0 and clip:
-        problems.append(
-            Problem(
-                f"gradient_clipping={clip} for {shown}",
-                "at stages 1 to 3 DeepSpeed clips Muon's orthogonalised update in place of the "
-                "gradient; the square of its norm is the sum of all matrices' ranks, so that every "
-                "step would be shortened many times",
-                "set max_grad_norm to 0: the size of Muon's update does not depend on gradients",
-            )
-        )
     if view.stage == 3 and explicit.get("zero_optimization.reduce_scatter"):
         problems.append(
             Problem(

@@ -103,6 +103,23 @@ def test_offload_moves_states_to_the_host():
     assert "optimizer" not in got.host
 
 
+def test_masters_and_states_in_bf16_take_half():
+    """With states in fp32, which only the host has, the master weights alone shrink."""
+    shard = SMALL.trainable_shard(4, 2)
+    lean = {"master_width": 2, "narrow_states": True}
+    for stage in (1, 2, 3):
+        got, usual = (of(Placement(stage), **more) for more in (lean, {}))
+        assert got.kinds["optimizer"] == usual.kinds["optimizer"] // 2
+        assert got.kinds["master weights"] == usual.kinds["master weights"] // 2
+        assert got.kinds["step"] < usual.kinds["step"]
+        assert got.peak < usual.peak
+    host = of(Placement(2, "cpu"), master_width=2).host
+    assert host["master weights"] == pinned(2 * shard, Work(4))
+    assert host["optimizer"] == 8 * shard
+    disk = of(Placement(3, "nvme"), **lean).nvme
+    assert disk["optimizer"] == 2 * disk["master weights"] == 2 * disk["gradients"]
+
+
 def test_overlap_doubles_the_bucket():
     work = Work(world_size=4)
     one, two = (

@@ -180,6 +180,16 @@ def test_the_users_config_counts():
     assert "stage 1 lacks" in chosen(facts(80), huge).provenance["zero_optimization.stage"].detail
 
 
+def test_states_in_bf16_need_an_earlier_choice():
+    """``bf16_optimizer_states`` halves the optimizer, and masters take half as well."""
+    masters = {"bf16_master_weights_and_grads": True}
+    lean = chosen(facts(40), {"bf16": {**masters, "bf16_optimizer_states": True}})
+    assert lean.stage < chosen(facts(40)).stage
+    with_states = {"bf16": masters}
+    placed = chosen(facts(192), with_states, offload_optimizer="auto", offload_param="auto")
+    assert placed.arguments["offload_optimizer"] == "cpu", "only DeepSpeedCPUAdam has fp32 states"
+
+
 def test_on_the_cpu_memory_is_the_hosts_and_nothing_is_offloaded_to_it():
     tiny = closed_form(
         {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "vocab_size": 300}

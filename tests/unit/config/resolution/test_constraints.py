@@ -77,6 +77,15 @@ REFUSED: list[tuple[Facts, Any, dict[str, Any], str]] = [
         CUDA_8, zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/a"}),
         {"nvme_path": "/b"}, "nvme_path='/b'",
     ),
+    (
+        CUDA_8, None,
+        {"offload_optimizer": "nvme", "nvme_path": "/x", "checkpoint_format": "deepspeed"},
+        "other moments and losses",
+    ),
+    (
+        CUDA_8, zero(stage=3, offload_optimizer={"device": "nvme", "ratio": 0.5}),
+        {"nvme_path": "/x"}, "as a whole",
+    ),
     (CUDA_8, None, {"bf16": True, "zero_stage": 0, "grad_accum_dtype": "fp32"}, "stage 0"),
     (CUDA_8, None, {"bf16": True, "grad_accum_dtype": "fp16"}, "training in bf16"),
     (CUDA_8, None, {"grad_accum_dtype": "bf16"}, "training in fp32"),
@@ -321,6 +330,11 @@ NO_NORM = {"zero_optimization": {"compute_grad_norm": False}}
         (BF16_MASTERS, {"bf16": True, "offload_optimizer": "cpu", "optim": "sgd"}, "CPUAdam"),
         ({"bf16": {"bf16_optimizer_states": True}}, {"bf16": True}, "set both"),
         (LEAN, {"bf16": True, "zero_stage": "0"}, "stage 0"),
+        (
+            LEAN,
+            {"bf16": True, "zero_stage": "3", "offload_optimizer": "nvme", "nvme_path": "/x"},
+            "in fp32 alone",
+        ),
         (FP16_MASTERS, {"fp16": True, "zero_stage": "2"}, "set offload_optimizer to cpu"),
         ({"prescale_gradients": True}, {"zero_stage": "2"}, "prescale_gradients=True"),
         ({"gradient_predivide_factor": 2.0}, {"zero_stage": "3"}, "gradient_predivide_factor=2.0"),
