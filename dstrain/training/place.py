@@ -23,11 +23,15 @@ class Place:
             what: the part of the run that begins, for messages.
             in_step: all ranks meet in it, so that to wait for one long is a failure.
             may_lag: ranks may be many such places behind others, so that one which goes on from
-                place to place is waited for, however long that takes.
+                place to place is waited for as long as the process group allows.
         """
         self.what, self.in_step, self.since = what, in_step, time.monotonic()
         self.may_lag = may_lag
         self.count += 1
+
+    def moved_within(self, seconds: float) -> bool:
+        """Tell whether the loop has come to this place in the last ``seconds``."""
+        return time.monotonic() - self.since < seconds
 
 
 class Watched(Protocol):

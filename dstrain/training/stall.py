@@ -173,9 +173,13 @@ class StallWatch:
         return frame is not None and now - self._waits_since > self._timeout
 
     def _is_asked(self) -> bool:
-        """Tell whether another rank has waited too long while this one makes no progress either."""
-        now = time.monotonic()
-        if now - self._loop.place.since < self._timeout / 2 or now - self._asked < _ASK_SECONDS:
+        """Tell whether another rank has waited too long while this one makes no progress either.
+
+        Where ranks may lag, one that makes progress is asked too: it may be far behind.
+        """
+        now, place = time.monotonic(), self._loop.place
+        goes_on = place.moved_within(self._timeout / 2) and not place.may_lag
+        if goes_on or now - self._asked < _ASK_SECONDS:
             return False
         self._asked = now
 
@@ -232,15 +236,18 @@ class StallWatch:
         if busy:
             logger.warning("rank %s is in a debugger: the others go on waiting", busy[0])
             return ""
-        lacks = len(standings) < self._ranks.world_size
-        if lacks and self._loop.place.may_lag and all(s["waits_in"] for s in standings.values()):
-            return ""  # a rank that has not answered goes on: one that stands still does
+        gave_up = any(standing["gave_up"] for standing in standings.values())
+        if (
+            self._loop.place.may_lag
+            and not gave_up
+            and any(s["goes_on"] for s in standings.values())
+        ):
+            return ""  # the collective has a longer limit than a step, and the late rank comes
         return str(self._error(standings))
 
     def _error(self, standings: dict[int, PlainState]) -> Problem:
         size = self._ranks.world_size
         silent = [rank for rank in range(size) if rank not in standings]
-        silent = [] if self._loop.place.may_lag else silent
         away = [rank for rank, at in standings.items() if not at["waits_in"]]
         if not silent and not away:
             first = min(at["step"] for at in standings.values())
@@ -291,6 +298,8 @@ class StallWatch:
             "what": self._loop.place.what,
             "waits_in": waits_in,
             "line": line_of(frame),
+            "gave_up": self._must_tell.is_set(),
+            "goes_on": not in_collective and self._loop.place.moved_within(self._timeout),
             "debugger": is_debugged(frame),
         }
 

@@ -254,16 +254,31 @@ def test_what_is_only_long_is_let_be(tmp_path):
     assert (tmp_path / "done-0").exists()
 
 
-def test_a_rank_that_lags_in_an_evaluation_is_waited_for(tmp_path):
-    """Longer than ddp_timeout in all, while it goes on from batch to batch."""
+def lagging(folder, metric):
+    """Write a script in which rank 1 takes 20 s longer than rank 0 for its batches, 2 s each."""
     path = script(
-        tmp_path, zero_stage=0, evaluation="2 if rank == '1' else 0", timeout=7, method="evaluate",
+        folder, zero_stage=0, evaluation="2 if rank == '1' else 0", timeout=7, method="evaluate",
         per_device_eval_batch_size=1,
     )  # fmt: skip
-    path.write_text(path.read_text().replace("RaggedTokens(4)", "RaggedTokens(20)"))
+    text = path.read_text().replace("RaggedTokens(4)", f"RaggedTokens(20){metric}")
+    path.write_text(text)
+    return path
+
+
+def test_a_rank_that_lags_in_an_evaluation_is_waited_for_where_predictions_go(tmp_path):
+    """Longer than ddp_timeout in all, while it goes on from batch to batch."""
+    path = lagging(tmp_path, ", compute_metrics=lambda prediction: {}")
     with Training(deepspeed(path), tmp_path) as training:
         assert training.wait_for_end(300) == 0, training.text()
     assert (tmp_path / "done-0").exists()
+
+
+def test_a_rank_that_lags_at_the_end_of_an_evaluation_is_named(tmp_path):
+    """Losses are summed in the group of training, which gives up after ddp_timeout."""
+    text = text_of_one_that_stalls(lagging(tmp_path, ""), tmp_path)
+    assert "the ranks waited 7 s (ddp_timeout) for rank 1\n" in text
+    assert "of an evaluation, at" in text
+    assert "Traceback" not in text, text
 
 
 def test_a_port_in_use_is_one_error_within_a_minute(tmp_path):

@@ -17,7 +17,7 @@ from tests.launch import in_fresh_process
 
 WAITS = {
     "step": 6, "in_step": True, "what": "micro-batch 1", "waits_in": "all_reduce", "line": "",
-    "debugger": False,
+    "debugger": False, "gave_up": False, "goes_on": False,
 }  # fmt: skip
 
 
