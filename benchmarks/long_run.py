@@ -1,4 +1,4 @@
-"""Whether a long run keeps its memory, files and threads: 2,000 steps with evaluations and saves.
+"""Measure memory, open files and threads over 2,000 steps with evaluations and saves.
 
     python benchmarks/long_run.py --report
     python benchmarks/long_run.py --stages 2,3 --steps 500 --every 50

@@ -1,4 +1,4 @@
-"""One rank of a run of `long_run.py`: a training that notes what its process holds."""
+"""Train as one rank of `long_run.py`, and note memory, open files and threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of very many ranks, or of very many parameters, costs one rank.
+"""Measure what a checkpoint of very many ranks or parameters costs one rank.
 
     python benchmarks/scale.py
     python benchmarks/scale.py --ranks 512 --parameters 1000 --stages 3
@@ -123,7 +123,7 @@ class Timer:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a rank that resumes needs of a parameter."""
+    """Describe the run of a parameter that a resuming rank needs."""
 
     name: str
     start: int

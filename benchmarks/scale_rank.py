@@ -1,4 +1,4 @@
-"""One rank of a run of `scale.py`: the objects that ranks exchange in each part of a training."""
+"""Train as one rank of `scale.py`, and count the objects that ranks exchange in each part."""
 
 from __future__ import annotations
 

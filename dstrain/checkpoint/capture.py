@@ -173,7 +173,7 @@ class ContentCapture:
         """
         ranks, sharers = self._ranks, self._writers.sharers
         slices = content.rank_slices(engine, sharers)
-        if any(gather_objects(bool(slices.on_disk))):
+        if on_any_rank(bool(slices.on_disk)):
             if ranks.is_main:
                 logger.info("checkpoints are written while training waits: their state is on NVMe")
             return False

@@ -27,7 +27,7 @@ from dstrain.checkpoint.slice_table import (
     even_run,
     table_of,
 )
-from dstrain.core.ranks import Ranks, broadcast_object, is_distributed, send_to_main
+from dstrain.core.ranks import Ranks, broadcast_object, is_distributed
 
 _NOTHING = -1
 
@@ -82,7 +82,7 @@ def agree_on_table(
     by_rule = agreement.follow(reference)
     torch.distributed.all_reduce(by_rule, torch.distributed.ReduceOp.MIN, group=group)
     follow = by_rule.bool().tolist()
-    reports = send_to_main(agreement.report(reference, follow), group=group)
+    reports = _send_to_main(agreement.report(reference, follow), group=group)
     table = None if reports is None else agreement.merged(reference, reports, follow)
     return broadcast_object(table, group=group) if on_all else table
 
@@ -173,3 +173,36 @@ class Agreement:
         rows = zip(names, follow, reference.kind_of, strict=True)
         even = {name: kind for name, by_rule, kind in rows if by_rule}
         return SliceTable(self._world_size, kinds.all(), even, runs, scalars.merged)
+
+
+def _send_to_main(data: bytes, *, group: Any) -> list[bytes] | None:
+    """Send bytes of every rank to the main rank; a collective of all ranks in ``group``.
+
+    Each message takes its own size: a gather would pad all of them to the largest one.
+
+    Args:
+        data: the message; nothing is sent where it is empty.
+        group: a process group of all ranks for tensors in host memory.
+
+    Returns:
+        the messages in rank order on the main rank; None on all others.
+    """
+    if not is_distributed():
+        return [data]
+    import torch.distributed as dist
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    sizes = torch.zeros(world_size, dtype=torch.int64)
+    sizes[rank] = len(data)
+    dist.all_reduce(sizes, group=group)
+    if rank:
+        if data:
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, group=group)
+        return None
+    received = [data]
+    for sender, size in enumerate(sizes.tolist()[1:], start=1):
+        message = torch.empty(size, dtype=torch.uint8)
+        if size:
+            dist.recv(message, sender, group=group)
+        received.append(message.numpy().tobytes())
+    return received

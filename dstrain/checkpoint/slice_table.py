@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -94,11 +95,18 @@ class SliceTable:
             span = even_run(_numel(shapes[name]), self.world_size, rank)
             if span[1]:
                 spans[name], keys[name] = span, self.kinds[kind]
+        for name, run in self._runs_of_ranks.get(rank, {}).items():
+            spans[name], keys[name] = (run.start, run.numel), self.kinds[run.kind]
+        return RankSlices(spans, keys, {n: s for n, s in self.scalars.items() if n in spans})
+
+    @cached_property
+    def _runs_of_ranks(self) -> dict[int, dict[str, Run]]:
+        """Return the listed runs by rank and parameter."""
+        found: dict[int, dict[str, Run]] = {}
         for name, runs in self.runs.items():
             for run in runs:
-                if run.rank == rank:
-                    spans[name], keys[name] = (run.start, run.numel), self.kinds[run.kind]
-        return RankSlices(spans, keys, {n: s for n, s in self.scalars.items() if n in spans})
+                found.setdefault(run.rank, {})[name] = run
+        return found
 
 
 def even_run(numel: int, world_size: int, rank: int) -> tuple[int, int]:

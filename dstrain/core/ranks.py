@@ -309,40 +309,6 @@ def broadcast_object(value: T, *, group: Any = None) -> T:
     return cast("T", parcels[0].value(0))
 
 
-def send_to_main(data: bytes, *, group: Any) -> list[bytes] | None:
-    """Send bytes of every rank to the main rank; a collective of all ranks in ``group``.
-
-    Each message takes its own size: a gather would pad all of them to the largest one.
-
-    Args:
-        data: the message; nothing is sent where it is empty.
-        group: a process group of all ranks for tensors in host memory.
-
-    Returns:
-        the messages in rank order on the main rank; None on all others.
-    """
-    if not is_distributed():
-        return [data]
-    import torch
-    import torch.distributed as dist
-
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    sizes = torch.zeros(world_size, dtype=torch.int64)
-    sizes[rank] = len(data)
-    dist.all_reduce(sizes, group=group)
-    if rank:
-        if data:
-            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, group=group)
-        return None
-    received = [data]
-    for sender, size in enumerate(sizes.tolist()[1:], start=1):
-        message = torch.empty(size, dtype=torch.uint8)
-        if size:
-            dist.recv(message, sender, group=group)
-        received.append(message.numpy().tobytes())
-    return received
-
-
 def portable_error(error: Exception | None) -> Exception | None:
     """Return ``error`` if it can be pickled, else a TrainingError with its class name and text."""
     if error is None or not why_not_sent(error):
@@ -375,6 +341,11 @@ def all_or_none(*, group: Any = None) -> Iterator[None]:
         yield
     except DstrainError as caught:
         error = caught
+    raise_together(error, group=group)
+
+
+def raise_together(error: Exception | None, *, group: Any = None) -> None:
+    """Raise this rank's error, or without one the first error of any rank; a collective."""
     if failures := gather_failures(portable_error(error), group=group):
         raise error or failures[0]
 

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from dstrain.core.log import get_logger
-from dstrain.core.ranks import sum_over_ranks
-from dstrain.evaluation.transport import raise_together
+from dstrain.core.ranks import raise_together, sum_over_ranks
 
 logger = get_logger(__name__)
 

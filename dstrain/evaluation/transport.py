@@ -11,10 +11,10 @@ import torch
 from dstrain.core.errors import DataError, DstrainError, Problem, TrainingError
 from dstrain.core.ranks import (
     PATIENCE,
-    gather_failures,
     gather_objects,
     is_distributed,
     portable_error,
+    raise_together,
     why_not_sent,
 )
 from dstrain.evaluation.arena import Scratch
@@ -150,12 +150,6 @@ class Transport:
     def raise_together(self, error: Exception | None) -> None:
         """Raise this rank's error, or without one the first error of any rank; a collective."""
         raise_together(error, group=self.group)
-
-
-def raise_together(error: Exception | None, *, group: Any = None) -> None:
-    """Raise this rank's error, or without one the first error of any rank; a collective."""
-    if failures := gather_failures(portable_error(error), group=group):
-        raise error or failures[0]
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -175,7 +175,7 @@ def test_whoever_says_use_cache_is_heard(tmp_path: Path) -> None:
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_generating_in_an_evaluation_uses_the_cache(stage: int, tmp_path: Path) -> None:
-    """One token a forward pass; the same tokens as without the cache."""
+    """Generate the same tokens as without the cache, with one token in each forward pass."""
     from dstrain import Seq2SeqTrainer, Seq2SeqTrainingArguments
     from tests.models import tiny_t5
 

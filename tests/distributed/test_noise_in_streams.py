@@ -58,7 +58,7 @@ class Rarely(Later):
 
 
 class Odd:
-    """What has no content that could be compared."""
+    """Stand for a value without content that could be compared."""
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no array of it")
@@ -300,7 +300,7 @@ class Drawn(IterableDataset[Any]):
 
 @pytest.mark.ranks(2, timeout=60)
 def test_ranks_compare_on_together_or_not_at_all(rank: int) -> None:
-    """What one rank finds the same in two readings, and another does not, is noise on both."""
+    """Take a field for noise on both ranks where one of them read it differently twice."""
     from dstrain.core.seeds import seed_rank
 
     seed_rank(1, step=0, rank=rank)

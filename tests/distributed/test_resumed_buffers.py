@@ -93,7 +93,7 @@ def test_the_best_model_comes_back_with_its_buffers(tmp_path: Path) -> None:
 
 @pytest.mark.ranks(2, timeout=240)
 def test_older_checkpoints_still_load(tmp_path: Path, rank: int) -> None:
-    """Those before there were files of other buffers: all ranks get the main rank's."""
+    """Give all ranks the main rank's buffers where a checkpoint has no files of other buffers."""
     from dstrain.checkpoint import read_manifest
     from dstrain.checkpoint.manifest import write_manifest
     from dstrain.core.files import record_of

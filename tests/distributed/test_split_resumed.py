@@ -77,7 +77,7 @@ def test_a_part_does_not_go_on_as_a_whole(tmp_path: Path, rank: int) -> None:
 
 
 def test_another_number_of_ranks_is_told(tmp_path: Path) -> None:
-    """What is left of a part says nothing of what is left of another; the next epoch goes on."""
+    """Go on in the next epoch: the rest of one rank's part does not tell the rest of another's."""
     from tests.distributed.forked import run_job
 
     found = run_job("split", tmp_path, timeout=120)

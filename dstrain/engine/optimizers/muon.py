@@ -9,6 +9,7 @@ checkpoints have its slices.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def clip_before_muon(wrapper: Any, optimizer: Any) -> None:
         optimizer.state[flat][MOMENTUM] = torch.zeros_like(flat, requires_grad=False)
 
 
-class _AfterClipping:
+class _AfterClipping(abc.ABC):
     """Runs Muon in the optimizer step of a group, whose gradient is unscaled and clipped by then.
 
     The momentum and its blend with the gradient are computed element by element in the rank's
@@ -57,7 +58,7 @@ class _AfterClipping:
         """Replace the gradient of a group, or sub-group of stage 3, by the update; then step."""
         settings = self._settings(index)
         if settings["use_muon"]:
-            flat = self._flat(index)
+            flat = self._all_flats()[index]
             grad, beta = flat.grad, settings["momentum"]
             assert grad is not None
             momentum = self._wrapper.optimizer.state[flat][MOMENTUM]
@@ -66,17 +67,22 @@ class _AfterClipping:
             self._orthogonalize(index, grad, settings)
         self._step(index)
 
+    def flats(self) -> list[torch.Tensor]:
+        """Return this rank's flat master weights of the groups or sub-groups that Muon steps."""
+        flats = enumerate(self._all_flats())
+        return [flat for index, flat in flats if self._settings(index)["use_muon"]]
+
+    @abc.abstractmethod
+    def _all_flats(self) -> list[torch.Tensor]:
+        """Return this rank's flat master weights of each group or sub-group."""
+
+    @abc.abstractmethod
     def _settings(self, index: int) -> dict[str, Any]:
         """Return the parameter group of a group or sub-group."""
-        raise NotImplementedError
 
-    def _flat(self, index: int) -> torch.Tensor:
-        """Return this rank's flat master weights of a group or sub-group."""
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def _orthogonalize(self, index: int, grad: torch.Tensor, settings: dict[str, Any]) -> None:
         """Orthogonalise the matrices of which ``grad`` has this rank's part; a collective."""
-        raise NotImplementedError
 
 
 class _StagesOneAndTwo(_AfterClipping):
@@ -89,18 +95,13 @@ class _StagesOneAndTwo(_AfterClipping):
         wrapper.get_flat_partition = self._true_gradients
         wrapper._apply_muon_updates_cpu_offload = _do_nothing
 
-    def flats(self) -> list[torch.Tensor]:
-        """Return this rank's flat master weights of all groups of Muon's."""
-        flats = self._wrapper.single_partition_of_fp32_groups
-        return [flat for index, flat in enumerate(flats) if self._settings(index)["use_muon"]]
-
     def _settings(self, index: int) -> dict[str, Any]:
         settings: dict[str, Any] = self._wrapper.optimizer.param_groups[index]
         return settings
 
-    def _flat(self, index: int) -> torch.Tensor:
-        flat: torch.Tensor = self._wrapper.single_partition_of_fp32_groups[index]
-        return flat
+    def _all_flats(self) -> list[torch.Tensor]:
+        flats: list[torch.Tensor] = self._wrapper.single_partition_of_fp32_groups
+        return flats
 
     def _true_gradients(self, parameters: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """Return the gradients of a partition, without DeepSpeed's update of Muon's parameters."""
@@ -163,19 +164,14 @@ class _StageThree(_AfterClipping):
         super().__init__(wrapper)
         wrapper._apply_muon_to_accumulated_grads = _do_nothing
 
-    def flats(self) -> list[torch.Tensor]:
-        """Return this rank's flat master weights of all sub-groups of Muon's."""
-        flats = self._wrapper.fp32_partitioned_groups_flat
-        return [flat for index, flat in enumerate(flats) if self._settings(index)["use_muon"]]
-
     def _settings(self, index: int) -> dict[str, Any]:
         group = self._wrapper.sub_group_to_group_id[index]
         settings: dict[str, Any] = self._wrapper.optimizer.param_groups[group]
         return settings
 
-    def _flat(self, index: int) -> torch.Tensor:
-        flat: torch.Tensor = self._wrapper.fp32_partitioned_groups_flat[index]
-        return flat
+    def _all_flats(self) -> list[torch.Tensor]:
+        flats: list[torch.Tensor] = self._wrapper.fp32_partitioned_groups_flat
+        return flats
 
     def _orthogonalize(self, index: int, grad: torch.Tensor, settings: dict[str, Any]) -> None:
         """Orthogonalise matrices on the ranks in turn, as many at a time as fit a bucket.

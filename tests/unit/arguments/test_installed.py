@@ -151,7 +151,7 @@ def test_parallelism_other_than_of_data_is_refused_with_what_to_use():
 
 @pytest.mark.parametrize("order", [list, sorted])
 def test_a_file_with_every_argument_in_any_order_is_no_copy_of_arguments(order: Any):
-    """One of its values was changed by hand, under the older of two names."""
+    """Take a value that was changed by hand in the file, under the older of its two names."""
     values = TrainingArguments("out").to_dict() | {"gradient_checkpointing_kwargs": {"a": 1}}
     args = TrainingArguments(**{name: values[name] for name in order(values)})
     assert args.gradient_checkpointing_kwargs == args.activation_checkpointing_kwargs == {"a": 1}

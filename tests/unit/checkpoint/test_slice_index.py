@@ -99,7 +99,7 @@ def test_the_table_has_what_the_ranks_have(tmp_path, how, world_size):
 
 
 def test_a_rank_that_differs_is_listed_and_what_is_missing_is_told():
-    """One rank in the middle lacks a part, and one more has a part twice."""
+    """List a rank in the middle that lacks a part, and then has one that another rank has too."""
     parts = divided("each", 4, random.Random(0))
     spans = dict(parts[2].spans)
     name = "layers.13.weight"
